@@ -1,0 +1,75 @@
+# The commands of the project; CI (.ci/run) calls the same ones.
+#
+#   make demo       set everything up, ablate every unit of a shipped network, show what came out
+#   make build      virtual environment, dependencies, extension built from source
+#   make test       build, then the tests
+#   make lint       what must be clean before a commit;  make format puts most of it right
+#   make bench      benchmarks (equal answers first, then times)
+#   make docs       the generated parts of docs/: shell reference and pictures
+#   make sanitize   native tests under AddressSanitizer and UBSan
+#   make clean      remove what was built, keep the virtual environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A version is named because a bare `torch` may pull gigabytes of CUDA libraries; any torch >= 2.6
+# does: `make build TORCH=torch` or TORCH='torch --index-url https://download.pytorch.org/whl/cpu'.
+TORCH  ?= torch==2.13.0
+# Passed on to `pyablate demo` and to pytest: make demo ARGS='resnet --limit 500'
+ARGS   ?=
+
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/pyablate/*.h)
+BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+
+.DELETE_ON_ERROR:
+.PHONY: build test lint format bench demo docs sanitize clean
+
+build: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -m pip install -q $(TORCH)
+	@touch $@
+
+# Rebuilt whenever the native sources or the packaging change; Python files need no rebuild (-e).
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/.torch
+	$(BIN)/python -m pip install -q -e '.[dev,test]'
+	@touch $@
+
+test: build
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/python tests/check_stubs.py
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: build
+	@test -n "$(BENCHMARKS)" || { echo "no benchmarks/bench_*.py found" >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+demo: build
+	$(BIN)/pyablate demo $(ARGS)
+
+docs: build
+	$(BIN)/typer pyablate.cli utils docs --name pyablate --title 'The shell' --output docs/shell.md
+	test -d demo/run.zarr || $(BIN)/pyablate demo
+	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
+
+sanitize: build
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f pyablate/_core*.so $(VENV)/.installed
+	find pyablate tests examples benchmarks -name __pycache__ -type d -prune \
+	    -exec rm -rf {} + 2>/dev/null || true
