@@ -1,0 +1,226 @@
+"""What stands in for a unit while it is ablated.
+
+An :class:`Intervention` is a specification, no more: how its values are computed is up to who
+ablates (the delta engine and the plain reference loop each do it in their own way). What both
+must share is the *definition* of anything random, so that lives here: draws depend on the seed,
+the layer, the image, the unit and the position only, never on batches or order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Kind = Literal["zero", "constant", "mean", "class_mean", "resample", "noise", "direction"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What a unit's map is replaced with.
+
+    Attributes
+    ----------
+    kind : str
+        - ``zero``: 0 everywhere.
+        - ``constant``: ``value`` everywhere.
+        - ``mean``: the unit's mean over all images and positions of the data.
+        - ``class_mean``: its mean over the images that carry the image's own label.
+        - ``resample``: its map on another image, the donor (see :func:`donors`).
+        - ``noise``: a Gaussian with the unit's mean and variance over images and positions,
+          drawn independently at every position (see :func:`gaussian`).
+        - ``direction``: unit j is the j-th direction q of the layer and ``a`` becomes
+          ``a - (a . q) q`` across the channels, at every position.
+    value : float
+        For ``constant``.
+    seed : int
+        For ``resample``, ``noise`` and for random directions.
+    directions : Tensor or mapping of str to Tensor, optional
+        For ``direction``: ``[channels, directions]``, one for all layers or one by layer name.
+        Columns are scaled to length 1. None means the columns of a random orthogonal matrix,
+        drawn for each layer from the seed.
+    """
+
+    kind: Kind = "zero"
+    value: float = 0.0
+    seed: int = 0
+    directions: Tensor | Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            near = difflib.get_close_matches(str(self.kind), KINDS, n=1) or ["zero"]
+            raise ValueError(
+                f"intervention: expected one of {', '.join(KINDS)}, got {self.kind!r}; "
+                f"nearest: {near[0]}"
+            )
+        if not math.isfinite(self.value):
+            raise ValueError(f"intervention: value must be finite, got {self.value}")
+
+    def __str__(self) -> str:
+        """Return the text from which :func:`parse` makes the same intervention."""
+        if self.kind == "constant":
+            return f"constant:{self.value:g}"
+        if self.kind in ("resample", "noise", "direction"):
+            return f"{self.kind}:{self.seed}"
+        return self.kind
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether means or variances over the data must be known first."""
+        return self.kind in ("mean", "class_mean", "noise")
+
+    def matrix(self, layer: str, channels: int) -> Tensor:
+        """Directions of one layer.
+
+        Returns
+        -------
+        Tensor
+            Float64 ``[channels, directions]``, columns of length 1.
+
+        Raises
+        ------
+        ValueError
+            No matrix for this layer, a wrong shape, or a column that has no direction.
+        """
+        given = self.directions
+        if isinstance(given, Mapping):
+            if layer not in given:
+                raise ValueError(f"directions: none given for layer {layer!r}; has {list(given)}")
+            given = given[layer]
+        if given is None:
+            return random_rotation(channels, seed=_mix_seed(self.seed, layer))
+        matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+        if matrix.ndim != 2 or matrix.shape[0] != channels or matrix.shape[1] == 0:
+            raise ValueError(
+                f"directions: layer {layer!r} needs a matrix [{channels}, directions], "
+                f"got {list(matrix.shape)}"
+            )
+        length = matrix.norm(dim=0)
+        if not bool((torch.isfinite(length) & (length > 0)).all()):
+            raise ValueError(f"directions: a column for layer {layer!r} is zero or not finite")
+        return matrix / length
+
+
+def parse(spec: str | Intervention, *, seed: int = 0) -> Intervention:
+    """Make an intervention from its name.
+
+    Parameters
+    ----------
+    spec : str or Intervention
+        ``"zero"``, ``"mean"``, ``"class_mean"`` (or ``"class-mean"``), ``"constant:0.5"``,
+        ``"resample"``, ``"noise"``, ``"direction"``; the last three take a seed,
+        as in ``"noise:7"``.
+    seed : int
+        Seed of a random intervention whose text names none.
+
+    Raises
+    ------
+    ValueError
+        Unknown name, or a value that is not a number.
+    TypeError
+        Neither a string nor an Intervention.
+    """
+    if isinstance(spec, Intervention):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"intervention: expected a string or an Intervention, got {type(spec).__name__}"
+        )
+    name, colon, argument = spec.strip().partition(":")
+    name = name.replace("-", "_")
+    try:
+        if name == "constant":
+            return Intervention("constant", value=float(argument) if colon else 0.0)
+        number = int(argument) if colon else seed
+    except ValueError:
+        raise ValueError(f"intervention: {argument!r} in {spec!r} is not a number") from None
+    if colon and name in ("zero", "mean", "class_mean"):
+        raise ValueError(f"intervention: {name} takes no value, got {spec!r}")
+    return Intervention(name, seed=number)  # type: ignore[arg-type]  # checked in __post_init__
+
+
+def donors(seed: int, images: int) -> np.ndarray:
+    """For every image, the other image whose map replaces its own under ``resample``.
+
+    Returns
+    -------
+    ndarray
+        int64 ``[images]``: one random cycle through all images, so nobody is their own donor.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two images.
+    """
+    if images < 2:
+        raise ValueError(f"intervention: resample needs at least 2 images, got {images}")
+    order = np.random.Generator(np.random.Philox(seed)).permutation(images)
+    donor = np.empty(images, dtype=np.int64)
+    donor[order] = np.roll(order, -1)
+    return donor
+
+
+def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int) -> Tensor:
+    """Standard normal draws that depend on seed, layer, image, unit and position only.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the intervention.
+    layer : str
+        Name of the site.
+    image, unit : Tensor
+        int64, shapes that broadcast together.
+    positions : int
+        Number of positions of the unit's map.
+
+    Returns
+    -------
+    Tensor
+        Float64, the broadcast shape of image and unit with ``positions`` appended.
+    """
+    pair = image * 1_000_003 + unit
+    counter = pair.unsqueeze(-1) * positions + torch.arange(positions, device=pair.device)
+    key = _mix_seed(seed, layer)
+    first, second = _scramble(counter * 2 + key), _scramble(counter * 2 + 1 + key)
+    scale = 2.0**-53
+    radius = torch.sqrt(-2.0 * torch.log((_shift_right(first, 11) + 1) * scale))
+    return radius * torch.cos(2.0 * math.pi * scale * _shift_right(second, 11))
+
+
+def random_rotation(channels: int, *, seed: int = 0) -> Tensor:
+    """Random orthogonal matrix, uniform over rotations and reflections.
+
+    Returns
+    -------
+    Tensor
+        Float64 ``[channels, channels]``.
+    """
+    draw = np.random.Generator(np.random.Philox(seed)).standard_normal((channels, channels))
+    q, r = np.linalg.qr(draw)
+    return torch.from_numpy(q * np.sign(np.diag(r)))  # the sign makes the distribution uniform
+
+
+def _mix_seed(seed: int, layer: str) -> int:
+    """Give each layer draws of its own; 62 bits, so that counters can be added."""
+    return ((seed & 0x3FFFFFFF) << 32) ^ zlib.crc32(layer.encode())
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift as if unsigned: torch shifts the sign bit in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """Hash 64-bit counters (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = (x ^ _shift_right(x, 30)) * -4658895280553007687
+    x = (x ^ _shift_right(x, 27)) * -7723592293110705685
+    return x ^ _shift_right(x, 31)

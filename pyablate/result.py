@@ -1,0 +1,321 @@
+"""What an ablation found: the flips, and everything that follows from them.
+
+One ablation changes few predictions, so the record is the list of *flips*: for each ablated unit
+the images whose prediction changed, and to which class. Together with the baseline predictions
+and the labels this is lossless; accuracies, confusion matrices and drops are computed from it.
+Nothing here needs torch, a model or the extension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Rows = int | str | slice | ArrayLike
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How a run checked itself: random pairs recomputed by a plain float64 forward pass.
+
+    Attributes
+    ----------
+    pairs : int
+        (unit, image) pairs recomputed.
+    mismatches : int
+        Pairs whose recomputed prediction differed, near ties apart.
+    """
+
+    pairs: int
+    mismatches: int
+
+    @property
+    def upper_bound(self) -> float:
+        """Largest share of wrong pairs in the run that the audit leaves plausible at 95 %.
+
+        One-sided Clopper-Pearson bound; 1 if nothing was audited.
+        """
+        if self.mismatches >= self.pairs:
+            return 1.0
+        return float(stats.beta.ppf(0.95, self.mismatches + 1, self.pairs - self.mismatches))
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.pairs:,} pairs recomputed in float64, {self.mismatches} mismatches "
+            f"(95 % upper bound {self.upper_bound:.2%} of all pairs)"
+        )
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Changed predictions, one run of entries per ablated unit.
+
+    Attributes
+    ----------
+    start : int64 [unit + 1]
+        Entries of row ``u`` are ``start[u]:start[u + 1]``.
+    image : int32 [flip]
+        Image index, ascending within a row.
+    prediction : int32 [flip]
+        The new class.
+    """
+
+    start: NDArray[np.int64]
+    image: NDArray[np.int32]
+    prediction: NDArray[np.int32]
+
+    @classmethod
+    def gather(cls, units: int, pieces: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Flips:
+        """Sort pieces (row, image, new class) in any order into one record."""
+        if not pieces:
+            pieces = [([], [], [])]
+        row, image, new = (
+            np.concatenate([np.asarray(piece[i], dtype=np.int64) for piece in pieces])
+            for i in range(3)
+        )
+        order = np.lexsort((image, row))
+        start = np.zeros(units + 1, dtype=np.int64)
+        np.cumsum(np.bincount(row, minlength=units), out=start[1:])
+        return cls(start, image[order].astype(np.int32), new[order].astype(np.int32))
+
+    @cached_property
+    def row(self) -> Ints:
+        """int64 [flip]: the row of each entry."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
+
+
+@dataclass(frozen=True, eq=False)
+class AblationResult:
+    """Predictions of a network with each unit ablated, and what follows from them.
+
+    Attributes
+    ----------
+    units : pandas.DataFrame
+        One row per ablated unit (or group): ``label``, ``layer``, ``unit`` (-1 for a group).
+    labels, baseline : int64 [image]
+        True class and the intact network's prediction.
+    flips : Flips
+        Predictions that changed.
+    class_names : tuple of str
+        One name per class.
+    intervention : str
+        What stood in for the units.
+    audit : Audit
+        The run's own check.
+    strategy : dict of str to str
+        Per layer, how it was computed.
+    seconds : float
+        Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
+    """
+
+    units: pd.DataFrame
+    labels: Ints
+    baseline: Ints
+    flips: Flips
+    class_names: tuple[str, ...]
+    intervention: str = "zero"
+    audit: Audit = field(default_factory=lambda: Audit(0, 0))
+    strategy: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        """Size and summary in one line."""
+        return (
+            f"AblationResult({len(self.units)} units, {len(self.labels)} images, "
+            f"{self.classes} classes, {self.intervention}, "
+            f"baseline accuracy {self.baseline_accuracy:.4f}, {len(self.flips.image)} flips)"
+        )
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @cached_property
+    def class_sizes(self) -> Ints:
+        """int64 [class]: images of each class."""
+        return np.bincount(self.labels, minlength=self.classes)
+
+    @cached_property
+    def baseline_accuracy(self) -> float:
+        """Share of images that the intact network gets right."""
+        return float((self.baseline == self.labels).mean())
+
+    @cached_property
+    def baseline_class_accuracy(self) -> Floats:
+        """float64 [class]: the same within each class; NaN for a class without images."""
+        return self._shares(self._hits_by_class(self.baseline))
+
+    @cached_property
+    def lost(self) -> Ints:
+        """int64 [unit, class]: images of a class that went from right to wrong."""
+        return self._count(self.baseline[self.flips.image] == self.labels[self.flips.image])
+
+    @cached_property
+    def gained(self) -> Ints:
+        """int64 [unit, class]: images of a class that went from wrong to right."""
+        return self._count(self.flips.prediction == self.labels[self.flips.image])
+
+    @cached_property
+    def accuracy(self) -> Floats:
+        """float64 [unit]: accuracy with the unit ablated."""
+        return self.baseline_accuracy - self.accuracy_drop
+
+    @cached_property
+    def accuracy_drop(self) -> Floats:
+        """float64 [unit]: accuracy before minus after; positive means harm."""
+        return (self.lost - self.gained).sum(axis=1) / len(self.labels)
+
+    @cached_property
+    def class_accuracy_drop(self) -> Floats:
+        """float64 [unit, class]: drop within each class; NaN for a class without images."""
+        return self._shares(self.lost - self.gained)
+
+    @cached_property
+    def max_class_drop(self) -> Floats:
+        """float64 [unit]: largest drop over the classes.
+
+        An extreme statistic: a harmless unit with some random flips has a positive one too.
+        """
+        return np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
+
+    @cached_property
+    def max_class(self) -> Ints:
+        """int64 [unit]: the class with the largest drop, the first on equality."""
+        return np.nanargmax(self.class_accuracy_drop, axis=1)
+
+    def rows(self, rows: Rows) -> Ints:
+        """Row numbers from a label, a number, a slice, a mask or a sequence of these.
+
+        Raises
+        ------
+        ValueError
+            No such unit.
+        """
+        if isinstance(rows, str) or (np.ndim(rows) and np.asarray(rows).dtype.kind in "UO"):
+            return np.array([self._row_of(label) for label in np.atleast_1d(rows)], dtype=np.int64)
+        try:
+            return np.atleast_1d(np.arange(len(self.units))[rows])
+        except IndexError as error:
+            raise ValueError(f"rows: {error}; the result has {len(self.units)} units") from None
+
+    def predictions(self, rows: Rows = slice(None)) -> Ints:
+        """Predicted class of every image with the units of ``rows`` ablated, one at a time.
+
+        Returns
+        -------
+        ndarray
+            int64 ``[len(rows), image]``.
+        """
+        chosen = self.rows(rows)
+        predicted = np.tile(self.baseline, (len(chosen), 1))
+        for out, row in zip(predicted, chosen, strict=True):
+            run = slice(self.flips.start[row], self.flips.start[row + 1])
+            out[self.flips.image[run]] = self.flips.prediction[run]
+        return predicted
+
+    def confusion(self, rows: Rows = slice(None)) -> Ints:
+        """Confusion matrices with the units of ``rows`` ablated.
+
+        Returns
+        -------
+        ndarray
+            int64 ``[len(rows), class, predicted]``; a single label or number gives
+            ``[class, predicted]``.
+        """
+        chosen = self.rows(rows)
+        k = self.classes
+        counts = np.empty((len(chosen), k, k), dtype=np.int64)
+        for out, predicted in zip(counts, map(self.predictions, chosen), strict=True):
+            cell = self.labels * k + predicted[0]
+            out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
+        return counts[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else counts
+
+    @cached_property
+    def data(self) -> xr.Dataset:
+        """Everything as labelled arrays over ``unit``, ``class`` and ``image``."""
+        import xarray as xr  # noqa: PLC0415  # half a second that not every caller owes
+
+        unit, per_class = ("unit",), ("unit", "class")
+        return xr.Dataset(
+            {
+                "label": ("image", self.labels),
+                "baseline": ("image", self.baseline),
+                "class_size": ("class", self.class_sizes),
+                "baseline_class_accuracy": ("class", self.baseline_class_accuracy),
+                "accuracy": (unit, self.accuracy),
+                "accuracy_drop": (unit, self.accuracy_drop),
+                "max_class_drop": (unit, self.max_class_drop),
+                "max_class": (unit, self.max_class),
+                "class_accuracy_drop": (per_class, self.class_accuracy_drop),
+                "lost": (per_class, self.lost),
+                "gained": (per_class, self.gained),
+            },
+            coords={
+                "unit": self.units["label"].to_numpy(dtype=str),
+                "layer": (unit, self.units["layer"].to_numpy(dtype=str)),
+                "index": (unit, self.units["unit"].to_numpy()),
+                "class": np.array(self.class_names, dtype=str),
+            },
+            attrs={
+                "intervention": self.intervention,
+                "baseline_accuracy": self.baseline_accuracy,
+                "audit": str(self.audit),
+            },
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per unit: drops, the class hurt most, and the drop of every class."""
+        summary = pd.DataFrame(
+            {
+                "accuracy": self.accuracy,
+                "accuracy_drop": self.accuracy_drop,
+                "max_class_drop": self.max_class_drop,
+                "max_class": np.array(self.class_names, dtype=object)[self.max_class],
+                "flips": np.diff(self.flips.start),
+            }
+        )
+        drops = pd.DataFrame(
+            self.class_accuracy_drop, columns=[f"drop: {name}" for name in self.class_names]
+        )
+        return pd.concat([self.units.reset_index(drop=True), summary, drops], axis=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result as a Zarr group; see :func:`pyablate.store.save`."""
+        from pyablate import store  # noqa: PLC0415  # the store knows results, not the reverse
+
+        store.save(self, path)
+
+    def _hits_by_class(self, predicted: Ints) -> Ints:
+        return np.bincount(self.labels[predicted == self.labels], minlength=self.classes)
+
+    def _count(self, of: NDArray[Any]) -> Ints:
+        """Flips that satisfy ``of``, by row and true class."""
+        cell = self.flips.row * self.classes + self.labels[self.flips.image]
+        shape = len(self.units), self.classes
+        return np.bincount(cell[of], minlength=shape[0] * shape[1]).reshape(shape)
+
+    def _shares(self, counts: Ints) -> Floats:
+        """Divide counts [..., class] by the class sizes."""
+        sizes = np.where(self.class_sizes > 0, self.class_sizes, np.nan)
+        return counts / sizes
+
+    def _row_of(self, label: str) -> int:
+        found = np.flatnonzero((self.units["label"] == label).to_numpy())
+        if not len(found):
+            raise ValueError(f"rows: no unit {label!r} in this result")
+        return int(found[0])

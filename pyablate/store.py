@@ -1,0 +1,140 @@
+"""Results on disk: one Zarr group that xarray opens, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from pyablate.result import AblationResult, Audit, Flips
+
+FORMAT = 1
+
+
+def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
+    """Write a result as a Zarr group.
+
+    Equal results give equal bytes. The group is written beside ``path`` and moved into place
+    when it is complete, so a crash leaves either the old or the new one; an existing result is
+    replaced, anything else at ``path`` is refused.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What to write.
+    path : path-like
+        Folder to create, by custom ``*.zarr``.
+
+    Raises
+    ------
+    OSError
+        The place cannot be written, or holds something that is not a result.
+    """
+    target = Path(path)
+    with _beside(target) as scratch:
+        fresh = Path(scratch) / "new"
+        _write(result, fresh)
+        if target.exists():
+            os.rename(target, Path(scratch) / "old")
+        os.rename(fresh, target)
+
+
+def load(path: str | os.PathLike[str]) -> AblationResult:
+    """Read a result that :func:`save` wrote.
+
+    Raises
+    ------
+    OSError
+        Nothing there, or not a result of this format.
+    """
+    source = Path(path)
+    attrs = _attributes(source)
+    if attrs.get("pyablate_format") != FORMAT:
+        raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
+    group = zarr.open_group(source, mode="r")
+
+    def read(name: str) -> Any:
+        return np.asarray(group[name][...])  # type: ignore[index]
+
+    layers = np.array(attrs["layers"], dtype=object)
+    units = pd.DataFrame(
+        {
+            "label": attrs["unit_labels"],
+            "layer": layers[read("unit_layer")].tolist(),
+            "unit": read("unit_index").astype(np.int64),
+        }
+    )
+    return AblationResult(
+        units=units,
+        labels=read("label").astype(np.int64),
+        baseline=read("baseline").astype(np.int64),
+        flips=Flips(read("flip_start"), read("flip_image"), read("flip_prediction")),
+        class_names=tuple(attrs["class_names"]),
+        intervention=attrs["intervention"],
+        audit=Audit(**attrs["audit"]),
+        strategy=dict(attrs["strategy"]),
+    )
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fail now rather than after an hour if a result cannot be written at ``path``.
+
+    Raises
+    ------
+    OSError
+        As :func:`save` would raise.
+    """
+    with _beside(Path(path)):
+        pass
+
+
+def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a scratch folder on the target's disk, once the target may be replaced."""
+    if target.exists() and _attributes(target).get("pyablate_format") is None:
+        raise FileExistsError(f"output: {target} exists and is not a pyablate result")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such result")
+    try:
+        return dict(zarr.open_group(path, mode="r").attrs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(result: AblationResult, path: Path) -> None:
+    # Names live in the attributes: Zarr 3 has no settled encoding for strings in arrays.
+    layers = list(dict.fromkeys(result.units["layer"]))
+    number = {layer: i for i, layer in enumerate(layers)}
+    group = zarr.create_group(
+        path,
+        attributes={
+            "pyablate_format": FORMAT,
+            "class_names": list(result.class_names),
+            "intervention": result.intervention,
+            "audit": {"pairs": result.audit.pairs, "mismatches": result.audit.mismatches},
+            "strategy": result.strategy,
+            "layers": layers,
+            "unit_labels": list(result.units["label"]),
+        },
+    )
+    arrays = {
+        "unit_layer": ("unit", np.array([number[x] for x in result.units["layer"]], np.int32)),
+        "unit_index": ("unit", result.units["unit"].to_numpy(np.int32)),
+        "label": ("image", result.labels.astype(np.int32)),
+        "baseline": ("image", result.baseline.astype(np.int32)),
+        "flip_start": ("unit_bound", result.flips.start),
+        "flip_image": ("flip", result.flips.image),
+        "flip_prediction": ("flip", result.flips.prediction),
+    }
+    for name, (dimension, values) in arrays.items():
+        group.create_array(name, data=values, dimension_names=[dimension])
+
