@@ -1,0 +1,236 @@
+"""The native operations in plain PyTorch.
+
+They are the oracle of the compiled twins and the path taken where the compiled module is missing or
+does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents each
+operation; shapes are repeated here only where a formula needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from pyablate.ops import Activation
+
+_UNFOLD_ELEMENTS = 1 << 24  # unit_delta unfolds its maps in pieces of at most this many elements
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of ``dtype`` are accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def apply_activation(z: Tensor, activation: Activation) -> Tensor:
+    """Apply ``activation`` elementwise."""
+    a, b = activation.a, activation.b
+    match activation.name:
+        case "identity":
+            return z
+        case "relu":
+            return z.relu()
+        case "hardtanh":
+            return z.clamp(a, b)
+        case "leaky_relu":
+            return functional.leaky_relu(z, a)
+        case "elu":
+            return functional.elu(z, a)
+        case "gelu":
+            return functional.gelu(z)
+        case "gelu_tanh":
+            return functional.gelu(z, approximate="tanh")
+        case "silu":
+            return functional.silu(z)
+        case "hardswish":
+            return functional.hardswish(z)
+        case "hardsigmoid":
+            return functional.hardsigmoid(z)
+        case "sigmoid":
+            return z.sigmoid()
+        case "tanh":
+            return z.tanh()
+    raise ValueError(f"activation: unknown name {activation.name!r}")
+
+
+def masked_copies(x: Tensor, image: Tensor, unit: Tensor, value: Tensor, *, axis: int) -> Tensor:
+    """Copy ``x[image]`` with one unit of each copy replaced."""
+    out = x[image.long()]
+    pairs = (unit >= 0).nonzero().squeeze(1)
+    rows = out.movedim(axis, 1)  # [P, C, ...], a view of out
+    replacement = value[pairs] if value.dim() else value.expand(pairs.numel())
+    shape = (pairs.numel(), *rows.shape[2:])
+    if replacement.dim() == 1:
+        replacement = replacement.reshape(-1, *[1] * (rows.dim() - 2)).expand(shape)
+    rows[pairs, unit[pairs].long()] = replacement.to(x.dtype)
+    return out
+
+
+def _decide(values: Tensor, limit: Tensor) -> Tensor:
+    """Argmax over the last axis (lowest index on equality), -1 unless the top-2 margin > limit."""
+    best, index = values.max(-1)
+    # max() may name any of several equal classes; the lowest is asked for
+    index = (values == best.unsqueeze(-1)).to(torch.uint8).argmax(-1)
+    if values.shape[-1] > 1:
+        others = values.scatter(-1, index.unsqueeze(-1), -torch.inf)
+        margin = best - others.amax(-1)
+    else:
+        margin = torch.where(best.isnan(), best, torch.inf)
+    return torch.where(margin > limit, index, -1).to(torch.int32)
+
+
+def head_flips(
+    logits: Tensor, delta: Tensor, weight: Tensor, baseline: Tensor, tolerance: Tensor
+) -> Tensor:
+    """Decide every (image, unit) by scanning all classes; no shortcut is needed for the answer."""
+    del baseline  # only the shortcut of the compiled twins reads it
+    out = torch.empty(delta.shape, dtype=torch.int32, device=delta.device)
+    columns = weight.t()
+    for n in range(delta.shape[0]):
+        out[n] = _decide(logits[n] + delta[n].unsqueeze(1) * columns, tolerance[n])
+    return out
+
+
+def unit_delta(
+    delta: Tensor,
+    weight: Tensor,
+    channel: Tensor,
+    image: Tensor,
+    column: Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: Activation | None,
+    base: Tensor | None,
+    base_image: Tensor | None,
+) -> Tensor:
+    """Convolve single maps with the filters of their input channel, by unfolding them."""
+    dtype = compute_dtype(delta.dtype)
+    _, kernel_h, kernel_w, outputs = weight.shape
+    size = output_size(delta.shape[-2:], (kernel_h, kernel_w), stride, padding, dilation)
+    pairs = image.numel()
+    out = torch.empty(
+        (pairs, outputs, *size),
+        dtype=delta.dtype,
+        device=delta.device,
+        memory_format=torch.channels_last,
+    )
+    per_pair = max(1, kernel_h * kernel_w * size[0] * size[1])
+    step = max(1, _UNFOLD_ELEMENTS // per_pair)
+    for start in range(0, pairs, step):
+        some = slice(start, min(start + step, pairs))
+        maps = delta[image[some].long(), column[some].long()].to(dtype)
+        taps = functional.unfold(
+            maps.unsqueeze(1), (kernel_h, kernel_w), dilation, padding, stride
+        )  # [P, kh * kw, Ho * Wo]
+        filters = weight[channel[column[some].long()].long()].to(dtype).flatten(1, 2)
+        result = torch.bmm(filters.transpose(1, 2), taps).reshape(-1, outputs, *size)
+        if activation is not None:
+            assert base is not None
+            rows = base[(image if base_image is None else base_image)[some].long()].to(dtype)
+            result = apply_activation(rows + result, activation) - apply_activation(
+                rows, activation
+            )
+        out[some] = result
+    return out
+
+
+def output_size(
+    size: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Return the spatial size (height, width) of a convolution's output."""
+    height, width = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return height, width
+
+
+def delta_activation(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    *,
+    out: Tensor,
+    addend: Tensor | None,
+) -> Tensor:
+    """Write act(base[image] + delta [+ addend]) - act(base[image]) to ``out``."""
+    dtype = compute_dtype(delta.dtype)
+    change = delta.to(dtype)
+    if addend is not None:
+        change = change + addend.to(dtype)
+    if activation.name == "identity":
+        return out.copy_(change)
+    rows = base[image.long()].to(dtype)
+    return out.copy_(
+        apply_activation(rows + change, activation) - apply_activation(rows, activation)
+    )
+
+
+def delta_max_pool(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out_size: tuple[int, int],
+    activation: Activation | None,
+) -> Tensor:
+    """Return max_pool(act(base + delta)) - max_pool(act(base))."""
+    dtype = compute_dtype(delta.dtype)
+    rows = base[image.long()].to(dtype)
+    after = rows + delta.to(dtype)
+    if activation is not None:
+        rows, after = apply_activation(rows, activation), apply_activation(after, activation)
+
+    def pool(z: Tensor) -> Tensor:
+        # Padding with -inf to just the size that out_size needs stands for padding and ceil_mode.
+        margins = []
+        for i in (1, 0):
+            need = (out_size[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
+            margins += [padding[i], need - padding[i] - z.shape[2 + i]]
+        z = functional.pad(z, margins, value=-torch.inf)
+        return functional.max_pool2d(z, kernel, stride, 0, dilation)
+
+    before = pool(rows)
+    change = pool(after) - before
+    # a window wholly in the padding has nothing that could change
+    change = torch.where(before == -torch.inf, torch.zeros_like(change), change)
+    layout = (
+        torch.contiguous_format if delta.is_contiguous() else torch.channels_last
+    )  # ops.py made it one of the two
+    return change.to(delta.dtype).contiguous(memory_format=layout)
+
+
+def classify(
+    logits: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    tolerance: Tensor,
+    *,
+    relative: float,
+) -> Tensor:
+    """Return argmax(logits[image] + delta), -1 where the margin is too small to be trusted."""
+    limit = tolerance[image.long()]
+    limit = limit + relative * (delta.amax(-1) - delta.amin(-1))
+    return _decide(logits[image.long()] + delta, limit)
+
+
+def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
+    """Count [unit, label, predicted] from predictions [U, N] and labels [N]."""
+    units = prediction.shape[0]
+    cell = label.long() * classes + prediction.long()
+    cell = cell + torch.arange(units, device=cell.device).unsqueeze(1) * (classes * classes)
+    counts = torch.bincount(cell.flatten(), minlength=units * classes * classes)
+    return counts.to(torch.int32).view(units, classes, classes)
