@@ -1,0 +1,5 @@
+"""``python -m pyablate`` is the ``pyablate`` command."""
+
+from pyablate.cli import main
+
+main()

@@ -1,0 +1,368 @@
+"""The shell: ``pyablate demo | run | layers | plan | doctor``.
+
+Torch is imported inside the commands, so that ``pyablate --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pyablate.shell import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyablate.inputs import Data
+
+
+class _Shell(TyperGroup):
+    """Turns every foreseeable failure into one line on standard error and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
+        options["standalone_mode"] = False
+        code: Any = 0
+        try:
+            code = super().main(*args, **options)
+        except BaseException as error:
+            line, code = error_line(error)
+            if line is None or "--debug" in given:
+                raise
+            if line:
+                typer.echo(f"pyablate: {line}", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=_Shell,
+    name="pyablate",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL_HELP = (
+    "demo:NAME (a shipped network), module:factory, a .pt2 file from torch.export, "
+    "torchvision:NAME or timm:NAME (where installed)."
+)
+_DATA_HELP = (
+    "demo (the shipped images), a folder with one sub-folder per class, an .npz file with images "
+    "and labels, or an idx file (-idx3-ubyte, .gz or not)."
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Weights: .safetensors, or a checkpoint of tensors."),
+]
+DataSpec = Annotated[str, typer.Option("--data", metavar="DATA", help=_DATA_HELP)]
+SampleSpec = Annotated[str | None, typer.Option("--data", metavar="DATA", help=_DATA_HELP)]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="Shape of one input, where there are no data at hand."),
+]
+Labels = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Labels, where they lie apart from the images.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only this many images.")]
+Layers = Annotated[
+    list[str],
+    typer.Option(
+        metavar="GLOB",
+        help="Dotted module names or globs; may be given again. `*` is every activation output "
+        "and block output; `pyablate layers` lists them all.",
+    ),
+]
+Intervention = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What stands in for a unit: zero, mean, class-mean, constant:V, resample, noise, "
+        "direction (random orthogonal directions).",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the audit and of random interventions.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the model's own if left out.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images per batch; changes time and memory only.")
+]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory to stay under, for example 4GB.")
+]
+Size = Annotated[
+    int | None,
+    typer.Option(min=1, help="Resize the shorter side to this, then crop the centre square."),
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="M,M,M", help="Subtracted from each channel, after /255.")
+]
+Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="What each channel is divided by.")]
+Output = Annotated[Path, typer.Option(metavar="PATH", help="Where the result goes (Zarr).")]
+Csv = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write one row per unit as CSV.")
+]
+Bar = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Progress bar; by default only on a terminal, log lines elsewhere.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        typer.echo(f"pyablate {metadata.version('pyablate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Switch off every unit of a trained classifier, one at a time, and see which classes suffer.
+
+    Start with `pyablate demo`. Then your own network:
+
+    `pyablate layers my_module:make_model --input-shape 3,224,224`
+
+    `pyablate run my_module:make_model --weights model.safetensors --data photos/ --size 224`
+    """
+
+
+@app.command()
+def demo(
+    name: Annotated[
+        str, typer.Argument(help="alexnet, alexnet_dropout, vgg_bn or resnet.")
+    ] = "vgg_bn",
+    limit: Annotated[int, typer.Option(min=1, help="How many of the 10,000 images.")] = 2000,
+    output: Annotated[Path, typer.Option(help="Folder for run.zarr and units.csv.")] = Path("demo"),
+    progress: Bar = None,
+    debug: Debug = False,
+) -> None:
+    """Ablate every unit of a shipped network over the shipped test images.
+
+    Takes minutes at most, then times the plain hook loop on a few units for comparison.
+
+    Try `pyablate demo`, `pyablate demo resnet --limit 500 --output resnet_demo`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate import table
+    from pyablate.hook_loop import hook_loop_seconds
+    from pyablate.store import check_writable
+
+    model, images, labels = pa.demo.load(name, limit=limit)
+    check_writable(output / "run.zarr")
+    sites = pa.select(pa.sites(model, images[:1]), "*")
+    result = pa.ablate(
+        model,
+        (images, labels),
+        layers=["*"],
+        class_names=pa.demo.CLASSES,
+        progress=progress,
+    )
+    result.save(output / "run.zarr")
+    result.to_dataframe().to_csv(output / "units.csv", index=False)
+    out = table.console()
+    table.print_summary(out, result)
+    timing = hook_loop_seconds(model, (images, labels), sites, result=result)
+    for line in table.hook_loop_lines(result, timing):
+        out.print(line)
+    out.print(f"Written: {output / 'run.zarr'} and {output / 'units.csv'}")
+
+
+@app.command()
+def run(
+    model: Model,
+    data: DataSpec,
+    weights: Weights = None,
+    labels: Labels = None,
+    limit: Limit = None,
+    layers: Layers = ["*"],  # noqa: B006  # typer copies it
+    intervention: Intervention = "zero",
+    seed: Seed = 0,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    output: Output = Path("run.zarr"),
+    csv: Csv = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    progress: Bar = None,
+    debug: Debug = False,
+) -> None:
+    """Ablate every unit of the layers asked for and write the result.
+
+    Try one of these:
+
+    `pyablate run demo:vgg_bn --data demo --limit 2000 --output run.zarr`
+
+    `pyablate run demo:resnet --data demo --layers 'stages.*' --intervention mean --csv units.csv`
+
+    `pyablate run torchvision:resnet18 --weights resnet18.pth --data val/ --size 224
+    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --device cuda`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate import table
+    from pyablate.store import check_writable
+
+    budget = parse_bytes("--memory", memory)
+    check_writable(output)
+    network = _load_model(model, weights, device)
+    batches = _load_data(data, labels, limit, size, mean, std, batch_size)
+    result = pa.ablate(
+        network,
+        batches.batches,
+        layers=layers,
+        intervention=intervention,
+        class_names=batches.class_names,
+        device=device,
+        batch_size=batch_size,
+        memory=budget,
+        seed=seed,
+        progress=progress,
+    )
+    result.save(output)
+    written = [str(output)]
+    if csv is not None:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        result.to_dataframe().to_csv(csv, index=False)
+        written.append(str(csv))
+    out = table.console()
+    table.print_summary(out, result)
+    out.print(f"Written: {' and '.join(written)}")
+
+
+@app.command()
+def layers(
+    model: Model,
+    weights: Weights = None,
+    data: SampleSpec = None,
+    input_shape: InputShape = None,
+    debug: Debug = False,
+) -> None:
+    """List the layers that hold units: their names, how many units, and whether `*` has them.
+
+    Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate import table
+
+    network = _load_model(model, weights, None)
+    found = pa.sites(network, _sample(model, network, data, input_shape))
+    try:
+        selected = pa.select(found, "*")
+    except ValueError:  # a network without activation modules: all its layers go by name
+        selected = []
+    table.console().print(table.sites_table(found, selected))
+
+
+@app.command()
+def plan(
+    model: Model,
+    weights: Weights = None,
+    data: SampleSpec = None,
+    input_shape: InputShape = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Number of images the run would have.")
+    ] = None,
+    layers: Layers = ["*"],  # noqa: B006  # typer copies it
+    intervention: Intervention = "zero",
+    memory: Memory = None,
+    debug: Debug = False,
+) -> None:
+    """Say how a run would be done and what it would cost, without running it.
+
+    Try `pyablate plan demo:vgg_bn --images 10000 --memory 2GB`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+
+    budget = parse_bytes("--memory", memory)
+    network = _load_model(model, weights, None)
+    sample = _sample(model, network, data, input_shape)
+    made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
+    typer.echo(made.explain())
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Say what is installed, what was built, and what is missing with the way to get it."""
+    log_to_stderr(debug)
+    from pyablate import table
+    from pyablate.doctor import advice, facts
+
+    out = table.console()
+    known = facts()
+    out.print(table.facts_table(known))
+    for line in advice(known):
+        out.print(line)
+
+
+def _load_model(spec: str, weights: str | None, device: str | None) -> nn.Module:
+    from pyablate.inputs import load_model
+
+    return load_model(spec, weights=weights, device=device)
+
+
+def _load_data(
+    spec: str,
+    labels: str | None = None,
+    limit: int | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    batch_size: int | None = None,
+) -> Data:
+    from pyablate.inputs import load_data
+
+    options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    return load_data(
+        spec,
+        labels=labels,
+        limit=limit,
+        size=size,
+        mean=parse_numbers("--mean", mean),
+        std=parse_numbers("--std", std),
+        **options,
+    )
+
+
+def _sample(spec: str, network: nn.Module, data: str | None, shape: str | None) -> Tensor:
+    """One input for the network: from the data, of the shape given, or a shipped image."""
+    import torch
+
+    if shape is not None:
+        sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
+        # Noise, not zeros: a constant input can hide which tensors are alive.
+        sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
+    elif data is not None or spec.startswith("demo:"):
+        batches = _load_data(data or "demo", limit=2).batches
+        sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
+    else:
+        raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
+    first = next(iter(network.parameters()), None)
+    return sample if first is None else sample.to(first.device)
+
+
+def main() -> None:
+    """Entry point of the ``pyablate`` command."""
+    app(prog_name="pyablate")
