@@ -10,13 +10,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from importlib import resources
-from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from pyablate.idx import read_idx
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11
 
 CLASSES: tuple[str, ...] = (
     "T-shirt/top",
