@@ -277,7 +277,7 @@ def load(name: str, *, limit: int | None = None) -> tuple[nn.Module, Tensor, Ten
 
 
 def _data(folder: str, name: str) -> Traversable:
-    return resources.files("pyablate").joinpath("data", folder, name)
+    return resources.files("pyablate") / "data" / folder / name
 
 
 def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module, nn.Module]:
