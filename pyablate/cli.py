@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pyablate.shell import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
+from pyablate.shell import (
+    InputError,
+    check_file,
+    error_line,
+    log_to_stderr,
+    parse_bytes,
+    parse_numbers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,6 +175,7 @@ def demo(
 
     model, images, labels = pa.demo.load(name, limit=limit)
     check_writable(output / "run.zarr")
+    check_file(output / "units.csv")
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
         model,
@@ -225,6 +233,8 @@ def run(
 
     budget = parse_bytes("--memory", memory)
     check_writable(output)
+    if csv is not None:
+        check_file(csv)
     network = _load_model(model, weights, device)
     batches = _load_data(data, labels, limit, size, mean, std, batch_size)
     result = pa.ablate(
@@ -242,7 +252,6 @@ def run(
     result.save(output)
     written = [str(output)]
     if csv is not None:
-        csv.parent.mkdir(parents=True, exist_ok=True)
         result.to_dataframe().to_csv(csv, index=False)
         written.append(str(csv))
     out = table.console()

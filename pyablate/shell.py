@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import sys
+from pathlib import Path
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -66,6 +68,21 @@ def parse_numbers(
         kind = "whole numbers above 0" if whole else "numbers"
         raise InputError(f"{option}: expected {kind} with commas between, got {text!r}")
     return numbers
+
+
+def check_file(path: Path) -> None:
+    """Fail now rather than after the run if a file cannot be written.
+
+    Raises
+    ------
+    OSError
+        The path is a folder, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write to, {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written")
 
 
 def error_line(error: BaseException) -> tuple[str | None, int]:

@@ -1,0 +1,284 @@
+"""The commands, on a small network of the user's own and on a shipped one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import pyablate as pa
+from pyablate.cli import app
+
+_NETWORK = """
+import time
+
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )
+
+
+def sleep():
+    print("sleeping", flush=True)
+    time.sleep(60)
+
+
+def explode():
+    raise ValueError("first line\\nsecond line")
+
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a network in ``small_network.py`` and ``images.npz``."""
+    (tmp_path / "small_network.py").write_text(_NETWORK)
+    draw = np.random.default_rng(0)
+    images = draw.random((12, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)
+    np.savez(tmp_path / "empty.npz", images=images[:0], labels=np.arange(0))
+    np.savez(tmp_path / "bad_labels.npz", images=images, labels=np.arange(12) - 1)
+    images[3, 0, 0] = np.nan
+    np.savez(tmp_path / "nan.npz", images=images, labels=np.arange(12) % 3)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("not a result")
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("small_network", None)
+    return tmp_path
+
+
+def _invoke(*arguments: str) -> tuple[int, str, str]:
+    outcome = CliRunner().invoke(app, list(arguments))
+    return outcome.exit_code, outcome.stdout, outcome.stderr
+
+
+def _process(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyablate", *arguments],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1])},
+    )
+
+
+_RUN = ("run", "small_network:make", "--data", "images.npz")
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "layers", "plan", "doctor"])
+def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
+    code, out, _ = _invoke("--help")
+    assert code == 0
+    assert command in out
+    code, out, _ = _invoke(command, "--help")
+    assert code == 0
+    assert "--debug" in out
+    assert command == "doctor" or f"pyablate {command}" in out  # an example
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pyablate.cli import app\n"
+        "try:\n    app(['run', '--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_version_is_the_package_version() -> None:
+    assert _invoke("--version") == (0, f"pyablate {pa.build_info()['version']}\n", "")
+
+
+def test_run_writes_what_the_library_finds(here: Path) -> None:
+    code, out, err = _invoke(*_RUN, "--output", "out/small.zarr", "--csv", "tables/units.csv")
+    assert code == 0, err
+    saved = pa.load("out/small.zarr")
+
+    from small_network import make  # type: ignore[import-not-found]
+
+    from pyablate.inputs import load_data
+
+    data = load_data("images.npz")
+    expected = pa.ablate(make().eval(), data.batches, layers=["*"], progress=False)
+    np.testing.assert_array_equal(saved.predictions(), expected.predictions())
+    assert list(saved.units["label"]) == list(expected.units["label"])
+
+    table = pd.read_csv("tables/units.csv")
+    assert len(table) == 10
+    np.testing.assert_allclose(table["accuracy_drop"], saved.accuracy_drop)
+    assert f"Baseline accuracy {100 * saved.baseline_accuracy:.2f} % on 12 images" in out
+    assert "Audit:" in out
+    assert "Time:" in out
+    assert "out/small.zarr" in out
+
+
+def test_run_takes_its_options(here: Path) -> None:
+    code, out, err = _invoke(
+        *_RUN, "--layers", "3", "--limit", "6", "--intervention", "constant:-2",
+        "--batch-size", "4", "--memory", "1GB", "--device", "cpu", "--seed", "3",
+        "--mean", "0.5", "--std", "0.25", "--no-progress",
+    )  # fmt: skip
+    assert code == 0, err
+    result = pa.load("run.zarr")
+    assert list(result.units["label"]) == [f"3:{unit}" for unit in range(6)]
+    assert len(result.labels) == 6
+    assert result.intervention == "constant:-2"
+    assert "replaced by: constant:-2" in out
+
+
+def test_run_replaces_an_older_result_but_nothing_else(here: Path) -> None:
+    assert _invoke(*_RUN, "--limit", "3")[0] == 0
+    assert _invoke(*_RUN, "--limit", "4")[0] == 0
+    assert len(pa.load("run.zarr").labels) == 4
+    code, _, err = _invoke(*_RUN, "--output", "notes")
+    assert code == 2
+    assert "notes" in err
+    assert (here / "notes" / "a.txt").read_text() == "not a result"
+
+
+def test_layers_are_listed_with_what_the_star_selects(here: Path) -> None:
+    for sample in (("--input-shape", "1,8,8"), ("--data", "images.npz")):
+        code, out, err = _invoke("layers", "small_network:make", *sample)
+        assert code == 0, err
+        rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
+        assert rows["1"] == ["1", "activation", "4", "4", "x", "6", "x", "6", "yes"]
+        assert rows["0"][1] == "layer"
+        assert rows["0"][-1] != "yes"
+
+
+def test_layers_of_a_network_without_activations_are_listed_all_the_same(here: Path) -> None:
+    class_layer = "0"
+    code, out, err = _invoke("layers", "small_network:plain", "--input-shape", "64")
+    assert code == 0, err
+    assert class_layer not in {line.split()[0] for line in out.splitlines()[2:] if line.strip()}
+
+
+def test_a_shipped_network_needs_no_shape() -> None:
+    code, out, err = _invoke("layers", "demo:vgg_bn")
+    assert code == 0, err
+    assert "features.2" in out
+
+
+def test_plan_explains_without_running(here: Path) -> None:
+    code, out, err = _invoke(
+        "plan", "small_network:make", "--input-shape", "1,8,8", "--images", "1000"
+    )
+    assert code == 0, err
+    assert "1,000" in out or "1000" in out
+    assert sorted(path.name for path in here.iterdir() if path.suffix == ".zarr") == []
+
+
+def test_doctor_says_what_was_built() -> None:
+    code, out, _ = _invoke("doctor")
+    assert code == 0
+    info = pa.build_info()
+    assert f"pyablate {info['version']}" in " ".join(out.split())
+    assert f"native module {'yes' if info['native'] else 'no'}" in " ".join(out.split())
+
+
+@pytest.mark.slow
+def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
+    code, out, err = _invoke("demo", "--limit", "200", "--output", str(tmp_path / "demo"))
+    assert code == 0, err
+    result = pa.load(tmp_path / "demo" / "run.zarr")
+    table = pd.read_csv(tmp_path / "demo" / "units.csv")
+    assert len(table) == len(result.units)
+    assert len(result.labels) == 200
+    for expected in ("Baseline accuracy", "Audit:", "0 mismatches", "Time:", "Plain hook loop"):
+        assert expected in out
+    assert "scaling" in out
+    assert " 0 of " in out.partition("Its predictions")[2]  # none differs from the hook loop
+    layers = dict.fromkeys(result.units["layer"])
+    assert all(layer in out for layer in layers)
+
+
+_BAD_INPUT = {
+    "no such option": (("run", "x:y", "--dta", "demo"), "--dta"),
+    "no such command": (("rum",), "rum"),
+    "no data": (("run", "demo:vgg_bn"), "--data"),
+    "limit not a number": ((*_RUN, "--limit", "many"), "--limit"),
+    "limit of none": ((*_RUN, "--limit", "0"), "--limit"),
+    "no such network": (("run", "demo:vgg_nb", "--data", "demo"), "vgg_bn"),
+    "no such shipped network": (("demo", "vgg_nb"), "vgg_bn"),
+    "no such module": (("run", "no_such_module:make", "--data", "images.npz"), "no_such_module"),
+    "no such library": (("run", "torchvision:no_such_net", "--data", "images.npz"), "torchvision"),
+    "factory that fails": (("run", "small_network:explode", "--data", "images.npz"), "first line"),
+    "no such weights": ((*_RUN, "--weights", "gone.safetensors"), "gone.safetensors"),
+    "no such data": (("run", "small_network:make", "--data", "gone"), "gone"),
+    "empty data": (("run", "small_network:make", "--data", "empty.npz"), "empty.npz"),
+    "negative label": (("run", "small_network:make", "--data", "bad_labels.npz"), "-1"),
+    "nan image": (("run", "small_network:make", "--data", "nan.npz"), "3"),
+    "unknown layer": ((*_RUN, "--layers", "9"), "'9'"),
+    "unknown intervention": ((*_RUN, "--intervention", "zreo"), "zero"),
+    "constant not a number": ((*_RUN, "--intervention", "constant:big"), "big"),
+    "no such device": ((*_RUN, "--device", "tpu9"), "tpu9"),
+    "memory not a size": ((*_RUN, "--memory", "lots"), "lots"),
+    "mean not numbers": ((*_RUN, "--mean", "grey"), "--mean"),
+    "output in a file": ((*_RUN, "--output", "images.npz/run.zarr"), "images.npz"),
+    "output over something else": ((*_RUN, "--output", "notes"), "notes"),
+    "csv over a folder": ((*_RUN, "--csv", "notes"), "notes"),
+    "layers without a sample": (("layers", "small_network:make"), "--input-shape"),
+    "shape not numbers": (("layers", "small_network:make", "--input-shape", "a"), "--input-shape"),
+    "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
+}
+
+
+@pytest.mark.parametrize("case", _BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(here: Path, case: str) -> None:
+    arguments, named = _BAD_INPUT[case]
+    code, _, err = _invoke(*arguments)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("pyablate: ")
+    assert named in last
+    assert "Traceback" not in err
+    assert sum(line.startswith("pyablate: ") for line in err.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    process = _process(["run", "demo:vgg_nb", "--data", "demo", "--debug"], here)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" in err
+    assert "ValueError" in err
+
+
+def test_a_process_ends_with_2_and_one_line(here: Path) -> None:
+    process = _process(["run", "demo:vgg_nb", "--data", "demo"], here)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_interrupt_ends_with_130_and_one_line(here: Path) -> None:
+    process = _process(["run", "small_network:sleep", "--data", "images.npz"], here)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "sleeping\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "pyablate: interrupted\n"
+    assert not list(here.glob(".run.zarr*"))
