@@ -63,6 +63,7 @@ demo: build
 docs: build
 	$(BIN)/typer pyablate.cli utils docs --name pyablate --title 'The shell' --output docs/shell.md
 	test -d demo/run.zarr || $(BIN)/pyablate demo
+	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
 
 sanitize: build
