@@ -1,1 +1,5 @@
-"""Plain PyTorch versions: the native operations' oracle, and what runs without the extension."""
+"""Plain PyTorch versions: the oracle of everything, and what runs without the extension."""
+
+from pyablate.reference.loop import NEAR_TIE, ablate, logits, near_ties, predictions
+
+__all__ = ["NEAR_TIE", "ablate", "logits", "near_ties", "predictions"]

@@ -1,0 +1,396 @@
+"""The plain float64 hook loop: ablate a unit, run the whole network, look at the predictions.
+
+This is the oracle of the delta engine. It shares no code with it, only the definitions: which
+tensors hold units (:mod:`pyablate.sites`), what a random intervention draws
+(:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.data`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyablate.data import Batch, Data
+from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.progress import Report, reporting
+from pyablate.reference.rows import Row, rows_of
+from pyablate.result import AblationResult, Flips
+from pyablate.sites import Site, sites
+
+NEAR_TIE = 1e-5
+"""Top-2 margin, as a share of the largest absolute logit, under which a prediction is a tie."""
+
+Change = Callable[[int, Tensor], Tensor | None]
+"""Called with the number of a module's call (from 1) and its output; may return another output."""
+
+
+def ablate(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str] | None = None,
+    *,
+    intervention: str | Intervention = "zero",
+    groups: Sequence[Sequence[str]] | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool | Report | None = None,
+    batch_size: int | None = None,
+) -> AblationResult:
+    """Ablate units one at a time with a forward hook and a full float64 forward pass for each.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network that turns images ``[N, ...]`` into logits ``[N, K]``. It is copied, not touched.
+    data : pair of arrays, DataLoader or iterable of (x, y)
+        Images ``[N, ...]`` and integer labels ``[N]``.
+    layers : str or sequence of str, optional
+        Layer names, globs and single units ``"layer:unit"``. None is ``"*"``, or nothing if
+        ``groups`` is given.
+    intervention : str or Intervention
+        What stands in for a unit; see :class:`pyablate.interventions.Intervention`.
+    groups : sequence of sequence of str, optional
+        Units ``"layer:unit"`` that are ablated together, of one layer or of several.
+    class_names : sequence of str, optional
+        One name per class; the class numbers by default.
+    device : str or torch.device, optional
+        Where to compute; the model's own device by default.
+    seed : int
+        Seed of a random intervention that names none.
+    progress : bool or callable, optional
+        See :func:`pyablate.progress.reporting`.
+    batch_size : int, optional
+        Images per forward pass; 256 by default.
+
+    Returns
+    -------
+    AblationResult
+        Rows are the units of the chosen layers, layers in the order in which the network computes
+        them and units ascending, followed by the groups.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is described here; the message says which and why.
+    """
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    labels = torch.cat([batch.labels for batch in loop.batches]).numpy()
+    pieces: list[tuple[Any, Any, Any]] = []
+    baseline = np.empty(0, dtype=np.int64)
+    names: tuple[str, ...] = ()
+    with reporting(progress) as report:
+        for row, values in loop.logits():
+            predicted = predictions(values)
+            if row < 0:
+                baseline = predicted
+                names = _class_names(class_names, values.shape[1])
+            flipped = np.flatnonzero(predicted != baseline)
+            pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
+            report(row + 1, len(loop.rows), loop.rows[row].layer)
+    return AblationResult(
+        units=pd.DataFrame(
+            {
+                "label": [row.label for row in loop.rows],
+                "layer": [row.layer for row in loop.rows],
+                "unit": np.array([row.unit for row in loop.rows], dtype=np.int64),
+            }
+        ),
+        labels=labels,
+        baseline=baseline,
+        flips=Flips.gather(len(loop.rows), pieces),
+        class_names=names,
+        intervention=str(loop.intervention),
+        strategy={row.layer: "reference" for row in loop.rows},
+    )
+
+
+def logits(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str] | None = None,
+    *,
+    intervention: str | Intervention = "zero",
+    groups: Sequence[Sequence[str]] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits of the intact network and then of each ablated one; arguments as for `ablate`.
+
+    Yields
+    ------
+    row : int
+        -1 for the intact network, then 0, 1, ... as in ``AblationResult.units``.
+    logits : Tensor
+        Float64 ``[N, K]``, on the CPU.
+    """
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    return loop.logits()
+
+
+def predictions(values: Tensor) -> np.ndarray:
+    """Class with the largest logit, the first one on equality: ``[N, K]`` to int64 ``[N]``."""
+    return values.numpy().argmax(axis=1).astype(np.int64, copy=False)
+
+
+def near_ties(values: Tensor) -> np.ndarray:
+    """Whether a prediction is too close to call in lower precision: ``[N, K]`` to bool ``[N]``.
+
+    True where the top-2 margin is under :data:`NEAR_TIE` times the largest absolute logit.
+    """
+    if values.shape[1] < 2:
+        return np.zeros(len(values), dtype=bool)
+    top = values.topk(2, dim=1).values
+    return (top[:, 0] - top[:, 1] < NEAR_TIE * values.abs().amax(dim=1)).numpy()
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What a site emits at one of its calls over all images and positions."""
+
+    mean: Tensor  # [C]
+    class_mean: Tensor  # [K, C], NaN for a class without images
+    deviation: Tensor  # [C]
+
+
+@dataclass
+class _Loop:
+    """The network in float64, the images, and what is to be done with them."""
+
+    model: nn.Module
+    batches: list[Batch]
+    rows: list[Row]
+    intervention: Intervention
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        data: Any,
+        layers: str | Sequence[str] | None,
+        intervention: str | Intervention,
+        groups: Sequence[Sequence[str]] | None,
+        device: str | torch.device | None,
+        seed: int,
+        batch_size: int | None,
+    ) -> _Loop:
+        """Check the arguments and make the float64 copy."""
+        specification = parse(intervention, seed=seed)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+        _check_weights(model)
+        place = _device(model, device)
+        double = copy.deepcopy(model).to(place, torch.float64).eval()
+        double.requires_grad_(False)
+        images = Data(data, dtype=torch.float64, device=place)
+        batches = list(images.batches(batch_size or 256))
+        found = sites(double, batches[0].images[:1])
+        return cls(double, batches, rows_of(found, layers, groups, specification), specification)
+
+    def logits(self) -> Iterator[tuple[int, Tensor]]:
+        """Logits of every row, the intact network first."""
+        clean = torch.cat([self.run(batch.images, {}) for batch in self.batches])
+        self._check_labels(clean.shape[1])
+        yield -1, clean.cpu()
+        for number, row in enumerate(self.rows):
+            yield number, torch.cat([self._ablated(row, batch) for batch in self.batches]).cpu()
+
+    def run(self, images: Tensor, changes: Mapping[str, Change]) -> Tensor:
+        """One forward pass in which ``changes[module]`` may replace the outputs of its calls."""
+        calls: Counter[str] = Counter()
+
+        def hook_of(name: str) -> Callable[..., Tensor | None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+                calls[name] += 1
+                return changes[name](calls[name], output)
+
+            return hook
+
+        handles = []
+        try:
+            for name in changes:
+                module = self.model.get_submodule(name)
+                handles.append(module.register_forward_hook(hook_of(name)))
+            with torch.no_grad():
+                values = self.model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"model: expected logits [{len(images)}, classes], got {shape}")
+        return values
+
+    def _ablated(self, row: Row, batch: Batch) -> Tensor:
+        """Logits of one batch with the units of a row replaced."""
+        images = batch.images
+        if self.intervention.kind == "resample":
+            # The donors ride along intact in the second half: each call of a site then shows
+            # their maps beside those that they replace.
+            images = torch.cat([images, self._images[self._donor[batch.index]]])
+
+        def change_of(module: str) -> Change:
+            def change(call: int, output: Tensor) -> Tensor:
+                changed = output.clone()
+                for site, units in row.targets.items():
+                    if site.module == module and site.call in (None, call):
+                        self._replace(changed, output, site, units, call, batch)
+                return changed
+
+            return change
+
+        modules = {site.module for site in row.targets}
+        values = self.run(images, {module: change_of(module) for module in modules})
+        return values[: len(batch.images)]
+
+    def _replace(
+        self, changed: Tensor, output: Tensor, site: Site, units: list[int], call: int, batch: Batch
+    ) -> None:
+        """Write what stands in for the units into ``changed``, a copy of the site's output."""
+        rows = changed[: len(batch.images)]
+        if self.intervention.kind == "direction":
+            matrix = self.intervention.matrix(site.name, site.channels)
+            q = matrix[:, units].to(output.device)
+            a = rows.movedim(site.axis, -1)  # a view: [N, ..., channels]
+            a -= (a @ q) @ q.T
+            return
+        for unit in units:
+            entries = rows.select(site.axis, unit)
+            entries[...] = self._stand_in(entries.shape, output, site, unit, call, batch)
+
+    def _stand_in(
+        self,
+        shape: torch.Size,
+        output: Tensor,
+        site: Site,
+        unit: int,
+        call: int,
+        batch: Batch,
+    ) -> Tensor | float:
+        """Values that replace a unit's map ``[N, *positions]`` of the given shape."""
+        kind = self.intervention.kind
+        if kind in ("zero", "constant"):
+            return 0.0 if kind == "zero" else self.intervention.value
+        if kind == "resample":
+            return output[len(batch.images) :].select(site.axis, unit)
+        moments = self._moments[site.name, call]
+        if kind == "mean":
+            return moments.mean[unit]
+        if kind == "class_mean":
+            per_image = moments.class_mean[batch.labels.to(output.device), unit]
+            return per_image.reshape(-1, *[1] * (len(shape) - 1))
+        positions = shape[1:].numel()
+        which = torch.full_like(batch.index, unit)
+        draws = gaussian(self.intervention.seed, site.name, batch.index, which, positions)
+        return moments.mean[unit] + moments.deviation[unit] * draws.reshape(shape)
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return torch.cat([batch.images for batch in self.batches])
+
+    @cached_property
+    def _donor(self) -> Tensor:
+        donor = donors(self.intervention.seed, len(self._images))
+        return torch.from_numpy(donor).to(self._images.device)
+
+    @cached_property
+    def _moments(self) -> dict[tuple[str, int], _Moments]:
+        """Statistics of every site in the rows, by site name and call; two clean passes."""
+        touched = list({site: None for row in self.rows for site in row.targets})
+        classes = 1 + max(int(batch.labels.max()) for batch in self.batches)
+        sums: dict[tuple[str, int], Tensor] = {}  # [K, C]
+        squares: dict[tuple[str, int], Tensor] = {}  # [C], about the mean
+        positions: dict[tuple[str, int], int] = {}
+        images = torch.zeros(classes, dtype=torch.float64)
+
+        for batch in self.batches:
+            images += torch.bincount(batch.labels, minlength=classes)
+            for key, maps in self._clean_maps(touched, batch):
+                per_image = maps.sum(dim=2)
+                total = sums.setdefault(key, per_image.new_zeros(classes, maps.shape[1]))
+                total.index_add_(0, batch.labels.to(maps.device), per_image)
+                positions[key] = maps.shape[2]
+        everything = {key: float(images.sum()) * positions[key] for key in sums}
+        mean = {key: total.sum(dim=0) / everything[key] for key, total in sums.items()}
+        for batch in self.batches if self.intervention.kind == "noise" else ():
+            for key, maps in self._clean_maps(touched, batch):
+                about = (maps - mean[key][:, None]).square().sum(dim=(0, 2))
+                squares[key] = squares.get(key, torch.zeros_like(about)) + about
+        return {
+            key: _Moments(
+                mean=mean[key],
+                class_mean=total / (images[:, None].to(total.device) * positions[key]),
+                deviation=(squares.get(key, torch.zeros_like(mean[key])) / everything[key]).sqrt(),
+            )
+            for key, total in sums.items()
+        }
+
+    def _clean_maps(
+        self, touched: Sequence[Site], batch: Batch
+    ) -> list[tuple[tuple[str, int], Tensor]]:
+        """Collect maps ``[N, C, positions]`` of the intact network by site name and call."""
+        maps: list[tuple[tuple[str, int], Tensor]] = []
+
+        def watch(module: str) -> Change:
+            def note(call: int, output: Tensor) -> None:
+                for site in touched:
+                    if site.module == module and site.call in (None, call):
+                        units_first = output.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
+                        maps.append(((site.name, call), units_first.clone()))
+
+            return note
+
+        self.run(batch.images, {site.module: watch(site.module) for site in touched})
+        return maps
+
+    def _check_labels(self, classes: int) -> None:
+        for batch in self.batches:
+            wrong = (batch.labels >= classes).nonzero()
+            if len(wrong):
+                image = int(wrong[0])
+                raise ValueError(
+                    f"labels: expected classes 0 to {classes - 1}, got {int(batch.labels[image])} "
+                    f"for image {batch.first + image}"
+                )
+
+
+def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(str(number) for number in range(classes))
+    if len(names) != classes:
+        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
+    return tuple(names)
+
+
+def _check_weights(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ValueError(f"model: {name} holds {bad} NaN or infinite values")
+
+
+def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    if device is None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            return tensor.device
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # PyTorch's own messages run to a page; the first line says what is wrong.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
+    return chosen
