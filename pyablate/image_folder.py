@@ -68,7 +68,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        self._pillow = _pillow()
+        _pillow()  # missing, it is missed now and not at the first image
         self._size = None if size is None else _scale_and_crop(size)
         self.classes = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p)))
         if not self.classes:
@@ -120,12 +120,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return np.array(converted, dtype=np.uint8)
 
     def _open(self, path: Path) -> Any:
+        pillow = _pillow()  # no attribute: decoding processes get a pickled copy of this object
         with warnings.catch_warnings():
             # Its warning becomes the error below; the header tells the size before any decoding.
-            warnings.simplefilter("ignore", self._pillow.DecompressionBombWarning)
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
             try:
-                image = self._pillow.open(path)
-            except self._pillow.DecompressionBombError as error:
+                image = pillow.open(path)
+            except pillow.DecompressionBombError as error:
                 raise ValueError(f"data: {str(path)!r} is too large ({error})") from None
         if image.width * image.height > MAX_PIXELS:
             found = f"{image.width} x {image.height}"
@@ -143,7 +144,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         # Rounded the way torchvision's Resize and CenterCrop do, so that accuracies compare.
         short = min(image.size)
         width, height = (scale * side // short for side in image.size)
-        image = image.resize((width, height), self._pillow.Resampling.BILINEAR)
+        image = image.resize((width, height), _pillow().Resampling.BILINEAR)
         left, top = (round((side - crop) / 2) for side in (width, height))
         return image.crop((left, top, left + crop, top + crop))
 
