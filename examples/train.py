@@ -70,6 +70,8 @@ def train(
         model.parameters(), lr=peak_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     steps = epochs * max(1, len(images) // batch_size)
+    if steps < 5:
+        raise ValueError(f"epochs, batch_size: expected at least 5 steps of training, got {steps}")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peak_rate, total_steps=steps, pct_start=0.25
     )

@@ -155,7 +155,7 @@ def training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(output: Path, data: Path, seed: int) -> bytes:
     command = [sys.executable, str(ROOT / "examples" / "train.py"), "vgg_bn", "--epochs", "1"]
-    command += ["--data", str(data), "--limit", "260", "--batch-size", "64", "--threads", "1"]
+    command += ["--data", str(data), "--limit", "260", "--batch-size", "32", "--threads", "1"]
     command += ["--seed", str(seed), "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -179,6 +179,13 @@ def test_training_lowers_the_loss(script: ModuleType) -> None:
     model = demo.build("vgg_bn")
     script.train(model, pixels, labels, epochs=4, batch_size=32, peak_rate=0.05, seed=0)
     assert script.accuracy(model, pixels, labels) > 0.5  # chance is 0.1
+
+
+def test_too_few_steps_for_the_schedule(script: ModuleType) -> None:
+    images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    model = demo.build("alexnet")
+    with pytest.raises(ValueError, match="expected at least 5 steps of training, got 4"):
+        script.train(model, images, labels, epochs=2, batch_size=4, peak_rate=0.1, seed=0)
 
 
 def test_augmentation_moves_and_mirrors(script: ModuleType) -> None:
