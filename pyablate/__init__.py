@@ -1,0 +1,26 @@
+"""Exhaustive unit ablation of neural image classifiers, exact and fast."""
+
+from pyablate import demo, interventions, ops, reference
+from pyablate._native import build_info
+from pyablate.interventions import Intervention
+from pyablate.result import AblationResult, Audit, Flips
+from pyablate.run import ablate
+from pyablate.sites import Site, select, sites
+from pyablate.store import load
+
+__all__ = [
+    "AblationResult",
+    "Audit",
+    "Flips",
+    "Intervention",
+    "Site",
+    "ablate",
+    "build_info",
+    "demo",
+    "interventions",
+    "load",
+    "ops",
+    "reference",
+    "select",
+    "sites",
+]

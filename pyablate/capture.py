@@ -1,0 +1,348 @@
+"""From a model to a graph: ``torch.export`` with the sites marked, batch norm folded.
+
+The graph is torch.fx over ATen operators, evaluated here node by node so that the engine can
+choose what to keep of the clean run and carry differences instead of values through the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from pyablate.sites import Site, evaluation, hooked
+
+logger = logging.getLogger("pyablate")
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("pyablate::site", mutates_args=())
+def mark(x: Tensor, name: str, call: int) -> Tensor:
+    """Identity that leaves the name of a site in an exported graph."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, name: str, call: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+MARKER = torch.ops.pyablate.site.default
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+
+
+class CaptureError(Exception):
+    """The model cannot be captured; it runs by replay instead."""
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where a tensor keeps the images: ``shape[axis] == images * inner``, image-major."""
+
+    axis: int
+    inner: int
+
+    def pick(self, x: Tensor, image: Tensor) -> Tensor:
+        """Gather images: ``[.., N * inner, ..] -> [.., len(image) * inner, ..]``."""
+        if self.inner == 1:
+            return x.index_select(self.axis, image)
+        split = x.unflatten(self.axis, (-1, self.inner))
+        return split.index_select(self.axis, image).flatten(self.axis, self.axis + 1)
+
+
+@dataclass
+class Graph:
+    """A captured network.
+
+    Attributes
+    ----------
+    graph : fx.Graph
+        ATen operators; one placeholder is the images, the others are constants.
+    images, logits : fx.Node
+        Input and output.
+    constants : dict
+        Values of the other placeholders.
+    layout : dict
+        Where each batch-dependent floating-point tensor keeps its images.
+    markers : list of fx.Node
+        One per (site, call) in execution order.
+    """
+
+    graph: fx.Graph
+    images: fx.Node
+    logits: fx.Node
+    constants: dict[fx.Node, Tensor]
+    symbol: Any
+    layout: dict[fx.Node, BatchLayout] = field(default_factory=dict)
+    markers: list[fx.Node] = field(default_factory=list)
+
+    def run(self, images: Tensor, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+        """Compute ``keep`` for a batch of images; other tensors are freed after their last use."""
+        wanted = set(keep)
+        values: dict[fx.Node, Any] = {self.images: images}
+        uses = {node: len(node.users) for node in self.graph.nodes}
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            values[node] = self.evaluate(node, values.__getitem__, len(images))
+            for source in node.all_input_nodes:
+                uses[source] -= 1
+                if uses[source] == 0 and source not in wanted:
+                    values.pop(source, None)
+        return {node: values[node] for node in wanted}
+
+    def evaluate(self, node: fx.Node, value: Callable[[fx.Node], Any], rows: int) -> Any:
+        """Apply a node's operator; ``value`` gives its tensors, for a batch of ``rows``."""
+
+        def resolve(source: fx.Node) -> Any:
+            if source in self.constants:
+                return self.constants[source]
+            size = self.size(source, rows)
+            return value(source) if size is None else size
+
+        symbolic = self.size(node, rows)
+        if symbolic is not None:
+            return symbolic
+        args = fx.node.map_arg(node.args, resolve)
+        kwargs = fx.node.map_arg(node.kwargs, resolve)
+        return function(node)(*args, **kwargs)
+
+    def size(self, node: fx.Node, rows: int) -> int | None:
+        """Value of a node that is a size (it depends on the number of rows only), else None."""
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.SymInt):
+            return int(meta.node.expr.subs(self.symbol, rows))
+        return None
+
+    def elements(self, node: fx.Node) -> int:
+        """Elements of a node's tensor for one image; 1 where it holds no single tensor."""
+        meta = node.meta.get("val")
+        if not isinstance(meta, Tensor):
+            return 1
+        sizes = (
+            int(size.node.expr.subs(self.symbol, 1)) if isinstance(size, torch.SymInt) else size
+            for size in meta.shape
+        )
+        return math.prod(sizes)
+
+    def layout_of(self, meta: Any) -> BatchLayout | None:
+        """Where a tensor of this shape keeps its images; None if it does not depend on them."""
+        return _layout(meta, self.symbol) if isinstance(meta, Tensor) else None
+
+    def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
+        """Nodes whose value can change when the values of ``starts`` do, in order."""
+        changed = set(starts)
+        for node in self.graph.nodes:
+            if node.op == "call_function" and self.size(node, 1) is None:
+                if any(source in changed for source in node.all_input_nodes):
+                    changed.add(node)
+        return [node for node in self.graph.nodes if node in changed]
+
+
+def function(node: fx.Node) -> Callable[..., Any]:
+    """Return what to call for a node; views become reshapes, since layouts here may differ."""
+    if node.target in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default
+    if node.target is MARKER:
+        return _identity
+    return cast(Callable[..., Any], node.target)
+
+
+def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
+    """Export a model with its sites marked.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is left as it was.
+    sample : Tensor
+        At least one image, ``[N, ...]``, on the model's device.
+    sites : sequence of Site
+        What to mark.
+
+    Raises
+    ------
+    CaptureError
+        ``torch.export`` fails, or the graph does something across images.
+    """
+    pair = _two_images(sample)
+    program = _export(model, pair, sites)
+    graph = _read(program)
+    graph.layout = _layouts(graph)
+    _verify(graph, pair)
+    _fold_batch_norm(graph)
+    _channels_last(graph)
+    return graph
+
+
+def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.export.ExportedProgram:
+    def change(site: Site, call: int, output: Tensor) -> Tensor:
+        return cast(Tensor, mark(output, site.name, call))
+
+    with warnings.catch_warnings(), evaluation(model), hooked(model, sites, change):
+        warnings.simplefilter("ignore")  # torch's own deprecations while it traces
+        try:
+            program = torch.export.export(
+                model, (pair,), dynamic_shapes=({0: Dim("batch")},), strict=False
+            )
+            return program.run_decompositions({})
+        except Exception as error:  # torch.export raises many types; each means the same here
+            reason = str(error).strip().splitlines()
+            raise CaptureError(f"torch.export: {reason[0] if reason else error!r}") from error
+
+
+def _read(program: torch.export.ExportedProgram) -> Graph:
+    constants: dict[fx.Node, Tensor] = {}
+    inputs: list[fx.Node] = []
+    held = {**program.constants, **program.state_dict}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        node = placeholders[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        else:
+            value = held[cast(str, spec.target)]
+            constants[node] = value.detach() if isinstance(value, Tensor) else value
+    outputs = program.graph.output_node().args[0]
+    if len(inputs) != 1 or len(cast(tuple[Any, ...], outputs)) != 1:
+        raise CaptureError("the model takes or returns more than one tensor")
+    size = inputs[0].meta["val"].shape[0]
+    if not isinstance(size, torch.SymInt):
+        raise CaptureError("the batch size is fixed in the exported graph")
+    program.graph.eliminate_dead_code()
+    return Graph(
+        graph=program.graph,
+        images=inputs[0],
+        logits=cast(tuple[fx.Node, ...], outputs)[0],
+        constants=constants,
+        symbol=size.node.expr,
+        markers=[node for node in program.graph.nodes if node.target is MARKER],
+    )
+
+
+def _layouts(graph: Graph) -> dict[fx.Node, BatchLayout]:
+    found = {}
+    for node in graph.graph.nodes:
+        meta = node.meta.get("val")
+        if isinstance(meta, Tensor):
+            layout = _layout(meta, graph.symbol)
+            if layout is not None:
+                found[node] = layout
+    return found
+
+
+def _layout(meta: Tensor, symbol: Any) -> BatchLayout | None:
+    axes = [
+        (axis, size.node.expr)
+        for axis, size in enumerate(meta.shape)
+        if isinstance(size, torch.SymInt)
+    ]
+    if len(axes) != 1:
+        return None
+    axis, expression = axes[0]
+    inner = expression / symbol
+    return BatchLayout(axis, int(inner)) if inner.is_Integer else None
+
+
+def _verify(graph: Graph, pair: Tensor) -> None:
+    """Swap two images: every tensor that the engine may gather by image must swap with them."""
+    nodes = [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+    ]
+    swap = torch.tensor([1, 0], device=pair.device)
+    values, swapped = graph.run(pair, nodes), graph.run(pair[swap], nodes)
+    for node in nodes:
+        layout = graph.layout.get(node)
+        straight = values[node] if layout is None else layout.pick(values[node], swap)
+        if not torch.allclose(straight, swapped[node], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise CaptureError(f"{node.name} ({node.target}) mixes images or hides their order")
+
+
+def _fold_batch_norm(graph: Graph) -> None:
+    """Scale the filters of a convolution by the batch norm that alone reads it."""
+    for node in list(graph.graph.nodes):
+        if node.target is not BATCH_NORM:
+            continue
+        conv = node.args[0]
+        value = next((user for user in node.users if user.target is operator.getitem), None)
+        foldable = (
+            value is not None
+            and len(node.users) == 1
+            and len(conv.users) == 1
+            and conv.target in CONVOLUTIONS
+            and conv.args[1] in graph.constants
+            and (len(conv.args) < 3 or conv.args[2] is None or conv.args[2] in graph.constants)
+        )
+        if foldable:
+            _fold(graph, conv, node)
+            cast(fx.Node, value).replace_all_uses_with(conv)
+            graph.graph.erase_node(cast(fx.Node, value))
+            graph.graph.erase_node(node)
+
+
+def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
+    scale, shift = norm_scale(graph, norm)
+    weight = graph.constants[cast(fx.Node, conv.args[1])]
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    old = graph.constants[bias].double() if isinstance(bias, fx.Node) else 0.0
+    folded = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    new = [(folded, "weight"), (old * scale + shift, "bias")]
+    with graph.graph.inserting_before(graph.images):
+        for value, name in new:
+            node = graph.graph.placeholder(f"{conv.name}_folded_{name}")
+            node.meta["val"] = graph.constants[node] = value.to(weight.dtype)
+    created = list(graph.constants)[-2:]
+    conv.args = (conv.args[0], created[0], created[1], *conv.args[3:])
+
+
+def norm_scale(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Float64 scale and shift per channel to which batch norm comes down in evaluation mode."""
+    gamma, beta, mean, variance = (
+        graph.constants[arg].double() if isinstance(arg, fx.Node) else None
+        for arg in norm.args[1:5]
+    )
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + cast(float, norm.args[6]))
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def _channels_last(graph: Graph) -> None:
+    """Give 4-D filters the layout in which convolutions need no reordering."""
+    for node in graph.graph.nodes:
+        if node.target in CONVOLUTIONS:
+            weight = graph.constants.get(node.args[1])
+            if weight is not None and weight.ndim == 4:
+                last = weight.contiguous(memory_format=torch.channels_last)
+                graph.constants[node.args[1]] = last
+
+
+CONVOLUTIONS = frozenset(
+    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+)
+
+
+def _two_images(sample: Tensor) -> Tensor:
+    """Two different images: export must not specialise on one, nor the check on equal ones."""
+    pair = torch.stack([sample[0], sample[-1]])
+    if torch.equal(pair[0], pair[1]) and pair.is_floating_point():
+        ramp = torch.linspace(0.5, 1.5, pair[1].numel(), device=pair.device)
+        pair[1] = pair[1] * ramp.reshape(pair[1].shape).to(pair) + 0.1
+    return pair
+
+
+def _identity(x: Tensor, *_: Any) -> Tensor:
+    return x

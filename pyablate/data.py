@@ -1,0 +1,185 @@
+"""Images and labels from whatever the caller has, checked, in batches of the engine's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of the data.
+
+    Attributes
+    ----------
+    index : Tensor
+        int64 ``[N]``, index of each image in the data.
+    images : Tensor
+        ``[N, ...]``, in the engine's dtype.
+    labels : Tensor
+        int64 ``[N]``. All three are on the engine's device.
+    """
+
+    index: Tensor
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, image: Tensor) -> Batch:
+        """Only the images at these positions of the batch."""
+        return Batch(self.index[image], self.images[image], self.labels[image])
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Return the same images in another dtype."""
+        return Batch(self.index, self.images.to(dtype), self.labels)
+
+
+class Data:
+    """Labelled images, read once per pass and handed out in batches of any size.
+
+    Parameters
+    ----------
+    source : pair of arrays, DataLoader or iterable of (images, labels)
+        A pair is taken whole. Anything else is iterated; batches may have any sizes.
+    dtype, device
+        What the images become.
+
+    Raises
+    ------
+    TypeError
+        Not a pair, not iterable, or items that are not (images, labels).
+    ValueError
+        Empty, lengths or image shapes that differ, labels that are not integers or are
+        negative, images with NaN or infinities; the message says where.
+    """
+
+    def __init__(self, source: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._shape: tuple[int, ...] | None = None
+        if _is_pair(source):
+            self._source: Iterable[Any] = [tuple(source)]
+        elif isinstance(source, (Tensor, np.ndarray, str, bytes, dict)) or not isinstance(
+            source, Iterable
+        ):
+            raise TypeError(
+                "data: expected (images, labels), a DataLoader or an iterable of (x, y), "
+                f"got {type(source).__name__}"
+            )
+        else:
+            self._source = source
+
+    def __len__(self) -> int:
+        """Count the images; iterates once if the source does not say."""
+        if isinstance(self._source, list):
+            return sum(len(images) for images, _ in self._source)
+        dataset = getattr(self._source, "dataset", None)
+        if hasattr(dataset, "__len__") and not getattr(self._source, "drop_last", False):
+            sampler = getattr(self._source, "sampler", dataset)
+            return len(sampler) if hasattr(sampler, "__len__") else len(dataset)
+        self.hold()
+        return len(self)
+
+    def hold(self) -> None:
+        """Keep every image in memory, so that the data can be read again and at random."""
+        if not isinstance(self._source, list):
+            self._source = list(self._raw())
+
+    def hold_if_read_once(self) -> None:
+        """Keep the images of a source that can be iterated only once, such as a generator."""
+        if iter(self._source) is self._source:
+            self.hold()
+
+    def sample(self, count: int) -> Tensor:
+        """First images, ``[<= count, ...]``."""
+        self.hold_if_read_once()
+        for batch in self.batches(count):
+            return batch.images
+        raise ValueError("data: no images")
+
+    def at(self, index: Tensor) -> Tensor:
+        """Images by index, after :meth:`hold`."""
+        if not isinstance(self._source, list):
+            raise RuntimeError("hold the data before reading it at random")
+        if len(self._source) > 1:
+            self._source = [
+                (
+                    torch.cat([torch.as_tensor(images) for images, _ in self._source]),
+                    torch.cat([torch.as_tensor(labels) for _, labels in self._source]),
+                )
+            ]
+        images = torch.as_tensor(self._source[0][0])
+        return images[index.to(images.device)].to(self.device, self.dtype)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Hand out batches of ``size`` images (the last may be smaller)."""
+        first = 0
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for images, labels in self._raw():
+            start = 0
+            while start < len(images):
+                room = size - sum(len(held) for held, _ in waiting)
+                stop = min(len(images), start + room)
+                waiting.append((images[start:stop], labels[start:stop]))
+                start = stop
+                if sum(len(held) for held, _ in waiting) == size:
+                    yield self._join(first, waiting)
+                    first += size
+                    waiting = []
+        if waiting:
+            yield self._join(first, waiting)
+        elif first == 0:
+            raise ValueError("data: no images")
+
+    def _join(self, first: int, parts: list[tuple[Tensor, Tensor]]) -> Batch:
+        images = torch.cat([images for images, _ in parts]).to(self.device, self.dtype)
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            where = first + int((~finite).nonzero()[0])
+            raise ValueError(f"data: image {where} holds NaN or infinite values")
+        labels = torch.cat([labels for _, labels in parts]).to(self.device)
+        index = torch.arange(first, first + len(images), device=self.device)
+        return Batch(index, images, labels)
+
+    def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, item in enumerate(self._source):
+            yield self._check(number, item)
+
+    def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
+            raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
+        images, labels = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(
+                f"data: batch {number}: expected images [N, ...] and labels [N], got "
+                f"{list(images.shape)} and {list(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"data: batch {number}: labels must be integers, got {labels.dtype}")
+        if len(labels) and int(labels.min()) < 0:
+            raise ValueError(f"data: batch {number}: negative label {int(labels.min())}")
+        shape = tuple(images.shape[1:])
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"data: batch {number}: images of shape {list(shape)}, but earlier ones have "
+                f"{list(self._shape or ())}"
+            )
+        self._shape = shape
+        return images, labels.to("cpu", torch.int64)
+
+
+def _is_pair(source: Any) -> bool:
+    return (
+        isinstance(source, (tuple, list))
+        and len(source) == 2
+        and all(isinstance(part, (Tensor, np.ndarray)) for part in source)
+    )
+

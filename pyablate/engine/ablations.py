@@ -1,0 +1,257 @@
+"""The ablations of one run: which rows there are, and what each does to a site's tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pyablate import ops
+from pyablate.data import Batch, Data
+from pyablate.interventions import Intervention, donors, gaussian
+from pyablate.sites import Site, hooked
+
+Key = tuple[str, int]  # (site name, call number)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of a site's units over all images and positions.
+
+    Attributes
+    ----------
+    mean, std : Tensor
+        Float64 ``[channels]``.
+    class_mean : Tensor
+        Float64 ``[class, channels]``, over the images of each class.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_mean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Ablations that share their sites, and so the part of the network that they change.
+
+    Attributes
+    ----------
+    sites : tuple of Site
+        Where these ablations act.
+    rows : range
+        Their rows in the result.
+    members : tuple of tuples of (site name, unit)
+        What each of them ablates; a unit is a direction's number under ``direction``.
+    intervention : Intervention
+        What stands in.
+    """
+
+    sites: tuple[Site, ...]
+    rows: range
+    members: tuple[tuple[tuple[str, int], ...], ...]
+    intervention: Intervention
+
+    @property
+    def name(self) -> str:
+        """For people: the layers."""
+        return "+".join(site.name for site in self.sites)
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether each ablation changes one unit of one site, and nothing else there."""
+        return (
+            len(self.sites) == 1
+            and self.intervention.kind != "direction"
+            and all(len(members) == 1 for members in self.members)
+        )
+
+    @cached_property
+    def units(self) -> Tensor:
+        """int64 [row]: the unit of each ablation of a job with one unit each."""
+        return torch.tensor([members[0][1] for members in self.members])
+
+    def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
+        """Ablate: row ``row[p]`` of this job on the p-th of some images.
+
+        Parameters
+        ----------
+        site : Site
+            Which of the job's sites ``values`` belongs to.
+        values : Tensor
+            ``[P, ...]``, the site's tensor for each pair.
+        row : Tensor
+            int64 ``[P]``, position in ``members``.
+        standin : callable
+            ``standin(pair, unit)`` gives replacement maps for int64 vectors of equal length.
+
+        Returns
+        -------
+        Tensor
+            ``[P, ...]``, a new tensor.
+        """
+        if self.intervention.kind == "direction":
+            return self._project(site, values, row)
+        if self.channelwise:
+            every = torch.arange(len(row), device=row.device)
+            unit = self.units.to(row.device)[row]
+            return _masked(site, values, unit, standin(every, unit))
+        changed = values.clone()
+        view = changed.movedim(site.axis, 1)
+        pair, unit = self._masks[site.name].to(row.device)[row].nonzero(as_tuple=True)
+        value = standin(pair, unit).to(values.dtype)
+        view[pair, unit] = value.expand(len(pair), *view.shape[2:])
+        return changed
+
+    @cached_property
+    def _masks(self) -> dict[str, Tensor]:
+        """Bool [row, channels] of each site: which units each ablation touches."""
+        masks = {
+            site.name: torch.zeros(len(self.members), site.channels, dtype=torch.bool)
+            for site in self.sites
+        }
+        for row, members in enumerate(self.members):
+            for name, unit in members:
+                masks[name][row, unit] = True
+        return masks
+
+    def _project(self, site: Site, values: Tensor, row: Tensor) -> Tensor:
+        """a - (a . q) q across the units; rows without a direction here are left alone."""
+        matrix = self.intervention.matrix(site.name, site.channels).to(values)
+        per_row = torch.zeros(len(self.members), site.channels).to(values)
+        for number, members in enumerate(self.members):
+            for name, unit in members:
+                if name == site.name:
+                    per_row[number] = matrix[:, unit]
+        q = per_row[row]
+        last = values.movedim(site.axis, -1)
+        along = torch.einsum("p...c,pc->p...", last, q)
+        q = q.reshape(len(row), *[1] * (last.ndim - 2), -1)
+        return (last - along.unsqueeze(-1) * q).movedim(-1, site.axis).contiguous()
+
+
+PairValues = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Replacement values for one batch of images.
+
+    Attributes
+    ----------
+    intervention : Intervention
+        What stands in.
+    batch : Batch
+        The images.
+    statistics : mapping
+        Of each (site name, call), where the intervention needs them.
+    donor_maps : mapping
+        ``[N, channels, ...]`` of each (site name, call) on each image's donor, for resample.
+    """
+
+    intervention: Intervention
+    batch: Batch
+    statistics: Mapping[Key, Statistics]
+    donor_maps: Mapping[Key, Tensor]
+
+    def values(self, site: Site, call: int, image: Tensor, unit: Tensor) -> Tensor:
+        """Replacement maps of some units on some images.
+
+        Parameters
+        ----------
+        site, call : Site, int
+            Where.
+        image, unit : Tensor
+            int64, position in the batch and unit; shapes that broadcast together.
+
+        Returns
+        -------
+        Tensor
+            Their broadcast shape, then the shape of a map or as many ones.
+        """
+        rest = tuple(size for axis, size in enumerate(site.shape, 1) if axis != site.axis)
+        kind, key = self.intervention.kind, (site.name, call)
+        if kind == "resample":
+            return self.donor_maps[key][image, unit]
+        if kind == "noise":
+            known = self.statistics[key]
+            positions = int(torch.tensor(rest).prod()) if rest else 1
+            draw = gaussian(
+                self.intervention.seed, site.name, self.batch.index[image], unit, positions
+            )
+            noise = known.mean[unit].unsqueeze(-1) + known.std[unit].unsqueeze(-1) * draw
+            return noise.reshape(*noise.shape[:-1], *rest)
+        if kind == "mean":
+            value = self.statistics[key].mean[unit]
+        elif kind == "class_mean":
+            value = self.statistics[key].class_mean[self.batch.labels[image], unit]
+        else:
+            value = torch.tensor(self.intervention.value, dtype=torch.float64, device=unit.device)
+            value = value.expand(torch.broadcast_shapes(image.shape, unit.shape))
+        return value.reshape(*value.shape, *[1] * len(rest))
+
+
+def stand_ins(
+    model: nn.Module,
+    data: Data,
+    batch: Batch,
+    job: Job,
+    statistics: Mapping[Key, Statistics],
+) -> StandIns:
+    """Prepare the replacement values of a job's sites for one batch."""
+    maps: dict[Key, Tensor] = {}
+    if job.intervention.kind == "resample":
+        donor = torch.from_numpy(donors(job.intervention.seed, len(data)))
+        images = data.at(donor[batch.index.cpu()]).to(batch.images.dtype)
+        maps = clean_maps(model, images, job.sites)
+    return StandIns(job.intervention, batch, statistics, maps)
+
+
+def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[Key, Tensor]:
+    """Site tensors of a clean forward pass, units moved to axis 1."""
+    maps: dict[Key, Tensor] = {}
+
+    def keep(site: Site, call: int, output: Tensor) -> Tensor:
+        maps[site.name, call] = output.detach().movedim(site.axis, 1).clone()
+        return output
+
+    with hooked(model, sites, keep), torch.no_grad():
+        model(images)
+    return maps
+
+
+def calibrate(
+    model: nn.Module, data: Data, sites: Sequence[Site], classes: int, *, batch_size: int
+) -> dict[Key, Statistics]:
+    """Means and variances of every unit over the whole data, accumulated in float64."""
+    totals: dict[Key, list[Tensor]] = {}
+    for batch in data.batches(batch_size):
+        for key, maps in clean_maps(model, batch.images, sites).items():
+            flat = maps.double().flatten(2) if maps.ndim > 2 else maps.double().unsqueeze(2)
+            moments = torch.stack([flat.mean(2), flat.square().mean(2)])  # [2, N, channels]
+            sums = torch.zeros(2, classes, flat.shape[1]).to(moments)
+            sums.index_add_(1, batch.labels, moments)
+            count = torch.bincount(batch.labels, minlength=classes)
+            held = totals.setdefault(key, [torch.zeros_like(sums), torch.zeros_like(count)])
+            held[0] += sums
+            held[1] += count
+    return {key: _statistics(sums, count) for key, (sums, count) in totals.items()}
+
+
+def _statistics(sums: Tensor, count: Tensor) -> Statistics:
+    images = count.sum()
+    mean, square = sums.sum(dim=1) / images
+    class_mean = sums[0] / count.clamp(min=1).unsqueeze(1)
+    return Statistics(mean, (square - mean.square()).clamp(min=0).sqrt(), class_mean)
+
+
+def _masked(site: Site, values: Tensor, unit: Tensor, replacement: Tensor) -> Tensor:
+    """Copy a site's tensor with one unit of each row replaced by ``[P, ...]`` maps or ones."""
+    image = torch.arange(len(values), dtype=torch.int32, device=values.device)
+    if replacement.numel() == len(values):
+        replacement = replacement.reshape(len(values))
+    replacement = replacement.to(values.dtype)
+    return ops.masked_copies(values, image, unit.to(torch.int32), replacement, axis=site.axis)

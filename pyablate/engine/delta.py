@@ -1,0 +1,335 @@
+"""The part of the network after a site, run on differences from the clean run.
+
+Two phases per image batch. First all units of the job at once, for as long as each delta stays
+on its channel. Then slices of pairs (unit, image): only those whose unit the ablation changes at
+all on that image, spelt out by the first operator that mixes channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyablate import ops
+from pyablate.capture import MARKER, Graph
+from pyablate.engine import channel as channelwise
+from pyablate.engine import rules
+from pyablate.engine.ablations import Job, StandIns
+from pyablate.engine.channel import Channel
+from pyablate.sites import Site
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The clean run of one image batch.
+
+    Attributes
+    ----------
+    tensors : mapping
+        The tensors that the suffixes read.
+    logits : Tensor
+        ``[N, K]``.
+    prediction : Tensor
+        int32 ``[N]``, exact.
+    tolerance : Tensor
+        ``[N]``: top-2 margins up to this are not trusted.
+    """
+
+    tensors: Mapping[fx.Node, Any]
+    logits: Tensor
+    prediction: Tensor
+    tolerance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Suffix:
+    """What lies between a job's sites and the logits.
+
+    Attributes
+    ----------
+    graph : Graph
+        The network.
+    job : Job
+        The ablations.
+    nodes : list of fx.Node
+        Nodes that the ablations can change, in order.
+    """
+
+    graph: Graph
+    job: Job
+    nodes: list[fx.Node]
+
+    @classmethod
+    def of(cls, graph: Graph, job: Job) -> Suffix:
+        """Cut the network behind a job's sites."""
+        names = {site.name for site in job.sites}
+        return cls(graph, job, graph.after([m for m in graph.markers if m.args[1] in names]))
+
+    @cached_property
+    def reads(self) -> set[fx.Node]:
+        """Tensors of the clean run that the rules read."""
+        changed = set(self.nodes)
+        needed: set[fx.Node] = set()
+        for node in self.nodes:
+            still = [s for s in node.all_input_nodes if s not in changed]
+            needed.update(s for s in still if s not in self.graph.constants)
+            if node.target is MARKER:
+                needed.add(node)
+            elif rules.reads_base(self.graph, node):
+                needed.update([node, *node.all_input_nodes])
+        return {
+            node
+            for node in needed
+            if node not in self.graph.constants and self.graph.size(node, 1) is None
+        }
+
+    @cached_property
+    def closed_form(self) -> bool:
+        """Whether all that follows the channelwise operators is the final linear layer."""
+        head = self.graph.logits
+        if not self.job.channelwise or head.target is not aten.linear.default:
+            return False
+        return all(node.target in channelwise.RULES for node in self.nodes if node is not head)
+
+    def predict(
+        self, clean: Clean, standins: StandIns, *, slice_bytes: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Predictions of every (ablation, image) that can differ from the clean run's.
+
+        Yields
+        ------
+        row, image, prediction : Tensor
+            int64, int64 and int32 ``[P]``: position in the job, position in the batch, class or
+            -1 where it is too close to call in this precision.
+        """
+        if self.graph.logits not in self.nodes:
+            return
+        sweep = _Sweep(self, clean, standins)
+        if self.job.channelwise:
+            sweep.advance()
+            if isinstance(sweep.head, Channel):
+                yield sweep.closed_form()
+                return
+        for row, image in sweep.slices(slice_bytes):
+            pairs = _Slice(sweep, row, image)
+            yield row, image, pairs.predict()
+
+    @cached_property
+    def widest(self) -> int:
+        """Largest number of elements that one pair needs in one tensor of the suffix."""
+        return max((self.graph.elements(node) for node in self.nodes), default=1)
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """One job on one batch: the deltas that are still on their channels."""
+
+    suffix: Suffix
+    clean: Clean
+    standins: StandIns
+    values: dict[fx.Node, Channel] = field(default_factory=dict)
+    deferred: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def graph(self) -> Graph:
+        return self.suffix.graph
+
+    @property
+    def head(self) -> Channel | None:
+        """Input of the final linear layer, if that is all that is left."""
+        head = self.graph.logits
+        if self.deferred != [head] or head.target is not aten.linear.default:
+            return None
+        if head.args[1] not in self.graph.constants:
+            return None
+        delta = self.values.get(head.args[0])  # type: ignore[arg-type]
+        fits = isinstance(delta, Channel) and delta.values.ndim == 2 and delta.axis == 1
+        return delta if fits else None
+
+    def advance(self) -> None:
+        """Carry deltas as far as they stay on their channels; the rest is deferred."""
+        first = True
+        waiting: set[fx.Node] = set()
+        for node in self.suffix.nodes:
+            if first:
+                self.values[node] = self._start(node)
+                first = False
+                continue
+            delta = None
+            blocked = any(source in waiting for source in node.all_input_nodes)
+            if not blocked and not self.ablates(node):
+                delta = channelwise.advance(self, node)
+            if delta is None:
+                waiting.add(node)
+                self.deferred.append(node)
+            else:
+                self.values[node] = delta
+
+    def ablates(self, node: fx.Node) -> bool:
+        """Whether the job acts at this node."""
+        names = {site.name for site in self.suffix.job.sites}
+        return node.target is MARKER and node.args[1] in names
+
+    def value(self, node: fx.Node) -> Channel | None:
+        return self.values.get(node)
+
+    def base(self, node: fx.Node) -> Tensor:
+        tensor: Tensor = self.clean.tensors[node]
+        return tensor
+
+    def _start(self, marker: fx.Node) -> Channel:
+        """Replacement minus activation, for every unit of the job and image of the batch."""
+        site, job = self.suffix.job.sites[0], self.suffix.job
+        base = self.base(marker).movedim(site.axis, 1)
+        unit = job.units.to(base.device)
+        image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
+        call = marker.args[2]
+        assert isinstance(call, int)
+        value = self.standins.values(site, call, image, unit.unsqueeze(0)).to(base.dtype)
+        return Channel(value - base.index_select(1, unit), site.axis, unit, site.channels)
+
+    def closed_form(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs by the closed form: logits + delta * weight column."""
+        head, delta = self.graph.logits, self.head
+        assert delta is not None
+        weight = self.graph.constants[head.args[1]]  # type: ignore[index]
+        clean = self.clean
+        reach = delta.values.abs().amax(dim=1) * weight.abs().max()
+        prediction = ops.head_flips(
+            clean.logits,
+            delta.values,
+            weight.index_select(1, delta.channel),
+            clean.prediction,
+            clean.tolerance + RELATIVE * reach,
+        )
+        images, units = prediction.shape
+        image = torch.arange(images, device=prediction.device).repeat(units)
+        row = torch.arange(units, device=prediction.device).repeat_interleave(images)
+        return row, image, prediction.t().reshape(-1)
+
+    def slices(self, slice_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (row, image), image by image, without those that the ablation does not change."""
+        job, device = self.suffix.job, self.clean.logits.device
+        images = len(self.clean.logits)
+        alive = torch.ones(images, len(job.members), dtype=torch.bool, device=device)
+        if job.channelwise:
+            starts = [self._start(node).values for node in self.suffix.nodes if self.ablates(node)]
+            touched = [(start != 0).reshape(*alive.shape, -1).any(dim=2) for start in starts]
+            alive = torch.stack(touched).any(dim=0)
+        image, row = alive.nonzero(as_tuple=True)
+        size = max(1, slice_bytes // (self.suffix.widest * self.clean.logits.element_size()))
+        yield from zip(row.split(size), image.split(size), strict=True)
+
+
+class _Slice:
+    """Some pairs of a sweep: dense deltas, one row per pair."""
+
+    def __init__(self, sweep: _Sweep, row: Tensor, image: Tensor) -> None:
+        self.sweep = sweep
+        self.graph = sweep.graph
+        self.column = row
+        self.image_long = image
+        self.image = image.to(torch.int32)
+        self._nodes = sweep.deferred if sweep.suffix.job.channelwise else sweep.suffix.nodes
+        self._deltas: dict[fx.Node, Any] = {}
+        self._spelt: dict[fx.Node, Tensor] = {}
+        self._uses: dict[fx.Node, int] = {}
+
+    def predict(self) -> Tensor:
+        """int32 [P]: class of each pair, -1 where undecided."""
+        self._count_uses()
+        for node in self._nodes:
+            if self.sweep.ablates(node):
+                self._deltas[node] = self._ablate(self._sites[str(node.args[1])], node)
+            elif any(self.raw(source) is not None for source in node.all_input_nodes):
+                self._deltas[node] = rules.advance(self, node)
+            self._release(node)
+        clean = self.sweep.clean
+        change = self.delta(self.graph.logits)
+        if change is None:
+            return clean.prediction[self.image_long]
+        return ops.classify(
+            clean.logits, change, self.image, clean.tolerance, relative=RELATIVE
+        )
+
+    def raw(self, node: fx.Node) -> Any:
+        delta = self._deltas.get(node)
+        return self.sweep.values.get(node) if delta is None else delta
+
+    def delta(self, node: fx.Node) -> Any:
+        raw = self.raw(node)
+        if not isinstance(raw, Channel):
+            return raw
+        if node not in self._spelt:
+            self._spelt[node] = raw.dense(self.image_long, self.column)
+        return self._spelt[node]
+
+    def base(self, node: fx.Node) -> Tensor:
+        return self.sweep.base(node)
+
+    def rows(self, node: fx.Node) -> Any:
+        if node in self.graph.constants:
+            return self.graph.constants[node]
+        value = self.sweep.clean.tensors[node]
+        if isinstance(value, Tensor):
+            return self._pick(node.meta["val"], value)
+        return [
+            self._pick(meta, item) for meta, item in zip(node.meta["val"], value, strict=True)
+        ]
+
+    def plain(self, node: fx.Node) -> bool:
+        layout = self.graph.layout.get(node)
+        return layout is not None and layout.axis == 0 and layout.inner == 1
+
+    def last_use(self, node: fx.Node) -> bool:
+        return self._uses.get(node) == 1
+
+    @cached_property
+    def _sites(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sweep.suffix.job.sites}
+
+    def _pick(self, meta: Any, value: Any) -> Any:
+        layout = self.graph.layout_of(meta)
+        return value if layout is None else layout.pick(value, self.image_long)
+
+    def _ablate(self, site: Site, marker: fx.Node) -> Any:
+        """Replace the units in the perturbed tensor, whatever has already changed in it."""
+        base = self.rows(marker)
+        incoming = self.delta(marker.all_input_nodes[0])
+        call = marker.args[2]
+        assert isinstance(call, int)
+
+        def standin(pair: Tensor, unit: Tensor) -> Tensor:
+            return self.sweep.standins.values(site, call, self.image_long[pair], unit)
+
+        values = base if incoming is None else base + incoming
+        return self.sweep.suffix.job.change(site, values, self.column, standin) - base
+
+    def _count_uses(self) -> None:
+        for node in self._nodes:
+            for source in node.all_input_nodes:
+                self._uses[source] = self._uses.get(source, 0) + 1
+        self._uses[self.graph.logits] = self._uses.get(self.graph.logits, 0) + 1
+
+    def _release(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            self._uses[source] -= 1
+            if self._uses[source] == 0:
+                self._deltas.pop(source, None)
+                self._spelt.pop(source, None)
+
+
+RELATIVE = 1e-4
+"""Share of a logit change's spread that rounding in float32 may reach, with much to spare."""
+
+
+def needed(suffixes: Iterable[Suffix]) -> set[fx.Node]:
+    """Clean tensors that any of the suffixes reads."""
+    return set().union(*(suffix.reads for suffix in suffixes))

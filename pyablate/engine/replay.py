@@ -1,0 +1,137 @@
+"""Plain replay: the whole forward pass with hooks, one row per pair.
+
+Slow and independent of the delta engine. It decides what the engine leaves open, audits it, and
+does the whole job for models that cannot be captured.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyablate.data import Batch, Data
+from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
+from pyablate.sites import Site, hooked
+
+logger = logging.getLogger("pyablate")
+
+TIE = 1e-9
+"""Logits closer than this share of the largest are equal in float64; the lowest class wins."""
+
+NEAR_TIE = 1e-5
+"""A float64 pass whose top-2 margin is below this share of its largest logit decides nothing."""
+
+ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A network in one precision, with what replacement values need.
+
+    Attributes
+    ----------
+    model : nn.Module
+        In evaluation mode, nobody else's: hooks come and go.
+    dtype : torch.dtype
+        Of its weights and of the images it takes.
+    data : Data
+        Where donors are found.
+    statistics : mapping
+        Of the sites, where an intervention needs them.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+    data: Data
+    statistics: Mapping[Key, Statistics]
+
+    def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
+        """Logits of each pair.
+
+        Parameters
+        ----------
+        batch : Batch
+            Where the images are.
+        job : Job or None
+            The ablations; None for the intact network.
+        row, image : Tensor
+            int64 ``[P]``: position in the job and in the batch.
+
+        Returns
+        -------
+        Tensor
+            ``[P, K]`` in this replay's dtype.
+        """
+        used, inverse = image.unique(return_inverse=True)
+        few = batch.take(used).to(self.dtype)
+        images = few.images[inverse]
+        with torch.no_grad():
+            if job is None:
+                return self.model(images)  # type: ignore[no-any-return]
+            standins = stand_ins(self.model, self.data, few, job, self.statistics)
+
+            def change(site: Site, call: int, output: Tensor) -> Tensor:
+                def standin(pair: Tensor, unit: Tensor) -> Tensor:
+                    return standins.values(site, call, inverse[pair], unit)
+
+                return job.change(site, output, row, standin)
+
+            with hooked(self.model, job.sites, change):
+                return self.model(images)  # type: ignore[no-any-return]
+
+    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
+        """Class of each pair, as exactly as this replay's precision allows."""
+        parts = [
+            decision(self.logits(batch, job, rows, images))
+            for rows, images in zip(row.split(ROWS), image.split(ROWS), strict=True)
+        ]
+        return Decision(
+            torch.cat([part.prediction for part in parts]),
+            torch.cat([part.near_tie for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Classes by argmax of exact logits.
+
+    Attributes
+    ----------
+    prediction : Tensor
+        int32 ``[P]``.
+    near_tie : Tensor
+        bool ``[P]``: the two best logits are too close for the answer to mean anything.
+    """
+
+    prediction: Tensor
+    near_tie: Tensor
+
+
+def decision(logits: Tensor) -> Decision:
+    """Take the best class of each row; of equal ones the first."""
+    top = logits.topk(2, dim=1).values
+    scale = logits.abs().amax(dim=1)
+    level = (top[:, 0] - TIE * scale).unsqueeze(1)
+    prediction = (logits >= level).int().argmax(dim=1).to(torch.int32)
+    return Decision(prediction, top[:, 0] - top[:, 1] < NEAR_TIE * scale)
+
+
+def in_double(model: nn.Module, images: Tensor) -> tuple[nn.Module, torch.dtype]:
+    """Copy a network in float64, or in its own precision where it cannot run in float64."""
+    double = copy.deepcopy(model).double()
+    try:
+        with torch.no_grad():
+            double(images.double())
+    except RuntimeError as error:
+        logger.warning(
+            "the model does not run in float64 (%s): near ties are decided in %s",
+            str(error).splitlines()[0],
+            images.dtype,
+        )
+        return model, images.dtype
+    return double, torch.float64

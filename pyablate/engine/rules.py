@@ -1,0 +1,405 @@
+"""Delta rules per operator: how the change of a node follows from the changes of its inputs.
+
+Two families. A *linear* node carries a delta as it carries a value, without its bias. Anything
+else is a *difference*, f(base + d) - f(base). The rules here speak about dense deltas
+``[P, ...]``, one row per pair; :mod:`pyablate.engine.channel` has those for deltas that are
+still on one channel.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from pyablate import ops
+from pyablate.capture import BATCH_NORM, CONVOLUTIONS, Graph, norm_scale
+from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME, SUBTRACTIONS, Channel
+from pyablate.ops import Activation
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Full:
+    """A changed value itself, for tensors that have no difference: integers and booleans."""
+
+    value: Tensor
+
+
+class Pairs(Protocol):
+    """What a rule may look at: one slice of pairs."""
+
+    graph: Graph
+    image: Tensor  # int32 [P]
+    image_long: Tensor  # int64 [P]
+    column: Tensor  # int64 [P]
+
+    def raw(self, node: fx.Node) -> Any:
+        """Return the delta of a node as it is held: Tensor, Channel, Full, list, or None."""
+
+    def delta(self, node: fx.Node) -> Any:
+        """Return the same with a Channel spelt out."""
+
+    def base(self, node: fx.Node) -> Tensor:
+        """Return a tensor of the clean run, ``[N, ...]``."""
+
+    def rows(self, node: fx.Node) -> Any:
+        """Return it gathered per pair, ``[P, ...]``; constants as they are."""
+
+    def plain(self, node: fx.Node) -> bool:
+        """Whether the clean tensor has exactly one row per image, first."""
+
+    def last_use(self, node: fx.Node) -> bool:
+        """Whether nobody else reads the node's delta any more, so that it may be overwritten."""
+
+
+Rule = Callable[[Pairs, fx.Node], Any]
+
+
+def advance(pairs: Pairs, node: fx.Node) -> Any:
+    """Return the change of a node, from the changes of its inputs."""
+    return RULES.get(node.target, difference)(pairs, node)
+
+
+def reads_base(graph: Graph, node: fx.Node) -> bool:
+    """Whether the rule of a node may read the clean run at the node and its changed inputs."""
+    values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
+    if any(isinstance(value, Tensor) and not value.is_floating_point() for value in values):
+        return True
+    if node.target in SUMS:
+        return bool(node.kwargs)
+    if node.target in CONVOLUTIONS or node.target is aten.linear.default:
+        return node.args[1] not in graph.constants
+    return node.target not in LINEAR
+
+
+def difference(pairs: Pairs, node: fx.Node) -> Any:
+    """f(base + d) - f(base): right for every operator, at the price of a clean value."""
+    after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
+    before = pairs.rows(node)
+    if isinstance(after, (list, tuple)):
+        return [_subtract(a, b) for a, b in zip(after, before, strict=True)]
+    return _subtract(after, before)
+
+
+def _perturbed(pairs: Pairs, node: fx.Node) -> Any:
+    delta = pairs.delta(node)
+    if delta is None:
+        return pairs.rows(node)
+    if isinstance(delta, Full):
+        return delta.value
+    if isinstance(delta, (list, tuple)):
+        return [
+            b if d is None else d.value if isinstance(d, Full) else b + d
+            for d, b in zip(delta, pairs.rows(node), strict=True)
+        ]
+    return pairs.rows(node) + delta
+
+
+def _subtract(after: Any, before: Any) -> Any:
+    if not isinstance(after, Tensor):
+        return None
+    return after - before if after.is_floating_point() else Full(after)
+
+
+def _changed(pairs: Pairs, node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if pairs.raw(source) is not None]
+
+
+def _linear(pairs: Pairs, node: fx.Node) -> Any:
+    """Apply a map that is linear in its one tensor argument."""
+    if isinstance(pairs.raw(node.all_input_nodes[0]), Full):
+        return difference(pairs, node)
+    return pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+
+
+def _same(pairs: Pairs, node: fx.Node) -> Any:
+    return pairs.delta(node.all_input_nodes[0])
+
+
+def _getitem(pairs: Pairs, node: fx.Node) -> Any:
+    return pairs.delta(node.all_input_nodes[0])[node.args[1]]
+
+
+def _bilinear(pairs: Pairs, node: fx.Node) -> Any:
+    """Multiply: linear while one factor stands still."""
+    changed = _changed(pairs, node)
+    if len(changed) > 1 or node.kwargs:
+        return difference(pairs, node)
+    if node.target in DIVISIONS and changed[0] is not node.args[0]:
+        return difference(pairs, node)
+
+    def value(source: fx.Node) -> Any:
+        return pairs.delta(source) if source is changed[0] else pairs.rows(source)
+
+    return _full_shape(pairs, node, pairs.graph.evaluate(node, value, len(pairs.image)))
+
+
+def _sum(pairs: Pairs, node: fx.Node) -> Any:
+    """Add or subtract: deltas add up, what stands still drops out."""
+    if node.kwargs:
+        return difference(pairs, node)
+    sign = -1.0 if node.target in SUBTRACTIONS else 1.0
+    terms = [(a, pairs.raw(a)) for a in node.args[:2] if isinstance(a, fx.Node)]
+    first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
+    if any(isinstance(raw, Full) for _, raw in terms):
+        return difference(pairs, node)
+    if isinstance(first, Tensor) and isinstance(second, Channel) and _shaped(first, pairs, node):
+        return second.add_to(first.clone(), pairs.image_long, pairs.column, sign)
+    if isinstance(second, Tensor) and isinstance(first, Channel) and _shaped(second, pairs, node):
+        total = second.clone() if sign > 0 else -second
+        return first.add_to(total, pairs.image_long, pairs.column, 1.0)
+    left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
+    if right is None:
+        total = left
+    elif left is None:
+        total = right if sign > 0 else -right
+    else:
+        total = left + right if sign > 0 else left - right
+    return _full_shape(pairs, node, total)
+
+
+def _shaped(delta: Tensor, pairs: Pairs, node: fx.Node) -> bool:
+    return tuple(delta.shape[1:]) == tuple(node.meta["val"].shape[1:]) and pairs.plain(node)
+
+
+def _full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
+    """Broadcast as the clean operands were broadcast."""
+    meta = node.meta["val"].shape
+    rows = len(pairs.image)
+    shape = [
+        int(size.node.expr.subs(pairs.graph.symbol, rows)) if isinstance(size, torch.SymInt) else size
+        for size in meta
+    ]
+    return delta if list(delta.shape) == shape else delta.expand(shape)
+
+
+def _cat(pairs: Pairs, node: fx.Node) -> Any:
+    """Join deltas, with zeros for what stands still."""
+    parts = [
+        delta if (delta := pairs.delta(part)) is not None else torch.zeros_like(pairs.rows(part))
+        for part in node.args[0]  # type: ignore[union-attr]
+    ]
+    if any(isinstance(part, Full) or not part.is_floating_point() for part in parts):
+        return difference(pairs, node)
+    return node.target(parts, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+
+
+def _convolution(pairs: Pairs, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    weight = pairs.graph.constants.get(node.args[1])  # type: ignore[call-overload]
+    if weight is None or pairs.raw(source) is None:
+        return difference(pairs, node)
+    geometry = node.args[3:] or ([1], [0], [1], 1)
+    stride, padding, dilation, groups = (*geometry, *([1], [0], [1], 1)[len(geometry) :])
+    delta = pairs.raw(source)
+    single = isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1
+    if single and groups == 1 and node.target is aten.conv2d.default:
+        return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
+    return node.target(pairs.delta(source), weight, None, *node.args[3:])  # type: ignore[operator]
+
+
+def _first_convolution(
+    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, geometry: tuple[Any, Any, Any]
+) -> Tensor:
+    """Convolve one input channel per pair: 1/C of the work."""
+    stride, padding, dilation = geometry
+    filters = node.meta.get("by_input")
+    if filters is None:  # [I, kh, kw, O], prepared once
+        filters = node.meta["by_input"] = weight.permute(1, 2, 3, 0).contiguous()
+    return ops.unit_delta(
+        delta.values,
+        filters,
+        delta.channel.to(torch.int32),
+        pairs.image,
+        pairs.column.to(torch.int32),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+
+
+def _fully_connected(pairs: Pairs, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    weight = pairs.graph.constants.get(node.args[1])  # type: ignore[call-overload]
+    if weight is None or pairs.raw(source) is None:
+        return difference(pairs, node)
+    delta = pairs.raw(source)
+    if isinstance(delta, Channel) and delta.axis == node.args[0].meta["val"].ndim - 1:  # type: ignore[union-attr]
+        return _first_linear(pairs, delta, weight)
+    return aten.linear.default(pairs.delta(source), weight)
+
+
+def _first_linear(pairs: Pairs, delta: Channel, weight: Tensor) -> Tensor:
+    """Only the columns of the changed channel count."""
+    values = delta.values[pairs.image_long, pairs.column]
+    channel = delta.channel[pairs.column]
+    if delta.inner == 1:  # [P, *rest] -> [P, *rest, O]
+        columns = weight.t()[channel]
+        return values.unsqueeze(-1) * columns.reshape(
+            len(values), *[1] * (values.ndim - 1), columns.shape[1]
+        )
+    blocks = weight.t().unflatten(0, (delta.size, delta.inner))  # [C, inner, O]
+    out = values.new_empty(len(values), len(weight))
+    # One matrix product per unit, over the pairs that share it.
+    order = channel.argsort(stable=True)
+    units, counts = channel[order].unique_consecutive(return_counts=True)
+    for unit, run in zip(units.tolist(), order.split(counts.tolist()), strict=True):
+        out[run] = values[run] @ blocks[unit]
+    return out
+
+
+def _batch_norm(pairs: Pairs, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    scale = norm_scale(pairs.graph, node)[0]
+    delta = pairs.delta(source)
+    shape = (1, -1, *[1] * (delta.ndim - 2))
+    return [delta * scale.to(delta.dtype).reshape(shape), None, None]
+
+
+def _matmul(pairs: Pairs, node: fx.Node) -> Any:
+    changed = _changed(pairs, node)
+    if len(changed) > 1:
+        return difference(pairs, node)
+
+    def value(source: fx.Node) -> Any:
+        return pairs.delta(source) if source is changed[0] else pairs.rows(source)
+
+    return pairs.graph.evaluate(node, value, len(pairs.image))
+
+
+def _addmm(pairs: Pairs, node: fx.Node) -> Any:
+    bias, left, right = node.args[:3]
+    still = pairs.raw(bias) is None and pairs.raw(right) is None  # type: ignore[arg-type]
+    if not still or node.kwargs:
+        return difference(pairs, node)
+    return pairs.delta(left) @ pairs.rows(right)  # type: ignore[arg-type]
+
+
+def _pad(pairs: Pairs, node: fx.Node) -> Any:
+    """Pad with a constant: the border does not change, so its delta is 0."""
+    delta = pairs.delta(node.all_input_nodes[0])
+    return aten.constant_pad_nd.default(delta, node.args[1])
+
+
+def _activation(pairs: Pairs, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    function = _named_activation(node)
+    delta = pairs.raw(source)
+    if function is None or not isinstance(delta, Tensor) or not pairs.plain(source):
+        return difference(pairs, node)
+    out = delta if pairs.last_use(source) and _is_dense(delta) else None
+    return ops.delta_activation(pairs.base(source), delta, pairs.image, function, out=out)
+
+
+def _is_dense(delta: Tensor) -> bool:
+    if delta.is_contiguous():
+        return True
+    return delta.ndim == 4 and delta.is_contiguous(memory_format=torch.channels_last)
+
+
+def _named_activation(node: fx.Node) -> Activation | None:
+    """Return our name for an activation with its settings, or None where we have none."""
+    settings = list(node.args[1:])
+    if node.kwargs.get("approximate") == "tanh":
+        return Activation("gelu_tanh") if node.target is aten.gelu.default else None
+    if node.kwargs:
+        return None
+    if node.target is aten.hardtanh.default:
+        low, high = (*settings, *(-1.0, 1.0)[len(settings) :])
+        return Activation("hardtanh", float(low), float(high))  # type: ignore[arg-type]
+    if node.target is aten.relu6.default:
+        return Activation("hardtanh", 0.0, 6.0)
+    if node.target is aten.leaky_relu.default:
+        return Activation("leaky_relu", float(settings[0]) if settings else 0.01)  # type: ignore[arg-type]
+    if node.target is aten.elu.default:
+        plain = len(settings) < 2
+        return Activation("elu", float(settings[0]) if settings else 1.0) if plain else None  # type: ignore[arg-type]
+    name = ACTIVATIONS.get(node.target)
+    return None if name is None or settings else Activation(name)  # type: ignore[arg-type]
+
+
+def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    delta = pairs.raw(source)
+    if not isinstance(delta, Tensor) or not pairs.plain(source):
+        return difference(pairs, node)
+    kernel, *rest = node.args[1:]
+    stride, padding, dilation = (*rest[:3], *([], 0, 1)[len(rest[:3]) :])
+    return ops.delta_max_pool(
+        pairs.base(source),
+        delta,
+        pairs.image,
+        kernel=kernel,  # type: ignore[arg-type]
+        stride=stride or kernel,  # type: ignore[arg-type]
+        padding=padding,  # type: ignore[arg-type]
+        dilation=dilation,  # type: ignore[arg-type]
+        out_size=[int(size) for size in node.meta["val"].shape[2:]],
+    )
+
+
+STRUCTURE = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        item.split(".")
+        for item in (
+            "view.default _unsafe_view.default reshape.default flatten.using_ints "
+            "unflatten.int permute.default transpose.int t.default squeeze.default squeeze.dim "
+            "squeeze.dims unsqueeze.default select.int slice.Tensor narrow.default split.Tensor "
+            "split_with_sizes.default chunk.default unbind.int expand.default flip.default "
+            "roll.default repeat.default mean.dim sum.dim_IntList neg.default "
+            "pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default "
+            "upsample_nearest2d.vec upsample_bilinear2d.vec movedim.int avg_pool3d.default "
+            "adaptive_avg_pool3d.default"
+        ).split()
+    )
+)
+ACTIVATIONS = {
+    aten.relu.default: "relu",
+    aten.gelu.default: "gelu",
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+}
+NAMED = frozenset(ACTIVATIONS) | {
+    aten.hardtanh.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+}
+MATMULS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
+LINEAR = (
+    STRUCTURE
+    | SAME
+    | LINEAR_POOLS
+    | {aten.cat.default, aten.constant_pad_nd.default, BATCH_NORM, operator.getitem}
+)
+SUMS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
+RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(STRUCTURE | LINEAR_POOLS, _linear),
+    **dict.fromkeys(SAME, _same),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *DIVISIONS), _bilinear),
+    **dict.fromkeys(SUMS, _sum),
+    **dict.fromkeys(MATMULS, _matmul),
+    **dict.fromkeys(NAMED, _activation),
+    operator.getitem: _getitem,
+    aten.addmm.default: _addmm,
+    aten.cat.default: _cat,
+    aten.constant_pad_nd.default: _pad,
+    aten.linear.default: _fully_connected,
+    aten.max_pool2d.default: _max_pool,
+    BATCH_NORM: _batch_norm,
+}
