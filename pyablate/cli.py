@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pyablate.shell import (
+    INTERRUPTED,
     InputError,
     check_file,
     error_line,
@@ -33,15 +34,16 @@ class _Shell(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
         options["standalone_mode"] = False
-        code: Any = 0
         try:
             code = super().main(*args, **options)
+            # Newer versions of typer turn Ctrl-C into this code themselves.
+            line = "interrupted" if code == INTERRUPTED else ""
         except BaseException as error:
             line, code = error_line(error)
             if line is None or "--debug" in given:
                 raise
-            if line:
-                typer.echo(f"pyablate: {line}", err=True)
+        if line:
+            typer.echo(f"pyablate: {line}", err=True)
         sys.exit(code if isinstance(code, int) else 0)
 
 

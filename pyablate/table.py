@@ -47,6 +47,7 @@ def summary_table(result: AblationResult) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Layer", overflow="fold")
     table.add_column("Units", justify="right")
+    table.add_column("Computed by")
     table.add_column("Largest accuracy drop", justify="right")
     table.add_column("Unit", justify="right")
     table.add_column("hurts most", overflow="fold")
@@ -55,14 +56,15 @@ def summary_table(result: AblationResult) -> Table:
     numbers = result.units["unit"].to_numpy()
     for layer in dict.fromkeys(layers):
         rows = np.flatnonzero(layers == layer)
-        first = [str(layer), f"{len(rows):,}", _largest_drop(result, rows, numbers)]
+        how = result.strategy.get(layer, "")
+        first = [str(layer), f"{len(rows):,}", how, _largest_drop(result, rows, numbers)]
         for row in _worst(result, rows):
             hurt = result.class_names[result.max_class[row]]
             drop = 100 * float(result.max_class_drop[row])
             cells = [*first, str(numbers[row]), hurt, f"{drop:.2f}"]
             # Text: a class name may contain what rich would take for markup.
             table.add_row(*map(Text, cells))
-            first = ["", "", ""]
+            first = ["", "", "", ""]
         table.add_section()
     return table
 
@@ -70,10 +72,14 @@ def summary_table(result: AblationResult) -> Table:
 def hook_loop_lines(result: AblationResult, timing: HookLoopTiming) -> list[str]:
     """Compare the time of a run with the plain hook loop, and say how that was measured."""
     layout = "channels last" if timing.channels_last else "contiguous"
+    timed_images = (
+        f"all {timing.images:,}"
+        if timing.images_timed == timing.images
+        else f"{timing.images_timed:,} of {timing.images:,}"
+    )
     lines = [
         f"Plain hook loop on this machine: {_seconds(timing.seconds)}, estimated by timing "
-        f"{timing.units_timed} of {timing.units:,} units on {timing.images_timed:,} of "
-        f"{timing.images:,} images ({_seconds(timing.measured_seconds)}, batches of "
+        f"{timing.units_timed} of {timing.units:,} units on {timed_images} images ({_seconds(timing.measured_seconds)}, batches of "
         f"{timing.batch_size}, {layout}) and scaling",
         f"Measured ratio: {timing.seconds / max(result.seconds, 1e-9):.1f} times the time of "
         "this run",

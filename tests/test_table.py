@@ -33,6 +33,7 @@ def result() -> AblationResult:
         flips=Flips.gather(8, pieces),
         class_names=("[red] hat", "shoe"),
         audit=Audit(200, 0),
+        strategy={"a": "delta", "b": "replay"},
         seconds=2.0,
     )
 
@@ -47,12 +48,12 @@ def _rendered(*printed: object) -> str:
 def test_summary_names_the_worst_units_and_the_class_they_hurt(result: AblationResult) -> None:
     rows = [line.split() for line in _rendered(table.summary_table(result)).splitlines()]
     rows = [row for row in rows if row and ("hat" in row or "shoe" in row)]
-    assert rows[0] == ["a", "7", "50.00", "(unit", "5)", "5", "[red]", "hat", "100.00"]
+    assert rows[0] == ["a", "7", "delta", "50.00", "(unit", "5)", "5", "[red]", "hat", "100.00"]
     # Five of the seven units, worst first; equal drops in unit order.
     assert [row[-4] for row in rows[:5]] == ["5", "4", "3", "2", "1"]
     assert [row[-1] for row in rows[:5]] == ["100.00", "80.00", "60.00", "40.00", "20.00"]
     assert len(rows) == 6
-    assert rows[5][:3] == ["b", "1", "0.00"]
+    assert rows[5][:4] == ["b", "1", "replay", "0.00"]
 
 
 def test_summary_has_accuracy_audit_and_time(result: AblationResult) -> None:

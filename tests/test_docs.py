@@ -1,0 +1,54 @@
+"""The documents: links lead somewhere, the Python in the README runs, versions agree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import pyablate as pa
+
+_ROOT = Path(__file__).parents[1]
+_DOCUMENTS = sorted([*_ROOT.glob("*.md"), *(_ROOT / "docs").glob("*.md")])
+
+
+def _anchors(document: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path) if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+@pytest.mark.slow
+def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (_ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    # A tenth of the images, so that the test is short.
+    code = blocks[0].replace("limit=1000", "limit=100")
+    assert code != blocks[0]
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    saved = pa.load("run.zarr")
+    assert len(saved.labels) == 100
+    assert len(saved.units) > 100
+
+
+def test_versions_agree() -> None:
+    project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert project is not None
+    assert citation is not None
+    assert project[1] == citation[1] == pa.build_info()["version"]
