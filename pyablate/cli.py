@@ -34,6 +34,8 @@ class _Shell(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
         options["standalone_mode"] = False
+        line: str | None
+        code: Any
         try:
             code = super().main(*args, **options)
             # Newer versions of typer turn Ctrl-C into this code themselves.

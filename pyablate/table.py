@@ -79,8 +79,9 @@ def hook_loop_lines(result: AblationResult, timing: HookLoopTiming) -> list[str]
     )
     lines = [
         f"Plain hook loop on this machine: {_seconds(timing.seconds)}, estimated by timing "
-        f"{timing.units_timed} of {timing.units:,} units on {timed_images} images ({_seconds(timing.measured_seconds)}, batches of "
-        f"{timing.batch_size}, {layout}) and scaling",
+        f"{timing.units_timed} of {timing.units:,} units on {timed_images} images "
+        f"({_seconds(timing.measured_seconds)}, batches of {timing.batch_size}, {layout}) "
+        "and scaling",
         f"Measured ratio: {timing.seconds / max(result.seconds, 1e-9):.1f} times the time of "
         "this run",
     ]
