@@ -3,6 +3,7 @@
 from pyablate import demo, interventions, ops, reference
 from pyablate._native import build_info
 from pyablate.interventions import Intervention
+from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
 from pyablate.run import ablate
 from pyablate.sites import Site, select, sites
@@ -13,6 +14,7 @@ __all__ = [
     "Audit",
     "Flips",
     "Intervention",
+    "Plan",
     "Site",
     "ablate",
     "build_info",
@@ -20,6 +22,7 @@ __all__ = [
     "interventions",
     "load",
     "ops",
+    "plan",
     "reference",
     "select",
     "sites",

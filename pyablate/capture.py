@@ -55,7 +55,7 @@ class BatchLayout:
         """Gather images: ``[.., N * inner, ..] -> [.., len(image) * inner, ..]``."""
         if self.inner == 1:
             return x.index_select(self.axis, image)
-        split = x.unflatten(self.axis, (-1, self.inner))
+        split: Tensor = x.unflatten(self.axis, (-1, self.inner))
         return split.index_select(self.axis, image).flatten(self.axis, self.axis + 1)
 
 
@@ -123,16 +123,23 @@ class Graph:
             return int(meta.node.expr.subs(self.symbol, rows))
         return None
 
+    def shape(self, node: fx.Node, rows: int) -> list[int]:
+        """Shape of a node's tensor for a batch of ``rows``; empty where it holds no tensor."""
+        meta = node.meta.get("val")
+        sizes: Sequence[Any] = meta.shape if isinstance(meta, Tensor) else ()
+        return [
+            int(size.node.expr.subs(self.symbol, rows)) if _is_symbolic(size) else int(size)
+            for size in sizes
+        ]
+
     def elements(self, node: fx.Node) -> int:
         """Elements of a node's tensor for one image; 1 where it holds no single tensor."""
-        meta = node.meta.get("val")
-        if not isinstance(meta, Tensor):
-            return 1
-        sizes = (
-            int(size.node.expr.subs(self.symbol, 1)) if isinstance(size, torch.SymInt) else size
-            for size in meta.shape
-        )
-        return math.prod(sizes)
+        return math.prod(self.shape(node, 1))
+
+    def constant(self, node: fx.Node, index: int) -> Tensor | None:
+        """Value of an argument of a node that is a weight, else None."""
+        argument = node.args[index] if index < len(node.args) else None
+        return self.constants.get(argument) if isinstance(argument, fx.Node) else None
 
     def layout_of(self, meta: Any) -> BatchLayout | None:
         """Where a tensor of this shape keeps its images; None if it does not depend on them."""
@@ -142,10 +149,21 @@ class Graph:
         """Nodes whose value can change when the values of ``starts`` do, in order."""
         changed = set(starts)
         for node in self.graph.nodes:
-            if node.op == "call_function" and self.size(node, 1) is None:
-                if any(source in changed for source in node.all_input_nodes):
-                    changed.add(node)
+            touched = any(source in changed for source in node.all_input_nodes)
+            if node.op == "call_function" and touched and self.size(node, 1) is None:
+                changed.add(node)
         return [node for node in self.graph.nodes if node in changed]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Tensor arguments of a node, by position; for operators that take nothing else there."""
+    return [argument for argument in node.args if isinstance(argument, fx.Node)]
+
+
+def settings(node: fx.Node, start: int, *defaults: Any) -> list[Any]:
+    """Return positional arguments of a node from ``start`` on, defaults where they end."""
+    given = list(node.args[start:])
+    return [*given, *defaults[len(given) :]]
 
 
 def function(node: fx.Node) -> Callable[..., Any]:
@@ -194,7 +212,7 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
-            return program.run_decompositions({})
+            return cast(torch.export.ExportedProgram, program.run_decompositions({}))
         except Exception as error:  # torch.export raises many types; each means the same here
             reason = str(error).strip().splitlines()
             raise CaptureError(f"torch.export: {reason[0] if reason else error!r}") from error
@@ -216,7 +234,7 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
     if len(inputs) != 1 or len(cast(tuple[Any, ...], outputs)) != 1:
         raise CaptureError("the model takes or returns more than one tensor")
     size = inputs[0].meta["val"].shape[0]
-    if not isinstance(size, torch.SymInt):
+    if not _is_symbolic(size):
         raise CaptureError("the batch size is fixed in the exported graph")
     program.graph.eliminate_dead_code()
     return Graph(
@@ -242,9 +260,9 @@ def _layouts(graph: Graph) -> dict[fx.Node, BatchLayout]:
 
 def _layout(meta: Tensor, symbol: Any) -> BatchLayout | None:
     axes = [
-        (axis, size.node.expr)
+        (axis, cast(torch.SymInt, size).node.expr)
         for axis, size in enumerate(meta.shape)
-        if isinstance(size, torch.SymInt)
+        if _is_symbolic(size)
     ]
     if len(axes) != 1:
         return None
@@ -330,9 +348,7 @@ def _channels_last(graph: Graph) -> None:
                 graph.constants[node.args[1]] = last
 
 
-CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-)
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 
 
 def _two_images(sample: Tensor) -> Tensor:
@@ -342,6 +358,10 @@ def _two_images(sample: Tensor) -> Tensor:
         ramp = torch.linspace(0.5, 1.5, pair[1].numel(), device=pair.device)
         pair[1] = pair[1] * ramp.reshape(pair[1].shape).to(pair) + 0.1
     return pair
+
+
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
 
 
 def _identity(x: Tensor, *_: Any) -> Tensor:

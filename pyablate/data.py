@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,10 @@ class Data:
         if isinstance(self._source, list):
             return sum(len(images) for images, _ in self._source)
         dataset = getattr(self._source, "dataset", None)
-        if hasattr(dataset, "__len__") and not getattr(self._source, "drop_last", False):
-            sampler = getattr(self._source, "sampler", dataset)
-            return len(sampler) if hasattr(sampler, "__len__") else len(dataset)
+        sampler = getattr(self._source, "sampler", None)
+        for counted in (sampler, dataset):
+            if isinstance(counted, Sized) and not getattr(self._source, "drop_last", False):
+                return len(counted)
         self.hold()
         return len(self)
 
@@ -182,4 +183,3 @@ def _is_pair(source: Any) -> bool:
         and len(source) == 2
         and all(isinstance(part, (Tensor, np.ndarray)) for part in source)
     )
-

@@ -106,7 +106,8 @@ class Intervention:
         length = matrix.norm(dim=0)
         if not bool((torch.isfinite(length) & (length > 0)).all()):
             raise ValueError(f"directions: a column for layer {layer!r} is zero or not finite")
-        return matrix / length
+        unit: Tensor = matrix / length
+        return unit
 
 
 def parse(spec: str | Intervention, *, seed: int = 0) -> Intervention:
@@ -169,7 +170,7 @@ def donors(seed: int, images: int) -> np.ndarray:
 
 
 def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int) -> Tensor:
-    """Standard normal draws that depend on seed, layer, image, unit and position only.
+    """Draw standard normals that depend on seed, layer, image, unit and position only.
 
     Parameters
     ----------
@@ -192,8 +193,9 @@ def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int)
     key = _mix_seed(seed, layer)
     first, second = _scramble(counter * 2 + key), _scramble(counter * 2 + 1 + key)
     scale = 2.0**-53
-    radius = torch.sqrt(-2.0 * torch.log((_shift_right(first, 11) + 1) * scale))
-    return radius * torch.cos(2.0 * math.pi * scale * _shift_right(second, 11))
+    # An integer tensor times a number would be float32.
+    radius = torch.sqrt(-2.0 * torch.log((_shift_right(first, 11).double() + 1) * scale))
+    return radius * torch.cos(2.0 * math.pi * scale * _shift_right(second, 11).double())
 
 
 def random_rotation(channels: int, *, seed: int = 0) -> Tensor:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Rows = int | str | slice | ArrayLike
+Rows = Any
+"""A label, a number, a slice, a mask, or a sequence of labels or numbers."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class AblationResult:
     @cached_property
     def accuracy_drop(self) -> Floats:
         """float64 [unit]: accuracy before minus after; positive means harm."""
-        return (self.lost - self.gained).sum(axis=1) / len(self.labels)
+        net: Ints = (self.lost - self.gained).sum(axis=1)
+        return net / len(self.labels)
 
     @cached_property
     def class_accuracy_drop(self) -> Floats:
@@ -191,12 +193,14 @@ class AblationResult:
 
         An extreme statistic: a harmless unit with some random flips has a positive one too.
         """
-        return np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
+        largest: Floats = np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
+        return largest
 
     @cached_property
     def max_class(self) -> Ints:
         """int64 [unit]: the class with the largest drop, the first on equality."""
-        return np.nanargmax(self.class_accuracy_drop, axis=1)
+        where: Ints = np.nanargmax(self.class_accuracy_drop, axis=1)
+        return where
 
     def rows(self, rows: Rows) -> Ints:
         """Row numbers from a label, a number, a slice, a mask or a sequence of these.
@@ -248,7 +252,7 @@ class AblationResult:
     @cached_property
     def data(self) -> xr.Dataset:
         """Everything as labelled arrays over ``unit``, ``class`` and ``image``."""
-        import xarray as xr  # noqa: PLC0415  # half a second that not every caller owes
+        import xarray as xr  # half a second that not every caller owes
 
         unit, per_class = ("unit",), ("unit", "class")
         return xr.Dataset(
@@ -296,7 +300,7 @@ class AblationResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as a Zarr group; see :func:`pyablate.store.save`."""
-        from pyablate import store  # noqa: PLC0415  # the store knows results, not the reverse
+        from pyablate import store  # the store knows results, not the reverse
 
         store.save(self, path)
 

@@ -137,4 +137,3 @@ def _write(result: AblationResult, path: Path) -> None:
     }
     for name, (dimension, values) in arrays.items():
         group.create_array(name, data=values, dimension_names=[dimension])
-

@@ -119,7 +119,7 @@ class Job:
         return masks
 
     def _project(self, site: Site, values: Tensor, row: Tensor) -> Tensor:
-        """a - (a . q) q across the units; rows without a direction here are left alone."""
+        """Take a - (a . q) q across the units; rows without a direction here are left alone."""
         matrix = self.intervention.matrix(site.name, site.channels).to(values)
         per_row = torch.zeros(len(self.members), site.channels).to(values)
         for number, members in enumerate(self.members):
@@ -158,7 +158,7 @@ class StandIns:
     donor_maps: Mapping[Key, Tensor]
 
     def values(self, site: Site, call: int, image: Tensor, unit: Tensor) -> Tensor:
-        """Replacement maps of some units on some images.
+        """Give replacement maps of some units on some images.
 
         Parameters
         ----------

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function, norm_scale
+from pyablate.capture import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function, norm_scale, settings
 
 aten = torch.ops.aten
 
@@ -59,8 +59,9 @@ class Channel:
 
     def add_to(self, dense: Tensor, image: Tensor, column: Tensor, scale: float) -> Tensor:
         """Add this delta to a dense one ``[P, ...]``, in place."""
-        view = dense.unflatten(1, (self.size, -1)) if self.inner > 1 else dense
-        view = view if self.inner > 1 else view.movedim(self.axis, 1)
+        view = (
+            dense.unflatten(1, (self.size, -1)) if self.inner > 1 else dense.movedim(self.axis, 1)
+        )
         pair = torch.arange(len(image), device=image.device)
         view[pair, self.channel[column]] += scale * self.values[image, column]
         return dense
@@ -68,7 +69,7 @@ class Channel:
     def of(self, full: Tensor) -> Tensor:
         """Read the same channels of a full tensor ``[N, ...]``, as ``[N, U, *rest]``."""
         if self.inner > 1:
-            return full.unflatten(1, (self.size, self.inner)).index_select(1, self.channel)
+            full = full.unflatten(1, (self.size, self.inner))
         return full.movedim(self.axis, 1).index_select(1, self.channel)
 
     def with_values(self, values: Tensor) -> Channel:
@@ -79,7 +80,9 @@ class Channel:
 class Reader(Protocol):
     """What a rule may look at."""
 
-    graph: Graph
+    @property
+    def graph(self) -> Graph:
+        """Return the network."""
 
     def value(self, node: fx.Node) -> Any:
         """Return the delta of a node: a Channel, or None if it does not change."""
@@ -95,6 +98,14 @@ def advance(reader: Reader, node: fx.Node) -> Channel | None:
     """Carry deltas through a node, or return None where they must be spelt out."""
     rule = RULES.get(node.target)
     return None if rule is None else rule(reader, node)
+
+
+def stays(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node can leave deltas on their channels."""
+    if node.target in CONVOLUTIONS:
+        weight = graph.constant(node, 1)
+        return weight is not None and settings(node, 3, 1, 0, 1, 1)[3] == len(weight)
+    return node.target in RULES
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -172,8 +183,11 @@ def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
     shape = node.meta["val"].shape
     rest = delta.values.shape[2:].numel()
     if len(shape) == 2 and shape[1] == delta.size * rest:
-        return replace(delta, values=delta.values.flatten(2) if rest > 1 else
-                       delta.values.flatten(1), inner=rest)
+        return replace(
+            delta,
+            values=delta.values.flatten(2) if rest > 1 else delta.values.flatten(1),
+            inner=rest,
+        )
     return None
 
 
@@ -206,9 +220,11 @@ def _batch_norm(reader: Reader, node: fx.Node) -> Channel | None:
 def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
     """Convolve each channel by its own filter: it stays where it is."""
     delta = _only_first_changes(reader, node)
-    weight = reader.graph.constants.get(node.args[1])  # type: ignore[call-overload]
-    groups = node.args[6] if len(node.args) > 6 else 1
-    if delta is None or weight is None or delta.axis != 1 or not delta.size == groups == len(weight):
+    weight = reader.graph.constant(node, 1)
+    groups = settings(node, 3, 1, 0, 1, 1)[3]
+    if delta is None or weight is None or delta.axis != 1:
+        return None
+    if not delta.size == groups == len(weight):
         return None
     geometry = list(node.args[3:6])
     convolve = function(node)

@@ -96,7 +96,8 @@ class Suffix:
         head = self.graph.logits
         if not self.job.channelwise or head.target is not aten.linear.default:
             return False
-        return all(node.target in channelwise.RULES for node in self.nodes if node is not head)
+        between = (node for node in self.nodes if node is not head)
+        return all(channelwise.stays(self.graph, node) for node in between)
 
     def predict(
         self, clean: Clean, standins: StandIns, *, slice_bytes: int
@@ -111,7 +112,7 @@ class Suffix:
         """
         if self.graph.logits not in self.nodes:
             return
-        sweep = _Sweep(self, clean, standins)
+        sweep = Sweep(self, clean, standins)
         if self.job.channelwise:
             sweep.advance()
             if isinstance(sweep.head, Channel):
@@ -128,7 +129,7 @@ class Suffix:
 
 
 @dataclass(eq=False)
-class _Sweep:
+class Sweep:
     """One job on one batch: the deltas that are still on their channels."""
 
     suffix: Suffix
@@ -139,6 +140,7 @@ class _Sweep:
 
     @property
     def graph(self) -> Graph:
+        """Return the network."""
         return self.suffix.graph
 
     @property
@@ -147,9 +149,9 @@ class _Sweep:
         head = self.graph.logits
         if self.deferred != [head] or head.target is not aten.linear.default:
             return None
-        if head.args[1] not in self.graph.constants:
+        if self.graph.constant(head, 1) is None:
             return None
-        delta = self.values.get(head.args[0])  # type: ignore[arg-type]
+        delta = self.values.get(head.all_input_nodes[0])
         fits = isinstance(delta, Channel) and delta.values.ndim == 2 and delta.axis == 1
         return delta if fits else None
 
@@ -178,14 +180,16 @@ class _Sweep:
         return node.target is MARKER and node.args[1] in names
 
     def value(self, node: fx.Node) -> Channel | None:
+        """Return the delta of a node, if it is on its channel and changed."""
         return self.values.get(node)
 
     def base(self, node: fx.Node) -> Tensor:
+        """Return a tensor of the clean run."""
         tensor: Tensor = self.clean.tensors[node]
         return tensor
 
     def _start(self, marker: fx.Node) -> Channel:
-        """Replacement minus activation, for every unit of the job and image of the batch."""
+        """Take replacement minus activation, for every unit of the job and image of the batch."""
         site, job = self.suffix.job.sites[0], self.suffix.job
         base = self.base(marker).movedim(site.axis, 1)
         unit = job.units.to(base.device)
@@ -198,8 +202,9 @@ class _Sweep:
     def closed_form(self) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs by the closed form: logits + delta * weight column."""
         head, delta = self.graph.logits, self.head
+        weight = self.graph.constant(head, 1)
         assert delta is not None
-        weight = self.graph.constants[head.args[1]]  # type: ignore[index]
+        assert weight is not None
         clean = self.clean
         reach = delta.values.abs().amax(dim=1) * weight.abs().max()
         prediction = ops.head_flips(
@@ -231,7 +236,7 @@ class _Sweep:
 class _Slice:
     """Some pairs of a sweep: dense deltas, one row per pair."""
 
-    def __init__(self, sweep: _Sweep, row: Tensor, image: Tensor) -> None:
+    def __init__(self, sweep: Sweep, row: Tensor, image: Tensor) -> None:
         self.sweep = sweep
         self.graph = sweep.graph
         self.column = row
@@ -255,9 +260,7 @@ class _Slice:
         change = self.delta(self.graph.logits)
         if change is None:
             return clean.prediction[self.image_long]
-        return ops.classify(
-            clean.logits, change, self.image, clean.tolerance, relative=RELATIVE
-        )
+        return ops.classify(clean.logits, change, self.image, clean.tolerance, relative=RELATIVE)
 
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)
@@ -280,9 +283,7 @@ class _Slice:
         value = self.sweep.clean.tensors[node]
         if isinstance(value, Tensor):
             return self._pick(node.meta["val"], value)
-        return [
-            self._pick(meta, item) for meta, item in zip(node.meta["val"], value, strict=True)
-        ]
+        return [self._pick(meta, item) for meta, item in zip(node.meta["val"], value, strict=True)]
 
     def plain(self, node: fx.Node) -> bool:
         layout = self.graph.layout.get(node)

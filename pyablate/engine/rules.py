@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.capture import BATCH_NORM, CONVOLUTIONS, Graph, norm_scale
+from pyablate.capture import (
+    BATCH_NORM,
+    CONVOLUTIONS,
+    Graph,
+    function,
+    norm_scale,
+    operands,
+    settings,
+)
 from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME, SUBTRACTIONS, Channel
 from pyablate.ops import Activation
 
@@ -35,9 +43,9 @@ class Pairs(Protocol):
     """What a rule may look at: one slice of pairs."""
 
     graph: Graph
-    image: Tensor  # int32 [P]
-    image_long: Tensor  # int64 [P]
-    column: Tensor  # int64 [P]
+    image: Tensor  # int32 [P], position in the batch
+    image_long: Tensor  # int64 [P], the same
+    column: Tensor  # int64 [P], position in the job
 
     def raw(self, node: fx.Node) -> Any:
         """Return the delta of a node as it is held: Tensor, Channel, Full, list, or None."""
@@ -145,22 +153,18 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
     if node.kwargs:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
-    terms = [(a, pairs.raw(a)) for a in node.args[:2] if isinstance(a, fx.Node)]
     first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-    if any(isinstance(raw, Full) for _, raw in terms):
+    if isinstance(first, Full) or isinstance(second, Full):
         return difference(pairs, node)
     if isinstance(first, Tensor) and isinstance(second, Channel) and _shaped(first, pairs, node):
         return second.add_to(first.clone(), pairs.image_long, pairs.column, sign)
     if isinstance(second, Tensor) and isinstance(first, Channel) and _shaped(second, pairs, node):
-        total = second.clone() if sign > 0 else -second
-        return first.add_to(total, pairs.image_long, pairs.column, 1.0)
+        signed = second.clone() if sign > 0 else -second
+        return first.add_to(signed, pairs.image_long, pairs.column, 1.0)
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-    if right is None:
-        total = left
-    elif left is None:
-        total = right if sign > 0 else -right
-    else:
-        total = left + right if sign > 0 else left - right
+    if right is not None and sign < 0:
+        right = -right
+    total: Any = left if right is None else right if left is None else left + right
     return _full_shape(pairs, node, total)
 
 
@@ -170,12 +174,7 @@ def _shaped(delta: Tensor, pairs: Pairs, node: fx.Node) -> bool:
 
 def _full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
     """Broadcast as the clean operands were broadcast."""
-    meta = node.meta["val"].shape
-    rows = len(pairs.image)
-    shape = [
-        int(size.node.expr.subs(pairs.graph.symbol, rows)) if isinstance(size, torch.SymInt) else size
-        for size in meta
-    ]
+    shape = pairs.graph.shape(node, len(pairs.image))
     return delta if list(delta.shape) == shape else delta.expand(shape)
 
 
@@ -183,26 +182,26 @@ def _cat(pairs: Pairs, node: fx.Node) -> Any:
     """Join deltas, with zeros for what stands still."""
     parts = [
         delta if (delta := pairs.delta(part)) is not None else torch.zeros_like(pairs.rows(part))
-        for part in node.args[0]  # type: ignore[union-attr]
+        for part in node.all_input_nodes
     ]
     if any(isinstance(part, Full) or not part.is_floating_point() for part in parts):
         return difference(pairs, node)
-    return node.target(parts, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return function(node)(parts, *node.args[1:], **node.kwargs)
 
 
 def _convolution(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    weight = pairs.graph.constants.get(node.args[1])  # type: ignore[call-overload]
+    weight = pairs.graph.constant(node, 1)
     if weight is None or pairs.raw(source) is None:
         return difference(pairs, node)
-    geometry = node.args[3:] or ([1], [0], [1], 1)
-    stride, padding, dilation, groups = (*geometry, *([1], [0], [1], 1)[len(geometry) :])
+    stride, padding, dilation, groups = settings(node, 3, [1], [0], [1], 1)
     delta = pairs.raw(source)
     single = isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1
     if single and groups == 1 and node.target is aten.conv2d.default:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
-    return node.target(pairs.delta(source), weight, None, *node.args[3:])  # type: ignore[operator]
+    convolve = function(node)
+    return convolve(pairs.delta(source), weight, None, stride, padding, dilation, groups)
 
 
 def _first_convolution(
@@ -228,7 +227,7 @@ def _first_convolution(
 def _fully_connected(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    weight = pairs.graph.constants.get(node.args[1])  # type: ignore[call-overload]
+    weight = pairs.graph.constant(node, 1)
     if weight is None or pairs.raw(source) is None:
         return difference(pairs, node)
     delta = pairs.raw(source)
@@ -277,11 +276,10 @@ def _matmul(pairs: Pairs, node: fx.Node) -> Any:
 
 
 def _addmm(pairs: Pairs, node: fx.Node) -> Any:
-    bias, left, right = node.args[:3]
-    still = pairs.raw(bias) is None and pairs.raw(right) is None  # type: ignore[arg-type]
-    if not still or node.kwargs:
+    bias, left, right = operands(node)
+    if node.kwargs or pairs.raw(bias) is not None or pairs.raw(right) is not None:
         return difference(pairs, node)
-    return pairs.delta(left) @ pairs.rows(right)  # type: ignore[arg-type]
+    return pairs.delta(left) @ pairs.rows(right)
 
 
 def _pad(pairs: Pairs, node: fx.Node) -> Any:
@@ -293,12 +291,12 @@ def _pad(pairs: Pairs, node: fx.Node) -> Any:
 def _activation(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    function = _named_activation(node)
+    named = _named_activation(node)
     delta = pairs.raw(source)
-    if function is None or not isinstance(delta, Tensor) or not pairs.plain(source):
+    if named is None or not isinstance(delta, Tensor) or not pairs.plain(source):
         return difference(pairs, node)
     out = delta if pairs.last_use(source) and _is_dense(delta) else None
-    return ops.delta_activation(pairs.base(source), delta, pairs.image, function, out=out)
+    return ops.delta_activation(pairs.base(source), delta, pairs.image, named, out=out)
 
 
 def _is_dense(delta: Tensor) -> bool:
@@ -309,23 +307,21 @@ def _is_dense(delta: Tensor) -> bool:
 
 def _named_activation(node: fx.Node) -> Activation | None:
     """Return our name for an activation with its settings, or None where we have none."""
-    settings = list(node.args[1:])
+    given = node.args[1:]
     if node.kwargs.get("approximate") == "tanh":
         return Activation("gelu_tanh") if node.target is aten.gelu.default else None
     if node.kwargs:
         return None
     if node.target is aten.hardtanh.default:
-        low, high = (*settings, *(-1.0, 1.0)[len(settings) :])
-        return Activation("hardtanh", float(low), float(high))  # type: ignore[arg-type]
+        return Activation("hardtanh", *map(float, settings(node, 1, -1.0, 1.0)))
     if node.target is aten.relu6.default:
         return Activation("hardtanh", 0.0, 6.0)
     if node.target is aten.leaky_relu.default:
-        return Activation("leaky_relu", float(settings[0]) if settings else 0.01)  # type: ignore[arg-type]
+        return Activation("leaky_relu", float(settings(node, 1, 0.01)[0]))
     if node.target is aten.elu.default:
-        plain = len(settings) < 2
-        return Activation("elu", float(settings[0]) if settings else 1.0) if plain else None  # type: ignore[arg-type]
+        return Activation("elu", float(settings(node, 1, 1.0)[0])) if len(given) < 2 else None
     name = ACTIVATIONS.get(node.target)
-    return None if name is None or settings else Activation(name)  # type: ignore[arg-type]
+    return None if name is None or given else Activation(name)
 
 
 def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
@@ -334,16 +330,15 @@ def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
     delta = pairs.raw(source)
     if not isinstance(delta, Tensor) or not pairs.plain(source):
         return difference(pairs, node)
-    kernel, *rest = node.args[1:]
-    stride, padding, dilation = (*rest[:3], *([], 0, 1)[len(rest[:3]) :])
+    kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
     return ops.delta_max_pool(
         pairs.base(source),
         delta,
         pairs.image,
-        kernel=kernel,  # type: ignore[arg-type]
-        stride=stride or kernel,  # type: ignore[arg-type]
-        padding=padding,  # type: ignore[arg-type]
-        dilation=dilation,  # type: ignore[arg-type]
+        kernel=kernel,
+        stride=stride or kernel,
+        padding=padding,
+        dilation=dilation,
         out_size=[int(size) for size in node.meta["val"].shape[2:]],
     )
 
@@ -364,7 +359,7 @@ STRUCTURE = frozenset(
         ).split()
     )
 )
-ACTIVATIONS = {
+ACTIVATIONS: dict[Any, Any] = {
     aten.relu.default: "relu",
     aten.gelu.default: "gelu",
     aten.silu.default: "silu",

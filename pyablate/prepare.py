@@ -1,0 +1,274 @@
+"""Before the first batch: arguments checked, units numbered, the network copied and captured."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from pyablate.capture import CaptureError, Graph, capture
+from pyablate.data import Data
+from pyablate.engine.ablations import Job, Key, Statistics, calibrate
+from pyablate.engine.delta import Suffix, needed
+from pyablate.engine.replay import Replay, in_double
+from pyablate.interventions import Intervention
+from pyablate.sites import Site, parse_label, select, sites
+
+logger = logging.getLogger("pyablate")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that is known before the first batch."""
+
+    model: nn.Module
+    graph: Graph | None
+    jobs: list[Job]
+    data: Data
+    classes: int
+    class_names: tuple[str, ...]
+    intervention: Intervention
+    statistics: Mapping[Key, Statistics]
+    exact: Replay
+    batch_size: int
+    memory: int
+
+    @property
+    def rows(self) -> int:
+        """Number of ablations."""
+        return sum(len(job.rows) for job in self.jobs)
+
+
+def prepare(
+    model: nn.Module,
+    source: Any,
+    layers: str | Sequence[str] | None,
+    groups: Sequence[Sequence[str]] | None,
+    intervention: Intervention,
+    class_names: Sequence[str] | None,
+    device: str | torch.device | None,
+    *,
+    batch_size: int | None,
+    memory: int | None,
+    strategy: str,
+) -> Setup:
+    """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
+    work, dtype, where = _working_copy(model, device)
+    data = Data(source, dtype=dtype, device=where)
+    sample = data.sample(2)
+    found = sites(work, sample)
+    jobs = plan_jobs(found, layers, groups, intervention)
+    classes = _count_classes(work, sample)
+    names = _check_names(class_names, classes)
+    marked = list({site.name: site for job in jobs for site in job.sites}.values())
+    graph = None if strategy == "replay" else _capture(work, sample, marked)
+    if intervention.needs_statistics:
+        data.hold_if_read_once()
+    if intervention.kind == "resample":
+        data.hold()
+    budget = memory or psutil.virtual_memory().available // 4
+    size = batch_size or _images_per_batch(graph, jobs, sample, budget)
+    statistics: Mapping[Key, Statistics] = {}
+    if intervention.needs_statistics:
+        statistics = calibrate(work, data, marked, classes, batch_size=size)
+    double, precision = in_double(work, sample)
+    return Setup(
+        model=work,
+        graph=graph,
+        jobs=jobs,
+        data=data,
+        classes=classes,
+        class_names=names,
+        intervention=intervention,
+        statistics=statistics,
+        exact=Replay(double, precision, data, statistics),
+        batch_size=size,
+        memory=budget,
+    )
+
+
+def plan_jobs(
+    found: Sequence[Site],
+    layers: str | Sequence[str] | None,
+    groups: Sequence[Sequence[str]] | None,
+    intervention: Intervention,
+) -> list[Job]:
+    """Turn layers and groups into jobs; rows are numbered in the order of the result.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Unknown layers or units, an empty group, a group given twice.
+    """
+    jobs: list[Job] = []
+    row = 0
+
+    def add(at: Sequence[Site], members: Sequence[tuple[tuple[str, int], ...]]) -> None:
+        nonlocal row
+        jobs.append(Job(tuple(at), range(row, row + len(members)), tuple(members), intervention))
+        row += len(members)
+
+    if layers is not None or groups is None:
+        for site, units in _units_by_site(found, layers, intervention):
+            add([site], [((site.name, unit),) for unit in units])
+    for at, members in _groups_by_sites(found, groups or [], intervention):
+        add(at, members)
+    if not jobs:
+        raise ValueError("groups: expected at least one group of units, got none")
+    return jobs
+
+
+def _units_by_site(
+    found: Sequence[Site], layers: str | Sequence[str] | None, intervention: Intervention
+) -> Iterator[tuple[Site, list[int]]]:
+    """Sites in execution order with their chosen units, ascending."""
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    single = [p for p in patterns if isinstance(p, str) and p.rpartition(":")[2].isdecimal()]
+    whole = [p for p in patterns if p not in single]
+    chosen: dict[str, set[int]] = {}
+    if whole or not patterns:
+        for site in select(found, whole):
+            chosen[site.name] = set(range(_count_units(site, intervention)))
+    for label in single:
+        site, unit = parse_label(found, label)
+        chosen.setdefault(site.name, set()).add(unit)
+    for site in found:
+        if site.name in chosen:
+            yield site, sorted(chosen[site.name])
+
+
+def _count_units(site: Site, intervention: Intervention) -> int:
+    if intervention.kind != "direction":
+        return site.channels
+    return intervention.matrix(site.name, site.channels).shape[1]
+
+
+def _groups_by_sites(
+    found: Sequence[Site], groups: Sequence[Sequence[str]], intervention: Intervention
+) -> Iterator[tuple[list[Site], list[tuple[tuple[str, int], ...]]]]:
+    """Yield runs of consecutive groups that act at the same sites: rows keep the caller's order."""
+    if groups and intervention.kind == "direction":
+        raise ValueError("groups: directions are ablated one at a time, not in groups")
+    seen: dict[frozenset[tuple[str, int]], int] = {}
+    run: tuple[list[Site], list[tuple[tuple[str, int], ...]]] = ([], [])
+    for number, group in enumerate(groups):
+        members, at = _group(found, group, number)
+        if frozenset(members) in seen:
+            first = seen[frozenset(members)]
+            raise ValueError(f"groups: group {number} is the same as group {first}: {list(group)}")
+        seen[frozenset(members)] = number
+        if run[1] and at != run[0]:
+            yield run
+            run = ([], [])
+        run = (at, [*run[1], members])
+    if run[1]:
+        yield run
+
+
+def _group(
+    found: Sequence[Site], group: Sequence[str], number: int
+) -> tuple[tuple[tuple[str, int], ...], list[Site]]:
+    if isinstance(group, str) or not isinstance(group, Sequence) or len(group) == 0:
+        raise ValueError(
+            f'groups: group {number}: expected a list of "layer:unit" labels, got {group!r}'
+        )
+    parsed = [parse_label(found, label) for label in group]
+    members = tuple((site.name, unit) for site, unit in parsed)
+    if len(set(members)) < len(members):
+        raise ValueError(f"groups: group {number} names a unit twice: {list(group)}")
+    names = {site.name for site, _ in parsed}
+    return members, [site for site in found if site.name in names]
+
+
+def _working_copy(
+    model: nn.Module, device: str | torch.device | None
+) -> tuple[nn.Module, torch.dtype, torch.device]:
+    """Copy the model to work on, so that nothing can happen to the caller's."""
+    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
+    where = _device(device) if device is not None else first.device
+    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    work = copy.deepcopy(model).to(device=where, dtype=dtype).eval()
+    for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
+        tensor.requires_grad_(False)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise ValueError(f"model: {name} holds NaN or infinite values, the first at {bad}")
+    for name, module in work.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and module.running_mean is None:
+            raise ValueError(
+                f"model: {name} normalises by the statistics of each batch, so a prediction "
+                "depends on the other images; give it running statistics"
+            )
+    return work, dtype, where
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used here: {reason}") from None
+    return where
+
+
+def _count_classes(model: nn.Module, sample: Tensor) -> int:
+    with torch.no_grad():
+        logits = model(sample)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model: expected logits [N, classes], got {got}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
+    return logits.shape[1]
+
+
+def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if class_names is None:
+        return tuple(str(number) for number in range(classes))
+    if isinstance(class_names, str) or len(class_names) != classes:
+        raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
+    return tuple(str(name) for name in class_names)
+
+
+def check_options(
+    model: Any, *, batch_size: int | None, memory: int | None, audit: int, strategy: str
+) -> None:
+    """Check the arguments that need nothing else to be known."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for name, value in (("batch_size", batch_size), ("memory", memory)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if not isinstance(audit, int) or audit < 0:
+        raise ValueError(f"audit: expected a number of pairs, 0 or more, got {audit!r}")
+    if strategy not in ("auto", "replay"):
+        raise ValueError(f'strategy: expected "auto" or "replay", got {strategy!r}')
+
+
+def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
+    try:
+        return capture(model, sample, marked)
+    except CaptureError as error:
+        logger.warning(
+            "the network cannot be captured (%s): every pair runs by replay of the whole "
+            "network, exact but slow",
+            error,
+        )
+        return None
+
+
+def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, memory: int) -> int:
+    """As many images as let the clean tensors fit into half the memory; 256 is plenty."""
+    if graph is None:
+        return 64
+    kept = needed(Suffix.of(graph, job) for job in jobs)
+    per_image = sum(graph.elements(node) for node in kept) * sample.element_size()
+    return int(min(256, max(1, memory // 2 // max(per_image, 1))))
