@@ -140,7 +140,7 @@ def logits(
 
 def predictions(values: Tensor) -> np.ndarray:
     """Class with the largest logit, the first one on equality: ``[N, K]`` to int64 ``[N]``."""
-    return values.numpy().argmax(axis=1).astype(np.int64, copy=False)
+    return np.asarray(values.numpy().argmax(axis=1), dtype=np.int64)
 
 
 def near_ties(values: Tensor) -> np.ndarray:
@@ -202,6 +202,8 @@ class _Loop:
         clean = torch.cat([self.run(batch.images, {}) for batch in self.batches])
         self._check_labels(clean.shape[1])
         yield -1, clean.cpu()
+        if self.intervention.needs_statistics:
+            self._moments  # noqa: B018  # here, because a pass inside a hook would meet that hook
         for number, row in enumerate(self.rows):
             yield number, torch.cat([self._ablated(row, batch) for batch in self.batches]).cpu()
 
