@@ -30,12 +30,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -m pip install -q $(TORCH)
+	@echo "installing $(TORCH) (a few hundred megabytes)"
+	@$(BIN)/python -m pip install -q $(TORCH)
 	@touch $@
 
 # Rebuilt whenever the native sources or the packaging change; Python files need no rebuild (-e).
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/.torch
-	$(BIN)/python -m pip install -q -e '.[dev,test]'
+	@echo "building the extension, installing the other dependencies"
+	@$(BIN)/python -m pip install -q -e '.[dev,test]'
 	@touch $@
 
 test: build

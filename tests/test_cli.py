@@ -208,12 +208,12 @@ def test_doctor_says_what_was_built() -> None:
 
 @pytest.mark.slow
 def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
-    code, out, err = _invoke("demo", "--limit", "200", "--output", str(tmp_path / "demo"))
+    code, out, err = _invoke("demo", "--limit", "64", "--output", str(tmp_path / "demo"))
     assert code == 0, err
     result = pa.load(tmp_path / "demo" / "run.zarr")
     table = pd.read_csv(tmp_path / "demo" / "units.csv")
     assert len(table) == len(result.units)
-    assert len(result.labels) == 200
+    assert len(result.labels) == 64
     for expected in ("Baseline accuracy", "Audit:", "0 mismatches", "Time:", "Plain hook loop"):
         assert expected in out
     assert "scaling" in out
