@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from torch.export.unflatten import InterpreterModule
 
 # Where trainers put the weights inside a checkpoint, in the order tried.
 _NESTED = ("state_dict", "model_state_dict", "model")
@@ -118,6 +119,19 @@ def load_exported(path: Path) -> nn.Module:
             raise
         # The archive reader raises whatever the damage leads to.
         raise ValueError(f"model: {name!r} could not be loaded ({_one_line(error)})") from error
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; of one in an exported program, that before the export.
+
+    Only the classes of `torch.nn` are told: of a user's own class nothing but the name is left, and
+    the class of the exported module stands for it.
+    """
+    name = module.type_name() if isinstance(module, InterpreterModule) else None
+    if name is None or not name.startswith("torch.nn.modules."):
+        return type(module)
+    found = getattr(nn, name.rpartition(".")[2], None)
+    return found if isinstance(found, type) else type(module)
 
 
 def _unpickle_tensors(path: Path) -> Any:

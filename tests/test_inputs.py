@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyablate import demo
+from pyablate.checkpoints import original_type
 from pyablate.inputs import load_model
 
 FACTORIES = """
@@ -283,6 +284,18 @@ def test_hooks_fire_on_the_submodules_of_an_exported_program(exported: Path) -> 
     }
     # What a hook returns replaces the output: with the last block silent the bias is left.
     torch.testing.assert_close(logits, model.fc.bias.expand(3, 10))
+
+
+def test_original_types_of_an_exported_program(exported: Path) -> None:
+    original = dict(demo.network("resnet").named_modules())
+    loaded = load_model(str(exported))
+    modules = {name: module for name, module in loaded.named_modules() if name in original}
+    assert len(modules) >= 50
+    for name, module in modules.items():
+        kind = type(original[name])
+        kept = kind.__module__.startswith("torch.nn")
+        assert original_type(module) is (kind if kept else type(module)), name
+        assert original_type(original[name]) is kind
 
 
 def test_exported_program_takes_other_weights(exported: Path, tmp_path: Path) -> None:
