@@ -129,7 +129,7 @@ def _units_by_site(
 ) -> Iterator[tuple[Site, list[int]]]:
     """Sites in execution order with their chosen units, ascending."""
     patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    single = [p for p in patterns if isinstance(p, str) and p.rpartition(":")[2].isdecimal()]
+    single = [p for p in patterns if isinstance(p, str) and ":" in p]
     whole = [p for p in patterns if p not in single]
     chosen: dict[str, set[int]] = {}
     if whole or not patterns:
