@@ -84,7 +84,7 @@ def ablate(
         An argument is not what is described here; the message says which and why.
     """
     loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
-    labels = torch.cat([batch.labels for batch in loop.batches]).numpy()
+    labels = torch.cat([batch.labels for batch in loop.batches]).cpu().numpy()
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
     names: tuple[str, ...] = ()
@@ -230,7 +230,7 @@ class _Loop:
                 handle.remove()
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"model: expected logits [{len(images)}, classes], got {shape}")
+            raise TypeError(f"model: expected logits [{len(images)}, classes], got {shape}")
         return values
 
     def _ablated(self, row: Row, batch: Batch) -> Tensor:
@@ -289,7 +289,7 @@ class _Loop:
         if kind == "mean":
             return moments.mean[unit]
         if kind == "class_mean":
-            per_image = moments.class_mean[batch.labels.to(output.device), unit]
+            per_image = moments.class_mean[batch.labels, unit]
             return per_image.reshape(-1, *[1] * (len(shape) - 1))
         positions = shape[1:].numel()
         which = torch.full_like(batch.index, unit)
@@ -316,11 +316,11 @@ class _Loop:
         images = torch.zeros(classes, dtype=torch.float64)
 
         for batch in self.batches:
-            images += torch.bincount(batch.labels, minlength=classes)
+            images += torch.bincount(batch.labels.cpu(), minlength=classes)
             for key, maps in self._clean_maps(touched, batch):
                 per_image = maps.sum(dim=2)
                 total = sums.setdefault(key, per_image.new_zeros(classes, maps.shape[1]))
-                total.index_add_(0, batch.labels.to(maps.device), per_image)
+                total.index_add_(0, batch.labels, per_image)
                 positions[key] = maps.shape[2]
         everything = {key: float(images.sum()) * positions[key] for key in sums}
         mean = {key: total.sum(dim=0) / everything[key] for key, total in sums.items()}
@@ -359,10 +359,10 @@ class _Loop:
         for batch in self.batches:
             wrong = (batch.labels >= classes).nonzero()
             if len(wrong):
-                image = int(wrong[0])
+                label, image = int(batch.labels[wrong[0]]), int(batch.index[wrong[0]])
                 raise ValueError(
-                    f"labels: expected classes 0 to {classes - 1}, got {int(batch.labels[image])} "
-                    f"for image {batch.first + image}"
+                    f"data: label {label} of image {image} is outside the model's {classes} "
+                    f"classes (0 to {classes - 1})"
                 )
 
 
@@ -376,7 +376,7 @@ def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
 
 def _check_weights(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
