@@ -95,6 +95,13 @@ class Activation:
         """The number under which the compiled twins know the function."""
         return _ACTIVATIONS.index(self.name)
 
+    @property
+    def monotone(self) -> bool:
+        """Whether the function never falls, so that it may be applied after a maximum."""
+        if self.name in {"leaky_relu", "elu"}:
+            return self.a >= 0
+        return self.name not in {"gelu", "gelu_tanh", "silu", "hardswish"}
+
 
 def masked_copies(
     x: Tensor, image: Tensor, unit: Tensor, value: Tensor | float, *, axis: int = 1
@@ -333,13 +340,12 @@ def unit_delta(
         memory_format=torch.channels_last,
     )
     threads, stream = _context(delta)
-    scratch = torch.empty(
-        core.unit_delta_scratch(
-            kernel_h, kernel_w, size[1], *geometry["stride"], *geometry["dilation"]
+    scratch = None
+    if delta.device.type == "cpu":
+        size_per_thread = core.unit_delta_scratch(
+            delta, weight, out, geometry["stride"], geometry["dilation"]
         )
-        * threads,
-        dtype=dtype,
-    )
+        scratch = torch.empty(size_per_thread * threads, dtype=dtype)
     core.unit_delta(
         delta,
         weight,
@@ -499,12 +505,21 @@ def delta_max_pool(
     core = _twin(change)
     if core is None:
         return reference.delta_max_pool(base, change, image, activation=activation, **geometry)
+    if activation is not None and not activation.monotone:
+        change = delta_activation(base, change, image, activation)
+        base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
+        activation = None
     out = torch.empty(
         (*delta.shape[:2], *geometry["out_size"]),
         dtype=delta.dtype,
         device=delta.device,
         memory_format=layout,
     )
+    threads, stream = _context(change)
+    scratch = None
+    if change.device.type == "cpu":
+        row = delta.shape[1] * geometry["out_size"][1]
+        scratch = torch.empty(threads * 2 * row, dtype=reference.compute_dtype(delta.dtype))
     core.delta_max_pool(
         base,
         change,
@@ -512,8 +527,10 @@ def delta_max_pool(
         out,
         layout == torch.channels_last,
         *geometry.values(),
+        scratch,
         *_activation_arguments(activation),
-        *_context(change),
+        threads,
+        stream,
     )
     return out
 

@@ -1,0 +1,412 @@
+// The Python module pyablate._core. Each function: validate, leave the GIL, hand over to the twin
+// of the tensors' device. Outputs and scratch come from Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+
+#include "../cpu/isa.h"
+#include "arguments.h"
+#include "pyablate/classify.h"
+#include "pyablate/confusion_counts.h"
+#include "pyablate/delta_activation.h"
+#include "pyablate/delta_max_pool.h"
+#include "pyablate/head_flips.h"
+#include "pyablate/launch.h"
+#include "pyablate/masked_copies.h"
+#include "pyablate/unit_delta.h"
+#include "torch_view.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace pyablate {
+
+namespace {
+
+using Two = std::array<std::int64_t, 2>;
+
+template <class P>
+void run(const Place& place, const P& params, int threads, std::uintptr_t stream,
+         void (*cpu_twin)(const P&, int), void (*cuda_twin)(const P&, int, void*)) {
+    const py::gil_scoped_release released;
+    if (place.cuda) {
+        cuda_twin(params, place.index, reinterpret_cast<void*>(stream));
+    } else {
+        cpu_twin(params, threads);
+    }
+}
+
+Activation activation_of(int kind, double a, double b) {
+    return {static_cast<ActivationKind>(kind), a, b};
+}
+
+// The dtype that sums of `dtype` are kept in.
+DType computing(DType dtype) {
+    return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+void check_base_dtype(const TensorView& base, DType delta) {
+    check(base.dtype == computing(delta) ||
+              (base.dtype == DType::bfloat16 && computing(delta) == DType::float32),
+          "base: expected ", name_of(computing(delta)), " or bfloat16 beside float32, got ",
+          name_of(base.dtype));
+}
+
+std::int64_t row_elements(const TensorView& t) {
+    std::int64_t n = 1;
+    for (int i = 1; i < t.dims; ++i) n *= t.shape[i];
+    return n;
+}
+
+void check_dense(const Argument& a, bool channels_last) {
+    check(channels_last ? is_channels_last(a.view) : is_contiguous(a.view), a.name, ": expected a ",
+          channels_last ? "channels_last" : "contiguous", " tensor");
+}
+
+void check_scratch(const std::optional<TensorView>& scratch, DType dtype, std::int64_t elements,
+                   int threads) {
+    check(scratch && scratch->dtype == dtype && is_contiguous(*scratch) &&
+              scratch->elements() >= elements * threads,
+          "scratch: expected ", elements, " elements of ", name_of(dtype), " for each thread");
+}
+
+void masked_copies(const TensorView& x, const TensorView& image, const TensorView& unit,
+                   const TensorView& value, const TensorView& out, std::int64_t outer,
+                   std::int64_t units, std::int64_t inner, int threads, std::uintptr_t stream) {
+    const Place place =
+        place_of({{"x", x}, {"image", image}, {"unit", unit}, {"value", value}, {"out", out}});
+    check(x.dims >= 2 && out.dims == x.dims, "x: expected as many dimensions as out, at least 2");
+    const std::int64_t pairs = out.shape[0];
+    const bool channels_last = !is_contiguous(x);
+    for (const Argument& a : {Argument{"x", x}, Argument{"out", out}}) {
+        check_dense(a, channels_last);
+        check(row_elements(a.view) == outer * units * inner && a.view.item_size == value.item_size,
+              a.name, ": expected rows of outer * units * inner elements of value's dtype");
+    }
+    check_contiguous({"value", value});
+    const std::int64_t elements = value.elements();
+    const ValueShape shape = value.dims == 0                  ? ValueShape::one
+                             : value.dims == 1 && x.dims != 2 ? ValueShape::per_pair
+                             : elements == pairs              ? ValueShape::per_pair
+                                                              : ValueShape::map_per_pair;
+    check(shape == ValueShape::one || elements == pairs || elements == pairs * outer * inner,
+          "value: expected one number, one per pair or a map per pair");
+    const MaskedCopiesParams params{x.data,
+                                    read_index({"image", image}, pairs, 0, x.shape[0]),
+                                    read_index({"unit", unit}, pairs, -1, units),
+                                    value.data,
+                                    out.data,
+                                    x.shape[0],
+                                    pairs,
+                                    outer,
+                                    units,
+                                    inner,
+                                    shape,
+                                    x.item_size};
+    run(place, params, threads, stream, cpu::masked_copies, cuda::masked_copies);
+}
+
+void head_flips(const TensorView& logits, const TensorView& delta, const TensorView& weight,
+                const TensorView& bounds, const TensorView& baseline, const TensorView& tolerance,
+                const TensorView& out, int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"logits", logits},
+                                  {"delta", delta},
+                                  {"weight", weight},
+                                  {"bounds", bounds},
+                                  {"baseline", baseline},
+                                  {"tolerance", tolerance},
+                                  {"out", out}});
+    check(logits.dims == 2 && delta.dims == 2, "logits, delta: expected two dimensions");
+    const std::int64_t images = logits.shape[0], classes = logits.shape[1];
+    const std::int64_t units = delta.shape[1];
+    const DType dtype = logits.dtype;
+    read<std::int32_t>({"out", out}, DType::int32, {images, units});
+    const HeadFlipsParams params{read<void>({"logits", logits}, dtype, {images, classes}),
+                                 read<void>({"delta", delta}, dtype, {images, units}),
+                                 read<void>({"weight", weight}, dtype, {units, classes}),
+                                 read<void>({"bounds", bounds}, dtype, {3, units}),
+                                 read_index({"baseline", baseline}, images, 0, classes),
+                                 read<void>({"tolerance", tolerance}, dtype, {images}),
+                                 static_cast<std::int32_t*>(out.data),
+                                 images,
+                                 units,
+                                 classes,
+                                 dtype};
+    run(place, params, threads, stream, cpu::head_flips, cuda::head_flips);
+}
+
+void classify(const TensorView& logits, const TensorView& delta, const TensorView& image,
+              const TensorView& tolerance, const TensorView& out, double relative, int threads,
+              std::uintptr_t stream) {
+    const Place place = place_of({{"logits", logits},
+                                  {"delta", delta},
+                                  {"image", image},
+                                  {"tolerance", tolerance},
+                                  {"out", out}});
+    check(logits.dims == 2 && logits.shape[1] > 0, "logits: expected [N, K] with K > 0");
+    check(out.dims == 1, "out: expected one dimension");
+    const std::int64_t images = logits.shape[0], classes = logits.shape[1];
+    const std::int64_t pairs = out.shape[0];
+    const DType dtype = logits.dtype;
+    read<std::int32_t>({"out", out}, DType::int32, {pairs});
+    const ClassifyParams params{read<void>({"logits", logits}, dtype, {images, classes}),
+                                read<void>({"delta", delta}, dtype, {pairs, classes}),
+                                read_index({"image", image}, pairs, 0, images),
+                                read<void>({"tolerance", tolerance}, dtype, {images}),
+                                static_cast<std::int32_t*>(out.data),
+                                images,
+                                pairs,
+                                classes,
+                                relative,
+                                dtype};
+    run(place, params, threads, stream, cpu::classify, cuda::classify);
+}
+
+void confusion_counts(const TensorView& prediction, const TensorView& label, const TensorView& out,
+                      int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"prediction", prediction}, {"label", label}, {"out", out}});
+    check(prediction.dims == 2 && out.dims == 3, "prediction, out: expected [U, N] and [U, K, K]");
+    const std::int64_t units = prediction.shape[0], images = prediction.shape[1];
+    const std::int64_t classes = out.shape[2];
+    read<std::int32_t>({"out", out}, DType::int32, {units, classes, classes});
+    TensorView flat = prediction;
+    check_contiguous({"prediction", prediction});
+    flat.dims = 1;
+    flat.shape[0] = units * images;
+    flat.strides[0] = 1;
+    const ConfusionCountsParams params{read_index({"prediction", flat}, units * images, 0, classes),
+                                       read_index({"label", label}, images, 0, classes),
+                                       static_cast<std::int32_t*>(out.data),
+                                       units,
+                                       images,
+                                       classes};
+    run(place, params, threads, stream, cpu::confusion_counts, cuda::confusion_counts);
+}
+
+void delta_activation(const TensorView& base, const TensorView& delta,
+                      const std::optional<TensorView>& addend, const TensorView& image,
+                      const TensorView& out, int kind, double a, double b, int threads,
+                      std::uintptr_t stream) {
+    const TensorView& second = addend ? *addend : delta;
+    const Place place = place_of(
+        {{"delta", delta}, {"base", base}, {"addend", second}, {"image", image}, {"out", out}});
+    check(delta.dims >= 1 && base.dims == delta.dims, "base: expected the dimensions of delta");
+    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
+    const std::int64_t width = row_elements(delta);
+    const bool channels_last = !is_contiguous(delta);
+    check_base_dtype(base, delta.dtype);
+    for (const Argument& x : {Argument{"delta", delta}, Argument{"base", base},
+                              Argument{"addend", second}, Argument{"out", out}}) {
+        check_dense(x, channels_last);
+        check(row_elements(x.view) == width, x.name, ": expected rows like those of delta");
+        check(&x.view == &base || (x.view.dtype == delta.dtype && x.view.shape[0] == pairs), x.name,
+              ": expected the dtype and length of delta");
+    }
+    const DeltaActivationParams params{base.data,
+                                       delta.data,
+                                       addend ? addend->data : nullptr,
+                                       read_index({"image", image}, pairs, 0, images),
+                                       out.data,
+                                       images,
+                                       pairs,
+                                       width,
+                                       activation_of(kind, a, b),
+                                       delta.dtype,
+                                       base.dtype};
+    run(place, params, threads, stream, cpu::delta_activation, cuda::delta_activation);
+}
+
+void delta_max_pool(const TensorView& base, const TensorView& delta, const TensorView& image,
+                    const TensorView& out, bool channels_last, const Two& kernel, const Two& stride,
+                    const Two& padding, const Two& dilation, const Two& out_size,
+                    const std::optional<TensorView>& scratch, int kind, double a, double b,
+                    int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"image", image},
+                                  {"out", out},
+                                  {"scratch", scratch ? *scratch : out}});
+    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
+    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
+    const std::int64_t channels = delta.shape[1], height = delta.shape[2], width = delta.shape[3];
+    check_base_dtype(base, delta.dtype);
+    check_dtype({"out", out}, delta.dtype);
+    check_shape({"base", base}, {images, channels, height, width});
+    check_shape({"out", out}, {pairs, channels, out_size[0], out_size[1]});
+    for (const Argument& x :
+         {Argument{"delta", delta}, Argument{"base", base}, Argument{"out", out}}) {
+        check_dense(x, channels_last);
+    }
+    for (const std::size_t i : {0u, 1u}) {
+        check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
+              "kernel, stride, dilation: expected positive numbers; padding: none below 0");
+    }
+    const DeltaMaxPoolParams params{
+        base.data,   delta.data,    read_index({"image", image}, pairs, 0, images),
+        out.data,    images,        pairs,
+        channels,    height,        width,
+        out_size[0], out_size[1],   kernel[0],
+        kernel[1],   stride[0],     stride[1],
+        padding[0],  padding[1],    dilation[0],
+        dilation[1], channels_last, activation_of(kind, a, b),
+        delta.dtype, base.dtype};
+    check(is_monotone(params.activation), "activation: expected a monotone function");
+    if (place.cuda) {
+        const py::gil_scoped_release released;
+        return cuda::delta_max_pool(params, place.index, reinterpret_cast<void*>(stream));
+    }
+    check_scratch(scratch, computing(delta.dtype), cpu::delta_max_pool_scratch(params), threads);
+    const py::gil_scoped_release released;
+    cpu::delta_max_pool(params, scratch->data, threads);
+}
+
+// The sizes of a convolution, from its tensors and checked against each other.
+UnitDeltaParams unit_delta_sizes(const TensorView& delta, const TensorView& weight,
+                                 const TensorView& out, const Two& stride, const Two& padding,
+                                 const Two& dilation) {
+    check(delta.dims == 4 && weight.dims == 4 && out.dims == 4,
+          "delta, weight, out: expected four dimensions");
+    UnitDeltaParams p{};
+    p.images = delta.shape[0];
+    p.units = delta.shape[1];
+    p.height = delta.shape[2];
+    p.width = delta.shape[3];
+    for (int i = 0; i < 4; ++i) p.delta_strides[i] = delta.strides[i];
+    p.inputs = weight.shape[0];
+    p.kernel_h = weight.shape[1];
+    p.kernel_w = weight.shape[2];
+    p.outputs = weight.shape[3];
+    p.stride_h = stride[0];
+    p.stride_w = stride[1];
+    p.padding_h = padding[0];
+    p.padding_w = padding[1];
+    p.dilation_h = dilation[0];
+    p.dilation_w = dilation[1];
+    p.pairs = out.shape[0];
+    p.out_h = out.shape[2];
+    p.out_w = out.shape[3];
+    for (const std::size_t i : {0u, 1u}) {
+        check(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
+              "stride, dilation: expected positive numbers; padding: none below 0");
+    }
+    check(p.kernel_h > 0 && p.kernel_w > 0 && p.out_h > 0 && p.out_w > 0,
+          "weight, out: expected a kernel and maps with at least one position");
+    return p;
+}
+
+void unit_delta(const TensorView& delta, const TensorView& weight, const TensorView& channel,
+                const TensorView& image, const TensorView& column,
+                const std::optional<TensorView>& base, const TensorView& base_image,
+                const TensorView& out, const std::optional<TensorView>& scratch, const Two& stride,
+                const Two& padding, const Two& dilation, int kind, double a, double b, int threads,
+                std::uintptr_t stream) {
+    const TensorView& rows = base ? *base : out;
+    const Place place = place_of({{"delta", delta},
+                                  {"weight", weight},
+                                  {"channel", channel},
+                                  {"image", image},
+                                  {"column", column},
+                                  {"base", rows},
+                                  {"base_image", base_image},
+                                  {"out", out},
+                                  {"scratch", scratch ? *scratch : out}});
+    UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, padding, dilation);
+    p.dtype = delta.dtype;
+    p.activation = base ? activation_of(kind, a, b) : Activation{};
+    p.base_dtype = base ? base->dtype : computing(delta.dtype);
+    p.base_images = base ? base->shape[0] : p.images;
+    p.delta = delta.data;
+    p.weight = read<void>({"weight", weight}, computing(delta.dtype),
+                          {p.inputs, p.kernel_h, p.kernel_w, p.outputs});
+    p.channel = read_index({"channel", channel}, p.units, 0, p.inputs);
+    p.image = read_index({"image", image}, p.pairs, 0, p.images);
+    p.column = read_index({"column", column}, p.pairs, 0, p.units);
+    p.base_image = read_index({"base_image", base_image}, p.pairs, 0, p.base_images);
+    if (base) {
+        check_base_dtype(*base, delta.dtype);
+        check_shape({"base", *base}, {p.base_images, p.outputs, p.out_h, p.out_w});
+        check_dense({"base", *base}, true);
+        p.base = base->data;
+    }
+    check_dtype({"out", out}, delta.dtype);
+    check_shape({"out", out}, {p.pairs, p.outputs, p.out_h, p.out_w});
+    check_dense({"out", out}, true);
+    p.out = out.data;
+    if (place.cuda) {
+        const py::gil_scoped_release released;
+        return cuda::unit_delta(p, place.index, reinterpret_cast<void*>(stream));
+    }
+    check_scratch(scratch, computing(delta.dtype), cpu::unit_delta_scratch(p).total, threads);
+    const py::gil_scoped_release released;
+    cpu::unit_delta(p, scratch->data, threads);
+}
+
+std::int64_t unit_delta_scratch(const TensorView& delta, const TensorView& weight,
+                                const TensorView& out, const Two& stride, const Two& dilation) {
+    const UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, {0, 0}, dilation);
+    return cpu::unit_delta_scratch(p).total;
+}
+
+py::dict build_info() {
+    py::dict info;
+#ifdef __VERSION__
+    info["compiler"] = PYABLATE_COMPILER " " __VERSION__;
+#else
+    info["compiler"] = PYABLATE_COMPILER;
+#endif
+    const std::string architectures = PYABLATE_CUDA_ARCHITECTURES;
+    const std::string toolkit = PYABLATE_CUDA_TOOLKIT;
+    const std::string sanitizers = PYABLATE_SANITIZERS;
+    const auto or_none = [](const std::string& text) -> py::object {
+        return text.empty() ? py::object(py::none()) : py::object(py::str(text));
+    };
+    info["cuda"] = !architectures.empty();
+    info["cuda_architectures"] = or_none(architectures);
+    info["cuda_toolkit"] = or_none(toolkit);
+    info["cpu_isa"] = cpu::kernels().name;
+    info["sanitizers"] = or_none(sanitizers);
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Native operations of pyablate; call them through pyablate.ops.";
+    m.attr("has_cuda") = PYABLATE_CUDA_ARCHITECTURES[0] != '\0';
+
+    m.def("build_info", &build_info, "What was built and which CPU kernels are in use.");
+    m.def("use_isa", &cpu::use_isa, "name"_a,
+          "Use the CPU kernels 'baseline', 'avx2' or 'avx512'; False if this machine cannot.");
+    m.def("tensor_access", &tensor_access, "use_table"_a,
+          "Read tensors by the exchange table if allowed and there; tell how they are read.");
+    m.def(
+        "launch_shape",
+        [](std::int64_t elements, std::int64_t per_block, std::int64_t width, int most) {
+            return py::make_tuple(grid_size(elements, per_block), block_size(width, most));
+        },
+        "elements"_a, "per_block"_a, "width"_a, "most"_a,
+        "Grid and block size of a CUDA launch, for tests.");
+
+    m.def("masked_copies", &masked_copies, "x"_a, "image"_a, "unit"_a, "value"_a, "out"_a,
+          "outer"_a, "units"_a, "inner"_a, "threads"_a, "stream"_a);
+    m.def("head_flips", &head_flips, "logits"_a, "delta"_a, "weight"_a, "bounds"_a, "baseline"_a,
+          "tolerance"_a, "out"_a, "threads"_a, "stream"_a);
+    m.def("classify", &classify, "logits"_a, "delta"_a, "image"_a, "tolerance"_a, "out"_a,
+          "relative"_a, "threads"_a, "stream"_a);
+    m.def("confusion_counts", &confusion_counts, "prediction"_a, "label"_a, "out"_a, "threads"_a,
+          "stream"_a);
+    m.def("delta_activation", &delta_activation, "base"_a, "delta"_a, "addend"_a, "image"_a,
+          "out"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("delta_max_pool", &delta_max_pool, "base"_a, "delta"_a, "image"_a, "out"_a,
+          "channels_last"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "out_size"_a,
+          "scratch"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("unit_delta", &unit_delta, "delta"_a, "weight"_a, "channel"_a, "image"_a, "column"_a,
+          "base"_a, "base_image"_a, "out"_a, "scratch"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("unit_delta_scratch", &unit_delta_scratch, "delta"_a, "weight"_a, "out"_a, "stride"_a,
+          "dilation"_a, "Scratch elements that one thread of unit_delta needs on the CPU.");
+}
+
+}  // namespace pyablate

@@ -1,0 +1,35 @@
+// Runs of elements through f(base + d) - f(base), for the kernels that end in a function. They call
+// it by pointer, a row or a block at a time, so that none is compiled once per function.
+#pragma once
+
+#include "pyablate/math.h"
+#include "pyablate/tensor_view.h"
+
+namespace pyablate::PYABLATE_ISA {
+
+// (base, delta, addend or null, out, count, function); out may be delta.
+using ChangeRun = void (*)(const void*, const void*, const void*, void*, std::int64_t,
+                           const Activation&);
+
+// The version for these dtypes; addend has that of delta.
+ChangeRun find_change_run(ActivationKind kind, DType base, DType delta, DType out);
+
+template <class S>
+struct ComputeOf {
+    using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+    using type = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class S>
+constexpr DType dtype_of = DType::float32;
+template <>
+constexpr DType dtype_of<double> = DType::float64;
+template <>
+constexpr DType dtype_of<BFloat16> = DType::bfloat16;
+
+}  // namespace pyablate::PYABLATE_ISA

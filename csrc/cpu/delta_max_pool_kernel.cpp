@@ -1,0 +1,163 @@
+// Max pooling of a change: see delta_max_pool.h for the formula.
+//
+// Channels last: a vector holds neighbouring channels of one window. Otherwise it holds
+// neighbouring windows of one output row, gathered lane by lane unless they touch.
+#include "change.h"
+#include "isa.h"
+#include "pyablate/dispatch.h"
+#include "simd.h"
+
+namespace pyablate::PYABLATE_ISA {
+
+namespace {
+
+// The taps of a window that lie inside the map along one axis: first <= tap < last.
+struct Span {
+    std::int64_t first, last;
+};
+
+PYABLATE_INLINE Span inside(std::int64_t start, std::int64_t kernel, std::int64_t dilation,
+                            std::int64_t size) {
+    const std::int64_t first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    const std::int64_t room = size > start ? (size - start + dilation - 1) / dilation : 0;
+    return {first, room < kernel ? room : kernel};
+}
+
+template <class V>
+constexpr double lowest = std::is_same_v<typename V::Scalar, float> ? -__FLT_MAX__ : -__DBL_MAX__;
+
+// Maximum of a window and how it changes (per lane); at(f) calls f(base, delta) for each tap.
+template <class V, class F>
+PYABLATE_INLINE void pool_window(F at, V& most, V& change) {
+    const V nothing(-__builtin_inf());
+    V top = nothing, difference = nothing;
+    at([&](V z, V) PYABLATE_LAMBDA_INLINE { top = math::at_least(z, top); });
+    at([&](V z, V d)
+           PYABLATE_LAMBDA_INLINE { difference = math::at_least((z - top) + d, difference); });
+    // still -inf: no tap inside the map, so nothing that could change
+    const auto empty = top < V(lowest<V>);
+    most = where(empty, V(0.0), top);
+    change = where(empty, V(0.0), difference);
+}
+
+// One row of output: maxima and changes go to [Wo, C] (channels last) or [C, Wo].
+template <class D, class B, class T>
+void pool_channels_last(const DeltaMaxPoolParams& p, std::int64_t pair, std::int64_t y, T* most,
+                        T* change) {
+    const std::int64_t c = p.channels;
+    const B* base = static_cast<const B*>(p.base) + p.image[pair] * p.height * p.width * c;
+    const D* delta = static_cast<const D*>(p.delta) + pair * p.height * p.width * c;
+    const std::int64_t top = y * p.stride_h - p.padding_h;
+    const Span rows = inside(top, p.kernel_h, p.dilation_h, p.height);
+    for (std::int64_t x = 0; x < p.out_w; ++x) {
+        const std::int64_t left = x * p.stride_w - p.padding_w;
+        const Span columns = inside(left, p.kernel_w, p.dilation_w, p.width);
+        for_each_vector<T>(c, [&](auto vector, std::int64_t o, int n) PYABLATE_LAMBDA_INLINE {
+            using V = decltype(vector);
+            V window_most, window_change;
+            pool_window(
+                [&](auto f) PYABLATE_LAMBDA_INLINE {
+                    for (std::int64_t i = rows.first; i < rows.last; ++i) {
+                        for (std::int64_t j = columns.first; j < columns.last; ++j) {
+                            const std::int64_t at =
+                                ((top + i * p.dilation_h) * p.width + left + j * p.dilation_w) * c +
+                                o;
+                            f(load_n<V>(base + at, n), load_n<V>(delta + at, n));
+                        }
+                    }
+                },
+                window_most, window_change);
+            store_n(most + x * c + o, window_most, n);
+            store_n(change + x * c + o, window_change, n);
+        });
+    }
+}
+
+// Lanes x, x + step, ... of a row; `outside` where that is not in [0, width).
+template <class V, class S>
+PYABLATE_INLINE V gather(const S* row, std::int64_t x, std::int64_t step, std::int64_t width,
+                         S outside, int n) {
+    if (step == 1 && n == V::size && x >= 0 && x + n <= width) return load<V>(row + x);
+    S lanes[V::size];
+    for (int i = 0; i < V::size; ++i) {
+        const std::int64_t at = x + i * step;
+        lanes[i] = i < n && at >= 0 && at < width ? row[at] : outside;
+    }
+    return load<V>(lanes);
+}
+
+template <class S>
+constexpr S lowest_value() {
+    return -static_cast<S>(__builtin_inf());
+}
+template <>
+constexpr BFloat16 lowest_value<BFloat16>() {
+    return {0xff80};
+}
+
+template <class D, class B, class T>
+void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, std::int64_t y, T* most,
+                T* change) {
+    const std::int64_t top = y * p.stride_h - p.padding_h;
+    const Span rows = inside(top, p.kernel_h, p.dilation_h, p.height);
+    for_each_vector<T>(p.out_w, [&](auto vector, std::int64_t x, int n) PYABLATE_LAMBDA_INLINE {
+        using V = decltype(vector);
+        const std::int64_t left = x * p.stride_w - p.padding_w;
+        V window_most, window_change;
+        pool_window(
+            [&](auto f) PYABLATE_LAMBDA_INLINE {
+                for (std::int64_t i = rows.first; i < rows.last; ++i) {
+                    const std::int64_t row = (top + i * p.dilation_h) * p.width;
+                    for (std::int64_t j = 0; j < p.kernel_w; ++j) {
+                        const std::int64_t at = left + j * p.dilation_w;
+                        f(gather<V>(base + row, at, p.stride_w, p.width, lowest_value<B>(), n),
+                          gather<V>(delta + row, at, p.stride_w, p.width, D{}, n));
+                    }
+                }
+            },
+            window_most, window_change);
+        store_n(most + x, window_most, n);
+        store_n(change + x, window_change, n);
+    });
+}
+
+template <class D, class B>
+void pool_row(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t pair,
+              std::int64_t y) {
+    using T = Compute<D>;
+    T* most = static_cast<T*>(scratch);
+    T* change = most + p.out_w * p.channels;
+    D* out = static_cast<D*>(p.out);
+    if (p.channels_last) {
+        const std::int64_t row = p.out_w * p.channels;
+        pool_channels_last<D, B>(p, pair, y, most, change);
+        finish(most, change, nullptr, out + (pair * p.out_h + y) * row, row, p.activation);
+        return;
+    }
+    const std::int64_t plane = p.height * p.width;
+    for (std::int64_t c = 0; c < p.channels; ++c) {
+        const std::int64_t at = pair * p.channels + c;
+        pool_plane(p, static_cast<const B*>(p.base) + (p.image[pair] * p.channels + c) * plane,
+                   static_cast<const D*>(p.delta) + at * plane, y, most, change);
+        finish(most, change, nullptr, out + (at * p.out_h + y) * p.out_w, p.out_w, p.activation);
+    }
+}
+
+}  // namespace
+
+// Items are the output rows of the pairs.
+void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,
+                    std::int64_t end) {
+    dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
+        using D = typename decltype(delta)::type;
+        using B = typename decltype(base)::type;
+        constexpr DType computing = dtype_of<Compute<D>>;
+        const ChangeRun finish =
+            find_change_run(p.activation.kind, computing, computing, dtype_of<D>);
+        for (std::int64_t item = begin; item < end; ++item) {
+            pool_row<D, B>(p, finish, scratch, item / p.out_h, item % p.out_h);
+        }
+    });
+}
+
+}  // namespace pyablate::PYABLATE_ISA

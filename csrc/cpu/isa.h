@@ -1,0 +1,56 @@
+// The kernels of each instruction set, and which of them this machine runs.
+//
+// The files <op>_kernel.cpp are compiled once per instruction set, each time inside a namespace of
+// its name, so that nothing compiled for AVX-512 can stand in for code that runs without it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "pyablate/classify.h"
+#include "pyablate/delta_activation.h"
+#include "pyablate/delta_max_pool.h"
+#include "pyablate/head_flips.h"
+#include "pyablate/unit_delta.h"
+
+namespace pyablate {
+
+// Each works on the items [begin, end) of its operation.
+#define PYABLATE_DECLARE_KERNELS                                                                 \
+    void unit_delta(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, void* scratch, \
+                    std::int64_t begin, std::int64_t end);                                       \
+    void delta_activation(const DeltaActivationParams& p, std::int64_t begin, std::int64_t end); \
+    void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,          \
+                        std::int64_t end);                                                       \
+    void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
+    void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);
+
+namespace baseline {
+PYABLATE_DECLARE_KERNELS
+}
+namespace avx2 {
+PYABLATE_DECLARE_KERNELS
+}
+namespace avx512 {
+PYABLATE_DECLARE_KERNELS
+}
+
+namespace cpu {
+
+struct Kernels {
+    const char* name;
+    decltype(&baseline::unit_delta) unit_delta;
+    decltype(&baseline::delta_activation) delta_activation;
+    decltype(&baseline::delta_max_pool) delta_max_pool;
+    decltype(&baseline::head_flips) head_flips;
+    decltype(&baseline::classify) classify;
+};
+
+// The kernels in use: at first the best that this machine runs.
+const Kernels& kernels();
+
+// Uses "baseline", "avx2" or "avx512" from now on, for tests; false if this machine cannot.
+bool use_isa(const std::string& name);
+
+}  // namespace cpu
+}  // namespace pyablate

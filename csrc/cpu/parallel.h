@@ -1,0 +1,19 @@
+// Threads for the length of one call. No pool outlives it: a pool would not survive fork(), which
+// data loaders do, and a second OpenMP runtime beside PyTorch's is worse.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace pyablate::cpu {
+
+// Calls work(begin, end, thread) over [0, items) in pieces of `piece`, from at most `threads`
+// threads. Which thread takes which piece varies; no result may depend on it.
+void parallel_for(std::int64_t items, std::int64_t piece, int threads,
+                  const std::function<void(std::int64_t, std::int64_t, int)>& work);
+
+// Piece size for items of `cost` elementary steps each: pieces long enough to pay for handing them
+// out, and, where there is enough work, several for each thread so that none waits long at the end.
+std::int64_t piece_size(std::int64_t items, std::int64_t cost, int threads);
+
+}  // namespace pyablate::cpu

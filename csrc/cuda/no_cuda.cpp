@@ -1,0 +1,48 @@
+// The CUDA twins of a build without CUDA: they say what is missing and how to get it.
+#include <stdexcept>
+#include <string>
+
+#include "pyablate/classify.h"
+#include "pyablate/confusion_counts.h"
+#include "pyablate/delta_activation.h"
+#include "pyablate/delta_max_pool.h"
+#include "pyablate/head_flips.h"
+#include "pyablate/masked_copies.h"
+#include "pyablate/unit_delta.h"
+
+namespace pyablate::cuda {
+
+namespace {
+
+[[noreturn]] void missing(const char* op) {
+    throw std::runtime_error(
+        std::string(op) +
+        ": this build of pyablate has no CUDA code; install nvcc and reinstall "
+        "with PYABLATE_CUDA=ON");
+}
+
+}  // namespace
+
+void masked_copies(const MaskedCopiesParams&, int, void*) {
+    missing("masked_copies");
+}
+void head_flips(const HeadFlipsParams&, int, void*) {
+    missing("head_flips");
+}
+void classify(const ClassifyParams&, int, void*) {
+    missing("classify");
+}
+void confusion_counts(const ConfusionCountsParams&, int, void*) {
+    missing("confusion_counts");
+}
+void delta_activation(const DeltaActivationParams&, int, void*) {
+    missing("delta_activation");
+}
+void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
+    missing("delta_max_pool");
+}
+void unit_delta(const UnitDeltaParams&, int, void*) {
+    missing("unit_delta");
+}
+
+}  // namespace pyablate::cuda

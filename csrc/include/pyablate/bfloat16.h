@@ -1,0 +1,34 @@
+// bfloat16: the upper half of a float. Conversions round to nearest, ties to even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PYABLATE_HOST_DEVICE __host__ __device__
+#else
+#define PYABLATE_HOST_DEVICE
+#endif
+
+namespace pyablate {
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+PYABLATE_HOST_DEVICE inline float to_float(BFloat16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+PYABLATE_HOST_DEVICE inline BFloat16 to_bfloat16(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x != x) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};  // stay a quiet NaN
+    bits += 0x7fffu + ((bits >> 16) & 1u);
+    return {static_cast<std::uint16_t>(bits >> 16)};
+}
+
+}  // namespace pyablate

@@ -1,0 +1,33 @@
+// Predictions from clean logits and their change:
+//
+//   out[p] = argmax over k of  logits[image[p], k] + delta[p, k]
+//
+// the lowest k on equality, -1 unless the top-2 margin is above
+// tolerance[image[p]] + relative * (max_k delta - min_k delta). NaN anywhere gives -1.
+#pragma once
+
+#include <cstdint>
+
+#include "pyablate/tensor_view.h"
+
+namespace pyablate {
+
+struct ClassifyParams {
+    const void* logits;         // [N, K]
+    const void* delta;          // [P, K]
+    const std::int32_t* image;  // [P], in [0, N)
+    const void* tolerance;      // [N]
+    std::int32_t* out;          // [P]
+    std::int64_t images, pairs, classes;
+    double relative;
+    DType dtype;  // of logits, delta and tolerance: float32 or float64
+};
+
+namespace cpu {
+void classify(const ClassifyParams& p, int threads);
+}
+namespace cuda {
+void classify(const ClassifyParams& p, int device, void* stream);
+}
+
+}  // namespace pyablate

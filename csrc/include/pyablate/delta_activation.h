@@ -1,0 +1,37 @@
+// A delta through an elementwise function:
+//
+//   out[p, m] = f(base[image[p], m] + d) - f(base[image[p], m]),   d = delta[p, m] (+ addend[p, m])
+//
+// Rows are flat runs of M elements, all in the same order. out may be delta.
+#pragma once
+
+#include <cstdint>
+
+#include "pyablate/math.h"
+#include "pyablate/tensor_view.h"
+
+namespace pyablate {
+
+struct DeltaActivationParams {
+    const void* base;           // [N, M]
+    const void* delta;          // [P, M]
+    const void* addend;         // [P, M] or null
+    const std::int32_t* image;  // [P], in [0, N)
+    void* out;                  // [P, M]
+    std::int64_t images, pairs, width;
+    Activation activation;
+    DType dtype;       // of delta, addend and out; computed in float32, or in float64 if it is that
+    DType base_dtype;  // the computing dtype, or bfloat16 beside float32
+};
+
+namespace cpu {
+// A row is worked on in blocks of this many elements, so that few long rows feed many threads.
+constexpr std::int64_t activation_block = 4096;
+
+void delta_activation(const DeltaActivationParams& p, int threads);
+}  // namespace cpu
+namespace cuda {
+void delta_activation(const DeltaActivationParams& p, int device, void* stream);
+}
+
+}  // namespace pyablate

@@ -1,0 +1,155 @@
+// The elementwise functions and how a change d passes through them: f(z + d) - f(z).
+//
+// Written once for floats and doubles (both twins) and for the CPU's vectors, which bring their own
+// exp, tanh, erf, expm1 and where. The piecewise linear functions never form z + d where the answer
+// is d itself, so that their error is relative to the change and not to the activation.
+#pragma once
+
+#include <cmath>
+
+#include "pyablate/bfloat16.h"
+
+namespace pyablate {
+
+// The order is that of pyablate.ops.ActivationName.
+enum class ActivationKind : int {
+    identity,
+    relu,
+    hardtanh,    // clamped to [a, b]
+    leaky_relu,  // slope a
+    elu,         // alpha a
+    gelu,
+    gelu_tanh,
+    silu,
+    hardswish,
+    hardsigmoid,
+    sigmoid,
+    tanh,
+};
+
+struct Activation {
+    ActivationKind kind = ActivationKind::identity;
+    double a = 0;
+    double b = 0;
+};
+
+PYABLATE_HOST_DEVICE inline float where(bool condition, float x, float y) {
+    return condition ? x : y;
+}
+PYABLATE_HOST_DEVICE inline double where(bool condition, double x, double y) {
+    return condition ? x : y;
+}
+
+namespace math {
+
+// Written so that a NaN in x comes out as NaN.
+template <class T>
+PYABLATE_HOST_DEVICE inline T at_least(T x, T low) {
+    return where(low > x, low, x);
+}
+template <class T>
+PYABLATE_HOST_DEVICE inline T at_most(T x, T high) {
+    return where(high < x, high, x);
+}
+template <class T>
+PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
+    return at_most(at_least(x, low), high);
+}
+
+// clamp(z + d) - clamp(z): with c = clamp(z), the bounds seen from c are low - c and high - c.
+template <class T>
+PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
+    const T c = clamp(z, low, high);
+    return clamp(d + (z - c), low - c, high - c);
+}
+
+template <class T>
+PYABLATE_HOST_DEVICE inline T relu_change(T z, T d) {
+    const T c = at_least(z, T(0));
+    return at_least(d + (z - c), T(0) - c);
+}
+
+template <class T>
+PYABLATE_HOST_DEVICE inline T sigmoid(T x) {
+    using std::exp;
+    return T(1) / (T(1) + exp(T(0) - x));
+}
+
+}  // namespace math
+
+// f(z), for the functions whose change has no shorter form (and, for the pooling, all others)
+template <ActivationKind K, class T>
+PYABLATE_HOST_DEVICE inline T activate(T z, T a, T b) {
+    using std::erf;
+    using std::expm1;
+    using std::tanh;
+    if constexpr (K == ActivationKind::relu) {
+        return math::at_least(z, T(0));
+    } else if constexpr (K == ActivationKind::hardtanh) {
+        return math::clamp(z, a, b);
+    } else if constexpr (K == ActivationKind::leaky_relu) {
+        return where(z > T(0), z, a * z);
+    } else if constexpr (K == ActivationKind::elu) {
+        return where(z > T(0), z, a * expm1(math::at_most(z, T(0))));
+    } else if constexpr (K == ActivationKind::gelu) {
+        return T(0.5) * z * (T(1) + erf(z * T(0.70710678118654752440)));  // 1 / sqrt(2)
+    } else if constexpr (K == ActivationKind::gelu_tanh) {
+        const T inner = T(0.79788456080286535588) * (z + T(0.044715) * z * z * z);  // sqrt(2 / pi)
+        return T(0.5) * z * (T(1) + tanh(inner));
+    } else if constexpr (K == ActivationKind::silu) {
+        return z * math::sigmoid(z);
+    } else if constexpr (K == ActivationKind::hardswish) {
+        return z * math::clamp(z + T(3), T(0), T(6)) * T(1.0 / 6.0);
+    } else if constexpr (K == ActivationKind::hardsigmoid) {
+        return math::clamp(z * T(1.0 / 6.0) + T(0.5), T(0), T(1));
+    } else if constexpr (K == ActivationKind::sigmoid) {
+        return math::sigmoid(z);
+    } else if constexpr (K == ActivationKind::tanh) {
+        return tanh(z);
+    } else {
+        return z;
+    }
+}
+
+// f(z + d) - f(z)
+template <ActivationKind K, class T>
+PYABLATE_HOST_DEVICE inline T activate_change(T z, T d, T a, T b) {
+    if constexpr (K == ActivationKind::identity) {
+        return d;
+    } else if constexpr (K == ActivationKind::relu) {
+        return math::relu_change(z, d);
+    } else if constexpr (K == ActivationKind::hardtanh) {
+        return math::clamp_change(z, d, a, b);
+    } else if constexpr (K == ActivationKind::leaky_relu) {
+        // x = relu(x) + min(x, 0): what the first does not change, the second does
+        const T positive = math::relu_change(z, d);
+        return positive + a * (d - positive);
+    } else if constexpr (K == ActivationKind::elu) {
+        using std::expm1;
+        const T after = expm1(math::at_most(z + d, T(0)));
+        return math::relu_change(z, d) + a * (after - expm1(math::at_most(z, T(0))));
+    } else if constexpr (K == ActivationKind::hardsigmoid) {
+        const T sixth = T(1.0 / 6.0);
+        return math::clamp_change(z * sixth + T(0.5), d * sixth, T(0), T(1));
+    } else {
+        return activate<K>(z + d, a, b) - activate<K>(z, a, b);
+    }
+}
+
+// Whether x <= y implies f(x) <= f(y), so that f may be applied after a maximum instead of before.
+inline bool is_monotone(const Activation& f) {
+    switch (f.kind) {
+        case ActivationKind::gelu:
+        case ActivationKind::gelu_tanh:
+        case ActivationKind::silu:
+        case ActivationKind::hardswish:
+            return false;
+        case ActivationKind::leaky_relu:
+        case ActivationKind::elu:
+            return f.a >= 0;
+        default:
+            return true;
+    }
+}
+
+}  // namespace pyablate
