@@ -6,11 +6,13 @@ choose what to keep of the clean run and carry differences instead of values thr
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -46,17 +48,23 @@ class CaptureError(Exception):
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where a tensor keeps the images: ``shape[axis] == images * inner``, image-major."""
+    """Where a tensor keeps the images: ``shape[axis] == outer * images * inner``."""
 
     axis: int
-    inner: int
+    inner: int = 1
+    outer: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor has exactly one row per image, first."""
+        return self == BatchLayout(0)
 
     def pick(self, x: Tensor, image: Tensor) -> Tensor:
-        """Gather images: ``[.., N * inner, ..] -> [.., len(image) * inner, ..]``."""
-        if self.inner == 1:
+        """Gather images: the batch becomes ``len(image)`` long."""
+        if self.inner == self.outer == 1:
             return x.index_select(self.axis, image)
-        split: Tensor = x.unflatten(self.axis, (-1, self.inner))
-        return split.index_select(self.axis, image).flatten(self.axis, self.axis + 1)
+        split: Tensor = x.unflatten(self.axis, (self.outer, -1, self.inner))
+        return split.index_select(self.axis + 1, image).flatten(self.axis, self.axis + 2)
 
 
 @dataclass
@@ -72,7 +80,7 @@ class Graph:
     constants : dict
         Values of the other placeholders.
     layout : dict
-        Where each batch-dependent floating-point tensor keeps its images.
+        Where each tensor keeps its images; a list for a node that holds several.
     markers : list of fx.Node
         One per (site, call) in execution order.
     """
@@ -82,7 +90,7 @@ class Graph:
     logits: fx.Node
     constants: dict[fx.Node, Tensor]
     symbol: Any
-    layout: dict[fx.Node, BatchLayout] = field(default_factory=dict)
+    layout: dict[fx.Node, Any] = field(default_factory=dict)
     markers: list[fx.Node] = field(default_factory=list)
 
     def run(self, images: Tensor, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
@@ -141,9 +149,13 @@ class Graph:
         argument = node.args[index] if index < len(node.args) else None
         return self.constants.get(argument) if isinstance(argument, fx.Node) else None
 
-    def layout_of(self, meta: Any) -> BatchLayout | None:
-        """Where a tensor of this shape keeps its images; None if it does not depend on them."""
-        return _layout(meta, self.symbol) if isinstance(meta, Tensor) else None
+    def pick(self, node: fx.Node, value: Any, image: Tensor) -> Any:
+        """Gather images from a node's value; what does not depend on images stays as it is."""
+        layout = self.layout.get(node)
+        if isinstance(value, (list, tuple)):
+            layouts = layout if isinstance(layout, list) else [layout] * len(value)
+            return [_pick(one, item, image) for one, item in zip(layouts, value, strict=True)]
+        return _pick(layout, value, image)
 
     def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes whose value can change when the values of ``starts`` do, in order."""
@@ -195,8 +207,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
     pair = _two_images(sample)
     program = _export(model, pair, sites)
     graph = _read(program)
-    graph.layout = _layouts(graph)
-    _verify(graph, pair)
+    graph.layout = _layouts(graph, pair)
     _fold_batch_norm(graph)
     _channels_last(graph)
     return graph
@@ -206,8 +217,7 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with warnings.catch_warnings(), evaluation(model), hooked(model, sites, change):
-        warnings.simplefilter("ignore")  # torch's own deprecations while it traces
+    with _quiet(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim("batch")},), strict=False
@@ -216,6 +226,24 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
         except Exception as error:  # torch.export raises many types; each means the same here
             reason = str(error).strip().splitlines()
             raise CaptureError(f"torch.export: {reason[0] if reason else error!r}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's deprecations and its report of a failed export: ours says it in one line."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
+    try:
+        # torch writes the graph of a failed export straight to standard error
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
+            warnings.simplefilter("ignore")
+            yield
+        logger.debug("torch.export: %s", said.getvalue())
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _read(program: torch.export.ExportedProgram) -> Graph:
@@ -247,44 +275,46 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
     )
 
 
-def _layouts(graph: Graph) -> dict[fx.Node, BatchLayout]:
-    found = {}
-    for node in graph.graph.nodes:
-        meta = node.meta.get("val")
-        if isinstance(meta, Tensor):
-            layout = _layout(meta, graph.symbol)
-            if layout is not None:
-                found[node] = layout
+def _layouts(graph: Graph, pair: Tensor) -> dict[fx.Node, Any]:
+    """Find out where tensors keep their images: swap two, and see what swaps with them."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in nodes if graph.size(node, 1) is None]
+    swap = torch.tensor([1, 0], device=pair.device)
+    values, swapped = graph.run(pair, nodes), graph.run(pair[swap], nodes)
+    found: dict[fx.Node, Any] = {graph.images: BatchLayout(0)}
+    for node in nodes:
+        metas, before, after = node.meta["val"], values[node], swapped[node]
+        if isinstance(metas, Tensor):
+            found[node] = _layout(graph, node, metas, before, after, swap)
+        else:
+            items = zip(metas, before, after, strict=True)
+            found[node] = [_layout(graph, node, *item, swap) for item in items]
     return found
 
 
-def _layout(meta: Tensor, symbol: Any) -> BatchLayout | None:
-    axes = [
-        (axis, cast(torch.SymInt, size).node.expr)
-        for axis, size in enumerate(meta.shape)
-        if _is_symbolic(size)
-    ]
-    if len(axes) != 1:
-        return None
-    axis, expression = axes[0]
-    inner = expression / symbol
-    return BatchLayout(axis, int(inner)) if inner.is_Integer else None
+def _layout(
+    graph: Graph, node: fx.Node, meta: Tensor, before: Tensor, after: Tensor, swap: Tensor
+) -> BatchLayout | None:
+    candidates: list[BatchLayout | None] = list(_candidates(meta, graph.symbol)) or [None]
+    for layout in candidates:
+        straight = _pick(layout, before, swap)
+        if torch.allclose(straight, after, rtol=1e-3, atol=1e-5, equal_nan=True):
+            return layout
+    raise CaptureError(f"{node.name} ({node.target}) mixes images")
 
 
-def _verify(graph: Graph, pair: Tensor) -> None:
-    """Swap two images: every tensor that the engine may gather by image must swap with them."""
-    nodes = [
-        node
-        for node in graph.graph.nodes
-        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
-    ]
-    swap = torch.tensor([1, 0], device=pair.device)
-    values, swapped = graph.run(pair, nodes), graph.run(pair[swap], nodes)
-    for node in nodes:
-        layout = graph.layout.get(node)
-        straight = values[node] if layout is None else layout.pick(values[node], swap)
-        if not torch.allclose(straight, swapped[node], rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise CaptureError(f"{node.name} ({node.target}) mixes images or hides their order")
+def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:
+    """Ways in which the symbolic sizes of a tensor can hold one batch axis."""
+    for axis, size in enumerate(meta.shape):
+        factor = cast(torch.SymInt, size).node.expr / symbol if _is_symbolic(size) else None
+        if factor is not None and factor.is_Integer:
+            for outer in range(1, int(factor) + 1):
+                if int(factor) % outer == 0:
+                    yield BatchLayout(axis, inner=int(factor) // outer, outer=outer)
+
+
+def _pick(layout: BatchLayout | None, value: Tensor, image: Tensor) -> Tensor:
+    return value if layout is None else layout.pick(value, image)
 
 
 def _fold_batch_norm(graph: Graph) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.capture import MARKER, Graph
+from pyablate.capture import MARKER, BatchLayout, Graph
 from pyablate.engine import channel as channelwise
 from pyablate.engine import rules
 from pyablate.engine.ablations import Job, StandIns
@@ -280,14 +280,11 @@ class _Slice:
     def rows(self, node: fx.Node) -> Any:
         if node in self.graph.constants:
             return self.graph.constants[node]
-        value = self.sweep.clean.tensors[node]
-        if isinstance(value, Tensor):
-            return self._pick(node.meta["val"], value)
-        return [self._pick(meta, item) for meta, item in zip(node.meta["val"], value, strict=True)]
+        return self.graph.pick(node, self.sweep.clean.tensors[node], self.image_long)
 
     def plain(self, node: fx.Node) -> bool:
         layout = self.graph.layout.get(node)
-        return layout is not None and layout.axis == 0 and layout.inner == 1
+        return isinstance(layout, BatchLayout) and layout.plain
 
     def last_use(self, node: fx.Node) -> bool:
         return self._uses.get(node) == 1
@@ -295,10 +292,6 @@ class _Slice:
     @cached_property
     def _sites(self) -> dict[str, Site]:
         return {site.name: site for site in self.sweep.suffix.job.sites}
-
-    def _pick(self, meta: Any, value: Any) -> Any:
-        layout = self.graph.layout_of(meta)
-        return value if layout is None else layout.pick(value, self.image_long)
 
     def _ablate(self, site: Site, marker: fx.Node) -> Any:
         """Replace the units in the perturbed tensor, whatever has already changed in it."""

@@ -1,5 +1,6 @@
 """Plain PyTorch versions: the oracle of everything, and what runs without the extension."""
 
+from pyablate.reference.agreement import Agreement, compare
 from pyablate.reference.loop import NEAR_TIE, ablate, logits, near_ties, predictions
 
-__all__ = ["NEAR_TIE", "ablate", "logits", "near_ties", "predictions"]
+__all__ = ["NEAR_TIE", "Agreement", "ablate", "compare", "logits", "near_ties", "predictions"]
