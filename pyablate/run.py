@@ -28,6 +28,10 @@ from pyablate.result import AblationResult, Audit, Flips
 logger = logging.getLogger("pyablate")
 
 
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Changed predictions: row of the result, image of the data, new class."""
+
+
 def ablate(
     model: nn.Module,
     data: Any,
@@ -117,7 +121,7 @@ class _Sweep:
 
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
-    flips: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
     mismatches: int = 0
@@ -140,10 +144,11 @@ class _Sweep:
             self.labels.append(batch.labels.cpu().numpy())
             self.baseline.append(clean.prediction.cpu().numpy())
             for job in setup.jobs:
+                before = len(self.flips)
                 found = self._predictions(job, suffixes.get(job), batch, clean)
                 for row, image, prediction in found:
                     self._record(job, batch, clean, row, image, prediction)
-                self._audit(job, batch)
+                self._audit(job, batch, self.flips[before:])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
         if self.mismatches:
@@ -188,34 +193,32 @@ class _Sweep:
             )
         )
 
-    def _audit(self, job: Job, batch: Batch) -> None:
-        """Recompute the audited pairs of this job and batch, and compare."""
-        row, image = self.audited.T
+    def _audit(self, job: Job, batch: Batch, flips: Sequence[Piece]) -> None:
+        """Recompute the audited pairs of this job and batch, and compare with its flips."""
         first, last = int(batch.index[0]), int(batch.index[-1])
+        row, image = self.audited.T
         mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
-        if not mine.any():
+        row, image = row[mine], image[mine]
+        if not len(row):
             return
+        flipped = {
+            (r, i): new
+            for piece in flips
+            for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
+        }
+        clean = self.baseline[-1][image - first]
+        pairs = zip(row.tolist(), image.tolist(), clean.tolist(), strict=True)
+        found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
         device = batch.index.device
-        at_row = torch.from_numpy(row[mine] - job.rows.start).to(device)
-        at_image = torch.from_numpy(image[mine] - first).to(device)
-        exact = self.setup.exact.decide(batch, job, at_row, at_image)
-        found = self._found(row[mine], image[mine])
+        exact = self.setup.exact.decide(
+            batch,
+            job,
+            torch.from_numpy(row - job.rows.start).to(device),
+            torch.from_numpy(image - first).to(device),
+        )
         wrong = (exact.prediction.cpu().numpy() != found) & ~exact.near_tie.cpu().numpy()
         self.checked += len(found)
         self.mismatches += int(wrong.sum())
-
-    def _found(self, row: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Look up what was recorded for some pairs of the current batch."""
-        first = sum(len(part) for part in self.baseline[:-1])
-        found: np.ndarray = self.baseline[-1][image - first].copy()
-        wanted = {(r, i): k for k, (r, i) in enumerate(zip(row, image, strict=True))}
-        for rows, images, predictions in self.flips:
-            if len(rows) and images[0] >= first:
-                hits = np.isin(rows, row) & np.isin(images, image)
-                for r, i, p in zip(rows[hits], images[hits], predictions[hits], strict=True):
-                    if (r, i) in wanted:
-                        found[wanted[r, i]] = p
-        return found
 
     def _check_labels(self, batch: Batch) -> None:
         beyond = batch.labels >= self.setup.classes
