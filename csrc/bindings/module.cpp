@@ -381,13 +381,8 @@ PYBIND11_MODULE(_core, m) {
           "Use the CPU kernels 'baseline', 'avx2' or 'avx512'; False if this machine cannot.");
     m.def("tensor_access", &tensor_access, "use_table"_a,
           "Read tensors by the exchange table if allowed and there; tell how they are read.");
-    m.def(
-        "launch_shape",
-        [](std::int64_t elements, std::int64_t per_block, std::int64_t width, int most) {
-            return py::make_tuple(grid_size(elements, per_block), block_size(width, most));
-        },
-        "elements"_a, "per_block"_a, "width"_a, "most"_a,
-        "Grid and block size of a CUDA launch, for tests.");
+    m.def("grid_size", &grid_size, "elements"_a, "per_block"_a,
+          "Blocks of a CUDA launch, for tests.");
 
     m.def("masked_copies", &masked_copies, "x"_a, "image"_a, "unit"_a, "value"_a, "out"_a,
           "outer"_a, "units"_a, "inner"_a, "threads"_a, "stream"_a);

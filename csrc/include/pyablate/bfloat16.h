@@ -4,11 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define PYABLATE_HOST_DEVICE __host__ __device__
-#else
-#define PYABLATE_HOST_DEVICE
-#endif
+#include "pyablate/host_device.h"
 
 namespace pyablate {
 

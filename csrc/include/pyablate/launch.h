@@ -3,11 +3,13 @@
 
 #include <cstdint>
 
+#include "pyablate/host_device.h"
+
 namespace pyablate {
 
 constexpr std::int64_t max_grid = 2147483647;  // gridDim.x is at most 2^31 - 1
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+PYABLATE_HOST_DEVICE constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
     return a / b + (a % b != 0);
 }
 
@@ -16,13 +18,6 @@ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
 constexpr std::int64_t grid_size(std::int64_t elements, std::int64_t per_block) {
     const std::int64_t blocks = divide_up(elements, per_block);
     return blocks < max_grid ? blocks : max_grid;
-}
-
-// Threads of a block for rows of `width` elements: a power of two from one warp up to `most`.
-constexpr int block_size(std::int64_t width, int most) {
-    int threads = 32;
-    while (threads < most && threads < width) threads *= 2;
-    return threads;
 }
 
 }  // namespace pyablate
