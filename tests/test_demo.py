@@ -61,11 +61,12 @@ def test_licences_and_origins_are_shipped() -> None:
     assert "dataset-fashion-mnist" in (SHIPPED / "fashion_mnist/README.md").read_text()
 
 
-def test_readme_states_the_recorded_accuracies() -> None:
+def test_readme_states_sizes_accuracies_and_commands() -> None:
     readme = (SHIPPED / "networks/README.md").read_text()
     for name in demo.NETWORKS:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
         assert f"{_training(name)['accuracy']:.4f}" in row
+        assert f"{sum(p.numel() for p in demo.build(name).parameters()):,}" in row
         assert f"--epochs {_training(name)['epochs']} " in readme.split(f"train.py {name} ")[1]
 
 
