@@ -1,7 +1,4 @@
 // head_flips and classify: which class wins, and by enough?
-//
-// Compiled without fused multiply-add: the formulas of head_flips.h are rounded operation by
-// operation, in every twin.
 #include <type_traits>
 
 #include "isa.h"

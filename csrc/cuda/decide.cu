@@ -1,4 +1,4 @@
-// head_flips and classify. Compiled with --fmad=false: see head_flips.h.
+// head_flips and classify: see the formulas in their headers.
 #include <climits>
 
 #include "common.cuh"

@@ -58,7 +58,7 @@ __global__ void unit_delta_kernel(const UnitDeltaParams p) {
                     }
                     if (!any) continue;
                     const T w = filter[(i * p.kernel_w + j) * p.outputs];
-                    for (int b = 0; b < positions; ++b) sum[b] += value[b] * w;
+                    for (int b = 0; b < positions; ++b) sum[b] = fma(value[b], w, sum[b]);
                 }
             }
         }

@@ -56,11 +56,12 @@ PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
     return at_most(at_least(x, low), high);
 }
 
-// clamp(z + d) - clamp(z): with c = clamp(z), the bounds seen from c are low - c and high - c.
+// clamp(z + d) - clamp(z): from inside, the bounds seen from z are low - z and high - z.
 template <class T>
 PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
-    const T c = clamp(z, low, high);
-    return clamp(d + (z - c), low - c, high - c);
+    const T inside = clamp(d, low - z, high - z);
+    const T outside = clamp(z + d, low, high) - clamp(z, low, high);
+    return where(z > high, outside, where(z < low, outside, inside));
 }
 
 template <class T>
@@ -99,7 +100,7 @@ PYABLATE_HOST_DEVICE inline T activate(T z, T a, T b) {
     } else if constexpr (K == ActivationKind::silu) {
         return z * math::sigmoid(z);
     } else if constexpr (K == ActivationKind::hardswish) {
-        return z * math::clamp(z + T(3), T(0), T(6)) * T(1.0 / 6.0);
+        return z * math::clamp(z + T(3), T(0), T(6)) / T(6);
     } else if constexpr (K == ActivationKind::hardsigmoid) {
         return math::clamp(z * T(1.0 / 6.0) + T(0.5), T(0), T(1));
     } else if constexpr (K == ActivationKind::sigmoid) {
