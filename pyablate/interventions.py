@@ -9,6 +9,7 @@ the layer, the image, the unit and the position only, never on batches or order.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -96,7 +97,7 @@ class Intervention:
                 raise ValueError(f"directions: none given for layer {layer!r}; has {list(given)}")
             given = given[layer]
         if given is None:
-            return random_rotation(channels, seed=_mix_seed(self.seed, layer))
+            return _rotation(channels, _mix_seed(self.seed, layer))
         matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
         if matrix.ndim != 2 or matrix.shape[0] != channels or matrix.shape[1] == 0:
             raise ValueError(
@@ -209,6 +210,12 @@ def random_rotation(channels: int, *, seed: int = 0) -> Tensor:
     draw = np.random.Generator(np.random.Philox(seed)).standard_normal((channels, channels))
     q, r = np.linalg.qr(draw)
     return torch.from_numpy(q * np.sign(np.diag(r)))  # the sign makes the distribution uniform
+
+
+@functools.lru_cache(maxsize=256)
+def _rotation(channels: int, seed: int) -> Tensor:
+    """Remember rotations: every batch asks for them again."""
+    return random_rotation(channels, seed=seed)
 
 
 def _mix_seed(seed: int, layer: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +28,14 @@ class Statistics:
         Float64 ``[channels]``.
     class_mean : Tensor
         Float64 ``[class, channels]``, over the images of each class.
+    shape : tuple of int
+        Of a unit's map; a module may be called with maps of several sizes.
     """
 
     mean: Tensor
     std: Tensor
     class_mean: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,18 +176,17 @@ class StandIns:
         Tensor
             Their broadcast shape, then the shape of a map or as many ones.
         """
-        rest = tuple(size for axis, size in enumerate(site.shape, 1) if axis != site.axis)
         kind, key = self.intervention.kind, (site.name, call)
         if kind == "resample":
             return self.donor_maps[key][image, unit]
         if kind == "noise":
             known = self.statistics[key]
-            positions = int(torch.tensor(rest).prod()) if rest else 1
+            positions = math.prod(known.shape)
             draw = gaussian(
                 self.intervention.seed, site.name, self.batch.index[image], unit, positions
             )
             noise = known.mean[unit].unsqueeze(-1) + known.std[unit].unsqueeze(-1) * draw
-            return noise.reshape(*noise.shape[:-1], *rest)
+            return noise.reshape(*noise.shape[:-1], *known.shape)
         if kind == "mean":
             value = self.statistics[key].mean[unit]
         elif kind == "class_mean":
@@ -191,7 +194,7 @@ class StandIns:
         else:
             value = torch.tensor(self.intervention.value, dtype=torch.float64, device=unit.device)
             value = value.expand(torch.broadcast_shapes(image.shape, unit.shape))
-        return value.reshape(*value.shape, *[1] * len(rest))
+        return value.reshape(*value.shape, *[1] * (len(site.shape) - 1))
 
 
 def stand_ins(
@@ -228,8 +231,10 @@ def calibrate(
 ) -> dict[Key, Statistics]:
     """Means and variances of every unit over the whole data, accumulated in float64."""
     totals: dict[Key, list[Tensor]] = {}
+    shapes: dict[Key, tuple[int, ...]] = {}
     for batch in data.batches(batch_size):
         for key, maps in clean_maps(model, batch.images, sites).items():
+            shapes[key] = tuple(maps.shape[2:])
             flat = maps.double().flatten(2) if maps.ndim > 2 else maps.double().unsqueeze(2)
             moments = torch.stack([flat.mean(2), flat.square().mean(2)])  # [2, N, channels]
             sums = torch.zeros(2, classes, flat.shape[1]).to(moments)
@@ -238,14 +243,15 @@ def calibrate(
             held = totals.setdefault(key, [torch.zeros_like(sums), torch.zeros_like(count)])
             held[0] += sums
             held[1] += count
-    return {key: _statistics(sums, count) for key, (sums, count) in totals.items()}
+    return {key: _statistics(sums, count, shapes[key]) for key, (sums, count) in totals.items()}
 
 
-def _statistics(sums: Tensor, count: Tensor) -> Statistics:
+def _statistics(sums: Tensor, count: Tensor, shape: tuple[int, ...]) -> Statistics:
     images = count.sum()
     mean, square = sums.sum(dim=1) / images
     class_mean = sums[0] / count.clamp(min=1).unsqueeze(1)
-    return Statistics(mean, (square - mean.square()).clamp(min=0).sqrt(), class_mean)
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    return Statistics(mean, deviation, class_mean, shape)
 
 
 def _masked(site: Site, values: Tensor, unit: Tensor, replacement: Tensor) -> Tensor:

@@ -229,7 +229,9 @@ def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
     geometry = list(node.args[3:6])
     convolve = function(node)
     filters = weight[delta.channel]
-    return delta.with_values(convolve(delta.values, filters, None, *geometry, len(filters)))
+    # By name: export leaves out arguments at the end that have their default.
+    values = convolve(delta.values, filters, None, *geometry, groups=len(filters))
+    return delta.with_values(values)
 
 
 def _scale(reader: Reader, node: fx.Node) -> Channel | None:
