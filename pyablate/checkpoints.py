@@ -1,13 +1,8 @@
-"""Reading of weights and exported programs, without arbitrary pickles."""
+"""Reading of weights, without arbitrary pickles."""
 
 from __future__ import annotations
 
-import os
-import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +10,12 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
-from torch.export.unflatten import InterpreterModule
 
 # Where trainers put the weights inside a checkpoint, in the order tried.
 _NESTED = ("state_dict", "model_state_dict", "model")
 # Wrappers (DataParallel, torch.compile) that leave their name in front of every key.
 _WRAPPERS = ("module.", "_orig_mod.")
 _NAMED = 3
-# Members of a .pt2 archive that are unpickled without restriction.
-_PICKLED_MEMBER = re.compile(r"data/constants/(custom|opaque)_obj_")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -44,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"weights: expected a file, found none at {str(path)!r}")
     if path.suffix == ".safetensors":
         try:
-            return safetensors.torch.load_file(path)
+            return _without_wrappers(safetensors.torch.load_file(path))
         except safetensors.SafetensorError as error:
             raise ValueError(f"weights: {str(path)!r} is no safetensors file ({error})") from None
     return _without_wrappers(_state_in(_unpickle_tensors(path), path))
@@ -81,57 +72,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     if faults:
         raise ValueError(f"weights: {source!r} does not fit the model: {'; '.join(faults)}")
     model.load_state_dict(state, strict=False)
-
-
-def load_exported(path: Path) -> nn.Module:
-    """Load an exported program (``.pt2``) as a module whose submodules carry their names.
-
-    Unpickling is restricted to tensors and archives with custom objects are refused, but the graph
-    itself is a program: load only files you trust.
-
-    Raises
-    ------
-    OSError
-        The file is missing or unreadable.
-    ValueError
-        The file is no exported program, was exported in training mode, with a fixed batch size,
-        or takes other than one input.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"model: expected an exported program, found no file {str(path)!r}")
-    name = str(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"model: {name!r} is no exported program (.pt2 archive)")
-    with zipfile.ZipFile(path) as archive:
-        if any(_PICKLED_MEMBER.search(member) for member in archive.namelist()):
-            raise ValueError(f"model: {name!r} holds pickled objects, expected tensors only")
-    try:
-        with _only_tensors_unpickled(), warnings.catch_warnings():
-            # torch's own deprecations, raised while it rebuilds the graph.
-            warnings.simplefilter("ignore", FutureWarning)
-            program = torch.export.load(path)
-            _check_program(program, name)
-            return torch.export.unflatten(program)
-    except OSError:
-        raise
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith("model:"):
-            raise
-        # The archive reader raises whatever the damage leads to.
-        raise ValueError(f"model: {name!r} could not be loaded ({_one_line(error)})") from error
-
-
-def original_type(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module; of one in an exported program, that before the export.
-
-    Only the classes of `torch.nn` are told: of a user's own class nothing but the name is left, and
-    the class of the exported module stands for it.
-    """
-    name = module.type_name() if isinstance(module, InterpreterModule) else None
-    if name is None or not name.startswith("torch.nn.modules."):
-        return type(module)
-    found = getattr(nn, name.rpartition(".")[2], None)
-    return found if isinstance(found, type) else type(module)
 
 
 def _unpickle_tensors(path: Path) -> Any:
@@ -175,60 +115,6 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-@contextmanager
-def _only_tensors_unpickled() -> Iterator[None]:
-    # torch.export.load asks torch.load for unrestricted unpickling; this variable overrules it.
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _check_program(program: torch.export.ExportedProgram, name: str) -> None:
-    wanted = {
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind == InputKind.USER_INPUT
-    }
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    shapes = [node.meta["val"].shape for node in inputs if node.name in wanted]
-    if len(shapes) != 1 or not len(shapes[0]):
-        raise ValueError(f"model: expected one input (the images) of {name!r}, found {len(shapes)}")
-    if isinstance(shapes[0][0], int):
-        raise ValueError(
-            f"model: {name!r} was exported for batches of {shapes[0][0]}; expected a dynamic "
-            'batch: export with dynamic_shapes=({0: torch.export.Dim("batch")},)'
-        )
-    for node in program.graph.nodes:
-        if node.op == "call_function" and _is_training(node):
-            raise ValueError(
-                f"model: {name!r} was exported in training mode ({node.target}); "
-                "expected model.eval() before the export"
-            )
-
-
-def _is_training(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return False
-    for position, argument in enumerate(schema.arguments):
-        if argument.name in ("train", "training"):
-            given = node.args[position] if position < len(node.args) else None
-            return node.kwargs.get(argument.name, given) is True
-    return False
-
-
 def _first(names: list[str]) -> str:
     more = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
     return ", ".join(names[:_NAMED] + more)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyablate import demo
-from pyablate.checkpoints import load_exported, load_state, read_state
+from pyablate.checkpoints import load_state, read_state
+from pyablate.exported import load_exported
 from pyablate.idx import read_idx
 from pyablate.image_folder import ImageFolder, image_batches, moments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyablate import demo
-from pyablate.checkpoints import original_type
+from pyablate.exported import original_type
 from pyablate.inputs import load_model
 
 FACTORIES = """
@@ -105,7 +106,7 @@ def test_checkpoint_layouts(cwd: Path, layout: str) -> None:
 
 def test_safetensors(cwd: Path) -> None:
     state = _net().state_dict()
-    save_file(state, "net.safetensors")
+    save_file({f"module.{key}": value for key, value in state.items()}, "net.safetensors")
     model = load_model("some_nets:Net", Path("net.safetensors"))
     assert torch.equal(model.fc.bias, state["fc.bias"])
 
@@ -303,6 +304,49 @@ def test_original_types_of_an_exported_program(exported: Path) -> None:
         assert original_type(original[name]) is kind
 
 
+def test_exported_program_can_be_copied_converted_and_exported_again(
+    exported: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(str(exported))
+    images, _ = demo.images(6)
+    double = copy.deepcopy(loaded).double()
+    assert loaded(images).dtype == torch.float32
+    exact = copy.deepcopy(demo.network("resnet")).double()(images.double())
+    torch.testing.assert_close(double(images.double()), exact, rtol=1e-12, atol=1e-12)
+    again = load_model(str(_export(loaded, tmp_path / "again.pt2")))
+    torch.testing.assert_close(again(images), loaded(images))
+
+
+class _Odd(nn.Module):
+    """Constants, a module used twice, a buffer and a parameter at the top, not stored with it."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.twice = nn.Conv2d(1, 1, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("offset", torch.tensor(0.5), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        hidden = self.twice(torch.relu(self.twice(images))) * self.scale + self.offset
+        logits = (hidden + torch.tensor([1.0])).flatten(1)[:, :10]
+        return (logits,) * self.outputs if self.outputs > 1 else logits
+
+
+def test_exported_program_with_oddities(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Odd().eval()
+    loaded = load_model(str(_export(model, tmp_path / "odd.pt2")))
+    images, _ = demo.images(3)
+    torch.testing.assert_close(copy.deepcopy(loaded)(images), model(images))
+
+
+def test_exported_program_with_two_outputs(tmp_path: Path) -> None:
+    path = _export(_Odd(2).eval(), tmp_path / "two.pt2")
+    with pytest.raises(ValueError, match=r"expected one output .the logits. of .* found 2"):
+        load_model(str(path))
+
+
 def test_exported_program_takes_other_weights(exported: Path, tmp_path: Path) -> None:
     fresh = demo.build("resnet").eval()
     save_file(fresh.state_dict(), tmp_path / "fresh.safetensors")
@@ -339,7 +383,7 @@ def test_exported_program_executes_no_pickle(exported: Path, cwd: Path) -> None:
         return Path("poison.pt").read_bytes()
 
     path = _rewritten(exported, cwd / "poisoned.pt2", poison)
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match="holds pickled objects, expected tensors only"):
         load_model(str(path))
     assert not Path("executed").exists()
     torch.load("poison.pt", weights_only=False)  # it would have
@@ -354,14 +398,18 @@ def test_exported_program_with_pickled_objects(exported: Path, tmp_path: Path) -
         load_model(str(path))
 
 
-def test_damaged_exported_program(exported: Path, tmp_path: Path) -> None:
-    path = _rewritten(
-        exported,
-        tmp_path / "damaged.pt2",
-        lambda member, content: b"{" if member.endswith("models/model.json") else content,
-    )
+@pytest.mark.parametrize("member", ["models/model.json", "weights_config.json", "version"])
+def test_damaged_exported_program(
+    exported: Path, tmp_path: Path, member: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "damaged.pt2"
+    with zipfile.ZipFile(exported) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            if not name.endswith(member):
+                new.writestr(name, old.read(name))
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     with pytest.raises(ValueError, match=r"'.*damaged.pt2' could not be loaded") as caught:
         load_model(str(path))
     assert "\n" not in str(caught.value)
     assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
+    assert capfd.readouterr().err == ""
