@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from pyablate import _native
 from pyablate.ops import Activation
-from torch import Tensor
 
 CORE = _native.core
 
@@ -153,7 +154,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def assert_near(result: Tensor, plain: Tensor, truth: Tensor, family: str) -> None:
-    """Compare with float64, allowing what plain PyTorch in the result's dtype needs (TOLERANCES)."""
+    """Compare with float64; TOLERANCES says how far plain PyTorch's own error may be exceeded."""
     rule = TOLERANCES[family]
     assert result.shape == truth.shape
     assert result.dtype == plain.dtype

@@ -17,9 +17,10 @@ from ops_cases import (
     random_maps,
     using_twin,
 )
+from torch.nn import functional
+
 from pyablate import ops
 from pyablate.ops import Activation
-from torch.nn import functional
 
 NAMES = [f"{a.name}({a.a:g},{a.b:g})" for a in ACTIVATIONS]
 SIZES = [0, 1, 31, 32, 33, 111, 1025, 4097]

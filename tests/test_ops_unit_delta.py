@@ -16,10 +16,11 @@ from ops_cases import (
     random_maps,
     using_twin,
 )
+from torch.nn import functional
+
 from pyablate import ops
 from pyablate.ops import Activation
 from pyablate.reference.ops import output_size
-from torch.nn import functional
 
 # map size, kernel, stride, padding, dilation, output channels
 GEOMETRIES = [

@@ -107,7 +107,7 @@ void head_flips_image(const HeadFlipsParams& p, std::int64_t n) {
         const T own = column[label];
         const T loss = d * (d > 0 ? own - high[u] : own - low[u]);  // the smaller of the two
         const T guard = 32 * epsilon * (scale + absolute(d) * largest[u]);
-        if (lead + loss > tolerance + guard) {
+        if (lead + loss > (tolerance > 0 ? tolerance : 0) + guard) {
             out[u] = label;
             continue;
         }

@@ -123,7 +123,7 @@ __global__ void head_flips_kernel(const HeadFlipsParams p) {
                 const T d = delta[u], own = weight[u * p.classes + label];
                 const T loss = d * (d > 0 ? own - high[u] : own - low[u]);
                 const T guard = 32 * epsilon * (scale + (d < 0 ? -d : d) * largest[u]);
-                settled = (logits[label] - other) + loss > tolerance + guard;
+                settled = (logits[label] - other) + loss > (tolerance > 0 ? tolerance : 0) + guard;
             }
             if (settled) {
                 p.out[n * p.units + u] = label;

@@ -7,10 +7,10 @@
 //
 // Most pairs need no look at the classes. With m the lead of the baseline class y over the best
 // other one and lo, hi the least and greatest weight of unit u, the lead after the ablation is at
-// least  m + min(d (w_y - hi), d (w_y - lo)).  If that is above the tolerance, and by more than the
-// rounding of either formula, y stays. The guard: each of the two formulas is a sum of at most four
-// terms, each of at most  a = max |logit| + |d| max |w|,  each rounded at most four times; 32
-// epsilon a is more than twice that.
+// least  m + min(d (w_y - hi), d (w_y - lo)).  If that is above the tolerance (and 0, a tolerance
+// may be negative), and by more than the rounding of either formula, y stays. The guard: each of
+// the two formulas is a sum of at most four terms, each of at most  a = max |logit| + |d| max |w|,
+// each rounded at most four times; 32 epsilon a is more than twice that.
 #pragma once
 
 #include <cstdint>
