@@ -253,6 +253,7 @@ def unit_delta(
     activation: Activation | None = None,
     base: Tensor | None = None,
     base_image: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolve each pair's single changed map: the first convolution after the unit.
 
@@ -277,11 +278,14 @@ def unit_delta(
         dtype in which ``delta`` is accumulated. Needed with ``activation``.
     base_image : Tensor, optional
         int32 [P], rows of ``base``; ``image`` if not given.
+    out : Tensor, optional
+        [P, O, Ho, Wo] channels_last to write to, dtype of ``delta``. Fresh memory costs more than
+        the convolution where a result is larger than the allocator keeps at hand (32 MB).
 
     Returns
     -------
     Tensor
-        [P, O, Ho, Wo] channels_last, dtype of ``delta``; no bias.
+        [P, O, Ho, Wo] channels_last, dtype of ``delta``; no bias. ``out`` if that was given.
 
     Raises
     ------
@@ -320,6 +324,7 @@ def unit_delta(
         raise ValueError("base: expected None because no activation is given, got a tensor")
     delta = delta.detach()
     weight = weight.detach().to(dtype).contiguous()
+    result = _output(out, (pairs, outputs, *size), delta, torch.channels_last)
     core = _twin(delta)
     if core is None:
         return reference.unit_delta(
@@ -331,19 +336,14 @@ def unit_delta(
             activation=activation,
             base=base,
             base_image=base_image,
+            out=result,
             **geometry,
         )
-    out = torch.empty(
-        (pairs, outputs, *size),
-        dtype=delta.dtype,
-        device=delta.device,
-        memory_format=torch.channels_last,
-    )
     threads, stream = _context(delta)
     scratch = None
     if delta.device.type == "cpu":
         size_per_thread = core.unit_delta_scratch(
-            delta, weight, out, geometry["stride"], geometry["dilation"]
+            delta, weight, result, geometry["stride"], geometry["dilation"]
         )
         scratch = torch.empty(size_per_thread * threads, dtype=dtype)
     core.unit_delta(
@@ -354,7 +354,7 @@ def unit_delta(
         column.contiguous(),
         base,
         (image if base_image is None else base_image).contiguous(),
-        out,
+        result,
         scratch,
         geometry["stride"],
         geometry["padding"],
@@ -363,7 +363,7 @@ def unit_delta(
         threads,
         stream,
     )
-    return out
+    return result
 
 
 def delta_activation(
@@ -450,6 +450,7 @@ def delta_max_pool(
     dilation: int | Sequence[int] = 1,
     out_size: Sequence[int],
     activation: Activation | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Carry a delta through max pooling, and through an elementwise function before it.
 
@@ -468,12 +469,14 @@ def delta_max_pool(
         (Ho, Wo); the caller knows whether it is rounded up (``ceil_mode``).
     activation : Activation, optional
         Applied before the pooling; the identity if not given.
+    out : Tensor, optional
+        [P, C, Ho, Wo] to write to, dtype and layout of ``delta``.
 
     Returns
     -------
     Tensor
         [P, C, Ho, Wo], max_pool(act(base + delta)) - max_pool(act(base)), dtype and layout of
-        ``delta``.
+        ``delta``; ``out`` if that was given.
 
     Raises
     ------
@@ -502,19 +505,17 @@ def delta_max_pool(
     change = _dense(delta.detach())
     layout = _layout(change)
     base = _base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    shape = (*delta.shape[:2], *geometry["out_size"])
+    result = _output(out, shape, delta, layout)
     core = _twin(change)
     if core is None:
-        return reference.delta_max_pool(base, change, image, activation=activation, **geometry)
+        return result.copy_(
+            reference.delta_max_pool(base, change, image, activation=activation, **geometry)
+        )
     if activation is not None and not activation.monotone:
         change = delta_activation(base, change, image, activation)
         base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
         activation = None
-    out = torch.empty(
-        (*delta.shape[:2], *geometry["out_size"]),
-        dtype=delta.dtype,
-        device=delta.device,
-        memory_format=layout,
-    )
     threads, stream = _context(change)
     scratch = None
     if change.device.type == "cpu":
@@ -524,7 +525,7 @@ def delta_max_pool(
         base,
         change,
         image.contiguous(),
-        out,
+        result,
         layout == torch.channels_last,
         *geometry.values(),
         scratch,
@@ -532,7 +533,7 @@ def delta_max_pool(
         threads,
         stream,
     )
-    return out
+    return result
 
 
 def classify(
@@ -679,6 +680,19 @@ def _empty_rows(x: Tensor, rows: int) -> Tensor:
     return torch.empty(
         (rows, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_layout(x)
     )
+
+
+def _output(
+    out: Tensor | None, shape: tuple[int, ...], like: Tensor, layout: torch.memory_format
+) -> Tensor:
+    """Return ``out``, checked, or memory for a result of that shape and layout."""
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    check_tensor("out", out, dtypes=(like.dtype,), like=like)
+    check_shape("out", out, shape)
+    if not out.is_contiguous(memory_format=layout):
+        raise ValueError(f"out: expected a {layout} tensor, got strides {out.stride()}")
+    return out
 
 
 def _base_rows(base: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from pyablate.capture import CONVOLUTIONS, Graph
 from pyablate.engine import baseline
@@ -19,6 +16,7 @@ from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.channel import Channel
 from pyablate.engine.delta import Suffix, Sweep, needed
 from pyablate.interventions import Intervention, parse
+from pyablate.peaks import convolution_rate, copy_rate
 from pyablate.prepare import Setup, check_options, prepare
 
 aten = torch.ops.aten
@@ -86,12 +84,13 @@ def plan(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
+    precision: str = "auto",
 ) -> Plan:
     """Predict what :func:`pyablate.ablate` would do with the same arguments.
 
     Parameters
     ----------
-    model, data, layers, intervention, groups, device, batch_size, memory
+    model, data, layers, intervention, groups, device, batch_size, memory, precision
         As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
     images : int, optional
         Predict for this many images; by default for as many as ``data`` has.
@@ -107,7 +106,9 @@ def plan(
     ValueError, TypeError
         As :func:`pyablate.ablate` raises.
     """
-    check_options(model, batch_size=batch_size, memory=memory, audit=0, strategy="auto")
+    check_options(
+        model, batch_size=batch_size, memory=memory, audit=0, strategy="auto", precision=precision
+    )
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
     setup = prepare(
@@ -121,9 +122,12 @@ def plan(
         batch_size=batch_size,
         memory=memory,
         strategy="auto",
+        precision=precision,
     )
     count = len(setup.data) if images is None else images
-    gflops, bandwidth = measured_peaks(str(next(iter(setup.data.batches(1))).images.device))
+    where = str(setup.data.device)
+    gflops = convolution_rate(where, setup.low or setup.data.dtype) / 1e9
+    bandwidth = copy_rate(where) / 1e9
     rows = [_row(cost, count, gflops, bandwidth) for cost in _costs(setup)]
     return Plan(pd.DataFrame(rows), count, setup.batch_size, gflops, bandwidth)
 
@@ -179,7 +183,7 @@ def _cost(sweep: Sweep, images: int) -> _Cost:
             # Read a delta, write a prediction; the O(1) test leaves few classes to scan.
             return _Cost(job, "closed form", 1.0, 2.0, 16.0)
     nodes = sweep.deferred if job.channelwise else sweep.suffix.nodes
-    live = sum(len(row) for row, _ in sweep.slices(1 << 24)) / (len(job.rows) * images)
+    live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
     flop = sum(_flop(graph, node, sweep.values) for node in nodes)
     byte = sum(_bytes(graph, node) for node in nodes)
     return _Cost(job, "delta", live, flop, byte)
@@ -210,34 +214,3 @@ def _forward_flop(model: nn.Module, image: Tensor) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return float(counter.get_total_flops())
-
-
-@functools.cache
-def measured_peaks(device: str) -> tuple[float, float]:
-    """Measure GFLOP/s of a convolution and GB/s of a copy on a device, in float32.
-
-    Returns
-    -------
-    tuple of float
-        Best of a few short runs; cached for the life of the process.
-    """
-    x = torch.randn(64, 64, 14, 14, device=device).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
-    flop = 2.0 * x.numel() * 64 * 9
-    source = torch.zeros(1 << 24, device=device)
-    target = torch.empty_like(source)
-    with torch.no_grad():
-        convolution = _best(lambda: functional.conv2d(x, w, padding=1), device)
-        copy = _best(lambda: target.copy_(source), device)
-    return flop / convolution / 1e9, 2.0 * source.numel() * 4 / copy / 1e9
-
-
-def _best(work: Callable[[], Tensor], device: str, repeats: int = 7) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return best

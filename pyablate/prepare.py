@@ -18,9 +18,15 @@ from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.replay import Replay, in_double
 from pyablate.interventions import Intervention
+from pyablate.peaks import convolution_rate
 from pyablate.sites import Site, parse_label, select, sites
 
 logger = logging.getLogger("pyablate")
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+WORTHWHILE = 1.3
+"""Gain in speed above which a lower precision pays for checking it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +42,7 @@ class Setup:
     intervention: Intervention
     statistics: Mapping[Key, Statistics]
     exact: Replay
+    low: torch.dtype | None
     batch_size: int
     memory: int
 
@@ -57,6 +64,7 @@ def prepare(
     batch_size: int | None,
     memory: int | None,
     strategy: str,
+    precision: str,
 ) -> Setup:
     """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
     work, dtype, where = _working_copy(model, device)
@@ -77,7 +85,7 @@ def prepare(
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics:
         statistics = calibrate(work, data, marked, classes, batch_size=size)
-    double, precision = in_double(work, sample)
+    double, exact = in_double(work, sample)
     return Setup(
         model=work,
         graph=graph,
@@ -87,7 +95,8 @@ def prepare(
         class_names=names,
         intervention=intervention,
         statistics=statistics,
-        exact=Replay(double, precision, data, statistics),
+        exact=Replay(double, exact, data, statistics),
+        low=_low_precision(precision, dtype, where),
         batch_size=size,
         memory=budget,
     )
@@ -239,7 +248,13 @@ def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, 
 
 
 def check_options(
-    model: Any, *, batch_size: int | None, memory: int | None, audit: int, strategy: str
+    model: Any,
+    *,
+    batch_size: int | None,
+    memory: int | None,
+    audit: int,
+    strategy: str,
+    precision: str,
 ) -> None:
     """Check the arguments that need nothing else to be known."""
     if not isinstance(model, nn.Module):
@@ -251,6 +266,19 @@ def check_options(
         raise ValueError(f"audit: expected a number of pairs, 0 or more, got {audit!r}")
     if strategy not in ("auto", "replay"):
         raise ValueError(f'strategy: expected "auto" or "replay", got {strategy!r}')
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _low_precision(precision: str, full: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """Cheaper arithmetic for the dense suffix, where this device is measured to run it faster."""
+    if precision == "fp32" or full != torch.float32:
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    where = str(device)
+    gain = convolution_rate(where, torch.bfloat16) / convolution_rate(where, full)
+    return torch.bfloat16 if gain >= WORTHWHILE else None
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:

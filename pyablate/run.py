@@ -20,6 +20,7 @@ from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
 from pyablate.engine.replay import Replay, decision
+from pyablate.engine.tiers import Ladder
 from pyablate.interventions import Intervention, parse
 from pyablate.prepare import Setup, check_options, prepare
 from pyablate.progress import Report, reporting
@@ -46,6 +47,7 @@ def ablate(
     audit: int = 300,
     seed: int = 0,
     strategy: str = "auto",
+    precision: str = "auto",
     progress: bool | Report | None = None,
 ) -> AblationResult:
     """Ablate every unit of some layers, one at a time, on every image.
@@ -79,6 +81,9 @@ def ablate(
         Chooses the audited pairs; also the seed of a random intervention that names none.
     strategy : {"auto", "replay"}
         ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on.
+    precision : {"auto", "fp32", "bf16"}
+        Arithmetic of the dense part; "auto" takes bf16 where this device is measured to run it
+        faster. All give the same predictions: doubtful pairs are repeated in full precision.
     progress : bool or callable, optional
         None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer).
 
@@ -94,7 +99,14 @@ def ablate(
         Bad arguments, data or weights; the message names what, where and what was expected.
     """
     begin = time.perf_counter()
-    check_options(model, batch_size=batch_size, memory=memory, audit=audit, strategy=strategy)
+    check_options(
+        model,
+        batch_size=batch_size,
+        memory=memory,
+        audit=audit,
+        strategy=strategy,
+        precision=precision,
+    )
     chosen = parse(intervention, seed=seed)
     with _random_state_kept():
         setup = prepare(
@@ -108,6 +120,7 @@ def ablate(
             batch_size=batch_size,
             memory=memory,
             strategy=strategy,
+            precision=precision,
         )
         sweep = _Sweep(setup, _audited_pairs(setup, audit, seed))
         with reporting(progress) as report:
@@ -127,10 +140,12 @@ class _Sweep:
     mismatches: int = 0
     checked: int = 0
     rescued: int = 0
+    repeated: int = 0
 
     def run(self, report: Report) -> None:
         setup = self.setup
         suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs} if setup.graph else {}
+        ladders = {job: Ladder(setup.data.dtype, setup.low) for job in setup.jobs}
         keep = needed(suffixes.values())
         total = setup.rows * len(setup.data)
         done = 0
@@ -145,12 +160,14 @@ class _Sweep:
             self.baseline.append(clean.prediction.cpu().numpy())
             for job in setup.jobs:
                 before = len(self.flips)
-                found = self._predictions(job, suffixes.get(job), batch, clean)
+                found = self._predictions(job, suffixes.get(job), ladders[job], batch, clean)
                 for row, image, prediction in found:
                     self._record(job, batch, clean, row, image, prediction)
                 self._audit(job, batch, self.flips[before:])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
+        for ladder in ladders.values():
+            self.repeated += ladder.repeated
         if self.mismatches:
             logger.error(
                 "audit: %d of %d recomputed pairs differ; please report this model",
@@ -159,7 +176,7 @@ class _Sweep:
             )
 
     def _predictions(
-        self, job: Job, suffix: Suffix | None, batch: Batch, clean: Clean
+        self, job: Job, suffix: Suffix | None, ladder: Ladder, batch: Batch, clean: Clean
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         setup = self.setup
         if suffix is None:
@@ -167,7 +184,9 @@ class _Sweep:
             return
         standins = stand_ins(setup.model, setup.data, batch, job, setup.statistics)
         with torch.no_grad():
-            yield from suffix.predict(clean, standins, slice_bytes=_slice_bytes(setup.memory))
+            yield from suffix.predict(
+                clean, standins, ladder, slice_bytes=_slice_bytes(setup.memory)
+            )
 
     def _record(
         self,
@@ -231,7 +250,12 @@ class _Sweep:
 
     def result(self, seconds: float) -> AblationResult:
         setup = self.setup
-        logger.info("%d of the pairs were too close for float32 and recomputed", self.rescued)
+        logger.info(
+            "of %d pairs %d were repeated in full precision and %d in float64",
+            setup.rows * sum(map(len, self.labels)),
+            self.repeated,
+            self.rescued,
+        )
         return AblationResult(
             units=_units(setup.jobs),
             labels=np.concatenate(self.labels).astype(np.int64),

@@ -63,7 +63,8 @@ class Channel:
             dense.unflatten(1, (self.size, -1)) if self.inner > 1 else dense.movedim(self.axis, 1)
         )
         pair = torch.arange(len(image), device=image.device)
-        view[pair, self.channel[column]] += scale * self.values[image, column]
+        added = view[pair, self.channel[column]] + scale * self.values[image, column]
+        view[pair, self.channel[column]] = added.to(view.dtype)
         return dense
 
     def of(self, full: Tensor) -> Tensor:

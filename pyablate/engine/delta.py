@@ -21,6 +21,7 @@ from pyablate.engine import channel as channelwise
 from pyablate.engine import rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
+from pyablate.engine.tiers import FULL, Ladder
 from pyablate.sites import Site
 
 aten = torch.ops.aten
@@ -100,7 +101,7 @@ class Suffix:
         return all(channelwise.stays(self.graph, node) for node in between)
 
     def predict(
-        self, clean: Clean, standins: StandIns, *, slice_bytes: int
+        self, clean: Clean, standins: StandIns, ladder: Ladder, *, slice_bytes: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Predictions of every (ablation, image) that can differ from the clean run's.
 
@@ -118,9 +119,18 @@ class Suffix:
             if isinstance(sweep.head, Channel):
                 yield sweep.closed_form()
                 return
-        for row, image in sweep.slices(slice_bytes):
-            pairs = _Slice(sweep, row, image)
-            yield row, image, pairs.predict()
+        row, image = sweep.live_pairs()
+        size = self.pairs_per_slice(slice_bytes, ladder)
+        ladder.calibrate(sweep.change, row, image, clean.tolerance)
+        for rows, images in zip(row.split(size), image.split(size), strict=True):
+            prediction = ladder.predict(sweep.change, rows, images, clean.logits, clean.tolerance)
+            if prediction is not None:
+                yield rows, images, prediction
+
+    def pairs_per_slice(self, slice_bytes: int, ladder: Ladder) -> int:
+        """As many pairs as let the widest tensor fit."""
+        dtype = ladder.low or ladder.full
+        return max(1, slice_bytes // (self.widest * dtype.itemsize))
 
     @cached_property
     def widest(self) -> int:
@@ -137,6 +147,7 @@ class Sweep:
     standins: StandIns
     values: dict[fx.Node, Channel] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
+    _lowered: dict[tuple[fx.Node, torch.dtype], Channel] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -212,14 +223,14 @@ class Sweep:
             delta.values,
             weight.index_select(1, delta.channel),
             clean.prediction,
-            clean.tolerance + RELATIVE * reach,
+            clean.tolerance + FULL * reach,
         )
         images, units = prediction.shape
         image = torch.arange(images, device=prediction.device).repeat(units)
         row = torch.arange(units, device=prediction.device).repeat_interleave(images)
         return row, image, prediction.t().reshape(-1)
 
-    def slices(self, slice_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def live_pairs(self) -> tuple[Tensor, Tensor]:
         """Pairs (row, image), image by image, without those that the ablation does not change."""
         job, device = self.suffix.job, self.clean.logits.device
         images = len(self.clean.logits)
@@ -229,15 +240,28 @@ class Sweep:
             touched = [(start != 0).reshape(*alive.shape, -1).any(dim=2) for start in starts]
             alive = torch.stack(touched).any(dim=0)
         image, row = alive.nonzero(as_tuple=True)
-        size = max(1, slice_bytes // (self.suffix.widest * self.clean.logits.element_size()))
-        yield from zip(row.split(size), image.split(size), strict=True)
+        return row, image
+
+    def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Logit changes [P, K] of some pairs, with the dense suffix in ``dtype``."""
+        return _Slice(self, row, image, dtype).change()
+
+    def lowered(self, node: fx.Node, dtype: torch.dtype) -> Channel:
+        """Return a channelwise delta in another precision, converted once per batch."""
+        delta = self.values[node]
+        if delta.values.dtype == dtype:
+            return delta
+        if (node, dtype) not in self._lowered:
+            self._lowered[node, dtype] = delta.with_values(delta.values.to(dtype))
+        return self._lowered[node, dtype]
 
 
 class _Slice:
     """Some pairs of a sweep: dense deltas, one row per pair."""
 
-    def __init__(self, sweep: Sweep, row: Tensor, image: Tensor) -> None:
+    def __init__(self, sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> None:
         self.sweep = sweep
+        self.dtype = dtype
         self.graph = sweep.graph
         self.column = row
         self.image_long = image
@@ -247,8 +271,8 @@ class _Slice:
         self._spelt: dict[fx.Node, Tensor] = {}
         self._uses: dict[fx.Node, int] = {}
 
-    def predict(self) -> Tensor:
-        """int32 [P]: class of each pair, -1 where undecided."""
+    def change(self) -> Tensor | None:
+        """Logit changes [P, K]; None if the pairs cannot change them."""
         self._count_uses()
         for node in self._nodes:
             if self.sweep.ablates(node):
@@ -256,15 +280,14 @@ class _Slice:
             elif any(self.raw(source) is not None for source in node.all_input_nodes):
                 self._deltas[node] = rules.advance(self, node)
             self._release(node)
-        clean = self.sweep.clean
-        change = self.delta(self.graph.logits)
-        if change is None:
-            return clean.prediction[self.image_long]
-        return ops.classify(clean.logits, change, self.image, clean.tolerance, relative=RELATIVE)
+        change: Tensor | None = self.delta(self.graph.logits)
+        return change
 
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)
-        return self.sweep.values.get(node) if delta is None else delta
+        if delta is None and node in self.sweep.values:
+            return self.sweep.lowered(node, self.dtype)
+        return delta
 
     def delta(self, node: fx.Node) -> Any:
         raw = self.raw(node)
@@ -318,10 +341,6 @@ class _Slice:
             if self._uses[source] == 0:
                 self._deltas.pop(source, None)
                 self._spelt.pop(source, None)
-
-
-RELATIVE = 1e-4
-"""Share of a logit change's spread that rounding in float32 may reach, with much to spare."""
 
 
 def needed(suffixes: Iterable[Suffix]) -> set[fx.Node]:

@@ -43,6 +43,7 @@ class Pairs(Protocol):
     """What a rule may look at: one slice of pairs."""
 
     graph: Graph
+    dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job
@@ -200,8 +201,19 @@ def _convolution(pairs: Pairs, node: fx.Node) -> Any:
     single = isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1
     if single and groups == 1 and node.target is aten.conv2d.default:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
-    convolve = function(node)
-    return convolve(pairs.delta(source), weight, None, stride, padding, dilation, groups)
+    convolve, lowered = function(node), _weight(pairs, node, weight)
+    change = pairs.delta(source).to(lowered.dtype)
+    return convolve(change, lowered, None, stride, padding, dilation, groups)
+
+
+def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
+    """Weights in the precision of the dense arithmetic, converted once; logits stay precise."""
+    if pairs.dtype == weight.dtype or node is pairs.graph.logits:
+        return weight
+    held: dict[torch.dtype, Tensor] = node.meta.setdefault("weight", {})
+    if pairs.dtype not in held:
+        held[pairs.dtype] = weight.to(pairs.dtype)
+    return held[pairs.dtype]
 
 
 def _first_convolution(
@@ -231,9 +243,10 @@ def _fully_connected(pairs: Pairs, node: fx.Node) -> Any:
     if weight is None or pairs.raw(source) is None:
         return difference(pairs, node)
     delta = pairs.raw(source)
-    if isinstance(delta, Channel) and delta.axis == node.args[0].meta["val"].ndim - 1:  # type: ignore[union-attr]
-        return _first_linear(pairs, delta, weight)
-    return aten.linear.default(pairs.delta(source), weight)
+    weight = _weight(pairs, node, weight)
+    if isinstance(delta, Channel) and delta.axis == source.meta["val"].ndim - 1:
+        return _first_linear(pairs, delta.with_values(delta.values.to(weight.dtype)), weight)
+    return aten.linear.default(pairs.delta(source).to(weight.dtype), weight)
 
 
 def _first_linear(pairs: Pairs, delta: Channel, weight: Tensor) -> Tensor:
@@ -270,7 +283,8 @@ def _matmul(pairs: Pairs, node: fx.Node) -> Any:
         return difference(pairs, node)
 
     def value(source: fx.Node) -> Any:
-        return pairs.delta(source) if source is changed[0] else pairs.rows(source)
+        rows = pairs.rows(source)
+        return pairs.delta(source).to(rows.dtype) if source is changed[0] else rows
 
     return pairs.graph.evaluate(node, value, len(pairs.image))
 
@@ -279,7 +293,8 @@ def _addmm(pairs: Pairs, node: fx.Node) -> Any:
     bias, left, right = operands(node)
     if node.kwargs or pairs.raw(bias) is not None or pairs.raw(right) is not None:
         return difference(pairs, node)
-    return pairs.delta(left) @ pairs.rows(right)
+    weight = pairs.rows(right)
+    return pairs.delta(left).to(weight.dtype) @ weight
 
 
 def _pad(pairs: Pairs, node: fx.Node) -> Any:

@@ -106,18 +106,13 @@ def unit_delta(
     activation: Activation | None,
     base: Tensor | None,
     base_image: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
-    """Convolve single maps with the filters of their input channel, by unfolding them."""
+    """Convolve single maps with the filters of their input channel, by unfolding; fill ``out``."""
     dtype = compute_dtype(delta.dtype)
     _, kernel_h, kernel_w, outputs = weight.shape
     size = output_size(delta.shape[-2:], (kernel_h, kernel_w), stride, padding, dilation)
     pairs = image.numel()
-    out = torch.empty(
-        (pairs, outputs, *size),
-        dtype=delta.dtype,
-        device=delta.device,
-        memory_format=torch.channels_last,
-    )
     per_pair = max(1, kernel_h * kernel_w * size[0] * size[1])
     step = max(1, _UNFOLD_ELEMENTS // per_pair)
     for start in range(0, pairs, step):
