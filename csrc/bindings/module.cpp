@@ -2,6 +2,7 @@
 // of the tensors' device. Outputs and scratch come from Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <array>
 #include <optional>
@@ -349,8 +350,8 @@ std::int64_t unit_delta_scratch(const TensorView& delta, const TensorView& weigh
     return cpu::unit_delta_scratch(p).total;
 }
 
-py::dict build_info() {
-    py::dict info;
+py::typing::Dict<py::str, py::object> build_info() {
+    py::typing::Dict<py::str, py::object> info;
 #ifdef __VERSION__
     info["compiler"] = PYABLATE_COMPILER " " __VERSION__;
 #else

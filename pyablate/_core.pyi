@@ -1,0 +1,44 @@
+# Generated from the compiled module: python tests/check_stubs.py --write
+"""
+Native operations of pyablate; call them through pyablate.ops.
+"""
+from __future__ import annotations
+import collections.abc
+import torch
+import typing
+__all__: list[str] = ['build_info', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'grid_size', 'has_cuda', 'head_flips', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
+def build_info() -> dict[str, typing.Any]:
+    """
+    What was built and which CPU kernels are in use.
+    """
+def classify(logits: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, tolerance: torch.Tensor, out: torch.Tensor, relative: float, threads: int, stream: int) -> None:
+    ...
+def confusion_counts(prediction: torch.Tensor, label: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def delta_activation(base: torch.Tensor, delta: torch.Tensor, addend: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+    ...
+def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, out: torch.Tensor, channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], out_size: collections.abc.Sequence[int], scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+    ...
+def grid_size(elements: int, per_block: int) -> int:
+    """
+    Blocks of a CUDA launch, for tests.
+    """
+def head_flips(logits: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bounds: torch.Tensor, baseline: torch.Tensor, tolerance: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+    ...
+def tensor_access(use_table: bool) -> str:
+    """
+    Read tensors by the exchange table if allowed and there; tell how they are read.
+    """
+def unit_delta(delta: torch.Tensor, weight: torch.Tensor, channel: torch.Tensor, image: torch.Tensor, column: torch.Tensor, base: torch.Tensor | None, base_image: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor | None, stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], kind: int, a: float, b: float, threads: int, stream: int) -> None:
+    ...
+def unit_delta_scratch(delta: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, stride: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int]) -> int:
+    """
+    Scratch elements that one thread of unit_delta needs on the CPU.
+    """
+def use_isa(name: str) -> bool:
+    """
+    Use the CPU kernels 'baseline', 'avx2' or 'avx512'; False if this machine cannot.
+    """
+has_cuda: bool
