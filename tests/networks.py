@@ -539,6 +539,6 @@ def spread_logits(model: nn.Module, images: Tensor) -> None:
     model.eval()
     with torch.no_grad():
         logits = model(images)
-        scale = logits.std(dim=0)
+        scale = logits.std(dim=0).clamp(min=1e-6)  # a dead network has none
         last.bias.sub_(logits.mean(dim=0)).div_(scale)
         last.weight.div_(scale.unsqueeze(1))
