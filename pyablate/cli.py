@@ -225,7 +225,7 @@ def run(
 
     `pyablate run demo:vgg_bn --data demo --limit 2000 --output run.zarr`
 
-    `pyablate run demo:resnet --data demo --layers 'stages.*' --intervention mean --csv units.csv`
+    `pyablate run demo:resnet --data demo --layers 'stage3.*' --intervention mean --csv units.csv`
 
     `pyablate run torchvision:resnet18 --weights resnet18.pth --data val/ --size 224
     --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --device cuda`
