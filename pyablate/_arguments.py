@@ -71,7 +71,7 @@ def check_classes(classes: int) -> None:
 
 def two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """Return a pair of ints, each at least ``least``, from an int or a sequence of one or two."""
-    pair = (value,) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(pair) == 1:
         pair *= 2
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):

@@ -13,8 +13,8 @@ would stop the stream, such a row comes back as NaN (-1 where the result is an i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ from pyablate._arguments import (
     check_tensor,
     two,
 )
+from pyablate._layout import (
+    base_rows,
+    dense,
+    empty_rows,
+    layout_of,
+    output,
+    same_layout,
+    wider,
+)
+from pyablate.activation import Activation
 from pyablate.reference import ops as reference
 
 __all__ = [
@@ -41,66 +51,8 @@ __all__ = [
     "unit_delta",
 ]
 
-ActivationName = Literal[
-    "identity",
-    "relu",
-    "hardtanh",
-    "leaky_relu",
-    "elu",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "tanh",
-]
-_ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)  # the order of csrc's enum
 _REAL = (torch.float32, torch.float64)
 _FLOATS = (*_REAL, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function with at most two parameters.
-
-    Attributes
-    ----------
-    name : str
-        One of identity, relu, hardtanh, leaky_relu, elu, gelu, gelu_tanh, silu, hardswish,
-        hardsigmoid, sigmoid, tanh.
-    a, b : float
-        hardtanh: its minimum and maximum (ReLU6 is 0 and 6); leaky_relu: the slope; elu: alpha.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or a hardtanh's minimum is above its maximum.
-    """
-
-    name: ActivationName
-    a: float = 0.0
-    b: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation: expected one of {', '.join(_ACTIVATIONS)}; got {self.name!r}"
-            )
-        if self.name == "hardtanh" and not self.a <= self.b:
-            raise ValueError(f"activation: hardtanh needs a <= b, got a={self.a}, b={self.b}")
-
-    @property
-    def code(self) -> int:
-        """The number under which the compiled twins know the function."""
-        return _ACTIVATIONS.index(self.name)
-
-    @property
-    def monotone(self) -> bool:
-        """Whether the function never falls, so that it may be applied after a maximum."""
-        if self.name in {"leaky_relu", "elu"}:
-            return self.a >= 0
-        return self.name not in {"gelu", "gelu_tanh", "silu", "hardswish"}
 
 
 def masked_copies(
@@ -145,18 +97,18 @@ def masked_copies(
             f"value: expected a number, shape {(pairs,)} or {per_pair}, got {tuple(value.shape)}"
         )
     value = value.to(x.dtype)
-    x = _dense(x.detach())
+    x = dense(x.detach())
     core = _twin(x)
     if core is None:
         return reference.masked_copies(x, image, unit, value.detach(), axis=axis)
-    out = _empty_rows(x, pairs)
+    out = empty_rows(x, pairs)
     channels_last = axis == 1 and not x.is_contiguous()
     if channels_last:
         outer, inner = x.shape[2] * x.shape[3], 1
     else:
         x = x.contiguous()
         out = out.contiguous()
-        outer, inner = _product(x.shape[1:axis]), _product(x.shape[axis + 1 :])
+        outer, inner = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
     core.masked_copies(
         x,
         image.contiguous(),
@@ -215,7 +167,7 @@ def head_flips(
     check_shape("baseline", baseline, (images,))
     check_tensor("tolerance", tolerance, dtypes=_FLOATS, like=logits)
     check_shape("tolerance", tolerance, (images,))
-    dtype = _wider(logits, delta, weight)
+    dtype = wider(logits, delta, weight)
     logits, delta, tolerance = (t.detach().to(dtype) for t in (logits, delta, tolerance))
     weight = weight.detach().to(dtype)
     core = _twin(logits)
@@ -319,12 +271,12 @@ def unit_delta(
         rows = image if base_image is None else base_image
         check_pairs(delta, base_image=(rows, 0, base.shape[0]))
         check_shape("base_image", rows, (pairs,))
-        base = _base_rows(base.detach(), dtype, torch.channels_last)
+        base = base_rows(base.detach(), dtype, torch.channels_last)
     elif base is not None:
         raise ValueError("base: expected None because no activation is given, got a tensor")
     delta = delta.detach()
     weight = weight.detach().to(dtype).contiguous()
-    result = _output(out, (pairs, outputs, *size), delta, torch.channels_last)
+    result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
     core = _twin(delta)
     if core is None:
         return reference.unit_delta(
@@ -415,13 +367,13 @@ def delta_activation(
         if tensor is not None:
             check_tensor(name, tensor, dtypes=(delta.dtype,), like=delta)
             check_shape(name, tensor, tuple(delta.shape))
-    change = _dense(delta.detach())
-    layout = _layout(change)
-    base = _base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
     core = _twin(change)
-    result = out if out is not None and _same_layout(out, change) else torch.empty_like(change)
+    result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
     if core is None:
         reference.delta_activation(base, change, image, activation, out=result, addend=addend)
     else:
@@ -502,11 +454,13 @@ def delta_max_pool(
                 f"out_size: the last window must start inside the maps of {tuple(delta.shape[2:])},"
                 f" got {geometry}"
             )
-    change = _dense(delta.detach())
-    layout = _layout(change)
-    base = _base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
     shape = (*delta.shape[:2], *geometry["out_size"])
-    result = _output(out, shape, delta, layout)
+    result = output(out, shape, delta, layout)
+    if result.numel() == 0:
+        return result
     core = _twin(change)
     if core is None:
         return result.copy_(
@@ -579,7 +533,7 @@ def classify(
     check_shape("delta", delta, (pairs, classes))
     check_tensor("tolerance", tolerance, dtypes=_FLOATS, like=logits)
     check_shape("tolerance", tolerance, (images,))
-    dtype = _wider(logits, delta)
+    dtype = wider(logits, delta)
     logits, delta, tolerance = (t.detach().to(dtype) for t in (logits, delta, tolerance))
     core = _twin(logits)
     if core is None:
@@ -656,59 +610,3 @@ def _activation_arguments(activation: Activation | None) -> tuple[int, float, fl
     if activation is None:
         return 0, 0.0, 0.0
     return activation.code, activation.a, activation.b
-
-
-# --- layout -----------------------------------------------------------------------------------
-
-
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Return the tensor contiguous or channels_last, copied only where it is neither."""
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous()
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride()
-
-
-def _empty_rows(x: Tensor, rows: int) -> Tensor:
-    return torch.empty(
-        (rows, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_layout(x)
-    )
-
-
-def _output(
-    out: Tensor | None, shape: tuple[int, ...], like: Tensor, layout: torch.memory_format
-) -> Tensor:
-    """Return ``out``, checked, or memory for a result of that shape and layout."""
-    if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-    check_tensor("out", out, dtypes=(like.dtype,), like=like)
-    check_shape("out", out, shape)
-    if not out.is_contiguous(memory_format=layout):
-        raise ValueError(f"out: expected a {layout} tensor, got strides {out.stride()}")
-    return out
-
-
-def _base_rows(base: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Return ``base`` in ``layout``, in ``dtype`` unless it is bfloat16."""
-    if base.dtype != torch.bfloat16 or dtype == torch.float64:
-        base = base.to(dtype)
-    return base.contiguous(memory_format=layout)
-
-
-def _wider(*tensors: Tensor) -> torch.dtype:
-    """Return float64 if any tensor has it, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -48,6 +48,11 @@ DType computing(DType dtype) {
     return dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
+void check_real(const Argument& a) {
+    check(a.view.dtype == DType::float32 || a.view.dtype == DType::float64, a.name,
+          ": expected float32 or float64, got ", name_of(a.view.dtype));
+}
+
 void check_base_dtype(const TensorView& base, DType delta) {
     check(base.dtype == computing(delta) ||
               (base.dtype == DType::bfloat16 && computing(delta) == DType::float32),
@@ -120,6 +125,7 @@ void head_flips(const TensorView& logits, const TensorView& delta, const TensorV
                                   {"tolerance", tolerance},
                                   {"out", out}});
     check(logits.dims == 2 && delta.dims == 2, "logits, delta: expected two dimensions");
+    check_real({"logits", logits});
     const std::int64_t images = logits.shape[0], classes = logits.shape[1];
     const std::int64_t units = delta.shape[1];
     const DType dtype = logits.dtype;
@@ -148,6 +154,7 @@ void classify(const TensorView& logits, const TensorView& delta, const TensorVie
                                   {"out", out}});
     check(logits.dims == 2 && logits.shape[1] > 0, "logits: expected [N, K] with K > 0");
     check(out.dims == 1, "out: expected one dimension");
+    check_real({"logits", logits});
     const std::int64_t images = logits.shape[0], classes = logits.shape[1];
     const std::int64_t pairs = out.shape[0];
     const DType dtype = logits.dtype;

@@ -66,7 +66,10 @@ DType dtype_of(std::uint8_t code, int bits) {
 
 TensorView from_table(py::handle object, const dlpack::ExchangeApi& table) {
     dlpack::Tensor seen{};
-    if (table.tensor_from_object(object.ptr(), &seen) != 0) throw py::error_already_set();
+    if (table.tensor_from_object(object.ptr(), &seen) != 0) {
+        py::raise_from(PyExc_TypeError, "expected a tensor on a CPU or CUDA device, with storage");
+        throw py::error_already_set();
+    }
     TensorView view;
     view.data = static_cast<char*>(seen.data) + (seen.data != nullptr ? seen.byte_offset : 0);
     view.dtype = dtype_of(seen.dtype.code, seen.dtype.bits);

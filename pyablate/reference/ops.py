@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from pyablate.ops import Activation
+    from pyablate.activation import Activation
 
 _UNFOLD_ELEMENTS = 1 << 24  # unit_delta unfolds its maps in pieces of at most this many elements
 
