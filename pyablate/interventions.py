@@ -64,11 +64,18 @@ class Intervention:
             )
         if not math.isfinite(self.value):
             raise ValueError(f"intervention: value must be finite, got {self.value}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed: expected an integer of 0 or more, got {self.seed!r}")
 
     def __str__(self) -> str:
-        """Return the text from which :func:`parse` makes the same intervention."""
+        """Return the text from which :func:`parse` makes the same intervention.
+
+        Given directions have no text that tells them apart: ``"direction:given"``.
+        """
         if self.kind == "constant":
-            return f"constant:{self.value:g}"
+            return f"constant:{float(self.value)!r}".removesuffix(".0")
+        if self.directions is not None and self.kind == "direction":
+            return "direction:given"
         if self.kind in ("resample", "noise", "direction"):
             return f"{self.kind}:{self.seed}"
         return self.kind
@@ -138,14 +145,18 @@ def parse(spec: str | Intervention, *, seed: int = 0) -> Intervention:
         )
     name, colon, argument = spec.strip().partition(":")
     name = name.replace("-", "_")
+    value, number = 0.0, seed
     try:
-        if name == "constant":
-            return Intervention("constant", value=float(argument) if colon else 0.0)
-        number = int(argument) if colon else seed
+        if colon and name == "constant":
+            value = float(argument)
+        elif colon:
+            number = int(argument)
     except ValueError:
         raise ValueError(f"intervention: {argument!r} in {spec!r} is not a number") from None
     if colon and name in ("zero", "mean", "class_mean"):
         raise ValueError(f"intervention: {name} takes no value, got {spec!r}")
+    if name == "constant":
+        return Intervention("constant", value=value)
     return Intervention(name, seed=number)  # type: ignore[arg-type]  # checked in __post_init__
 
 
