@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pyablate.exported import original_type
+
 Kind = Literal["activation", "block", "layer"]
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
@@ -274,7 +276,7 @@ class _Survey:
     def _sites_of(
         self, call: _Call, number: int, calls: list[_Call], known: bool
     ) -> Iterator[Site] | list[Site]:
-        if call.key == self.logits or isinstance(call.module, _NO_UNITS):
+        if call.key == self.logits or issubclass(original_type(call.module), _NO_UNITS):
             return []
         kind = self._kind(call, known)
         site = Site(
@@ -302,12 +304,12 @@ class _Survey:
         return [replace(site, kind="layer") if separate else site, one_call]
 
     def _kind(self, call: _Call, known: bool) -> Kind:
-        if call.feeds_activation and not isinstance(call.module, nn.Sequential):
+        if call.feeds_activation and not issubclass(original_type(call.module), nn.Sequential):
             return "activation"
-        if isinstance(call.module, _ACTIVATIONS):
+        if issubclass(original_type(call.module), _ACTIVATIONS):
             return "activation"
         has_children = any(True for _ in call.module.children())
-        if has_children and not known and not isinstance(call.module, nn.Sequential):
+        if has_children and not known and not issubclass(original_type(call.module), nn.Sequential):
             return "block"
         return "layer"
 
@@ -350,10 +352,10 @@ class _Survey:
         return hook
 
     def _axis(self, module: nn.Module, inputs: Any, output: Tensor) -> int:
-        if isinstance(module, _UNITS_FIRST):
+        if issubclass(original_type(module), _UNITS_FIRST):
             self.natural = (output.shape[1], 1)
             return 1
-        if type(module) in _UNITS_LAST:
+        if original_type(module) in _UNITS_LAST:
             self.natural = (output.shape[-1], -1)
             return output.ndim - 1
         is_leaf = not any(True for _ in module.children())
@@ -381,8 +383,12 @@ class _Activations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Mark the module whose output is activated, unless an activation module does it."""
         inside = self.survey.inside
-        if func in _FUNCTIONAL_ACTIVATIONS and args and isinstance(args[0], Tensor):
-            functional_call = not (inside and isinstance(inside[-1], _ACTIVATIONS))
+        # An exported program calls the ATen overload where the model called a function.
+        named = func
+        if isinstance(func, torch._ops.OpOverload):
+            named = getattr(torch, func._schema.name.removeprefix("aten::"), None)
+        if named in _FUNCTIONAL_ACTIVATIONS and args and isinstance(args[0], Tensor):
+            functional_call = not (inside and issubclass(original_type(inside[-1]), _ACTIVATIONS))
             key = _key(args[0])
             for call in self.survey.calls if functional_call else ():
                 if call.key == key:
