@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.capture import CaptureError, Graph, capture
-from pyablate.data import Data
+from pyablate.batches import Data
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.replay import Replay, in_double

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.capture import Graph
-from pyablate.data import Batch
+from pyablate.batches import Batch
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate import ops
-from pyablate.data import Batch, Data
+from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian
 from pyablate.sites import Site, hooked
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.capture import Graph
-from pyablate.data import Batch
+from pyablate.batches import Batch
 from pyablate.engine.delta import Clean
 from pyablate.engine.replay import Replay
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyablate.data import Batch, Data
+from pyablate.batches import Batch, Data
 from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
 from pyablate.sites import Site, hooked
 

@@ -2,7 +2,7 @@
 
 This is the oracle of the delta engine. It shares no code with it, only the definitions: which
 tensors hold units (:mod:`pyablate.sites`), what a random intervention draws
-(:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.data`).
+(:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.batches`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyablate.data import Batch, Data
+from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
