@@ -321,5 +321,5 @@ class AblationResult:
     def _row_of(self, label: str) -> int:
         found = np.flatnonzero((self.units["label"] == label).to_numpy())
         if not len(found):
-            raise ValueError(f"rows: no unit {label!r} in this result")
+            raise ValueError(f"rows: no unit {str(label)!r} in this result")
         return int(found[0])
