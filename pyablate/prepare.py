@@ -12,8 +12,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from pyablate.capture import CaptureError, Graph, capture
 from pyablate.batches import Data
+from pyablate.capture import CaptureError, Graph, capture
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.replay import Replay, in_double

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import Graph
 from pyablate.batches import Batch
+from pyablate.capture import Graph
 from pyablate.engine.delta import Clean
 from pyablate.engine.replay import Replay
 
