@@ -52,6 +52,7 @@ class Setup:
         return sum(len(job.rows) for job in self.jobs)
 
 
+@torch.inference_mode(False)  # in which nothing can be exported
 def prepare(
     model: nn.Module,
     source: Any,

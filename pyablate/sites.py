@@ -101,7 +101,8 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
         Modules whose output is one floating-point tensor ``[N, ..., units, ...]``. The
         network's own output (its logits) is not a site: it holds classes.
     """
-    return _Survey(model, sample).sites()
+    with torch.inference_mode(False):  # whose tensors do not count their changes
+        return _Survey(model, sample.clone()).sites()
 
 
 def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> list[Site]:

@@ -306,3 +306,9 @@ def test_shipped_networks_have_all_their_layers(name: str) -> None:
     count = {"alexnet": 7, "alexnet_dropout": 7, "vgg_bn": 5, "resnet": 13}[name]
     units = {"alexnet": 760, "alexnet_dropout": 760, "vgg_bn": 416, "resnet": 464}[name]
     assert (len(chosen), sum(each.channels for each in chosen)) == (count, units)
+
+
+def test_looking_in_inference_mode() -> None:
+    model, images, _ = networks.network("in_place")
+    with torch.inference_mode():
+        assert sites(model, images[:1] * 1) == found("in_place")
