@@ -15,19 +15,31 @@ runtime=$("$CXX" -print-file-name=libasan.so)
 undefined=$("$CXX" -print-file-name=libubsan.so)
 standard=$("$CXX" -print-file-name=libstdc++.so)
 
-rm -rf "$target"
-CXX=$CXX PYABLATE_CUDA=OFF PYABLATE_SANITIZE=address,undefined \
-    "$PYTHON" -m pip install -q --no-deps --target "$target" .
+rm -rf "$target/pyablate"
+mkdir -p "$target"
+cp -R pyablate "$target/"
+rm -f "$target"/pyablate/_core*.so
+CXX=$CXX cmake -S . -B "$target/cmake" -DCMAKE_BUILD_TYPE=Debug -DPYABLATE_CUDA=OFF \
+    -DPYABLATE_SANITIZE=address,undefined -DPYABLATE_OUTPUT_DIRECTORY="$target/pyablate" \
+    -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" \
+    -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" >/dev/null
+cmake --build "$target/cmake" --parallel 2 >"$target/log" 2>&1 || { cat "$target/log" >&2; exit 1; }
 
 [ $# -gt 0 ] || set -- tests/test_ops_*.py
-PYTHONPATH=$target OMP_NUM_THREADS=2 \
-    LD_PRELOAD="$runtime $undefined $standard" \
-    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 \
-    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    "$PYTHON" -c '
+export PYTHONPATH="$target" OMP_NUM_THREADS=2
+export LD_PRELOAD="$runtime $undefined $standard"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+# sys.path begins with this folder, whose module is not the instrumented one
+"$PYTHON" -c '
 import sys
-import pytest
+del sys.path[0]
 from pyablate import _native
-assert _native.build_info()["sanitizers"], "not the instrumented module: " + str(_native.core)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+assert _native.build_info()["sanitizers"], f"not the instrumented module: {_native.core}"
+'
+exec "$PYTHON" -c '
+import sys
+del sys.path[0]
+import pytest
+sys.exit(pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *sys.argv[1:]]))
 ' "$@"

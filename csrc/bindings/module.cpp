@@ -111,6 +111,7 @@ void masked_copies(const TensorView& x, const TensorView& image, const TensorVie
                                     inner,
                                     shape,
                                     x.item_size};
+    if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::masked_copies, cuda::masked_copies);
 }
 
@@ -141,6 +142,7 @@ void head_flips(const TensorView& logits, const TensorView& delta, const TensorV
                                  units,
                                  classes,
                                  dtype};
+    if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::head_flips, cuda::head_flips);
 }
 
@@ -169,6 +171,7 @@ void classify(const TensorView& logits, const TensorView& delta, const TensorVie
                                 classes,
                                 relative,
                                 dtype};
+    if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::classify, cuda::classify);
 }
 
@@ -190,6 +193,7 @@ void confusion_counts(const TensorView& prediction, const TensorView& label, con
                                        units,
                                        images,
                                        classes};
+    if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::confusion_counts, cuda::confusion_counts);
 }
 
@@ -223,6 +227,7 @@ void delta_activation(const TensorView& base, const TensorView& delta,
                                        activation_of(kind, a, b),
                                        delta.dtype,
                                        base.dtype};
+    if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::delta_activation, cuda::delta_activation);
 }
 
@@ -261,6 +266,7 @@ void delta_max_pool(const TensorView& base, const TensorView& delta, const Tenso
         dilation[1], channels_last, activation_of(kind, a, b),
         delta.dtype, base.dtype};
     check(is_monotone(params.activation), "activation: expected a monotone function");
+    if (out.elements() == 0) return;
     if (place.cuda) {
         const py::gil_scoped_release released;
         return cuda::delta_max_pool(params, place.index, reinterpret_cast<void*>(stream));
@@ -342,6 +348,7 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
     check_shape({"out", out}, {p.pairs, p.outputs, p.out_h, p.out_w});
     check_dense({"out", out}, true);
     p.out = out.data;
+    if (out.elements() == 0) return;
     if (place.cuda) {
         const py::gil_scoped_release released;
         return cuda::unit_delta(p, place.index, reinterpret_cast<void*>(stream));
