@@ -79,7 +79,7 @@ class Data:
     def __len__(self) -> int:
         """Count the images; iterates once if the source does not say."""
         if isinstance(self._source, list):
-            return sum(len(images) for images, _ in self._source)
+            return sum(len(images) for images, _ in self._raw())
         dataset = getattr(self._source, "dataset", None)
         sampler = getattr(self._source, "sampler", None)
         for counted in (sampler, dataset):

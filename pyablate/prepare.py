@@ -127,7 +127,7 @@ def plan_jobs(
     if layers is not None or groups is None:
         for site, units in _units_by_site(found, layers, intervention):
             add([site], [((site.name, unit),) for unit in units])
-    for at, members in _groups_by_sites(found, groups or [], intervention):
+    for at, members in _groups_by_sites(found, [] if groups is None else groups, intervention):
         add(at, members)
     if not jobs:
         raise ValueError("groups: expected at least one group of units, got none")
@@ -163,6 +163,8 @@ def _groups_by_sites(
     found: Sequence[Site], groups: Sequence[Sequence[str]], intervention: Intervention
 ) -> Iterator[tuple[list[Site], list[tuple[tuple[str, int], ...]]]]:
     """Yield runs of consecutive groups that act at the same sites: rows keep the caller's order."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence):
+        raise TypeError(f"groups: expected lists of unit labels, got {type(groups).__name__}")
     if groups and intervention.kind == "direction":
         raise ValueError("groups: directions are ablated one at a time, not in groups")
     seen: dict[frozenset[tuple[str, int]], int] = {}
@@ -184,10 +186,12 @@ def _groups_by_sites(
 def _group(
     found: Sequence[Site], group: Sequence[str], number: int
 ) -> tuple[tuple[tuple[str, int], ...], list[Site]]:
-    if isinstance(group, str) or not isinstance(group, Sequence) or len(group) == 0:
-        raise ValueError(
+    if isinstance(group, str) or not isinstance(group, Sequence):
+        raise TypeError(
             f'groups: group {number}: expected a list of "layer:unit" labels, got {group!r}'
         )
+    if len(group) == 0:
+        raise ValueError(f"groups: group {number} is empty")
     parsed = [parse_label(found, label) for label in group]
     members = tuple((site.name, unit) for site, unit in parsed)
     if len(set(members)) < len(members):
@@ -243,7 +247,9 @@ def _count_classes(model: nn.Module, sample: Tensor) -> int:
 def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     if class_names is None:
         return tuple(str(number) for number in range(classes))
-    if isinstance(class_names, str) or len(class_names) != classes:
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
+    if len(class_names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
     return tuple(str(name) for name in class_names)
 

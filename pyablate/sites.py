@@ -133,9 +133,11 @@ def parse_label(found: Sequence[Site], label: str) -> tuple[Site, int]:
 
     Raises
     ------
-    ValueError
-        The label is malformed, the layer unknown or the unit out of range.
+    ValueError, TypeError
+        The label is malformed or no string, the layer unknown or the unit out of range.
     """
+    if not isinstance(label, str):
+        raise TypeError(f'unit label: expected "layer:unit", got {type(label).__name__}')
     name, colon, unit = label.rpartition(":")
     if not colon or not unit.isdecimal():
         raise ValueError(f'unit label: expected "layer:unit" such as "features.3:7", got {label!r}')

@@ -188,7 +188,7 @@ class _Loop:
         specification = parse(intervention, seed=seed)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
-        _check_weights(model)
+        _check_model(model)
         place = _device(model, device)
         double = copy.deepcopy(model).to(place, torch.float64).eval()
         double.requires_grad_(False)
@@ -200,6 +200,8 @@ class _Loop:
     def logits(self) -> Iterator[tuple[int, Tensor]]:
         """Logits of every row, the intact network first."""
         clean = torch.cat([self.run(batch.images, {}) for batch in self.batches])
+        if clean.shape[1] < 2:
+            raise ValueError(f"model: expected logits of at least 2 classes, got {clean.shape[1]}")
         self._check_labels(clean.shape[1])
         yield -1, clean.cpu()
         if self.intervention.needs_statistics:
@@ -369,18 +371,23 @@ class _Loop:
 def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     if names is None:
         return tuple(str(number) for number in range(classes))
+    if isinstance(names, str):
+        raise TypeError(f"class_names: expected a sequence of strings, got {names!r}")
     if len(names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
     return tuple(names)
 
 
-def _check_weights(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise ValueError(f"model: {name} holds {bad} NaN or infinite values")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(f"model: {name} normalises by the statistics of each batch")
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -107,9 +107,7 @@ def _is_label(found: Sequence[Site], name: object) -> bool:
     return isinstance(name, str) and ":" in name and name not in {site.name for site in found}
 
 
-def _unit(found: Sequence[Site], label: object, intervention: Intervention) -> tuple[Site, int]:
-    if not isinstance(label, str):
-        raise TypeError(f'groups: expected labels "layer:unit", got {type(label).__name__}')
+def _unit(found: Sequence[Site], label: str, intervention: Intervention) -> tuple[Site, int]:
     site, unit = parse_label(found, label)
     if unit >= _count(site, intervention):
         raise ValueError(
