@@ -473,7 +473,8 @@ def delta_max_pool(
     threads, stream = _context(change)
     scratch = None
     if change.device.type == "cpu":
-        row = delta.shape[1] * geometry["out_size"][1]
+        others = delta.shape[1] if layout == torch.channels_last else geometry["out_size"][0]
+        row = others * geometry["out_size"][1]
         scratch = torch.empty(threads * 2 * row, dtype=reference.compute_dtype(delta.dtype))
     core.delta_max_pool(
         base,

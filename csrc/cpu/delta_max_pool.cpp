@@ -7,8 +7,8 @@ namespace pyablate::cpu {
 
 void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, int threads) {
     const std::int64_t own = delta_max_pool_scratch(p) * (p.dtype == DType::float64 ? 8 : 4);
-    const std::int64_t items = p.pairs * p.out_h;
-    const std::int64_t cost = p.out_w * p.channels * p.kernel_h * p.kernel_w / 4 + 16;
+    const std::int64_t items = p.pairs * (p.channels_last ? p.out_h : p.channels);
+    const std::int64_t cost = delta_max_pool_item(p) * p.kernel_h * p.kernel_w / 4 + 16;
     parallel_for(items, piece_size(items, cost, threads), threads,
                  [&](std::int64_t begin, std::int64_t end, int thread) {
                      kernels().delta_max_pool(p, static_cast<char*>(scratch) + thread * own, begin,

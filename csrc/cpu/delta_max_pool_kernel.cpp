@@ -73,15 +73,20 @@ void pool_channels_last(const DeltaMaxPoolParams& p, std::int64_t pair, std::int
     }
 }
 
-// Lanes x, x + step, ... of a row; `outside` where that is not in [0, width).
+// Lanes x, x + step, ... of a row, n of them; `outside` where that is not in [0, width).
 template <class V, class S>
 PYABLATE_INLINE V gather(const S* row, std::int64_t x, std::int64_t step, std::int64_t width,
                          S outside, int n) {
-    if (step == 1 && n == V::size && x >= 0 && x + n <= width) return load<V>(row + x);
+    const bool inner = x >= 0 && x + (n - 1) * step < width;
+    if (inner && step == 1) return load_n<V>(row + x, n);
     S lanes[V::size];
-    for (int i = 0; i < V::size; ++i) {
-        const std::int64_t at = x + i * step;
-        lanes[i] = i < n && at >= 0 && at < width ? row[at] : outside;
+    if (inner && n == V::size) {
+        for (int i = 0; i < V::size; ++i) lanes[i] = row[x + i * step];
+    } else {
+        for (int i = 0; i < V::size; ++i) {
+            const std::int64_t at = x + i * step;
+            lanes[i] = i < n && at >= 0 && at < width ? row[at] : outside;
+        }
     }
     return load<V>(lanes);
 }
@@ -121,41 +126,45 @@ void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, std:
     });
 }
 
+// An item is what lies together in the output: a row of a pair (channels last) or a plane.
 template <class D, class B>
-void pool_row(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t pair,
-              std::int64_t y) {
+void pool_item(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t item) {
     using T = Compute<D>;
+    const std::int64_t size = p.channels_last ? p.out_w * p.channels : p.out_h * p.out_w;
+    D* out = static_cast<D*>(p.out) + item * size;
     T* most = static_cast<T*>(scratch);
-    T* change = most + p.out_w * p.channels;
-    D* out = static_cast<D*>(p.out);
+    // without a function the changes are the results
+    const bool done = finish == nullptr;
+    T* change = done ? reinterpret_cast<T*>(out) : most + size;
     if (p.channels_last) {
-        const std::int64_t row = p.out_w * p.channels;
-        pool_channels_last<D, B>(p, pair, y, most, change);
-        finish(most, change, nullptr, out + (pair * p.out_h + y) * row, row, p.activation);
-        return;
+        pool_channels_last<D, B>(p, item / p.out_h, item % p.out_h, most, change);
+    } else {
+        const std::int64_t plane = p.height * p.width;
+        const std::int64_t pair = item / p.channels;
+        const std::int64_t from = p.image[pair] * p.channels + item % p.channels;
+        for (std::int64_t y = 0; y < p.out_h; ++y) {
+            pool_plane(p, static_cast<const B*>(p.base) + from * plane,
+                       static_cast<const D*>(p.delta) + item * plane, y, most + y * p.out_w,
+                       change + y * p.out_w);
+        }
     }
-    const std::int64_t plane = p.height * p.width;
-    for (std::int64_t c = 0; c < p.channels; ++c) {
-        const std::int64_t at = pair * p.channels + c;
-        pool_plane(p, static_cast<const B*>(p.base) + (p.image[pair] * p.channels + c) * plane,
-                   static_cast<const D*>(p.delta) + at * plane, y, most, change);
-        finish(most, change, nullptr, out + (at * p.out_h + y) * p.out_w, p.out_w, p.activation);
-    }
+    if (!done) finish(most, change, nullptr, out, size, p.activation);
 }
 
 }  // namespace
 
-// Items are the output rows of the pairs.
 void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,
                     std::int64_t end) {
     dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         constexpr DType computing = dtype_of<Compute<D>>;
-        const ChangeRun finish =
-            find_change_run(p.activation.kind, computing, computing, dtype_of<D>);
+        ChangeRun finish = nullptr;
+        if (p.activation.kind != ActivationKind::identity || dtype_of<D> != computing) {
+            finish = find_change_run(p.activation.kind, computing, computing, dtype_of<D>);
+        }
         for (std::int64_t item = begin; item < end; ++item) {
-            pool_row<D, B>(p, finish, scratch, item / p.out_h, item % p.out_h);
+            pool_item<D, B>(p, finish, scratch, item);
         }
     });
 }

@@ -30,9 +30,13 @@ struct DeltaMaxPoolParams {
 };
 
 namespace cpu {
-// Elements of the computing dtype that one thread needs: a row of maxima and one of their changes.
+// Work is handed out by output rows of a pair (channels last) or by planes. One thread needs the
+// maxima of such an item and their changes, in the computing dtype.
+inline std::int64_t delta_max_pool_item(const DeltaMaxPoolParams& p) {
+    return p.channels_last ? p.out_w * p.channels : p.out_h * p.out_w;
+}
 inline std::int64_t delta_max_pool_scratch(const DeltaMaxPoolParams& p) {
-    return 2 * p.out_w * p.channels;
+    return 2 * delta_max_pool_item(p);
 }
 
 // scratch: threads * delta_max_pool_scratch(p) elements of the computing dtype
