@@ -69,7 +69,7 @@ docs: build
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
 
 sanitize: build
-	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python sh tests/sanitize.sh $(ARGS)
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

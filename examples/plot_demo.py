@@ -75,7 +75,7 @@ def main() -> None:
     draw_classes(right, result, given.units)
     figure.suptitle(
         f"{len(result.units):,} units, {len(result.labels):,} images, "
-        f"baseline accuracy {100 * result.baseline_accuracy:.1f} %",
+        f"baseline accuracy {100 * result.baseline_accuracy:.2f} %",
         fontsize=11,
     )
     figure.tight_layout()
