@@ -71,6 +71,16 @@ def test_every_intervention(name: str, intervention: str) -> None:
     check(model, (images, labels), layers, intervention=intervention)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["dense", "shuffle", "convnext", "vit_library", "pooling"])
+def test_every_precision(name: str, precision: str) -> None:
+    model, images, labels = networks.network(name)
+    layers = list(networks.ARCHITECTURES[name].layers)
+    result = pa.ablate(model, (images, labels), layers, precision=precision, progress=False)
+    agreement = reference.compare(result, model, (images, labels), layers)
+    assert agreement.mismatches == 0, agreement
+
+
 @pytest.mark.parametrize("name", ["routed", "guarded"])
 def test_what_defeats_export_is_replayed_and_says_so(
     name: str, caplog: pytest.LogCaptureFixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import networks
 import numpy as np
@@ -299,6 +300,40 @@ def test_progress_counts_rows() -> None:
     reference.ablate(model, (images, labels), "7", progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == list(range(13))
     assert {total for _, total, _ in seen} == {12}
+
+
+def test_comparing_finds_what_differs() -> None:
+    model, images, labels = networks.network("mlp")
+    result = reference.ablate(model, (images, labels), "7")
+    good = reference.compare(result, model, (images, labels), "7")
+    assert good == reference.Agreement(pairs=13 * 24, near_ties=0, mismatches=0)
+
+    wrong = result.flips.prediction.copy()
+    wrong[0] = (wrong[0] + 1) % networks.CLASSES
+    spoilt = replace(result, flips=replace(result.flips, prediction=wrong))
+    found = reference.compare(spoilt, model, (images, labels), "7")
+    unit = result.units["label"][result.flips.row[0]]
+    assert found.mismatches == 1
+    assert found.examples[0].startswith(
+        f"{unit}, image {result.flips.image[0]}: {wrong[0]}, oracle"
+    )
+
+    baseline = result.baseline.copy()
+    baseline[4] = (baseline[4] + 1) % networks.CLASSES
+    found = reference.compare(replace(result, baseline=baseline), model, (images, labels), "7")
+    assert found.mismatches >= 1
+    assert "the intact network, image 4" in found.examples[0]
+    assert (good + found).pairs == 2 * 13 * 24
+
+
+@pytest.mark.parametrize("layers", ["4", ["7", "4"], "7:0"])
+def test_comparing_needs_the_same_rows(layers: str | list[str]) -> None:
+    model, images, labels = networks.network("mlp")
+    result = reference.ablate(model, (images, labels), ["7", "2:1"])
+    with pytest.raises(ValueError, match="do not give the result's 13 rows"):
+        reference.compare(result, model, (images, labels), layers)
+    with pytest.raises(ValueError, match="9 images, but the result has 24"):
+        reference.compare(result, model, (images[:9], labels[:9]), ["7", "2:1"])
 
 
 @pytest.mark.parametrize("name", networks.ARCHITECTURES)
