@@ -26,10 +26,10 @@ template <class S>
 using Compute = typename ComputeOf<S>::type;
 
 template <class S>
-constexpr DType dtype_of = DType::float32;
+inline constexpr DType dtype_of = DType::float32;
 template <>
-constexpr DType dtype_of<double> = DType::float64;
+inline constexpr DType dtype_of<double> = DType::float64;
 template <>
-constexpr DType dtype_of<BFloat16> = DType::bfloat16;
+inline constexpr DType dtype_of<BFloat16> = DType::bfloat16;
 
 }  // namespace pyablate::PYABLATE_ISA
