@@ -220,7 +220,7 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     with _quiet(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
-                model, (pair,), dynamic_shapes=({0: Dim("batch")},), strict=False
+                model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False
             )
             return cast(torch.export.ExportedProgram, program.run_decompositions({}))
         except Exception as error:  # torch.export raises many types; each means the same here
