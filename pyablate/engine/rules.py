@@ -221,18 +221,9 @@ def _first_convolution(
 ) -> Tensor:
     """Convolve one input channel per pair: 1/C of the work."""
     stride, padding, dilation = geometry
-    filters = node.meta.get("by_input")
-    if filters is None:  # [I, kh, kw, O], prepared once
-        filters = node.meta["by_input"] = weight.permute(1, 2, 3, 0).contiguous()
-    return ops.unit_delta(
-        delta.values,
-        filters,
-        delta.channel.to(torch.int32),
-        pairs.image,
-        pairs.column.to(torch.int32),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+    filters = _by_input(node, weight.permute(1, 2, 3, 0))
+    return _single_channel(
+        pairs, delta, delta.values, filters, stride=stride, padding=padding, dilation=dilation
     )
 
 
@@ -240,32 +231,42 @@ def _fully_connected(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     weight = pairs.graph.constant(node, 1)
-    if weight is None or pairs.raw(source) is None:
-        return difference(pairs, node)
     delta = pairs.raw(source)
-    weight = _weight(pairs, node, weight)
+    if weight is None or delta is None:
+        return difference(pairs, node)
+    dense = _weight(pairs, node, weight)
     if isinstance(delta, Channel) and delta.axis == source.meta["val"].ndim - 1:
-        return _first_linear(pairs, delta.with_values(delta.values.to(weight.dtype)), weight)
-    return aten.linear.default(pairs.delta(source).to(weight.dtype), weight)
+        return _first_linear(pairs, node, delta, weight, dense.dtype)
+    return aten.linear.default(pairs.delta(source).to(dense.dtype), dense)
 
 
-def _first_linear(pairs: Pairs, delta: Channel, weight: Tensor) -> Tensor:
-    """Only the columns of the changed channel count."""
-    values = delta.values[pairs.image_long, pairs.column]
-    channel = delta.channel[pairs.column]
-    if delta.inner == 1:  # [P, *rest] -> [P, *rest, O]
-        columns = weight.t()[channel]
-        return values.unsqueeze(-1) * columns.reshape(
-            len(values), *[1] * (values.ndim - 1), columns.shape[1]
-        )
-    blocks = weight.t().unflatten(0, (delta.size, delta.inner))  # [C, inner, O]
-    out = values.new_empty(len(values), len(weight))
-    # One matrix product per unit, over the pairs that share it.
-    order = channel.argsort(stable=True)
-    units, counts = channel[order].unique_consecutive(return_counts=True)
-    for unit, run in zip(units.tolist(), order.split(counts.tolist()), strict=True):
-        out[run] = values[run] @ blocks[unit]
-    return out
+def _first_linear(
+    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Only the columns of the changed channel count: a convolution over its entries."""
+    blocks = weight.unflatten(1, (1, delta.size, delta.inner))  # [O, 1, C, inner]
+    filters = _by_input(node, blocks.permute(2, 1, 3, 0))
+    values = delta.values.to(dtype)  # [N, U, inner], or [N, U, *rest] with one entry per position
+    maps = values.reshape(*values.shape[:2], 1, -1)
+    out = _single_channel(pairs, delta, maps, filters).permute(0, 2, 3, 1)
+    rest = values.shape[2:] if delta.inner == 1 else ()
+    return out.reshape(len(out), *rest, len(weight))
+
+
+def _by_input(node: fx.Node, filters: Tensor) -> Tensor:
+    """Lay filters out by input channel, ``[I, kh, kw, O]``, once."""
+    if "by_input" not in node.meta:
+        node.meta["by_input"] = filters.contiguous()
+    held: Tensor = node.meta["by_input"]
+    return held
+
+
+def _single_channel(
+    pairs: Pairs, delta: Channel, maps: Tensor, filters: Tensor, **geometry: Any
+) -> Tensor:
+    """Convolve each pair's one changed map ``[H, W]`` of ``maps`` ``[N, U, H, W]``."""
+    channel, column = delta.channel.to(torch.int32), pairs.column.to(torch.int32)
+    return ops.unit_delta(maps, filters, channel, pairs.image, column, **geometry)
 
 
 def _batch_norm(pairs: Pairs, node: fx.Node) -> Any:
