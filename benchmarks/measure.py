@@ -1,0 +1,258 @@
+"""Time rivals and pyablate in turn in one process, and write down what came out."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from rivals import Agreement, Rival
+from torch import Tensor, nn
+
+import pyablate as pa
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = 64
+"""Images of the run that warms up, is checked first and tells how many images to time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure; see the options in ``conftest.py``."""
+
+    images: int
+    rounds: int
+    seconds: float
+    device: str
+    compiling: bool
+    results: Path
+
+
+@dataclass
+class Job:
+    """One call of `pyablate.ablate`.
+
+    Rivals do not check themselves, so what is compared with them leaves our audit out; what a whole
+    call with its preparation and its audit takes is told beside it.
+    """
+
+    model: nn.Module
+    images: Tensor
+    layers: str | list[str]
+    audit: int = 300
+
+    def run(self, count: int, audit: int = 0) -> tuple[pa.AblationResult, float, float]:
+        """Ablate on the first `count` images; result, seconds of the sweep, seconds of the call."""
+        images = self.images[:count]
+        labels = torch.zeros(len(images), dtype=torch.int64)  # predictions do not depend on them
+        marks: list[float] = []
+        begin = time.perf_counter()
+        result = pa.ablate(
+            self.model,
+            (images, labels),
+            self.layers,
+            audit=audit,
+            progress=lambda *_: marks.append(time.perf_counter()),
+        )
+        end = time.perf_counter()
+        return result, end - marks[0], end - begin  # the first report comes when all is prepared
+
+
+def fitting(job: Job, settings: Settings) -> tuple[pa.AblationResult, int]:
+    """Run a few images, and say how many fit into the seconds that one round may take."""
+    limit = min(settings.images, len(job.images))
+    first = min(FIRST, limit)
+    job.run(min(2, limit))  # the very first run also loads libraries and measures the machine
+    result, sweep, _ = job.run(first)
+    batches = max(1, int(first / sweep * settings.seconds / FIRST))
+    return result, min(limit, batches * FIRST)
+
+
+def must_agree(rivals: Sequence[Rival], result: pa.AblationResult) -> dict[str, Agreement]:
+    """Compare every rival's answers with a result.
+
+    Raises
+    ------
+    AssertionError
+        Predictions differ that are no near ties.
+    """
+    found = {rival.name: rival.check(result) for rival in rivals}
+    for name, agreement in found.items():
+        assert agreement.pairs > 0, f"{name}: nothing was compared"
+        assert not agreement.mismatches, f"{name} and pyablate disagree: {agreement}"
+    assert not result.audit.mismatches, f"the audit found mismatches: {result.audit}"
+    return found
+
+
+def in_turn(
+    benchmark: Any, ours: Callable[[], float], rivals: dict[str, Callable[[], float]], rounds: int
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Time rival, pyablate, rival, pyablate, ...; each callable returns its seconds.
+
+    pytest-benchmark keeps its own time of ours, which is that of the whole call.
+    """
+    mine: list[float] = []
+    theirs: dict[str, list[float]] = {name: [] for name in rivals}
+
+    def before_ours() -> None:
+        for name, run in rivals.items():
+            theirs[name].append(run())
+
+    benchmark.pedantic(lambda: mine.append(ours()), setup=before_ours, rounds=rounds)
+    return mine, theirs
+
+
+def ratio(rival: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Ratio of medians; the spread is that of the ratios within each round."""
+    each = [theirs / mine for theirs, mine in zip(rival, ours, strict=True)]
+    return {"ratio": median(rival) / median(ours), "least": min(each), "most": max(each)}
+
+
+def compare(
+    benchmark: Any,
+    name: str,
+    job: Job,
+    rivals: Callable[[int], Sequence[Rival]],
+    settings: Settings,
+    *,
+    group: str,
+    extra: Callable[[int, float], dict[str, Any]] = lambda _images, _seconds: {},
+) -> None:
+    """Check the answers, measure one case, check all answers and write it down.
+
+    Parameters
+    ----------
+    benchmark : pytest-benchmark's fixture
+    name, group : str
+        Of the case; cases of one group are one table.
+    job : Job
+        Ours.
+    rivals : callable
+        Given a number of images, the rivals made ready for them.
+    settings : Settings
+    extra : callable
+        Further entries, given the images and the median seconds of our sweep.
+    """
+    first, count = fitting(job, settings)
+    say(f"{name}: {count} images")
+    ready = rivals(count)
+    must_agree(ready, first)
+    seconds, theirs = in_turn(
+        benchmark, lambda: job.run(count)[1], {r.name: r.seconds for r in ready}, settings.rounds
+    )
+    result, _, call = job.run(count, job.audit)
+    agreed = must_agree(ready, result)
+    units, typical = len(result.units), median(seconds)
+    record = {
+        "group": group,
+        "images": count,
+        "units": units,
+        "strategy": sorted(set(result.strategy.values())),
+        "seconds": seconds,
+        "call_seconds": call,
+        "pairs_per_second": count * units / typical,
+        "audit": asdict(result.audit),
+        **extra(count, typical),
+        "rivals": {
+            rival.name: {
+                "seconds": theirs[rival.name],
+                **ratio(theirs[rival.name], seconds),
+                "units_timed": rival.units_timed,
+                "note": rival.note,
+                "checked": asdict(agreed[rival.name]),
+            }
+            for rival in ready
+        },
+    }
+    write(name, record, settings)
+    for rival, found in record["rivals"].items():
+        benchmark.extra_info[rival] = round(found["ratio"], 2)
+        say(
+            f"  {typical:.3g} s; {rival} ({found['note']}) {found['ratio']:.1f} x "
+            f"({found['least']:.1f} to {found['most']:.1f})"
+        )
+
+
+# --- the record -------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Describe what the figures were measured on."""
+    found = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "build": {key: str(value) for key, value in pa.build_info().items()},
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def results_file(settings: Settings) -> Path:
+    """Name the file after the machine."""
+    known = machine(settings.device)
+    name = known.get("gpu") or f"{known['cpu']} {known['cores']} cores"
+    return settings.results / f"{re.sub(r'[^a-z0-9]+', '-', str(name).lower()).strip('-')}.json"
+
+
+def write(name: str, record: dict[str, Any], settings: Settings) -> None:
+    """Put one case into the machine's file; the other cases stay as they are."""
+    path = results_file(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    known["machine"] = machine(settings.device)
+    stamp = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "load": round(os.getloadavg()[0], 1),
+        "rounds": settings.rounds,
+    }
+    known["cases"][name] = {**stamp, **record}
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    fresh.replace(path)
+
+
+def say(line: str) -> None:
+    """Show progress (``pytest -s``, as `make bench` calls it)."""
+    print(line, flush=True)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit, with a + if the package or the benchmarks have changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "pyablate", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
