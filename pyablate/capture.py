@@ -264,6 +264,7 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
     size = inputs[0].meta["val"].shape[0]
     if not _is_symbolic(size):
         raise CaptureError("the batch size is fixed in the exported graph")
+    _drop_assertions(program.graph)
     program.graph.eliminate_dead_code()
     return Graph(
         graph=program.graph,
@@ -273,6 +274,13 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
         symbol=size.node.expr,
         markers=[node for node in program.graph.nodes if node.target is MARKER],
     )
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Erase what computes nothing, such as the checks of dtypes that every ``.to()`` leaves."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and node.meta.get("val") is None:
+            graph.erase_node(node)
 
 
 def _layouts(graph: Graph, pair: Tensor) -> dict[fx.Node, Any]:

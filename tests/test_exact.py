@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import networks
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
+from oracle import check
 from torch import nn
 
 import pyablate as pa
@@ -29,26 +29,6 @@ VARIED = [
     "used_twice",
     "routed",
 ]
-
-
-def check(
-    model: nn.Module,
-    data: Any,
-    layers: Any = None,
-    *,
-    ties: float = 0.01,
-    audit: int = 10,
-    **options: Any,
-) -> pa.AblationResult:
-    """Run the engine, compare every pair with the oracle, and return the engine's result."""
-    result = pa.ablate(model, data, layers, audit=audit, progress=False, **options)
-    agreement = reference.compare(result, model, data, layers, **options)
-    assert agreement.mismatches == 0, agreement
-    # A comparison in which everything is a near tie would prove nothing.
-    assert agreement.near_ties <= ties * agreement.pairs
-    assert result.audit.mismatches == 0
-    assert result.audit.pairs == min(audit, len(result.units) * len(result.labels))
-    return result
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -183,7 +183,7 @@ def _cat(pairs: Pairs, node: fx.Node) -> Any:
     """Join deltas, with zeros for what stands still."""
     parts = [
         delta if (delta := pairs.delta(part)) is not None else torch.zeros_like(pairs.rows(part))
-        for part in node.all_input_nodes
+        for part in cast(list[fx.Node], node.args[0])  # the same tensor may come twice
     ]
     if any(isinstance(part, Full) or not part.is_floating_point() for part in parts):
         return difference(pairs, node)

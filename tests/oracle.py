@@ -1,0 +1,30 @@
+"""The check that most tests of the engine come down to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import pyablate as pa
+from pyablate import reference
+
+
+def check(
+    model: nn.Module,
+    data: Any,
+    layers: Any = None,
+    *,
+    ties: float = 0.01,
+    audit: int = 10,
+    **options: Any,
+) -> pa.AblationResult:
+    """Run the engine, compare every pair with the oracle, and return the engine's result."""
+    result = pa.ablate(model, data, layers, audit=audit, progress=False, **options)
+    agreement = reference.compare(result, model, data, layers, **options)
+    assert agreement.mismatches == 0, agreement
+    # A comparison in which everything is a near tie would prove nothing.
+    assert agreement.near_ties <= ties * agreement.pairs
+    assert result.audit.mismatches == 0
+    assert result.audit.pairs == min(audit, len(result.units) * len(result.labels))
+    return result
