@@ -11,11 +11,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 # Members of a .pt2 archive that are unpickled without restriction.
 _PICKLED_MEMBER = re.compile(r"data/constants/(custom|opaque)_obj_")
@@ -98,12 +100,13 @@ def load_exported(path: Path) -> nn.Module:
 def original_type(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module; of one in an exported program, that before the export.
 
+    A parametrization (weight norm, spectral norm) changes the class too, and is looked through.
     Only the classes of `torch.nn` are told: of a user's own class nothing but the name is left, and
     the class of the exported module stands for it.
     """
     name = module.type_name() if isinstance(module, InterpreterModule) else None
     if name is None or not name.startswith("torch.nn.modules."):
-        return type(module)
+        return cast(type[nn.Module], type_before_parametrizations(module))
     found = getattr(nn, name.rpartition(".")[2], None)
     return found if isinstance(found, type) else type(module)
 

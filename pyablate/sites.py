@@ -307,12 +307,13 @@ class _Survey:
         return [replace(site, kind="layer") if separate else site, one_call]
 
     def _kind(self, call: _Call, known: bool) -> Kind:
-        if call.feeds_activation and not issubclass(original_type(call.module), nn.Sequential):
+        kind = original_type(call.module)
+        holds_others = issubclass(kind, nn.Sequential)  # and is heard through its last module
+        if call.feeds_activation and not holds_others:
             return "activation"
-        if issubclass(original_type(call.module), _ACTIVATIONS):
+        if issubclass(kind, _ACTIVATIONS):
             return "activation"
-        has_children = any(True for _ in call.module.children())
-        if has_children and not known and not issubclass(original_type(call.module), nn.Sequential):
+        if _has_parts(call.module) and not known and not holds_others:
             return "block"
         return "layer"
 
@@ -361,8 +362,7 @@ class _Survey:
         if original_type(module) in _UNITS_LAST:
             self.natural = (output.shape[-1], -1)
             return output.ndim - 1
-        is_leaf = not any(True for _ in module.children())
-        source = inputs[0] if is_leaf and inputs else output
+        source = inputs[0] if inputs and not _has_parts(module) else output
         if isinstance(source, Tensor) and source.ndim == output.ndim:
             for call in reversed(self.calls):
                 if call.key[0] == id(source):
@@ -398,6 +398,11 @@ class _Activations(TorchFunctionMode):
                     call.feeds_activation = True
                     break
         return func(*args, **(kwargs or {}))
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether a module is made of others; those that compute its weights do not count."""
+    return any(name != "parametrizations" for name, _ in module.named_children())
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:

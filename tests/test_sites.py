@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import pyablate as pa
 from pyablate.sites import Site, parse_label, select, sites
@@ -252,6 +253,26 @@ def test_a_network_without_activations_says_so() -> None:
     assert [each.name for each in every] == ["0", "1"]
     with pytest.raises(ValueError, match=r"this network has none; name the layers.*'0', '1'"):
         select(every)
+
+
+def test_parametrized_weights_make_no_block() -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
+        nn.ReLU(),
+        parametrizations.spectral_norm(nn.Conv2d(4, 5, 3)),
+        nn.Flatten(start_dim=2),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(20, 3),
+    )
+    every = sites(model, torch.randn(1, 1, 6, 6))
+    assert [(each.name, each.axis) for each in select(every)] == [("1", 1), ("5", 2)]
+    assert [(each.name, each.axis) for each in every if each.kind == "layer"] == [
+        ("0", 1),
+        ("2", 1),
+        ("4", 2),
+    ]
 
 
 def test_labels() -> None:
