@@ -55,9 +55,14 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: build
-	@test -n "$(BENCHMARKS)" || { echo "no benchmarks/bench_*.py found" >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+$(VENV)/.bench: $(VENV)/.installed
+	@echo "installing what the benchmarks compare with"
+	@$(BIN)/python -m pip install -q -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
+	@status=0; $(BIN)/python -m pytest -s -q -p no:cacheprovider $(BENCHMARKS) $(ARGS) || status=$$?; \
+	    $(BIN)/python benchmarks/table.py && exit $$status
 
 demo: build
 	$(BIN)/pyablate demo $(ARGS)
@@ -73,6 +78,6 @@ sanitize: build
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f pyablate/_core*.so $(VENV)/.installed
+	rm -f pyablate/_core*.so $(VENV)/.installed $(VENV)/.bench
 	find pyablate tests examples benchmarks -name __pycache__ -type d -prune \
 	    -exec rm -rf {} + 2>/dev/null || true

@@ -113,6 +113,22 @@ def in_turn(
     return mine, theirs
 
 
+def stopwatch(work: Callable[[], Any], device: str, calls: int) -> float:
+    """Seconds of one of several calls in a row; on a GPU by its own events."""
+    if device.startswith("cuda"):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls
+
+
 def ratio(rival: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     """Ratio of medians; the spread is that of the ratios within each round."""
     each = [theirs / mine for theirs, mine in zip(rival, ours, strict=True)]

@@ -1,0 +1,186 @@
+"""Write the tables of `docs/performance.md` from the JSON files in `benchmarks/results/`.
+
+Everything between the two markers is replaced; the rest of the page is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TITLES = {
+    "layers": "Layers of the shipped networks",
+    "networks": "Whole networks",
+    "heads": "Last maps: global pooling and a linear layer",
+    "efficientnet": "EfficientNet-Lite0 from its pixels on",
+    "ops": "Native operations",
+    "growth": "Growth",
+    "memory": "Peak memory",
+}
+Cases = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    arguments = parser.parse_args()
+    known = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
+    text = "\n\n".join(of_machine(found) for found in known) or "No results here yet."
+    arguments.page.write_text(between(arguments.page.read_text(), text))
+
+
+def between(page: str, text: str) -> str:
+    """Put text between the markers of a page.
+
+    Raises
+    ------
+    ValueError
+        The page lacks a marker.
+    """
+    if BEGIN not in page or END not in page.split(BEGIN, 1)[1]:
+        raise ValueError(f"page: expected the markers {BEGIN} and {END}")
+    head, rest = page.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def of_machine(found: dict[str, Any]) -> str:
+    machine, cases = found["machine"], found["cases"]
+    name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    dates = sorted(case["date"][:10] for case in cases.values())
+    commits = ", ".join(sorted({case["commit"] for case in cases.values()}))
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    load = max(case["load"] for case in cases.values())
+    about = (
+        f"{machine['threads']} threads, {machine['memory_gb']} GB, torch {machine['torch']}, "
+        f"Python {machine['python']}; {when}; commit {commits} (+: with changes not committed); "
+        f"load average up to {load:.1f}."
+    )
+    parts = [f"### {name}", about]
+    for group, title in TITLES.items():
+        mine = {name: case for name, case in cases.items() if case["group"] == group}
+        if mine:
+            parts += [f"#### {title}", TABLES.get(group, comparisons)(mine)]
+    return "\n\n".join(parts)
+
+
+def comparisons(cases: Cases) -> str:
+    """One line per case and rival."""
+    lines = []
+    for name, case in sorted(cases.items()):
+        for rival, found in case["rivals"].items():
+            checked = found["checked"]
+            lines.append(
+                (
+                    name,
+                    f"{case['images']:,}",
+                    f"{case['units']:,}",
+                    ", ".join(case["strategy"]),
+                    _seconds(median(case["seconds"])),
+                    _seconds(case["call_seconds"]),
+                    f"`{rival}`: {found['note']}",
+                    _seconds(median(found["seconds"])),
+                    _ratio(found),
+                    f"{checked['pairs']:,} ({checked['near_ties']})",
+                )
+            )
+    head = "case|images|units|strategy|sweep|call|rival|its time|ratio (spread)|equal (near ties)"
+    table = _table(head.split("|"), lines)
+    return "\n\n".join([table, *_summary(cases)])
+
+
+def _summary(cases: Cases) -> list[str]:
+    """Medians over the cases, per rival, strategies apart; worst and best case named."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name, case in cases.items():
+        for rival, entry in case["rivals"].items():
+            found.setdefault(rival, []).append((entry["ratio"], name))
+    lines = [
+        f"`{rival}`: median {median(r for r, _ in each):.1f} x, "
+        f"least {min(each)[0]:.1f} x ({min(each)[1]}), most {max(each)[0]:.1f} x ({max(each)[1]})."
+        for rival, each in found.items()
+        if len(each) > 2
+    ]
+    shares = [
+        (case["peak_share"], name)
+        for name, case in cases.items()
+        if case.get("peak_share") and case["strategy"] == ["delta"]
+    ]
+    if shares:
+        off = [
+            cases[name]["predicted_seconds"] / median(cases[name]["seconds"]) for _, name in shares
+        ]
+        lines.append(
+            f"Dense arithmetic by the plan over measured time: median "
+            f"{median(s for s, _ in shares):.0%} of the measured peak. Predicted over measured "
+            f"time: median {median(off):.2f}, from {min(off):.2f} to {max(off):.2f}."
+        )
+    return lines
+
+
+def operations(cases: Cases) -> str:
+    lines = [
+        (
+            f"`{name.removeprefix('op ')}`",
+            case["shape"],
+            f"{1e3 * median(case['seconds']):.2f} ms",
+            f"{1e3 * median(case['rivals']['torch']['seconds']):.2f} ms",
+            _ratio(case["rivals"]["torch"]),
+        )
+        for name, case in sorted(cases.items())
+    ]
+    return _table(["operation", "size", "native", "plain torch", "ratio (spread)"], lines)
+
+
+def growth(cases: Cases) -> str:
+    lines = [
+        (
+            f"{case['axis']} ({case['case']})",
+            "; ".join(
+                f"{at:,}: {_seconds(seconds)}"
+                for at, seconds in zip(case["at"], case["seconds"], strict=True)
+            ),
+            f"{case['at'][-1] / case['at'][0]:.1f} x as many, {case['growth']:.1f} x as long",
+        )
+        for _, case in sorted(cases.items())
+    ]
+    return _table(["grows", "seconds of the sweep", "growth"], lines)
+
+
+def memory(cases: Cases) -> str:
+    lines = [
+        (
+            f"{case['case']}, {case['images']:,} images",
+            f"{budget / 2**20:.0f} MiB",
+            f"{grew / 2**20:.0f} MiB",
+        )
+        for case in cases.values()
+        for budget, grew in zip(case["budget"], case["grew"], strict=True)
+    ]
+    return _table(["case", "`memory=`", "process grew by"], lines)
+
+
+TABLES = {"ops": operations, "growth": growth, "memory": memory}
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"**{found['ratio']:.1f} x** ({found['least']:.1f} to {found['most']:.1f})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
+
+
+if __name__ == "__main__":
+    main()
