@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Data:
     def __init__(self, source: Any, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
+        self.classes: int | None = None  # labels from here on are errors, once it is known
         self._shape: tuple[int, ...] | None = None
         if _is_pair(source):
             self._source: Iterable[Any] = [tuple(source)]
@@ -80,11 +82,12 @@ class Data:
         """Count the images; iterates once if the source does not say."""
         if isinstance(self._source, list):
             return sum(len(images) for images, _ in self._raw())
-        dataset = getattr(self._source, "dataset", None)
-        sampler = getattr(self._source, "sampler", None)
-        for counted in (sampler, dataset):
-            if isinstance(counted, Sized) and not getattr(self._source, "drop_last", False):
-                return len(counted)
+        loader = self._source
+        # With batches of the caller's own making the loader has no batch size, and its sampler lies.
+        known = isinstance(loader, DataLoader) and loader.batch_size and not loader.drop_last
+        sampler = getattr(loader, "sampler", None)
+        if known and isinstance(sampler, Sized):
+            return len(sampler)
         self.hold()
         return len(self)
 
@@ -95,14 +98,14 @@ class Data:
 
     def hold_if_read_once(self) -> None:
         """Keep the images of a source that can be iterated only once, such as a generator."""
-        if iter(self._source) is self._source:
+        if iter(self._source) is iter(self._source):
             self.hold()
 
-    def sample(self, count: int) -> Tensor:
-        """First images, ``[<= count, ...]``."""
+    def first(self, count: int) -> Batch:
+        """Look at the first images, ``count`` at most; they are read again later."""
         self.hold_if_read_once()
         for batch in self.batches(count):
-            return batch.images
+            return batch
         raise ValueError("data: no images")
 
     def at(self, index: Tensor) -> Tensor:
@@ -145,7 +148,14 @@ class Data:
         if not bool(finite.all()):
             where = first + int((~finite).nonzero()[0])
             raise ValueError(f"data: image {where} holds NaN or infinite values")
-        labels = torch.cat([labels for _, labels in parts]).to(self.device)
+        labels = torch.cat([labels for _, labels in parts])
+        if self.classes is not None and int(labels.max()) >= self.classes:
+            where = int((labels >= self.classes).nonzero()[0])
+            raise ValueError(
+                f"data: label {int(labels[where])} of image {first + where} is outside the "
+                f"model's {self.classes} classes (0 to {self.classes - 1})"
+            )
+        labels = labels.to(self.device)
         index = torch.arange(first, first + len(images), device=self.device)
         return Batch(index, images, labels)
 

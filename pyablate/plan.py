@@ -17,7 +17,7 @@ from pyablate.engine.channel import Channel
 from pyablate.engine.delta import Suffix, Sweep, needed
 from pyablate.interventions import Intervention, parse
 from pyablate.peaks import convolution_rate, copy_rate
-from pyablate.prepare import Setup, check_options, prepare
+from pyablate.prepare import Setup, check_options, prepare, undisturbed
 
 aten = torch.ops.aten
 _SAMPLE = 16
@@ -111,24 +111,25 @@ def plan(
     )
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
-    setup = prepare(
-        model,
-        data,
-        layers,
-        groups,
-        parse(intervention),
-        None,
-        device,
-        batch_size=batch_size,
-        memory=memory,
-        strategy="auto",
-        precision=precision,
-    )
-    count = len(setup.data) if images is None else images
-    where = str(setup.data.device)
-    gflops = convolution_rate(where, setup.low or setup.data.dtype) / 1e9
-    bandwidth = copy_rate(where) / 1e9
-    rows = [_row(cost, count, gflops, bandwidth) for cost in _costs(setup)]
+    with undisturbed():
+        setup = prepare(
+            model,
+            data,
+            layers,
+            groups,
+            parse(intervention),
+            None,
+            device,
+            batch_size=batch_size,
+            memory=memory,
+            strategy="auto",
+            precision=precision,
+        )
+        count = len(setup.data) if images is None else images
+        where = str(setup.data.device)
+        gflops = convolution_rate(where, setup.low or setup.data.dtype) / 1e9
+        bandwidth = copy_rate(where) / 1e9
+        rows = [_row(cost, count, gflops, bandwidth) for cost in _costs(setup)]
     return Plan(pd.DataFrame(rows), count, setup.batch_size, gflops, bandwidth)
 
 
@@ -165,7 +166,9 @@ def _costs(setup: Setup) -> list[_Cost]:
         per_pair = _forward_flop(setup.model, batch.images[:1])
         return [_Cost(job, "replay", 1.0, per_pair, 0.0) for job in setup.jobs]
     suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
-    clean = baseline.run_graph(setup.graph, needed(suffixes), setup.exact, batch)
+    clean = baseline.run_graph(
+        setup.graph, needed(suffixes), setup.exact, batch, margin=setup.margin
+    )
     costs = []
     for suffix in suffixes:
         standins = stand_ins(setup.model, setup.data, batch, suffix.job, setup.statistics)

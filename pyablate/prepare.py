@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,42 @@ from torch import Tensor, nn
 
 from pyablate.batches import Data
 from pyablate.capture import CaptureError, Graph, capture
+from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.replay import Replay, in_double
 from pyablate.interventions import Intervention
 from pyablate.peaks import convolution_rate
-from pyablate.sites import Site, parse_label, select, sites
+from pyablate.sites import Site, copied, parse_label, select, sites
 
 logger = logging.getLogger("pyablate")
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
+SAMPLE = 8
+"""Images that are looked at before the first batch."""
+
 WORTHWHILE = 1.3
 """Gain in speed above which a lower precision pays for checking it."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work in plain arithmetic, and leave random generators and settings as they were.
+
+    An ambient autocast or TF32 would round the clean run and all that is compared with it.
+    """
+    matmul = torch.get_float32_matmul_precision()
+    tf32 = torch.backends.cudnn.allow_tf32
+    cuda = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False), cuda:
+        try:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = tf32
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +65,7 @@ class Setup:
     intervention: Intervention
     statistics: Mapping[Key, Statistics]
     exact: Replay
+    margin: float
     low: torch.dtype | None
     batch_size: int
     memory: int
@@ -70,10 +94,12 @@ def prepare(
     """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
     work, dtype, where = _working_copy(model, device)
     data = Data(source, dtype=dtype, device=where)
-    sample = data.sample(2)
+    batch = data.first(SAMPLE)
+    sample = batch.images
     found = sites(work, sample)
     jobs = plan_jobs(found, layers, groups, intervention)
-    classes = _count_classes(work, sample)
+    classes = data.classes = _count_classes(work, sample)
+    _check_independence(work, sample)
     names = _check_names(class_names, classes)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
     graph = None if strategy == "replay" else _capture(work, sample, marked)
@@ -86,7 +112,8 @@ def prepare(
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics:
         statistics = calibrate(work, data, marked, classes, batch_size=size)
-    double, exact = in_double(work, sample)
+    double, decisive = in_double(work, sample)
+    exact = Replay(double, decisive, data, statistics)
     return Setup(
         model=work,
         graph=graph,
@@ -96,7 +123,8 @@ def prepare(
         class_names=names,
         intervention=intervention,
         statistics=statistics,
-        exact=Replay(double, exact, data, statistics),
+        exact=exact,
+        margin=baseline.rounding(work, exact, batch),
         low=_low_precision(precision, dtype, where),
         batch_size=size,
         memory=budget,
@@ -146,7 +174,7 @@ def _units_by_site(
         for site in select(found, whole):
             chosen[site.name] = set(range(_count_units(site, intervention)))
     for label in single:
-        site, unit = parse_label(found, label)
+        site, unit = parse_label(found, label, lambda at: _count_units(at, intervention))
         chosen.setdefault(site.name, set()).add(unit)
     for site in found:
         if site.name in chosen:
@@ -207,7 +235,8 @@ def _working_copy(
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     where = _device(device) if device is not None else first.device
     dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
-    work = copy.deepcopy(model).to(device=where, dtype=dtype).eval()
+    work = copied(model).to(where)
+    work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
     for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
         tensor.requires_grad_(False)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -234,6 +263,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
+    sample = torch.cat([sample, sample])  # some networks squeeze a batch of one away
     with torch.no_grad():
         logits = model(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
@@ -242,6 +272,19 @@ def _count_classes(model: nn.Module, sample: Tensor) -> int:
     if logits.shape[1] < 2:
         raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
     return logits.shape[1]
+
+
+def _check_independence(model: nn.Module, sample: Tensor) -> None:
+    """Refuse a network that lets one image's prediction depend on the others."""
+    first, second = sample[0], sample[-1]
+    with torch.no_grad():
+        alone = model(torch.stack([first, second]))[0]
+        other = model(torch.stack([first, 1.5 * second + 1.0]))[0]
+    if not torch.allclose(alone, other, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+        raise ValueError(
+            "model: the logits of an image change with the other images of its batch; each image "
+            "must be classified by itself"
+        )
 
 
 def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
@@ -284,8 +327,8 @@ def _low_precision(precision: str, full: torch.dtype, device: torch.device) -> t
     if precision == "bf16":
         return torch.bfloat16
     where = str(device)
-    gain = convolution_rate(where, torch.bfloat16) / convolution_rate(where, full)
-    return torch.bfloat16 if gain >= WORTHWHILE else None
+    needed_rate = WORTHWHILE * convolution_rate(where, full)
+    return torch.bfloat16 if convolution_rate(where, torch.bfloat16) > needed_rate else None
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:

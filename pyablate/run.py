@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.batches import Batch
-from pyablate.capture import Graph
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
 from pyablate.engine.replay import Replay, decision
 from pyablate.engine.tiers import Ladder
 from pyablate.interventions import Intervention, parse
-from pyablate.prepare import Setup, check_options, prepare
+from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
 from pyablate.result import AblationResult, Audit, Flips
 
@@ -108,7 +106,7 @@ def ablate(
         precision=precision,
     )
     chosen = parse(intervention, seed=seed)
-    with _random_state_kept():
+    with undisturbed():
         setup = prepare(
             model,
             data,
@@ -141,6 +139,7 @@ class _Sweep:
     checked: int = 0
     rescued: int = 0
     repeated: int = 0
+    strategy: dict[str, str] = field(default_factory=dict)
 
     def run(self, report: Report) -> None:
         setup = self.setup
@@ -151,11 +150,12 @@ class _Sweep:
         done = 0
         report(0, total, setup.jobs[0].name)
         for batch in setup.data.batches(setup.batch_size):
-            self._check_labels(batch)
             if setup.graph is None:
-                clean = baseline.run_model(setup.model, setup.exact, batch)
+                clean = baseline.run_model(setup.model, setup.exact, batch, margin=setup.margin)
             else:
-                clean = baseline.run_graph(setup.graph, keep, setup.exact, batch)
+                clean = baseline.run_graph(
+                    setup.graph, keep, setup.exact, batch, margin=setup.margin
+                )
             self.labels.append(batch.labels.cpu().numpy())
             self.baseline.append(clean.prediction.cpu().numpy())
             for job in setup.jobs:
@@ -166,8 +166,9 @@ class _Sweep:
                 self._audit(job, batch, self.flips[before:])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
-        for ladder in ladders.values():
+        for job, ladder in ladders.items():
             self.repeated += ladder.repeated
+            self.strategy.setdefault(job.name, ladder.strategy if setup.graph else "replay")
         if self.mismatches:
             logger.error(
                 "audit: %d of %d recomputed pairs differ; please report this model",
@@ -239,15 +240,6 @@ class _Sweep:
         self.checked += len(found)
         self.mismatches += int(wrong.sum())
 
-    def _check_labels(self, batch: Batch) -> None:
-        beyond = batch.labels >= self.setup.classes
-        if bool(beyond.any()):
-            where = int(batch.index[beyond][0])
-            raise ValueError(
-                f"data: label {int(batch.labels[beyond][0])} of image {where} is outside the "
-                f"model's {self.setup.classes} classes (0 to {self.setup.classes - 1})"
-            )
-
     def result(self, seconds: float) -> AblationResult:
         setup = self.setup
         logger.info(
@@ -264,15 +256,9 @@ class _Sweep:
             class_names=setup.class_names,
             intervention=str(setup.intervention),
             audit=Audit(self.checked, self.mismatches),
-            strategy={job.name: _strategy(setup.graph, job) for job in setup.jobs},
+            strategy=self.strategy,
             seconds=seconds,
         )
-
-
-def _strategy(graph: Graph | None, job: Job) -> str:
-    if graph is None:
-        return "replay"
-    return "closed form" if Suffix.of(graph, job).closed_form else "delta"
 
 
 def _slice_bytes(memory: int) -> int:
@@ -290,7 +276,7 @@ def _replayed(setup: Setup, job: Job, batch: Batch) -> Iterator[tuple[Tensor, Te
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
         top = logits.topk(2, dim=1)
-        close = top.values[:, 0] - top.values[:, 1] <= baseline.MARGIN * logits.abs().amax(dim=1)
+        close = top.values[:, 0] - top.values[:, 1] <= setup.margin * logits.abs().amax(dim=1)
         prediction = decision(logits).prediction
         yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
 
@@ -314,9 +300,3 @@ def _units(jobs: Sequence[Job]) -> pd.DataFrame:
             "unit": [members[0][1] if len(members) == 1 else -1 for members in rows],
         }
     )
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield

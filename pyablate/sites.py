@@ -8,6 +8,7 @@ sample with forward hooks, so this works for every network, whether or not it ca
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -128,7 +129,9 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
     return [site for site in found if site.name in wanted]
 
 
-def parse_label(found: Sequence[Site], label: str) -> tuple[Site, int]:
+def parse_label(
+    found: Sequence[Site], label: str, count: Callable[[Site], int] = lambda site: site.channels
+) -> tuple[Site, int]:
     """Turn ``"layer:unit"`` into its site and unit.
 
     Raises
@@ -142,12 +145,24 @@ def parse_label(found: Sequence[Site], label: str) -> tuple[Site, int]:
     if not colon or not unit.isdecimal():
         raise ValueError(f'unit label: expected "layer:unit" such as "features.3:7", got {label!r}')
     site = _named(found, name)
-    if int(unit) >= site.channels:
+    units = count(site)
+    if int(unit) >= units:
         raise ValueError(
-            f"unit {unit} of layer {name!r} is out of range: the layer has {site.channels} units "
-            f"(0 to {site.channels - 1})"
+            f"unit {unit} of layer {name!r} is out of range: the layer has {units} units "
+            f"(0 to {units - 1})"
         )
     return site, int(unit)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them."""
+    history = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, history)
 
 
 @contextmanager
@@ -240,6 +255,10 @@ def _nearest(found: Sequence[Site], name: str) -> str:
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
+_ROWS = 7
+"""Images of the survey: a number that is unlikely to be some other axis's length."""
+
+
 @dataclass
 class _Call:
     """One call of one module in the survey."""
@@ -318,7 +337,7 @@ class _Survey:
         return "layer"
 
     def _run(self) -> None:
-        sample = self.sample[:2] if len(self.sample) > 1 else self.sample[[0, 0]]
+        sample = self.sample[torch.arange(_ROWS) % len(self.sample)]
         handles = []
         try:
             for name, module in self.model.named_modules():
@@ -347,7 +366,7 @@ class _Survey:
                 isinstance(output, Tensor)
                 and output.is_floating_point()
                 and output.ndim >= 2
-                and output.shape[0] == 2
+                and output.shape[0] == _ROWS
             )
             if holds:
                 axis = self._axis(module, inputs, output)

@@ -39,9 +39,15 @@ def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
     with _beside(target) as scratch:
         fresh = Path(scratch) / "new"
         _write(result, fresh)
+        replaced = Path(scratch) / "old"
         if target.exists():
-            os.rename(target, Path(scratch) / "old")
-        os.rename(fresh, target)
+            os.rename(target, replaced)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
 
 
 def load(path: str | os.PathLike[str]) -> AblationResult:

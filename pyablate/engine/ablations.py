@@ -221,9 +221,11 @@ def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[
         maps[site.name, call] = output.detach().movedim(site.axis, 1).clone()
         return output
 
+    rows = len(images)
     with hooked(model, sites, keep), torch.no_grad():
-        model(images)
-    return maps
+        # At least two rows: some networks squeeze a batch of one away.
+        model(images if rows > 1 else torch.cat([images, images]))
+    return {key: value[:rows] for key, value in maps.items()}
 
 
 def calibrate(

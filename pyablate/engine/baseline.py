@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pyablate.batches import Batch
 from pyablate.capture import Graph
 from pyablate.engine.delta import Clean
-from pyablate.engine.replay import Replay
+from pyablate.engine.replay import Replay, forward
 
 MARGIN = 1e-4
 """Share of an image's largest logit that float32 rounding may reach, with much to spare."""
 
+SAFETY = 8.0
+"""How many times the largest rounding error seen is doubted."""
 
-def run_graph(graph: Graph, keep: Iterable[fx.Node], exact: Replay, batch: Batch) -> Clean:
+
+def rounding(model: nn.Module, exact: Replay, batch: Batch) -> float:
+    """Share of the largest logit within which this network's own precision is not trusted.
+
+    Measured on a few images against the exact replay: where logits come about by cancellation,
+    float32 can be far worse than usual.
+    """
+    every = torch.arange(len(batch), device=batch.index.device)
+    logits = exact.logits(batch, None, every, every)
+    with torch.no_grad():
+        error = (forward(model, batch.images).to(logits.dtype) - logits).abs().amax(dim=1)
+    worst = float((error / logits.abs().amax(dim=1).clamp(min=1e-300)).max())
+    return max(MARGIN, SAFETY * worst)
+
+
+def run_graph(
+    graph: Graph, keep: Iterable[fx.Node], exact: Replay, batch: Batch, *, margin: float
+) -> Clean:
     """Run a captured network and keep what the suffixes read."""
     images = batch.images
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         tensors = graph.run(images, {graph.logits, *keep})
-    return _clean(tensors, tensors[graph.logits], exact, batch)
+    return _clean(tensors, tensors[graph.logits], exact, batch, margin)
 
 
-def run_model(model: Callable[[Tensor], Tensor], exact: Replay, batch: Batch) -> Clean:
+def run_model(model: nn.Module, exact: Replay, batch: Batch, *, margin: float) -> Clean:
     """Run a network that was not captured."""
     with torch.no_grad():
-        return _clean({}, model(batch.images), exact, batch)
+        return _clean({}, forward(model, batch.images), exact, batch, margin)
 
 
-def _clean(tensors: dict[fx.Node, Tensor], logits: Tensor, exact: Replay, batch: Batch) -> Clean:
+def _clean(
+    tensors: dict[fx.Node, Tensor], logits: Tensor, exact: Replay, batch: Batch, margin: float
+) -> Clean:
     finite = torch.isfinite(logits).all(dim=1)
     if not bool(finite.all()):
         where = int(batch.index[~finite][0])
         raise ValueError(f"model: the logits of image {where} are NaN or infinite")
-    tolerance = MARGIN * logits.abs().amax(dim=1)
+    tolerance = margin * logits.abs().amax(dim=1)
     return Clean(tensors, logits, _predict(logits, tolerance, exact, batch), tolerance)
 
 

@@ -101,14 +101,6 @@ def advance(reader: Reader, node: fx.Node) -> Channel | None:
     return None if rule is None else rule(reader, node)
 
 
-def stays(graph: Graph, node: fx.Node) -> bool:
-    """Whether a node can leave deltas on their channels."""
-    if node.target in CONVOLUTIONS:
-        weight = graph.constant(node, 1)
-        return weight is not None and settings(node, 3, 1, 0, 1, 1)[3] == len(weight)
-    return node.target in RULES
-
-
 def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -148,9 +140,11 @@ def _elementwise(reader: Reader, node: fx.Node) -> Channel | None:
 
 
 def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
-    """Pool ``[N, C, ...]``: channels are independent."""
+    """Pool ``[N, C, *space]``: channels are independent, if the axes are just these."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
+        return None
+    if delta.values.ndim != (3 if node.target in POOLS_1D else 4):
         return None
     call, rest = function(node), node.args[1:]
     if node.target in LINEAR_POOLS:
@@ -163,7 +157,7 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
 def _mean(reader: Reader, node: fx.Node) -> Channel | None:
     """Average over axes other than the channels'."""
     delta = _only_first_changes(reader, node)
-    if delta is None or delta.inner > 1 or len(node.args) < 2:
+    if delta is None or delta.inner > 1 or len(node.args) < 2 or node.args[1] is None:
         return None
     ndim = delta.values.ndim
     dims = [dim % ndim for dim in _integers(node.args[1])]
@@ -177,7 +171,7 @@ def _mean(reader: Reader, node: fx.Node) -> Channel | None:
 
 
 def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
-    """Flatten ``[N, C, *rest]`` to ``[N, C * prod(rest)]``, or drop axes of size 1 after C."""
+    """Flatten ``[N, C, *rest]`` to ``[N, C * prod(rest)]``."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
         return None
@@ -266,17 +260,17 @@ def _add(reader: Reader, node: fx.Node) -> Channel | None:
     first, second = (reader.value(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
     if isinstance(first, Channel) and second is None:
-        return first if _keeps_shape(first, node) else None
+        return first if keeps_shape(first, node) else None
     if isinstance(second, Channel) and first is None:
-        return second.with_values(sign * second.values) if _keeps_shape(second, node) else None
+        return second.with_values(sign * second.values) if keeps_shape(second, node) else None
     if isinstance(first, Channel) and isinstance(second, Channel):
         alike = first.axis == second.axis and torch.equal(first.channel, second.channel)
-        if alike and first.values.shape == second.values.shape:
+        if alike and keeps_shape(first, node) and keeps_shape(second, node):
             return first.with_values(first.values + sign * second.values)
     return None
 
 
-def _keeps_shape(delta: Channel, node: fx.Node) -> bool:
+def keeps_shape(delta: Channel, node: fx.Node) -> bool:
     """Check that the other operand did not broadcast the delta."""
     shape = node.meta["val"].shape
     rest = [size for axis, size in enumerate(shape) if axis not in (0, delta.axis)]
@@ -319,6 +313,9 @@ LINEAR_POOLS = frozenset(
         aten.adaptive_avg_pool1d.default,
         aten.adaptive_avg_pool2d.default,
     }
+)
+POOLS_1D = frozenset(
+    {aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.max_pool1d.default}
 )
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})

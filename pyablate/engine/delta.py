@@ -91,15 +91,6 @@ class Suffix:
             if node not in self.graph.constants and self.graph.size(node, 1) is None
         }
 
-    @cached_property
-    def closed_form(self) -> bool:
-        """Whether all that follows the channelwise operators is the final linear layer."""
-        head = self.graph.logits
-        if not self.job.channelwise or head.target is not aten.linear.default:
-            return False
-        between = (node for node in self.nodes if node is not head)
-        return all(channelwise.stays(self.graph, node) for node in between)
-
     def predict(
         self, clean: Clean, standins: StandIns, ladder: Ladder, *, slice_bytes: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -117,6 +108,7 @@ class Suffix:
         if self.job.channelwise:
             sweep.advance()
             if isinstance(sweep.head, Channel):
+                ladder.strategy = "closed form"
                 yield sweep.closed_form()
                 return
         row, image = sweep.live_pairs()
@@ -235,7 +227,9 @@ class Sweep:
         job, device = self.suffix.job, self.clean.logits.device
         images = len(self.clean.logits)
         alive = torch.ones(images, len(job.members), dtype=torch.bool, device=device)
-        if job.channelwise:
+        if self.graph.logits not in self.suffix.nodes:
+            alive.fill_(False)
+        elif job.channelwise:
             starts = [self._start(node).values for node in self.suffix.nodes if self.ablates(node)]
             touched = [(start != 0).reshape(*alive.shape, -1).any(dim=2) for start in starts]
             alive = torch.stack(touched).any(dim=0)
@@ -308,9 +302,6 @@ class _Slice:
     def plain(self, node: fx.Node) -> bool:
         layout = self.graph.layout.get(node)
         return isinstance(layout, BatchLayout) and layout.plain
-
-    def last_use(self, node: fx.Node) -> bool:
-        return self._uses.get(node) == 1
 
     @cached_property
     def _sites(self) -> dict[str, Site]:

@@ -67,12 +67,14 @@ class Replay:
         Tensor
             ``[P, K]`` in this replay's dtype.
         """
+        if len(image) == 1:  # as in :func:`forward`
+            return self.logits(batch, job, row.repeat(2), image.repeat(2))[:1]
         used, inverse = image.unique(return_inverse=True)
         few = batch.take(used).to(self.dtype)
         images = few.images[inverse]
         with torch.no_grad():
             if job is None:
-                return self.model(images)  # type: ignore[no-any-return]
+                return forward(self.model, images)
             standins = stand_ins(self.model, self.data, few, job, self.statistics)
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
@@ -110,6 +112,13 @@ class Decision:
 
     prediction: Tensor
     near_tie: Tensor
+
+
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a network on at least two rows: some squeeze a batch of one away."""
+    if len(images) > 1:
+        return model(images)  # type: ignore[no-any-return]
+    return model(torch.cat([images, images]))[:1]  # type: ignore[no-any-return]
 
 
 def decision(logits: Tensor) -> Decision:

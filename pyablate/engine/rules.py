@@ -26,7 +26,14 @@ from pyablate.capture import (
     operands,
     settings,
 )
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME, SUBTRACTIONS, Channel
+from pyablate.engine.channel import (
+    DIVISIONS,
+    LINEAR_POOLS,
+    SAME,
+    SUBTRACTIONS,
+    Channel,
+    keeps_shape,
+)
 from pyablate.ops import Activation
 
 aten = torch.ops.aten
@@ -63,16 +70,20 @@ class Pairs(Protocol):
     def plain(self, node: fx.Node) -> bool:
         """Whether the clean tensor has exactly one row per image, first."""
 
-    def last_use(self, node: fx.Node) -> bool:
-        """Whether nobody else reads the node's delta any more, so that it may be overwritten."""
-
 
 Rule = Callable[[Pairs, fx.Node], Any]
 
 
 def advance(pairs: Pairs, node: fx.Node) -> Any:
     """Return the change of a node, from the changes of its inputs."""
+    if any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
+        return difference(pairs, node)
     return RULES.get(node.target, difference)(pairs, node)
+
+
+def _holds_full(delta: Any) -> bool:
+    items = delta if isinstance(delta, (list, tuple)) else [delta]
+    return any(isinstance(item, Full) for item in items)
 
 
 def reads_base(graph: Graph, node: fx.Node) -> bool:
@@ -113,17 +124,19 @@ def _perturbed(pairs: Pairs, node: fx.Node) -> Any:
 def _subtract(after: Any, before: Any) -> Any:
     if not isinstance(after, Tensor):
         return None
-    return after - before if after.is_floating_point() else Full(after)
+    if not after.is_floating_point():
+        return Full(after)
+    # Masked scores are minus infinity before and after: no change, rather than NaN.
+    return torch.where(after == before, torch.zeros_like(after), after - before)
 
 
 def _changed(pairs: Pairs, node: fx.Node) -> list[fx.Node]:
-    return [source for source in node.all_input_nodes if pairs.raw(source) is not None]
+    """Arguments that change; x * x names x twice."""
+    return [source for source in operands(node) if pairs.raw(source) is not None]
 
 
 def _linear(pairs: Pairs, node: fx.Node) -> Any:
     """Apply a map that is linear in its one tensor argument."""
-    if isinstance(pairs.raw(node.all_input_nodes[0]), Full):
-        return difference(pairs, node)
     return pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
 
 
@@ -155,11 +168,9 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
     first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-    if isinstance(first, Full) or isinstance(second, Full):
-        return difference(pairs, node)
-    if isinstance(first, Tensor) and isinstance(second, Channel) and _shaped(first, pairs, node):
+    if isinstance(first, Tensor) and isinstance(second, Channel) and _fit(first, second, node):
         return second.add_to(first.clone(), pairs.image_long, pairs.column, sign)
-    if isinstance(second, Tensor) and isinstance(first, Channel) and _shaped(second, pairs, node):
+    if isinstance(second, Tensor) and isinstance(first, Channel) and _fit(second, first, node):
         signed = second.clone() if sign > 0 else -second
         return first.add_to(signed, pairs.image_long, pairs.column, 1.0)
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
@@ -169,8 +180,10 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
     return _full_shape(pairs, node, total)
 
 
-def _shaped(delta: Tensor, pairs: Pairs, node: fx.Node) -> bool:
-    return tuple(delta.shape[1:]) == tuple(node.meta["val"].shape[1:]) and pairs.plain(node)
+def _fit(dense: Tensor, channel: Channel, node: fx.Node) -> bool:
+    """Whether neither delta is broadcast by the sum."""
+    shape = tuple(node.meta["val"].shape[1:])
+    return tuple(dense.shape[1:]) == shape and keeps_shape(channel, node)
 
 
 def _full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
@@ -185,7 +198,7 @@ def _cat(pairs: Pairs, node: fx.Node) -> Any:
         delta if (delta := pairs.delta(part)) is not None else torch.zeros_like(pairs.rows(part))
         for part in cast(list[fx.Node], node.args[0])  # the same tensor may come twice
     ]
-    if any(isinstance(part, Full) or not part.is_floating_point() for part in parts):
+    if not all(part.is_floating_point() for part in parts):
         return difference(pairs, node)
     return function(node)(parts, *node.args[1:], **node.kwargs)
 
@@ -311,7 +324,9 @@ def _activation(pairs: Pairs, node: fx.Node) -> Any:
     delta = pairs.raw(source)
     if named is None or not isinstance(delta, Tensor) or not pairs.plain(source):
         return difference(pairs, node)
-    out = delta if pairs.last_use(source) and _is_dense(delta) else None
+    # In place where the delta is a fresh tensor that nobody else reads: views share memory.
+    fresh = source.target in CONVOLUTIONS and len(source.users) == 1
+    out = delta if fresh and _is_dense(delta) else None
     return ops.delta_activation(pairs.base(source), delta, pairs.image, named, out=out)
 
 
@@ -344,7 +359,7 @@ def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     delta = pairs.raw(source)
-    if not isinstance(delta, Tensor) or not pairs.plain(source):
+    if not isinstance(delta, Tensor) or delta.ndim != 4 or not pairs.plain(source):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
     return ops.delta_max_pool(

@@ -47,6 +47,8 @@ class Ladder:
         Cheaper arithmetic for the dense suffix, if it is worth it.
     doubt : float or None
         Share of the change's spread within which ``low`` is not trusted; None until measured.
+    strategy : str
+        How the pairs were settled: "delta", or "closed form" where that was all it took.
     pairs, repeated : int
         Pairs predicted so far, and how many of them needed full precision after ``low``.
     """
@@ -54,6 +56,7 @@ class Ladder:
     full: torch.dtype
     low: torch.dtype | None = None
     doubt: float | None = None
+    strategy: str = "delta"
     pairs: int = 0
     repeated: int = 0
 

@@ -7,7 +7,6 @@ tensors hold units (:mod:`pyablate.sites`), what a random intervention draws
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult, Flips
-from pyablate.sites import Site, sites
+from pyablate.sites import Site, copied, sites
 
 NEAR_TIE = 1e-5
 """Top-2 margin, as a share of the largest absolute logit, under which a prediction is a tie."""
@@ -190,7 +189,7 @@ class _Loop:
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
         _check_model(model)
         place = _device(model, device)
-        double = copy.deepcopy(model).to(place, torch.float64).eval()
+        double = copied(model).to(place).double().eval()
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
         batches = list(images.batches(batch_size or 256))
