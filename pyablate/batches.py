@@ -83,7 +83,7 @@ class Data:
         if isinstance(self._source, list):
             return sum(len(images) for images, _ in self._raw())
         loader = self._source
-        # With batches of the caller's own making the loader has no batch size, and its sampler lies.
+        # A loader with the caller's own batches has no batch size, and its sampler says nothing.
         known = isinstance(loader, DataLoader) and loader.batch_size and not loader.drop_last
         sampler = getattr(loader, "sampler", None)
         if known and isinstance(sampler, Sized):
