@@ -3,7 +3,7 @@
 For each network and intervention the engine's predictions are compared with a float64 hook loop,
 pair by pair, layer by layer. The number of mismatches is printed at the end; the exit status says
 whether there were any. Pairs whose float64 top-2 margin is under 1e-5 of the largest logit are near
-ties and counted apart. All of it takes an hour or two on two cores; each finished layer is noted
+ties and counted apart. All of it takes some four hours on two cores; each finished layer is noted
 in ``--output``, and a second start goes on behind the last one, unless the program has changed::
 
     python benchmarks/exactness.py
