@@ -98,6 +98,13 @@ Intervention = Annotated[
         "direction (random orthogonal directions).",
     ),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Arithmetic of the dense part: auto, fp32 or bf16; the predictions are the same.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the audit and of random interventions.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the model's own if left out.")
@@ -207,6 +214,7 @@ def run(
     limit: Limit = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -246,6 +254,7 @@ def run(
         batches.batches,
         layers=layers,
         intervention=intervention,
+        precision=precision,
         class_names=batches.class_names,
         device=device,
         batch_size=batch_size,

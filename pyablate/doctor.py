@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -77,8 +76,6 @@ def advice(known: dict[str, Any]) -> list[str]:
     for name in _OPTIONAL:
         if known[name] is None:
             lines.append(f"{name}:NAME models need {name}: pip install {name}")
-    if sys.version_info < (3, 11):
-        lines.append("Python 3.11 or later is advised: newer Zarr versions need it.")
     return lines or ["Nothing is missing."]
 
 

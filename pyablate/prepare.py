@@ -263,7 +263,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
-    sample = torch.cat([sample, sample])  # some networks squeeze a batch of one away
+    sample = torch.stack([sample[0], sample[-1]])  # some networks squeeze a batch of one away
     with torch.no_grad():
         logits = model(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):

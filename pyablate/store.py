@@ -103,8 +103,12 @@ def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
     """Make a scratch folder on the target's disk, once the target may be replaced."""
     if target.exists() and _attributes(target).get("pyablate_format") is None:
         raise FileExistsError(f"output: {target} exists and is not a pyablate result")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        reason = f"output: cannot write {target}: {error.strerror}"
+        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
 
 
 def _attributes(path: Path) -> dict[str, Any]:
