@@ -60,6 +60,7 @@ def prediction(
     row = table.loc[layer]
     scale = images / 1000
     return {
+        "kind": "fully connected layers" if layer.startswith("classifier") else "conv layers",
         "predicted_seconds": row["seconds"] * scale,
         "gflop": row["gflop"] * scale,
         "peak_gflops": gflops,

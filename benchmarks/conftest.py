@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        default=2.0,
+        default=1.0,
         help="about how long pyablate may take in one round; fewer images are run where it is more",
     )
     group.addoption("--device", default="cpu", help="cpu or cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -73,10 +74,16 @@ def fitting(job: Job, settings: Settings) -> tuple[pa.AblationResult, int]:
     """Run a few images, and say how many fit into the seconds that one round may take."""
     limit = min(settings.images, len(job.images))
     first = min(FIRST, limit)
-    job.run(min(2, limit))  # the very first run also loads libraries and measures the machine
+    warm_up(settings.device)
     result, sweep, _ = job.run(first)
     batches = max(1, int(first / sweep * settings.seconds / FIRST))
     return result, min(limit, batches * FIRST)
+
+
+@functools.cache
+def warm_up(device: str) -> None:
+    """Run once something small: the first run also loads libraries and measures the machine."""
+    Job(pa.demo.network("vgg_bn").to(device), pa.demo.images(2)[0].to(device), "*", audit=0).run(2)
 
 
 def must_agree(rivals: Sequence[Rival], result: pa.AblationResult) -> dict[str, Agreement]:
@@ -233,7 +240,7 @@ def write(name: str, record: dict[str, Any], settings: Settings) -> None:
     known = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     known["machine"] = machine(settings.device)
     stamp = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "load": round(os.getloadavg()[0], 1),
         "rounds": settings.rounds,

@@ -96,15 +96,17 @@ def comparisons(cases: Cases) -> str:
 
 
 def _summary(cases: Cases) -> list[str]:
-    """Medians over the cases, per rival, strategies apart; worst and best case named."""
+    """Medians over the cases, per rival and kind of layer; worst and best case named."""
     found: dict[str, list[tuple[float, str]]] = {}
     for name, case in cases.items():
         for rival, entry in case["rivals"].items():
-            found.setdefault(rival, []).append((entry["ratio"], name))
+            of = f"`{rival}`" + (f", {case['kind']}" if "kind" in case else "")
+            found.setdefault(of, []).append((entry["ratio"], name))
     lines = [
-        f"`{rival}`: median {median(r for r, _ in each):.1f} x, "
-        f"least {min(each)[0]:.1f} x ({min(each)[1]}), most {max(each)[0]:.1f} x ({max(each)[1]})."
-        for rival, each in found.items()
+        f"{of}: median {_times(median(r for r, _ in each))} over {len(each)} cases, "
+        f"least {_times(min(each)[0])} ({min(each)[1]}), "
+        f"most {_times(max(each)[0])} ({max(each)[1]})."
+        for of, each in found.items()
         if len(each) > 2
     ]
     shares = [
@@ -175,7 +177,11 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _ratio(found: dict[str, float]) -> str:
-    return f"**{found['ratio']:.1f} x** ({found['least']:.1f} to {found['most']:.1f})"
+    return f"**{_times(found['ratio'])}** ({_times(found['least'])} to {_times(found['most'])})"
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f} x" if value >= 1 else f"{value:.2g} x"
 
 
 def _seconds(value: float) -> str:
