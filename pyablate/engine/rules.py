@@ -76,7 +76,9 @@ Rule = Callable[[Pairs, fx.Node], Any]
 
 def advance(pairs: Pairs, node: fx.Node) -> Any:
     """Return the change of a node, from the changes of its inputs."""
-    if any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
+    # Taking one of several results computes nothing: there, a full one may stand beside the others.
+    whole = node.target is not operator.getitem
+    if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
         return difference(pairs, node)
     return RULES.get(node.target, difference)(pairs, node)
 
