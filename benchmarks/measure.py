@@ -24,8 +24,6 @@ from torch import Tensor, nn
 import pyablate as pa
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = 64
-"""Images of the run that warms up, is checked first and tells how many images to time."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Job:
     images: Tensor
     layers: str | list[str]
     audit: int = 300
+    first: int = 64  # images of the run that is checked first and tells how many to time
 
     def run(self, count: int, audit: int = 0) -> tuple[pa.AblationResult, float, float]:
         """Ablate on the first `count` images; result, seconds of the sweep, seconds of the call."""
@@ -73,11 +72,10 @@ class Job:
 def fitting(job: Job, settings: Settings) -> tuple[pa.AblationResult, int]:
     """Run a few images, and say how many fit into the seconds that one round may take."""
     limit = min(settings.images, len(job.images))
-    first = min(FIRST, limit)
+    first = min(job.first, limit)
     warm_up(settings.device)
     result, sweep, _ = job.run(first)
-    batches = max(1, int(first / sweep * settings.seconds / FIRST))
-    return result, min(limit, batches * FIRST)
+    return result, min(limit, first * max(1, int(settings.seconds / sweep)))
 
 
 @functools.cache

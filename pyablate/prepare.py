@@ -96,7 +96,13 @@ def prepare(
     data = Data(source, dtype=dtype, device=where)
     batch = data.first(SAMPLE)
     sample = batch.images
-    found = sites(work, sample)
+    try:
+        found = sites(work, sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     jobs = plan_jobs(found, layers, groups, intervention)
     classes = data.classes = _count_classes(work, sample)
     _check_independence(work, sample)
@@ -147,16 +153,19 @@ def plan_jobs(
     jobs: list[Job] = []
     row = 0
 
-    def add(at: Sequence[Site], members: Sequence[tuple[tuple[str, int], ...]]) -> None:
+    def add(
+        at: Sequence[Site], members: Sequence[tuple[tuple[str, int], ...]], *, grouped: bool
+    ) -> None:
         nonlocal row
-        jobs.append(Job(tuple(at), range(row, row + len(members)), tuple(members), intervention))
+        rows = range(row, row + len(members))
+        jobs.append(Job(tuple(at), rows, tuple(members), intervention, grouped))
         row += len(members)
 
     if layers is not None or groups is None:
         for site, units in _units_by_site(found, layers, intervention):
-            add([site], [((site.name, unit),) for unit in units])
+            add([site], [((site.name, unit),) for unit in units], grouped=False)
     for at, members in _groups_by_sites(found, [] if groups is None else groups, intervention):
-        add(at, members)
+        add(at, members, grouped=True)
     if not jobs:
         raise ValueError("groups: expected at least one group of units, got none")
     return jobs

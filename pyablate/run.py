@@ -297,6 +297,8 @@ def _units(jobs: Sequence[Job]) -> pd.DataFrame:
         {
             "label": ["+".join(f"{name}:{unit}" for name, unit in members) for members in rows],
             "layer": layers,
-            "unit": [members[0][1] if len(members) == 1 else -1 for members in rows],
+            "unit": [
+                -1 if job.grouped else members[0][1] for job in jobs for members in job.members
+            ],
         }
     )

@@ -298,3 +298,15 @@ def test_a_failed_replacement_brings_the_old_result_back(
     with pytest.raises(OSError, match="disk is gone"):
         result.save(target)
     assert np.array_equal(pa.load(target).baseline, result.baseline)
+
+
+def test_images_that_the_model_cannot_take() -> None:
+    images, labels = data()
+    with pytest.raises(ValueError, match=r"the model fails on images of shape \[4, 12, 12\]"):
+        pa.ablate(networks.network("residual", 17)[0], (images.repeat(1, 2, 1, 1), labels))
+
+
+def test_a_group_of_one_unit_is_a_group() -> None:
+    model = networks.network("residual", 17)[0]
+    result = check(model, data(), groups=[["body.2:1"], ["body.2:1", "body.2:2"]])
+    assert result.units["unit"].tolist() == [-1, -1]

@@ -52,12 +52,15 @@ class Job:
         What each of them ablates; a unit is a direction's number under ``direction``.
     intervention : Intervention
         What stands in.
+    grouped : bool
+        Whether these are groups that the caller named, of one unit or more.
     """
 
     sites: tuple[Site, ...]
     rows: range
     members: tuple[tuple[tuple[str, int], ...], ...]
     intervention: Intervention
+    grouped: bool = False
 
     @property
     def name(self) -> str:
