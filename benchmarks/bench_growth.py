@@ -21,7 +21,7 @@ MEBIBYTE = 1 << 20
 def test_images(benchmark: Any, settings: Settings) -> None:
     """All units of one layer on an eighth, a quarter, half and all of the images."""
     job = shipped(settings, LAYER)
-    _, count = fitting(job, settings)
+    _, count, _ = fitting(job, settings)
     counts = [max(2, count // part) for part in (8, 4, 2, 1)]
     grow(benchmark, settings, "images", counts, {n: (job, n) for n in counts})
 
@@ -29,7 +29,7 @@ def test_images(benchmark: Any, settings: Settings) -> None:
 def test_units(benchmark: Any, settings: Settings) -> None:
     """An eighth, a quarter, half and all of a layer's units, evenly spread, on the same images."""
     whole = shipped(settings, LAYER)
-    _, count = fitting(whole, settings)
+    _, count, _ = fitting(whole, settings)
     units = whole.model.get_submodule("features.5").num_features
     counts = [units // part for part in (8, 4, 2, 1)]
     jobs = {

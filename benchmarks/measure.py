@@ -69,13 +69,14 @@ class Job:
         return result, end - marks[0], end - begin  # the first report comes when all is prepared
 
 
-def fitting(job: Job, settings: Settings) -> tuple[pa.AblationResult, int]:
-    """Run a few images, and say how many fit into the seconds that one round may take."""
+def fitting(job: Job, settings: Settings) -> tuple[pa.AblationResult, int, int]:
+    """Run a few images; their result, and how many images and rounds the time allows."""
     limit = min(settings.images, len(job.images))
     first = min(job.first, limit)
     warm_up(settings.device)
     result, sweep, _ = job.run(first)
-    return result, min(limit, first * max(1, int(settings.seconds / sweep)))
+    rounds = settings.rounds if sweep < 10 * settings.seconds else 1
+    return result, min(limit, first * max(1, int(settings.seconds / sweep))), rounds
 
 
 @functools.cache
@@ -165,12 +166,12 @@ def compare(
     extra : callable
         Further entries, given the images and the median seconds of our sweep.
     """
-    first, count = fitting(job, settings)
+    first, count, rounds = fitting(job, settings)
     say(f"{name}: {count} images")
     ready = rivals(count)
     must_agree(ready, first)
     seconds, theirs = in_turn(
-        benchmark, lambda: job.run(count)[1], {r.name: r.seconds for r in ready}, settings.rounds
+        benchmark, lambda: job.run(count)[1], {r.name: r.seconds for r in ready}, rounds
     )
     result, _, call = job.run(count, job.audit)
     agreed = must_agree(ready, result)
@@ -241,7 +242,6 @@ def write(name: str, record: dict[str, Any], settings: Settings) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "load": round(os.getloadavg()[0], 1),
-        "rounds": settings.rounds,
     }
     known["cases"][name] = {**stamp, **record}
     fresh = path.with_suffix(".tmp")
