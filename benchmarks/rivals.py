@@ -82,6 +82,9 @@ def agreement(found: Tensor, result: AblationResult, layer: str, units: Sequence
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow TensorFloat-32 on GPUs for a while, or forbid it."""
+    if not torch.cuda.is_available():
+        yield  # it would change nothing, but torch.compile would compile anew
+        return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
