@@ -275,8 +275,7 @@ def _replayed(setup: Setup, job: Job, batch: Batch) -> Iterator[tuple[Tensor, Te
     size = max(1, min(256, setup.memory // 4 // max(1, batch.images[0].numel() * 1024)))
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
-        top = logits.topk(2, dim=1)
-        close = top.values[:, 0] - top.values[:, 1] <= setup.margin * logits.abs().amax(dim=1)
+        close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))
         prediction = decision(logits).prediction
         yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
 

@@ -62,11 +62,16 @@ def _clean(
     return Clean(tensors, logits, _predict(logits, tolerance, exact, batch), tolerance)
 
 
+def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:
+    """Bool ``[N]``: rows whose top-2 margin is within ``tolerance``."""
+    top = logits.topk(2, dim=1).values
+    return top[:, 0] - top[:, 1] <= tolerance
+
+
 def _predict(logits: Tensor, tolerance: Tensor, exact: Replay, batch: Batch) -> Tensor:
     """Argmax, with close calls decided by exact replay."""
-    top = logits.topk(2, dim=1)
-    prediction = top.indices[:, 0].to(torch.int32)
-    close = (top.values[:, 0] - top.values[:, 1] <= tolerance).nonzero().squeeze(1)
+    prediction = logits.argmax(dim=1).to(torch.int32)
+    close = close_calls(logits, tolerance).nonzero().squeeze(1)
     if len(close):
         prediction[close] = exact.decide(batch, None, close, close).prediction
     return prediction

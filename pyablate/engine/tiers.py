@@ -49,15 +49,14 @@ class Ladder:
         Share of the change's spread within which ``low`` is not trusted; None until measured.
     strategy : str
         How the pairs were settled: "delta", or "closed form" where that was all it took.
-    pairs, repeated : int
-        Pairs predicted so far, and how many of them needed full precision after ``low``.
+    repeated : int
+        Pairs so far that needed full precision after ``low``.
     """
 
     full: torch.dtype
     low: torch.dtype | None = None
     doubt: float | None = None
     strategy: str = "delta"
-    pairs: int = 0
     repeated: int = 0
 
     def predict(
@@ -74,7 +73,6 @@ class Ladder:
         logits, tolerance : Tensor
             ``[N, K]`` and ``[N]``, of the clean run.
         """
-        self.pairs += len(row)
 
         def decide(row: Tensor, image: Tensor, dtype: torch.dtype, doubt: float) -> Tensor | None:
             delta = change(row, image, dtype)
