@@ -1,5 +1,5 @@
-// Threads for the length of one call. No pool outlives it: a pool would not survive fork(), which
-// data loaders do, and a second OpenMP runtime beside PyTorch's is worse.
+// Work on several threads: those of the process's OpenMP runtime, which PyTorch loads, or where there
+// is none, or after a fork(), threads for the length of one call.
 #pragma once
 
 #include <cstdint>
