@@ -38,14 +38,18 @@ from pyablate._layout import (
     wider,
 )
 from pyablate.activation import Activation
+from pyablate.codes import Codes
 from pyablate.reference import ops as reference
 
 __all__ = [
     "Activation",
+    "Codes",
     "classify",
     "confusion_counts",
     "delta_activation",
     "delta_max_pool",
+    "delta_mean",
+    "encode",
     "head_flips",
     "masked_copies",
     "unit_delta",
@@ -206,6 +210,7 @@ def unit_delta(
     base: Tensor | None = None,
     base_image: Tensor | None = None,
     out: Tensor | None = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Convolve each pair's single changed map: the first convolution after the unit.
 
@@ -233,6 +238,8 @@ def unit_delta(
     out : Tensor, optional
         [P, O, Ho, Wo] channels_last to write to, dtype of ``delta``. Fresh memory costs more than
         the convolution where a result is larger than the allocator keeps at hand (32 MB).
+    codes : Codes, optional
+        Filled with the codes of the result, in the same pass.
 
     Returns
     -------
@@ -278,7 +285,7 @@ def unit_delta(
     weight = weight.detach().to(dtype).contiguous()
     result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
     core = _twin(delta)
-    if core is None:
+    if core is None or _cannot_encode(delta, codes):
         return reference.unit_delta(
             delta,
             weight,
@@ -289,13 +296,15 @@ def unit_delta(
             base=base,
             base_image=base_image,
             out=result,
+            codes=codes,
             **geometry,
         )
     threads, stream = _context(delta)
     scratch = None
+    values, code_scale = _code_arguments(codes, result)
     if delta.device.type == "cpu":
         size_per_thread = core.unit_delta_scratch(
-            delta, weight, result, geometry["stride"], geometry["dilation"]
+            delta, weight, result, values, geometry["stride"], geometry["dilation"]
         )
         scratch = torch.empty(size_per_thread * threads, dtype=dtype)
     core.unit_delta(
@@ -307,6 +316,8 @@ def unit_delta(
         base,
         (image if base_image is None else base_image).contiguous(),
         result,
+        values,
+        code_scale,
         scratch,
         geometry["stride"],
         geometry["padding"],
@@ -324,8 +335,11 @@ def delta_activation(
     image: Tensor,
     activation: Activation,
     *,
+    scale: Tensor | None = None,
     addend: Tensor | None = None,
+    addend_scale: Tensor | None = None,
     out: Tensor | None = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Carry a delta through an elementwise function.
 
@@ -340,16 +354,20 @@ def delta_activation(
         int32 [P], row of ``base`` for each pair.
     activation : Activation
         The function.
+    scale, addend_scale : Tensor, optional
+        float32 [P], factor of each pair's ``delta`` and ``addend``; 1 if not given.
     addend : Tensor, optional
         [P, *S], a second delta added to the first (residual sum), dtype of ``delta``.
     out : Tensor, optional
         [P, *S] to write to, dtype of ``delta``; may be ``delta`` itself.
+    codes : Codes, optional
+        Filled with the codes of the result, in the same pass.
 
     Returns
     -------
     Tensor
-        act(base[image] + delta + addend) - act(base[image]), dtype and layout of ``delta``; ``out``
-        if that was given.
+        act(base[image] + d) - act(base[image]) with d = delta * scale + addend * addend_scale,
+        dtype and layout of ``delta``; ``out`` if that was given.
 
     Raises
     ------
@@ -367,6 +385,7 @@ def delta_activation(
         if tensor is not None:
             check_tensor(name, tensor, dtypes=(delta.dtype,), like=delta)
             check_shape(name, tensor, tuple(delta.shape))
+    scales = _scales(delta, scale=scale, addend_scale=addend_scale)
     change = dense(delta.detach())
     layout = layout_of(change)
     base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
@@ -374,21 +393,140 @@ def delta_activation(
         addend = addend.detach().contiguous(memory_format=layout)
     core = _twin(change)
     result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
-    if core is None:
-        reference.delta_activation(base, change, image, activation, out=result, addend=addend)
+    if core is None or _cannot_encode(change, codes):
+        reference.delta_activation(
+            base, change, image, activation, out=result, addend=addend, scales=scales, codes=codes
+        )
     else:
+        threads, stream = _context(change)
+        scratch = None if codes is None else torch.empty(threads * change[:1].numel())
         core.delta_activation(
             base,
             change,
+            scales[0],
             addend,
+            scales[1],
             image.contiguous(),
             result.detach(),
+            *_code_arguments(codes, result),
+            scratch,
             *_activation_arguments(activation),
-            *_context(change),
+            threads,
+            stream,
         )
     if out is None or out is result:
         return result
     return out.copy_(result)
+
+
+def encode(delta: Tensor) -> Codes:
+    """Write a delta in 8 bits per number.
+
+    Parameters
+    ----------
+    delta : Tensor
+        [P, *S], float32, float64 or bfloat16.
+
+    Returns
+    -------
+    Codes
+        Of the shape of ``delta``, contiguous or channels_last as it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the dtype or the number of dimensions does not fit; the message names the argument.
+    """
+    check_tensor("delta", delta, dtypes=_FLOATS)
+    if delta.dim() < 1:
+        raise ValueError("delta: expected at least one dimension, got none")
+    delta = dense(delta.detach())
+    codes = Codes.empty(delta.shape, layout_of(delta), delta.device)
+    each = torch.arange(len(delta), dtype=torch.int32, device=delta.device)
+    # The identity reads no base, and writes what stands there already.
+    delta_activation(delta, delta, each, Activation("identity"), out=delta, codes=codes)
+    return codes
+
+
+def delta_mean(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    *,
+    scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    addend_scale: Tensor | None = None,
+) -> Tensor:
+    """Carry a delta through an elementwise function and global average pooling.
+
+    Parameters
+    ----------
+    base : Tensor
+        [N, C, H, W], input of the function in the clean run: bfloat16 or the dtype in which
+        ``delta`` is accumulated (float64 for float64, else float32).
+    delta : Tensor
+        [P, C, H, W], float32, float64 or bfloat16.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+    activation : Activation
+        The function; ``Activation("identity")`` for the mean alone.
+    scale, addend, addend_scale : Tensor, optional
+        As for :func:`delta_activation`.
+
+    Returns
+    -------
+    Tensor
+        [P, C], mean over the positions of act(base[image] + d) - act(base[image]) with
+        d = delta * scale + addend * addend_scale, in the dtype of accumulation.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+    """
+    check_tensor("delta", delta, dims=4, dtypes=_FLOATS)
+    check_tensor("base", base, dims=4, dtypes=_FLOATS, like=delta)
+    check_shape("base", base, (base.shape[0], *delta.shape[1:]))
+    pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
+    check_shape("delta", delta, (pairs, *base.shape[1:]))
+    if delta.shape[2] * delta.shape[3] == 0:
+        raise ValueError(f"delta: expected maps with positions, got shape {tuple(delta.shape)}")
+    if addend is not None:
+        check_tensor("addend", addend, dtypes=(delta.dtype,), like=delta)
+        check_shape("addend", addend, tuple(delta.shape))
+    scales = _scales(delta, scale=scale, addend_scale=addend_scale)
+    dtype = reference.compute_dtype(delta.dtype)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), dtype, layout)
+    if addend is not None:
+        addend = addend.detach().contiguous(memory_format=layout)
+    core = _twin(change)
+    if core is None:
+        return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
+    channels_last = layout == torch.channels_last
+    threads, stream = _context(change)
+    scratch = None
+    if change.device.type == "cpu":
+        row = delta.shape[1] if channels_last else delta.shape[2] * delta.shape[3]
+        scratch = torch.empty(threads * row, dtype=dtype)
+    out = torch.empty(delta.shape[:2], dtype=dtype, device=delta.device)
+    core.delta_mean(
+        base,
+        change,
+        scales[0],
+        addend,
+        scales[1],
+        image.contiguous(),
+        out,
+        channels_last,
+        scratch,
+        *_activation_arguments(activation),
+        threads,
+        stream,
+    )
+    return out
 
 
 def delta_max_pool(
@@ -402,7 +540,9 @@ def delta_max_pool(
     dilation: int | Sequence[int] = 1,
     out_size: Sequence[int],
     activation: Activation | None = None,
+    scale: Tensor | None = None,
     out: Tensor | None = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Carry a delta through max pooling, and through an elementwise function before it.
 
@@ -421,14 +561,18 @@ def delta_max_pool(
         (Ho, Wo); the caller knows whether it is rounded up (``ceil_mode``).
     activation : Activation, optional
         Applied before the pooling; the identity if not given.
+    scale : Tensor, optional
+        float32 [P], factor of each pair's ``delta``; 1 if not given.
     out : Tensor, optional
         [P, C, Ho, Wo] to write to, dtype and layout of ``delta``.
+    codes : Codes, optional
+        Filled with the codes of the result, in the same pass.
 
     Returns
     -------
     Tensor
-        [P, C, Ho, Wo], max_pool(act(base + delta)) - max_pool(act(base)), dtype and layout of
-        ``delta``; ``out`` if that was given.
+        [P, C, Ho, Wo], max_pool(act(base + delta * scale)) - max_pool(act(base)), dtype and layout
+        of ``delta``; ``out`` if that was given.
 
     Raises
     ------
@@ -454,33 +598,47 @@ def delta_max_pool(
                 f"out_size: the last window must start inside the maps of {tuple(delta.shape[2:])},"
                 f" got {geometry}"
             )
+    scales = _scales(delta, scale=scale)
     change = dense(delta.detach())
     layout = layout_of(change)
     base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
     shape = (*delta.shape[:2], *geometry["out_size"])
     result = output(out, shape, delta, layout)
     if result.numel() == 0:
+        if codes is not None:
+            codes.fill(result)
         return result
     core = _twin(change)
-    if core is None:
-        return result.copy_(
-            reference.delta_max_pool(base, change, image, activation=activation, **geometry)
+    if core is None or _cannot_encode(change, codes):
+        return reference.delta_max_pool(
+            base,
+            change,
+            image,
+            activation=activation,
+            scale=scales[0],
+            out=result,
+            codes=codes,
+            **geometry,
         )
     if activation is not None and not activation.monotone:
-        change = delta_activation(base, change, image, activation)
+        change = delta_activation(base, change, image, activation, scale=scales[0])
         base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
-        activation = None
+        activation, scales = None, [None]
     threads, stream = _context(change)
     scratch = None
     if change.device.type == "cpu":
-        others = delta.shape[1] if layout == torch.channels_last else geometry["out_size"][0]
-        row = others * geometry["out_size"][1]
-        scratch = torch.empty(threads * 2 * row, dtype=reference.compute_dtype(delta.dtype))
+        channels_last = layout == torch.channels_last
+        part = (shape[1] if channels_last else shape[2]) * shape[3]
+        parts = 0 if codes is None else shape[2] if channels_last else shape[1]
+        size = threads * (2 + parts) * part
+        scratch = torch.empty(size, dtype=reference.compute_dtype(delta.dtype))
     core.delta_max_pool(
         base,
         change,
+        scales[0],
         image.contiguous(),
         result,
+        *_code_arguments(codes, result),
         layout == torch.channels_last,
         *geometry.values(),
         scratch,
@@ -611,3 +769,29 @@ def _activation_arguments(activation: Activation | None) -> tuple[int, float, fl
     if activation is None:
         return 0, 0.0, 0.0
     return activation.code, activation.a, activation.b
+
+
+def _scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
+    """Check factors of the pairs; return them ready to be read."""
+    ready: list[Tensor | None] = []
+    for name, scale in scales.items():
+        if scale is not None:
+            check_tensor(name, scale, dims=1, dtypes=(torch.float32,), like=like)
+            check_shape(name, scale, (like.shape[0],))
+        ready.append(None if scale is None else scale.detach().contiguous())
+    return ready
+
+
+def _cannot_encode(like: Tensor, codes: Codes | None) -> bool:
+    """Whether codes are wanted that the compiled twins do not write."""
+    return codes is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
+
+
+def _code_arguments(codes: Codes | None, result: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if codes is None:
+        return None, None
+    check_tensor("codes", codes.values, dtypes=(torch.uint8,), like=result)
+    check_shape("codes", codes.values, tuple(result.shape))
+    if not same_layout(codes.values, result):
+        raise ValueError(f"codes: expected the strides of the result, {result.stride()}")
+    return codes.values, codes.scale

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyablate import ops
+from pyablate.engine import eight_bit
+
 
 @functools.cache
 def convolution_rate(device: str, dtype: torch.dtype) -> float:
@@ -20,30 +23,64 @@ def convolution_rate(device: str, dtype: torch.dtype) -> float:
     device : str
         Where.
     dtype : torch.dtype
-        Of images and weights.
+        Of images and weights; ``torch.int8`` for 8-bit integers.
 
     Returns
     -------
     float
         The best of a few short runs; 0 where the device cannot do it. Measured once.
     """
-    x = torch.ones(64, 64, 14, 14, device=device, dtype=dtype)
-    w = torch.ones(64, 64, 3, 3, device=device, dtype=dtype)
+    x = torch.ones(64, 64, 14, 14, device=device)
+    w = torch.ones(64, 64, 3, 3, device=device)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     try:
         with torch.no_grad():
-            seconds = _best(lambda: functional.conv2d(x, w, padding=1), device)
+            seconds = _best(_convolution(x, w, dtype), device)
     except RuntimeError:
         return 0.0
     return 2.0 * x.numel() * 64 * 9 / seconds
 
 
+def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    if dtype != torch.int8:
+        x, w = x.to(dtype), w.to(dtype)
+        return lambda: functional.conv2d(x, w, padding=1)
+    if x.device.type != "cpu" or not eight_bit.available():
+        raise RuntimeError("no convolutions in 8-bit integers here")
+    filters = eight_bit.prepare(w, ([1, 1], [1, 1], [1, 1]), list(x.shape))
+    codes = x.to(torch.uint8)
+    return lambda: eight_bit.convolve(codes, filters)
+
+
 @functools.cache
-def copy_rate(device: str) -> float:
-    """Bytes per second through memory, read and written, in a large copy. Measured once."""
-    source = torch.zeros(1 << 24, device=device)
-    target = torch.empty_like(source)
-    return 2.0 * source.numel() * 4 / _best(lambda: target.copy_(source), device)
+def unit_rate(device: str) -> float:
+    """Operations per second of the first convolution after a unit (``ops.unit_delta``)."""
+    maps = torch.ones(16, 16, 14, 14, device=device)
+    filters = torch.ones(16, 3, 3, 64, device=device)
+    channel, pair = (torch.arange(n, dtype=torch.int32, device=device) for n in (16, 256))
+    image, column = pair % 16, pair // 16
+
+    def work() -> Tensor:
+        return ops.unit_delta(maps, filters, channel, image, column, padding=1)
+
+    return 2.0 * work().numel() * 9 / _best(work, device)
+
+
+@functools.cache
+def change_rate(device: str) -> float:
+    """Bytes per second of differences read and written by ``ops.delta_activation`` in bfloat16.
+
+    They lie in a cache mostly, so this is more than memory gives.
+    """
+    delta = torch.ones(512, 4096, device=device, dtype=torch.bfloat16)
+    base = torch.ones(4, 4096, device=device)
+    image = torch.arange(512, dtype=torch.int32, device=device) // 128
+    relu = ops.Activation("relu")
+
+    def work() -> Tensor:
+        return ops.delta_activation(base, delta, image, relu, out=delta)
+
+    return 4.0 * delta.numel() / _best(work, device)
 
 
 def _best(work: Callable[[], Tensor], device: str, repeats: int = 7) -> float:

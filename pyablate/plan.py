@@ -11,16 +11,42 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.capture import CONVOLUTIONS, Graph
-from pyablate.engine import baseline
+from pyablate.engine import baseline, rules
 from pyablate.engine.ablations import Job, stand_ins
-from pyablate.engine.channel import Channel
+from pyablate.engine.channel import SAME, Channel
 from pyablate.engine.delta import Suffix, Sweep, needed
+from pyablate.engine.tiers import carried
 from pyablate.interventions import Intervention, parse
-from pyablate.peaks import convolution_rate, copy_rate
+from pyablate.peaks import change_rate, convolution_rate, unit_rate
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
+from pyablate.result import AblationResult
 
 aten = torch.ops.aten
 _SAMPLE = 16
+
+
+CALL = 30e-6
+"""Seconds that one operation on one slice of pairs costs beside its arithmetic, about."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine was measured to do, in operations and bytes per second.
+
+    Attributes
+    ----------
+    clean, dense, floating, unit : float
+        Convolutions in the model's precision, in the tier chosen, in its floating-point part, and
+        those of single changed maps.
+    bandwidth : float
+        Of differences through one elementwise pass.
+    """
+
+    clean: float
+    dense: float
+    floating: float
+    unit: float
+    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -37,40 +63,69 @@ class Plan:
         Images that the run would see.
     batch_size : int
         Images per clean run.
-    gflops, gbytes_per_second : float
+    slice_pairs : int
+        Pairs of the widest layer that are worked on at a time.
+    tiers : tuple of str
+        Precisions of the dense part, cheapest first; doubtful pairs go to the next.
+    clean_seconds : float
+        Predicted time of the clean runs, one per image.
+    peaks : Peaks
         What this machine was measured to do just now.
     """
 
     table: pd.DataFrame
     images: int
     batch_size: int
-    gflops: float
-    gbytes_per_second: float
+    slice_pairs: int
+    tiers: tuple[str, ...]
+    clean_seconds: float
+    peaks: Peaks
+
+    @property
+    def gflops(self) -> float:
+        """Measured rate of convolutions in the tier chosen, in 1e9 operations per second."""
+        return self.peaks.dense / 1e9
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of the whole run."""
-        return float(self.table["seconds"].sum())
+        """Predicted time of the sweep: clean runs and all layers, without capture and audit."""
+        return float(self.table["seconds"].sum()) + self.clean_seconds
 
-    def explain(self) -> str:
-        """Lay the plan out for people."""
-        shown = self.table.assign(
-            pairs=[f"{pairs:,}" for pairs in self.table["pairs"]],
-            live=[f"{live:.0%}" for live in self.table["live"]],
-            gflop=[f"{gflop:,.1f}" for gflop in self.table["gflop"]],
-            gbyte=[f"{gbyte:,.2f}" for gbyte in self.table["gbyte"]],
-            seconds=[f"{seconds:,.1f}" for seconds in self.table["seconds"]],
+    def explain(self, result: AblationResult | None = None) -> str:
+        """Lay the plan out for people.
+
+        Parameters
+        ----------
+        result : AblationResult, optional
+            Of the run that was planned: a column ``actual`` shows the seconds that it took.
+        """
+        table = self.table
+        shown = table.assign(
+            pairs=[f"{pairs:,}" for pairs in table["pairs"]],
+            live=[f"{live:.0%}" for live in table["live"]],
+            gflop=[f"{gflop:,.1f}" for gflop in table["gflop"]],
+            gbyte=[f"{gbyte:,.2f}" for gbyte in table["gbyte"]],
+            seconds=[f"{seconds:,.2f}" for seconds in table["seconds"]],
         )
-        return "\n".join(
-            [
-                shown.to_string(index=False),
-                f"{self.images:,} images in batches of {self.batch_size}; measured here: "
-                f"{self.gflops:,.0f} GFLOP/s in convolutions, "
-                f"{self.gbytes_per_second:,.1f} GB/s through memory",
-                f"predicted: {self.seconds:,.0f} s in all; the pairs' live share was measured on "
-                f"{min(_SAMPLE, self.images)} images",
+        if result is not None:
+            actual = result.effort.layer_seconds
+            shown["actual"] = [
+                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in table["layer"]
             ]
-        )
+        lines = [
+            shown.to_string(index=False),
+            f"{self.images:,} images in batches of {self.batch_size}, {self.slice_pairs:,} pairs "
+            f"at a time; dense part in {', doubtful pairs in '.join(self.tiers)}",
+            f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
+            f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
+            f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
+            f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
+            f"live share was measured on {min(_SAMPLE, self.images)} images",
+        ]
+        if result is not None:
+            spent = sum(result.effort.layer_seconds.values())
+            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+        return "\n".join(lines)
 
 
 def plan(
@@ -126,37 +181,77 @@ def plan(
             precision=precision,
         )
         count = len(setup.data) if images is None else images
-        where = str(setup.data.device)
-        gflops = convolution_rate(where, setup.low or setup.data.dtype) / 1e9
-        bandwidth = copy_rate(where) / 1e9
-        rows = [_row(cost, count, gflops, bandwidth) for cost in _costs(setup)]
-    return Plan(pd.DataFrame(rows), count, setup.batch_size, gflops, bandwidth)
+        peaks = _peaks(setup)
+        rows = [_row(cost, count, peaks) for cost in _costs(setup)]
+        forward = _forward_flop(setup.model, setup.data.first(2).images[:1])
+    tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
+    pairs = min((row.pop("slice") for row in rows), default=1)
+    clean = count * forward / peaks.clean
+    table = pd.DataFrame(rows)
+    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks)
+
+
+def _peaks(setup: Setup) -> Peaks:
+    where, full = str(setup.data.device), setup.data.dtype
+    tier = (*setup.low, full)[0]
+    return Peaks(
+        clean=convolution_rate(where, full),
+        dense=convolution_rate(where, tier),
+        floating=convolution_rate(where, carried(tier)),
+        unit=unit_rate(where),
+        bandwidth=change_rate(where),
+    )
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """Cost of one job: per live pair, and per image whether or not pairs are live."""
+    """Cost of one job: per live pair, and per image whether or not pairs are live.
+
+    Attributes
+    ----------
+    dense, floating, unit : float
+        Operations per live pair: in the cheapest tier, in its floating-point part, and on single
+        changed maps.
+    byte : float
+        Differences read and written per live pair.
+    image_byte : float
+        Bytes per image of what is done while deltas are on their channels.
+    calls : int
+        Operations per slice of pairs.
+    slice : int
+        Pairs per slice.
+    """
 
     job: Job
     strategy: str
     live: float
-    flop: float
-    byte: float
+    dense: float = 0.0
+    floating: float = 0.0
+    unit: float = 0.0
+    byte: float = 0.0
+    image_byte: float = 0.0
+    calls: int = 0
+    slice: int = 1 << 30
 
 
-def _row(cost: _Cost, images: int, gflops: float, bandwidth: float) -> dict[str, Any]:
+def _row(cost: _Cost, images: int, peaks: Peaks) -> dict[str, Any]:
     pairs = len(cost.job.rows) * images
-    gflop = pairs * cost.live * cost.flop / 1e9
-    gbyte = pairs * (cost.live * cost.byte) / 1e9
+    live = pairs * cost.live
+    gbyte = (live * cost.byte + images * cost.image_byte) / 1e9
+    seconds = live * (
+        cost.dense / peaks.dense + cost.floating / peaks.floating + cost.unit / peaks.unit
+    )
+    seconds += gbyte * 1e9 / peaks.bandwidth + cost.calls * CALL * -(-live // cost.slice)
     return {
         "layer": cost.job.name,
         "strategy": cost.strategy,
         "units": len(cost.job.rows),
         "pairs": pairs,
         "live": cost.live,
-        "gflop": gflop,
+        "gflop": live * (cost.dense + cost.floating + cost.unit) / 1e9,
         "gbyte": gbyte,
-        "seconds": gflop / gflops + gbyte / bandwidth,
+        "seconds": seconds,
+        "slice": cost.slice,
     }
 
 
@@ -164,56 +259,73 @@ def _costs(setup: Setup) -> list[_Cost]:
     batch = next(iter(setup.data.batches(_SAMPLE)))
     if setup.graph is None:
         per_pair = _forward_flop(setup.model, batch.images[:1])
-        return [_Cost(job, "replay", 1.0, per_pair, 0.0) for job in setup.jobs]
+        return [_Cost(job, "replay", 1.0, floating=per_pair) for job in setup.jobs]
     suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
     clean = baseline.run_graph(
         setup.graph, needed(suffixes), setup.exact, batch, margin=setup.margin
     )
     costs = []
+    tier = (*setup.low, setup.data.dtype)[0]
     for suffix in suffixes:
         standins = stand_ins(setup.model, setup.data, batch, suffix.job, setup.statistics)
         with torch.no_grad():
             sweep = Sweep(suffix, clean, standins)
-            costs.append(_cost(sweep, len(batch)))
+            costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))
     return costs
 
 
-def _cost(sweep: Sweep, images: int) -> _Cost:
+def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     job, graph = sweep.suffix.job, sweep.graph
+    image_byte = 0.0
     if job.channelwise:
         sweep.advance()
+        on_channel = [node for node in sweep.suffix.nodes if node in sweep.values]
+        # Each is read and written in full precision, with its clean value beside it.
+        image_byte = sum(3.0 * _size(sweep.values[node]) for node in on_channel) / images
         if sweep.head is not None:
             # Read a delta, write a prediction; the O(1) test leaves few classes to scan.
-            return _Cost(job, "closed form", 1.0, 2.0, 16.0)
+            return _Cost(job, "closed form", 1.0, byte=16.0, image_byte=image_byte)
     nodes = sweep.deferred if job.channelwise else sweep.suffix.nodes
     live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
-    flop = sum(_flop(graph, node, sweep.values) for node in nodes)
-    byte = sum(_bytes(graph, node) for node in nodes)
-    return _Cost(job, "delta", live, flop, byte)
+    work = {"dense": 0.0, "floating": 0.0, "unit": 0.0}
+    for node in nodes:
+        delta = sweep.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        eight_bit = tier == torch.int8 and rules.takes_codes(graph, node)
+        kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
+        work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)
+    byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize
+    calls = sum(node.target not in SAME for node in nodes)
+    return _Cost(
+        job, "delta", live, **work, byte=byte, image_byte=image_byte, calls=calls, slice=pairs
+    )
 
 
-def _flop(graph: Graph, node: fx.Node, on_channel: dict[fx.Node, Channel]) -> float:
-    """Multiply-adds of a node for one pair, times two; one input channel if still on one."""
+def _size(delta: Channel) -> int:
+    """Size of a channelwise delta, all units and images."""
+    return delta.values.numel() * delta.values.element_size()
+
+
+def _flop(graph: Graph, node: fx.Node) -> float:
+    """Multiply-adds of a convolution or a linear map for one pair, times two."""
     if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
         return 0.0
     filters = graph.constant(node, 1)
-    if filters is None:
-        return 0.0
-    each = 2.0 * graph.elements(node) * filters[0].numel()
-    delta = on_channel.get(node.all_input_nodes[0])
-    return each if delta is None else each / delta.size
+    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
 
 
 def _bytes(graph: Graph, node: fx.Node) -> float:
-    """Tensors that a node reads and writes for one pair, in bytes of float32."""
+    """Elements that a node between two convolutions reads and writes for one pair."""
+    if node.target in SAME or node.target in CONVOLUTIONS or node.target is aten.linear.default:
+        return 0.0
     reads = [source for source in node.all_input_nodes if source not in graph.constants]
-    return 4.0 * (graph.elements(node) + sum(graph.elements(source) for source in reads))
+    return float(graph.elements(node) + sum(graph.elements(source) for source in reads))
 
 
 def _forward_flop(model: nn.Module, image: Tensor) -> float:
     """Arithmetic of one plain forward pass."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, rarely needed
 
+    pair = torch.cat([image, image])  # some networks squeeze a batch of one away
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return float(counter.get_total_flops())
+        model(pair)
+    return float(counter.get_total_flops()) / len(pair)

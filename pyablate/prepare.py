@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyablate.batches import Data
 from pyablate.capture import CaptureError, Graph, capture
-from pyablate.engine import baseline
+from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.replay import Replay, in_double
@@ -24,10 +24,13 @@ from pyablate.sites import Site, copied, parse_label, select, sites
 
 logger = logging.getLogger("pyablate")
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
 
 SAMPLE = 8
 """Images that are looked at before the first batch."""
+
+SLICE = 4 << 20
+"""Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
 
 WORTHWHILE = 1.3
 """Gain in speed above which a lower precision pays for checking it."""
@@ -66,9 +69,14 @@ class Setup:
     statistics: Mapping[Key, Statistics]
     exact: Replay
     margin: float
-    low: torch.dtype | None
+    low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of the widest delta of one slice of pairs; a few such tensors live at a time."""
+        return min(SLICE, max(1, self.memory // 16))
 
     @property
     def rows(self) -> int:
@@ -92,7 +100,7 @@ def prepare(
     precision: str,
 ) -> Setup:
     """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
-    work, dtype, where = _working_copy(model, device)
+    work, dtype, where = _working_copy(model, device, double=precision == "fp64")
     data = Data(source, dtype=dtype, device=where)
     batch = data.first(SAMPLE)
     sample = batch.images
@@ -131,7 +139,7 @@ def prepare(
         statistics=statistics,
         exact=exact,
         margin=baseline.rounding(work, exact, batch),
-        low=_low_precision(precision, dtype, where),
+        low=_low_precisions(precision, dtype, where),
         batch_size=size,
         memory=budget,
     )
@@ -238,12 +246,12 @@ def _group(
 
 
 def _working_copy(
-    model: nn.Module, device: str | torch.device | None
+    model: nn.Module, device: str | torch.device | None, *, double: bool
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     where = _device(device) if device is not None else first.device
-    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
     work = copied(model).to(where)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
     for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
@@ -329,15 +337,27 @@ def check_options(
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def _low_precision(precision: str, full: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Cheaper arithmetic for the dense suffix, where this device is measured to run it faster."""
-    if precision == "fp32" or full != torch.float32:
-        return None
-    if precision == "bf16":
-        return torch.bfloat16
-    where = str(device)
-    needed_rate = WORTHWHILE * convolution_rate(where, full)
-    return torch.bfloat16 if convolution_rate(where, torch.bfloat16) > needed_rate else None
+def _low_precisions(
+    precision: str, full: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, ...]:
+    """Cheaper arithmetic for the dense suffix, cheapest first."""
+    if precision in ("fp32", "fp64") or full != torch.float32:
+        return ()
+    if precision == "int8" and (device.type != "cpu" or not eight_bit.available()):
+        raise ValueError(
+            'precision: expected a processor with 8-bit arithmetic (VNNI) for "int8", this device '
+            f'({device}) has none that is exact; "auto" takes the best there is'
+        )
+    asked = {"int8": torch.int8, "bf16": torch.bfloat16}.get(precision)
+    found: list[torch.dtype] = []
+    rate = convolution_rate(str(device), full)
+    for dtype in (torch.bfloat16, torch.int8):
+        own = convolution_rate(str(device), dtype)
+        worthwhile = own > WORTHWHILE * rate and precision != "bf16"
+        if dtype == asked or worthwhile:
+            found.insert(0, dtype)
+            rate = own
+    return tuple(found)
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:

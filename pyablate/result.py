@@ -62,6 +62,28 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a run took, and how sure its cheap arithmetic was.
+
+    Attributes
+    ----------
+    layer_seconds : dict
+        Wall time of each layer's ablations, without capture, clean runs and audit.
+    settled : dict
+        Number of pairs decided by each precision of the dense part ("int8", "bfloat16",
+        "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
+        are in none.
+    doubt : dict
+        Per layer and low precision, the share of a logit change's spread within which its answer
+        was not trusted: several times the largest error measured on pairs of this run.
+    """
+
+    layer_seconds: dict[str, float] = field(default_factory=dict)
+    settled: dict[str, int] = field(default_factory=dict)
+    doubt: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Flips:
     """Changed predictions, one run of entries per ablated unit.
 
@@ -121,6 +143,8 @@ class AblationResult:
         Per layer, how it was computed.
     seconds : float
         Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
+    effort : Effort
+        What the run took; not saved either.
     """
 
     units: pd.DataFrame
@@ -132,6 +156,7 @@ class AblationResult:
     audit: Audit = field(default_factory=lambda: Audit(0, 0))
     strategy: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    effort: Effort = field(default_factory=lambda: Effort())
 
     def __repr__(self) -> str:
         """Size and summary in one line."""

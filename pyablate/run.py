@@ -22,7 +22,7 @@ from pyablate.engine.tiers import Ladder
 from pyablate.interventions import Intervention, parse
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
-from pyablate.result import AblationResult, Audit, Flips
+from pyablate.result import AblationResult, Audit, Effort, Flips
 
 logger = logging.getLogger("pyablate")
 
@@ -79,9 +79,9 @@ def ablate(
         Chooses the audited pairs; also the seed of a random intervention that names none.
     strategy : {"auto", "replay"}
         ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on.
-    precision : {"auto", "fp32", "bf16"}
-        Arithmetic of the dense part; "auto" takes bf16 where this device is measured to run it
-        faster. All give the same predictions: doubtful pairs are repeated in full precision.
+    precision : {"auto", "int8", "bf16", "fp32", "fp64"}
+        Arithmetic of the dense part; "auto" takes what this device is measured to run fastest. All
+        give the same predictions: doubtful pairs are decided again in higher precision.
     progress : bool or callable, optional
         None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer).
 
@@ -138,13 +138,15 @@ class _Sweep:
     mismatches: int = 0
     checked: int = 0
     rescued: int = 0
-    repeated: int = 0
+    settled: dict[str, int] = field(default_factory=dict)
+    doubt: dict[str, dict[str, float]] = field(default_factory=dict)
     strategy: dict[str, str] = field(default_factory=dict)
+    layer_seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, report: Report) -> None:
         setup = self.setup
         suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs} if setup.graph else {}
-        ladders = {job: Ladder(setup.data.dtype, setup.low) for job in setup.jobs}
+        ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
         keep = needed(suffixes.values())
         total = setup.rows * len(setup.data)
         done = 0
@@ -159,15 +161,20 @@ class _Sweep:
             self.labels.append(batch.labels.cpu().numpy())
             self.baseline.append(clean.prediction.cpu().numpy())
             for job in setup.jobs:
+                start = time.perf_counter()
                 before = len(self.flips)
                 found = self._predictions(job, suffixes.get(job), ladders[job], batch, clean)
                 for row, image, prediction in found:
                     self._record(job, batch, clean, row, image, prediction)
+                spent = time.perf_counter() - start
+                self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
                 self._audit(job, batch, self.flips[before:])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
         for job, ladder in ladders.items():
-            self.repeated += ladder.repeated
+            for tier, pairs in ladder.settled.items():
+                self.settled[_name(tier)] = self.settled.get(_name(tier), 0) + pairs
+            self.doubt[job.name] = {_name(tier): share for tier, share in ladder.doubts.items()}
             self.strategy.setdefault(job.name, ladder.strategy if setup.graph else "replay")
         if self.mismatches:
             logger.error(
@@ -185,9 +192,7 @@ class _Sweep:
             return
         standins = stand_ins(setup.model, setup.data, batch, job, setup.statistics)
         with torch.no_grad():
-            yield from suffix.predict(
-                clean, standins, ladder, slice_bytes=_slice_bytes(setup.memory)
-            )
+            yield from suffix.predict(clean, standins, ladder, slice_bytes=setup.slice_bytes)
 
     def _record(
         self,
@@ -242,11 +247,12 @@ class _Sweep:
 
     def result(self, seconds: float) -> AblationResult:
         setup = self.setup
+        if self.rescued:
+            self.settled["float64"] = self.settled.get("float64", 0) + self.rescued
         logger.info(
-            "of %d pairs %d were repeated in full precision and %d in float64",
+            "of %d pairs the dense part settled %s",
             setup.rows * sum(map(len, self.labels)),
-            self.repeated,
-            self.rescued,
+            ", ".join(f"{pairs} in {tier}" for tier, pairs in self.settled.items()) or "none",
         )
         return AblationResult(
             units=_units(setup.jobs),
@@ -258,12 +264,12 @@ class _Sweep:
             audit=Audit(self.checked, self.mismatches),
             strategy=self.strategy,
             seconds=seconds,
+            effort=Effort(self.layer_seconds, self.settled, self.doubt),
         )
 
 
-def _slice_bytes(memory: int) -> int:
-    """Bytes of the widest delta of one slice of pairs; a few such tensors live at a time."""
-    return min(8 << 20, max(1, memory // 16))
+def _name(tier: torch.dtype) -> str:
+    return str(tier).removeprefix("torch.")
 
 
 def _replayed(setup: Setup, job: Job, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

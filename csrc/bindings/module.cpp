@@ -13,6 +13,7 @@
 #include "pyablate/confusion_counts.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
+#include "pyablate/delta_mean.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/launch.h"
 #include "pyablate/masked_copies.h"
@@ -197,13 +198,46 @@ void confusion_counts(const TensorView& prediction, const TensorView& label, con
     run(place, params, threads, stream, cpu::confusion_counts, cuda::confusion_counts);
 }
 
+// One number per pair, or null: 1.
+const float* read_scale(const char* name, const std::optional<TensorView>& scale,
+                        std::int64_t pairs) {
+    return scale ? read<float>({name, *scale}, DType::float32, {pairs}) : nullptr;
+}
+
+// Codes of `out`, if wanted: its shape and layout.
+Codes codes_of(const std::optional<TensorView>& values, const std::optional<TensorView>& scale,
+               const TensorView& out, bool channels_last) {
+    if (!values) return {};
+    check(scale.has_value(), "code_scale: expected a tensor beside the codes");
+    check_dtype({"codes", *values}, DType::uint8);
+    check(values->elements() == out.elements() && values->shape[0] == out.shape[0],
+          "codes: expected the shape of out");
+    check_dense({"codes", *values}, channels_last);
+    check(out.dtype != DType::float64 && out.device == DeviceKind::cpu,
+          "codes: expected float32 or bfloat16 results on a CPU");
+    read<float>({"code_scale", *scale}, DType::float32, {out.shape[0]});
+    return {static_cast<std::uint8_t*>(values->data), static_cast<float*>(scale->data)};
+}
+
 void delta_activation(const TensorView& base, const TensorView& delta,
-                      const std::optional<TensorView>& addend, const TensorView& image,
-                      const TensorView& out, int kind, double a, double b, int threads,
-                      std::uintptr_t stream) {
+                      const std::optional<TensorView>& scale,
+                      const std::optional<TensorView>& addend,
+                      const std::optional<TensorView>& addend_scale, const TensorView& image,
+                      const TensorView& out, const std::optional<TensorView>& codes,
+                      const std::optional<TensorView>& code_scale,
+                      const std::optional<TensorView>& scratch, int kind, double a, double b,
+                      int threads, std::uintptr_t stream) {
     const TensorView& second = addend ? *addend : delta;
-    const Place place = place_of(
-        {{"delta", delta}, {"base", base}, {"addend", second}, {"image", image}, {"out", out}});
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"scale", scale ? *scale : delta},
+                                  {"addend", second},
+                                  {"addend_scale", addend_scale ? *addend_scale : delta},
+                                  {"image", image},
+                                  {"out", out},
+                                  {"codes", codes ? *codes : out},
+                                  {"code_scale", code_scale ? *code_scale : out},
+                                  {"scratch", scratch ? *scratch : out}});
     check(delta.dims >= 1 && base.dims == delta.dims, "base: expected the dimensions of delta");
     const std::int64_t pairs = delta.shape[0], images = base.shape[0];
     const std::int64_t width = row_elements(delta);
@@ -218,9 +252,12 @@ void delta_activation(const TensorView& base, const TensorView& delta,
     }
     const DeltaActivationParams params{base.data,
                                        delta.data,
+                                       read_scale("scale", scale, pairs),
                                        addend ? addend->data : nullptr,
+                                       read_scale("addend_scale", addend_scale, pairs),
                                        read_index({"image", image}, pairs, 0, images),
                                        out.data,
+                                       codes_of(codes, code_scale, out, channels_last),
                                        images,
                                        pairs,
                                        width,
@@ -228,18 +265,80 @@ void delta_activation(const TensorView& base, const TensorView& delta,
                                        delta.dtype,
                                        base.dtype};
     if (out.elements() == 0) return;
-    run(place, params, threads, stream, cpu::delta_activation, cuda::delta_activation);
+    if (codes) check_scratch(scratch, DType::float32, width, threads);
+    const py::gil_scoped_release released;
+    if (place.cuda) {
+        return cuda::delta_activation(params, place.index, reinterpret_cast<void*>(stream));
+    }
+    cpu::delta_activation(params, scratch ? scratch->data : nullptr, threads);
 }
 
-void delta_max_pool(const TensorView& base, const TensorView& delta, const TensorView& image,
-                    const TensorView& out, bool channels_last, const Two& kernel, const Two& stride,
-                    const Two& padding, const Two& dilation, const Two& out_size,
-                    const std::optional<TensorView>& scratch, int kind, double a, double b,
-                    int threads, std::uintptr_t stream) {
+void delta_mean(const TensorView& base, const TensorView& delta,
+                const std::optional<TensorView>& scale, const std::optional<TensorView>& addend,
+                const std::optional<TensorView>& addend_scale, const TensorView& image,
+                const TensorView& out, bool channels_last, const std::optional<TensorView>& scratch,
+                int kind, double a, double b, int threads, std::uintptr_t stream) {
+    const TensorView& second = addend ? *addend : delta;
     const Place place = place_of({{"delta", delta},
                                   {"base", base},
+                                  {"scale", scale ? *scale : delta},
+                                  {"addend", second},
+                                  {"addend_scale", addend_scale ? *addend_scale : delta},
                                   {"image", image},
                                   {"out", out},
+                                  {"scratch", scratch ? *scratch : out}});
+    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
+    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
+    const std::int64_t channels = delta.shape[1], height = delta.shape[2], width = delta.shape[3];
+    check(height * width > 0, "delta: expected maps with at least one position");
+    check_base_dtype(base, delta.dtype);
+    check_dtype({"addend", second}, delta.dtype);
+    check_shape({"base", base}, {images, channels, height, width});
+    check_shape({"addend", second}, {pairs, channels, height, width});
+    for (const Argument& x :
+         {Argument{"delta", delta}, Argument{"base", base}, Argument{"addend", second}}) {
+        check_dense(x, channels_last);
+    }
+    read<void>({"out", out}, computing(delta.dtype), {pairs, channels});
+    const DeltaMeanParams params{base.data,
+                                 delta.data,
+                                 read_scale("scale", scale, pairs),
+                                 addend ? addend->data : nullptr,
+                                 read_scale("addend_scale", addend_scale, pairs),
+                                 read_index({"image", image}, pairs, 0, images),
+                                 out.data,
+                                 images,
+                                 pairs,
+                                 channels,
+                                 height * width,
+                                 channels_last,
+                                 activation_of(kind, a, b),
+                                 delta.dtype,
+                                 base.dtype};
+    if (out.elements() == 0) return;
+    if (place.cuda) {
+        const py::gil_scoped_release released;
+        return cuda::delta_mean(params, place.index, reinterpret_cast<void*>(stream));
+    }
+    check_scratch(scratch, computing(delta.dtype), cpu::delta_mean_scratch(params), threads);
+    const py::gil_scoped_release released;
+    cpu::delta_mean(params, scratch->data, threads);
+}
+
+void delta_max_pool(const TensorView& base, const TensorView& delta,
+                    const std::optional<TensorView>& scale, const TensorView& image,
+                    const TensorView& out, const std::optional<TensorView>& codes,
+                    const std::optional<TensorView>& code_scale, bool channels_last,
+                    const Two& kernel, const Two& stride, const Two& padding, const Two& dilation,
+                    const Two& out_size, const std::optional<TensorView>& scratch, int kind,
+                    double a, double b, int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"scale", scale ? *scale : delta},
+                                  {"image", image},
+                                  {"out", out},
+                                  {"codes", codes ? *codes : out},
+                                  {"code_scale", code_scale ? *code_scale : out},
                                   {"scratch", scratch ? *scratch : out}});
     check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
     const std::int64_t pairs = delta.shape[0], images = base.shape[0];
@@ -256,15 +355,31 @@ void delta_max_pool(const TensorView& base, const TensorView& delta, const Tenso
         check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
               "kernel, stride, dilation: expected positive numbers; padding: none below 0");
     }
-    const DeltaMaxPoolParams params{
-        base.data,   delta.data,    read_index({"image", image}, pairs, 0, images),
-        out.data,    images,        pairs,
-        channels,    height,        width,
-        out_size[0], out_size[1],   kernel[0],
-        kernel[1],   stride[0],     stride[1],
-        padding[0],  padding[1],    dilation[0],
-        dilation[1], channels_last, activation_of(kind, a, b),
-        delta.dtype, base.dtype};
+    const DeltaMaxPoolParams params{base.data,
+                                    delta.data,
+                                    read_scale("scale", scale, pairs),
+                                    read_index({"image", image}, pairs, 0, images),
+                                    out.data,
+                                    codes_of(codes, code_scale, out, channels_last),
+                                    images,
+                                    pairs,
+                                    channels,
+                                    height,
+                                    width,
+                                    out_size[0],
+                                    out_size[1],
+                                    kernel[0],
+                                    kernel[1],
+                                    stride[0],
+                                    stride[1],
+                                    padding[0],
+                                    padding[1],
+                                    dilation[0],
+                                    dilation[1],
+                                    channels_last,
+                                    activation_of(kind, a, b),
+                                    delta.dtype,
+                                    base.dtype};
     check(is_monotone(params.activation), "activation: expected a monotone function");
     if (out.elements() == 0) return;
     if (place.cuda) {
@@ -313,8 +428,10 @@ UnitDeltaParams unit_delta_sizes(const TensorView& delta, const TensorView& weig
 void unit_delta(const TensorView& delta, const TensorView& weight, const TensorView& channel,
                 const TensorView& image, const TensorView& column,
                 const std::optional<TensorView>& base, const TensorView& base_image,
-                const TensorView& out, const std::optional<TensorView>& scratch, const Two& stride,
-                const Two& padding, const Two& dilation, int kind, double a, double b, int threads,
+                const TensorView& out, const std::optional<TensorView>& codes,
+                const std::optional<TensorView>& code_scale,
+                const std::optional<TensorView>& scratch, const Two& stride, const Two& padding,
+                const Two& dilation, int kind, double a, double b, int threads,
                 std::uintptr_t stream) {
     const TensorView& rows = base ? *base : out;
     const Place place = place_of({{"delta", delta},
@@ -325,6 +442,8 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
                                   {"base", rows},
                                   {"base_image", base_image},
                                   {"out", out},
+                                  {"codes", codes ? *codes : out},
+                                  {"code_scale", code_scale ? *code_scale : out},
                                   {"scratch", scratch ? *scratch : out}});
     UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, padding, dilation);
     p.dtype = delta.dtype;
@@ -348,6 +467,7 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
     check_shape({"out", out}, {p.pairs, p.outputs, p.out_h, p.out_w});
     check_dense({"out", out}, true);
     p.out = out.data;
+    p.codes = codes_of(codes, code_scale, out, true);
     if (out.elements() == 0) return;
     if (place.cuda) {
         const py::gil_scoped_release released;
@@ -359,8 +479,10 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
 }
 
 std::int64_t unit_delta_scratch(const TensorView& delta, const TensorView& weight,
-                                const TensorView& out, const Two& stride, const Two& dilation) {
-    const UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, {0, 0}, dilation);
+                                const TensorView& out, const std::optional<TensorView>& codes,
+                                const Two& stride, const Two& dilation) {
+    UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, {0, 0}, dilation);
+    if (codes) p.codes.values = static_cast<std::uint8_t*>(codes->data);
     return cpu::unit_delta_scratch(p).total;
 }
 
@@ -407,16 +529,21 @@ PYBIND11_MODULE(_core, m) {
           "relative"_a, "threads"_a, "stream"_a);
     m.def("confusion_counts", &confusion_counts, "prediction"_a, "label"_a, "out"_a, "threads"_a,
           "stream"_a);
-    m.def("delta_activation", &delta_activation, "base"_a, "delta"_a, "addend"_a, "image"_a,
-          "out"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
-    m.def("delta_max_pool", &delta_max_pool, "base"_a, "delta"_a, "image"_a, "out"_a,
-          "channels_last"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "out_size"_a,
-          "scratch"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("delta_activation", &delta_activation, "base"_a, "delta"_a, "scale"_a, "addend"_a,
+          "addend_scale"_a, "image"_a, "out"_a, "codes"_a, "code_scale"_a, "scratch"_a, "kind"_a,
+          "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("delta_mean", &delta_mean, "base"_a, "delta"_a, "scale"_a, "addend"_a, "addend_scale"_a,
+          "image"_a, "out"_a, "channels_last"_a, "scratch"_a, "kind"_a, "a"_a, "b"_a, "threads"_a,
+          "stream"_a);
+    m.def("delta_max_pool", &delta_max_pool, "base"_a, "delta"_a, "scale"_a, "image"_a, "out"_a,
+          "codes"_a, "code_scale"_a, "channels_last"_a, "kernel"_a, "stride"_a, "padding"_a,
+          "dilation"_a, "out_size"_a, "scratch"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
     m.def("unit_delta", &unit_delta, "delta"_a, "weight"_a, "channel"_a, "image"_a, "column"_a,
-          "base"_a, "base_image"_a, "out"_a, "scratch"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
-    m.def("unit_delta_scratch", &unit_delta_scratch, "delta"_a, "weight"_a, "out"_a, "stride"_a,
-          "dilation"_a, "Scratch elements that one thread of unit_delta needs on the CPU.");
+          "base"_a, "base_image"_a, "out"_a, "codes"_a, "code_scale"_a, "scratch"_a, "stride"_a,
+          "padding"_a, "dilation"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
+    m.def("unit_delta_scratch", &unit_delta_scratch, "delta"_a, "weight"_a, "out"_a, "codes"_a,
+          "stride"_a, "dilation"_a,
+          "Scratch elements that one thread of unit_delta needs on the CPU.");
 }
 
 }  // namespace pyablate

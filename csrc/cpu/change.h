@@ -2,14 +2,25 @@
 // it by pointer, a row or a block at a time, so that none is compiled once per function.
 #pragma once
 
+#include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
 
 namespace pyablate::PYABLATE_ISA {
 
-// (base, delta, addend or null, out, count, function); out may be delta.
+// What happens to a run: f(base + d) - f(base) with d = delta * scale + addend * addend_scale.
+struct Change {
+    Activation activation;
+    double scale = 1;
+    double addend_scale = 1;
+};
+
+// (base, delta, addend or null, out, count, change); out may be delta.
 using ChangeRun = void (*)(const void*, const void*, const void*, void*, std::int64_t,
-                           const Activation&);
+                           const Change&);
+
+// Writes `count` changes as codes; see codes.h.
+void encode(const float* change, std::int64_t count, std::uint8_t* codes, float* scale);
 
 // The version for these dtypes; addend has that of delta.
 ChangeRun find_change_run(ActivationKind kind, DType base, DType delta, DType out);

@@ -45,6 +45,7 @@ template <class D, class B, class T>
 void pool_channels_last(const DeltaMaxPoolParams& p, std::int64_t pair, std::int64_t y, T* most,
                         T* change) {
     const std::int64_t c = p.channels;
+    const double scale = p.scale == nullptr ? 1.0 : p.scale[pair];
     const B* base = static_cast<const B*>(p.base) + p.image[pair] * p.height * p.width * c;
     const D* delta = static_cast<const D*>(p.delta) + pair * p.height * p.width * c;
     const std::int64_t top = y * p.stride_h - p.padding_h;
@@ -62,7 +63,7 @@ void pool_channels_last(const DeltaMaxPoolParams& p, std::int64_t pair, std::int
                             const std::int64_t at =
                                 ((top + i * p.dilation_h) * p.width + left + j * p.dilation_w) * c +
                                 o;
-                            f(load_n<V>(base + at, n), load_n<V>(delta + at, n));
+                            f(load_n<V>(base + at, n), load_n<V>(delta + at, n) * V(scale));
                         }
                     }
                 },
@@ -101,8 +102,8 @@ constexpr BFloat16 lowest_value<BFloat16>() {
 }
 
 template <class D, class B, class T>
-void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, std::int64_t y, T* most,
-                T* change) {
+void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, double scale,
+                std::int64_t y, T* most, T* change) {
     const std::int64_t top = y * p.stride_h - p.padding_h;
     const Span rows = inside(top, p.kernel_h, p.dilation_h, p.height);
     for_each_vector<T>(p.out_w, [&](auto vector, std::int64_t x, int n) PYABLATE_LAMBDA_INLINE {
@@ -116,7 +117,7 @@ void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, std:
                     for (std::int64_t j = 0; j < p.kernel_w; ++j) {
                         const std::int64_t at = left + j * p.dilation_w;
                         f(gather<V>(base + row, at, p.stride_w, p.width, lowest_value<B>(), n),
-                          gather<V>(delta + row, at, p.stride_w, p.width, D{}, n));
+                          gather<V>(delta + row, at, p.stride_w, p.width, D{}, n) * V(scale));
                     }
                 }
             },
@@ -126,29 +127,45 @@ void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, std:
     });
 }
 
-// An item is what lies together in the output: a row of a pair (channels last) or a plane.
+// A part is what lies together in the output: a row of a pair (channels last) or a plane. Its
+// changes go through `finish` to `out`; without a function they are the results already.
 template <class D, class B>
-void pool_item(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t item) {
+void pool_part(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t part,
+               void* out) {
     using T = Compute<D>;
-    const std::int64_t size = p.channels_last ? p.out_w * p.channels : p.out_h * p.out_w;
-    D* out = static_cast<D*>(p.out) + item * size;
+    const std::int64_t size = cpu::delta_max_pool_part(p);
     T* most = static_cast<T*>(scratch);
-    // without a function the changes are the results
     const bool done = finish == nullptr;
-    T* change = done ? reinterpret_cast<T*>(out) : most + size;
+    T* change = done ? static_cast<T*>(out) : most + size;
     if (p.channels_last) {
-        pool_channels_last<D, B>(p, item / p.out_h, item % p.out_h, most, change);
+        pool_channels_last<D, B>(p, part / p.out_h, part % p.out_h, most, change);
     } else {
         const std::int64_t plane = p.height * p.width;
-        const std::int64_t pair = item / p.channels;
-        const std::int64_t from = p.image[pair] * p.channels + item % p.channels;
+        const std::int64_t pair = part / p.channels;
+        const std::int64_t from = p.image[pair] * p.channels + part % p.channels;
         for (std::int64_t y = 0; y < p.out_h; ++y) {
             pool_plane(p, static_cast<const B*>(p.base) + from * plane,
-                       static_cast<const D*>(p.delta) + item * plane, y, most + y * p.out_w,
+                       static_cast<const D*>(p.delta) + part * plane,
+                       p.scale == nullptr ? 1.0 : p.scale[pair], y, most + y * p.out_w,
                        change + y * p.out_w);
         }
     }
-    if (!done) finish(most, change, nullptr, out, size, p.activation);
+    if (!done) finish(most, change, nullptr, out, size, {p.activation});
+}
+
+// All parts of one pair, then their codes.
+template <class D, class B>
+void pool_pair(const DeltaMaxPoolParams& p, ChangeRun finish, float* scratch, std::int64_t pair) {
+    const std::int64_t parts = cpu::delta_max_pool_parts(p), size = cpu::delta_max_pool_part(p);
+    float* whole = scratch + 2 * size;
+    for (std::int64_t part = 0; part < parts; ++part) {
+        pool_part<D, B>(p, finish, scratch, pair * parts + part, whole + part * size);
+    }
+    const std::int64_t row = parts * size;
+    encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
+    const ChangeRun keep =
+        find_change_run(ActivationKind::identity, DType::float32, DType::float32, dtype_of<D>);
+    keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});
 }
 
 }  // namespace
@@ -158,13 +175,20 @@ void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t beg
     dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
-        constexpr DType computing = dtype_of<Compute<D>>;
+        using T = Compute<D>;
+        const bool whole = p.codes.values != nullptr;
+        const DType stored = whole ? DType::float32 : dtype_of<D>;
         ChangeRun finish = nullptr;
-        if (p.activation.kind != ActivationKind::identity || dtype_of<D> != computing) {
-            finish = find_change_run(p.activation.kind, computing, computing, dtype_of<D>);
+        if (p.activation.kind != ActivationKind::identity || stored != dtype_of<T>) {
+            finish = find_change_run(p.activation.kind, dtype_of<T>, dtype_of<T>, stored);
         }
+        const std::int64_t size = cpu::delta_max_pool_part(p);
         for (std::int64_t item = begin; item < end; ++item) {
-            pool_item<D, B>(p, finish, scratch, item);
+            if (whole) {
+                pool_pair<D, B>(p, finish, static_cast<float*>(scratch), item);
+            } else {
+                pool_part<D, B>(p, finish, scratch, item, static_cast<D*>(p.out) + item * size);
+            }
         }
     });
 }

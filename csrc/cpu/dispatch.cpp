@@ -14,6 +14,8 @@ const char* name_of(DType dtype) {
             return "bfloat16";
         case DType::int32:
             return "int32";
+        case DType::uint8:
+            return "uint8";
         default:
             return "another dtype";
     }

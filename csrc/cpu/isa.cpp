@@ -6,8 +6,14 @@ namespace pyablate::cpu {
 
 namespace {
 
-#define PYABLATE_KERNELS(isa)                                                                    \
-    {#isa,         isa::unit_delta, isa::delta_activation, isa::delta_max_pool, isa::head_flips, \
+#define PYABLATE_KERNELS(isa)     \
+    {#isa,                        \
+     isa::unit_delta,             \
+     isa::delta_activation,       \
+     isa::delta_activation_codes, \
+     isa::delta_mean,             \
+     isa::delta_max_pool,         \
+     isa::head_flips,             \
      isa::classify}
 
 const Kernels baseline_kernels = PYABLATE_KERNELS(baseline);

@@ -10,6 +10,7 @@
 #include "pyablate/classify.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
+#include "pyablate/delta_mean.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/unit_delta.h"
 
@@ -20,6 +21,10 @@ namespace pyablate {
     void unit_delta(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, void* scratch, \
                     std::int64_t begin, std::int64_t end);                                       \
     void delta_activation(const DeltaActivationParams& p, std::int64_t begin, std::int64_t end); \
+    void delta_activation_codes(const DeltaActivationParams& p, float* row, std::int64_t begin,  \
+                                std::int64_t end);                                               \
+    void delta_mean(const DeltaMeanParams& p, void* scratch, std::int64_t begin,                 \
+                    std::int64_t end);                                                           \
     void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,          \
                         std::int64_t end);                                                       \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
@@ -41,6 +46,8 @@ struct Kernels {
     const char* name;
     decltype(&baseline::unit_delta) unit_delta;
     decltype(&baseline::delta_activation) delta_activation;
+    decltype(&baseline::delta_activation_codes) delta_activation_codes;
+    decltype(&baseline::delta_mean) delta_mean;
     decltype(&baseline::delta_max_pool) delta_max_pool;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;

@@ -1,5 +1,5 @@
-// Work on several threads: those of the process's OpenMP runtime, which PyTorch loads, or where there
-// is none, or after a fork(), threads for the length of one call.
+// Work on several threads: those of the process's OpenMP runtime, which PyTorch loads, or where
+// there is none, or after a fork(), threads for the length of one call.
 #pragma once
 
 #include <cstdint>

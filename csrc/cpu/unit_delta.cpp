@@ -25,7 +25,8 @@ UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams& p) {
     s.counts = single ? 0 : align(depth * (width + 1));  // int32: an element each is enough
     s.rows = single ? 0 : align(2 * depth);              // int64: two float32 each
     s.results = align((single ? unit_delta_run : p.out_w) * p.outputs);
-    s.total = s.window + s.counts + s.rows + s.results;
+    s.whole = p.codes.values == nullptr ? 0 : align(p.out_h * p.out_w * p.outputs);
+    s.total = s.window + s.counts + s.rows + s.results + s.whole;
     return s;
 }
 

@@ -175,43 +175,69 @@ struct Scratch {
     std::int32_t* counts;
     std::int64_t* rows;
     T* results;
+    T* whole;
 
     Scratch(const cpu::UnitDeltaScratch& sizes, void* memory)
         : window(static_cast<T*>(memory)),
           counts(reinterpret_cast<std::int32_t*>(window + sizes.window)),
           rows(reinterpret_cast<std::int64_t*>(window + sizes.window + sizes.counts)),
-          results(window + sizes.window + sizes.counts + sizes.rows) {}
+          results(window + sizes.window + sizes.counts + sizes.rows),
+          whole(results + sizes.results) {}
 };
 
 // What happens to a row of sums: nothing (they are summed in place), or a run through the function
-// and into the output's dtype.
+// and into the output's dtype. Where codes are wanted the results of a pair are gathered first.
 template <class D>
 struct Finish {
     using T = Compute<D>;
     const UnitDeltaParams& p;
+    T* const whole;
+    const bool coded;
     const std::int64_t base_size;
     const ChangeRun run;
 
-    explicit Finish(const UnitDeltaParams& params)
+    Finish(const UnitDeltaParams& params, T* pair_results)
         : p(params),
+          whole(pair_results),
+          coded(p.codes.values != nullptr),
           base_size(p.base_dtype == DType::float64    ? 8
                     : p.base_dtype == DType::bfloat16 ? 2
                                                       : 4),
-          run(p.base == nullptr && std::is_same_v<D, T>
+          run(p.base == nullptr && (coded || std::is_same_v<D, T>)
                   ? nullptr
-                  : find_change_run(p.activation.kind, p.base_dtype, dtype_of<T>, dtype_of<D>)) {}
+                  : find_change_run(p.activation.kind, p.base_dtype, dtype_of<T>,
+                                    coded ? dtype_of<T> : dtype_of<D>)) {}
 
-    // Where the sums for `out` go.
-    T* sums(D* out, T* results) const {
-        return run == nullptr ? reinterpret_cast<T*>(out) : results;
+    // Where the results for element `at` of pair `pair` go in the end, and where their sums go.
+    void* target(std::int64_t pair, std::int64_t at) const {
+        const std::int64_t row = p.out_h * p.out_w * p.outputs;
+        if (coded) return whole + at;
+        return static_cast<D*>(p.out) + pair * row + at;
+    }
+    T* sums(void* target, T* results) const {
+        return run == nullptr ? static_cast<T*>(target) : results;
     }
 
-    // `at`: position of the row in the base, in elements
-    void operator()(std::int64_t at, const T* results, D* out, std::int64_t count) const {
+    // Element `at` of the pair and those behind it.
+    void operator()(std::int64_t pair, std::int64_t at, const T* results,
+                    std::int64_t count) const {
         if (run == nullptr) return;
+        const std::int64_t from = p.base_image[pair] * p.out_h * p.out_w * p.outputs + at;
         const char* base = static_cast<const char*>(p.base);
-        run(base == nullptr ? base : base + at * base_size, results, nullptr, out, count,
-            p.activation);
+        run(base == nullptr ? base : base + from * base_size, results, nullptr, target(pair, at),
+            count, {p.activation});
+    }
+
+    // After the last element of a pair.
+    void close(std::int64_t pair) const {
+        if constexpr (std::is_same_v<T, float>) {
+            if (!coded) return;
+            const std::int64_t row = p.out_h * p.out_w * p.outputs;
+            encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
+            const ChangeRun keep = find_change_run(ActivationKind::identity, DType::float32,
+                                                   DType::float32, dtype_of<D>);
+            keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});
+        }
     }
 };
 
@@ -220,7 +246,7 @@ void run_maps(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, void
               std::int64_t begin, std::int64_t end) {
     using T = Compute<D>;
     const Scratch<T> scratch(sizes, memory);
-    const Finish<D> finish(p);
+    const Finish<D> finish(p, scratch.whole);
     Window<T, D> window{p,
                         (p.kernel_h - 1) * p.dilation_h + 1,
                         (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
@@ -236,11 +262,11 @@ void run_maps(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, void
                      column * p.delta_strides[1]);
         const T* weight = static_cast<const T*>(p.weight) + p.channel[column] * filter;
         for (std::int64_t y = 0; y < p.out_h; ++y) {
-            D* out = static_cast<D*>(p.out) + (pair * p.out_h + y) * row_size;
-            T* results = finish.sums(out, scratch.results);
+            T* results = finish.sums(finish.target(pair, y * row_size), scratch.results);
             convolve_row(window, weight, y, results);
-            finish((p.base_image[pair] * p.out_h + y) * row_size, results, out, row_size);
+            finish(pair, y * row_size, results, row_size);
         }
+        finish.close(pair);
     }
 }
 
@@ -268,7 +294,7 @@ void run_single(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, vo
                 std::int64_t begin, std::int64_t end) {
     using T = Compute<D>;
     const Scratch<T> scratch(sizes, memory);
-    const Finish<D> finish(p);
+    const Finish<D> finish(p, scratch.whole);
     const std::int64_t taps_per_pair = p.kernel_h * p.kernel_w;
     for (std::int64_t pair = begin; pair < end;) {
         const std::int64_t column = p.column[pair];
@@ -279,8 +305,9 @@ void run_single(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, vo
         }
         const T* weight =
             static_cast<const T*>(p.weight) + p.channel[column] * taps_per_pair * p.outputs;
-        D* out = static_cast<D*>(p.out) + pair * p.outputs;
-        T* results = finish.sums(out, scratch.results);
+        // Sums of several pairs may go where they belong only if nothing happens to them.
+        const bool in_place = finish.run == nullptr && !finish.coded;
+        T* results = in_place ? static_cast<T*>(finish.target(pair, 0)) : scratch.results;
         for (std::int64_t start = 0; start < taps_per_pair; start += most_taps) {
             const std::int64_t left = taps_per_pair - start;
             for (std::int64_t x = 0; x < run;) {
@@ -297,8 +324,12 @@ void run_single(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, vo
             }
         }
         for (std::int64_t x = 0; x < run; ++x) {
-            finish(p.base_image[pair + x] * p.outputs, results + x * p.outputs, out + x * p.outputs,
-                   p.outputs);
+            T* own = results + x * p.outputs;
+            finish(pair + x, 0, own, p.outputs);
+            if (finish.coded && finish.run == nullptr) {
+                for (std::int64_t o = 0; o < p.outputs; ++o) scratch.whole[o] = own[o];
+            }
+            finish.close(pair + x);
         }
         pair += run;
     }

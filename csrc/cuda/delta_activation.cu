@@ -21,12 +21,14 @@ __global__ void delta_activation_kernel(const DeltaActivationParams p) {
         const std::int64_t image = p.image[pair];
         const bool valid = in_range(image, p.images);
         const std::int64_t from = image * p.width + at % p.width;
+        using T = Compute<D>;
+        const T scale = p.scale == nullptr ? T(1) : T(p.scale[pair]);
+        const T addend_scale = p.addend_scale == nullptr ? T(1) : T(p.addend_scale[pair]);
         for (int i = 0; i < N; ++i) {
-            Compute<D> d = widen(delta[at + i]);
-            if (addend != nullptr) d += widen(addend[at + i]);
-            out[at + i] =
-                valid ? narrow<D>(change(p.activation, Compute<D>(widen(base[from + i])), d))
-                      : not_a_number<D>();
+            T d = widen(delta[at + i]) * scale;
+            if (addend != nullptr) d += widen(addend[at + i]) * addend_scale;
+            out[at + i] = valid ? narrow<D>(change(p.activation, T(widen(base[from + i])), d))
+                                : not_a_number<D>();
         }
     }
 }

@@ -48,6 +48,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
         };
         const B* from = base + image * row;
         const D* by = delta + pair * row;
+        const T scale = p.scale == nullptr ? T(1) : T(p.scale[pair]);
         bool empty = true;
         T most = 0, difference = 0;
         taps([&](std::int64_t tap) {
@@ -57,7 +58,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
         });
         bool first = true;
         taps([&](std::int64_t tap) {
-            const T moved = (T(widen(from[tap])) - most) + widen(by[tap]);
+            const T moved = (T(widen(from[tap])) - most) + widen(by[tap]) * scale;
             difference = first || moved > difference ? moved : difference;
             first = false;
         });

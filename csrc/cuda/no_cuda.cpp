@@ -6,6 +6,7 @@
 #include "pyablate/confusion_counts.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
+#include "pyablate/delta_mean.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/masked_copies.h"
 #include "pyablate/unit_delta.h"
@@ -37,6 +38,9 @@ void confusion_counts(const ConfusionCountsParams&, int, void*) {
 }
 void delta_activation(const DeltaActivationParams&, int, void*) {
     missing("delta_activation");
+}
+void delta_mean(const DeltaMeanParams&, int, void*) {
+    missing("delta_mean");
 }
 void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
     missing("delta_max_pool");

@@ -7,7 +7,7 @@ all on that image, spelt out by the first operator that mixes channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.capture import MARKER, BatchLayout, Graph
+from pyablate.codes import Codes
 from pyablate.engine import channel as channelwise
 from pyablate.engine import rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
-from pyablate.engine.tiers import FULL, Ladder
+from pyablate.engine.pending import Pending
+from pyablate.engine.tiers import FULL, Ladder, carried
 from pyablate.sites import Site
 
 aten = torch.ops.aten
@@ -112,17 +114,16 @@ class Suffix:
                 yield sweep.closed_form()
                 return
         row, image = sweep.live_pairs()
-        size = self.pairs_per_slice(slice_bytes, ladder)
-        ladder.calibrate(sweep.change, row, image, clean.tolerance)
-        for rows, images in zip(row.split(size), image.split(size), strict=True):
-            prediction = ladder.predict(sweep.change, rows, images, clean.logits, clean.tolerance)
-            if prediction is not None:
-                yield rows, images, prediction
+        if len(row):
+            yield (
+                row,
+                image,
+                ladder.settle(sweep.change, row, image, clean, self.pairs_in(slice_bytes)),
+            )
 
-    def pairs_per_slice(self, slice_bytes: int, ladder: Ladder) -> int:
-        """As many pairs as let the widest tensor fit."""
-        dtype = ladder.low or ladder.full
-        return max(1, slice_bytes // (self.widest * dtype.itemsize))
+    def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
+        """As many pairs as let the widest tensor fit, by precision."""
+        return lambda dtype: max(1, slice_bytes // (self.widest * carried(dtype).itemsize))
 
     @cached_property
     def widest(self) -> int:
@@ -255,7 +256,9 @@ class _Slice:
 
     def __init__(self, sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> None:
         self.sweep = sweep
-        self.dtype = dtype
+        self.dtype = carried(dtype)
+        self.eight_bit = dtype == torch.int8
+        self.codes: dict[fx.Node, Codes] = {}
         self.graph = sweep.graph
         self.column = row
         self.image_long = image
@@ -285,6 +288,8 @@ class _Slice:
 
     def delta(self, node: fx.Node) -> Any:
         raw = self.raw(node)
+        if isinstance(raw, Pending):
+            raw = self._deltas[node] = raw.spell()
         if not isinstance(raw, Channel):
             return raw
         if node not in self._spelt:
@@ -331,6 +336,7 @@ class _Slice:
             self._uses[source] -= 1
             if self._uses[source] == 0:
                 self._deltas.pop(source, None)
+                self.codes.pop(source, None)
                 self._spelt.pop(source, None)
 
 

@@ -26,6 +26,7 @@ from pyablate.capture import (
     operands,
     settings,
 )
+from pyablate.engine import eight_bit, pending
 from pyablate.engine.channel import (
     DIVISIONS,
     LINEAR_POOLS,
@@ -34,7 +35,8 @@ from pyablate.engine.channel import (
     Channel,
     keeps_shape,
 )
-from pyablate.ops import Activation
+from pyablate.engine.pending import Activated, FirstMap, Pending, Scaled, Sum
+from pyablate.ops import Activation, Codes
 
 aten = torch.ops.aten
 
@@ -51,15 +53,17 @@ class Pairs(Protocol):
 
     graph: Graph
     dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
+    eight_bit: bool  # whether convolutions run in 8-bit integers
+    codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job
 
     def raw(self, node: fx.Node) -> Any:
-        """Return the delta of a node as it is held: Tensor, Channel, Full, list, or None."""
+        """Return the delta of a node as held: Tensor, Channel, Pending, Full, list, or None."""
 
     def delta(self, node: fx.Node) -> Any:
-        """Return the same with a Channel spelt out."""
+        """Return the same with a Channel or what is pending spelt out."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run, ``[N, ...]``."""
@@ -143,7 +147,34 @@ def _linear(pairs: Pairs, node: fx.Node) -> Any:
 
 
 def _same(pairs: Pairs, node: fx.Node) -> Any:
-    return pairs.delta(node.all_input_nodes[0])
+    source = node.all_input_nodes[0]
+    if source in pairs.codes:
+        pairs.codes[node] = pairs.codes[source]
+    return pairs.raw(source)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that compute something from a node."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if user.target in SAME else [user]
+    return found
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    readers = _readers(node)
+    return readers[0] if len(readers) == 1 else None
+
+
+def _waiting(delta: Any, source: Any = None) -> Scaled | None:
+    """Return a dense delta as one that may be scaled; ``source`` is the node it comes from."""
+    if isinstance(delta, Scaled):
+        return delta
+    if not isinstance(delta, Tensor):
+        return None
+    # Results may go where a fresh delta stands that nobody else reads: views share memory.
+    convolved = isinstance(source, fx.Node) and source.target in CONVOLUTIONS
+    return Scaled(delta, fresh=convolved and len(source.users) == 1 and _is_dense(delta))
 
 
 def _getitem(pairs: Pairs, node: fx.Node) -> Any:
@@ -170,16 +201,35 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
     first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
+    if isinstance(first, Channel) or isinstance(second, Channel):
+        first, second = (
+            pairs.delta(a) if isinstance(pairs.raw(a), Pending) else pairs.raw(a)
+            for a in cast(list[fx.Node], node.args[:2])
+        )
     if isinstance(first, Tensor) and isinstance(second, Channel) and _fit(first, second, node):
         return second.add_to(first.clone(), pairs.image_long, pairs.column, sign)
     if isinstance(second, Tensor) and isinstance(first, Channel) and _fit(second, first, node):
         signed = second.clone() if sign > 0 else -second
         return first.add_to(signed, pairs.image_long, pairs.column, 1.0)
+    if sign > 0 and (waiting := _residual(pairs, node, first, second)) is not None:
+        return waiting
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     if right is not None and sign < 0:
         right = -right
     total: Any = left if right is None else right if left is None else left + right
     return _full_shape(pairs, node, total)
+
+
+def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | None:
+    """Let a sum of two dense deltas wait for the activation that alone reads it."""
+    reader = _only_reader(node)
+    left, right = _waiting(first, node.args[0]), _waiting(second, node.args[1])
+    if reader is None or left is None or right is None or reader.target not in NAMED:
+        return None
+    shape = pairs.graph.shape(node, len(pairs.image))
+    a, b = left.values, right.values
+    alike = list(a.shape) == list(b.shape) == shape and a.dtype == b.dtype
+    return Sum(left, right) if alike and pairs.plain(node) else None
 
 
 def _fit(dense: Tensor, channel: Channel, node: fx.Node) -> bool:
@@ -216,9 +266,53 @@ def _convolution(pairs: Pairs, node: fx.Node) -> Any:
     single = isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1
     if single and groups == 1 and node.target is aten.conv2d.default:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
+    if pairs.eight_bit and takes_codes(pairs.graph, node):
+        return _coded_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = pairs.delta(source).to(lowered.dtype)
     return convolve(change, lowered, None, stride, padding, dilation, groups)
+
+
+def takes_codes(graph: Graph, node: fx.Node) -> bool:
+    """Whether this convolution can run in 8 bits: constant filters, no groups, enough channels."""
+    if node.target is not aten.conv2d.default:
+        return False
+    weight = graph.constant(node, 1)
+    padding, groups = settings(node, 3, [1], [0], [1], 1)[1::2]
+    if weight is None or groups != 1 or isinstance(padding, str):
+        return False
+    return weight.shape[1] >= LEAST_CHANNELS
+
+
+def _coded_convolution(
+    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[Any, Any, Any]
+) -> Scaled:
+    source = cast(fx.Node, node.args[0])
+    codes = pairs.codes.get(source)
+    if codes is None:
+        codes = pairs.codes[source] = ops.encode(pairs.delta(source))
+    values = codes.values.contiguous(memory_format=torch.channels_last)
+    if "filters" not in node.meta:
+        stride, padding, dilation = (_two(value) for value in geometry)
+        size = list(values.shape)
+        node.meta["filters"] = eight_bit.prepare(weight, (stride, padding, dilation), size)
+    result = eight_bit.convolve(values, node.meta["filters"])
+    return Scaled(result, codes.scale, fresh=len(node.users) == 1)
+
+
+def _two(value: Any) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return values * 2 if len(values) == 1 else values
+
+
+def _new_codes(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Codes | None:
+    """Memory for the codes of a node's delta, if an 8-bit convolution will read them."""
+    if not pairs.eight_bit or not any(takes_codes(pairs.graph, r) for r in _readers(node)):
+        return None
+    shape = pairs.graph.shape(node, len(pairs.image))
+    codes = Codes.empty(shape, layout, pairs.image.device)
+    pairs.codes[node] = codes
+    return codes
 
 
 def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
@@ -233,13 +327,18 @@ def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
 
 def _first_convolution(
     pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, geometry: tuple[Any, Any, Any]
-) -> Tensor:
+) -> Tensor | FirstMap:
     """Convolve one input channel per pair: 1/C of the work."""
     stride, padding, dilation = geometry
     filters = _by_input(node, weight.permute(1, 2, 3, 0))
-    return _single_channel(
-        pairs, delta, delta.values, filters, stride=stride, padding=padding, dilation=dilation
-    )
+
+    def run(**fused: Any) -> Tensor:
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        return _single_channel(pairs, delta, delta.values, filters, **geometry, **fused)
+
+    reader = _only_reader(node)
+    waits = reader is not None and _named_activation(reader) is not None and pairs.plain(node)
+    return FirstMap(run) if waits else run()
 
 
 def _fully_connected(pairs: Pairs, node: fx.Node) -> Any:
@@ -323,13 +422,64 @@ def _activation(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     named = _named_activation(node)
-    delta = pairs.raw(source)
-    if named is None or not isinstance(delta, Tensor) or not pairs.plain(source):
+    raw = pairs.raw(source)
+    delta = raw if isinstance(raw, (FirstMap, Sum)) else _waiting(raw, source)
+    if named is None or delta is None or not pairs.plain(source):
         return difference(pairs, node)
-    # In place where the delta is a fresh tensor that nobody else reads: views share memory.
-    fresh = source.target in CONVOLUTIONS and len(source.users) == 1
-    out = delta if fresh and _is_dense(delta) else None
-    return ops.delta_activation(pairs.base(source), delta, pairs.image, named, out=out)
+
+    def run() -> Tensor:
+        codes = _new_codes(pairs, node, _layout(delta))
+        return pending.activate(delta, pairs.base(source), pairs.image, named, codes)
+
+    reader = _only_reader(node)
+    pooled = reader is not None and _pools(reader) and named.monotone
+    averaged = reader is not None and _averages(pairs, reader)
+    if (pooled or averaged) and not isinstance(delta, FirstMap):
+        return Activated(delta, source, named, run)
+    return run()
+
+
+def _layout(delta: Scaled | Sum | FirstMap) -> torch.memory_format:
+    """Layout that a native operation gives its result."""
+    if isinstance(delta, FirstMap):
+        return torch.channels_last
+    values = (delta.first if isinstance(delta, Sum) else delta).values
+    last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not values.is_contiguous() else torch.contiguous_format
+
+
+def _pools(node: fx.Node) -> bool:
+    return node.target is aten.max_pool2d.default
+
+
+def _averages(pairs: Pairs, node: fx.Node) -> bool:
+    """Whether a node averages each map ``[H, W]`` as a whole."""
+    source = node.args[0] if node.args else None
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(value, Tensor) or value.ndim != 4 or not pairs.plain(cast(fx.Node, source)):
+        return False
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return _two(node.args[1]) == [1, 1]
+    if node.target is not aten.mean.dim or node.kwargs or len(node.args) < 2:
+        return False
+    dims = node.args[1]
+    return isinstance(dims, (list, tuple)) and sorted(cast(int, d) % 4 for d in dims) == [2, 3]
+
+
+def _average(pairs: Pairs, node: fx.Node) -> Any:
+    source = cast(fx.Node, node.args[0])
+    raw = pairs.raw(source)
+    if not isinstance(raw, (Activated, Scaled, Tensor)) or not _averages(pairs, node):
+        return _linear(pairs, node)
+    if isinstance(raw, Activated):
+        result = pending.mean(raw.source, pairs.base(raw.node), pairs.image, raw.activation)
+    else:
+        delta = _waiting(raw)
+        assert delta is not None
+        each = torch.arange(len(pairs.image), dtype=torch.int32, device=pairs.image.device)
+        # The identity reads no clean tensor: any of the right shape will do.
+        result = pending.mean(delta, delta.values, each, Activation("identity"))
+    return result.reshape(pairs.graph.shape(node, len(pairs.image)))
 
 
 def _is_dense(delta: Tensor) -> bool:
@@ -360,21 +510,33 @@ def _named_activation(node: fx.Node) -> Activation | None:
 def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    delta = pairs.raw(source)
-    if not isinstance(delta, Tensor) or delta.ndim != 4 or not pairs.plain(source):
+    raw = pairs.raw(source)
+    activation, origin = None, source
+    delta = _waiting(raw)
+    if isinstance(raw, Activated) and isinstance(raw.source, Scaled):
+        delta, origin, activation = raw.source, raw.node, raw.activation
+    elif isinstance(raw, Activated):
+        delta = Scaled(pairs.delta(source))
+    if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
     return ops.delta_max_pool(
-        pairs.base(source),
-        delta,
+        pairs.base(origin),
+        delta.values,
         pairs.image,
         kernel=kernel,
         stride=stride or kernel,
         padding=padding,
         dilation=dilation,
         out_size=[int(size) for size in node.meta["val"].shape[2:]],
+        activation=activation,
+        scale=delta.scale,
+        codes=_new_codes(pairs, node, _layout(delta)),
     )
 
+
+LEAST_CHANNELS = 16
+"""Input channels below which an 8-bit convolution is no faster than one in bfloat16."""
 
 STRUCTURE = frozenset(
     getattr(getattr(aten, name), overload)
@@ -417,6 +579,7 @@ LINEAR = (
 SUMS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(STRUCTURE | LINEAR_POOLS, _linear),
+    **dict.fromkeys((aten.adaptive_avg_pool2d.default, aten.mean.dim), _average),
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *DIVISIONS), _bilinear),

@@ -3,14 +3,15 @@
 A delta's rounding error is relative to the *change*, not to the activation, so a low-precision
 suffix settles nearly every prediction. How far its logits can be off, as a share of the spread
 of their change, is measured on pairs of the run itself; a pair whose new margin lies within
-several times that is recomputed in full precision, and what is doubtful there in float64.
+several times that is decided again one tier up, and what full precision leaves open in float64.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +24,43 @@ FULL = 1e-4
 """Share of a logit change's spread that rounding in float32 may reach, with much to spare."""
 
 SAMPLE = 256
-"""Pairs on which a job's low-precision error is measured."""
+"""Pairs on which a job's low-precision error is measured, at most."""
+
+LEAST_SAMPLE = 64
+"""The same, at least: measuring is not to cost more than the small work itself."""
 
 SAFETY = 4.0
 """How many times the largest error seen is still doubted."""
 
-FLOOR = 0.02
+FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
 """Least share of the spread that is doubted, however small the errors seen."""
+
+USELESS = 0.5
+"""Share of open pairs above which a tier is left out: most work would be done twice."""
 
 Change = Callable[[Tensor, Tensor, torch.dtype], Tensor | None]
 """``change(row, image, dtype)``: the logit changes [P, K] of some pairs; None if there are none."""
+
+
+class Known(Protocol):
+    """What is known of the clean run."""
+
+    @property
+    def logits(self) -> Tensor:
+        """``[N, K]``."""
+
+    @property
+    def prediction(self) -> Tensor:
+        """int32 ``[N]``."""
+
+    @property
+    def tolerance(self) -> Tensor:
+        """``[N]``: top-2 margins up to this are not trusted."""
+
+
+def carried(dtype: torch.dtype) -> torch.dtype:
+    """Floating-point dtype in which deltas are held between the convolutions of a tier."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 @dataclass(eq=False)
@@ -41,28 +69,36 @@ class Ladder:
 
     Attributes
     ----------
-    full : torch.dtype
-        The model's own.
-    low : torch.dtype or None
-        Cheaper arithmetic for the dense suffix, if it is worth it.
-    doubt : float or None
-        Share of the change's spread within which ``low`` is not trusted; None until measured.
+    tiers : list of torch.dtype
+        Of the dense suffix, cheapest first; the last is the model's own, to which no doubt applies
+        but :data:`FULL`. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
+    doubts : dict
+        Share of the change's spread within which a tier is not trusted, once measured.
     strategy : str
         How the pairs were settled: "delta", or "closed form" where that was all it took.
-    repeated : int
-        Pairs so far that needed full precision after ``low``.
+    settled : dict
+        Pairs decided by each tier so far.
     """
 
-    full: torch.dtype
-    low: torch.dtype | None = None
-    doubt: float | None = None
+    tiers: list[torch.dtype]
+    doubts: dict[torch.dtype, float] = field(default_factory=dict)
     strategy: str = "delta"
-    repeated: int = 0
+    settled: dict[torch.dtype, int] = field(default_factory=dict)
 
-    def predict(
-        self, change: Change, row: Tensor, image: Tensor, logits: Tensor, tolerance: Tensor
-    ) -> Tensor | None:
-        """Class of each pair, -1 where full precision leaves it open; None if none changes.
+    @property
+    def full(self) -> torch.dtype:
+        """The model's own precision."""
+        return self.tiers[-1]
+
+    def settle(
+        self,
+        change: Change,
+        row: Tensor,
+        image: Tensor,
+        clean: Known,
+        size: Callable[[torch.dtype], int],
+    ) -> Tensor:
+        """Class of each pair, -1 where full precision leaves it open.
 
         Parameters
         ----------
@@ -70,46 +106,69 @@ class Ladder:
             Gives logit changes.
         row, image : Tensor
             int64 ``[P]``: the pairs.
-        logits, tolerance : Tensor
-            ``[N, K]`` and ``[N]``, of the clean run.
+        clean : Clean
+            The clean run.
+        size : callable
+            Pairs to work on at a time, by precision.
+
+        Returns
+        -------
+        Tensor
+            int32 ``[P]``.
         """
-
-        def decide(row: Tensor, image: Tensor, dtype: torch.dtype, doubt: float) -> Tensor | None:
-            delta = change(row, image, dtype)
-            if delta is None:
-                return None
-            short = image.to(torch.int32)
-            return ops.classify(logits, delta, short, tolerance, relative=doubt)
-
-        if self.low is None or self.doubt is None:
-            return decide(row, image, self.full, FULL)
-        prediction = decide(row, image, self.low, self.doubt)
-        if prediction is None:
-            return None
-        open_ = (prediction < 0).nonzero().squeeze(1)
-        if len(open_):
-            self.repeated += len(open_)
-            again = decide(row[open_], image[open_], self.full, FULL)
-            assert again is not None
-            prediction[open_] = again
+        self._calibrate(change, row, image, clean)
+        prediction = clean.prediction[image]
+        open_ = torch.arange(len(row), device=row.device)
+        for tier in self.tiers:
+            for some in open_.split(size(tier)):
+                decided = self._decide(change, row[some], image[some], clean, tier)
+                if decided is not None:
+                    prediction[some] = decided
+            left = open_[prediction[open_] < 0]
+            self.settled[tier] = self.settled.get(tier, 0) + len(open_) - len(left)
+            open_ = left
+            if not len(open_):
+                break
         return prediction
 
-    def calibrate(self, change: Change, row: Tensor, image: Tensor, tolerance: Tensor) -> None:
-        """Measure the low precision's error on a spread of pairs; give it up if it is useless."""
-        if self.low is None or self.doubt is not None or not len(row):
+    def _decide(
+        self, change: Change, row: Tensor, image: Tensor, clean: Known, tier: torch.dtype
+    ) -> Tensor | None:
+        delta = change(row, image, tier)
+        return None if delta is None else self._classify(delta, image, clean, tier)
+
+    def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
+        doubt = self.doubts.get(tier, FULL)
+        short = image.to(torch.int32)
+        return ops.classify(clean.logits, delta, short, clean.tolerance, relative=doubt)
+
+    def _calibrate(self, change: Change, row: Tensor, image: Tensor, clean: Known) -> None:
+        """Measure the low tiers' errors on a spread of pairs; leave out those of no use."""
+        unknown = [tier for tier in self.tiers[:-1] if tier not in self.doubts]
+        if not unknown:
             return
-        chosen = torch.linspace(0, len(row) - 1, min(SAMPLE, len(row)), device=row.device).long()
+        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // 32))
+        chosen = torch.linspace(0, len(row) - 1, size, device=row.device).long()
         row, image = row[chosen], image[chosen]
-        exact, rough = change(row, image, self.full), change(row, image, self.low)
-        if exact is None or rough is None:
+        exact = change(row, image, self.full)
+        if exact is None:
             return
-        error = _spread(rough.to(exact.dtype) - exact)
-        counts = error > tolerance[image]  # smaller ones are within what is doubted anyway
-        worst = float((error / _spread(exact))[counts].amax()) if bool(counts.any()) else 0.0
-        self.doubt = max(FLOOR, SAFETY * worst)
-        if not self.doubt < 1.0:
-            logger.info("%s is too coarse for this layer (error %.2g)", self.low, worst)
-            self.low = None
+        for tier in unknown:
+            rough = change(row, image, tier)
+            assert rough is not None
+            worst = _worst_error(rough.to(exact.dtype), exact, clean.tolerance[image])
+            self.doubts[tier] = max(FLOOR[tier], SAFETY * worst)
+            open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
+            if self.doubts[tier] >= 1.0 or open_ > USELESS:
+                logger.info("%s is too coarse here (error %.2g, open %.2g)", tier, worst, open_)
+                self.tiers.remove(tier)
+
+
+def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> float:
+    """Largest error of a logit change, as a share of its spread."""
+    error = _spread(rough - exact)
+    counts = ~(error <= tolerance)  # smaller ones are within what is doubted anyway
+    return float((error / _spread(exact))[counts].amax()) if bool(counts.any()) else 0.0
 
 
 def _spread(change: Tensor) -> Tensor:

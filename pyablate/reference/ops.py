@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyablate.activation import Activation
+    from pyablate.codes import Codes
 
 _UNFOLD_ELEMENTS = 1 << 24  # unit_delta unfolds its maps in pieces of at most this many elements
 
@@ -107,6 +110,7 @@ def unit_delta(
     base: Tensor | None,
     base_image: Tensor | None,
     out: Tensor,
+    codes: Codes | None,
 ) -> Tensor:
     """Convolve single maps with the filters of their input channel, by unfolding; fill ``out``."""
     dtype = compute_dtype(delta.dtype)
@@ -130,6 +134,8 @@ def unit_delta(
                 rows, activation
             )
         out[some] = result
+    if codes is not None:
+        codes.fill(out)
     return out
 
 
@@ -156,18 +162,47 @@ def delta_activation(
     *,
     out: Tensor,
     addend: Tensor | None,
+    scales: Sequence[Tensor | None],
+    codes: Codes | None,
 ) -> Tensor:
-    """Write act(base[image] + delta [+ addend]) - act(base[image]) to ``out``."""
-    dtype = compute_dtype(delta.dtype)
-    change = delta.to(dtype)
-    if addend is not None:
-        change = change + addend.to(dtype)
+    """Write act(base[image] + d) - act(base[image]) to ``out``; d is the sum of both deltas."""
+    change = _sum(delta, addend, scales)
+    out.copy_(_activation_change(base[image.long()].to(change.dtype), change, activation))
+    if codes is not None:
+        codes.fill(out)
+    return out
+
+
+def delta_mean(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    *,
+    addend: Tensor | None,
+    scales: Sequence[Tensor | None],
+) -> Tensor:
+    """Return the mean of :func:`delta_activation` over the positions."""
+    change = _sum(delta, addend, scales)
+    rows = base[image.long()].to(change.dtype)
+    return _activation_change(rows, change, activation).mean((2, 3))
+
+
+def _activation_change(rows: Tensor, change: Tensor, activation: Activation) -> Tensor:
     if activation.name == "identity":
-        return out.copy_(change)
-    rows = base[image.long()].to(dtype)
-    return out.copy_(
-        apply_activation(rows + change, activation) - apply_activation(rows, activation)
-    )
+        return change
+    return apply_activation(rows + change, activation) - apply_activation(rows, activation)
+
+
+def _sum(delta: Tensor, addend: Tensor | None, scales: Sequence[Tensor | None]) -> Tensor:
+    """Add two deltas, each times its pair's factor, in the dtype of accumulation."""
+    change = _scaled(delta, scales[0])
+    return change if addend is None else change + _scaled(addend, scales[1])
+
+
+def _scaled(delta: Tensor, scale: Tensor | None) -> Tensor:
+    delta = delta.to(compute_dtype(delta.dtype))
+    return delta if scale is None else delta * scale.reshape(-1, *[1] * (delta.dim() - 1))
 
 
 def delta_max_pool(
@@ -181,11 +216,13 @@ def delta_max_pool(
     dilation: tuple[int, int],
     out_size: tuple[int, int],
     activation: Activation | None,
+    scale: Tensor | None,
+    out: Tensor,
+    codes: Codes | None,
 ) -> Tensor:
-    """Return max_pool(act(base + delta)) - max_pool(act(base))."""
-    dtype = compute_dtype(delta.dtype)
-    rows = base[image.long()].to(dtype)
-    after = rows + delta.to(dtype)
+    """Write max_pool(act(base + delta)) - max_pool(act(base)) to ``out``."""
+    rows = base[image.long()].to(compute_dtype(delta.dtype))
+    after = rows + _scaled(delta, scale)
     if activation is not None:
         rows, after = apply_activation(rows, activation), apply_activation(after, activation)
 
@@ -202,10 +239,10 @@ def delta_max_pool(
     change = pool(after) - before
     # a window wholly in the padding has nothing that could change
     change = torch.where(before == -torch.inf, torch.zeros_like(change), change)
-    layout = (
-        torch.contiguous_format if delta.is_contiguous() else torch.channels_last
-    )  # ops.py made it one of the two
-    return change.to(delta.dtype).contiguous(memory_format=layout)
+    out.copy_(change)
+    if codes is not None:
+        codes.fill(out)
+    return out
 
 
 def classify(

@@ -1,12 +1,14 @@
 // A delta through an elementwise function:
 //
-//   out[p, m] = f(base[image[p], m] + d) - f(base[image[p], m]),   d = delta[p, m] (+ addend[p, m])
+//   out[p, m] = f(base[image[p], m] + d) - f(base[image[p], m]),
+//   d = delta[p, m] * scale[p] (+ addend[p, m] * addend_scale[p])
 //
 // Rows are flat runs of M elements, all in the same order. out may be delta.
 #pragma once
 
 #include <cstdint>
 
+#include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
 
@@ -15,9 +17,12 @@ namespace pyablate {
 struct DeltaActivationParams {
     const void* base;           // [N, M]
     const void* delta;          // [P, M]
+    const float* scale;         // [P] or null: 1
     const void* addend;         // [P, M] or null
+    const float* addend_scale;  // [P] or null: 1
     const std::int32_t* image;  // [P], in [0, N)
     void* out;                  // [P, M]
+    Codes codes;                // of out, for float32 and bfloat16; CPU only
     std::int64_t images, pairs, width;
     Activation activation;
     DType dtype;       // of delta, addend and out; computed in float32, or in float64 if it is that
@@ -28,7 +33,8 @@ namespace cpu {
 // A row is worked on in blocks of this many elements, so that few long rows feed many threads.
 constexpr std::int64_t activation_block = 4096;
 
-void delta_activation(const DeltaActivationParams& p, int threads);
+// scratch: with codes, threads * width floats
+void delta_activation(const DeltaActivationParams& p, void* scratch, int threads);
 }  // namespace cpu
 namespace cuda {
 void delta_activation(const DeltaActivationParams& p, int device, void* stream);

@@ -1,15 +1,17 @@
 // A delta through an elementwise function f and a max pooling:
 //
-//   out[p] = max_pool(f(base[image[p]] + delta[p])) - max_pool(f(base[image[p]]))
+//   out[p] = max_pool(f(base[image[p]] + d)) - max_pool(f(base[image[p]])),   d = delta[p] *
+//   scale[p]
 //
 // f must be monotone (ops.py applies the others beforehand), so that it comes after the maximum.
-// Per window, with  M = max base  and  r = max over taps of (base - M) + delta,  the result is
+// Per window, with  M = max base  and  r = max over taps of (base - M) + d,  the result is
 // f(M + r) - f(M). At the tap that was the maximum the bracket is exactly 0, so the error is
 // relative to the change. A window without any tap inside the map gives 0.
 #pragma once
 
 #include <cstdint>
 
+#include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
 
@@ -18,8 +20,10 @@ namespace pyablate {
 struct DeltaMaxPoolParams {
     const void* base;           // [N, C, H, W], or [N, H, W, C] if channels_last
     const void* delta;          // [P, ...] likewise
+    const float* scale;         // [P] or null: 1
     const std::int32_t* image;  // [P], in [0, N)
     void* out;                  // [P, C, Ho, Wo], or [P, Ho, Wo, C]
+    Codes codes;                // of out, for float32 and bfloat16; CPU only
     std::int64_t images, pairs, channels, height, width, out_h, out_w;
     std::int64_t kernel_h, kernel_w, stride_h, stride_w;
     std::int64_t padding_h, padding_w, dilation_h, dilation_w;
@@ -30,13 +34,18 @@ struct DeltaMaxPoolParams {
 };
 
 namespace cpu {
-// Work is handed out by output rows of a pair (channels last) or by planes. One thread needs the
-// maxima of such an item and their changes, in the computing dtype.
-inline std::int64_t delta_max_pool_item(const DeltaMaxPoolParams& p) {
+// Work is done by output rows of a pair (channels last) or by planes, and with codes by all of a
+// pair's. One thread needs the maxima of such a part and their changes, with codes the results of
+// the whole pair too, in the computing dtype.
+inline std::int64_t delta_max_pool_part(const DeltaMaxPoolParams& p) {
     return p.channels_last ? p.out_w * p.channels : p.out_h * p.out_w;
 }
+inline std::int64_t delta_max_pool_parts(const DeltaMaxPoolParams& p) {
+    return p.channels_last ? p.out_h : p.channels;
+}
 inline std::int64_t delta_max_pool_scratch(const DeltaMaxPoolParams& p) {
-    return 2 * delta_max_pool_item(p);
+    const std::int64_t whole = p.codes.values == nullptr ? 0 : delta_max_pool_parts(p);
+    return (2 + whole) * delta_max_pool_part(p);
 }
 
 // scratch: threads * delta_max_pool_scratch(p) elements of the computing dtype

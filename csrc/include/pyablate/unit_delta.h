@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
 
@@ -24,6 +25,7 @@ struct UnitDeltaParams {
     const void* base;                // [N', Ho, Wo, O] or null: no function follows
     const std::int32_t* base_image;  // [P], in [0, N')
     void* out;                       // [P, Ho, Wo, O]
+    Codes codes;                     // of out, for float32 and bfloat16; CPU only
     std::int64_t delta_strides[4];
     std::int64_t images, units, height, width;
     std::int64_t inputs, kernel_h, kernel_w, outputs;
@@ -42,6 +44,7 @@ struct UnitDeltaScratch {
     std::int64_t counts;   // nonzero elements up to each position of a window row
     std::int64_t rows;     // which input row each window row holds
     std::int64_t results;  // one row of results, before the function
+    std::int64_t whole;    // with codes: all results of a pair
     std::int64_t total;
 };
 

@@ -1,0 +1,53 @@
+"""A delta in 8 bits per number, as 8-bit convolutions read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ZERO = 128
+"""The code of 0."""
+
+MOST = 127
+"""Codes reach from ``ZERO - MOST`` to ``ZERO + MOST``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A delta ``[P, ...]`` as 8-bit numbers with a factor per pair, so that small ones keep digits.
+
+    The delta is about ``scale[p] * (values[p] - 128)``; the error is at most half the factor. A
+    pair without any change has factor 0, one with a NaN or an infinity has factor NaN.
+
+    Attributes
+    ----------
+    values : Tensor
+        uint8 ``[P, ...]``.
+    scale : Tensor
+        float32 ``[P]``: the largest magnitude of the pair, divided by 127.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @classmethod
+    def empty(
+        cls, shape: Sequence[int], layout: torch.memory_format, device: torch.device | str
+    ) -> Codes:
+        """Memory for the codes of a delta of this shape and layout, to be filled."""
+        values = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=layout)
+        return cls(values, torch.empty(shape[0], dtype=torch.float32, device=device))
+
+    def fill(self, delta: Tensor) -> None:
+        """Encode, in plain PyTorch."""
+        flat = delta.float().flatten(1)
+        finite = torch.isfinite(flat).all(dim=1)
+        most = flat.abs().amax(dim=1) if flat.shape[1] else flat.new_zeros(len(flat))
+        most = torch.where(most > 1e-30, most, torch.zeros_like(most))
+        self.scale.copy_(torch.where(finite, most / MOST, torch.nan))
+        inverse = torch.where(most > 0, MOST / most, torch.zeros_like(most))
+        steps = (flat * inverse.unsqueeze(1)).round().nan_to_num(0.0).clamp(-MOST, MOST)
+        self.values.copy_((steps + ZERO).to(torch.uint8).reshape(delta.shape))

@@ -1,0 +1,142 @@
+"""Deltas that are not spelt out yet, so that one pass over memory does all that follows.
+
+Between two convolutions a change is scaled, added to that of a shortcut, activated, pooled and
+encoded. Each of these values says what is still to be done; the operator that cannot wait, or the
+native operation that does several steps at once, does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from pyablate import ops
+from pyablate.ops import Activation
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """``values[p] * scale[p]``: what an 8-bit convolution gives.
+
+    Attributes
+    ----------
+    values : Tensor
+        ``[P, ...]``.
+    scale : Tensor or None
+        float32 ``[P]``; None for 1.
+    fresh : bool
+        Whether nobody else reads ``values``, so that results may be written there.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    fresh: bool = False
+
+    def spell(self) -> Tensor:
+        """Do what is pending, and nothing more."""
+        if self.scale is None:
+            return self.values
+        factor = self.scale.reshape(-1, *[1] * (self.values.ndim - 1)).to(self.values.dtype)
+        return self.values.mul_(factor) if self.fresh else self.values * factor
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A residual sum that waits for its activation."""
+
+    first: Scaled
+    second: Scaled
+
+    def spell(self) -> Tensor:
+        """Do what is pending, and nothing more."""
+        return self.first.spell() + self.second.spell()
+
+
+@dataclass(frozen=True, eq=False)
+class FirstMap:
+    """The first convolution after the unit, which waits for its activation.
+
+    Attributes
+    ----------
+    run : callable
+        :func:`pyablate.ops.unit_delta` but for activation, base and codes.
+    """
+
+    run: Callable[..., Tensor]
+
+    def spell(self) -> Tensor:
+        """Do what is pending, and nothing more."""
+        return self.run()
+
+
+@dataclass(frozen=True, eq=False)
+class Activated:
+    """An activation that waits for its pooling.
+
+    Attributes
+    ----------
+    source : Scaled or Sum
+        The change that goes in.
+    node : fx.Node
+        Whose clean tensor is the base.
+    activation : Activation
+        The function.
+    run : callable
+        Does it without the pooling.
+    """
+
+    source: Scaled | Sum
+    node: fx.Node
+    activation: Activation
+    run: Callable[[], Tensor]
+
+    def spell(self) -> Tensor:
+        """Do what is pending, and nothing more."""
+        return self.run()
+
+
+Pending = Scaled | Sum | FirstMap | Activated
+
+
+def activate(
+    source: Scaled | Sum | FirstMap,
+    base: Tensor,
+    image: Tensor,
+    activation: Activation,
+    codes: ops.Codes | None,
+) -> Tensor:
+    """Do what is pending and the activation, in one pass."""
+    if isinstance(source, FirstMap):
+        return source.run(activation=activation, base=base, codes=codes)
+    first, second = _parts(source)
+    return ops.delta_activation(
+        base,
+        first.values,
+        image,
+        activation,
+        scale=first.scale,
+        addend=None if second is None else second.values,
+        addend_scale=None if second is None else second.scale,
+        out=first.values if first.fresh else None,
+        codes=codes,
+    )
+
+
+def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:
+    """Do what is pending, the activation and global average pooling, in one pass: ``[P, C]``."""
+    first, second = _parts(source)
+    return ops.delta_mean(
+        base,
+        first.values,
+        image,
+        activation,
+        scale=first.scale,
+        addend=None if second is None else second.values,
+        addend_scale=None if second is None else second.scale,
+    )
+
+
+def _parts(source: Scaled | Sum) -> tuple[Scaled, Scaled | None]:
+    return (source.first, source.second) if isinstance(source, Sum) else (source, None)
