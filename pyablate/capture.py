@@ -214,6 +214,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
     graph = _read(program)
     graph.layout = _layouts(graph, pair)
     _fold_batch_norm(graph)
+    _fold_padding(graph)
     _channels_last(graph)
     return graph
 
@@ -358,13 +359,62 @@ def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
     bias = conv.args[2] if len(conv.args) > 2 else None
     old = graph.constants[bias].double() if isinstance(bias, fx.Node) else 0.0
     folded = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    new = [(folded, "weight"), (old * scale + shift, "bias")]
+    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded.to(weight.dtype))
+    new_bias = _add_constant(
+        graph, f"{conv.name}_folded_bias", (old * scale + shift).to(weight.dtype)
+    )
+    conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
+
+
+def _add_constant(graph: Graph, name: str, value: Tensor) -> fx.Node:
     with graph.graph.inserting_before(graph.images):
-        for value, name in new:
-            node = graph.graph.placeholder(f"{conv.name}_folded_{name}")
-            node.meta["val"] = graph.constants[node] = value.to(weight.dtype)
-    created = list(graph.constants)[-2:]
-    conv.args = (conv.args[0], created[0], created[1], *conv.args[3:])
+        node = graph.graph.placeholder(name)
+    node.meta["val"] = graph.constants[node] = value
+    return node
+
+
+def _fold_padding(graph: Graph) -> None:
+    """Let convolutions do the zero padding in front of them; networks from TensorFlow pad apart."""
+    for pad in list(graph.graph.nodes):
+        if pad.target not in PADS or not pads_with_zeros(pad):
+            continue
+        readers = list(pad.users)
+        unpadded = [_unpadded(graph, conv, pad) for conv in readers]
+        if not readers or None in unpadded:
+            continue
+        for conv, (weight, padding) in zip(readers, filter(None, unpadded), strict=True):
+            filters = _add_constant(graph, f"{conv.name}_unpadded_weight", weight)
+            bias, stride = settings(conv, 2, None, [1])[:2]
+            conv.args = (pad.args[0], filters, bias, stride, padding, *conv.args[5:])
+        graph.graph.erase_node(pad)
+
+
+def _unpadded(graph: Graph, conv: fx.Node, pad: fx.Node) -> tuple[Tensor, list[int]] | None:
+    """Give filters and symmetric padding with which a convolution needs no padded input.
+
+    Padding that is wider behind than in front becomes symmetric with zeros in front of the filter.
+    """
+    margins = [int(m) for m in cast(list[int], pad.args[1])]
+    weight = graph.constant(conv, 1) if conv.target is aten.conv2d.default else None
+    if weight is None or len(margins) != 4 or min(margins) < 0 or conv.args[0] is not pad:
+        return None
+    stride, padding, dilation = settings(conv, 3, [1], [0], [1])[:3]
+    if isinstance(padding, str):
+        return None
+    size = cast(fx.Node, pad.args[0]).meta["val"].shape[2:]
+    symmetric, zeros = [], [0, 0, 0, 0]
+    for i in (0, 1):
+        own, step = (value[i % len(value)] for value in (padding, dilation))
+        before, after = (m + own for m in margins[2 - 2 * i : 4 - 2 * i])
+        width = max(before, after)
+        shift, rest = divmod(width - before, step)
+        reach = step * (weight.shape[2 + i] + shift - 1) + 1
+        out = (int(size[i]) + 2 * width - reach) // stride[i % len(stride)] + 1
+        if rest or out != int(conv.meta["val"].shape[2 + i]):
+            return None
+        symmetric.append(width)
+        zeros[2 - 2 * i] = shift
+    return (torch.nn.functional.pad(weight, zeros) if any(zeros) else weight), symmetric
 
 
 def norm_scale(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
@@ -389,6 +439,19 @@ def _channels_last(graph: Graph) -> None:
             if weight is not None and weight.ndim == 4:
                 last = weight.contiguous(memory_format=torch.channels_last)
                 graph.constants[node.args[1]] = last
+
+
+PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Whether a padding writes zeros, rather than another constant or copies."""
+    if node.kwargs:
+        return False
+    if node.target is aten.constant_pad_nd.default:
+        return not settings(node, 2, 0.0)[0]
+    mode, value = settings(node, 2, "constant", None)[:2]
+    return mode == "constant" and not value
 
 
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})

@@ -16,7 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function, norm_scale, settings
+from pyablate.capture import (
+    BATCH_NORM,
+    CONVOLUTIONS,
+    MARKER,
+    PADS,
+    Graph,
+    function,
+    norm_scale,
+    pads_with_zeros,
+    settings,
+)
 
 aten = torch.ops.aten
 
@@ -152,6 +162,17 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
     base = delta.of(reader.base(_source(node)))
     pooled = call(base + delta.values, *rest, **node.kwargs) - call(base, *rest, **node.kwargs)
     return delta.with_values(pooled)
+
+
+def _pad(reader: Reader, node: fx.Node) -> Channel | None:
+    """Pad the two axes of the maps ``[N, C, H, W]`` with zeros."""
+    delta = _only_first_changes(reader, node)
+    margins = _integers(node.args[1])
+    if delta is None or delta.axis != 1 or delta.inner > 1 or delta.values.ndim != 4:
+        return None
+    if len(margins) > 4 or not pads_with_zeros(node):
+        return None
+    return delta.with_values(aten.constant_pad_nd.default(delta.values, margins))
 
 
 def _mean(reader: Reader, node: fx.Node) -> Channel | None:
@@ -382,4 +403,5 @@ RULES: Mapping[Any, Rule] = {
     BATCH_NORM: _batch_norm,
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
+    **dict.fromkeys(PADS, _pad),
 }

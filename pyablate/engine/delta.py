@@ -140,6 +140,7 @@ class Sweep:
     standins: StandIns
     values: dict[fx.Node, Channel] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
+    _starts: dict[fx.Node, Channel] = field(default_factory=dict)
     _lowered: dict[tuple[fx.Node, torch.dtype], Channel] = field(default_factory=dict)
 
     @property
@@ -194,6 +195,11 @@ class Sweep:
 
     def _start(self, marker: fx.Node) -> Channel:
         """Take replacement minus activation, for every unit of the job and image of the batch."""
+        if marker not in self._starts:
+            self._starts[marker] = self._difference(marker)
+        return self._starts[marker]
+
+    def _difference(self, marker: fx.Node) -> Channel:
         site, job = self.suffix.job.sites[0], self.suffix.job
         base = self.base(marker).movedim(site.axis, 1)
         unit = job.units.to(base.device)
@@ -232,7 +238,7 @@ class Sweep:
             alive.fill_(False)
         elif job.channelwise:
             starts = [self._start(node).values for node in self.suffix.nodes if self.ablates(node)]
-            touched = [(start != 0).reshape(*alive.shape, -1).any(dim=2) for start in starts]
+            touched = [_any_position(start) for start in starts]
             alive = torch.stack(touched).any(dim=0)
         image, row = alive.nonzero(as_tuple=True)
         return row, image
@@ -338,6 +344,11 @@ class _Slice:
                 self._deltas.pop(source, None)
                 self.codes.pop(source, None)
                 self._spelt.pop(source, None)
+
+
+def _any_position(maps: Tensor) -> Tensor:
+    """Whether any entry of each map ``[N, U, *rest]`` is not 0, bool ``[N, U]``."""
+    return maps.any(dim=tuple(range(2, maps.ndim))) if maps.ndim > 2 else maps != 0
 
 
 def needed(suffixes: Iterable[Suffix]) -> set[fx.Node]:

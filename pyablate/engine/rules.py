@@ -20,6 +20,7 @@ from pyablate import ops
 from pyablate.capture import (
     BATCH_NORM,
     CONVOLUTIONS,
+    PADS,
     Graph,
     function,
     norm_scale,
@@ -413,9 +414,11 @@ def _addmm(pairs: Pairs, node: fx.Node) -> Any:
 
 
 def _pad(pairs: Pairs, node: fx.Node) -> Any:
-    """Pad with a constant: the border does not change, so its delta is 0."""
+    """Pad: a constant border does not change, so its delta is 0; one of copies is linear."""
     delta = pairs.delta(node.all_input_nodes[0])
-    return aten.constant_pad_nd.default(delta, node.args[1])
+    constant = node.target is aten.constant_pad_nd.default
+    mode = "constant" if constant else settings(node, 2, "constant")[0]
+    return aten.pad.default(delta, node.args[1], mode)
 
 
 def _activation(pairs: Pairs, node: fx.Node) -> Any:
@@ -570,12 +573,7 @@ NAMED = frozenset(ACTIVATIONS) | {
     aten.elu.default,
 }
 MATMULS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
-LINEAR = (
-    STRUCTURE
-    | SAME
-    | LINEAR_POOLS
-    | {aten.cat.default, aten.constant_pad_nd.default, BATCH_NORM, operator.getitem}
-)
+LINEAR = STRUCTURE | SAME | LINEAR_POOLS | PADS | {aten.cat.default, BATCH_NORM, operator.getitem}
 SUMS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(STRUCTURE | LINEAR_POOLS, _linear),
@@ -589,7 +587,7 @@ RULES: Mapping[Any, Rule] = {
     operator.getitem: _getitem,
     aten.addmm.default: _addmm,
     aten.cat.default: _cat,
-    aten.constant_pad_nd.default: _pad,
+    **dict.fromkeys(PADS, _pad),
     aten.linear.default: _fully_connected,
     aten.max_pool2d.default: _max_pool,
     BATCH_NORM: _batch_norm,
