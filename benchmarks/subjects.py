@@ -107,19 +107,19 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def head(classes: int, units: int, *, seed: int = 0) -> nn.Module:
-    """ReLU, global pooling and a random linear layer: the end of a ResNet-50, by its shapes."""
+    """Global pooling and a random linear layer: the end of a ResNet-50, by its shapes."""
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(units, classes)
     with torch.no_grad():
         linear.weight.normal_(0, units**-0.5, generator=generator)
         linear.bias.zero_()
-    return pooled_head(nn.ReLU(), linear)
+    return pooled_head(linear)
 
 
-def pooled_head(activation: nn.Module, linear: nn.Linear) -> nn.Module:
-    """Last maps before their activation to logits; the units are the layer ``activation``."""
+def pooled_head(linear: nn.Linear) -> nn.Module:
+    """Last maps to logits; the units are the layer ``maps``."""
     model = nn.Sequential()
-    model.add_module("activation", activation)
+    model.add_module("maps", nn.Identity())
     model.add_module("pool", nn.AdaptiveAvgPool2d(1))
     model.add_module("flatten", nn.Flatten())
     model.add_module("linear", linear)
@@ -127,11 +127,11 @@ def pooled_head(activation: nn.Module, linear: nn.Linear) -> nn.Module:
 
 
 def random_maps(images: int, units: int, size: int, *, seed: int = 0) -> Tensor:
-    """Draw maps ``[images, units, size, size]``; an image excites a fifth of the units."""
+    """Draw maps ``[images, units, size, size]`` behind a ReLU; an image excites a fifth of them."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(images, units, size, size, generator=generator)
     excited = torch.rand(images, units, 1, 1, generator=generator) < 0.2
-    return maps + torch.where(excited, 1.5, -1.0)
+    return (maps + torch.where(excited, 1.5, -1.0)).relu()
 
 
 def efficientnet_lite0() -> nn.Sequential:

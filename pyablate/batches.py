@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,8 @@ class Data:
         """Look at the first images, ``count`` at most; they are read again later."""
         self.hold_if_read_once()
         for batch in self.batches(count):
-            return batch
+            # A copy: networks may work in place, and a batch may be a view of the caller's images.
+            return Batch(batch.index, batch.images.clone(), batch.labels)
         raise ValueError("data: no images")
 
     def at(self, index: Tensor) -> Tensor:
@@ -143,11 +145,13 @@ class Data:
             raise ValueError("data: no images")
 
     def _join(self, first: int, parts: list[tuple[Tensor, Tensor]]) -> Batch:
-        images = torch.cat([images for images, _ in parts]).to(self.device, self.dtype)
-        finite = torch.isfinite(images).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            where = first + int((~finite).nonzero()[0])
-            raise ValueError(f"data: image {where} holds NaN or infinite values")
+        joined = parts[0][0] if len(parts) == 1 else torch.cat([images for images, _ in parts])
+        images = joined.to(self.device, self.dtype)
+        if not math.isfinite(float(images.sum())):  # as one of them is not, or the sum overflows
+            finite = torch.isfinite(images).flatten(1).all(dim=1)
+            if not bool(finite.all()):
+                where = first + int((~finite).nonzero()[0])
+                raise ValueError(f"data: image {where} holds NaN or infinite values")
         labels = torch.cat([labels for _, labels in parts])
         if self.classes is not None and int(labels.max()) >= self.classes:
             where = int((labels >= self.classes).nonzero()[0])

@@ -17,6 +17,7 @@ from pyablate.capture import CaptureError, Graph, capture
 from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
+from pyablate.engine.exact import Exact, exact
 from pyablate.engine.replay import Replay, in_double
 from pyablate.interventions import Intervention
 from pyablate.peaks import convolution_rate
@@ -31,6 +32,9 @@ SAMPLE = 8
 
 SLICE = 4 << 20
 """Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
+
+CLEAN = 32 << 20
+"""Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
 
 WORTHWHILE = 1.3
 """Gain in speed above which a lower precision pays for checking it."""
@@ -67,7 +71,8 @@ class Setup:
     class_names: tuple[str, ...]
     intervention: Intervention
     statistics: Mapping[Key, Statistics]
-    exact: Replay
+    exact: Exact | Replay
+    replay: Replay
     margin: float
     low: tuple[torch.dtype, ...]
     batch_size: int
@@ -127,7 +132,7 @@ def prepare(
     if intervention.needs_statistics:
         statistics = calibrate(work, data, marked, classes, batch_size=size)
     double, decisive = in_double(work, sample)
-    exact = Replay(double, decisive, data, statistics)
+    replay = Replay(double, decisive, data, statistics)
     return Setup(
         model=work,
         graph=graph,
@@ -137,8 +142,9 @@ def prepare(
         class_names=names,
         intervention=intervention,
         statistics=statistics,
-        exact=exact,
-        margin=baseline.rounding(work, exact, batch),
+        exact=exact(graph, replay, batch),
+        replay=replay,
+        margin=baseline.rounding(work, replay, batch),
         low=_low_precisions(precision, dtype, where),
         batch_size=size,
         memory=budget,
@@ -373,9 +379,15 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
 
 
 def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, memory: int) -> int:
-    """As many images as let the clean tensors fit into half the memory; 256 is plenty."""
+    """As many images as let the clean tensors fit into half the memory; a few hundred are plenty.
+
+    Small networks take more at a time: what a batch costs by itself would show.
+    """
     if graph is None:
         return 64
     kept = needed(Suffix.of(graph, job) for job in jobs)
-    per_image = sum(graph.elements(node) for node in kept) * sample.element_size()
-    return int(min(256, max(1, memory // 2 // max(per_image, 1))))
+    size = sample.element_size()
+    per_image = sum(graph.elements(node) for node in kept) * size
+    widest = max(graph.elements(node) for node in graph.graph.nodes) * size
+    enough = max(256, CLEAN // max(widest, 1))
+    return int(max(1, min(enough, memory // 2 // max(per_image, 1))))

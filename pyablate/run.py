@@ -235,7 +235,7 @@ class _Sweep:
         pairs = zip(row.tolist(), image.tolist(), clean.tolist(), strict=True)
         found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
         device = batch.index.device
-        exact = self.setup.exact.decide(
+        exact = self.setup.replay.decide(
             batch,
             job,
             torch.from_numpy(row - job.rows.start).to(device),

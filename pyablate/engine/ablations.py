@@ -227,7 +227,7 @@ def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[
     rows = len(images)
     with hooked(model, sites, keep), torch.no_grad():
         # At least two rows: some networks squeeze a batch of one away.
-        model(images if rows > 1 else torch.cat([images, images]))
+        model(images.clone() if rows > 1 else torch.cat([images, images]))  # it may work in place
     return {key: value[:rows] for key, value in maps.items()}
 
 

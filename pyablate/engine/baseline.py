@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.batches import Batch
-from pyablate.capture import Graph
+from pyablate.capture import CONVOLUTIONS, Graph
 from pyablate.engine.delta import Clean
+from pyablate.engine.exact import Exact
 from pyablate.engine.replay import Replay, forward
 
-MARGIN = 1e-4
+MARGIN = 3e-5
 """Share of an image's largest logit that float32 rounding may reach, with much to spare."""
 
 SAFETY = 8.0
@@ -34,25 +35,30 @@ def rounding(model: nn.Module, exact: Replay, batch: Batch) -> float:
 
 
 def run_graph(
-    graph: Graph, keep: Iterable[fx.Node], exact: Replay, batch: Batch, *, margin: float
+    graph: Graph, keep: Iterable[fx.Node], exact: Exact | Replay, batch: Batch, *, margin: float
 ) -> Clean:
     """Run a captured network and keep what the suffixes read."""
     images = batch.images
-    if images.ndim == 4:
+    convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
+    if images.ndim == 4 and convolves:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         tensors = graph.run(images, {graph.logits, *keep})
     return _clean(tensors, tensors[graph.logits], exact, batch, margin)
 
 
-def run_model(model: nn.Module, exact: Replay, batch: Batch, *, margin: float) -> Clean:
+def run_model(model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float) -> Clean:
     """Run a network that was not captured."""
     with torch.no_grad():
         return _clean({}, forward(model, batch.images), exact, batch, margin)
 
 
 def _clean(
-    tensors: dict[fx.Node, Tensor], logits: Tensor, exact: Replay, batch: Batch, margin: float
+    tensors: dict[fx.Node, Tensor],
+    logits: Tensor,
+    exact: Exact | Replay,
+    batch: Batch,
+    margin: float,
 ) -> Clean:
     finite = torch.isfinite(logits).all(dim=1)
     if not bool(finite.all()):
@@ -68,7 +74,7 @@ def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:
     return top[:, 0] - top[:, 1] <= tolerance
 
 
-def _predict(logits: Tensor, tolerance: Tensor, exact: Replay, batch: Batch) -> Tensor:
+def _predict(logits: Tensor, tolerance: Tensor, exact: Exact | Replay, batch: Batch) -> Tensor:
     """Argmax, with close calls decided by exact replay."""
     prediction = logits.argmax(dim=1).to(torch.int32)
     close = close_calls(logits, tolerance).nonzero().squeeze(1)

@@ -8,8 +8,9 @@ these operators costs as much as one clean pass through them.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,7 +82,10 @@ class Channel:
         """Read the same channels of a full tensor ``[N, ...]``, as ``[N, U, *rest]``."""
         if self.inner > 1:
             full = full.unflatten(1, (self.size, self.inner))
-        return full.movedim(self.axis, 1).index_select(1, self.channel)
+        full = full.movedim(self.axis, 1)
+        return (
+            full if _all_in_order(self.channel, self.size) else full.index_select(1, self.channel)
+        )
 
     def with_values(self, values: Tensor) -> Channel:
         """Return other values on the same channels."""
@@ -178,33 +182,44 @@ def _pad(reader: Reader, node: fx.Node) -> Channel | None:
 def _mean(reader: Reader, node: fx.Node) -> Channel | None:
     """Average over axes other than the channels'."""
     delta = _only_first_changes(reader, node)
-    if delta is None or delta.inner > 1 or len(node.args) < 2 or node.args[1] is None:
+    if delta is None or delta.inner > 1:
         return None
-    ndim = delta.values.ndim
-    dims = [dim % ndim for dim in _integers(node.args[1])]
+    dims = averaged_axes(node, delta.axis, delta.values.ndim)
+    if dims is None:
+        return None
     keep = bool(node.args[2]) if len(node.args) > 2 else False
-    if not dims or 0 in dims or delta.axis in dims or node.kwargs:
-        return None
     moved = [dim + 1 if dim < delta.axis else dim for dim in dims]
     values = delta.values.mean(moved, keepdim=keep)
     axis = delta.axis if keep else delta.axis - sum(dim < delta.axis for dim in dims)
     return replace(delta, values=values, axis=axis)
 
 
+def averaged_axes(node: fx.Node, channels: int, ndim: int) -> list[int] | None:
+    """Axes over which a mean is taken, if they are neither the images' nor the channels'."""
+    if len(node.args) < 2 or node.args[1] is None or node.kwargs:
+        return None
+    axes = [axis % ndim for axis in _integers(node.args[1])]
+    return None if not axes or 0 in axes or channels in axes else axes
+
+
 def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
     """Flatten ``[N, C, *rest]`` to ``[N, C * prod(rest)]``."""
     delta = _only_first_changes(reader, node)
-    if delta is None or delta.axis != 1 or delta.inner > 1:
+    if delta is None:
         return None
-    shape = node.meta["val"].shape
-    rest = delta.values.shape[2:].numel()
-    if len(shape) == 2 and shape[1] == delta.size * rest:
-        return replace(
-            delta,
-            values=delta.values.flatten(2) if rest > 1 else delta.values.flatten(1),
-            inner=rest,
-        )
-    return None
+    rest = flattened(node, _source(node).meta["val"].shape, delta.axis, delta.inner)
+    if rest is None:
+        return None
+    values = delta.values.flatten(2) if rest > 1 else delta.values.flatten(1)
+    return replace(delta, values=values, inner=rest)
+
+
+def flattened(node: fx.Node, before: Sequence[Any], axis: int, inner: int) -> int | None:
+    """Positions per channel after ``[N, C, *rest]`` became ``[N, C * prod(rest)]``; None if not."""
+    after = node.meta["val"].shape
+    rest = math.prod(int(size) for size in before[2:])
+    flat = len(after) == 2 and axis == 1 and inner == 1 and after[1] == before[1] * rest
+    return rest if flat else None
 
 
 def _permute(reader: Reader, node: fx.Node) -> Channel | None:
@@ -316,6 +331,11 @@ def _cat(reader: Reader, node: fx.Node) -> Channel | None:
     before = [part.meta["val"].shape[delta.axis] for part in parts[: changed[0]]]  # type: ignore[union-attr]
     channel = delta.channel + int(sum(before))
     return replace(delta, channel=channel, size=int(meta.shape[delta.axis]))
+
+
+def _all_in_order(channel: Tensor, size: int) -> bool:
+    """Whether these are all channels, each at its place."""
+    return len(channel) == size and bool((channel == torch.arange(size).to(channel)).all())
 
 
 def _along(vector: Tensor, values: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from pyablate import ops
 from pyablate.capture import MARKER, BatchLayout, Graph
 from pyablate.codes import Codes
 from pyablate.engine import channel as channelwise
-from pyablate.engine import rules
+from pyablate.engine import replaced, rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
 from pyablate.engine.pending import Pending
+from pyablate.engine.replaced import Replaced
 from pyablate.engine.tiers import FULL, Ladder, carried
 from pyablate.sites import Site
 
@@ -87,6 +88,7 @@ class Suffix:
                 needed.add(node)
             elif rules.reads_base(self.graph, node):
                 needed.update([node, *node.all_input_nodes])
+        needed |= replaced.reaches(self.job, self.nodes)
         return {
             node
             for node in needed
@@ -125,6 +127,16 @@ class Suffix:
         """As many pairs as let the widest tensor fit, by precision."""
         return lambda dtype: max(1, slice_bytes // (self.widest * carried(dtype).itemsize))
 
+    def columns(self, weight: Tensor, channel: Tensor) -> Tensor:
+        """Columns ``[K, U]`` of the last layer that the job's units reach, laid out by unit once."""
+        if weight.dtype not in self._columns:
+            self._columns[weight.dtype] = weight.t().index_select(0, channel).contiguous()
+        return self._columns[weight.dtype].t()
+
+    @cached_property
+    def _columns(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     @cached_property
     def widest(self) -> int:
         """Largest number of elements that one pair needs in one tensor of the suffix."""
@@ -140,7 +152,7 @@ class Sweep:
     standins: StandIns
     values: dict[fx.Node, Channel] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
-    _starts: dict[fx.Node, Channel] = field(default_factory=dict)
+    replaced: dict[fx.Node, Replaced] = field(default_factory=dict)
     _lowered: dict[tuple[fx.Node, torch.dtype], Channel] = field(default_factory=dict)
 
     @property
@@ -156,28 +168,30 @@ class Sweep:
             return None
         if self.graph.constant(head, 1) is None:
             return None
-        delta = self.values.get(head.all_input_nodes[0])
+        delta = self.value(head.all_input_nodes[0])
         fits = isinstance(delta, Channel) and delta.values.ndim == 2 and delta.axis == 1
         return delta if fits else None
 
     def advance(self) -> None:
         """Carry deltas as far as they stay on their channels; the rest is deferred."""
-        first = True
+        start, *rest = self.suffix.nodes
+        if replaced.possible(self.suffix.job):
+            self.replaced[start] = self._replacement(start)
+        else:
+            self.values[start] = self._difference(start)
         waiting: set[fx.Node] = set()
-        for node in self.suffix.nodes:
-            if first:
-                self.values[node] = self._start(node)
-                first = False
-                continue
-            delta = None
+        for node in rest:
+            delta: Channel | Replaced | None = None
             blocked = any(source in waiting for source in node.all_input_nodes)
             if not blocked and not self.ablates(node):
-                delta = channelwise.advance(self, node)
-            if delta is None:
+                delta = replaced.advance(self.replaced, node) or channelwise.advance(self, node)
+            if isinstance(delta, Replaced):
+                self.replaced[node] = delta
+            elif isinstance(delta, Channel):
+                self.values[node] = delta
+            else:
                 waiting.add(node)
                 self.deferred.append(node)
-            else:
-                self.values[node] = delta
 
     def ablates(self, node: fx.Node) -> bool:
         """Whether the job acts at this node."""
@@ -186,28 +200,44 @@ class Sweep:
 
     def value(self, node: fx.Node) -> Channel | None:
         """Return the delta of a node, if it is on its channel and changed."""
+        if node not in self.values and node in self.replaced:
+            self.values[node] = self.replaced[node].change(self.base(node))
         return self.values.get(node)
+
+    def changes(self, node: fx.Node) -> bool:
+        """Whether a node has a delta that is on its channel."""
+        return node in self.values or node in self.replaced
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run."""
         tensor: Tensor = self.clean.tensors[node]
         return tensor
 
-    def _start(self, marker: fx.Node) -> Channel:
-        """Take replacement minus activation, for every unit of the job and image of the batch."""
-        if marker not in self._starts:
-            self._starts[marker] = self._difference(marker)
-        return self._starts[marker]
-
     def _difference(self, marker: fx.Node) -> Channel:
-        site, job = self.suffix.job.sites[0], self.suffix.job
-        base = self.base(marker).movedim(site.axis, 1)
-        unit = job.units.to(base.device)
+        """Take replacement minus activation, for every unit of the job and image of the batch."""
+        site, unit = self.suffix.job.sites[0], self._units
+        base = self.base(marker)
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
+        value = self._standins(marker, image).to(base.dtype)
+        held = Channel(value, site.axis, unit, site.channels)
+        return held.with_values(value - held.of(base))
+
+    def _replacement(self, marker: fx.Node) -> Replaced:
+        """Take the numbers that stand in for the units."""
+        site, base = self.suffix.job.sites[0], self.base(marker)
+        images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
+        image = torch.arange(images, device=base.device).unsqueeze(1)
+        value = self._standins(marker, image).to(base.dtype)
+        return Replaced(value.flatten(1), site.axis, self._units, site.channels)
+
+    @cached_property
+    def _units(self) -> Tensor:
+        return self.suffix.job.units.to(self.clean.logits.device)
+
+    def _standins(self, marker: fx.Node, image: Tensor) -> Tensor:
         call = marker.args[2]
         assert isinstance(call, int)
-        value = self.standins.values(site, call, image, unit.unsqueeze(0)).to(base.dtype)
-        return Channel(value - base.index_select(1, unit), site.axis, unit, site.channels)
+        return self.standins.values(self.suffix.job.sites[0], call, image, self._units.unsqueeze(0))
 
     def closed_form(self) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs by the closed form: logits + delta * weight column."""
@@ -220,14 +250,13 @@ class Sweep:
         prediction = ops.head_flips(
             clean.logits,
             delta.values,
-            weight.index_select(1, delta.channel),
+            self.suffix.columns(weight, delta.channel),
             clean.prediction,
             clean.tolerance + FULL * reach,
         )
-        images, units = prediction.shape
-        image = torch.arange(images, device=prediction.device).repeat(units)
-        row = torch.arange(units, device=prediction.device).repeat_interleave(images)
-        return row, image, prediction.t().reshape(-1)
+        differs = prediction != clean.prediction.unsqueeze(1)
+        image, row = differs.nonzero(as_tuple=True)
+        return row, image, prediction[image, row]
 
     def live_pairs(self) -> tuple[Tensor, Tensor]:
         """Pairs (row, image), image by image, without those that the ablation does not change."""
@@ -237,11 +266,19 @@ class Sweep:
         if self.graph.logits not in self.suffix.nodes:
             alive.fill_(False)
         elif job.channelwise:
-            starts = [self._start(node).values for node in self.suffix.nodes if self.ablates(node)]
-            touched = [_any_position(start) for start in starts]
-            alive = torch.stack(touched).any(dim=0)
+            alive = self._alive()
         image, row = alive.nonzero(as_tuple=True)
         return row, image
+
+    def _alive(self) -> Tensor:
+        """Bool ``[N, row]``: whether anything that the rest of the network reads has changed."""
+        read = {source for node in self.deferred for source in node.all_input_nodes}
+        read.add(self.graph.logits)
+        deltas = [self.value(node) for node in read if self.changes(node)]
+        later = [node for node in self.deferred if self.ablates(node)]
+        maps = [delta.values for delta in deltas if delta is not None]
+        maps += [self._difference(node).values for node in later]
+        return torch.stack([_any_position(values) for values in maps]).any(dim=0)
 
     def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Logit changes [P, K] of some pairs, with the dense suffix in ``dtype``."""
@@ -249,7 +286,8 @@ class Sweep:
 
     def lowered(self, node: fx.Node, dtype: torch.dtype) -> Channel:
         """Return a channelwise delta in another precision, converted once per batch."""
-        delta = self.values[node]
+        delta = self.value(node)
+        assert delta is not None
         if delta.values.dtype == dtype:
             return delta
         if (node, dtype) not in self._lowered:
@@ -288,7 +326,7 @@ class _Slice:
 
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)
-        if delta is None and node in self.sweep.values:
+        if delta is None and self.sweep.changes(node):
             return self.sweep.lowered(node, self.dtype)
         return delta
 

@@ -115,9 +115,9 @@ class Decision:
 
 
 def forward(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a network on at least two rows: some squeeze a batch of one away."""
+    """Run a network, which may work in place, on at least two rows: some squeeze one away."""
     if len(images) > 1:
-        return model(images)  # type: ignore[no-any-return]
+        return model(images.clone())  # type: ignore[no-any-return]
     return model(torch.cat([images, images]))[:1]  # type: ignore[no-any-return]
 
 

@@ -370,10 +370,10 @@ def _first_linear(
 
 def _by_input(node: fx.Node, filters: Tensor) -> Tensor:
     """Lay filters out by input channel, ``[I, kh, kw, O]``, once."""
-    if "by_input" not in node.meta:
-        node.meta["by_input"] = filters.contiguous()
-    held: Tensor = node.meta["by_input"]
-    return held
+    held: dict[torch.dtype, Tensor] = node.meta.setdefault("by_input", {})
+    if filters.dtype not in held:
+        held[filters.dtype] = filters.contiguous()
+    return held[filters.dtype]
 
 
 def _single_channel(
