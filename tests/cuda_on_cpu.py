@@ -77,7 +77,7 @@ def build_module(folder: Path) -> Path:
     python += ['-DPYABLATE_COMPILER="shim"', '-DPYABLATE_CUDA_ARCHITECTURES="CPU"']
     python += ['-DPYABLATE_CUDA_TOOLKIT="shim"', f'-DPYABLATE_SANITIZERS="{SANITIZERS}"']
     csrc = ROOT / "csrc"
-    # Only the kernels are instrumented: the bindings compile faster without, the threads run faster.
+    # Only the kernels are instrumented: the bindings compile faster without, the threads run so.
     jobs = {path: SANITIZE for path in sorted(csrc.glob("cuda/*.cu"))}
     for path in (csrc / "bindings" / "module.cpp", SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
         jobs[path] = [*python, "-O0", "-g0"]

@@ -91,7 +91,7 @@ def test_equals_reference_at_any_size(twin, size, case):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def cuda(monkeypatch):
     """Give the CUDA twin's device; indices are not looked at beforehand, wherever it runs."""
     for module in (_arguments, ops):

@@ -1,9 +1,9 @@
 // Stands in for CUDA's header, so that the .cu files compile as C++ and run on the CPU.
 //
 // Only what the kernels use is here; a kernel that needs more fails to compile, and the missing
-// function is added. A launch, `kernel<<<grid, block, shared, stream>>>(arguments)`, and variables in
-// shared memory are no C++: tests/cuda_on_cpu.py rewrites them into the calls below. Device pointers
-// are host pointers, and a launch is over when it returns.
+// function is added. A launch, `kernel<<<grid, block, shared, stream>>>(arguments)`, and variables
+// in shared memory are no C++: tests/cuda_on_cpu.py rewrites them into the calls below. Device
+// pointers are host pointers, and a launch is over when it returns.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,8 @@ namespace shim {
 
 inline cudaError_t last_error = cudaSuccess;
 
-// What a real launch would refuse: no threads, too many, or more shared memory than is given unasked.
+// What a real launch would refuse: no threads, too many, or more shared memory than is given
+// unasked.
 inline bool can_launch(dim3 grid, dim3 block, std::size_t shared) {
     const std::uint64_t count = std::uint64_t{block.x} * block.y * block.z;
     return count > 0 && count <= 1024 && block.z <= 64 && grid.x > 0 && grid.x <= 0x7fffffffu &&
@@ -86,8 +87,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, SHIM_PLACE) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, SHIM_PLACE) {
-    const shim::Lanes& lanes =
-        shim::meet_warp("__ballot_sync", mask, predicate != 0, {file, line});
+    const shim::Lanes& lanes = shim::meet_warp("__ballot_sync", mask, predicate != 0, {file, line});
     unsigned votes = 0;
     for (int i = 0; i < warpSize; ++i) votes |= static_cast<unsigned>(lanes.bits[i]) << i;
     return votes;

@@ -1,5 +1,6 @@
-// Kernels with one mistake each, and right ones, for the tests of the shim itself: `faulty NAME` runs
-// one and ends with 1 if its results are wrong; sanitizers and the shim end it in their own ways.
+// Kernels with one mistake each, and right ones, for the tests of the shim itself: `faulty NAME`
+// runs one and ends with 1 if its results are wrong; sanitizers and the shim end it in their own
+// ways.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -95,12 +95,12 @@ std::unique_ptr<char[]> shared_memory(std::size_t bytes) {
 
 // --- changing between threads -------------------------------------------------------------------
 
-// The C library's own swapcontext: AddressSanitizer's would clear its marks on the stack that it goes
-// to, at each change, which is slow and hides errors.
+// The C library's own swapcontext: AddressSanitizer's would clear its marks on the stack that it
+// goes to, at each change, which is slow and hides errors.
 void change(ucontext_t& from, ucontext_t& to) {
     using Swap = int (*)(ucontext_t*, const ucontext_t*);
-    static const auto swap = reinterpret_cast<Swap>(
-        dlsym(dlopen("libc.so.6", RTLD_NOW | RTLD_NOLOAD), "swapcontext"));
+    static const auto swap =
+        reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_NOW | RTLD_NOLOAD), "swapcontext"));
     swap(&from, &to);
 }
 
@@ -215,8 +215,8 @@ std::string describe_divergence() {
 
 // --- blocks -------------------------------------------------------------------------------------
 
-// Which thread goes on is drawn anew at each step, but those of one warp, itself drawn, are held back
-// as long as others can go on: it is behind by as much as the barriers allow.
+// Which thread goes on is drawn anew at each step, but those of one warp, itself drawn, are held
+// back as long as others can go on: it is behind by as much as the barriers allow.
 std::size_t next_thread(std::size_t slow_warp) {
     std::size_t chosen = draw(ready.size());
     for (int tries = 0; tries < 8 && ready[chosen] / warpSize == slow_warp; ++tries) {

@@ -1,5 +1,5 @@
-// The threads of a CUDA block as fibres of one host thread: they run one at a time, in random order,
-// and change places only where they wait for one another.
+// The threads of a CUDA block as fibres of one host thread: they run one at a time, in random
+// order, and change places only where they wait for one another.
 #pragma once
 
 #include <array>
@@ -42,8 +42,8 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
 // everything. To try that, launches get at most so many blocks as a draw from 1, 2, 7 and 64 says.
 extern bool cut_grids;
 
-// Shared memory of the running block: on the heap with its exact size, so that AddressSanitizer sees
-// its ends, and filled with a pattern that is no sensible value when the block starts.
+// Shared memory of the running block: on the heap with its exact size, so that AddressSanitizer
+// sees its ends, and filled with a pattern that is no sensible value when the block starts.
 void* dynamic_shared_bytes();
 void* static_shared_bytes(const char* name, int line, std::size_t bytes);
 

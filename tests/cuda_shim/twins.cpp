@@ -1,5 +1,5 @@
-// The extension's bindings with the CUDA twins behind them, on CPU tensors: every tensor on the CPU is
-// taken for one on a CUDA device, and the CPU's twins are missing.
+// The extension's bindings with the CUDA twins behind them, on CPU tensors: every tensor on the CPU
+// is taken for one on a CUDA device, and the CPU's twins are missing.
 #define view_tensor view_tensor_where_it_is
 #include "../../csrc/bindings/torch_view.cpp"
 #undef view_tensor
@@ -21,13 +21,27 @@ TensorView view_tensor(pybind11::handle object) {
 namespace cpu {
 
 // Never called; a new operation adds its line.
-void masked_copies(const MaskedCopiesParams&, int) { std::abort(); }
-void head_flips(const HeadFlipsParams&, int) { std::abort(); }
-void classify(const ClassifyParams&, int) { std::abort(); }
-void confusion_counts(const ConfusionCountsParams&, int) { std::abort(); }
-void delta_activation(const DeltaActivationParams&, int) { std::abort(); }
-void delta_max_pool(const DeltaMaxPoolParams&, void*, int) { std::abort(); }
-void unit_delta(const UnitDeltaParams&, void*, int) { std::abort(); }
+void masked_copies(const MaskedCopiesParams&, int) {
+    std::abort();
+}
+void head_flips(const HeadFlipsParams&, int) {
+    std::abort();
+}
+void classify(const ClassifyParams&, int) {
+    std::abort();
+}
+void confusion_counts(const ConfusionCountsParams&, int) {
+    std::abort();
+}
+void delta_activation(const DeltaActivationParams&, int) {
+    std::abort();
+}
+void delta_max_pool(const DeltaMaxPoolParams&, void*, int) {
+    std::abort();
+}
+void unit_delta(const UnitDeltaParams&, void*, int) {
+    std::abort();
+}
 
 // Asked for by ops.py, which sees tensors of the CPU.
 UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams&) {
