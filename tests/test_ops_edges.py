@@ -55,6 +55,26 @@ def delta_max_pool_rows(size):
     return ops.delta_max_pool, (base, delta, index([1, 0, 1])), geometry
 
 
+def delta_activation(size):
+    base, delta, addend = torch.randn(2, size), torch.randn(3, size), torch.randn(3, size)
+    arguments = base, delta, index([1, 0, 1]), Activation("silu")
+    scales = {"scale": torch.rand(3), "addend_scale": torch.rand(3)}
+    return ops.delta_activation, arguments, {"addend": addend, **scales}
+
+
+def delta_mean_positions(size):
+    base, delta = torch.randn(2, 3, 1, size + 1), torch.randn(3, 3, 1, size + 1)
+    arguments = base, delta, index([1, 0, 1]), Activation("relu")
+    return ops.delta_mean, arguments, {"scale": torch.rand(3)}
+
+
+def delta_mean_channels(size):
+    base, delta, addend = (torch.randn(n, size, 3, 2) for n in (2, 3, 3))
+    delta = delta.contiguous(memory_format=torch.channels_last)
+    arguments = base, delta, index([1, 0, 1]), Activation("gelu")
+    return ops.delta_mean, arguments, {"addend": addend, "addend_scale": torch.rand(3)}
+
+
 def unit_delta(size):
     maps, weight = random_maps(2, 3, 3, 5, zeros=0.5), torch.randn(4, 3, 3, max(size, 1))
     pairs = 0 if size == 0 else 3
@@ -71,6 +91,9 @@ CASES = [
     masked_copies,
     delta_max_pool,
     delta_max_pool_rows,
+    delta_activation,
+    delta_mean_positions,
+    delta_mean_channels,
     unit_delta,
 ]
 
@@ -122,6 +145,7 @@ def test_rows_out_of_range_are_nan(cuda, dtype):
     base = base.double() if dtype == torch.float64 else base
     for op, options in [
         (ops.delta_activation, {"activation": Activation("gelu")}),
+        (ops.delta_mean, {"activation": Activation("relu")}),
         (ops.delta_max_pool, {"kernel": 2, "stride": 2, "out_size": (2, 2)}),
     ]:
         expected = on_reference(op, base, delta, in_range(BAD), **options)

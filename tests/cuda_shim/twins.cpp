@@ -33,7 +33,10 @@ void classify(const ClassifyParams&, int) {
 void confusion_counts(const ConfusionCountsParams&, int) {
     std::abort();
 }
-void delta_activation(const DeltaActivationParams&, int) {
+void delta_activation(const DeltaActivationParams&, void*, int) {
+    std::abort();
+}
+void delta_mean(const DeltaMeanParams&, void*, int) {
     std::abort();
 }
 void delta_max_pool(const DeltaMaxPoolParams&, void*, int) {
@@ -48,7 +51,11 @@ UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams&) {
     return {};
 }
 const Kernels& kernels() {
-    static const Kernels none{"cuda-on-cpu", nullptr, nullptr, nullptr, nullptr, nullptr};
+    static const Kernels none = [] {
+        Kernels all{};
+        all.name = "cuda-on-cpu";
+        return all;
+    }();
     return none;
 }
 bool use_isa(const std::string&) {
