@@ -19,6 +19,7 @@ ARGS   ?=
 
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/pyablate/*.h)
+SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
@@ -47,13 +48,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(SHIM)
 	$(BIN)/python tests/check_stubs.py
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(SHIM)
 
 $(VENV)/.bench: $(VENV)/.installed
 	@echo "installing what the benchmarks compare with"

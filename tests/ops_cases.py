@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyablate import _native
+from pyablate import _native, ops
 from pyablate.ops import Activation
 
-CORE = _native.core
+# Set by test_cuda_on_cpu.py for a process in which the extension's CUDA twins run on the CPU.
+CUDA_ON_CPU = os.environ.get("PYABLATE_CUDA_ON_CPU")
+
+
+def _core() -> Any:
+    if CUDA_ON_CPU is None:
+        return _native.core
+    spec = importlib.util.spec_from_file_location("pyablate._core", CUDA_ON_CPU)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CORE = _native.core = _core()
 
 ACTIVATIONS = [
     Activation("identity"),
@@ -59,10 +74,18 @@ TWINS = [
 
 @contextmanager
 def using_twin(name: str) -> Iterator[torch.device]:
-    """Use the kernels of one instruction set or of CUDA; skip, with the reason, if they are not."""
+    """Use the kernels of one instruction set or of CUDA; skip, with the reason, if they are not.
+
+    In a process whose CUDA twins run on the CPU, only the twin "cuda" can be asked for.
+    """
     if CORE is None:
         pytest.skip(f"no native module: {_native.build_info()['why_not']}")
     if name == "cuda":
+        if CUDA_ON_CPU is not None:
+            with pytest.MonkeyPatch.context() as patch:  # ops.py sees tensors of the CPU
+                patch.setattr(ops, "_cannot_encode", lambda _, codes: codes is not None)
+                yield torch.device("cpu")
+            return
         if not CORE.has_cuda:
             pytest.skip("the native module was built without CUDA")
         if not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from pyablate import ops
 from pyablate.ops import Activation
 
 NAMES = [f"{a.name}({a.a:g},{a.b:g})" for a in ACTIVATIONS]
-SIZES = [0, 1, 31, 32, 33, 111, 1025, 4097]
+SIZES = [0, 1, 30, 31, 32, 33, 111, 1025, 4097]
 
 
 def activation_truth(base, delta, image, activation, addend=None):

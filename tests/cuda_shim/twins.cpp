@@ -1,0 +1,66 @@
+// The extension's bindings with the CUDA twins behind them, on CPU tensors: every tensor on the CPU
+// is taken for one on a CUDA device, and the CPU's twins are missing.
+#define view_tensor view_tensor_where_it_is
+#include "../../csrc/bindings/torch_view.cpp"
+#undef view_tensor
+
+#include <cstdlib>
+
+#include "../../csrc/cpu/isa.h"
+#include "pyablate/confusion_counts.h"
+#include "pyablate/masked_copies.h"
+
+namespace pyablate {
+
+TensorView view_tensor(pybind11::handle object) {
+    TensorView view = view_tensor_where_it_is(object);
+    if (view.device == DeviceKind::cpu) view.device = DeviceKind::cuda;
+    return view;
+}
+
+namespace cpu {
+
+// Never called; a new operation adds its line.
+void masked_copies(const MaskedCopiesParams&, int) {
+    std::abort();
+}
+void head_flips(const HeadFlipsParams&, int) {
+    std::abort();
+}
+void classify(const ClassifyParams&, int) {
+    std::abort();
+}
+void confusion_counts(const ConfusionCountsParams&, int) {
+    std::abort();
+}
+void delta_activation(const DeltaActivationParams&, void*, int) {
+    std::abort();
+}
+void delta_mean(const DeltaMeanParams&, void*, int) {
+    std::abort();
+}
+void delta_max_pool(const DeltaMaxPoolParams&, void*, int) {
+    std::abort();
+}
+void unit_delta(const UnitDeltaParams&, void*, int) {
+    std::abort();
+}
+
+// Asked for by ops.py, which sees tensors of the CPU.
+UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams&) {
+    return {};
+}
+const Kernels& kernels() {
+    static const Kernels none = [] {
+        Kernels all{};
+        all.name = "cuda-on-cpu";
+        return all;
+    }();
+    return none;
+}
+bool use_isa(const std::string&) {
+    return false;
+}
+
+}  // namespace cpu
+}  // namespace pyablate
