@@ -2,6 +2,7 @@
 
 from pyablate import demo, interventions, ops, reference
 from pyablate._native import build_info
+from pyablate.correlation import correlate
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
@@ -18,6 +19,7 @@ __all__ = [
     "Site",
     "ablate",
     "build_info",
+    "correlate",
     "demo",
     "interventions",
     "load",
