@@ -2,6 +2,7 @@
 
 from pyablate import demo, interventions, ops, reference
 from pyablate._native import build_info
+from pyablate.clusters import cluster_images, cluster_units
 from pyablate.correlation import correlate
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
@@ -19,6 +20,8 @@ __all__ = [
     "Site",
     "ablate",
     "build_info",
+    "cluster_images",
+    "cluster_units",
     "correlate",
     "demo",
     "interventions",
