@@ -117,4 +117,4 @@ def _ratio(joint: Floats, first: Floats, second: Floats) -> Floats:
     scale = np.sqrt(first) * np.sqrt(second)
     # Below this the resample is constant: standardised values leave rounding, ranks leave 0.
     fine = scale > 1e-12
-    return np.where(fine, joint / np.where(fine, scale, 1.0), np.nan)
+    return np.where(fine, np.clip(joint / np.where(fine, scale, 1.0), -1.0, 1.0), np.nan)
