@@ -108,7 +108,7 @@ def mcnemar(lost: Ints, gained: Ints) -> Floats:
     total = np.asarray(lost + gained)
     changed = total > 0
     fewer = np.minimum(lost, gained)[changed]
-    p[changed] = np.minimum(1.0, 2 * _tabulated(_cdf, fewer, total[changed]))
+    p[changed] = np.minimum(1.0, 2 * stats.binom.cdf(fewer, total[changed], 0.5))
     return p
 
 
@@ -244,16 +244,11 @@ def layer_rows(result: AblationResult) -> dict[str, Ints]:
 def _tabulated(
     function: Callable[[Ints, Ints], Floats], index: Ints, count: Ints
 ) -> NDArray[np.float64]:
-    """``function(index, count)``, called once for each distinct pair: there are few of them."""
+    """Call ``function(index, count)`` once for each distinct pair: there are few of them."""
     stride = int(count.max(initial=0)) + 2  # an index lies between -1 and its count
     key = count * stride + index + 1
     distinct, place = np.unique(key, return_inverse=True)
     return function(distinct % stride - 1, distinct // stride)[place]
-
-
-def _cdf(index: Ints, count: Ints) -> Floats:
-    below: Floats = np.asarray(stats.binom.cdf(index, count, 0.5))
-    return below
 
 
 def _log_cdf(index: Ints, count: Ints) -> Floats:
