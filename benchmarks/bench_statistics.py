@@ -81,7 +81,7 @@ CASES = {
     "significance": Case(
         lambda result: result.significance()["q"].to_numpy(),
         scipy_everywhere,
-        "scipy's binomial in every cell",
+        "the formulas in scipy",
         sample=False,
         tolerance=1e-9,
     ),

@@ -61,14 +61,13 @@ def significance(result: AblationResult, *, fdr: float = 0.05) -> xr.Dataset:
 
     if not 0 < fdr < 1:
         raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
-    present = result.class_sizes > 0
-    p = mcnemar(result.lost, result.gained)
-    p[:, ~present] = np.nan
-    q = np.full_like(p, np.nan)
-    for rows in layer_rows(result).values():
-        cells = np.ix_(rows, present)
-        tested = p[cells]
-        q[cells] = adjusted(tested.ravel()).reshape(tested.shape)
+    p = np.empty(result.lost.shape)
+    q = np.empty_like(p)
+    for rows in layer_rows(result).values():  # by layers also because they fit into the cache
+        tested = mcnemar(result.lost[rows], result.gained[rows])
+        tested[:, result.class_sizes == 0] = np.nan
+        p[rows] = tested
+        q[rows] = adjusted(tested.ravel()).reshape(tested.shape)
     per_class = ("unit", "class")
     return xr.Dataset(
         {
@@ -104,12 +103,8 @@ def mcnemar(lost: Ints, gained: Ints) -> Floats:
     ndarray
         float64 of the same shape.
     """
-    p = np.ones(np.shape(lost))
-    total = np.asarray(lost + gained)
-    changed = total > 0
-    fewer = np.minimum(lost, gained)[changed]
-    p[changed] = np.minimum(1.0, 2 * stats.binom.cdf(fewer, total[changed], 0.5))
-    return p
+    tail: Floats = np.asarray(stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
+    return np.minimum(1.0, 2 * tail)
 
 
 def adjusted(p: Floats) -> Floats:

@@ -119,8 +119,11 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
     if path.is_dir():
         import xarray as xr
 
-        with xr.open_zarr(path, consolidated=False) as opened:
-            loaded: xr.Dataset = opened.load()
+        try:
+            with xr.open_zarr(path, consolidated=False) as opened:
+                loaded: xr.Dataset = opened.load()
+        except (OSError, ValueError, KeyError) as error:
+            raise OSError(f"{path}: not a Zarr group that xarray can open: {error}") from None
         return loaded
     try:
         frame = pd.read_csv(path)

@@ -318,3 +318,17 @@ def test_infinite_attributes_count_as_missing(
     found = pa.correlate(result, xr.Dataset.from_dataframe(table), layers="early", **_FEW)
     line = rows_of(found, attribute="noise", target="accuracy_drop")
     assert set(line["missing"]) == {1}
+
+
+# Zarr has no settled encoding of text; xarray's is the one there is.
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 specification")
+def test_tables_come_back_from_zarr(
+    result: pa.AblationResult, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    dataset = table.to_xarray()
+    dataset["unit"] = dataset["unit"].astype(str)
+    dataset.to_zarr(tmp_path / "table.zarr", consolidated=False)
+    pd.testing.assert_frame_equal(
+        pa.correlate(result, read_table(tmp_path / "table.zarr"), **_FEW),
+        pa.correlate(result, table, **_FEW),
+    )
