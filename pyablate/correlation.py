@@ -189,7 +189,7 @@ def _pair(
     both = np.isfinite(attribute) & np.isfinite(target)
     x, y = attribute[both], target[both]
     counts = {"units": len(x), "missing": len(both) - len(x)}
-    if len(x) < _FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < _FEWEST or x.min() == x.max() or y.min() == y.max():
         empty = dict.fromkeys(_FIGURES, np.nan)
         return [{"method": method, **counts, **empty} for method in methods]
     lines = []

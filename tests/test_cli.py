@@ -210,7 +210,8 @@ def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> No
     loss = np.array([[0.0, 0.9, 0.0], [0.02, 0.0, 0.5], [0.0, 0.0, 0.0]])
     simulate(loss, 0.02, 60, np.random.default_rng(0), ["a", "b", "b"]).save("planted.zarr")
     code, out, err = _invoke(
-        "significance", "planted.zarr", "--fdr", "0.1", "--csv", "units.csv", "--pairs", "pairs.csv",
+        "significance", "planted.zarr", "--fdr", "0.1", "--csv", "units.csv",
+        "--pairs", "pairs.csv",
     )  # fmt: skip
     assert code == 0, err
     result = pa.load("planted.zarr")
