@@ -59,7 +59,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images[3, 0, 0] = np.nan
     np.savez(tmp_path / "nan.npz", images=images, labels=np.arange(12) % 3)
     tiny = simulate(np.full((3, 2), 0.5), 0.5, 4, draw, ["x"] * 3)
-    tiny.save(tmp_path / "tiny.zarr")
+    tiny.save(tmp_path / "results/tiny.zarr")
     tiny.to_dataframe().to_csv(tmp_path / "units.csv", index=False)
     (tmp_path / "other.csv").write_text("unit,a\ny:0,1.5\n")
     (tmp_path / "plain.csv").write_text("a,b\n1.5,2\n")
@@ -280,7 +280,7 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
     assert all(layer in out for layer in layers)
 
 
-_CORRELATE = ("correlate", "tiny.zarr", "units.csv")
+_CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
 _BAD_INPUT = {
     "no such option": (("run", "x:y", "--dta", "demo"), "--dta"),
     "no such command": (("rum",), "rum"),
@@ -308,15 +308,15 @@ _BAD_INPUT = {
     "csv over a folder": ((*_RUN, "--csv", "notes"), "notes"),
     "layers without a sample": (("layers", "small_network:make"), "--input-shape"),
     "shape not numbers": (("layers", "small_network:make", "--input-shape", "a"), "--input-shape"),
-    "no such result": (("significance", "gone.zarr"), "gone.zarr"),
+    "no such run": (("significance", "gone.zarr"), "gone.zarr"),
     "significance of something else": (("significance", "notes"), "notes"),
-    "fdr above 1": (("significance", "tiny.zarr", "--fdr", "5"), "fdr"),
-    "pairs over a folder": (("significance", "tiny.zarr", "--pairs", "notes"), "notes"),
-    "no such attributes": (("correlate", "tiny.zarr", "gone.csv"), "gone.csv"),
-    "attributes of no unit": (("correlate", "tiny.zarr", "other.csv"), "'x:0'"),
-    "attributes without labels": (("correlate", "tiny.zarr", "plain.csv"), "'label'"),
-    "attributes in a picture": (("correlate", "tiny.zarr", "images.npz"), "images.npz"),
-    "attributes in no group": (("correlate", "tiny.zarr", "notes"), "notes"),
+    "fdr above 1": (("significance", "results/tiny.zarr", "--fdr", "5"), "fdr"),
+    "pairs over a folder": (("significance", "results/tiny.zarr", "--pairs", "notes"), "notes"),
+    "no such attributes": (("correlate", "results/tiny.zarr", "gone.csv"), "gone.csv"),
+    "attributes of no unit": (("correlate", "results/tiny.zarr", "other.csv"), "'x:0'"),
+    "attributes without labels": (("correlate", "results/tiny.zarr", "plain.csv"), "'label'"),
+    "attributes in a picture": (("correlate", "results/tiny.zarr", "images.npz"), "images.npz"),
+    "attributes in no group": (("correlate", "results/tiny.zarr", "notes"), "notes"),
     "no such target": ((*_CORRELATE, "--target", "gin"), "gini"),
     "no such method": ((*_CORRELATE, "--method", "pearso"), "pearson"),
     "no such attribute": ((*_CORRELATE, "--attribute", "aa"), "'aa'"),
