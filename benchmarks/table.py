@@ -20,6 +20,7 @@ TITLES = {
     "heads": "Last maps: global pooling and a linear layer",
     "efficientnet": "EfficientNet-Lite0 from its pixels on",
     "ops": "Native operations",
+    "statistics": "Statistics of a result",
     "growth": "Growth",
     "memory": "Peak memory",
 }
@@ -140,6 +141,19 @@ def operations(cases: Cases) -> str:
     return _table(["operation", "size", "native", "plain torch", "ratio (spread)"], lines)
 
 
+def statistics(cases: Cases) -> str:
+    lines = []
+    for name, case in sorted(cases.items()):
+        rivals = case["rivals"] or {"": None}
+        for rival, found in rivals.items():
+            theirs = (_seconds(median(found["seconds"])), _ratio(found)) if found else ("", "")
+            function = f"`{name.removeprefix('statistics ')}`"
+            lines.append(
+                (function, case["size"], _seconds(median(case["seconds"])), rival, *theirs)
+            )
+    return _table(["function", "size", "time", "rival", "its time", "ratio (spread)"], lines)
+
+
 def growth(cases: Cases) -> str:
     lines = [
         (
@@ -168,7 +182,7 @@ def memory(cases: Cases) -> str:
     return _table(["case", "`memory=`", "process grew by"], lines)
 
 
-TABLES = {"ops": operations, "growth": growth, "memory": memory}
+TABLES = {"ops": operations, "statistics": statistics, "growth": growth, "memory": memory}
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

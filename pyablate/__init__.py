@@ -2,6 +2,8 @@
 
 from pyablate import demo, interventions, ops, reference
 from pyablate._native import build_info
+from pyablate.clusters import cluster_images, cluster_units
+from pyablate.correlation import correlate
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
@@ -18,6 +20,9 @@ __all__ = [
     "Site",
     "ablate",
     "build_info",
+    "cluster_images",
+    "cluster_units",
+    "correlate",
     "demo",
     "interventions",
     "load",

@@ -216,7 +216,9 @@ class AblationResult:
     def max_class_drop(self) -> Floats:
         """float64 [unit]: largest drop over the classes.
 
-        An extreme statistic: a harmless unit with some random flips has a positive one too.
+        An extreme statistic: a harmless unit with some random flips has a positive one too. See
+        :meth:`max_class_test` for what chance makes of it, :meth:`split_half_drop` for an estimate
+        without that bias.
         """
         largest: Floats = np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
         return largest
@@ -294,12 +296,7 @@ class AblationResult:
                 "lost": (per_class, self.lost),
                 "gained": (per_class, self.gained),
             },
-            coords={
-                "unit": self.units["label"].to_numpy(dtype=str),
-                "layer": (unit, self.units["layer"].to_numpy(dtype=str)),
-                "index": (unit, self.units["unit"].to_numpy()),
-                "class": np.array(self.class_names, dtype=str),
-            },
+            coords=coordinates(self),
             attrs={
                 "intervention": self.intervention,
                 "baseline_accuracy": self.baseline_accuracy,
@@ -322,6 +319,30 @@ class AblationResult:
             self.class_accuracy_drop, columns=[f"drop: {name}" for name in self.class_names]
         )
         return pd.concat([self.units.reset_index(drop=True), summary, drops], axis=1)
+
+    def significance(self, *, fdr: float = 0.05) -> xr.Dataset:
+        """Test every class of every unit; see :func:`pyablate.statistics.significance`."""
+        from pyablate import statistics  # statistics knows results, not the reverse
+
+        return statistics.significance(self, fdr=fdr)
+
+    def noise_floor(self) -> Floats:
+        """float64 [unit]: see :func:`pyablate.statistics.noise_floor`."""
+        from pyablate import statistics
+
+        return statistics.noise_floor(self)
+
+    def split_half_drop(self, *, splits: int = 10, seed: int = 0) -> Floats:
+        """float64 [unit]: see :func:`pyablate.statistics.split_half_drop`."""
+        from pyablate import statistics
+
+        return statistics.split_half_drop(self, splits=splits, seed=seed)
+
+    def max_class_test(self, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
+        """One row per unit: see :func:`pyablate.statistics.max_class_test`."""
+        from pyablate import statistics
+
+        return statistics.max_class_test(self, splits=splits, seed=seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as a Zarr group; see :func:`pyablate.store.save`."""
@@ -348,3 +369,13 @@ class AblationResult:
         if not len(found):
             raise ValueError(f"rows: no unit {str(label)!r} in this result")
         return int(found[0])
+
+
+def coordinates(result: AblationResult) -> dict[str, Any]:
+    """Labels of the dimensions ``unit`` and ``class``, for an ``xarray.Dataset``."""
+    return {
+        "unit": result.units["label"].to_numpy(dtype=str),
+        "layer": ("unit", result.units["layer"].to_numpy(dtype=str)),
+        "index": ("unit", result.units["unit"].to_numpy()),
+        "class": np.array(result.class_names, dtype=str),
+    }

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from simulated import simulate
 from typer.testing import CliRunner
 
 import pyablate as pa
@@ -57,6 +58,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "bad_labels.npz", images=images, labels=np.arange(12) - 1)
     images[3, 0, 0] = np.nan
     np.savez(tmp_path / "nan.npz", images=images, labels=np.arange(12) % 3)
+    tiny = simulate(np.full((3, 2), 0.5), 0.5, 4, draw, ["x"] * 3)
+    tiny.save(tmp_path / "results/tiny.zarr")
+    tiny.to_dataframe().to_csv(tmp_path / "units.csv", index=False)
+    (tmp_path / "other.csv").write_text("unit,a\ny:0,1.5\n")
+    (tmp_path / "plain.csv").write_text("a,b\n1.5,2\n")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("not a result")
     monkeypatch.chdir(tmp_path)
@@ -89,7 +95,9 @@ def _error_lines(err: str) -> list[str]:
 _RUN = ("run", "small_network:make", "--data", "images.npz")
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "layers", "plan", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "run", "layers", "plan", "significance", "correlate", "doctor"]
+)
 def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
     code, out, _ = _invoke("--help")
     assert code == 0
@@ -198,6 +206,56 @@ def test_plan_explains_without_running(here: Path) -> None:
     assert sorted(path.name for path in here.iterdir() if path.suffix == ".zarr") == []
 
 
+def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> None:
+    loss = np.array([[0.0, 0.9, 0.0], [0.02, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    simulate(loss, 0.02, 60, np.random.default_rng(0), ["a", "b", "b"]).save("planted.zarr")
+    code, out, err = _invoke(
+        "significance", "planted.zarr", "--fdr", "0.1", "--csv", "units.csv",
+        "--pairs", "pairs.csv",
+    )  # fmt: skip
+    assert code == 0, err
+    result = pa.load("planted.zarr")
+    units = pd.read_csv("units.csv")
+    pd.testing.assert_frame_equal(units, result.max_class_test(), check_dtype=False)
+    tests = result.significance(fdr=0.1)
+    pairs = pd.read_csv("pairs.csv")
+    assert list(zip(pairs["label"], pairs["class"], strict=True)) == [
+        ("a:0", "class 1"),
+        ("b:0", "class 2"),
+    ]
+    np.testing.assert_allclose(pairs["q"], tests["q"].to_numpy()[[0, 1], [1, 2]])
+    rows = [line.split() for line in out.splitlines()]
+    assert any(row[:7] == ["a", "3", "1", "0", "0", "class", "1"] for row in rows)
+    assert "false discovery rate of 0.1" in out
+    assert "Written: units.csv and pairs.csv" in " ".join(out.split())
+
+
+def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
+    assert _invoke(*_RUN)[0] == 0
+    result = pa.load("run.zarr")
+    table = pd.DataFrame({"good": result.accuracy_drop + 0.0, "number": np.arange(10.0)})
+    table.set_index(pd.Index(result.units["label"], name="unit")).to_csv("attributes.csv")
+    code, out, err = _invoke(
+        "correlate", "run.zarr", "attributes.csv", "--target", "accuracy_drop", "--layers", "3",
+        "--method", "kendall", "--resamples", "30", "--seed", "2", "--csv", "found.csv",
+    )  # fmt: skip
+    assert code == 0, err
+    expected = pa.correlate(
+        result,
+        table.set_index(result.units["label"]),
+        targets="accuracy_drop",
+        layers="3",
+        methods="kendall",
+        resamples=30,
+        seed=2,
+    )
+    found = pd.read_csv("found.csv", dtype={"layer": str})
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    assert "good" in out
+    assert "number" in out
+    assert "Written: found.csv" in out
+
+
 def test_doctor_says_what_was_built() -> None:
     code, out, _ = _invoke("doctor")
     assert code == 0
@@ -222,6 +280,7 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
     assert all(layer in out for layer in layers)
 
 
+_CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
 _BAD_INPUT = {
     "no such option": (("run", "x:y", "--dta", "demo"), "--dta"),
     "no such command": (("rum",), "rum"),
@@ -249,6 +308,18 @@ _BAD_INPUT = {
     "csv over a folder": ((*_RUN, "--csv", "notes"), "notes"),
     "layers without a sample": (("layers", "small_network:make"), "--input-shape"),
     "shape not numbers": (("layers", "small_network:make", "--input-shape", "a"), "--input-shape"),
+    "no such run": (("significance", "gone.zarr"), "gone.zarr"),
+    "significance of something else": (("significance", "notes"), "notes"),
+    "fdr above 1": (("significance", "results/tiny.zarr", "--fdr", "5"), "fdr"),
+    "pairs over a folder": (("significance", "results/tiny.zarr", "--pairs", "notes"), "notes"),
+    "no such attributes": (("correlate", "results/tiny.zarr", "gone.csv"), "gone.csv"),
+    "attributes of no unit": (("correlate", "results/tiny.zarr", "other.csv"), "'x:0'"),
+    "attributes without labels": (("correlate", "results/tiny.zarr", "plain.csv"), "'label'"),
+    "attributes in a picture": (("correlate", "results/tiny.zarr", "images.npz"), "images.npz"),
+    "attributes in no group": (("correlate", "results/tiny.zarr", "notes"), "notes"),
+    "no such target": ((*_CORRELATE, "--target", "gin"), "gini"),
+    "no such method": ((*_CORRELATE, "--method", "pearso"), "pearson"),
+    "no such attribute": ((*_CORRELATE, "--attribute", "aa"), "'aa'"),
     "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
 }
 

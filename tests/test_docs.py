@@ -46,6 +46,17 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(saved.units) > 100
 
 
+@pytest.mark.slow
+def test_python_in_the_page_on_statistics_runs() -> None:
+    text = (_ROOT / "docs" / "statistics.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    short = code.replace("limit=500", "limit=100").replace("clusters=6)", "clusters=3)")
+    assert short != code
+    names: dict[str, object] = {}
+    exec(compile(short, "statistics.md", "exec"), names)
+    assert {"tests", "table", "floor", "honest", "found", "units", "broken"} <= set(names)
+
+
 def test_versions_agree() -> None:
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
