@@ -128,7 +128,7 @@ class Suffix:
         return lambda dtype: max(1, slice_bytes // (self.widest * carried(dtype).itemsize))
 
     def columns(self, weight: Tensor, channel: Tensor) -> Tensor:
-        """Columns ``[K, U]`` of the last layer that the job's units reach, laid out by unit once."""
+        """Columns ``[K, U]`` of the last layer that the units reach, laid out by unit once."""
         if weight.dtype not in self._columns:
             self._columns[weight.dtype] = weight.t().index_select(0, channel).contiguous()
         return self._columns[weight.dtype].t()

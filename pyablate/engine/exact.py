@@ -1,0 +1,104 @@
+"""What float32 leaves open, decided in float64: the delta engine once more, one image at a time.
+
+Close calls come in crowds: where the intact network hesitates between two classes, so it does for
+nearly every unit. One float64 pass over such an image serves all of its pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyablate.batches import Batch
+from pyablate.capture import Graph
+from pyablate.engine.ablations import Job, stand_ins
+from pyablate.engine.delta import Clean, Suffix, Sweep, needed
+from pyablate.engine.replay import Decision, Replay, decision
+
+logger = logging.getLogger("pyablate")
+
+SLICE = 16 << 20
+"""Bytes of the widest delta of one slice of pairs."""
+
+AGREE = 1e-9
+"""Share of the largest logit by which the graph may differ from the model in float64."""
+
+
+@dataclass(eq=False)
+class Exact:
+    """The captured network in float64.
+
+    Attributes
+    ----------
+    graph : Graph
+        With constants in float64.
+    replay : Replay
+        The model itself in float64, for donors and statistics.
+    """
+
+    graph: Graph
+    replay: Replay
+
+    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
+        """Class of each pair; see :meth:`pyablate.engine.replay.Replay.decide`."""
+        return decision(self.logits(batch, job, row, image))
+
+    def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
+        """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""
+        used, inverse = image.unique(return_inverse=True)
+        few = batch.take(used).to(torch.float64)
+        suffix = None if job is None else self._suffix(job)
+        keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
+        with torch.no_grad():
+            tensors = self.graph.run(few.images, keep)
+            logits: Tensor = tensors[self.graph.logits]
+            rows = logits[inverse]
+            if suffix is None or job is None or self.graph.logits not in suffix.nodes:
+                return rows
+            prediction = logits.argmax(dim=1).to(torch.int32)
+            clean = Clean(tensors, logits, prediction, torch.zeros_like(logits[:, 0]))
+            replay = self.replay
+            standins = stand_ins(replay.model, replay.data, few, job, replay.statistics)
+            sweep = Sweep(suffix, clean, standins)
+            if job.channelwise:
+                sweep.advance()
+            size = suffix.pairs_in(SLICE)(torch.float64)
+            for some in torch.arange(len(row), device=row.device).split(size):
+                change = sweep.change(row[some], inverse[some], torch.float64)
+                if change is not None:
+                    rows[some] += change
+        return rows
+
+    def _suffix(self, job: Job) -> Suffix:
+        if job not in self._suffixes:
+            self._suffixes[job] = Suffix.of(self.graph, job)
+        return self._suffixes[job]
+
+    @cached_property
+    def _suffixes(self) -> dict[Job, Suffix]:
+        return {}
+
+
+def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:
+    """Decide by the captured network where it computes in float64 what the model does."""
+    if graph is None or replay.dtype != torch.float64:
+        return replay
+    constants = {
+        node: value.double() if value.is_floating_point() else value
+        for node, value in graph.constants.items()
+        if isinstance(value, Tensor)
+    }
+    found = Exact(replace(graph, constants={**graph.constants, **constants}), replay)
+    every = torch.arange(len(sample), device=sample.index.device)
+    expected = replay.logits(sample, None, every, every)
+    try:
+        logits = found.logits(sample, None, every, every)
+    except RuntimeError as error:  # an operator with a dtype of its own
+        logger.debug("the graph does not run in float64: %s", error)
+        return replay
+    close = (logits - expected).abs().amax() <= AGREE * expected.abs().amax()
+    return found if logits.dtype == torch.float64 and bool(close) else replay
