@@ -792,6 +792,6 @@ def _code_arguments(codes: Codes | None, result: Tensor) -> tuple[Tensor | None,
         return None, None
     check_tensor("codes", codes.values, dtypes=(torch.uint8,), like=result)
     check_shape("codes", codes.values, tuple(result.shape))
-    if not same_layout(codes.values, result):
-        raise ValueError(f"codes: expected the strides of the result, {result.stride()}")
+    if not codes.values.is_contiguous(memory_format=layout_of(result)):
+        raise ValueError(f"codes: expected the layout of the result, {layout_of(result)}")
     return codes.values, codes.scale

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from pyablate import shortage
 from pyablate.batches import Batch
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
@@ -151,13 +152,8 @@ class _Sweep:
         total = setup.rows * len(setup.data)
         done = 0
         report(0, total, setup.jobs[0].name)
-        for batch in setup.data.batches(setup.batch_size):
-            if setup.graph is None:
-                clean = baseline.run_model(setup.model, setup.exact, batch, margin=setup.margin)
-            else:
-                clean = baseline.run_graph(
-                    setup.graph, keep, setup.exact, batch, margin=setup.margin
-                )
+        batches = setup.data.batches(setup.batch_size)
+        for batch, clean in (found for part in batches for found in self._clean(part, keep)):
             self.labels.append(batch.labels.cpu().numpy())
             self.baseline.append(clean.prediction.cpu().numpy())
             for job in setup.jobs:
@@ -182,6 +178,26 @@ class _Sweep:
                 self.mismatches,
                 self.checked,
             )
+
+    def _clean(self, batch: Batch, keep: set[fx.Node]) -> Iterator[tuple[Batch, Clean]]:
+        """Run the intact network, on halves of the batch where memory does not suffice."""
+        setup = self.setup
+        try:
+            if setup.graph is None:
+                clean = baseline.run_model(setup.model, setup.exact, batch, margin=setup.margin)
+            else:
+                clean = baseline.run_graph(
+                    setup.graph, keep, setup.exact, batch, margin=setup.margin
+                )
+        except shortage.ERRORS as error:
+            if len(batch) == 1 or not shortage.is_shortage(error):
+                raise
+        else:
+            yield batch, clean
+            return
+        logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
+        for half in torch.arange(len(batch), device=batch.index.device).split(len(batch) // 2):
+            yield from self._clean(batch.take(half), keep)
 
     def _predictions(
         self, job: Job, suffix: Suffix | None, ladder: Ladder, batch: Batch, clean: Clean

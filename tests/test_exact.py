@@ -49,7 +49,7 @@ def test_every_intervention(name: str, intervention: str) -> None:
     check(model, (images, labels), layers, intervention=intervention)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["dense", "shuffle", "convnext", "vit_library", "pooling"])
 def test_every_precision(name: str, precision: str) -> None:
     model, images, labels = networks.network(name)

@@ -76,7 +76,7 @@ def test_threads(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stor
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_precision(
     case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, precision: str
 ) -> None:

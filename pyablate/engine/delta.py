@@ -174,6 +174,8 @@ class Sweep:
 
     def advance(self) -> None:
         """Carry deltas as far as they stay on their channels; the rest is deferred."""
+        if not self.suffix.nodes:
+            return
         start, *rest = self.suffix.nodes
         if replaced.possible(self.suffix.job):
             self.replaced[start] = self._replacement(start)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyablate import ops
+from pyablate import ops, shortage
 
 logger = logging.getLogger("pyablate")
 
@@ -78,12 +78,15 @@ class Ladder:
         How the pairs were settled: "delta", or "closed form" where that was all it took.
     settled : dict
         Pairs decided by each tier so far.
+    most : int
+        Pairs at a time for which memory has been seen to suffice.
     """
 
     tiers: list[torch.dtype]
     doubts: dict[torch.dtype, float] = field(default_factory=dict)
     strategy: str = "delta"
     settled: dict[torch.dtype, int] = field(default_factory=dict)
+    most: int = 1 << 30
 
     @property
     def full(self) -> torch.dtype:
@@ -120,10 +123,11 @@ class Ladder:
         prediction = clean.prediction[image]
         open_ = torch.arange(len(row), device=row.device)
         for tier in self.tiers:
-            for some in open_.split(size(tier)):
-                decided = self._decide(change, row[some], image[some], clean, tier)
-                if decided is not None:
-                    prediction[some] = decided
+            start = 0
+            while start < len(open_):
+                some = open_[start : start + min(size(tier), self.most)]
+                if self._fill(prediction, some, change, row, image, clean, tier):
+                    start += len(some)
             left = open_[prediction[open_] < 0]
             self.settled[tier] = self.settled.get(tier, 0) + len(open_) - len(left)
             open_ = left
@@ -131,11 +135,28 @@ class Ladder:
                 break
         return prediction
 
-    def _decide(
-        self, change: Change, row: Tensor, image: Tensor, clean: Known, tier: torch.dtype
-    ) -> Tensor | None:
-        delta = change(row, image, tier)
-        return None if delta is None else self._classify(delta, image, clean, tier)
+    def _fill(
+        self,
+        prediction: Tensor,
+        some: Tensor,
+        change: Change,
+        row: Tensor,
+        image: Tensor,
+        clean: Known,
+        tier: torch.dtype,
+    ) -> bool:
+        """Decide some pairs; False, and fewer at a time from now on, if memory does not suffice."""
+        try:
+            delta = change(row[some], image[some], tier)
+        except shortage.ERRORS as error:
+            if len(some) == 1 or not shortage.is_shortage(error):
+                raise
+            self.most = len(some) // 2
+            logger.warning("out of memory: going on with %d pairs at a time", self.most)
+            return False
+        if delta is not None:
+            prediction[some] = self._classify(delta, image[some], clean, tier)
+        return True
 
     def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
         doubt = self.doubts.get(tier, FULL)

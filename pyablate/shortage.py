@@ -1,0 +1,15 @@
+"""Out of memory: how to tell, and going on with half as much at a time."""
+
+from __future__ import annotations
+
+import torch
+
+ERRORS = (MemoryError, RuntimeError)
+"""What to catch; :func:`is_shortage` tells which of them it is."""
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,202 @@
+"""The ladder of precisions: what it doubts, what it reports, and what it does without memory."""
+
+import logging
+
+import networks
+import pytest
+import torch
+from oracle import check
+from torch import nn
+
+import pyablate as pa
+from pyablate import peaks, prepare, run
+from pyablate.engine import eight_bit
+from pyablate.engine.tiers import Ladder
+
+
+class Clean:
+    """Three images of two classes, the second of them nearly a tie."""
+
+    logits = torch.tensor([[1.0, 0.0], [0.1, 0.0], [0.0, 2.0]])
+    prediction = torch.tensor([0, 0, 1], dtype=torch.int32)
+    tolerance = torch.full((3,), 1e-6)
+
+
+def pairs(count):
+    return torch.arange(count), torch.arange(count) % 3
+
+
+def true_change(row, image, dtype):
+    """A change of its own for every row; rough in bfloat16."""
+    change = torch.stack([torch.zeros(len(row)), 0.21 * torch.sin(row.float())], dim=1)
+    if dtype == torch.bfloat16:
+        change[:, 1] *= 1 + 0.02 * torch.cos(37.0 * row.float())
+    return change
+
+
+def test_doubtful_pairs_are_decided_again_in_the_next_tier():
+    row, image = pairs(3000)
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    found = ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    expected = (Clean.logits[image] + true_change(row, image, torch.float32)).argmax(1)
+    assert torch.equal(found.long(), expected)
+    assert ladder.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
+    assert 0 < ladder.settled[torch.float32] < 500
+    assert ladder.settled[torch.bfloat16] + ladder.settled[torch.float32] == 3000
+
+
+def test_a_useless_tier_is_left_out():
+    row, image = pairs(300)
+
+    def change(row, image, dtype):
+        exact = true_change(row, image, torch.float32)
+        return exact if dtype == torch.float32 else torch.zeros_like(exact)
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    found = ladder.settle(change, row, image, Clean(), lambda _: 64)
+    assert ladder.tiers == [torch.float32]
+    expected = (Clean.logits[image] + change(row, image, torch.float32)).argmax(1)
+    assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you can't allocate memory, sorry")])
+def test_without_memory_it_goes_on_with_fewer_pairs(error, caplog):
+    row, image = pairs(1000)
+    asked = []
+
+    def change(row, image, dtype):
+        asked.append(len(row))
+        if len(row) > 100:
+            raise error
+        return true_change(row, image, dtype)
+
+    ladder = Ladder([torch.float32])
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        found = ladder.settle(change, row, image, Clean(), lambda _: 512)
+    assert asked[:4] == [512, 256, 128, 64]
+    assert max(asked[4:]) == 64
+    assert "out of memory" in caplog.text
+    plenty = Ladder([torch.float32])
+    assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def change(row, image, dtype):
+        raise RuntimeError("shapes do not fit")
+
+    row, image = pairs(100)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        Ladder([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
+
+
+def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
+    model, images, labels = networks.network("residual", 24)
+    expected = pa.ablate(model, (images, labels), progress=False)
+    real, seen = run.baseline.run_graph, []
+
+    def run_graph(graph, keep, exact, batch, **options):
+        seen.append(len(batch))
+        if len(batch) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(graph, keep, exact, batch, **options)
+
+    monkeypatch.setattr(run.baseline, "run_graph", run_graph)
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        result = pa.ablate(model, (images, labels), progress=False)
+    assert seen[:3] == [24, 12, 6]
+    assert "going on with 6 images" in caplog.text
+    assert result.baseline.tolist() == expected.baseline.tolist()
+    for mine, theirs in zip(
+        (result.flips.image, result.flips.prediction),
+        (expected.flips.image, expected.flips.prediction),
+        strict=True,
+    ):
+        assert mine.tolist() == theirs.tolist()
+
+
+def test_the_run_says_what_it_took():
+    model, images, labels = pa.demo.load("vgg_bn", limit=64)
+    result = pa.ablate(model, (images, labels), "features.9", precision="bf16", progress=False)
+    effort = result.effort
+    assert list(effort.layer_seconds) == ["features.9"]
+    assert 0 < effort.layer_seconds["features.9"] < result.seconds
+    assert effort.doubt["features.9"]["bfloat16"] >= 0.02
+    assert sum(effort.settled.values()) <= 64 * 64
+    assert effort.settled["bfloat16"] > 0.9 * 64 * 64
+
+
+def test_eight_bits_where_they_are_exact(monkeypatch):
+    model, images, labels = networks.network("residual", 4)
+    monkeypatch.setattr(eight_bit, "available", lambda: False)
+    with pytest.raises(ValueError, match=r'precision: .*VNNI.* for "int8"'):
+        pa.ablate(model, (images, labels), precision="int8", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"float32": 100, "bfloat16": 200, "int8": 400}, (torch.int8, torch.bfloat16)),
+        ({"float32": 100, "bfloat16": 50, "int8": 400}, (torch.int8,)),
+        ({"float32": 100, "bfloat16": 200, "int8": 210}, (torch.bfloat16,)),
+        ({"float32": 100, "bfloat16": 0, "int8": 0}, ()),
+    ],
+)
+def test_auto_takes_what_is_fast_here(monkeypatch, rates, expected):
+    def rate(device, dtype):
+        return float(rates[str(dtype).removeprefix("torch.")])
+
+    monkeypatch.setattr(prepare, "convolution_rate", rate)
+    found = prepare._low_precisions("auto", torch.float32, torch.device("cpu"))
+    assert found == expected
+
+
+@pytest.mark.skipif(not eight_bit.available(), reason="this processor has no exact 8-bit products")
+def test_eight_bit_convolution_is_right_to_its_rounding():
+    torch.manual_seed(0)
+    delta = torch.randn(40, 32, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 32, 3, 3)
+    geometry = ([2, 1], [1, 1], [1, 2])
+    filters = eight_bit.prepare(weight, geometry, list(delta.shape))
+    codes = pa.ops.encode(delta)
+    result = eight_bit.convolve(codes.values, filters).float() * codes.scale.reshape(-1, 1, 1, 1)
+    exact = nn.functional.conv2d(delta.double(), weight.double(), None, *geometry)
+    error = (result - exact).abs().amax() / exact.std()
+    assert 1e-4 < error < 0.05
+    # as many pairs as there are: the filters were prepared for 40
+    few = eight_bit.convolve(codes.values[:3], filters)
+    assert torch.equal(few, eight_bit.convolve(codes.values, filters)[:3])
+
+
+def test_peaks_are_plausible():
+    for rate in (peaks.unit_rate("cpu"), peaks.change_rate("cpu")):
+        assert 1e7 < rate < 1e14
+
+
+class Padded(nn.Module):
+    """Paddings of every kind in front of convolutions and pools, as networks from elsewhere do."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+        self.first = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.last = nn.Conv2d(8, 16, 3, stride=2)
+        self.head = nn.Linear(16, 5)
+
+    def pad(self, x, margins):
+        value = 1.5 if self.mode == "number" else None
+        mode = "constant" if self.mode == "number" else self.mode
+        return nn.functional.pad(x, margins, mode, value)
+
+    def forward(self, x):
+        x = self.first(self.pad(x, (1, 1, 1, 1))).relu()
+        x = self.depthwise(self.pad(x, (0, 1, 0, 1))).relu()  # as TensorFlow pads
+        x = self.last(self.pad(x, (1, 2, 2, 1))).relu()
+        return self.head(nn.functional.max_pool2d(self.pad(x, (1, 0, 0, 1)), 2).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["constant", "number", "reflect", "replicate", "circular"])
+def test_padding_apart_from_its_convolution(mode):
+    torch.manual_seed(0)
+    model, images = Padded(mode).eval(), torch.randn(6, 3, 12, 12)
+    check(model, (images, torch.arange(6) % 5))
