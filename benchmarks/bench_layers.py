@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import pandas as pd
 import pytest
 from measure import Job, Settings, compare
 from rivals import Cached, Captum
 from subjects import cut
+from torch.profiler import ProfilerActivity, profile
 
 import pyablate as pa
 
@@ -48,7 +48,10 @@ def test_layer(benchmark: Any, settings: Settings, network: str, layer: str) -> 
         rivals,
         settings,
         group="layers",
-        extra=lambda count, seconds: prediction(network, layer, count, seconds, settings),
+        extra=lambda count, seconds: {
+            **prediction(network, layer, count, seconds, settings),
+            **dense_part(network, layer, Job(model, images, layer), count, settings),
+        },
     )
 
 
@@ -56,22 +59,45 @@ def prediction(
     network: str, layer: str, images: int, seconds: float, settings: Settings
 ) -> dict[str, Any]:
     """Return what the plan said, and the share of the measured peak that the dense part reached."""
-    table, gflops = planned(network, settings.device)
-    row = table.loc[layer]
-    scale = images / 1000
+    plan = planned(network, settings.device)
+    row = plan.table.set_index("layer").loc[layer]
+    scale = images / plan.images
     return {
         "kind": "fully connected layers" if layer.startswith("classifier") else "conv layers",
         "predicted_seconds": row["seconds"] * scale,
         "gflop": row["gflop"] * scale,
-        "peak_gflops": gflops,
-        "peak_share": row["gflop"] * scale / seconds / gflops,
+        "tiers": plan.tiers,
+        "peak_gflops": plan.gflops,
+        "peak_share": row["gflop"] * scale / seconds / plan.gflops,
     }
 
 
+DENSE = {
+    "int8": "onednn::qconv2d_pointwise",
+    "bfloat16": "aten::mkldnn_convolution",
+}
+
+
+def dense_part(
+    network: str, layer: str, job: Job, count: int, settings: Settings
+) -> dict[str, Any]:
+    """Return the rate of the dense convolutions of the cheapest tier, while they run."""
+    plan = planned(network, settings.device)
+    gflop = plan.table.set_index("layer").loc[layer, "dense"] * count / plan.images
+    operation = DENSE.get(plan.tiers[0])
+    if operation is None or settings.device != "cpu" or layer.startswith("classifier"):
+        return {}
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        job.run(count)
+    spent = sum(e.self_cpu_time_total for e in seen.key_averages() if e.key == operation) / 1e6
+    if gflop < 1 or not spent:
+        return {}
+    return {"dense_seconds": spent, "dense_share": gflop / spent / plan.gflops}
+
+
 @functools.cache
-def planned(network: str, device: str) -> tuple[pd.DataFrame, float]:
+def planned(network: str, device: str) -> pa.Plan:
     """Plan all layers of a network for 1,000 images."""
     model = pa.demo.network(network).to(device)
     images, labels = pa.demo.images(16)
-    plan = pa.plan(model, (images.to(device), labels), images=1000)
-    return plan.table.set_index("layer"), plan.gflops
+    return pa.plan(model, (images.to(device), labels), images=1000)

@@ -34,6 +34,10 @@ def main() -> None:
     arguments = parser.parse_args()
     known = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
     text = "\n\n".join(of_machine(found) for found in known) or "No results here yet."
+    picture = arguments.page.parent / "images" / "performance.png"
+    if known and picture.parent.is_dir():
+        plot(known, picture)
+        text = f"![Ratios of all comparisons](images/{picture.name})\n\n{text}"
     arguments.page.write_text(between(arguments.page.read_text(), text))
 
 
@@ -120,11 +124,47 @@ def _summary(cases: Cases) -> list[str]:
             cases[name]["predicted_seconds"] / median(cases[name]["seconds"]) for _, name in shares
         ]
         lines.append(
-            f"Dense arithmetic by the plan over measured time: median "
-            f"{median(s for s, _ in shares):.0%} of the measured peak. Predicted over measured "
-            f"time: median {median(off):.2f}, from {min(off):.2f} to {max(off):.2f}."
+            f"Floor: all arithmetic by the plan at the measured peak of the cheapest tier would "
+            f"take {median(s for s, _ in shares):.0%} of the measured time (median). Predicted "
+            f"over measured time: median {median(off):.2f}, from {min(off):.2f} to {max(off):.2f}."
+        )
+    dense = [case["dense_share"] for case in cases.values() if "dense_share" in case]
+    if dense:
+        lines.append(
+            f"While they run, the dense convolutions of the cheapest tier reach a median of "
+            f"{median(dense):.0%} of its measured peak, from {min(dense):.0%} to {max(dense):.0%}."
         )
     return lines
+
+
+def plot(known: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios of every comparison, on a logarithmic axis."""
+    import matplotlib.pyplot as plt  # only whoever writes results needs it
+
+    groups = ("layers", "networks", "heads", "efficientnet")
+    found = [
+        (f"{name}  against  {rival}", entry)
+        for machine in known
+        for group in groups
+        for name, case in sorted(machine["cases"].items())
+        if case["group"] == group
+        for rival, entry in case["rivals"].items()
+    ]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.21 * len(found)), layout="constrained")
+    rows = range(len(found))
+    ratios = [entry["ratio"] for _, entry in found]
+    spread = [
+        [max(0.0, e["ratio"] - e["least"]) for _, e in found],
+        [max(0.0, e["most"] - e["ratio"]) for _, e in found],
+    ]
+    axes.errorbar(ratios, rows, xerr=spread, fmt="o", markersize=4, color="#0072b2")
+    axes.axvline(1, color="0.5", linewidth=1)
+    axes.set(xscale="log", yticks=list(rows), xlabel="times as fast (median and spread)")
+    axes.set_yticklabels([label for label, _ in found], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def operations(cases: Cases) -> str:

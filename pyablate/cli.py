@@ -103,7 +103,8 @@ Precision = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Arithmetic of the dense part: auto, fp32 or bf16; the predictions are the same.",
+        help="Arithmetic of the dense part: auto, int8, bf16, fp32 or fp64; the predictions are "
+        "the same.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the audit and of random interventions.")]

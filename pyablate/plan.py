@@ -57,8 +57,8 @@ class Plan:
     ----------
     table : pandas.DataFrame
         One row per layer: ``layer``, ``strategy``, ``units``, ``pairs`` (unit, image), ``live``
-        (share of pairs that need work at all), ``gflop`` (dense arithmetic), ``gbyte`` (tensors
-        read and written) and ``seconds`` (predicted).
+        (share of pairs that need work at all), ``gflop`` (arithmetic; ``dense`` of it in the
+        cheapest tier), ``gbyte`` (differences read and written) and ``seconds`` (predicted).
     images : int
         Images that the run would see.
     batch_size : int
@@ -104,6 +104,7 @@ class Plan:
             pairs=[f"{pairs:,}" for pairs in table["pairs"]],
             live=[f"{live:.0%}" for live in table["live"]],
             gflop=[f"{gflop:,.1f}" for gflop in table["gflop"]],
+            dense=[f"{dense:,.1f}" for dense in table["dense"]],
             gbyte=[f"{gbyte:,.2f}" for gbyte in table["gbyte"]],
             seconds=[f"{seconds:,.2f}" for seconds in table["seconds"]],
         )
@@ -249,6 +250,7 @@ def _row(cost: _Cost, images: int, peaks: Peaks) -> dict[str, Any]:
         "pairs": pairs,
         "live": cost.live,
         "gflop": live * (cost.dense + cost.floating + cost.unit) / 1e9,
+        "dense": live * (cost.dense or cost.floating) / 1e9,
         "gbyte": gbyte,
         "seconds": seconds,
         "slice": cost.slice,

@@ -50,6 +50,8 @@ class Channel:
     inner : int
         Consecutive entries of ``axis`` that belong to one channel: 1, or after flattening
         ``[N, C, H, W]`` to ``[N, C * H * W]`` the H * W positions (then ``rest`` is ``[H * W]``).
+    whole : bool
+        Whether the columns are all channels in order.
     """
 
     values: Tensor
@@ -57,6 +59,7 @@ class Channel:
     channel: Tensor
     size: int
     inner: int = 1
+    whole: bool = False
 
     def dense(self, image: Tensor, column: Tensor) -> Tensor:
         """Spell out ``[P, ...]`` for pairs (image, column), zero on all other channels."""
@@ -83,9 +86,7 @@ class Channel:
         if self.inner > 1:
             full = full.unflatten(1, (self.size, self.inner))
         full = full.movedim(self.axis, 1)
-        return (
-            full if _all_in_order(self.channel, self.size) else full.index_select(1, self.channel)
-        )
+        return full if self.whole else full.index_select(1, self.channel)
 
     def with_values(self, values: Tensor) -> Channel:
         """Return other values on the same channels."""
@@ -330,12 +331,7 @@ def _cat(reader: Reader, node: fx.Node) -> Channel | None:
         return None
     before = [part.meta["val"].shape[delta.axis] for part in parts[: changed[0]]]  # type: ignore[union-attr]
     channel = delta.channel + int(sum(before))
-    return replace(delta, channel=channel, size=int(meta.shape[delta.axis]))
-
-
-def _all_in_order(channel: Tensor, size: int) -> bool:
-    """Whether these are all channels, each at its place."""
-    return len(channel) == size and bool((channel == torch.arange(size).to(channel)).all())
+    return replace(delta, channel=channel, size=int(meta.shape[delta.axis]), whole=False)
 
 
 def _along(vector: Tensor, values: Tensor) -> Tensor:

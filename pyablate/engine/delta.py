@@ -221,7 +221,7 @@ class Sweep:
         base = self.base(marker)
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
         value = self._standins(marker, image).to(base.dtype)
-        held = Channel(value, site.axis, unit, site.channels)
+        held = Channel(value, site.axis, unit, site.channels, whole=self._whole)
         return held.with_values(value - held.of(base))
 
     def _replacement(self, marker: fx.Node) -> Replaced:
@@ -230,7 +230,13 @@ class Sweep:
         images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
         image = torch.arange(images, device=base.device).unsqueeze(1)
         value = self._standins(marker, image).to(base.dtype)
-        return Replaced(value.flatten(1), site.axis, self._units, site.channels)
+        whole = self._whole
+        return Replaced(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
+
+    @cached_property
+    def _whole(self) -> bool:
+        job = self.suffix.job
+        return job.units.tolist() == list(range(job.sites[0].channels))
 
     @cached_property
     def _units(self) -> Tensor:

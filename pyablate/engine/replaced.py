@@ -32,7 +32,7 @@ class Replaced:
     ----------
     value : Tensor
         ``[N, U]``, or ``[1, U]`` where it is the same for all images.
-    axis, channel, size, inner
+    axis, channel, size, inner, whole
         As in :class:`pyablate.engine.channel.Channel`.
     """
 
@@ -41,10 +41,11 @@ class Replaced:
     channel: Tensor
     size: int
     inner: int = 1
+    whole: bool = False
 
     def change(self, clean: Tensor) -> Channel:
         """Return the number minus the clean tensor ``[N, ...]``."""
-        held = Channel(self.value, self.axis, self.channel, self.size, self.inner)
+        held = Channel(self.value, self.axis, self.channel, self.size, self.inner, self.whole)
         base = held.of(clean)
         value = self.value.reshape(*self.value.shape, *[1] * (base.ndim - 2))
         return held.with_values(value - base)
