@@ -6,11 +6,15 @@ They keep to the rules of :mod:`pyablate.ops`: thin functions that check, alloca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from pyablate._arguments import check_classes, check_pairs, check_range, check_shape, check_tensor
+from pyablate._layout import dense
+from pyablate.ops import _context as context
+from pyablate.ops import _twin as twin
 from pyablate.reference import ops as reference
 
 __all__ = ["ClassMoments", "class_moments", "joint_histogram"]
@@ -30,26 +34,26 @@ class ClassMoments:
         ``[C]``, smallest value at any position, dtype of ``pooled``.
     positive : Tensor
         int64 ``[C]``, positions above 0.
-    positions : int
-        Positions of one map.
-    count : Tensor
-        int64 ``[K]``, images of each class.
     total, square, maximum : Tensor
         float64 ``[C, K]``, sum, sum of squares and maximum of ``pooled`` over the images of a
         class; the maximum over no image is minus infinity.
     active : Tensor
         int64 ``[C, K]``, images of a class on which some position is above 0.
+    count : Tensor
+        int64 ``[K]``, images of each class.
+    positions : int
+        Positions of one map.
     """
 
     pooled: Tensor
     least: Tensor
     positive: Tensor
-    positions: int
-    count: Tensor
     total: Tensor
     square: Tensor
     maximum: Tensor
     active: Tensor
+    count: Tensor
+    positions: int
 
 
 def class_moments(x: Tensor, label: Tensor, classes: int, *, axis: int = 1) -> ClassMoments:
@@ -87,20 +91,44 @@ def class_moments(x: Tensor, label: Tensor, classes: int, *, axis: int = 1) -> C
     check_shape("label", label, (x.shape[0],))
     if x.numel() == 0:
         raise ValueError(f"x: expected images, units and positions, got shape {tuple(x.shape)}")
-    x = x.detach()
-    pooled, least, positive = reference.map_moments(x, axis)
-    total, square, maximum, active = reference.class_moments(pooled, positive, label, classes)
-    return ClassMoments(
-        pooled=pooled,
-        least=least.amin(dim=0),
-        positive=positive.sum(dim=0),
-        positions=x[0].numel() // x.shape[axis],
-        count=torch.bincount(label.long(), minlength=classes),
-        total=total,
-        square=square,
-        maximum=maximum,
-        active=active,
+    x = dense(x.detach().to(reference.compute_dtype(x.dtype)))
+    parts = _native_moments(x, label, classes, axis)
+    if parts is None:
+        pooled, least, positive = reference.map_moments(x, axis)
+        found = reference.class_moments(pooled, positive, label, classes)
+        parts = (pooled, least.amin(dim=0), positive.sum(dim=0), *found)
+    count = torch.bincount(label.long(), minlength=classes)
+    return ClassMoments(*parts, count=count, positions=x[0].numel() // x.shape[axis])
+
+
+def _native_moments(
+    x: Tensor, label: Tensor, classes: int, axis: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The compiled twin, or None where there is none for the device."""
+    core = twin(x)
+    if core is None:
+        return None
+    units = x.shape[axis]
+    if axis == 1 and not x.is_contiguous():  # channels last
+        outer, inner = x.shape[2] * x.shape[3], 1
+    else:
+        x = x.contiguous()
+        outer, inner = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
+
+    def table(dtype: torch.dtype) -> Tensor:
+        return torch.empty(units, classes, dtype=dtype, device=x.device)
+
+    parts = (
+        torch.empty(len(x), units, dtype=x.dtype, device=x.device),
+        torch.empty(units, dtype=x.dtype, device=x.device),
+        torch.empty(units, dtype=torch.int64, device=x.device),
+        table(torch.float64),
+        table(torch.float64),
+        table(torch.float64),
+        table(torch.int64),
     )
+    core.class_moments(x, label.contiguous(), *parts, outer, units, inner, *context(x))
+    return parts
 
 
 def joint_histogram(code: Tensor, label: Tensor, bins: int, classes: int) -> Tensor:

@@ -10,13 +10,12 @@ from pyablate.moments import joint_histogram
 
 
 def equal_numbers(ranks: Ranked, bins: int) -> Tensor:
-    """Bin of each image in bins of equal numbers of images, int32 ``[U, N]``.
+    """Bin of each place of the order in bins of equal numbers of images, int32 ``[U, N]``.
 
     Equal activations share the bin of the lowest of them, so a silent unit has one bin.
     """
-    images = ranks.greater.shape[1]
-    below = images - ranks.at_least
-    return (below * bins // images).int()
+    images = ranks.at_least.shape[1]
+    return ((images - ranks.at_least.long()) * bins // images).int()
 
 
 def equal_widths(pooled: Tensor, bins: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,19 +63,20 @@ class Ranked:
 
     Attributes
     ----------
-    units : slice
-        Which.
     order : Tensor
         int64 ``[U, N]``, images by descending A, the first of equal ones first.
     greater, at_least : Tensor
-        int64 ``[U, N]``, for each image the number of images with greater A, and with A at least
-        as great (itself included).
+        int32 ``[U, N]``, for each place of ``order`` the number of images with greater A, and with
+        A at least as great (itself included).
     """
 
-    units: slice
     order: Tensor
     greater: Tensor
     at_least: Tensor
+
+    def by_image(self, places: Tensor) -> Tensor:
+        """Bring what belongs to places of the order to the images' own order."""
+        return torch.empty_like(places).scatter_(1, self.order, places)
 
 
 def ranked(pooled: Tensor) -> Iterator[Ranked]:
@@ -82,29 +84,54 @@ def ranked(pooled: Tensor) -> Iterator[Ranked]:
     units, images = pooled.shape
     step = max(1, _ELEMENTS // images)
     for first in range(0, units, step):
-        part = slice(first, min(first + step, units))
-        falling = -pooled[part]
-        values, order = torch.sort(falling, dim=1, stable=True)
-        greater = torch.searchsorted(values, falling)
-        at_least = torch.searchsorted(values, falling, right=True)
-        yield Ranked(part, order, greater, at_least)
+        values, order = _descending(pooled[first : first + step])
+        places = torch.arange(images, dtype=torch.int32).expand(order.shape)
+        starts = torch.ones_like(order, dtype=torch.bool)
+        torch.ne(values[:, 1:], values[:, :-1], out=starts[:, 1:])
+        ends = starts.roll(-1, dims=1)  # the last place is one, since the first is a start
+        greater = np.maximum.accumulate(torch.where(starts, places, 0).numpy(), axis=1)
+        last = torch.where(ends, places + 1, images).flip(1).numpy()
+        at_least = np.minimum.accumulate(last, axis=1)
+        yield Ranked(order, torch.from_numpy(greater), torch.from_numpy(at_least).flip(1))
+
+
+def _descending(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of each row from the largest, and where they stood, the first of equal ones first."""
+    if a.dtype != torch.float32:
+        values, order = torch.sort(-a, dim=1, stable=True)
+        return -values, order
+    # One integer holds both: the bits of a float32, turned so that they compare as the values do,
+    # above the position. Sorting 64-bit integers is several times faster than sorting pairs.
+    bits = (a + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    keys = (falling.long() << 32) | torch.arange(a.shape[1])
+    order = torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF
+    return a.gather(1, order), order
 
 
 @dataclass(frozen=True)
 class ByClass:
-    """Images gathered by class, for sums within each."""
+    """The labels, ready for sums within classes.
 
-    order: Tensor
-    bounds: list[tuple[int, int, int]]  # class, first and last position in `order`
-    classes: int
+    Attributes
+    ----------
+    labels : Tensor
+        int64 ``[N]``.
+    small : Tensor
+        The same as int16 where that holds the classes: sorted faster.
+    count : Tensor
+        int64 ``[K]``, images of each class.
+    """
+
+    labels: Tensor
+    small: Tensor
+    count: Tensor
 
     @classmethod
     def of(cls, seen: Observations) -> ByClass:
-        """Sort the labels once for all units."""
-        ends = seen.count.cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        bounds = [(k, a, b) for k, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
-        return cls(seen.labels.argsort(stable=True), bounds, len(ends))
+        """Read them off the observations."""
+        dtype = torch.int16 if len(seen.count) < 2**15 else torch.int32
+        return cls(seen.labels, seen.labels.to(dtype), seen.count)
 
 
 def auc(ranks: Ranked, classes: ByClass) -> Tensor:
@@ -112,17 +139,14 @@ def auc(ranks: Ranked, classes: ByClass) -> Tensor:
 
     NaN for a class without images and for one that has them all.
     """
-    units, images = ranks.greater.shape
-    # Rank from below; equal values share the mean of theirs.
-    rank = images - (ranks.greater + ranks.at_least - 1).double() / 2
-    rank = rank[:, classes.order]
-    out = torch.full((units, classes.classes), torch.nan, dtype=torch.float64)
-    for k, first, last in classes.bounds:
-        own = last - first
-        if own < images:
-            above = rank[:, first:last].sum(dim=1) - own * (own + 1) / 2
-            out[:, k] = above / (own * (images - own))
-    return out
+    images = classes.labels.shape[0]
+    # Twice the rank from below, where equal values share the mean of theirs: whole numbers.
+    twice = 2 * images + 1 - ranks.greater.long() - ranks.at_least.long()
+    sums = torch.zeros(len(twice), classes.count.shape[0], dtype=torch.int64)
+    sums.scatter_add_(1, classes.labels[ranks.order], twice)
+    own = classes.count.double()
+    above = sums.double() / 2 - own * (own + 1) / 2
+    return above / (own * (images - own))  # 0 / 0 where there is nothing to compare
 
 
 def informedness(ranks: Ranked, classes: ByClass) -> Tensor:
@@ -130,16 +154,20 @@ def informedness(ranks: Ranked, classes: ByClass) -> Tensor:
 
     The best threshold lies at an activation of the class itself. NaN as in :func:`auc`.
     """
-    units, images = ranks.greater.shape
-    rank = ranks.at_least[:, classes.order]
-    out = torch.full((units, classes.classes), torch.nan, dtype=torch.float64)
-    for k, first, last in classes.bounds:
-        own = last - first
-        if own < images:
-            passing = rank[:, first:last].sort(dim=1).values.double()
+    images = classes.labels.shape[0]
+    # Places of the images of each class in descending order of A, class after class.
+    order = torch.from_numpy(
+        np.argsort(classes.small[ranks.order].numpy(), axis=1, kind="stable")
+    )
+    passing = ranks.at_least.gather(1, order)
+    out = torch.full((len(passing), len(classes.count)), torch.nan, dtype=torch.float64)
+    first = 0
+    for k, own in enumerate(classes.count.tolist()):
+        if 0 < own < images:
             hits = torch.arange(1, own + 1, dtype=torch.float64)
-            gain = hits / own - (passing - hits) / (images - own)
-            out[:, k] = gain.amax(dim=1)
+            others = passing[:, first : first + own] - hits
+            out[:, k] = (hits / own - others / (images - own)).amax(dim=1)
+        first += own
     return out
 
 

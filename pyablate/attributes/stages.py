@@ -173,7 +173,7 @@ class Work:
                     ranks, seen.labels, self.ready.classes, self.top
                 )
             if self.wants("mutual_information", "kl_selectivity"):
-                code = information.equal_numbers(ranks, self.bins)
+                code = ranks.by_image(information.equal_numbers(ranks, self.bins))
                 counts = information.joint(code, seen.labels, self.bins, self.ready.classes)
                 part["mutual_information"] = information.mutual_information(counts)
                 part["kl_selectivity_per_class"] = information.kl_selectivity(counts)
