@@ -192,9 +192,7 @@ def function(node: fx.Node) -> Callable[..., Any]:
     return cast(Callable[..., Any], node.target)
 
 
-def capture(
-    model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True
-) -> Graph:
+def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True) -> Graph:
     """Export a model with its sites marked.
 
     Parameters

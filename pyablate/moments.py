@@ -104,7 +104,7 @@ def class_moments(x: Tensor, label: Tensor, classes: int, *, axis: int = 1) -> C
 def _native_moments(
     x: Tensor, label: Tensor, classes: int, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """The compiled twin, or None where there is none for the device."""
+    """Call the compiled twin; None where there is none for the device."""
     core = twin(x)
     if core is None:
         return None

@@ -223,6 +223,4 @@ def choose(which: str | Sequence[str]) -> tuple[Attribute, ...]:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
             raise ValueError(f"which: no attribute {name!r}; nearest: {', '.join(near)}")
     wanted = set(which)
-    return tuple(
-        entry for entry in CATALOG if wanted & {"all", entry.family, entry.name}
-    )
+    return tuple(entry for entry in CATALOG if wanted & {"all", entry.family, entry.name})

@@ -27,7 +27,7 @@ def equal_widths(pooled: Tensor, bins: int) -> Tensor:
 
 
 def joint(code: Tensor, labels: Tensor, bins: int, classes: int) -> Tensor:
-    """Counts by bin and class, float64 ``[U, bins, K]``."""
+    """Count images by bin and class, float64 ``[U, bins, K]``."""
     return joint_histogram(code, labels.int(), bins, classes).double()
 
 

@@ -52,7 +52,7 @@ _STEPS: tuple[Any, ...] = (
 _SCALES: tuple[Any, ...] = (operator.sub, operator.truediv, operator.mul)
 
 
-class Unsupported(Exception):  # noqa: N818  # a reason, told in the log
+class Unsupported(Exception):
     """The network does something for which there is no rule."""
 
 
@@ -115,8 +115,8 @@ def set_rules(traced: nn.Module) -> None:
     from captum.attr._utils.lrp_rules import EpsilonRule
 
     for module in traced.modules():
-        if isinstance(module, (*_LINEAR, _Step)):
-            module.rule = EpsilonRule()  # type: ignore[assignment]
+        if not any(True for _ in module.children()) and type(module) not in _RECTIFIED:
+            module.rule = EpsilonRule()
 
 
 def _last_node(graph: fx.Graph, site: Site) -> fx.Node | None:
@@ -150,7 +150,9 @@ def _to_modules(traced: fx.GraphModule) -> None:
             elif node.target in _RELU:
                 _become(traced, node, f"relu_{number}", nn.ReLU(), tensors)
             elif node.target in _VIEWS:
-                if len(tensors[0].users) > 1 and any(u not in sizes | {node} for u in _readers(tensors[0])):
+                if len(tensors[0].users) > 1 and any(
+                    u not in sizes | {node} for u in _readers(tensors[0])
+                ):
                     raise Unsupported(f"a view of {tensors[0]} that others read too")
             else:
                 _as_step(traced, node, number, tensors)
@@ -167,8 +169,8 @@ def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
 
 
 def _own_module(traced: fx.GraphModule, node: fx.Node, name: str) -> None:
-    """A module that is called twice becomes two; in place would hide what went in."""
-    module = copy.deepcopy(traced.get_submodule(cast(str, node.target)))
+    """Copy the module for this call alone; in place would hide what went in."""
+    module: Any = copy.deepcopy(traced.get_submodule(cast(str, node.target)))
     if type(module) not in _RECTIFIED and not isinstance(module, _LINEAR):
         raise Unsupported(f"{type(module).__name__} at {node.target}")
     if hasattr(module, "inplace"):
@@ -198,22 +200,22 @@ def _as_step(traced: fx.GraphModule, node: fx.Node, number: int, tensors: list[f
     if not known or (len(depends) > 1 and node.target in _SCALES):
         raise Unsupported(f"{node.target} at {node.name}")
     name = node.target if isinstance(node.target, str) else None
-    call = (lambda x, *a, **k: getattr(x, name)(*a, **k)) if name else node.target
+    call: Any = (lambda x, *a, **k: getattr(x, name)(*a, **k)) if name else node.target
     inputs = list(dict.fromkeys(depends))
     fixed = {a: _constant(traced, a) for a in tensors if a.op == "get_attr"}
     args, kwargs = node.args, node.kwargs
 
     def apply(*values: Tensor) -> Tensor:
         at = {**fixed, **dict(zip(inputs, values, strict=True))}
-        return call(
-            *fx.node.map_arg(args, at.__getitem__), **fx.node.map_arg(kwargs, at.__getitem__)
-        )
+        given = fx.node.map_arg((args, kwargs), at.__getitem__)
+        return cast(Tensor, call(*given[0], **given[1]))
 
     _become(traced, node, f"step_{number}", _Step(apply), inputs)
 
 
 def _constant(traced: fx.GraphModule, node: fx.Node) -> Tensor:
-    return operator.attrgetter(cast(str, node.target))(traced).detach()
+    held: Tensor = operator.attrgetter(cast(str, node.target))(traced)
+    return held.detach()
 
 
 def _become(
@@ -256,6 +258,7 @@ def _verified(
     return {
         name: path
         for name, path in taps.items()
-        if name in inner and inner[name].shape == outputs[name].shape
+        if name in inner
+        and inner[name].shape == outputs[name].shape
         and torch.allclose(inner[name], outputs[name], rtol=1e-4, atol=1e-5)
     }

@@ -21,13 +21,13 @@ _ROWS = 2  # networks may squeeze a single image away
 
 
 def nisp(graph: Graph, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """Importance of each unit, summed over its positions, float64 ``[C]`` by site.
+    """Propagate importance back to each unit, float64 ``[C]`` by site.
 
     The recursion s_k = abs(W_(k+1))^T s_(k+1) is the gradient of the summed outputs of the network
     that remains when weights are made absolute, biases dropped, activations passed and maxima
-    averaged; so that network is run, and its gradient taken at the sites. Units from which
-    every way, or some way, leads through anything else (attention, products of maps, layer norm)
-    are NaN.
+    averaged; so that network is run, and its gradient taken at the sites and summed over
+    positions. NaN for units from which some way leads through anything else: attention, products
+    of maps, layer norm.
     """
     with torch.enable_grad():
         # Linear throughout, so the gradient does not depend on the values.
@@ -35,9 +35,9 @@ def nisp(graph: Graph, sites: Iterable[Site]) -> dict[str, Tensor]:
         images.requires_grad_()
         values: dict[fx.Node, Any] = {graph.images: images}
         for node in graph.graph.nodes:
-            if node.op == "call_function" and graph.size(node, _ROWS) is None:
-                if any(source in values for source in node.all_input_nodes):
-                    values[node] = _absolute(graph, node, values)
+            depends = any(source in values for source in node.all_input_nodes)
+            if node.op == "call_function" and depends and graph.size(node, _ROWS) is None:
+                values[node] = _absolute(graph, node, values)
         marked = [node for node in graph.markers if node in values]
         total = values[graph.logits].sum()
         gradients = torch.autograd.grad(total, [values[m] for m in marked], allow_unused=True)
@@ -124,7 +124,7 @@ def _combined(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _plain(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """Views, joins and averages, as they are; what does not depend on the images is 0."""
+    """Apply views, joins and averages; what does not depend on the images is 0."""
 
     def value(source: fx.Node) -> Any:
         size = graph.size(source, _ROWS)

@@ -116,7 +116,9 @@ def observe(
         report(watched.done)
     every = torch.cat(labels)
     count = torch.bincount(every, minlength=classes)
-    return Observations([watched.layers[site.name] for site in sites], every, count, torch.cat(probabilities))
+    return Observations(
+        [watched.layers[site.name] for site in sites], every, count, torch.cat(probabilities)
+    )
 
 
 @dataclass(eq=False)

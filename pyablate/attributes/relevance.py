@@ -37,7 +37,10 @@ def conductance(
         parts = []
         for part, target in _parts(images, labels, size):
             values = method.attribute(
-                part, baselines=torch.zeros_like(part, requires_grad=False), target=target, n_steps=STEPS
+                part,
+                baselines=torch.zeros_like(part, requires_grad=False),
+                target=target,
+                n_steps=STEPS,
             )
             parts.append(per_unit(cast(Tensor, values).detach(), site).cpu())
         found[site.name] = torch.cat(parts)

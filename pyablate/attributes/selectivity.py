@@ -54,7 +54,8 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 def _standard(a: Tensor) -> Tensor:
     centred = a.double() - a.double().mean(dim=1, keepdim=True)
     centred = torch.where(constant(a).unsqueeze(1), torch.nan, centred)
-    return centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    return centred / length
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,7 @@ def informedness(ranks: Ranked, classes: ByClass) -> Tensor:
     """
     images = classes.labels.shape[0]
     # Places of the images of each class in descending order of A, class after class.
-    order = torch.from_numpy(
-        np.argsort(classes.small[ranks.order].numpy(), axis=1, kind="stable")
-    )
+    order = torch.from_numpy(np.argsort(classes.small[ranks.order].numpy(), axis=1, kind="stable"))
     passing = ranks.at_least.gather(1, order)
     out = torch.full((len(passing), len(classes.count)), torch.nan, dtype=torch.float64)
     first = 0

@@ -156,7 +156,7 @@ class Work:
         self._rank(layer, seen)
 
     def _rank(self, layer: Observed, seen: Observations) -> None:
-        """What follows from the order of the images, some units at a time."""
+        """Rank the images, for some units at a time, and take what follows from that."""
         ordered = ("auc", "informedness", "precision_at", "mutual_information", "kl_selectivity")
         if not self.wants(*ordered):
             return

@@ -119,15 +119,13 @@ def _check_numbers(model: Any, **numbers: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, value in numbers.items():
-        optional = name == "batch_size" and value is None
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not optional and (not whole or value < 1):
+        if value is None and name == "batch_size":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _available(
-    entries: Sequence[Attribute], named: set[str], masks: bool
-) -> list[Attribute]:
+def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> list[Attribute]:
     """Entries that can be computed; those that cannot are an error where they are named."""
     reasons: dict[str, Exception] = {}
     if not masks:
@@ -169,7 +167,7 @@ def _dataset(work: Work) -> xr.Dataset:
 
 def _variables(work: Work, entry: Attribute) -> Iterator[tuple[str, Any]]:
     """Variables of one attribute: its value, and where it has them values by class and the best."""
-    attrs = {
+    attrs: dict[str, Any] = {
         "formula": entry.formula,
         "source": entry.source,
         "family": entry.family,
@@ -193,7 +191,7 @@ def _variables(work: Work, entry: Attribute) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(work: Work, entry: Attribute) -> dict[str, Any]:
-    """What the caller chose, for the record."""
+    """Tell what the caller chose, for the record."""
     if entry.family == "information":
         return {"bins": work.bins}
     if entry.name == "precision_at":

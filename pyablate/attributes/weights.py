@@ -82,15 +82,15 @@ def _reader_norms(graph: Graph, links: list[Link], units: int) -> tuple[Tensor, 
 
 
 def _filters(graph: Graph, node: fx.Node) -> Tensor:
-    """Filters by output channel, float64 ``[O, rest]``."""
+    """Return the filters by output channel, float64 ``[O, rest]``."""
     return cast(Tensor, graph.constant(node, 1)).double().cpu().flatten(1)
 
 
 def _columns(graph: Graph, node: fx.Node) -> Tensor:
-    """Weights by input channel, float64 ``[I, rest]``."""
+    """Return the weights by input channel, float64 ``[I, rest]``."""
     weight = cast(Tensor, graph.constant(node, 1)).double().cpu()
     groups = cast(int, node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1
-    split = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, ...]
+    split: Tensor = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, ...]
     return split.movedim(2, 1).flatten(0, 1).flatten(1)
 
 
@@ -134,6 +134,8 @@ def leading_share(filters: Tensor) -> Tensor:
 
     As few vectors as hold :data:`ENERGY` of the squared singular values; NaN for a zero row.
     """
+    u: Tensor
+    s: Tensor
     u, s, _ = torch.linalg.svd(filters, full_matrices=False)
     energy = s.square().cumsum(0)
     count = int((energy < ENERGY * energy[-1]).sum()) + 1

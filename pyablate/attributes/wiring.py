@@ -126,7 +126,7 @@ def tags_along(tagged: Tagged, axis: int) -> Tensor:
 
 
 def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged | None:
-    """What becomes of the tags in one node; None where channels mix or nobody knows."""
+    """Carry the tags through one node; None where channels mix or nobody knows."""
     first = next(iter(inputs.values()))
     target = node.target
     if target in WEIGHTED:
@@ -158,7 +158,7 @@ def _item(graph: Graph, node: fx.Node, first: Tagged) -> Tagged | None:
 
 
 def _pooled(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
-    """A channel's positions all carry its tag, whatever the pool does with them."""
+    """Give all positions of a channel its tag, whatever the pool does with them."""
     shape = graph.shape(node, _ROWS)
     dims = list(range(2, len(shape)))
     return Tagged(_common(first.tags, dims).expand(shape), first.spoken, first.summed)
@@ -173,7 +173,7 @@ def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
 
 
 def _common(tags: Tensor, dims: list[int]) -> Tensor:
-    """The one tag along some axes, NaN where there are several."""
+    """Find the one tag along some axes, NaN where there are several."""
     top, low = tags.amax(dim=dims, keepdim=True), tags.amin(dim=dims, keepdim=True)
     return torch.where(top == low, top, torch.nan)
 
@@ -202,7 +202,7 @@ def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagge
 
 
 def _evaluated(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged:
-    """Views, joins and pads do with tags what they do with values."""
+    """Do with tags what views, joins and pads do with values."""
     first = next(iter(inputs.values()))
     out = _apply(graph, node, {source: one.tags for source, one in inputs.items()})
     if isinstance(out, (list, tuple)):  # the part that is wanted is cut out by getitem
