@@ -67,6 +67,11 @@ class _Step(nn.Module):
         return self.call(*tensors)
 
 
+def _pass(x: Tensor) -> Tensor:
+    """Return the values in a tensor of its own: Captum hooks what goes in and what comes out."""
+    return x.clone()
+
+
 def traceable(
     model: nn.Module, images: Tensor, sites: Sequence[Site]
 ) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -104,7 +109,7 @@ def traceable(
     for number, (name, node) in enumerate(behind.items()):
         if node is not None:
             taps[name] = f"tap_{number}"
-            _insert(traced, node, taps[name], nn.Identity())
+            _insert(traced, node, taps[name], _Step(_pass))
     traced.graph.lint()
     traced.recompile()
     return traced, _verified(model, traced, images, sites, taps)
@@ -173,6 +178,9 @@ def _own_module(traced: fx.GraphModule, node: fx.Node, name: str) -> None:
     module: Any = copy.deepcopy(traced.get_submodule(cast(str, node.target)))
     if type(module) not in _RECTIFIED and not isinstance(module, _LINEAR):
         raise Unsupported(f"{type(module).__name__} at {node.target}")
+    if isinstance(module, (nn.Identity, nn.Flatten)):  # which may return what they were given
+        inner = module
+        module = _Step(lambda x: _pass(inner(x)))
     if hasattr(module, "inplace"):
         module.inplace = False
     traced.add_module(name, module)
@@ -190,7 +198,7 @@ def _fold_batch_norm(traced: fx.GraphModule) -> None:
         conv = modules.get(str(source.target)) if source.op == "call_module" else None
         if isinstance(conv, nn.modules.conv._ConvNd) and len(source.users) == 1:
             traced.add_module(source.target, fuse_conv_bn_eval(conv, norm))
-            traced.add_module(node.target, nn.Identity())
+            traced.add_module(node.target, _Step(_pass))
 
 
 def _as_step(traced: fx.GraphModule, node: fx.Node, number: int, tensors: list[fx.Node]) -> None:

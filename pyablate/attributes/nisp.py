@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from pyablate.attributes.gradients import per_unit
 from pyablate.attributes.wiring import ACTIVATIONS, ADDITIONS, PRODUCTS, WEIGHTED
 from pyablate.capture import BATCH_NORM, Graph, function, norm_scale, settings
 from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
@@ -46,7 +47,7 @@ def nisp(graph: Graph, sites: Iterable[Site]) -> dict[str, Tensor]:
         score = torch.zeros(site.channels, dtype=torch.float64)
         for marker, gradient in zip(marked, gradients, strict=True):
             if marker.args[1] == site.name and gradient is not None:
-                score += gradient[0].movedim(site.axis - 1, 0).flatten(1).sum(dim=1)
+                score += per_unit(gradient[:1], site)[0]
         found[site.name] = score
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.attributes.catalog import Attribute, choose
-from pyablate.attributes.concepts import check_masks
+from pyablate.attributes.concepts import DETECTOR, TOP, check_masks
 from pyablate.attributes.selectivity import largest
 from pyablate.attributes.stages import Work
 from pyablate.interventions import parse
@@ -130,7 +130,7 @@ def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> li
     reasons: dict[str, Exception] = {}
     if not masks:
         reasons["concepts"] = ValueError("masks: concept_iou needs masks, got None")
-    if importlib.util.find_spec("captum") is None:
+    if not _installed("captum"):
         missing = "computed by Captum, which is not installed: pip install 'pyablate[attributions]'"
         for family in ("conductance", "lrp"):
             reasons[family] = ImportError(f"{family} is {missing}")
@@ -144,6 +144,10 @@ def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> li
         else:
             logger.info("%s is left out: %s", entry.name, reason)
     return possible
+
+
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def _dataset(work: Work) -> xr.Dataset:
@@ -196,6 +200,8 @@ def _settings(work: Work, entry: Attribute) -> dict[str, Any]:
         return {"bins": work.bins}
     if entry.name == "precision_at":
         return {"top": work.top}
+    if entry.family == "concepts":
+        return {"top_share": TOP, "detector_above": DETECTOR}
     return {"sample": work.sample} if entry.family in SAMPLED else {}
 
 
