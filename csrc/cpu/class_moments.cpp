@@ -12,9 +12,9 @@ namespace pyablate::cpu {
 
 namespace {
 
-constexpr int lanes = 16;     // partial results that the compiler can keep in vectors
-constexpr int columns = 64;   // units that are read side by side where they lie last
-constexpr int flush = 1024;   // elements after which a float sum goes into a double
+constexpr int lanes = 16;    // partial results that the compiler can keep in vectors
+constexpr int columns = 64;  // units that are read side by side where they lie last
+constexpr int flush = 1024;  // elements after which a float sum goes into a double
 
 // What the entries of some maps come down to.
 template <class T>
@@ -75,8 +75,7 @@ void record(const ClassMomentsParams& p, std::int64_t n, std::int64_t c, const S
 
 // Units [first, last) on image n, whose maps are runs of consecutive entries.
 template <class T>
-void read_rows(const ClassMomentsParams& p, std::int64_t n, std::int64_t first,
-               std::int64_t last) {
+void read_rows(const ClassMomentsParams& p, std::int64_t n, std::int64_t first, std::int64_t last) {
     for (std::int64_t c = first; c < last; ++c) {
         Sums<T> map;
         for (std::int64_t o = 0; o < p.outer; ++o) {
@@ -128,8 +127,7 @@ void run(const ClassMomentsParams& p, int threads) {
         std::fill(p.total + at, p.total + at + cells, 0.0);
         std::fill(p.square + at, p.square + at + cells, 0.0);
         std::fill(p.active + at, p.active + at + cells, 0);
-        std::fill(p.maximum + at, p.maximum + at + cells,
-                  -std::numeric_limits<double>::infinity());
+        std::fill(p.maximum + at, p.maximum + at + cells, -std::numeric_limits<double>::infinity());
         for (std::int64_t n = 0; n < p.images; ++n) {
             if (p.inner == 1) {
                 read_columns<T>(p, n, begin, end);
@@ -144,9 +142,8 @@ void run(const ClassMomentsParams& p, int threads) {
 }  // namespace
 
 void class_moments(const ClassMomentsParams& p, int threads) {
-    dispatch_real("class_moments", p.dtype, [&](auto type) {
-        run<typename decltype(type)::type>(p, threads);
-    });
+    dispatch_real("class_moments", p.dtype,
+                  [&](auto type) { run<typename decltype(type)::type>(p, threads); });
 }
 
 }  // namespace pyablate::cpu
