@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import networks
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
+from pyablate.attributes.catalog import CATALOG
 from pyablate.sites import copied
 
 FORWARD = ["activations", "selectivity", "information", "redundancy", "gradients"]
@@ -431,3 +434,19 @@ def test_a_label_that_is_no_class():
     wrong[3] = 7
     with pytest.raises(ValueError, match="label 7 of image 3"):
         pa.attributes(model, (images, wrong), which="mean")
+
+
+def test_the_example_in_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "attributes.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(code) == 1
+    exec(compile(code[0].replace("limit=500", "limit=60"), "attributes.md", "exec"), {})
+    assert "P(x > 0)" in capsys.readouterr().out
+
+
+def test_the_documents_list_every_attribute() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "attributes.md").read_text()
+    for entry in CATALOG:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.name}`"))
+        assert row.split("|")[-2].strip() == ("yes" if entry.invariant else "no")
+        assert entry.formula.replace("|", "\\|") in row

@@ -7,15 +7,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from ops_cases import CORE, index, random_index, random_maps, using_twin, without_native
+from ops_cases import CORE, TWINS, index, random_index, random_maps, using_twin, without_native
 from torch import Tensor
 
 from pyablate.moments import ClassMoments, class_moments, joint_histogram
 
-TWINS = [
-    pytest.param("baseline", id="cpu"),
-    pytest.param("cuda", id="cuda", marks=pytest.mark.cuda),
-]
 # images, units, the other axes, axis of the units
 SHAPES = [
     ((1, 1), 1),
