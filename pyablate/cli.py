@@ -1,4 +1,4 @@
-"""The shell: ``pyablate demo | run | attributes | layers | plan | significance | correlate | doctor``.
+"""The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
 
 Torch is imported inside the commands, so that ``pyablate --help`` answers at once.
 """

@@ -134,10 +134,12 @@ class _Watch:
     layers: dict[str, Observed] = field(default_factory=dict)
     held: dict[str, list[Tensor]] = field(default_factory=dict)  # maps that are needed later
     batch: Batch | None = None
+    label: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
+        self.label = batch.labels.int()
         images = batch.images
         if len(batch) == 1:  # some networks squeeze a batch of one away
             images = torch.cat([images, images])
@@ -168,7 +170,7 @@ class _Watch:
     def _reduce(self, site: Site, maps: Tensor) -> None:
         batch = cast(Batch, self.batch)
         maps = maps.detach()[: len(batch)]
-        found = class_moments(maps, batch.labels.int(), self.classes, axis=site.axis)
+        found = class_moments(maps, self.label, self.classes, axis=site.axis)
         layer = self.layers.get(site.name)
         if layer is None:
             layer = self.layers[site.name] = _empty(self._site(site.name), found, self.images)
