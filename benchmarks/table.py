@@ -20,6 +20,7 @@ TITLES = {
     "heads": "Last maps: global pooling and a linear layer",
     "efficientnet": "EfficientNet-Lite0 from its pixels on",
     "ops": "Native operations",
+    "attributes": "Attributes of one forward pass",
     "statistics": "Statistics of a result",
     "growth": "Growth",
     "memory": "Peak memory",
@@ -181,6 +182,21 @@ def operations(cases: Cases) -> str:
     return _table(["operation", "size", "native", "plain torch", "ratio (spread)"], lines)
 
 
+def attributes(cases: Cases) -> str:
+    lines = [
+        (
+            name.removeprefix("attributes of "),
+            f"{case['images']:,}",
+            f"{case['units']:,}",
+            _seconds(median(case["rivals"]["plain pass"]["seconds"])),
+            _seconds(median(case["seconds"])),
+            f"{case['overhead']:+.0%}",
+        )
+        for name, case in sorted(cases.items())
+    ]
+    return _table(["network", "images", "units", "plain pass", "with attributes", "added"], lines)
+
+
 def statistics(cases: Cases) -> str:
     lines = []
     for name, case in sorted(cases.items()):
@@ -222,7 +238,13 @@ def memory(cases: Cases) -> str:
     return _table(["case", "`memory=`", "process grew by"], lines)
 
 
-TABLES = {"ops": operations, "statistics": statistics, "growth": growth, "memory": memory}
+TABLES = {
+    "ops": operations,
+    "attributes": attributes,
+    "statistics": statistics,
+    "growth": growth,
+    "memory": memory,
+}
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

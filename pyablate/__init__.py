@@ -2,6 +2,7 @@
 
 from pyablate import demo, interventions, ops, reference
 from pyablate._native import build_info
+from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.correlation import correlate
 from pyablate.interventions import Intervention
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "Site",
     "ablate",
+    "attributes",
     "build_info",
     "cluster_images",
     "cluster_units",

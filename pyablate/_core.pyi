@@ -6,11 +6,13 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
     """
+def class_moments(x: torch.Tensor, label: torch.Tensor, pooled: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, total: torch.Tensor, square: torch.Tensor, maximum: torch.Tensor, active: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+    ...
 def classify(logits: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, tolerance: torch.Tensor, out: torch.Tensor, relative: float, threads: int, stream: int) -> None:
     ...
 def confusion_counts(prediction: torch.Tensor, label: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:

@@ -192,7 +192,7 @@ def function(node: fx.Node) -> Callable[..., Any]:
     return cast(Callable[..., Any], node.target)
 
 
-def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
+def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True) -> Graph:
     """Export a model with its sites marked.
 
     Parameters
@@ -203,6 +203,8 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
         At least one image, ``[N, ...]``, on the model's device.
     sites : sequence of Site
         What to mark.
+    fold : bool
+        Whether batch norm goes into the filters of the convolution before it.
 
     Raises
     ------
@@ -213,7 +215,8 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site]) -> Graph:
     program = _export(model, pair, sites)
     graph = _read(program)
     graph.layout = _layouts(graph, pair)
-    _fold_batch_norm(graph)
+    if fold:
+        _fold_batch_norm(graph)
     _fold_padding(graph)
     _channels_last(graph)
     return graph

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from pyablate.batches import Data
+from pyablate.batches import Batch, Data
 from pyablate.capture import CaptureError, Graph, capture
 from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
@@ -89,6 +89,65 @@ class Setup:
         return sum(len(job.rows) for job in self.jobs)
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model and data that fit each other.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy in evaluation mode, in float32 or float64, without gradients of weights.
+    data : Data
+        On the model's device and in its dtype; labels beyond its classes are errors.
+    batch : Batch
+        The first images.
+    sites : list of Site
+        All of them.
+    classes : int
+        Number of logits.
+    class_names : tuple of str
+        One per class.
+    """
+
+    model: nn.Module
+    data: Data
+    batch: Batch
+    sites: list[Site]
+    classes: int
+    class_names: tuple[str, ...]
+
+
+def open_up(
+    model: nn.Module,
+    source: Any,
+    class_names: Sequence[str] | None,
+    device: str | torch.device | None,
+    *,
+    double: bool = False,
+) -> Ready:
+    """Copy the model, look at the first images and check that the two fit.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The model or the data cannot be used; the message says why.
+    """
+    work, dtype, where = _working_copy(model, device, double=double)
+    data = Data(source, dtype=dtype, device=where)
+    batch = data.first(SAMPLE)
+    sample = batch.images
+    try:
+        found = sites(work, sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    classes = data.classes = _count_classes(work, sample)
+    _check_independence(work, sample)
+    return Ready(work, data, batch, found, classes, _check_names(class_names, classes))
+
+
 @torch.inference_mode(False)  # in which nothing can be exported
 def prepare(
     model: nn.Module,
@@ -105,21 +164,9 @@ def prepare(
     precision: str,
 ) -> Setup:
     """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
-    work, dtype, where = _working_copy(model, device, double=precision == "fp64")
-    data = Data(source, dtype=dtype, device=where)
-    batch = data.first(SAMPLE)
-    sample = batch.images
-    try:
-        found = sites(work, sample)
-    except RuntimeError as error:
-        raise ValueError(
-            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    jobs = plan_jobs(found, layers, groups, intervention)
-    classes = data.classes = _count_classes(work, sample)
-    _check_independence(work, sample)
-    names = _check_names(class_names, classes)
+    ready = open_up(model, source, class_names, device, double=precision == "fp64")
+    work, data, sample = ready.model, ready.data, ready.batch.images
+    jobs = plan_jobs(ready.sites, layers, groups, intervention)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
     graph = None if strategy == "replay" else _capture(work, sample, marked)
     if intervention.needs_statistics:
@@ -130,7 +177,7 @@ def prepare(
     size = batch_size or _images_per_batch(graph, jobs, sample, budget)
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics:
-        statistics = calibrate(work, data, marked, classes, batch_size=size)
+        statistics = calibrate(work, data, marked, ready.classes, batch_size=size)
     double, decisive = in_double(work, sample)
     replay = Replay(double, decisive, data, statistics)
     return Setup(
@@ -138,14 +185,14 @@ def prepare(
         graph=graph,
         jobs=jobs,
         data=data,
-        classes=classes,
-        class_names=names,
+        classes=ready.classes,
+        class_names=ready.class_names,
         intervention=intervention,
         statistics=statistics,
-        exact=exact(graph, replay, batch),
+        exact=exact(graph, replay, ready.batch),
         replay=replay,
-        margin=baseline.rounding(work, replay, batch),
-        low=_low_precisions(precision, dtype, where),
+        margin=baseline.rounding(work, replay, ready.batch),
+        low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=budget,
     )

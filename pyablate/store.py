@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,21 @@ def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
     OSError
         The place cannot be written, or holds something that is not a result.
     """
+    replacing(path, lambda fresh: _write(result, fresh))
+
+
+def replacing(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a folder beside ``path``, and move it there when it is complete.
+
+    Raises
+    ------
+    OSError
+        As :func:`save` raises.
+    """
     target = Path(path)
     with _beside(target) as scratch:
         fresh = Path(scratch) / "new"
-        _write(result, fresh)
+        write(fresh)
         replaced = Path(scratch) / "old"
         if target.exists():
             os.rename(target, replaced)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from simulated import simulate
 from typer.testing import CliRunner
 
@@ -64,6 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "other.csv").write_text("unit,a\ny:0,1.5\n")
     (tmp_path / "plain.csv").write_text("a,b\n1.5,2\n")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.zarr").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("not a result")
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("small_network", None)
@@ -281,6 +283,29 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
 
 
 _CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
+_ATTRIBUTES = ("attributes", "small_network:make", "--data", "images.npz")
+
+
+def test_attributes_as_a_table(here: Path) -> None:
+    code, out, _ = _invoke(*_ATTRIBUTES, "--which", "auc", "--which", "weights", "-o", "a.csv")
+    assert code == 0
+    assert "10 units" in out
+    table = pd.read_csv("a.csv")
+    assert table["label"].tolist() == [f"1:{u}" for u in range(4)] + [f"3:{u}" for u in range(6)]
+    assert {"auc", "auc_class", "l1_norm", "bn_scale"} <= set(table.columns)
+    assert set(table["auc_class"]) <= {0, 1, 2}
+
+
+def test_attributes_as_zarr_replace_an_older_one(here: Path) -> None:
+    for which in ("weights", "auc"):
+        assert _invoke(*_ATTRIBUTES, "--which", which, "-o", "a.zarr")[0] == 0
+    found = xr.open_zarr("a.zarr", chunks=None)
+    assert found["auc_per_class"].shape == (10, 3)
+    assert "l1_norm" not in found
+    assert found["auc"].attrs["rescaling_invariant"] is True
+    assert found["unit"].to_numpy().tolist()[-1] == "3:5"
+
+
 _BAD_INPUT = {
     "no such option": (("run", "x:y", "--dta", "demo"), "--dta"),
     "no such command": (("rum",), "rum"),
@@ -320,6 +345,9 @@ _BAD_INPUT = {
     "no such target": ((*_CORRELATE, "--target", "gin"), "gini"),
     "no such method": ((*_CORRELATE, "--method", "pearso"), "pearson"),
     "no such attribute": ((*_CORRELATE, "--attribute", "aa"), "'aa'"),
+    "attributes unknown": ((*_ATTRIBUTES, "--which", "acu"), "auc"),
+    "attributes in another format": ((*_ATTRIBUTES, "-o", "a.json"), ".csv or .zarr"),
+    "attributes over a folder": ((*_ATTRIBUTES, "-o", "notes.zarr"), "notes.zarr"),
     "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
 }
 

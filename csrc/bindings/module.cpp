@@ -9,6 +9,7 @@
 
 #include "../cpu/isa.h"
 #include "arguments.h"
+#include "pyablate/class_moments.h"
 #include "pyablate/classify.h"
 #include "pyablate/confusion_counts.h"
 #include "pyablate/delta_activation.h"
@@ -196,6 +197,49 @@ void confusion_counts(const TensorView& prediction, const TensorView& label, con
                                        classes};
     if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::confusion_counts, cuda::confusion_counts);
+}
+
+void class_moments(const TensorView& x, const TensorView& label, const TensorView& pooled,
+                   const TensorView& least, const TensorView& positive, const TensorView& total,
+                   const TensorView& square, const TensorView& maximum, const TensorView& active,
+                   std::int64_t outer, std::int64_t units, std::int64_t inner, int threads,
+                   std::uintptr_t stream) {
+    const Place place = place_of({{"x", x},
+                                  {"label", label},
+                                  {"pooled", pooled},
+                                  {"least", least},
+                                  {"positive", positive},
+                                  {"total", total},
+                                  {"square", square},
+                                  {"maximum", maximum},
+                                  {"active", active}});
+    check(x.dims >= 2 && total.dims == 2, "x, total: expected at least and just two dimensions");
+    check_real({"x", x});
+    check_dense({"x", x}, !is_contiguous(x));
+    const std::int64_t images = x.shape[0], classes = total.shape[1];
+    check(row_elements(x) == outer * units * inner && x.elements() > 0,
+          "x: expected rows of outer * units * inner elements, at least one");
+    const auto table = [&](const char* name, const TensorView& view, DType dtype) {
+        return const_cast<void*>(read<void>({name, view}, dtype, {units, classes}));
+    };
+    const ClassMomentsParams params{
+        x.data,
+        read_index({"label", label}, images, 0, classes),
+        const_cast<void*>(read<void>({"pooled", pooled}, x.dtype, {images, units})),
+        const_cast<void*>(read<void>({"least", least}, x.dtype, {units})),
+        const_cast<std::int64_t*>(
+            read<std::int64_t>({"positive", positive}, DType::int64, {units})),
+        static_cast<double*>(table("total", total, DType::float64)),
+        static_cast<double*>(table("square", square, DType::float64)),
+        static_cast<double*>(table("maximum", maximum, DType::float64)),
+        static_cast<std::int64_t*>(table("active", active, DType::int64)),
+        images,
+        outer,
+        units,
+        inner,
+        classes,
+        x.dtype};
+    run(place, params, threads, stream, cpu::class_moments, cuda::class_moments);
 }
 
 // One number per pair, or null: 1.
@@ -529,6 +573,9 @@ PYBIND11_MODULE(_core, m) {
           "relative"_a, "threads"_a, "stream"_a);
     m.def("confusion_counts", &confusion_counts, "prediction"_a, "label"_a, "out"_a, "threads"_a,
           "stream"_a);
+    m.def("class_moments", &class_moments, "x"_a, "label"_a, "pooled"_a, "least"_a, "positive"_a,
+          "total"_a, "square"_a, "maximum"_a, "active"_a, "outer"_a, "units"_a, "inner"_a,
+          "threads"_a, "stream"_a);
     m.def("delta_activation", &delta_activation, "base"_a, "delta"_a, "scale"_a, "addend"_a,
           "addend_scale"_a, "image"_a, "out"_a, "codes"_a, "code_scale"_a, "scratch"_a, "kind"_a,
           "a"_a, "b"_a, "threads"_a, "stream"_a);

@@ -14,6 +14,8 @@ const char* name_of(DType dtype) {
             return "bfloat16";
         case DType::int32:
             return "int32";
+        case DType::int64:
+            return "int64";
         case DType::uint8:
             return "uint8";
         default:

@@ -14,7 +14,8 @@ namespace {
      isa::delta_mean,             \
      isa::delta_max_pool,         \
      isa::head_flips,             \
-     isa::classify}
+     isa::classify,               \
+     isa::class_moments}
 
 const Kernels baseline_kernels = PYABLATE_KERNELS(baseline);
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "pyablate/class_moments.h"
 #include "pyablate/classify.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
@@ -28,7 +29,8 @@ namespace pyablate {
     void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,          \
                         std::int64_t end);                                                       \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
-    void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);
+    void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
+    void class_moments(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end);
 
 namespace baseline {
 PYABLATE_DECLARE_KERNELS
@@ -51,6 +53,7 @@ struct Kernels {
     decltype(&baseline::delta_max_pool) delta_max_pool;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;
+    decltype(&baseline::class_moments) class_moments;
 };
 
 // The kernels in use: at first the best that this machine runs.

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "pyablate/class_moments.h"
 #include "pyablate/classify.h"
 #include "pyablate/confusion_counts.h"
 #include "pyablate/delta_activation.h"
@@ -29,6 +30,9 @@ void masked_copies(const MaskedCopiesParams&, int, void*) {
 }
 void head_flips(const HeadFlipsParams&, int, void*) {
     missing("head_flips");
+}
+void class_moments(const ClassMomentsParams&, int, void*) {
+    missing("class_moments");
 }
 void classify(const ClassifyParams&, int, void*) {
     missing("classify");

@@ -266,3 +266,38 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     cell = cell + torch.arange(units, device=cell.device).unsqueeze(1) * (classes * classes)
     counts = torch.bincount(cell.flatten(), minlength=units * classes * classes)
     return counts.to(torch.int32).view(units, classes, classes)
+
+
+def map_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, smallest value and number of positive positions of each image's map of each unit."""
+    dims = [d for d in range(1, x.dim()) if d != axis]
+    if not dims:
+        return x.to(compute_dtype(x.dtype)), x.to(compute_dtype(x.dtype)), (x > 0).long()
+    wide = x.to(compute_dtype(x.dtype))
+    return wide.mean(dim=dims), wide.amin(dim=dims), (x > 0).sum(dim=dims)
+
+
+def class_moments(
+    pooled: Tensor, positive: Tensor, label: Tensor, classes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, sum of squares, maximum and active images by [unit, class] of pooled maps [N, C]."""
+    images, units = pooled.shape
+    row = label.long()
+    wide = pooled.double()
+    sums = wide.new_zeros(2, classes, units)
+    sums.index_add_(1, row, torch.stack([wide, wide.square()]))
+    index = row.unsqueeze(1).expand(images, units)
+    maximum = wide.new_full((classes, units), -torch.inf)
+    maximum.scatter_reduce_(0, index, wide, "amax")
+    active = torch.zeros(classes, units, dtype=torch.int64, device=pooled.device)
+    active.index_add_(0, row, (positive > 0).long())
+    return sums[0].t(), sums[1].t(), maximum.t(), active.t()
+
+
+def joint_histogram(code: Tensor, label: Tensor, bins: int, classes: int) -> Tensor:
+    """Count [unit, bin, class] from bins [U, N] and labels [N]."""
+    units = code.shape[0]
+    cell = code.long() * classes + label.long()
+    cell = cell + torch.arange(units, device=cell.device).unsqueeze(1) * (bins * classes)
+    counts = torch.bincount(cell.flatten(), minlength=units * bins * classes)
+    return counts.to(torch.int32).view(units, bins, classes)

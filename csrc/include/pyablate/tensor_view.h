@@ -5,7 +5,7 @@
 
 namespace pyablate {
 
-enum class DType : std::uint8_t { float32, float64, bfloat16, int32, uint8, other };
+enum class DType : std::uint8_t { float32, float64, bfloat16, int32, int64, uint8, other };
 
 enum class DeviceKind : std::uint8_t { cpu, cuda, other };
 

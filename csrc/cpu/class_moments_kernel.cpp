@@ -1,0 +1,157 @@
+#include "pyablate/class_moments.h"
+
+#include "isa.h"
+#include "pyablate/dispatch.h"
+#include "simd.h"
+
+namespace pyablate::PYABLATE_ISA {
+
+namespace {
+
+// As many lanes on every instruction set, so that sums are added in one order everywhere.
+template <class T>
+constexpr int lanes = 64 / static_cast<int>(sizeof(T));
+
+constexpr std::int64_t flush = 1024;  // entries of a lane before its sum goes into a double
+
+// What the entries of some maps come down to.
+template <class T>
+struct Sums {
+    double sum = 0;
+    T least = static_cast<T>(__builtin_inf());
+    std::int64_t positive = 0;
+};
+
+template <class T>
+PYABLATE_INLINE void add_entry(T v, Sums<T>& to) {
+    to.sum += static_cast<double>(v);
+    to.least = v < to.least ? v : to.least;
+    to.positive += v > T(0);
+}
+
+// Sums, minima and counts of a vector's worth of columns.
+template <class T>
+struct Columns {
+    using V = Vec<T, lanes<T>>;
+    using Counts = typename Mask<T, lanes<T>>::Native;
+
+    V sum{0.0};
+    V least{__builtin_inf()};
+    Counts positive{};
+
+    PYABLATE_INLINE void add(V v) {
+        sum = sum + v;
+        least = where(v < least, v, least);
+        positive -= (v > V(0.0)).lanes;  // a true lane is -1
+    }
+};
+
+// Adds the columns of one run to each other, halves upon halves.
+template <class T>
+PYABLATE_INLINE void fold(const Columns<T>& columns, Sums<T>& to) {
+    T sum[lanes<T>], least[lanes<T>];
+    typename IntegerOf<T>::type positive[lanes<T>];
+    store(sum, columns.sum);
+    store(least, columns.least);
+    __builtin_memcpy(positive, &columns.positive, sizeof positive);
+    for (int half = lanes<T> / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; ++j) {
+            sum[j] += sum[j + half];
+            least[j] = least[j + half] < least[j] ? least[j + half] : least[j];
+            positive[j] += positive[j + half];
+        }
+    }
+    to.sum += static_cast<double>(sum[0]);
+    to.least = least[0] < to.least ? least[0] : to.least;
+    to.positive += positive[0];
+}
+
+// Adds `count` consecutive entries of one map.
+template <class T>
+PYABLATE_INLINE void add_run(const T* x, std::int64_t count, Sums<T>& to) {
+    constexpr int n = lanes<T>;
+    std::int64_t i = 0;
+    while (i + n <= count) {
+        const std::int64_t stop = i + n * flush < count ? i + n * flush : count;
+        Columns<T> columns;
+        for (; i + n <= stop; i += n) columns.add(load<typename Columns<T>::V>(x + i));
+        fold(columns, to);
+    }
+    for (; i < count; ++i) add_entry(x[i], to);
+}
+
+// One unit on one image into the tables.
+template <class T>
+PYABLATE_INLINE void record(const ClassMomentsParams& p, std::int64_t n, std::int64_t c,
+                            const Sums<T>& map) {
+    const T mean = static_cast<T>(map.sum / static_cast<double>(p.outer * p.inner));
+    const double wide = static_cast<double>(mean);
+    const std::int64_t cell = c * p.classes + p.label[n];
+    T* least = static_cast<T*>(p.least);
+    static_cast<T*>(p.pooled)[n * p.units + c] = mean;
+    least[c] = map.least < least[c] ? map.least : least[c];
+    p.positive[c] += map.positive;
+    p.total[cell] += wide;
+    p.square[cell] += wide * wide;
+    p.maximum[cell] = wide > p.maximum[cell] ? wide : p.maximum[cell];
+    p.active[cell] += map.positive > 0;
+}
+
+// One unit whose map is runs of consecutive entries.
+template <class T>
+PYABLATE_INLINE void read_map(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+    Sums<T> map;
+    for (std::int64_t o = 0; o < p.outer; ++o) {
+        add_run(static_cast<const T*>(p.x) + ((n * p.outer + o) * p.units + c) * p.inner, p.inner,
+                map);
+    }
+    record(p, n, c, map);
+}
+
+// A vector's worth of units that lie side by side (inner = 1).
+template <class T>
+PYABLATE_INLINE void read_columns(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+    constexpr int width = lanes<T>;
+    Sums<T> maps[width];
+    for (std::int64_t first = 0; first < p.outer; first += flush) {
+        const std::int64_t stop = first + flush < p.outer ? first + flush : p.outer;
+        Columns<T> columns;
+        for (std::int64_t o = first; o < stop; ++o) {
+            const T* x = static_cast<const T*>(p.x) + (n * p.outer + o) * p.units + c;
+            columns.add(load<typename Columns<T>::V>(x));
+        }
+        T sum[width], least[width];
+        store(sum, columns.sum);
+        store(least, columns.least);
+        for (int j = 0; j < width; ++j) {
+            maps[j].sum += static_cast<double>(sum[j]);
+            maps[j].least = least[j] < maps[j].least ? least[j] : maps[j].least;
+            maps[j].positive += columns.positive[j];
+        }
+    }
+    for (int j = 0; j < width; ++j) record(p, n, c + j, maps[j]);
+}
+
+template <class T>
+void run(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = 0; n < p.images; ++n) {
+        std::int64_t c = begin;
+        if (p.inner == 1) {
+            for (; c + lanes<T> <= end; c += lanes<T>) read_columns<T>(p, n, c);
+        }
+        for (; c < end; ++c) read_map<T>(p, n, c);
+    }
+}
+
+}  // namespace
+
+// Items are units.
+void class_moments(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+    if (p.dtype == DType::float64) {
+        run<double>(p, begin, end);
+    } else {
+        run<float>(p, begin, end);
+    }
+}
+
+}  // namespace pyablate::PYABLATE_ISA

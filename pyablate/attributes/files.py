@@ -1,0 +1,57 @@
+"""Attributes on disk: a table of the values per unit, or everything as a Zarr group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyablate.store import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+FORMAT = "attributes 1"
+
+
+def to_frame(found: xr.Dataset) -> pd.DataFrame:
+    """One row per unit: label, layer, unit and every variable that has one value per unit.
+
+    Class numbers (``<name>_class``) become class names, empty where there is none.
+    """
+    names = {of: found[of].to_numpy().tolist() for of in ("class", "concept") if of in found}
+    frame = found[["layer", "index"]].to_dataframe().reset_index()
+    frame = frame.rename(columns={"unit": "label", "index": "unit"})
+    for name, values in found.data_vars.items():
+        if values.dims != ("unit",):
+            continue
+        of = str(name).rpartition("_")[2]
+        if of in names and values.dtype.kind == "i":
+            chosen = [names[of][number] if number >= 0 else "" for number in values.to_numpy()]
+            frame[str(name)] = chosen
+        else:
+            frame[str(name)] = values.to_numpy()
+    return frame
+
+
+def write_attributes(found: xr.Dataset, path: Path) -> None:
+    """Write attributes as CSV (one row per unit) or, with every class, as a Zarr group.
+
+    The group is what ``xarray.open_zarr`` reads. An older group of attributes at ``path`` is
+    replaced.
+
+    Raises
+    ------
+    ValueError
+        The name ends in neither ``.csv`` nor ``.zarr``.
+    OSError
+        The place cannot be written, or holds something else.
+    """
+    if path.suffix == ".csv":
+        to_frame(found).to_csv(path, index=False)
+    elif path.suffix == ".zarr":
+        marked = found.assign_attrs(pyablate_format=FORMAT)
+        # Format 2: that of Zarr 3 has no settled encoding for strings.
+        replacing(path, lambda fresh: marked.to_zarr(fresh, zarr_format=2, consolidated=True))
+    else:
+        raise ValueError(f"output: expected a name ending in .csv or .zarr, got {str(path)!r}")

@@ -1,0 +1,57 @@
+"""First-order estimates of what a unit does for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyablate.sites import Site
+
+
+def contributions(
+    logits: Tensor, labels: Tensor, maps: Mapping[Site, Sequence[Tensor]]
+) -> dict[Site, Tensor]:
+    """Gradient of each image's cross-entropy times activation, summed over positions.
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``[N, K]``, with the graph that made them.
+    labels : Tensor
+        int64 ``[N]``.
+    maps : mapping
+        Tensors of that graph by site, one per call, ``[>= N, ...]``.
+
+    Returns
+    -------
+    dict
+        float64 ``[N, C]`` by site; 0 where the logits do not depend on the maps.
+    """
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    flat = [(site, one) for site, calls in maps.items() for one in calls]
+    gradients = torch.autograd.grad(loss, [one for _, one in flat], allow_unused=True)
+    sums: dict[Site, Tensor] = {}
+    for (site, a), g in zip(flat, gradients, strict=True):
+        product = torch.zeros_like(a) if g is None else g * a.detach()
+        summed = per_unit(product[: len(labels)], site)
+        sums[site] = sums[site] + summed if site in sums else summed
+    return sums
+
+
+def per_unit(maps: Tensor, site: Site) -> Tensor:
+    """Sum over the positions of a site's maps, float64 ``[N, C]``."""
+    other = [axis for axis in range(1, maps.ndim) if axis != site.axis]
+    return maps.double().sum(dim=other) if other else maps.double()
+
+
+def taylor(per_image: Tensor, positions: int) -> Tensor:
+    """Sum over images of the absolute mean over positions, ``[C]`` from ``[N, C]``."""
+    return per_image.abs().sum(dim=0) / positions
+
+
+def fisher(per_image: Tensor) -> Tensor:
+    """Sum over images of the squared sum over positions, ``[C]`` from ``[N, C]``."""
+    return per_image.square().sum(dim=0)

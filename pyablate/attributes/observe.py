@@ -1,0 +1,217 @@
+"""One pass over the data: what every attribute of activations and gradients is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pyablate.attributes.gradients import contributions, fisher, taylor
+from pyablate.batches import Batch, Data
+from pyablate.moments import ClassMoments, class_moments
+from pyablate.sites import Site, hooked
+
+
+@dataclass(eq=False)
+class Observed:
+    """What the units of one layer did on all images; everything in host memory.
+
+    Attributes
+    ----------
+    site : Site
+        The layer.
+    pooled : Tensor
+        ``[C, N]``, A: mean of each map over its positions.
+    least : Tensor
+        ``[C]``, smallest value at any position of any image.
+    positive : Tensor
+        int64 ``[C]``, positions above 0 in all images.
+    positions : int
+        Positions of one map.
+    total, square, maximum : Tensor
+        float64 ``[C, K]``, of A over the images of a class.
+    active : Tensor
+        int64 ``[C, K]``, images of a class on which some position is above 0.
+    taylor, fisher : Tensor
+        float64 ``[C]``, sums over images; zeros where no gradients were asked for.
+    """
+
+    site: Site
+    pooled: Tensor
+    least: Tensor
+    positive: Tensor
+    positions: int
+    total: Tensor
+    square: Tensor
+    maximum: Tensor
+    active: Tensor
+    taylor: Tensor
+    fisher: Tensor
+
+
+@dataclass(eq=False)
+class Observations:
+    """The whole pass.
+
+    Attributes
+    ----------
+    layers : list of Observed
+        In the order of the sites.
+    labels : Tensor
+        int64 ``[N]``.
+    count : Tensor
+        int64 ``[K]``, images of each class.
+    probabilities : Tensor
+        ``[N, K]``, predicted.
+    """
+
+    layers: list[Observed]
+    labels: Tensor
+    count: Tensor
+    probabilities: Tensor
+
+
+def observe(
+    model: nn.Module,
+    data: Data,
+    sites: Sequence[Site],
+    *,
+    repeated: frozenset[str] = frozenset(),
+    classes: int,
+    batch_size: int,
+    gradients: bool = False,
+    report: Callable[[int], None] = lambda done: None,
+) -> Observations:
+    """Run the network once over the data and watch the sites.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, nobody else's.
+    data : Data
+        Images and labels.
+    sites : sequence of Site
+        What to watch.
+    repeated : frozenset of str
+        Sites whose module is called several times in a pass: the positions of all its calls are
+        taken together.
+    classes : int
+        Number of logits.
+    batch_size : int
+        Images at a time.
+    gradients : bool
+        Whether to run backward as well.
+    report : callable
+        Gets the number of images done.
+    """
+    watched = _Watch(sites, repeated, classes, len(data), gradients)
+    labels, probabilities = [], []
+    for batch in data.batches(batch_size):
+        logits = watched.run(model, batch)
+        labels.append(batch.labels.cpu())
+        probabilities.append(logits.detach().softmax(dim=1).cpu())
+        report(watched.done)
+    every = torch.cat(labels)
+    count = torch.bincount(every, minlength=classes)
+    return Observations(
+        [watched.layers[site.name] for site in sites], every, count, torch.cat(probabilities)
+    )
+
+
+@dataclass(eq=False)
+class _Watch:
+    """Hooks that reduce each map while it is at hand."""
+
+    sites: Sequence[Site]
+    repeated: frozenset[str]
+    classes: int
+    images: int
+    gradients: bool
+    done: int = 0
+    layers: dict[str, Observed] = field(default_factory=dict)
+    held: dict[str, list[Tensor]] = field(default_factory=dict)  # maps that are needed later
+    batch: Batch | None = None
+    label: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+
+    def run(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
+        self.batch, self.held = batch, {}
+        self.label = batch.labels.int()
+        images = batch.images
+        if len(batch) == 1:  # some networks squeeze a batch of one away
+            images = torch.cat([images, images])
+        with torch.set_grad_enabled(self.gradients), hooked(model, self.sites, self._see):
+            if self.gradients:
+                # A copy that is no leaf, so that operations in place may act on it.
+                images = images.detach().requires_grad_().clone()
+            logits: Tensor = model(images)[: len(batch)]
+            for name in self.repeated:
+                calls = [_flat(maps, self._site(name)) for maps in self.held[name]]
+                self._reduce(replace(self._site(name), axis=1), torch.cat(calls, dim=2))
+            if self.gradients:
+                self._backward(logits, batch)
+        self.done += len(batch)
+        return logits
+
+    def _see(self, site: Site, _call: int, output: Tensor) -> Tensor:
+        if site.name not in self.repeated:
+            self._reduce(site, output)
+        elif not self.gradients:
+            # Calls are taken together at the end; an operation in place may follow.
+            self.held.setdefault(site.name, []).append(output.clone())
+        if not self.gradients:
+            return output
+        self.held.setdefault(site.name, []).append(output)
+        return output.clone()
+
+    def _reduce(self, site: Site, maps: Tensor) -> None:
+        batch = cast(Batch, self.batch)
+        maps = maps.detach()[: len(batch)]
+        found = class_moments(maps, self.label, self.classes, axis=site.axis)
+        layer = self.layers.get(site.name)
+        if layer is None:
+            layer = self.layers[site.name] = _empty(self._site(site.name), found, self.images)
+        layer.pooled[:, self.done : self.done + len(batch)] = found.pooled.t()
+        layer.least = torch.minimum(layer.least, found.least.cpu())
+        layer.positive += found.positive.cpu()
+        layer.total += found.total.cpu()
+        layer.square += found.square.cpu()
+        layer.maximum = torch.maximum(layer.maximum, found.maximum.cpu())
+        layer.active += found.active.cpu()
+
+    def _backward(self, logits: Tensor, batch: Batch) -> None:
+        maps = {self._site(name): calls for name, calls in self.held.items()}
+        for site, per_image in contributions(logits, batch.labels, maps).items():
+            layer = self.layers[site.name]
+            layer.taylor += taylor(per_image, layer.positions).cpu()
+            layer.fisher += fisher(per_image).cpu()
+
+    def _site(self, name: str) -> Site:
+        return next(site for site in self.sites if site.name == name)
+
+
+def _flat(maps: Tensor, site: Site) -> Tensor:
+    """Units first, all positions behind: ``[N, C, positions]``."""
+    moved = maps.movedim(site.axis, 1)
+    return moved.flatten(2) if moved.ndim > 2 else moved.unsqueeze(2)
+
+
+def _empty(site: Site, found: ClassMoments, images: int) -> Observed:
+    units, classes = found.total.shape
+    zeros = torch.zeros(units, classes, dtype=torch.float64)
+    return Observed(
+        site=site,
+        pooled=torch.empty(units, images, dtype=found.pooled.dtype),
+        least=torch.full((units,), torch.inf, dtype=found.least.dtype),
+        positive=torch.zeros(units, dtype=torch.int64),
+        positions=found.positions,
+        total=zeros,
+        square=zeros.clone(),
+        maximum=torch.full_like(zeros, -torch.inf),
+        active=torch.zeros(units, classes, dtype=torch.int64),
+        taylor=zeros[:, 0].clone(),
+        fisher=zeros[:, 0].clone(),
+    )

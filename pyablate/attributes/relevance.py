@@ -1,0 +1,80 @@
+"""Attribution of the labelled class to units, by Captum: conductance and relevance (LRP)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pyablate.attributes.gradients import per_unit
+from pyablate.attributes.lrp_graph import Unsupported, set_rules, traceable
+from pyablate.sites import Site
+
+logger = logging.getLogger("pyablate")
+
+STEPS = 32
+"""Steps of the path of conductance, Gauss-Legendre."""
+
+
+def conductance(
+    model: nn.Module, images: Tensor, labels: Tensor, sites: Sequence[Site], size: int
+) -> dict[str, Tensor]:
+    """Conductance of the labelled class's logit through each unit, float64 ``[N, C]`` by site.
+
+    The path leads from a zero image to the image. Parts of a module's calls (``name@k``) are left
+    out: Captum attributes to whole modules.
+    """
+    from captum.attr import LayerConductance
+
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        if site.call is not None:
+            continue
+        method = LayerConductance(model, model.get_submodule(site.module))
+        parts = []
+        for part, target in _parts(images, labels, size):
+            values = method.attribute(
+                part,
+                baselines=torch.zeros_like(part, requires_grad=False),
+                target=target,
+                n_steps=STEPS,
+            )
+            parts.append(per_unit(cast(Tensor, values).detach(), site).cpu())
+        found[site.name] = torch.cat(parts)
+    return found
+
+
+def relevance(
+    model: nn.Module, images: Tensor, labels: Tensor, sites: Sequence[Site], size: int
+) -> dict[str, Tensor]:
+    """Relevance of each unit for the labelled class's logit, float64 ``[N, C]`` by site.
+
+    Captum's epsilon rule on a traced copy of the network in which every sum and average is a
+    module. Networks with other functions than those of plain, batch-normalised and residual
+    networks are left out, with a note in the log.
+    """
+    from captum.attr import LayerLRP
+
+    try:
+        traced, taps = traceable(model, images[:2], sites)
+    except Unsupported as error:
+        logger.warning("lrp is NaN: no rule for this network (%s)", error)
+        return {}
+    found: dict[str, list[Tensor]] = {name: [] for name in taps}
+    by_name = {site.name: site for site in sites}
+    layers = [traced.get_submodule(path) for path in taps.values()]
+    for part, target in _parts(images, labels, size) if taps else ():
+        set_rules(traced)  # Captum takes them away each time
+        values = LayerLRP(traced, layers).attribute(part, target=target)
+        for name, value in zip(taps, values, strict=True):
+            found[name].append(per_unit(value.detach(), by_name[name]).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _parts(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images, ready for gradients, and their labels, a few at a time."""
+    for part, target in zip(images.split(size), labels.split(size), strict=True):
+        yield part.clone().requires_grad_(), target.to(part.device)

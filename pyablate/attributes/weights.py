@@ -1,0 +1,142 @@
+"""Attributes of the weights alone: norms of filters, batch norm, spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from scipy import stats
+from torch import Tensor, fx
+
+from pyablate.attributes.wiring import Link, makers, readers, weighted
+from pyablate.capture import BATCH_NORM, CONVOLUTIONS, Graph
+from pyablate.sites import Site
+
+ENERGY = 0.9
+"""Share of the squared singular values that the leading ones hold."""
+
+
+def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Tensor]]:
+    """Attributes of the weights by site, float64 ``[C]``; NaN where a unit has none.
+
+    Filters that are summed before the unit speaks, as in a residual block, count together; an
+    identity shortcut has no filter. The spectrum is that of the one layer that makes the unit, and
+    batch norm speaks for a unit only where the unit is one channel of it, not of a sum.
+
+    Parameters
+    ----------
+    graph : Graph
+        Captured with the sites marked and batch norm not folded.
+    sites : iterable of Site
+        Some of those.
+    """
+    sites = list(sites)
+    axes = {site.name: site.axis for site in sites}
+    filters = makers(graph, weighted(graph), axes)
+    norms = [node for node in graph.graph.nodes if node.target is BATCH_NORM and node.users]
+    scales = makers(graph, norms, axes)
+    found: dict[str, dict[str, Tensor]] = {}
+    for site in sites:
+        units = site.channels
+        one, two = _maker_norms(graph, filters[site.name], units)
+        out_one, out_two = _reader_norms(graph, readers(graph, site.name, site.axis), units)
+        found[site.name] = {
+            "l1_norm": one,
+            "l2_norm": two,
+            "l1_norm_outgoing": out_one,
+            "l2_norm_outgoing": out_two,
+            **_batch_norm(graph, scales[site.name], units),
+            "spectral": _spectral(graph, filters[site.name], units),
+        }
+    return found
+
+
+def _maker_norms(graph: Graph, links: list[Link], units: int) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros(2, units, dtype=torch.float64)
+    known = torch.zeros(units, dtype=torch.bool)
+    for link in links:
+        filters = _filters(graph, link.node)
+        per_channel = torch.stack([filters.abs().sum(dim=1), filters.square().sum(dim=1)])
+        here = link.channel >= 0
+        sums[:, here] += per_channel[:, link.channel[here]]
+        known |= here
+        sums[:, link.channel < -1] = torch.nan
+    sums[:, ~known] = torch.nan
+    return sums[0], sums[1].sqrt()
+
+
+def _reader_norms(graph: Graph, links: list[Link], units: int) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros(2, units, dtype=torch.float64)
+    known = torch.zeros(units, dtype=torch.bool)
+    for link in links:
+        if bool((link.channel < -1).any()):  # a channel that is not one unit's alone
+            sums[:] = torch.nan
+        columns = _columns(graph, link.node)
+        per_channel = torch.stack([columns.abs().sum(dim=1), columns.square().sum(dim=1)])
+        here = link.channel >= 0
+        sums.index_add_(1, link.channel[here], per_channel[:, here])
+        known[link.channel[here]] = True
+    sums[:, ~known] = torch.nan
+    return sums[0], sums[1].sqrt()
+
+
+def _filters(graph: Graph, node: fx.Node) -> Tensor:
+    """Return the filters by output channel, float64 ``[O, rest]``."""
+    return cast(Tensor, graph.constant(node, 1)).double().cpu().flatten(1)
+
+
+def _columns(graph: Graph, node: fx.Node) -> Tensor:
+    """Return the weights by input channel, float64 ``[I, rest]``."""
+    weight = cast(Tensor, graph.constant(node, 1)).double().cpu()
+    groups = cast(int, node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1
+    split: Tensor = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, ...]
+    return split.movedim(2, 1).flatten(0, 1).flatten(1)
+
+
+def _batch_norm(graph: Graph, links: list[Link], units: int) -> dict[str, Tensor]:
+    gamma, beta = (torch.full((units,), torch.nan, dtype=torch.float64) for _ in range(2))
+    for link in links:
+        scale, shift = graph.constant(link.node, 1), graph.constant(link.node, 2)
+        if scale is None or shift is None:
+            continue
+        here = link.channel >= 0
+        gamma[here] = scale.double().cpu()[link.channel[here]]
+        beta[here] = shift.double().cpu()[link.channel[here]]
+        if link.summed:
+            gamma[here] = torch.nan
+    size = gamma.abs()
+    ratio = (beta / size).numpy()
+    # A channel of scale 0 is the constant beta.
+    active = torch.from_numpy(stats.norm.cdf(ratio))
+    mean = beta * active + size * torch.from_numpy(stats.norm.pdf(ratio))
+    still = size == 0
+    return {
+        "bn_scale": size,
+        "bn_active": torch.where(still, (beta > 0).double(), active),
+        "bn_mean_relu": torch.where(still, beta.clamp(min=0), mean),
+    }
+
+
+def _spectral(graph: Graph, links: list[Link], units: int) -> Tensor:
+    share = torch.full((units,), torch.nan, dtype=torch.float64)
+    seen = torch.zeros(units, dtype=torch.bool)
+    for link in links:
+        here = link.channel >= 0
+        share[here] = leading_share(_filters(graph, link.node))[link.channel[here]]
+        share[here & seen] = torch.nan
+        seen |= here
+    return share
+
+
+def leading_share(filters: Tensor) -> Tensor:
+    """Share of each row's squared norm within the leading right singular vectors, ``[O]``.
+
+    As few vectors as hold :data:`ENERGY` of the squared singular values; NaN for a zero row.
+    """
+    u: Tensor
+    s: Tensor
+    u, s, _ = torch.linalg.svd(filters, full_matrices=False)
+    energy = s.square().cumsum(0)
+    count = int((energy < ENERGY * energy[-1]).sum()) + 1
+    return (u[:, :count] * s[:count]).square().sum(dim=1) / filters.square().sum(dim=1)
