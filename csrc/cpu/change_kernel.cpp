@@ -61,7 +61,8 @@ void encode(const float* change, std::int64_t count, std::uint8_t* codes, float*
     using V = Vec<float, full_lanes<float>>;
     typedef std::uint8_t Bytes __attribute__((vector_size(V::size)));
     typedef std::int32_t Whole __attribute__((vector_size(4 * V::size)));
-    // Magnitudes compare like the numbers that their bits spell; infinities and NaN are the largest.
+    // Magnitudes compare like the numbers that their bits spell; infinities and NaN are the
+    // largest.
     Whole most = {};
     for (std::int64_t i = 0; i < count; i += V::size) {
         const int n = count - i < V::size ? static_cast<int>(count - i) : V::size;
