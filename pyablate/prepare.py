@@ -30,7 +30,7 @@ PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
 SAMPLE = 8
 """Images that are looked at before the first batch."""
 
-SLICE = 4 << 20
+SLICE = 8 << 20
 """Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
 
 CLEAN = 32 << 20
