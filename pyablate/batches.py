@@ -95,7 +95,8 @@ class Data:
     def hold(self) -> None:
         """Keep every image in memory, so that the data can be read again and at random."""
         if not isinstance(self._source, list):
-            self._source = list(self._raw())
+            # Copies: the source may fill the same memory again and again.
+            self._source = [(images.clone(), labels.clone()) for images, labels in self._raw()]
 
     def hold_if_read_once(self) -> None:
         """Keep the images of a source that can be iterated only once, such as a generator."""
@@ -139,6 +140,8 @@ class Data:
                     yield self._join(first, waiting)
                     first += size
                     waiting = []
+            if waiting:  # a copy: the source may fill the same memory with its next images
+                waiting[-1] = (waiting[-1][0].clone(), waiting[-1][1].clone())
         if waiting:
             yield self._join(first, waiting)
         elif first == 0:

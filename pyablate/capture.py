@@ -134,14 +134,15 @@ class Graph:
         return None
 
     def _count(self, size: Any, rows: int) -> int:
-        """Value of a size for a batch of ``rows``; linear ones, nearly all, without sympy's time."""
+        """Value of a size for a batch of ``rows``; linear ones, nearly all, without sympy."""
         if not _is_symbolic(size):
             return int(size)
         expr = size.node.expr
         if expr not in self._linear:
-            one, two, seven = (int(expr.subs(self.symbol, n)) for n in (1, 2, 7))
+            one, two, *more = (int(expr.subs(self.symbol, n)) for n in (1, 2, 7, 96, 1001))
             step = two - one
-            self._linear[expr] = (step, one - step) if seven == one + 6 * step else None
+            straight = more == [one + n * step for n in (6, 95, 1000)]
+            self._linear[expr] = (step, one - step) if straight else None
         line = self._linear[expr]
         return int(expr.subs(self.symbol, rows)) if line is None else line[0] * rows + line[1]
 
@@ -167,6 +168,21 @@ class Graph:
             layouts = layout if isinstance(layout, list) else [layout] * len(value)
             return [_pick(one, item, image) for one, item in zip(layouts, value, strict=True)]
         return _pick(layout, value, image)
+
+    def joins(self, node: fx.Node) -> bool:
+        """Whether a node's values for parts of a batch can be joined to that of the whole."""
+        layout = self.layout.get(node)
+        layouts = layout if isinstance(layout, list) else [layout]
+        return all(one is None or (one.outer == 1 and one.inner == 1) for one in layouts)
+
+    def join(self, node: fx.Node, parts: Sequence[Any]) -> Any:
+        """Value of a node for a batch, from those for its parts, where :meth:`joins` allows it."""
+        layout = self.layout.get(node)
+        if isinstance(parts[0], (list, tuple)):
+            layouts = layout if isinstance(layout, list) else [layout] * len(parts[0])
+            items = zip(layouts, zip(*parts, strict=True), strict=True)
+            return [_join(one, item) for one, item in items]
+        return _join(layout, parts)
 
     def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes whose value can change when the values of ``starts`` do, in order."""
@@ -342,6 +358,10 @@ def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:
 
 def _pick(layout: BatchLayout | None, value: Tensor, image: Tensor) -> Tensor:
     return value if layout is None else layout.pick(value, image)
+
+
+def _join(layout: BatchLayout | None, parts: Sequence[Any]) -> Any:
+    return parts[0] if layout is None else torch.cat(list(parts), dim=layout.axis)
 
 
 def _fold_batch_norm(graph: Graph) -> None:

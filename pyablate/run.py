@@ -167,6 +167,7 @@ class _Sweep:
                 self._audit(job, batch, self.flips[before:])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
+            del clean  # before the next batch has its own
         for job, ladder in ladders.items():
             for tier, pairs in ladder.settled.items():
                 self.settled[_name(tier)] = self.settled.get(_name(tier), 0) + pairs

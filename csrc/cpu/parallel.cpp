@@ -21,9 +21,10 @@ constexpr std::int64_t steps_worth_a_thread = 1 << 16;
 // wait for them to give up the cores, some 200 us per call. A second runtime would be worse.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
+const pid_t owner = getpid();
+
 Parallel find_team() {
     static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    static const pid_t owner = getpid();
     return getpid() == owner ? found : nullptr;  // a team does not survive fork()
 }
 

@@ -16,6 +16,9 @@ from pyablate.engine.replay import Replay, forward
 MARGIN = 3e-5
 """Share of an image's largest logit that float32 rounding may reach, with much to spare."""
 
+CACHED = 4 << 20
+"""Bytes of the widest tensor up to which the clean run takes images together."""
+
 SAFETY = 8.0
 """How many times the largest rounding error seen is doubted."""
 
@@ -42,9 +45,22 @@ def run_graph(
     convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
     if images.ndim == 4 and convolves:
         images = images.contiguous(memory_format=torch.channels_last)
+    wanted = {graph.logits, *keep}
     with torch.no_grad():
-        tensors = graph.run(images, {graph.logits, *keep})
+        size = _images_at_a_time(graph, images)
+        if len(images) > size and all(graph.joins(node) for node in wanted):
+            parts = [graph.run(some, wanted) for some in images.split(size)]
+            tensors = {node: graph.join(node, [part[node] for part in parts]) for node in wanted}
+        else:
+            tensors = graph.run(images, wanted)
     return _clean(tensors, tensors[graph.logits], exact, batch, margin)
+
+
+def _images_at_a_time(graph: Graph, images: Tensor) -> int:
+    """Images whose widest tensor stays in a processor's caches, never fewer than 16."""
+    widest = max(graph.elements(node) for node in graph.graph.nodes)
+    on_device = images.device.type != "cpu"
+    return len(images) if on_device else max(16, CACHED // (widest * images.element_size()))
 
 
 def run_model(model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float) -> Clean:

@@ -1,4 +1,4 @@
-"""What float32 leaves open, decided in float64: the delta engine once more, one image at a time.
+"""What float32 leaves open, decided in float64: the delta engine once more, on a few images.
 
 Close calls come in crowds: where the intact network hesitates between two classes, so it does for
 nearly every unit. One float64 pass over such an image serves all of its pairs.
@@ -23,6 +23,9 @@ logger = logging.getLogger("pyablate")
 
 SLICE = 16 << 20
 """Bytes of the widest delta of one slice of pairs."""
+
+IMAGES = 32
+"""Images whose float64 tensors are held at a time."""
 
 AGREE = 1e-9
 """Share of the largest logit by which the graph may differ from the model in float64."""
@@ -50,28 +53,41 @@ class Exact:
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""
         used, inverse = image.unique(return_inverse=True)
-        few = batch.take(used).to(torch.float64)
+        parts = [
+            (batch.take(some).to(torch.float64), inverse - start)
+            for start, some in zip(range(0, len(used), IMAGES), used.split(IMAGES), strict=True)
+        ]
+        with torch.no_grad():
+            found = [self._few(few, job, row, position) for few, position in parts]
+        rows = torch.cat([where for where, _ in found])
+        return torch.cat([logits for _, logits in found])[rows.argsort()]
+
+    def _few(
+        self, few: Batch, job: Job | None, row: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which pairs lie on these images (``position`` within them), and their logits."""
+        mine = ((position >= 0) & (position < len(few))).nonzero().squeeze(1)
+        row, image = row[mine], position[mine]
         suffix = None if job is None else self._suffix(job)
         keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
-        with torch.no_grad():
-            tensors = self.graph.run(few.images, keep)
-            logits: Tensor = tensors[self.graph.logits]
-            rows = logits[inverse]
-            if suffix is None or job is None or self.graph.logits not in suffix.nodes:
-                return rows
-            prediction = logits.argmax(dim=1).to(torch.int32)
-            clean = Clean(tensors, logits, prediction, torch.zeros_like(logits[:, 0]))
-            replay = self.replay
-            standins = stand_ins(replay.model, replay.data, few, job, replay.statistics)
-            sweep = Sweep(suffix, clean, standins)
-            if job.channelwise:
-                sweep.advance()
-            size = suffix.pairs_in(SLICE)(torch.float64)
-            for some in torch.arange(len(row), device=row.device).split(size):
-                change = sweep.change(row[some], inverse[some], torch.float64)
-                if change is not None:
-                    rows[some] += change
-        return rows
+        tensors = self.graph.run(few.images, keep)
+        clean_logits: Tensor = tensors[self.graph.logits]
+        logits = clean_logits[image]
+        if suffix is None or job is None or self.graph.logits not in suffix.nodes:
+            return mine, logits
+        prediction = clean_logits.argmax(dim=1).to(torch.int32)
+        clean = Clean(tensors, clean_logits, prediction, torch.zeros_like(clean_logits[:, 0]))
+        replay = self.replay
+        standins = stand_ins(replay.model, replay.data, few, job, replay.statistics)
+        sweep = Sweep(suffix, clean, standins)
+        if job.channelwise:
+            sweep.advance()
+        size = suffix.pairs_in(SLICE)(torch.float64)
+        for some in torch.arange(len(row), device=row.device).split(size):
+            change = sweep.change(row[some], image[some], torch.float64)
+            if change is not None:
+                logits[some] += change
+        return mine, logits
 
     def _suffix(self, job: Job) -> Suffix:
         if job not in self._suffixes:

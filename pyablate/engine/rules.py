@@ -171,7 +171,7 @@ def _waiting(delta: Any, source: Any = None) -> Scaled | None:
     """Return a dense delta as one that may be scaled; ``source`` is the node it comes from."""
     if isinstance(delta, Scaled):
         return delta
-    if not isinstance(delta, Tensor):
+    if not isinstance(delta, Tensor) or delta.dtype not in FLOATS:
         return None
     # Results may go where a fresh delta stands that nobody else reads: views share memory.
     convolved = isinstance(source, fx.Node) and source.target in CONVOLUTIONS
@@ -223,6 +223,8 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
 
 def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | None:
     """Let a sum of two dense deltas wait for the activation that alone reads it."""
+    if node.args[0] is node.args[1]:
+        return None
     reader = _only_reader(node)
     left, right = _waiting(first, node.args[0]), _waiting(second, node.args[1])
     if reader is None or left is None or right is None or reader.target not in NAMED:
@@ -298,7 +300,7 @@ def _coded_convolution(
         size = list(values.shape)
         node.meta["filters"] = eight_bit.prepare(weight, (stride, padding, dilation), size)
     result = eight_bit.convolve(values, node.meta["filters"])
-    return Scaled(result, codes.scale, fresh=len(node.users) == 1)
+    return Scaled(result, codes.scale, fresh=len(_readers(node)) == 1)
 
 
 def _two(value: Any) -> list[int]:
@@ -370,10 +372,11 @@ def _first_linear(
 
 def _by_input(node: fx.Node, filters: Tensor) -> Tensor:
     """Lay filters out by input channel, ``[I, kh, kw, O]``, once."""
-    held: dict[torch.dtype, Tensor] = node.meta.setdefault("by_input", {})
-    if filters.dtype not in held:
-        held[filters.dtype] = filters.contiguous()
-    return held[filters.dtype]
+    held: dict[Any, Tensor] = node.meta.setdefault("by_input", {})
+    key = (filters.dtype, filters.shape)  # a linear map may be seen by maps or by single numbers
+    if key not in held:
+        held[key] = filters.contiguous()
+    return held[key]
 
 
 def _single_channel(
@@ -478,7 +481,8 @@ def _average(pairs: Pairs, node: fx.Node) -> Any:
         result = pending.mean(raw.source, pairs.base(raw.node), pairs.image, raw.activation)
     else:
         delta = _waiting(raw)
-        assert delta is not None
+        if delta is None:
+            return _linear(pairs, node)
         each = torch.arange(len(pairs.image), dtype=torch.int32, device=pairs.image.device)
         # The identity reads no clean tensor: any of the right shape will do.
         result = pending.mean(delta, delta.values, each, Activation("identity"))
@@ -537,6 +541,9 @@ def _max_pool(pairs: Pairs, node: fx.Node) -> Any:
         codes=_new_codes(pairs, node, _layout(delta)),
     )
 
+
+FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16})
+"""Dtypes that the native operations take; a network may have others inside."""
 
 LEAST_CHANNELS = 16
 """Input channels below which an 8-bit convolution is no faster than one in bfloat16."""

@@ -78,6 +78,8 @@ class Ladder:
         How the pairs were settled: "delta", or "closed form" where that was all it took.
     settled : dict
         Pairs decided by each tier so far.
+    measured : int
+        Pairs on which the doubts rest; with too few, full precision does all the work.
     most : int
         Pairs at a time for which memory has been seen to suffice.
     """
@@ -86,6 +88,7 @@ class Ladder:
     doubts: dict[torch.dtype, float] = field(default_factory=dict)
     strategy: str = "delta"
     settled: dict[torch.dtype, int] = field(default_factory=dict)
+    measured: int = 0
     most: int = 1 << 30
 
     @property
@@ -119,10 +122,10 @@ class Ladder:
         Tensor
             int32 ``[P]``.
         """
-        self._calibrate(change, row, image, clean)
+        self._calibrate(change, row, image, clean, size(self.full))
         prediction = clean.prediction[image]
         open_ = torch.arange(len(row), device=row.device)
-        for tier in self.tiers:
+        for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
             start = 0
             while start < len(open_):
                 some = open_[start : start + min(size(tier), self.most)]
@@ -163,22 +166,27 @@ class Ladder:
         short = image.to(torch.int32)
         return ops.classify(clean.logits, delta, short, clean.tolerance, relative=doubt)
 
-    def _calibrate(self, change: Change, row: Tensor, image: Tensor, clean: Known) -> None:
-        """Measure the low tiers' errors on a spread of pairs; leave out those of no use."""
-        unknown = [tier for tier in self.tiers[:-1] if tier not in self.doubts]
-        if not unknown:
+    def _calibrate(
+        self, change: Change, row: Tensor, image: Tensor, clean: Known, most: int
+    ) -> None:
+        """Measure the low tiers' errors on a spread of pairs; leave out those of no use.
+
+        Goes on from batch to batch until enough pairs have been measured.
+        """
+        if len(self.tiers) == 1 or self.measured >= SAMPLE:
             return
-        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // 32))
+        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // 32), most)
         chosen = torch.linspace(0, len(row) - 1, size, device=row.device).long()
         row, image = row[chosen], image[chosen]
         exact = change(row, image, self.full)
         if exact is None:
             return
-        for tier in unknown:
+        self.measured += size
+        for tier in list(self.tiers[:-1]):
             rough = change(row, image, tier)
             assert rough is not None
             worst = _worst_error(rough.to(exact.dtype), exact, clean.tolerance[image])
-            self.doubts[tier] = max(FLOOR[tier], SAFETY * worst)
+            self.doubts[tier] = max(self.doubts.get(tier, FLOOR[tier]), SAFETY * worst)
             open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
             if self.doubts[tier] >= 1.0 or open_ > USELESS:
                 logger.info("%s is too coarse here (error %.2g, open %.2g)", tier, worst, open_)
@@ -186,10 +194,14 @@ class Ladder:
 
 
 def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> float:
-    """Largest error of a logit change, as a share of its spread."""
-    error = _spread(rough - exact)
-    counts = ~(error <= tolerance)  # smaller ones are within what is doubted anyway
-    return float((error / _spread(exact))[counts].amax()) if bool(counts.any()) else 0.0
+    """Largest error of a rough logit change, as a share of its own spread; NaN counts as infinite.
+
+    Errors within the tolerance are doubted anyway. Changes that are not finite in full precision
+    say nothing about the rough one.
+    """
+    error, spread = _spread(rough - exact), _spread(rough)
+    counts = ~(error <= tolerance) & torch.isfinite(exact).all(dim=1)
+    return float((error / spread)[counts].nan_to_num(torch.inf).amax()) if counts.any() else 0.0
 
 
 def _spread(change: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""Networks and data that are easily got wrong: tensors with several readers, mixed dtypes, ..."""
+
+import networks
+import numpy as np
+import pytest
+import torch
+from oracle import check
+from test_tiers import Clean
+from torch import nn
+from torch.nn import functional
+
+import pyablate as pa
+from pyablate import reference
+from pyablate.engine import eight_bit
+from pyablate.engine.tiers import Ladder
+
+needs_eight_bits = pytest.mark.skipif(
+    not eight_bit.available(), reason="this processor has no exact 8-bit products"
+)
+
+
+def images(count=24, size=12):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 3, size, size, generator=generator)
+    return x, torch.randint(0, 5, (count,), generator=generator)
+
+
+def spread(model):
+    """Random weights whose logits tell the classes apart."""
+    networks.randomise(model, seed=1)
+    networks.spread_logits(model, images()[0])
+    return model.eval()
+
+
+class Shared(nn.Module):
+    """A convolution, behind something that passes it on, is read twice."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.twice = twice
+        self.first, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.second, self.third, self.fourth = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.second(self.relu(self.first(x))))
+        y = self.drop(self.third(x))
+        if self.twice == "sum":
+            return self.head(functional.elu(y + y).mean((2, 3)))
+        return self.head(functional.relu(self.fourth(functional.relu(y)) + y).mean((2, 3)))
+
+
+@needs_eight_bits
+@pytest.mark.parametrize("twice", ["branches", "sum"])
+def test_a_convolution_read_twice_is_not_overwritten(twice):
+    torch.manual_seed(0)
+    model, data = spread(Shared(twice)), images()
+    result = pa.ablate(model, data, "relu", precision="int8", progress=False)
+    assert reference.compare(result, model, data, "relu").mismatches == 0
+    assert result.effort.doubt["relu"]["int8"] < 0.6  # garbage was off by more than the change
+    assert result.effort.settled["int8"] > 100
+
+
+class Flattened(nn.Module):
+    """One linear layer, read by a site of maps and by a site of single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.maps, self.numbers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ReLU()
+        self.hidden, self.head = nn.Linear(8 * 16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = functional.max_pool2d(self.maps(self.conv(x)), 3)
+        return self.head(functional.relu(self.hidden(self.numbers(x.flatten(1)))))
+
+
+def test_one_linear_layer_behind_maps_and_behind_numbers():
+    check(spread(Flattened()), images(), ["maps", "numbers"])
+
+
+class Half(nn.Module):
+    """A network that computes a part of itself in float16."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        self.pooled = pooled
+        self.first, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.second, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.second(self.relu(self.first(x))).half())
+        x = functional.max_pool2d(x, 2) if self.pooled else x
+        return self.head(x.mean((2, 3)).to(self.head.weight.dtype))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_part_in_float16(pooled):
+    model, data = Half(pooled).eval(), images(8)
+    result = pa.ablate(model, data, "relu", progress=False)
+    assert result.audit.mismatches == 0
+    assert result.strategy == {"relu": "delta"}
+
+
+def test_a_change_that_is_not_a_number_hides_no_error():
+    """One NaN among the measured pairs, and a rough tier that is wrong on all others."""
+    row = torch.arange(120)
+
+    def change(row, image, dtype):
+        exact = torch.zeros(len(row), 2)
+        exact[:, 1] = -0.5
+        if dtype == torch.bfloat16:
+            exact[:, 1] += 3.0
+            exact[row == 0] = torch.nan
+        return exact
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    found = ladder.settle(change, row, row % 3, Clean(), lambda _: 1000)
+    assert ladder.tiers == [torch.float32]
+    expected = (Clean.logits[row % 3] + change(row, row, torch.float32)).argmax(1)
+    assert torch.equal(found.long(), expected)
+
+
+def test_few_pairs_are_decided_in_full_precision_until_enough_are_measured():
+    ladder = Ladder([torch.bfloat16, torch.float32])
+
+    def change(row, image, dtype):
+        return torch.stack([torch.zeros(len(row)), 0.3 * torch.sin(row.float())], dim=1)
+
+    for start in range(0, 100, 10):
+        row = torch.arange(start, start + 10)
+        ladder.settle(change, row, row % 3, Clean(), lambda _: 1000)
+        if start < 50:
+            assert torch.bfloat16 not in ladder.settled
+    assert ladder.measured == 100
+    assert ladder.settled[torch.bfloat16] > 0
+
+
+class Refilled:
+    """A source that hands out the same memory again and again."""
+
+    def __iter__(self):
+        x, y = images(16)
+        memory = np.empty((4, 3, 12, 12), np.float32)
+        for start in range(0, 16, 4):
+            memory[:] = x[start : start + 4].numpy()
+            yield memory, y[start : start + 4].numpy()
+
+
+@pytest.mark.parametrize("intervention", ["zero", "resample"])
+def test_a_source_that_refills_its_memory(intervention):
+    model = spread(Flattened())
+    options = {"intervention": intervention, "audit": 0, "progress": False}
+    expected = pa.ablate(model, images(16), "maps", **options)
+    found = pa.ablate(model, Refilled(), "maps", **options)
+    assert found.baseline.tolist() == expected.baseline.tolist()
+    assert found.flips.image.tolist() == expected.flips.image.tolist()
+
+
+def test_a_network_that_works_in_place_leaves_the_images_alone():
+    class InPlace(Flattened):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    (x, y), before = images(8), images(8)[0]
+    pa.ablate(InPlace().eval(), (x, y), "maps", audit=5, progress=False)
+    assert torch.equal(x, before)
