@@ -50,7 +50,8 @@ def run_graph(
         size = _images_at_a_time(graph, images)
         if len(images) > size and all(graph.joins(node) for node in wanted):
             parts = [graph.run(some, wanted) for some in images.split(size)]
-            tensors = {node: graph.join(node, [part[node] for part in parts]) for node in wanted}
+            # Each part is let go as soon as it is joined: all of them twice would not fit.
+            tensors = {node: graph.join(node, [p.pop(node) for p in parts]) for node in wanted}
         else:
             tensors = graph.run(images, wanted)
     return _clean(tensors, tensors[graph.logits], exact, batch, margin)
