@@ -5,6 +5,7 @@ from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.correlation import correlate
+from pyablate.experiments import Cumulative, cumulative
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
@@ -15,6 +16,7 @@ from pyablate.store import load
 __all__ = [
     "AblationResult",
     "Audit",
+    "Cumulative",
     "Flips",
     "Intervention",
     "Plan",
@@ -25,6 +27,7 @@ __all__ = [
     "cluster_images",
     "cluster_units",
     "correlate",
+    "cumulative",
     "demo",
     "interventions",
     "load",
