@@ -5,7 +5,7 @@ from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.correlation import correlate
-from pyablate.experiments import Cumulative, cumulative
+from pyablate.experiments import Cumulative, Pairs, cumulative, pairs
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
@@ -19,6 +19,7 @@ __all__ = [
     "Cumulative",
     "Flips",
     "Intervention",
+    "Pairs",
     "Plan",
     "Site",
     "ablate",
@@ -32,6 +33,7 @@ __all__ = [
     "interventions",
     "load",
     "ops",
+    "pairs",
     "plan",
     "reference",
     "select",
