@@ -65,7 +65,7 @@ def test_python_in_the_page_on_experiments_runs() -> None:
     assert short != code
     names: dict[str, object] = {}
     exec(compile(short, "experiments.md", "exec"), names)
-    assert {"curves", "both"} <= set(names)
+    assert {"curves", "both", "sets", "along", "control", "table"} <= set(names)
 
 
 def test_versions_agree() -> None:

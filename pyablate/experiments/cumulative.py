@@ -19,10 +19,11 @@ from pyablate.experiments.measures import (
     class_accuracy,
 )
 from pyablate.experiments.orders import Order, measured, named, orders_of
-from pyablate.experiments.units import labels_of, layers_of
+from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
 from pyablate.result import AblationResult, Floats, Ints
 from pyablate.run import ablate
+from pyablate.sites import select
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -101,7 +102,8 @@ def cumulative(
         raise ValueError(f"repeats: expected at least 1, got {repeats!r}")
     orders = named(order)
     images, labels = gathered(data)
-    units = labels_of(layers_of(model, images, layers))
+    ready = opened(model, (images, labels), options.get("device"))
+    units = labels_of(select(ready.sites, layers))
     common = {"intervention": intervention, "class_names": class_names, "seed": seed, **options}
     measuring = images, labels
     if measured(orders) and ranking is None:

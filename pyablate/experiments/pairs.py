@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from pyablate.batches import gathered
-from pyablate.experiments.units import layers_of
+from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
 from pyablate.result import AblationResult, Ints
 from pyablate.run import ablate
+from pyablate.sites import select
 from pyablate.statistics import adjusted, mcnemar
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def pairs(
         raises.
     """
     images, labels = gathered(data)
-    sites = layers_of(model, images, layer)
+    sites = select(opened(model, (images, labels), options.get("device")).sites, layer)
     if len(sites) != 1:
         found = ", ".join(site.name for site in sites)
         raise ValueError(f"layer: expected one layer, {layer!r} selects {found}")

@@ -8,38 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pyablate.prepare import Ready, open_up, undisturbed
 from pyablate.result import AblationResult, Ints
-from pyablate.sites import Site, copied, select, sites
+from pyablate.sites import Site
 
 
-def layers_of(model: nn.Module, images: Tensor, layers: str | Sequence[str]) -> list[Site]:
-    """Find the layers of a network, in the order in which it computes them.
+def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
+    """Copy the model and look at the data, as :func:`pyablate.ablate` will.
 
     Raises
     ------
-    TypeError
-        The model is no ``nn.Module``.
-    ValueError
-        An unknown layer, or images that the model cannot take.
+    ValueError, TypeError
+        The model or the data cannot be used; the message says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    first = next(iter(model.parameters()), torch.zeros(0))
-    work = copied(model).eval()
-    if first.dtype != torch.float64:
-        work = work.float()  # as :func:`pyablate.ablate` does
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    sample = torch.cat([images[:1], images[-1:]]).to(first.device, dtype)
-    try:
-        found = sites(work, sample)
-    except RuntimeError as error:
-        raise ValueError(
-            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    return select(found, layers)
+    with undisturbed(), torch.inference_mode(False):
+        return open_up(model, data, None, device)
 
 
 def labels_of(found: Sequence[Site]) -> list[str]:
