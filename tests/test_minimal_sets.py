@@ -56,9 +56,7 @@ def test_planted_sets_are_found_and_nothing_else() -> None:
 
 def test_without_pruning_the_order_of_the_single_drops_is_kept() -> None:
     model, data = planted()
-    found = pa.minimal_sets(
-        model, data, "units", classes="0", prune=False, audit=0, progress=False
-    )
+    found = pa.minimal_sets(model, data, "units", classes="0", prune=False, audit=0, progress=False)
     # No unit alone harms the class: units come in their order until both are in.
     assert found.table["units"][0] == tuple(f"units:{unit}" for unit in range(5))
 

@@ -87,8 +87,11 @@ def compare_damage(
     for layer, other in _matched(known, layers).items():
         for figure in FIGURES:
             values = [
-                [each[figure][rows[name]] for each, rows in zip(*side, strict=True)]
-                for side, name in zip(zip(figures, known, strict=True), (layer, other), strict=True)
+                [
+                    each[figure][rows[name]]
+                    for each, rows in zip(figures[side], known[side], strict=True)
+                ]
+                for side, name in enumerate((layer, other))
             ]
             head = {"layer": layer, "layer_second": other, "figure": figure}
             lines.append(head | _compared(values, names, resamples, confidence, seed))
@@ -133,7 +136,7 @@ def rotation_control(
     Raises
     ------
     ValueError, TypeError
-        ``rotations`` below 1, and whatever :func:`pyablate.ablate` and :func:`compare_damage` raise.
+        ``rotations`` below 1, and whatever :func:`pyablate.ablate` raises.
     """
     if rotations < 1:
         raise ValueError(f"rotations: expected at least 1, got {rotations!r}")
@@ -215,8 +218,9 @@ def _compared(
     low, high = np.quantile(draws[0] - draws[1], tails)
     line |= {"difference": means[0] - means[1]}
     line |= {"difference_low": float(low), "difference_high": float(high)}
-    both = all(map(len, pooled))
-    return line | {"p": float(stats.mannwhitneyu(*pooled).pvalue) if both else np.nan}
+    one, two = pooled
+    both = len(one) > 0 and len(two) > 0
+    return line | {"p": float(stats.mannwhitneyu(one, two).pvalue) if both else np.nan}
 
 
 def _resampled(several: Several, resamples: int, generator: np.random.Generator) -> Floats:
