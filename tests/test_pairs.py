@@ -133,3 +133,12 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     model, images, labels = residual(4)
     with pytest.raises(ValueError, match=message):
         pa.pairs(model, (images, labels), **({"layer": LAYER, "progress": False} | options))
+
+
+def test_a_plan_of_pairs_counts_what_is_live() -> None:
+    model, images, labels = residual(12)
+    groups = [[f"{LAYER}:1", f"{LAYER}:2"], [f"{LAYER}:3", f"{LAYER}:4"]]
+    row = pa.plan(model, (images, labels), groups=groups).table.iloc[0]
+    assert row["pairs"] == 24
+    assert row["strategy"] == "delta"
+    assert 0 < row["live"] <= 1
