@@ -1,10 +1,21 @@
 """Exhaustive unit ablation of neural image classifiers, exact and fast."""
 
-from pyablate import demo, interventions, ops, reference
+from pyablate import demo, directions, interventions, ops, reference
 from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.correlation import correlate
+from pyablate.experiments import (
+    Cumulative,
+    MinimalSets,
+    Pairs,
+    RotationControl,
+    compare_damage,
+    cumulative,
+    minimal_sets,
+    pairs,
+    rotation_control,
+)
 from pyablate.interventions import Intervention
 from pyablate.plan import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
@@ -15,22 +26,32 @@ from pyablate.store import load
 __all__ = [
     "AblationResult",
     "Audit",
+    "Cumulative",
     "Flips",
     "Intervention",
+    "MinimalSets",
+    "Pairs",
     "Plan",
+    "RotationControl",
     "Site",
     "ablate",
     "attributes",
     "build_info",
     "cluster_images",
     "cluster_units",
+    "compare_damage",
     "correlate",
+    "cumulative",
     "demo",
+    "directions",
     "interventions",
     "load",
+    "minimal_sets",
     "ops",
+    "pairs",
     "plan",
     "reference",
+    "rotation_control",
     "select",
     "sites",
 ]

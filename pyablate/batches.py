@@ -196,6 +196,28 @@ class Data:
         return images, labels.to("cpu", torch.int64)
 
 
+def gathered(source: Any) -> tuple[Tensor, Tensor]:
+    """All images and labels of a source, as they are, so that they can be split.
+
+    Returns
+    -------
+    images, labels : Tensor
+        ``[N, ...]`` and int64 ``[N]``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :class:`Data` raises.
+    """
+    data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
+    parts = [part for part in data._raw() if len(part[0])]
+    if not parts:
+        raise ValueError("data: no images")
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
 def _is_pair(source: Any) -> bool:
     return (
         isinstance(source, (tuple, list))

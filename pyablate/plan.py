@@ -291,7 +291,8 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
     work = {"dense": 0.0, "floating": 0.0, "unit": 0.0}
     for node in nodes:
-        delta = sweep.value(node.all_input_nodes[0]) if node.all_input_nodes else None
+        single = job.single and bool(node.all_input_nodes)
+        delta = sweep.value(node.all_input_nodes[0]) if single else None
         eight_bit = tier == torch.int8 and rules.takes_codes(graph, node)
         kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
         work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)

@@ -273,10 +273,11 @@ def _groups_by_sites(
             first = seen[frozenset(members)]
             raise ValueError(f"groups: group {number} is the same as group {first}: {list(group)}")
         seen[frozenset(members)] = number
-        if run[1] and at != run[0]:
-            yield run
-            run = ([], [])
-        run = (at, [*run[1], members])
+        if at != run[0]:
+            if run[1]:
+                yield run
+            run = (at, [])
+        run[1].append(members)
     if run[1]:
         yield run
 

@@ -213,7 +213,7 @@ def split_half_drop(result: AblationResult, *, splits: int = 10, seed: int = 0) 
     if not len(usable):
         return np.full(len(result.units), np.nan)
     generator = np.random.default_rng(seed)
-    halves = [_half(result.labels, result.classes, generator) for _ in range(splits)]
+    halves = [random_half(result.labels, result.classes, generator) for _ in range(splits)]
     total = np.zeros(len(result.units))
     for rows in _blocks(result.flips.start, result.classes):
         image, cell, net = _changes(result, rows)
@@ -307,7 +307,7 @@ def _max_p(result: AblationResult) -> Floats:
     return p
 
 
-def _half(labels: Ints, classes: int, generator: np.random.Generator) -> NDArray[np.bool_]:
+def random_half(labels: Ints, classes: int, generator: np.random.Generator) -> NDArray[np.bool_]:
     """Random half of the images of every class, bool [image]."""
     order = np.lexsort((generator.random(len(labels)), labels))
     sizes = np.bincount(labels, minlength=classes)

@@ -57,6 +57,17 @@ def test_python_in_the_page_on_statistics_runs() -> None:
     assert {"tests", "table", "floor", "honest", "found", "units", "broken"} <= set(names)
 
 
+@pytest.mark.slow
+def test_python_in_the_page_on_experiments_runs() -> None:
+    text = (_ROOT / "docs" / "experiments.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    short = code.replace("limit=500", "limit=120")
+    assert short != code
+    names: dict[str, object] = {}
+    exec(compile(short, "experiments.md", "exec"), names)
+    assert {"curves", "both", "sets", "along", "control", "table"} <= set(names)
+
+
 def test_versions_agree() -> None:
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)

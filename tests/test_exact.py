@@ -16,6 +16,7 @@ from torch import nn
 
 import pyablate as pa
 from pyablate import reference
+from pyablate.engine import eight_bit
 from pyablate.interventions import Intervention
 
 INTERVENTIONS = ["mean", "class_mean", "constant:0.3", "resample:3", "noise:3", "direction:3"]
@@ -102,6 +103,32 @@ def test_groups_within_and_across_layers(name: str, intervention: str) -> None:
     result = check(model, (images, labels), groups=groups, intervention=intervention)
     assert list(result.units["label"]) == ["+".join(group) for group in groups]
     assert (result.units["unit"] == -1).all()
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_groups_within_each_layer_of_every_architecture(name: str) -> None:
+    """Groups of one layer stay on their channels as far as single units do."""
+    model, images, labels = networks.network(name)
+    channels = {site.name: site.channels for site in pa.sites(model, images[:2])}
+    groups = [
+        [f"{layer}:{unit}" for unit in range(1, last)]
+        for layer in networks.ARCHITECTURES[name].layers
+        for last in sorted({3, channels[layer] // 2 + 1, channels[layer]})
+    ]
+    check(model, (images[:16], labels[:16]), groups=groups, ties=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp64"])
+def test_groups_in_every_precision(precision: str) -> None:
+    if precision == "int8" and not eight_bit.available():
+        pytest.skip("no 8-bit arithmetic that is exact on this processor")
+    model, images, labels = pa.demo.load("vgg_bn", limit=24)
+    groups = [["features.9:3"], ["features.9:3", "features.9:60"]]
+    groups += [[f"features.9:{unit}" for unit in range(0, 64, step)] for step in (1, 2, 9)]
+    options = {"groups": groups, "precision": precision}
+    result = pa.ablate(model, (images, labels), progress=False, **options)
+    agreement = reference.compare(result, model, (images, labels), groups=groups)
+    assert agreement.mismatches == 0, agreement
 
 
 def test_layers_and_groups_together() -> None:

@@ -234,7 +234,7 @@ def test_split_half_against_comparing_predictions(result: pa.AblationResult) -> 
         assert np.isnan(found).all()
         return
     generator = np.random.default_rng(5)
-    halves = [statistics._half(result.labels, result.classes, generator) for _ in range(3)]
+    halves = [statistics.random_half(result.labels, result.classes, generator) for _ in range(3)]
     for half in halves:
         sizes = np.bincount(result.labels[half], minlength=result.classes)
         assert (abs(2 * sizes - result.class_sizes) <= 1).all()

@@ -72,7 +72,7 @@ def _reader_norms(graph: Graph, links: list[Link], units: int) -> tuple[Tensor, 
     for link in links:
         if bool((link.channel < -1).any()):  # a channel that is not one unit's alone
             sums[:] = torch.nan
-        columns = _columns(graph, link.node)
+        columns = columns_by_input(graph, link.node)
         per_channel = torch.stack([columns.abs().sum(dim=1), columns.square().sum(dim=1)])
         here = link.channel >= 0
         sums.index_add_(1, link.channel[here], per_channel[:, here])
@@ -86,7 +86,7 @@ def _filters(graph: Graph, node: fx.Node) -> Tensor:
     return cast(Tensor, graph.constant(node, 1)).double().cpu().flatten(1)
 
 
-def _columns(graph: Graph, node: fx.Node) -> Tensor:
+def columns_by_input(graph: Graph, node: fx.Node) -> Tensor:
     """Return the weights by input channel, float64 ``[I, rest]``."""
     weight = cast(Tensor, graph.constant(node, 1)).double().cpu()
     groups = cast(int, node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1

@@ -69,17 +69,25 @@ class Job:
 
     @property
     def channelwise(self) -> bool:
-        """Whether each ablation changes one unit of one site, and nothing else there."""
-        return (
-            len(self.sites) == 1
-            and self.intervention.kind != "direction"
-            and all(len(members) == 1 for members in self.members)
-        )
+        """Whether each ablation changes whole channels of one site, each by itself."""
+        return len(self.sites) == 1 and self.intervention.kind != "direction"
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether each ablation changes one channel of one site, and nothing else there."""
+        return self.channelwise and all(len(members) == 1 for members in self.members)
 
     @cached_property
     def units(self) -> Tensor:
-        """int64 [row]: the unit of each ablation of a job with one unit each."""
-        return torch.tensor([members[0][1] for members in self.members])
+        """int64 [column]: the unit of each ablation, or all that channelwise groups are made of."""
+        if self.single:
+            return torch.tensor([members[0][1] for members in self.members])
+        return torch.tensor(sorted({unit for members in self.members for _, unit in members}))
+
+    @cached_property
+    def belongs(self) -> Tensor:
+        """Bool [row, column]: whether a channelwise ablation changes the unit of a column."""
+        return self._masks[self.sites[0].name][:, self.units]
 
     def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
         """Ablate: row ``row[p]`` of this job on the p-th of some images.
@@ -102,7 +110,7 @@ class Job:
         """
         if self.intervention.kind == "direction":
             return self._project(site, values, row)
-        if self.channelwise:
+        if self.single:
             every = torch.arange(len(row), device=row.device)
             unit = self.units.to(row.device)[row]
             return _masked(site, values, unit, standin(every, unit))

@@ -63,12 +63,24 @@ class Channel:
 
     def dense(self, image: Tensor, column: Tensor) -> Tensor:
         """Spell out ``[P, ...]`` for pairs (image, column), zero on all other channels."""
+        return self.joined(len(image), torch.arange(len(image), device=image.device), image, column)
+
+    def joined(self, pairs: int, pair: Tensor, image: Tensor, column: Tensor) -> Tensor:
+        """Spell out ``[pairs, ...]`` with any number of changed channels in each pair.
+
+        Parameters
+        ----------
+        pairs : int
+            Number of rows.
+        pair, image, column : Tensor
+            int64 ``[M]``: row ``pair`` has the change of ``column`` on ``image``, which stays on
+            its channel whatever the others do.
+        """
         chosen = self.values[image, column]
-        pairs, rest = len(image), chosen.shape[1:]
-        full = chosen.new_zeros(pairs, self.size, *rest)
+        full = chosen.new_zeros(pairs, self.size, *chosen.shape[1:])
         if full.ndim == 4 and self.axis == 1:
             full = full.contiguous(memory_format=torch.channels_last)
-        full[torch.arange(pairs, device=image.device), self.channel[column]] = chosen
+        full[pair, self.channel[column]] = chosen
         return full.flatten(1, 2) if self.inner > 1 else full.movedim(1, self.axis)
 
     def add_to(self, dense: Tensor, image: Tensor, column: Tensor, scale: float) -> Tensor:

@@ -162,9 +162,13 @@ class Sweep:
 
     @property
     def head(self) -> Channel | None:
-        """Input of the final linear layer, if that is all that is left."""
+        """Input of the final linear layer, if that is all that is left and units are alone."""
         head = self.graph.logits
-        if self.deferred != [head] or head.target is not aten.linear.default:
+        if (
+            not self.suffix.job.single
+            or self.deferred != [head]
+            or head.target is not aten.linear.default
+        ):
             return None
         if self.graph.constant(head, 1) is None:
             return None
@@ -286,7 +290,11 @@ class Sweep:
         later = [node for node in self.deferred if self.ablates(node)]
         maps = [delta.values for delta in deltas if delta is not None]
         maps += [self._difference(node).values for node in later]
-        return torch.stack([_any_position(values) for values in maps]).any(dim=0)
+        alive = torch.stack([_any_position(values) for values in maps]).any(dim=0)
+        if self.suffix.job.single:
+            return alive
+        belongs = self.suffix.job.belongs.to(alive.device)
+        return alive.float() @ belongs.t().float() > 0
 
     def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Logit changes [P, K] of some pairs, with the dense suffix in ``dtype``."""
@@ -335,7 +343,12 @@ class _Slice:
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)
         if delta is None and self.sweep.changes(node):
-            return self.sweep.lowered(node, self.dtype)
+            held = self.sweep.lowered(node, self.dtype)
+            if self.sweep.suffix.job.single:
+                return held
+            pair, column = self._members
+            image = self.image_long[pair]
+            delta = self._deltas[node] = held.joined(len(self.column), pair, image, column)
         return delta
 
     def delta(self, node: fx.Node) -> Any:
@@ -359,6 +372,13 @@ class _Slice:
     def plain(self, node: fx.Node) -> bool:
         layout = self.graph.layout.get(node)
         return isinstance(layout, BatchLayout) and layout.plain
+
+    @cached_property
+    def _members(self) -> tuple[Tensor, Tensor]:
+        """(pair, column) of every unit that the pairs' groups consist of."""
+        belongs = self.sweep.suffix.job.belongs.to(self.column.device)
+        pair, column = belongs[self.column].nonzero(as_tuple=True)
+        return pair, column
 
     @cached_property
     def _sites(self) -> dict[str, Site]:

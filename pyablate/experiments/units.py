@@ -1,0 +1,59 @@
+"""Which units an experiment is about."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyablate.prepare import Ready, open_up, undisturbed
+from pyablate.result import AblationResult, Ints
+from pyablate.sites import Site
+
+
+def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
+    """Copy the model and look at the data, as :func:`pyablate.ablate` will.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The model or the data cannot be used; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    with undisturbed(), torch.inference_mode(False):
+        return open_up(model, data, None, device)
+
+
+def labels_of(found: Sequence[Site]) -> list[str]:
+    """Labels ``"layer:unit"`` of all units of some layers."""
+    return [site.label(unit) for site in found for unit in range(site.channels)]
+
+
+def class_number(result: AblationResult, name: str | int, argument: str = "classes") -> int:
+    """Find the number of a class by its name or number.
+
+    Raises
+    ------
+    ValueError
+        No such class.
+    """
+    names = result.class_names
+    if isinstance(name, str):
+        if name in names:
+            return names.index(name)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or names[:3]
+        raise ValueError(f"{argument}: no class {name!r}; nearest: {', '.join(near)}")
+    if not 0 <= int(name) < len(names):
+        raise ValueError(f"{argument}: expected numbers 0 to {len(names) - 1}, got {name}")
+    return int(name)
+
+
+def best_first(values: Any) -> Ints:
+    """Positions by falling value; of equal ones the first, NaN last."""
+    order: Ints = np.argsort(-np.asarray(values, dtype=np.float64), kind="stable")
+    return order
