@@ -4,6 +4,14 @@ from pyablate import demo, directions, interventions, ops, reference
 from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
+from pyablate.compression import (
+    Coupled,
+    Ranking,
+    Removal,
+    couplings,
+    rank,
+    remove,
+)
 from pyablate.correlation import correlate
 from pyablate.experiments import (
     Cumulative,
@@ -27,12 +35,15 @@ __all__ = [
     "AblationResult",
     "Audit",
     "Cumulative",
+    "Coupled",
     "Flips",
     "Intervention",
     "MinimalSets",
     "Pairs",
     "Plan",
     "RotationControl",
+    "Ranking",
+    "Removal",
     "Site",
     "ablate",
     "attributes",
@@ -42,6 +53,7 @@ __all__ = [
     "compare_damage",
     "correlate",
     "cumulative",
+    "couplings",
     "demo",
     "directions",
     "interventions",
@@ -50,8 +62,10 @@ __all__ = [
     "ops",
     "pairs",
     "plan",
+    "rank",
     "reference",
     "rotation_control",
+    "remove",
     "select",
     "sites",
 ]

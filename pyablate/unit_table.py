@@ -36,7 +36,7 @@ def aligned(table: xr.Dataset | pd.DataFrame, result: AblationResult) -> pd.Data
     ValueError
         A unit is missing or there twice.
     """
-    frame = _frame(table)
+    frame = table_frame(table)
     index = frame.index.astype(str)
     twice = index[index.duplicated()]
     if len(twice):
@@ -138,7 +138,16 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
     )
 
 
-def _frame(table: xr.Dataset | pd.DataFrame) -> pd.DataFrame:
+def table_frame(table: xr.Dataset | pd.DataFrame) -> pd.DataFrame:
+    """Return the variables with one value per unit, a row per unit, labels as index.
+
+    Raises
+    ------
+    TypeError
+        The table is neither an ``xarray.Dataset`` nor a ``pandas.DataFrame``.
+    ValueError
+        It has no coordinate ``unit``.
+    """
     if isinstance(table, pd.DataFrame):
         return table
     if not hasattr(table, "data_vars"):
