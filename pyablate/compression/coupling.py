@@ -81,7 +81,7 @@ class Coupling:
     Attributes
     ----------
     model : nn.Module
-        The copy, which :meth:`cut` makes smaller.
+        The copy.
     sites : list of Site
         All sites, in the order of the network.
     sample : Tensor
@@ -105,6 +105,7 @@ class Coupling:
         if not isinstance(sample, Tensor) or sample.ndim < 2 or len(sample) == 0:
             got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise TypeError(f"sample: expected a tensor of images [N, ...], got {got}")
+        self._flags = {name: each.requires_grad for name, each in model.named_parameters()}
         self.model = copied(model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -165,26 +166,46 @@ class Coupling:
         """Units of a layer."""
         return next(site.channels for site in self.sites if site.name == layer)
 
-    def cut(self, units: Iterable[str]) -> nn.Module:
-        """Remove units, all coupled ones among them, from the copy; this can be done once.
+    def without(self, units: Iterable[str]) -> nn.Module:
+        """Return a new copy of the network without these units and all that hang together.
 
         Raises
         ------
         ValueError
             A layer would be left without channels.
         """
-        planned = list(self.channels(units))
-        for dependency, taken in planned:
-            node = dependency.target
-            count = _channel_count(self._graph, dependency)
+        smaller = copied(self.model)
+        names = self._graph._module2name
+        for dependency, taken in self.channels(units):
+            module = dependency.target.module
+            name = self._graph._param_to_name.get(module, names.get(module))
+            if name is None:
+                continue  # an operation without parameters
+            count = self._channel_count(dependency)
             if count is not None and len(taken) >= count:
                 raise ValueError(
-                    f"units: all {count} channels of {node.name.partition(' ')[0]} would go; "
-                    "at least one has to stay"
+                    f"units: all {count} channels of {name} would go; at least one has to stay"
                 )
-        group = _merged(self._graph, planned)
-        group.prune(record_history=False)
-        return self.model
+            dependency.handler.__self__.pruning_dim = dependency.target.pruning_dim
+            if isinstance(module, nn.Parameter):
+                owner, _, leaf = name.rpartition(".")
+                whole = smaller.get_parameter(name)
+                cut = dependency.handler(whole, taken)
+                setattr(smaller.get_submodule(owner), leaf, cut)
+            else:
+                dependency.handler(smaller.get_submodule(name), taken)
+        for name, parameter in smaller.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        return smaller
+
+    def _channel_count(self, dependency: Any) -> int | None:
+        """Count the channels, on the side of the module that the dependency cuts."""
+        module = dependency.target.module
+        if isinstance(module, nn.Parameter):
+            return int(module.shape[dependency.target.pruning_dim])
+        side = "get_out_channels" if "out" in dependency.handler.__name__ else "get_in_channels"
+        count = getattr(self._graph.get_pruner_of_module(module), side)(module)
+        return None if count is None else int(count)
 
     def _follow(self, site: Site) -> list[Entry]:
         """Ask the graph what goes when units of a site go, for all its units at once."""
@@ -373,27 +394,6 @@ def _made(entries: Sequence[Entry]) -> set[int]:
 def _is_output(entry: Entry) -> bool:
     """Whether the module loses outputs; what keeps channels apart loses both sides at once."""
     return "out" in entry.dependency.handler.__name__
-
-
-def _channel_count(graph: Any, dependency: Any) -> int | None:
-    """Count the channels, on the side of the module that the dependency cuts."""
-    module = dependency.target.module
-    if not isinstance(module, nn.Module):
-        return None
-    side = "get_out_channels" if "out" in dependency.handler.__name__ else "get_in_channels"
-    count = getattr(graph.get_pruner_of_module(module), side)(module)
-    return None if count is None else int(count)
-
-
-def _merged(graph: Any, planned: Sequence[tuple[Any, list[int]]]) -> Any:
-    """Make one group of Torch-Pruning of everything that is to go."""
-    from torch_pruning.dependency import Group
-
-    group = Group()
-    for dependency, taken in planned:
-        group.add_dep(dependency, taken)
-    group._DG = graph
-    return group
 
 
 def _unheard(nodes: Sequence[Any], silent: set[int], plain: dict[int, str]) -> set[str]:

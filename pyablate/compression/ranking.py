@@ -117,6 +117,7 @@ def rank(
         scores=values[order],
         notes=tuple(notes[i] for i in order),
         layer_sizes=sizes,
+        scope=scope,
     )
 
 
@@ -136,6 +137,8 @@ class Ranking:
         Why a place of the order is never removed; empty if it may be.
     layer_sizes : dict of str to int
         Units of each layer.
+    scope : {"global", "layer"}
+        What the scores were compared within.
     """
 
     name: str
@@ -143,6 +146,7 @@ class Ranking:
     scores: Floats
     notes: tuple[str, ...]
     layer_sizes: dict[str, int]
+    scope: str = "global"
 
     def __repr__(self) -> str:
         """Name and counts in one line."""
@@ -203,6 +207,19 @@ class Ranking:
             order=tuple(self.order[i] for i in kept),
             scores=self.scores[kept],
             notes=tuple(self.notes[i] for i in kept),
+        )
+
+    def shuffled(self, seed: int) -> Ranking:
+        """Return the same places in random order, a baseline; what never goes stays last."""
+        chance = _random(self.order, seed)
+        usable = np.array([not note for note in self.notes], dtype=bool)
+        order = _order(self.order, chance, usable, self.scope)
+        return replace(
+            self,
+            name=f"random:{seed}",
+            order=tuple(self.order[i] for i in order),
+            scores=chance[order],
+            notes=tuple(self.notes[i] for i in order),
         )
 
     def to_dataframe(self) -> pd.DataFrame:

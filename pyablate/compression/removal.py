@@ -111,7 +111,7 @@ def remove(
     gone = _all_coupled(coupling, _labels(units, fraction))
     masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
     before = size(coupling.model, coupling.sample)
-    smaller = cut(coupling, model, gone)
+    smaller = without(coupling, gone)
     with torch.no_grad(), evaluation(smaller):
         logits = smaller(coupling.sample)
     difference = float((logits - masked).abs().max() / masked.abs().max().clamp(min=1e-30))
@@ -124,17 +124,16 @@ def remove(
     return Removal(smaller, gone, before, size(smaller, coupling.sample), difference)
 
 
-def cut(coupling: Coupling, model: nn.Module, units: Iterable[str]) -> nn.Module:
-    """Cut the coupling's copy of a model and give it the model's modes and gradient flags.
+def without(coupling: Coupling, units: Iterable[str]) -> nn.Module:
+    """Return a network without some units, tried on the sample.
 
     Raises
     ------
     ValueError
         Nothing would be left of a layer, or the network cannot run with fewer channels.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        smaller = coupling.cut(units)
+        smaller = coupling.without(units)
         with torch.no_grad(), evaluation(smaller):
             smaller(coupling.sample)
     except (RuntimeError, AssertionError, IndexError) as error:
@@ -142,8 +141,6 @@ def cut(coupling: Coupling, model: nn.Module, units: Iterable[str]) -> nn.Module
             "model: the network does not run with fewer channels, sizes may be written into its "
             f"code: {str(error).strip().splitlines()[0]}"
         ) from error
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     return smaller
 
 
