@@ -16,7 +16,7 @@ from pyablate.sites import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
 
-_AGREEMENT = 1e-3
+AGREEMENT = 1e-3
 """Share of the largest logit by which masked and removed network may differ by rounding."""
 
 
@@ -115,7 +115,7 @@ def remove(
     with torch.no_grad(), evaluation(smaller):
         logits = smaller(coupling.sample)
     difference = float((logits - masked).abs().max() / masked.abs().max().clamp(min=1e-30))
-    if not difference <= _AGREEMENT:
+    if not difference <= AGREEMENT:
         logger.warning(
             "remove: the smaller network differs from the masked one by %.2g of the largest logit: "
             "something behind a removed unit turns its zero into another number",

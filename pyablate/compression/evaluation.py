@@ -1,0 +1,180 @@
+"""Predictions of one network on all images, with close calls decided in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyablate.batches import Batch, Data
+from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
+from pyablate.result import Floats, Ints
+from pyablate.sites import copied
+
+_SAMPLE = 8
+"""Images on which the rounding of the logits is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network says of every image.
+
+    Attributes
+    ----------
+    labels, prediction : int64 [image]
+        True and predicted class; of equal logits the first class.
+    confidence : float64 [image]
+        Probability of the predicted class.
+    losses : float64 [image]
+        Cross entropy.
+    classes : int
+        Number of classes.
+    """
+
+    labels: Ints
+    prediction: Ints
+    confidence: Floats
+    losses: Floats
+    classes: int
+
+    @cached_property
+    def right(self) -> NDArray[np.bool_]:
+        """Bool [image]: whether the prediction is right."""
+        found: NDArray[np.bool_] = self.prediction == self.labels
+        return found
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(self.right.mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.mean())
+
+    @cached_property
+    def class_accuracy(self) -> Floats:
+        """float64 [class]; NaN for a class without images."""
+        sizes = np.bincount(self.labels, minlength=self.classes)
+        hits = np.bincount(self.labels[self.right], minlength=self.classes)
+        return hits / np.where(sizes > 0, sizes, np.nan)
+
+    def calibration_error(self, bins: int = 15) -> float:
+        """Expected calibration error over bins of equal width.
+
+        ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo, Pleiss, Sun, Weinberger 2017, *On
+        Calibration of Modern Neural Networks*).
+
+        Raises
+        ------
+        ValueError
+            Fewer than one bin.
+        """
+        if bins < 1:
+            raise ValueError(f"bins: expected at least 1, got {bins!r}")
+        # Confidence 1 belongs to the last bin; a bin has its upper end.
+        place = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+        gap = np.bincount(place, self.right - self.confidence, minlength=bins)
+        return float(np.abs(gap).sum() / len(self.labels))
+
+
+def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
+    """Run a network over the data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, in the dtype and on the device of the data.
+    data : Data
+        Images and labels.
+    batch_size : int
+        Images per forward pass.
+
+    Returns
+    -------
+    Evaluation
+        Predictions are those of the network in float64, exact ties and near ties apart.
+
+    Raises
+    ------
+    ValueError
+        Bad images or labels, or logits that are not finite.
+    """
+    double = copied(model).double()
+    margin: float | None = None
+    parts: list[tuple[NDArray[Any], ...]] = []
+    classes = 0
+    with torch.no_grad():
+        for batch in data.batches(batch_size):
+            logits = model(_laid_out(batch.images))
+            _check_logits(logits, batch)
+            if margin is None:
+                margin = _rounding(logits, double, batch)
+            classes = logits.shape[1]
+            logits = logits.double()
+            close = close_calls(logits, margin * logits.abs().amax(dim=1)).nonzero().squeeze(1)
+            if len(close):
+                logits[close] = double(batch.images[close].double())
+            top = logits.softmax(dim=1).max(dim=1).values
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            found = (batch.labels, logits.argmax(dim=1), top, losses)
+            parts.append(tuple(each.cpu().numpy() for each in found))
+    joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Evaluation(joined[0], joined[1], joined[2], joined[3], classes)
+
+
+def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:
+    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype.
+
+    Raises
+    ------
+    TypeError
+        It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    work = copied(model).to(first.device if device is None else device)
+    return (work.double() if dtype == torch.float64 else work.float()).eval(), dtype
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer."""
+    return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    if images.ndim == 4:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
+
+
+def _check_logits(logits: Any, batch: Batch) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model: expected logits [N, classes], got {got}")
+    finite = torch.isfinite(logits).all(dim=1)
+    if not bool(finite.all()):
+        where = int(batch.index[~finite][0])
+        raise ValueError(f"model: the logits of image {where} are NaN or infinite")
+    if int(batch.labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"data: label {int(batch.labels.max())} is outside the model's {logits.shape[1]} "
+            f"classes (0 to {logits.shape[1] - 1})"
+        )
+
+
+def _rounding(logits: Tensor, double: nn.Module, batch: Batch) -> float:
+    """Share of the largest logit within which this precision is not trusted, measured."""
+    exact = double(batch.images[:_SAMPLE].double())
+    error = (logits[:_SAMPLE].double() - exact).abs().amax(dim=1)
+    worst = float((error / exact.abs().amax(dim=1).clamp(min=1e-300)).max())
+    return max(MARGIN, SAFETY * worst)
