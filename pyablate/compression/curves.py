@@ -201,8 +201,7 @@ class _Points:
         if not difference <= AGREEMENT:
             logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
             return self._held(units), sized
-        fast = smaller.to(memory_format=torch.channels_last)
-        return evaluate(fast, self.data, self.batch_size), sized
+        return evaluate(smaller, self.data, self.batch_size), sized
 
     def _held(self, units: frozenset[str]) -> Evaluation:
         masked = Silenced(self.model, self.coupling.sites, units)

@@ -113,7 +113,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
     classes = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
-            logits = model(_laid_out(batch.images))
+            logits = model(batch.images)
             _check_logits(logits, batch)
             if margin is None:
                 margin = _rounding(logits, double, batch)
@@ -149,12 +149,6 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer."""
     return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
-
-
-def _laid_out(images: Tensor) -> Tensor:
-    if images.ndim == 4:
-        return images.contiguous(memory_format=torch.channels_last)
-    return images
 
 
 def _check_logits(logits: Any, batch: Batch) -> None:
