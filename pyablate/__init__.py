@@ -1,16 +1,21 @@
 """Exhaustive unit ablation of neural image classifiers, exact and fast."""
 
 from pyablate import demo, directions, interventions, ops, reference
+from pyablate import compression, demo, interventions, ops, reference
 from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.compression import (
+    Comparison,
     Coupled,
     Ranking,
     Removal,
+    compare,
     couplings,
+    prune_curve,
     rank,
     remove,
+    sensitivity,
 )
 from pyablate.correlation import correlate
 from pyablate.experiments import (
@@ -35,6 +40,7 @@ __all__ = [
     "AblationResult",
     "Audit",
     "Cumulative",
+    "Comparison",
     "Coupled",
     "Flips",
     "Intervention",
@@ -51,6 +57,8 @@ __all__ = [
     "cluster_images",
     "cluster_units",
     "compare_damage",
+    "compare",
+    "compression",
     "correlate",
     "cumulative",
     "couplings",
@@ -62,10 +70,12 @@ __all__ = [
     "ops",
     "pairs",
     "plan",
+    "prune_curve",
     "rank",
     "reference",
     "rotation_control",
     "remove",
     "select",
+    "sensitivity",
     "sites",
 ]

@@ -3,9 +3,20 @@
 from pyablate.compression.compare import Comparison, compare, importance_preserved, surviving
 from pyablate.compression.coupling import Coupled, couplings
 from pyablate.compression.curves import plot_curves, prune_curve
+from pyablate.compression.interchange import importance, masked
 from pyablate.compression.ranking import Ranking, rank
 from pyablate.compression.removal import Removal, Size, remove, size
 from pyablate.compression.sensitivity import sensitivity
+from pyablate.compression.transforms import (
+    Transformed,
+    block_masks,
+    filter_ranking,
+    int8_weights,
+    kernel_codebook,
+    magnitude_masks,
+    prune_filters,
+    truncated_svd,
+)
 
 __all__ = [
     "Comparison",
@@ -13,14 +24,24 @@ __all__ = [
     "Ranking",
     "Removal",
     "Size",
+    "Transformed",
+    "block_masks",
     "compare",
     "couplings",
+    "filter_ranking",
+    "importance",
     "importance_preserved",
+    "int8_weights",
+    "kernel_codebook",
+    "magnitude_masks",
+    "masked",
     "plot_curves",
     "prune_curve",
+    "prune_filters",
     "rank",
     "remove",
     "sensitivity",
     "size",
     "surviving",
+    "truncated_svd",
 ]

@@ -162,6 +162,11 @@ class Coupling:
             if taken:
                 yield dependency, sorted(taken)
 
+    def name_of(self, module: nn.Module) -> str:
+        """Dotted name of a module of the copy."""
+        name: str = self._graph._module2name[module]
+        return name
+
     def layer_size(self, layer: str) -> int:
         """Units of a layer."""
         return next(site.channels for site in self.sites if site.name == layer)
@@ -178,7 +183,8 @@ class Coupling:
         names = self._graph._module2name
         for dependency, taken in self.channels(units):
             module = dependency.target.module
-            name = self._graph._param_to_name.get(module, names.get(module))
+            parameter = isinstance(module, nn.Parameter)
+            name = self._graph._param_to_name.get(module) if parameter else names.get(module)
             if name is None:
                 continue  # an operation without parameters
             count = self._channel_count(dependency)
@@ -187,7 +193,7 @@ class Coupling:
                     f"units: all {count} channels of {name} would go; at least one has to stay"
                 )
             dependency.handler.__self__.pruning_dim = dependency.target.pruning_dim
-            if isinstance(module, nn.Parameter):
+            if parameter:
                 owner, _, leaf = name.rpartition(".")
                 whole = smaller.get_parameter(name)
                 cut = dependency.handler(whole, taken)

@@ -91,12 +91,12 @@ def rank(
 
     .. [1] Fang, Ma, Song, Mi, Wang, *DepGraph: Towards Any Structural Pruning*, CVPR 2023.
     """
-    _check_choice("scope", scope, SCOPES)
-    _check_choice("combine", combine, COMBINATIONS)
+    check_choice("scope", scope, SCOPES)
+    check_choice("combine", combine, COMBINATIONS)
     coupling = Coupling(model, sample)
     chosen = coupling.selected(layers)
     if isinstance(scores, str):
-        _check_choice("scores", scores, ("random",))
+        check_choice("scores", scores, ("random",))
         values = _random(chosen, seed)
         notes = [one.obstacle for one in chosen]
         title = name or f"random:{seed}"
@@ -237,7 +237,14 @@ class Ranking:
         )
 
 
-def _check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
+def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse what is not one of the known names.
+
+    Raises
+    ------
+    ValueError
+        Names the argument, what was expected, what came, and the nearest.
+    """
     if given not in known:
         near = difflib.get_close_matches(str(given), list(known), n=1) or list(known)
         raise ValueError(

@@ -108,7 +108,7 @@ def remove(
         cannot run with fewer channels.
     """
     coupling = Coupling(model, sample)
-    gone = _all_coupled(coupling, _labels(units, fraction))
+    gone = _all_coupled(coupling, labels_of(units, fraction))
     masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
     before = size(coupling.model, coupling.sample)
     smaller = without(coupling, gone)
@@ -179,7 +179,14 @@ def silenced(
     return logits
 
 
-def _labels(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:
+def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:
+    """Labels of single units, of a list or of what a ranking removes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Fraction and ranking do not come together, or units are no labels.
+    """
     if isinstance(units, Ranking):
         if fraction is None:
             raise ValueError("fraction: expected a number from 0 to 1 beside a ranking, got None")
