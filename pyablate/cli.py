@@ -1,5 +1,7 @@
 """The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
 
+``prune``, ``sensitivity`` and ``compare`` are in ``cli_compression.py``.
+
 Torch is imported inside the commands, so that ``pyablate --help`` answers at once.
 """
 
@@ -582,6 +584,9 @@ def _sample(spec: str, network: nn.Module, data: str | None, shape: str | None) 
         raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
     first = next(iter(network.parameters()), None)
     return sample if first is None else sample.to(first.device)
+
+
+import pyablate.cli_compression  # noqa: E402, F401  # its commands use the options above
 
 
 def main() -> None:

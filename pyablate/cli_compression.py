@@ -1,0 +1,263 @@
+"""The shell's ``prune``, ``sensitivity`` and ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyablate.cli import (
+    Bar,
+    DataSpec,
+    Debug,
+    Device,
+    Labels,
+    Limit,
+    Mean,
+    Model,
+    Seed,
+    Size,
+    Std,
+    Weights,
+    _load_data,
+    _load_model,
+    _say_written,
+    app,
+)
+from pyablate.shell import check_file, log_to_stderr
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyablate.compression import Ranking
+    from pyablate.result import AblationResult
+
+By = Annotated[
+    list[str],
+    typer.Option(
+        metavar="WHAT",
+        help="Rank by l1, l2 or bn_scale (the size of a unit's weights), random, a result of "
+        "`pyablate run` (.zarr), or a table of attributes (.csv); may be given again for `prune`.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which drop of a result (accuracy_drop, max_class_drop ...) or attribute of a table.",
+    ),
+]
+Scope = Annotated[
+    str, typer.Option(help="layer: the same share of each layer; global: wherever scores are low.")
+]
+Fraction = Annotated[
+    list[float] | None,
+    typer.Option(min=0, max=1, help="Share of the units that goes; may be given again."),
+]
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: DataSpec,
+    weights: Weights = None,
+    labels: Labels = None,
+    limit: Limit = None,
+    by: By = ["l1"],  # noqa: B006  # typer copies it
+    column: Column = None,
+    scope: Scope = "layer",
+    fraction: Fraction = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Random orders to compare with.")] = 3,
+    seed: Seed = 0,
+    device: Device = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the curves as CSV.")
+    ] = None,
+    progress: Bar = None,
+    debug: Debug = False,
+) -> None:
+    """Remove more and more units, by one or several rankings, and say what is lost.
+
+    Try `pyablate prune demo:vgg_bn --data demo --limit 1000 --by l1 --by bn_scale`
+
+    `pyablate prune demo:vgg_bn --data demo --by run.zarr --column max_class_drop --csv curve.csv`
+    """
+    log_to_stderr(debug)
+    from pyablate import table
+    from pyablate.compression.curves import FRACTIONS, prune_curve
+    from pyablate.compression_table import curve_table
+
+    if csv is not None:
+        check_file(csv)
+    network = _load_model(model, weights, device)
+    loaded = _load_data(data, labels, limit, size, mean, std)
+    sample = _first_images(loaded.batches)
+    rankings = {what: _ranking(network, sample, what, column, scope, seed) for what in by}
+    curves = prune_curve(
+        network,
+        loaded.batches,
+        rankings,
+        fractions=fraction or FRACTIONS,
+        seeds=seeds,
+        class_names=loaded.class_names,
+        device=device,
+        progress=progress,
+    )
+    if csv is not None:
+        curves.to_csv(csv, index=False)
+    out = table.console()
+    out.print(curve_table(curves))
+    _say_written(out, csv)
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    data: DataSpec,
+    weights: Weights = None,
+    labels: Labels = None,
+    limit: Limit = None,
+    by: Annotated[
+        str, typer.Option(metavar="WHAT", help="Order within a layer; see `pyablate prune`.")
+    ] = "l1",
+    column: Column = None,
+    fraction: Fraction = None,
+    stop: Annotated[
+        float | None,
+        typer.Option(min=0, help="Leave a layer alone once it has lost more accuracy (0.05)."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The table, .csv or .json; a killed run resumes it."),
+    ] = None,
+    progress: Bar = None,
+    debug: Debug = False,
+) -> None:
+    """Ablate growing shares of one layer at a time, to see how much of each can go.
+
+    Try `pyablate sensitivity demo:resnet --data demo --limit 500 --stop 0.1 --output layers.csv`
+    """
+    log_to_stderr(debug)
+    from pyablate import table
+    from pyablate.compression import sensitivity as measure
+    from pyablate.compression.sensitivity import FRACTIONS
+    from pyablate.compression_table import sensitivity_table
+
+    if output is not None:
+        check_file(output)
+    network = _load_model(model, weights, device)
+    loaded = _load_data(data, labels, limit, size, mean, std)
+    ranking = _ranking(network, _first_images(loaded.batches), by, column, "layer", seed)
+    found = measure(
+        network,
+        loaded.batches,
+        ranking,
+        fractions=fraction or FRACTIONS,
+        stop=stop,
+        path=output,
+        class_names=loaded.class_names,
+        device=device,
+        progress=progress,
+    )
+    out = table.console()
+    out.print(sensitivity_table(found))
+    _say_written(out, output)
+
+
+@app.command()
+def compare(
+    model: Model,
+    smaller: Annotated[
+        str, typer.Argument(metavar="OTHER", help="The other network.", show_default=False)
+    ],
+    data: DataSpec,
+    weights: Weights = None,
+    other_weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights of the other network.")
+    ] = None,
+    labels: Labels = None,
+    limit: Limit = None,
+    device: Device = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one row per class as CSV.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the images on which they differ as CSV."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare two networks with the same classes: which classes suffer, which images differ.
+
+    Try `pyablate compare demo:alexnet demo:vgg_bn --data demo --limit 2000 --csv classes.csv`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate import table
+    from pyablate.compression_table import comparison_tables
+
+    for path in (csv, images):
+        if path is not None:
+            check_file(path)
+    networks = _load_model(model, weights, device), _load_model(smaller, other_weights, device)
+    loaded = _load_data(data, labels, limit, size, mean, std)
+    found = pa.compare(
+        *networks, loaded.batches, class_names=loaded.class_names, device=device
+    )
+    if csv is not None:
+        found.classes().to_csv(csv, index=False)
+    if images is not None:
+        found.images().to_csv(images, index=False)
+    out = table.console()
+    for each in comparison_tables(found):
+        out.print(each)
+    _say_written(out, csv, images)
+
+
+def _first_images(batches: object) -> Tensor:
+    """Two images to run the network on."""
+    first: Tensor = batches[0] if isinstance(batches, tuple) else next(iter(batches))[0]  # type: ignore[call-overload]
+    return first[:2]
+
+
+def _ranking(
+    network: nn.Module, sample: Tensor, what: str, column: str | None, scope: str, seed: int
+) -> Ranking:
+    import pyablate as pa
+    from pyablate.compression.transforms import CRITERIA, filter_ranking
+    from pyablate.unit_table import read_table
+
+    if what in CRITERIA:
+        return filter_ranking(network, sample, what, scope=scope)
+    scores: object = what
+    if what != "random":
+        path = Path(what)
+        if not path.exists():
+            raise ValueError(
+                f"--by: expected {', '.join(CRITERIA)}, random or a file, got {what!r}"
+            )
+        result = _result(path)
+        scores = read_table(path) if result is None else result
+    return pa.rank(network, sample, scores, column=column, scope=scope, seed=seed, name=what)  # type: ignore[arg-type]
+
+
+def _result(path: Path) -> AblationResult | None:
+    """Load a result of ``pyablate run``; None if it is something else."""
+    import pyablate as pa
+
+    try:
+        return pa.load(path) if path.is_dir() else None
+    except OSError:
+        return None

@@ -1,0 +1,96 @@
+"""What the shell prints of curves, sensitivities and comparisons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pyablate.compression import Comparison
+
+
+def curve_table(curves: pd.DataFrame) -> Table:
+    """Tabulate the curves of :func:`pyablate.prune_curve`; random orders by their mean."""
+    table = _table("Ranking")
+    _numeric(table, "gone", "accuracy", "worst class", "mean class", "loss", "parameters", "FLOPs")
+    shown = ""
+    for (ranking, fraction), rows in curves.groupby(["ranking", "fraction"], sort=False):
+        mean = rows.mean(numeric_only=True)
+        table.add_row(
+            Text("" if shown == ranking else str(ranking)),
+            f"{100 * float(fraction):.0f} %",
+            *(f"{100 * mean[name]:.2f}" for name in _ACCURACIES),
+            f"{mean['loss']:.3f}",
+            f"{mean['parameters']:,.0f}",
+            f"{mean['flops']:,.0f}",
+        )
+        shown = str(ranking)
+    return table
+
+
+def sensitivity_table(found: pd.DataFrame) -> Table:
+    """Tabulate :func:`pyablate.sensitivity`."""
+    table = _table("Layer")
+    _numeric(table, "gone", "units", "accuracy", "drop")
+    table.add_column("hurts most", overflow="fold")
+    _numeric(table, "by (points)")
+    shown = ""
+    for row in found.to_dict("records"):
+        table.add_row(
+            Text("" if shown == row["layer"] else row["layer"]),
+            f"{100 * row['fraction']:.1f} %",
+            f"{row['units']:,}",
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['accuracy_drop']:+.2f}",
+            Text(str(row["max_class"])),
+            f"{100 * row['max_class_drop']:.2f}",
+        )
+        shown = row["layer"]
+    return table
+
+
+def comparison_tables(found: Comparison) -> tuple[Table, Table]:
+    """Tabulate a comparison: the figures of both networks, then one row per class."""
+    summary = found.summary()
+    both = _table("Figure")
+    _numeric(both, "before", "after")
+    for name in ("accuracy", "worst_class_accuracy", "mean_class_accuracy", "calibration_error"):
+        figures = (100 * summary[f"{name}_{which}"] for which in ("before", "after"))
+        both.add_row(name.replace("_", " ") + ", %", *(f"{figure:.2f}" for figure in figures))
+    losses = (summary[f"loss_{which}"] for which in ("before", "after"))
+    both.add_row("loss", *(f"{loss:.4f}" for loss in losses))
+    both.add_row("differing predictions, %", "", f"{100 * summary['differing']:.2f}")
+    both.add_row("p of the accuracies", "", f"{summary['p']:.2g}")
+    classes = _table("Class")
+    _numeric(classes, "images", "before", "after", "drop", "excess", "lost", "gained", "q")
+    table = found.classes()
+    for row in table.iloc[np.argsort(-table["drop"].to_numpy(), kind="stable")].to_dict("records"):
+        classes.add_row(
+            Text(str(row["class"])),
+            f"{row['images']:,}",
+            *(f"{100 * row[name]:.2f}" for name in ("before", "after", "drop", "excess")),
+            f"{row['lost']:,}",
+            f"{row['gained']:,}",
+            f"{row['q']:.2g}",
+        )
+    return both, classes
+
+
+_ACCURACIES = ("accuracy", "worst_class_accuracy", "mean_class_accuracy")
+
+
+def _table(first: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def _numeric(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="right")
