@@ -68,6 +68,22 @@ def test_python_in_the_page_on_experiments_runs() -> None:
     assert {"curves", "both", "sets", "along", "control", "table"} <= set(names)
 
 
+@pytest.mark.slow
+def test_python_in_the_page_on_compression_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_pruning")
+    text = (_ROOT / "docs" / "compression.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    short = code.replace("limit=500", "limit=60")
+    assert short != code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(short, "compression.md", "exec"), names)
+    assert {"measured", "smaller", "curves", "table", "comparison", "scores"} <= set(names)
+    assert (tmp_path / "sensitivity.csv").exists()
+
+
 def test_versions_agree() -> None:
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
