@@ -213,9 +213,7 @@ def compare(
             check_file(path)
     networks = _load_model(model, weights, device), _load_model(smaller, other_weights, device)
     loaded = _load_data(data, labels, limit, size, mean, std)
-    found = pa.compare(
-        *networks, loaded.batches, class_names=loaded.class_names, device=device
-    )
+    found = pa.compare(*networks, loaded.batches, class_names=loaded.class_names, device=device)
     if csv is not None:
         found.classes().to_csv(csv, index=False)
     if images is not None:

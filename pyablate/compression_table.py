@@ -20,11 +20,11 @@ def curve_table(curves: pd.DataFrame) -> Table:
     table = _table("Ranking")
     _numeric(table, "gone", "accuracy", "worst class", "mean class", "loss", "parameters", "FLOPs")
     shown = ""
-    for (ranking, fraction), rows in curves.groupby(["ranking", "fraction"], sort=False):
+    for (ranking, _), rows in curves.groupby(["ranking", "fraction"], sort=False):
         mean = rows.mean(numeric_only=True)
         table.add_row(
             Text("" if shown == ranking else str(ranking)),
-            f"{100 * float(fraction):.0f} %",
+            f"{100 * mean['fraction']:.0f} %",
             *(f"{100 * mean[name]:.2f}" for name in _ACCURACIES),
             f"{mean['loss']:.3f}",
             f"{mean['parameters']:,.0f}",

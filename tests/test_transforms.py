@@ -49,7 +49,7 @@ def test_tied_filters_are_scored_together() -> None:
     assert [int(one.units[0].rpartition(":")[2]) for one in tied.order] == mean.argsort().tolist()
     with pytest.raises(ValueError, match="criterion: no unit"):
         compression.filter_ranking(pa.demo.network("alexnet"), PICTURES, "bn_scale")
-    with pytest.raises(ValueError, match="nearest: l2"):
+    with pytest.raises(ValueError, match="nearest: l1"):
         compression.filter_ranking(model, PICTURES, "l3")
 
 

@@ -247,9 +247,7 @@ def importance_preserved(
         Another measure, different classes or labels, or a match of unknown units.
     """
     if measure not in ("accuracy_drop", "max_class_drop"):
-        raise ValueError(
-            f"measure: expected accuracy_drop or max_class_drop, got {measure!r}"
-        )
+        raise ValueError(f"measure: expected accuracy_drop or max_class_drop, got {measure!r}")
     if before.class_names != after.class_names:
         raise ValueError("after: expected the same classes as before, got other names")
     if not np.array_equal(before.labels, after.labels):
@@ -272,9 +270,7 @@ def importance_preserved(
                 after.class_accuracy_drop[rows_after[layer]].mean(axis=0),
             )
         found = _spearman(getattr(before, measure)[old_rows], getattr(after, measure)[new_rows])
-        lines.append(
-            {"layer": layer, "units": len(matched), "spearman": found, "profile": profile}
-        )
+        lines.append({"layer": layer, "units": len(matched), "spearman": found, "profile": profile})
     return pd.DataFrame(lines)
 
 

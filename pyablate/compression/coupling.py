@@ -183,8 +183,8 @@ class Coupling:
         names = self._graph._module2name
         for dependency, taken in self.channels(units):
             module = dependency.target.module
-            parameter = isinstance(module, nn.Parameter)
-            name = self._graph._param_to_name.get(module) if parameter else names.get(module)
+            bare = isinstance(module, nn.Parameter)
+            name = self._graph._param_to_name.get(module) if bare else names.get(module)
             if name is None:
                 continue  # an operation without parameters
             count = self._channel_count(dependency)
@@ -193,7 +193,7 @@ class Coupling:
                     f"units: all {count} channels of {name} would go; at least one has to stay"
                 )
             dependency.handler.__self__.pruning_dim = dependency.target.pruning_dim
-            if parameter:
+            if bare:
                 owner, _, leaf = name.rpartition(".")
                 whole = smaller.get_parameter(name)
                 cut = dependency.handler(whole, taken)

@@ -74,8 +74,9 @@ def prune_curve(
     -------
     pandas.DataFrame
         One row per ranking, seed and fraction: ``ranking``; ``seed`` (-1 where there is none);
-        ``fraction``; ``places`` and ``units``, how many went; ``accuracy``, ``worst_class_accuracy``
-        with its ``worst_class``, ``mean_class_accuracy`` and ``loss`` (mean cross entropy);
+        ``fraction``; ``places`` and ``units``, how many went; ``accuracy``,
+        ``worst_class_accuracy`` with its ``worst_class``, ``mean_class_accuracy`` and ``loss``
+        (mean cross entropy);
         ``parameters`` and ``flops`` (of one image) of the network without them.
 
     Raises
@@ -175,9 +176,7 @@ class _Points:
             self._known[units] = self._evaluate(units)
         found, sized = self._known[units]
         if class_names is not None and len(class_names) != found.classes:
-            raise ValueError(
-                f"class_names: expected {found.classes} names, got {len(class_names)}"
-            )
+            raise ValueError(f"class_names: expected {found.classes} names, got {len(class_names)}")
         worst = int(np.nanargmin(found.class_accuracy))
         return {
             "places": len(gone),

@@ -67,7 +67,7 @@ class Evaluation:
         return hits / np.where(sizes > 0, sizes, np.nan)
 
     def calibration_error(self, bins: int = 15) -> float:
-        """Expected calibration error over bins of equal width.
+        """Return the expected calibration error over bins of equal width.
 
         ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo, Pleiss, Sun, Weinberger 2017, *On
         Calibration of Modern Neural Networks*).

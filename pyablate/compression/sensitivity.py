@@ -167,7 +167,9 @@ def _fingerprint(
     digest = hashlib.sha256(repr(model).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     for batch in Data(data, dtype=torch.float32, device=torch.device("cpu")).batches(1024):
         digest.update(batch.images.contiguous().numpy().tobytes())
         digest.update(batch.labels.numpy().tobytes())

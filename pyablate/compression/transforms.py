@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -336,7 +337,7 @@ def block_masks(
     return Transformed(changed, bits, _bits(model))
 
 
-def _weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def _weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Convolutions and linear maps whose names match, in order."""
     kinds = (nn.modules.conv._ConvNd, nn.Linear)
     known = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -377,17 +378,18 @@ def _size(coupling: Coupling, units: Sequence[str], criterion: str) -> float:
     return float(reduce[criterion](joined))
 
 
-def _pair(module: nn.Module, first: Tensor, second: Tensor) -> nn.Sequential:
+def _pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
     """Two layers with these matrices in place of a convolution or linear map."""
     like = {"device": module.weight.device, "dtype": module.weight.dtype}
     bias = module.bias is not None
     kept = len(first)
-    before: nn.Module
-    after: nn.Module
-    if isinstance(module, nn.Linear):
+    before: Any
+    after: Any
+    linear = isinstance(module, nn.Linear)
+    if linear:
         before = nn.Linear(module.in_features, kept, bias=False, **like)
         after = nn.Linear(kept, module.out_features, bias=bias, **like)
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    else:
         kind = type(module)
         before = kind(
             module.in_channels,
@@ -409,7 +411,7 @@ def _pair(module: nn.Module, first: Tensor, second: Tensor) -> nn.Sequential:
     return nn.Sequential(before, after)
 
 
-def _overwrite(module: nn.Module, values: Tensor) -> None:
+def _overwrite(module: Any, values: Tensor) -> None:
     with torch.no_grad():
         module.weight.copy_(values.reshape(module.weight.shape))
 
@@ -418,7 +420,7 @@ def _bits(model: nn.Module) -> int:
     return _FLOAT_BITS * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sparse_bits(model: nn.Module, masked: Sequence[nn.Module]) -> int:
-    total = sum(module.weight.numel() for module in masked)
+def _sparse_bits(model: nn.Module, masked: Sequence[Any]) -> int:
+    total = sum(int(module.weight.numel()) for module in masked)
     kept = sum(int((module.weight != 0).sum()) for module in masked)
     return _bits(model) - _FLOAT_BITS * total + total + _FLOAT_BITS * kept
