@@ -85,8 +85,10 @@ def sensitivity(
     if not isinstance(ranking, Ranking):
         raise TypeError(f"ranking: expected one of pa.rank, got {type(ranking).__name__}")
     source = _read_often(data)
-    layers = dict.fromkeys(one.layers for one in ranking.order if not one.obstacle)
-    parts = {layer: ranking.within(layer) for layer in layers}
+    layers = {one.layers for one in ranking.order if not one.obstacle}
+    order = list(ranking.layer_sizes)  # that of the network
+    layers_in_order = sorted(layers, key=lambda names: [order.index(name) for name in names])
+    parts = {names: ranking.within(names) for names in layers_in_order}
     run = "" if path is None else _fingerprint(model, source, ranking, class_names)
     known = pd.DataFrame() if path is None else _read(Path(path), run)
     for share in shares:
