@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyablate.cli import (
+from pyablate.options import (
     Bar,
     DataSpec,
     Debug,
@@ -20,10 +20,6 @@ from pyablate.cli import (
     Size,
     Std,
     Weights,
-    _load_data,
-    _load_model,
-    _say_written,
-    app,
 )
 from pyablate.shell import check_file, log_to_stderr
 
@@ -57,7 +53,6 @@ Fraction = Annotated[
 ]
 
 
-@app.command()
 def prune(
     model: Model,
     data: DataSpec,
@@ -88,6 +83,7 @@ def prune(
     """
     log_to_stderr(debug)
     from pyablate import table
+    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression.curves import FRACTIONS, prune_curve
     from pyablate.compression_table import curve_table
 
@@ -114,7 +110,6 @@ def prune(
     _say_written(out, csv)
 
 
-@app.command()
 def sensitivity(
     model: Model,
     data: DataSpec,
@@ -148,6 +143,7 @@ def sensitivity(
     """
     log_to_stderr(debug)
     from pyablate import table
+    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression import sensitivity as measure
     from pyablate.compression.sensitivity import FRACTIONS
     from pyablate.compression_table import sensitivity_table
@@ -173,7 +169,6 @@ def sensitivity(
     _say_written(out, output)
 
 
-@app.command()
 def compare(
     model: Model,
     smaller: Annotated[
@@ -206,6 +201,7 @@ def compare(
     log_to_stderr(debug)
     import pyablate as pa
     from pyablate import table
+    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression_table import comparison_tables
 
     for path in (csv, images):

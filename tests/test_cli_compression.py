@@ -75,10 +75,13 @@ def test_sensitivity() -> None:
     assert found["layer"].tolist()[0] == "features.1"
     assert len(found) == 7
     assert "classifier.3" in out
-    again = invoke(
+    # The file is resumed: the table comes again, with a line on standard error.
+    code, again = invoke(
         "sensitivity", "demo:alexnet", *DATA, "--fraction", "0.5", "--output", "layers.csv"
     )
-    assert again == (code, out)
+    assert code == 0, again
+    assert "7 rows are in layers.csv already" in again
+    pd.testing.assert_frame_equal(pd.read_csv("layers.csv"), found)
 
 
 def test_compare() -> None:
