@@ -1,7 +1,6 @@
 """Exhaustive unit ablation of neural image classifiers, exact and fast."""
 
-from pyablate import demo, directions, interventions, ops, reference
-from pyablate import compression, demo, interventions, ops, reference
+from pyablate import compression, demo, directions, interventions, ops, reference
 from pyablate._native import build_info
 from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
@@ -39,29 +38,29 @@ from pyablate.store import load
 __all__ = [
     "AblationResult",
     "Audit",
-    "Cumulative",
     "Comparison",
     "Coupled",
+    "Cumulative",
     "Flips",
     "Intervention",
     "MinimalSets",
     "Pairs",
     "Plan",
-    "RotationControl",
     "Ranking",
     "Removal",
+    "RotationControl",
     "Site",
     "ablate",
     "attributes",
     "build_info",
     "cluster_images",
     "cluster_units",
-    "compare_damage",
     "compare",
+    "compare_damage",
     "compression",
     "correlate",
-    "cumulative",
     "couplings",
+    "cumulative",
     "demo",
     "directions",
     "interventions",
@@ -73,8 +72,8 @@ __all__ = [
     "prune_curve",
     "rank",
     "reference",
-    "rotation_control",
     "remove",
+    "rotation_control",
     "select",
     "sensitivity",
     "sites",
