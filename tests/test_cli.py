@@ -206,7 +206,7 @@ def test_plan_explains_without_running(here: Path) -> None:
     )
     assert code == 0, err
     assert "1,000" in out or "1000" in out
-    assert sorted(path.name for path in here.iterdir() if path.suffix == ".zarr") == []
+    assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
 
 
 def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> None:
