@@ -78,9 +78,17 @@ def _invoke(*arguments: str) -> tuple[int, str, str]:
     return outcome.exit_code, outcome.stdout, outcome.stderr
 
 
+# A shell starts what runs in the background with interrupts ignored, and children inherit that.
+_LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("pyablate", run_name="__main__", alter_sys=True)
+"""
+
+
 def _process(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pyablate", *arguments],
+        [sys.executable, "-c", _LISTENING, *arguments],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
