@@ -1,4 +1,4 @@
-#include <math_constants.h>
+#include <cmath>
 
 #include "common.cuh"
 #include "pyablate/class_moments.h"
@@ -43,7 +43,7 @@ __global__ void read_maps(const ClassMomentsParams p) {
     for (std::int64_t m = first_thread() / 32; m < maps; m += all_threads() / 32) {
         const std::int64_t n = m / p.units, c = m % p.units;
         double sum = 0;
-        T low = static_cast<T>(CUDART_INF);
+        T low = static_cast<T>(INFINITY);
         unsigned long long positive = 0;
         for (std::int64_t i = lane; i < positions; i += 32) {
             const std::int64_t row = (n * p.outer + i / p.inner) * p.units + c;
@@ -90,10 +90,10 @@ template <class T>
 __global__ void clear(const ClassMomentsParams p) {
     for (std::int64_t i = first_thread(); i < p.units * p.classes; i += all_threads()) {
         p.total[i] = p.square[i] = 0;
-        p.maximum[i] = -CUDART_INF;
+        p.maximum[i] = -INFINITY;
         p.active[i] = 0;
         if (i < p.units) {
-            static_cast<T*>(p.least)[i] = static_cast<T>(CUDART_INF);
+            static_cast<T*>(p.least)[i] = static_cast<T>(INFINITY);
             p.positive[i] = 0;
         }
     }

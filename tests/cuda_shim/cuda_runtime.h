@@ -173,6 +173,28 @@ T __reduce_min_sync(unsigned mask, T value, SHIM_PLACE) {
     return shim::reduce("__reduce_min_sync", mask, value, {file, line}, smaller);
 }
 
+// --- the bits of a number ----------------------------------------------------------------------
+
+namespace shim {
+template <class To, class From>
+To bits_of(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+}  // namespace shim
+
+inline int __float_as_int(float value) {
+    return shim::bits_of<int>(value);
+}
+inline unsigned __float_as_uint(float value) {
+    return shim::bits_of<unsigned>(value);
+}
+inline long long __double_as_longlong(double value) {
+    return shim::bits_of<long long>(value);
+}
+
 // --- atomics: threads change places only where they wait, so plain reads and writes are whole ----
 
 namespace shim {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "../../csrc/cpu/isa.h"
+#include "pyablate/class_moments.h"
 #include "pyablate/confusion_counts.h"
 #include "pyablate/masked_copies.h"
 
@@ -31,6 +32,9 @@ void classify(const ClassifyParams&, int) {
     std::abort();
 }
 void confusion_counts(const ConfusionCountsParams&, int) {
+    std::abort();
+}
+void class_moments(const ClassMomentsParams&, int) {
     std::abort();
 }
 void delta_activation(const DeltaActivationParams&, void*, int) {
