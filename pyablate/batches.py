@@ -140,7 +140,8 @@ class Data:
                     yield self._join(first, waiting)
                     first += size
                     waiting = []
-            if waiting:  # a copy: the source may fill the same memory with its next images
+            if waiting and not isinstance(self._source, list):
+                # A copy: the source may fill the same memory with its next images.
                 waiting[-1] = (waiting[-1][0].clone(), waiting[-1][1].clone())
         if waiting:
             yield self._join(first, waiting)

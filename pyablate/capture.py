@@ -156,6 +156,12 @@ class Graph:
         """Elements of a node's tensor for one image; 1 where it holds no single tensor."""
         return math.prod(self.shape(node, 1))
 
+    @property
+    def widest(self) -> int:
+        """Elements per image of the largest tensor that depends on the images."""
+        nodes = (node for node in self.graph.nodes if node not in self.constants)
+        return max(self.elements(node) for node in nodes)
+
     def constant(self, node: fx.Node, index: int) -> Tensor | None:
         """Value of an argument of a node that is a weight, else None."""
         argument = node.args[index] if index < len(node.args) else None

@@ -439,6 +439,6 @@ def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, 
     # differences, in the precision of the dense part, and on the way from one to the other.
     units = max((graph.elements(marker) for marker in graph.markers), default=0)
     per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size
-    widest = max(graph.elements(node) for node in graph.graph.nodes) * size
+    widest = graph.widest * size
     enough = max(256, CLEAN // max(widest, 1))
     return int(max(1, min(enough, memory // 2 // max(per_image, 1))))

@@ -47,7 +47,7 @@ def run_graph(
         images = images.contiguous(memory_format=torch.channels_last)
     wanted = {graph.logits, *keep}
     with torch.no_grad():
-        size = _images_at_a_time(graph, images)
+        size = _images_at_a_time(graph, images, wanted)
         if len(images) > size and all(graph.joins(node) for node in wanted):
             parts = [graph.run(some, wanted) for some in images.split(size)]
             # Each part is let go as soon as it is joined: all of them twice would not fit.
@@ -57,11 +57,16 @@ def run_graph(
     return _clean(tensors, tensors[graph.logits], exact, batch, margin)
 
 
-def _images_at_a_time(graph: Graph, images: Tensor) -> int:
-    """Images whose widest tensor stays in a processor's caches, never fewer than 16."""
-    widest = max(graph.elements(node) for node in graph.graph.nodes)
-    on_device = images.device.type != "cpu"
-    return len(images) if on_device else max(16, CACHED // (widest * images.element_size()))
+def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -> int:
+    """Images whose widest tensor stays in a processor's caches, never fewer than 16.
+
+    All of them where more is kept than that, since joining the parts copies it.
+    """
+    widest = graph.widest
+    kept = sum(graph.elements(node) for node in wanted)
+    if images.device.type != "cpu" or kept >= widest:
+        return len(images)
+    return max(16, CACHED // (widest * images.element_size()))
 
 
 def run_model(model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float) -> Clean:
