@@ -64,7 +64,7 @@ def prediction(
     scale = images / plan.images
     return {
         "kind": "fully connected layers" if layer.startswith("classifier") else "conv layers",
-        "predicted_seconds": row["seconds"] * scale,
+        "predicted_seconds": (row["seconds"] + plan.clean_seconds) * scale,
         "gflop": row["gflop"] * scale,
         "tiers": plan.tiers,
         "peak_gflops": plan.gflops,
