@@ -151,9 +151,8 @@ class Data:
     def _join(self, first: int, parts: list[tuple[Tensor, Tensor]]) -> Batch:
         joined = parts[0][0] if len(parts) == 1 else torch.cat([images for images, _ in parts])
         images = joined.to(self.device, self.dtype)
-        if not math.isfinite(
-            float(images.detach().sum())
-        ):  # as one of them is not, or the sum overflows
+        total = float(images.detach().sum())
+        if not math.isfinite(total):  # as one of them is not, or the sum overflows
             finite = torch.isfinite(images).flatten(1).all(dim=1)
             if not bool(finite.all()):
                 where = first + int((~finite).nonzero()[0])

@@ -11,14 +11,20 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from pyablate.attributes.gradients import per_unit
-from pyablate.attributes.wiring import ACTIVATIONS, ADDITIONS, PRODUCTS, WEIGHTED
+from pyablate.attributes.wiring import (
+    ACTIVATIONS,
+    ADDITIONS,
+    PRODUCTS,
+    ROWS,
+    WEIGHTED,
+    with_zeros,
+)
 from pyablate.capture import BATCH_NORM, Graph, function, norm_scale, settings
 from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
 from pyablate.engine.rules import STRUCTURE
 from pyablate.sites import Site
 
 aten = torch.ops.aten
-_ROWS = 2  # networks may squeeze a single image away
 
 
 def nisp(graph: Graph, sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -32,12 +38,12 @@ def nisp(graph: Graph, sites: Iterable[Site]) -> dict[str, Tensor]:
     """
     with torch.enable_grad():
         # Linear throughout, so the gradient does not depend on the values.
-        images = torch.zeros(graph.shape(graph.images, _ROWS), dtype=torch.float64)
+        images = torch.zeros(graph.shape(graph.images, ROWS), dtype=torch.float64)
         images.requires_grad_()
         values: dict[fx.Node, Any] = {graph.images: images}
         for node in graph.graph.nodes:
             depends = any(source in values for source in node.all_input_nodes)
-            if node.op == "call_function" and depends and graph.size(node, _ROWS) is None:
+            if node.op == "call_function" and depends and graph.size(node, ROWS) is None:
                 values[node] = _absolute(graph, node, values)
         marked = [node for node in graph.markers if node in values]
         total = values[graph.logits].sum()
@@ -56,7 +62,9 @@ def _absolute(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Value of a node in the absolute network."""
     rule = _RULES.get(node.target, _unknown)
     first = node.args[0] if node.args else None
-    if rule not in (_plain, _combined) and (not isinstance(first, fx.Node) or first not in values):
+    if rule not in (with_zeros, _combined) and (
+        not isinstance(first, fx.Node) or first not in values
+    ):
         rule = _unknown
     return rule(graph, node, values)
 
@@ -82,7 +90,7 @@ def _same(_graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _item(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     item = _input(node, values)[cast(int, node.args[1])]
-    return item if item.ndim else item.expand(graph.shape(node, _ROWS))
+    return item if item.ndim else item.expand(graph.shape(node, ROWS))
 
 
 def _input(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -110,7 +118,7 @@ def _combined(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Add up what depends on the images; scale it by the size of what does not."""
     operands = list(node.args[:2])
     known = [one for one in operands if isinstance(one, fx.Node) and one in values]
-    shape = graph.shape(node, _ROWS)
+    shape = graph.shape(node, ROWS)
     if node.target in ADDITIONS:
         return sum((values[one] for one in known), torch.zeros(shape, dtype=torch.float64))
     if len(known) > 1 or (node.target in DIVISIONS and operands[0] is not known[0]):
@@ -124,21 +132,6 @@ def _combined(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return values[known[0]] / size if node.target in DIVISIONS else values[known[0]] * size
 
 
-def _plain(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """Apply views, joins and averages; what does not depend on the images is 0."""
-
-    def value(source: fx.Node) -> Any:
-        size = graph.size(source, _ROWS)
-        if size is not None:
-            return size
-        if source in values:
-            return values[source]
-        return torch.zeros(graph.shape(source, _ROWS), dtype=torch.float64)
-
-    args = fx.node.map_arg(node.args, value)
-    return function(node)(*args, **fx.node.map_arg(node.kwargs, value))
-
-
 def _unknown(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Zeros whose gradient is NaN: no importance goes through here."""
     inputs = [values[source] for source in node.all_input_nodes if source in values]
@@ -146,14 +139,14 @@ def _unknown(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     poison = sum(torch.nan * part.sum() for part in parts if isinstance(part, Tensor))
     meta = node.meta.get("val")
     if isinstance(meta, Tensor):
-        return torch.zeros(graph.shape(node, _ROWS), dtype=torch.float64) + poison
+        return torch.zeros(graph.shape(node, ROWS), dtype=torch.float64) + poison
     # Several results; whichever is taken, one number that broadcasts will do for the gradient.
     return [poison] * len(cast(Sequence[Any], meta))
 
 
 _RULES: dict[Any, Callable[[Graph, fx.Node, dict[fx.Node, Any]], Any]] = {
-    **dict.fromkeys(STRUCTURE | LINEAR_POOLS, _plain),
-    **dict.fromkeys((aten.cat.default, aten.constant_pad_nd.default), _plain),
+    **dict.fromkeys(STRUCTURE | LINEAR_POOLS, with_zeros),
+    **dict.fromkeys((aten.cat.default, aten.constant_pad_nd.default), with_zeros),
     **dict.fromkeys(PRODUCTS | ADDITIONS, _combined),
     **dict.fromkeys(ACTIVATIONS | SAME | {aten.neg.default}, _same),
     **dict.fromkeys(WEIGHTED, _weights),

@@ -35,7 +35,7 @@ ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar}) | DIVISIONS
 WEIGHTED = CONVOLUTIONS | {aten.linear.default}
 AVERAGES = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default})
-_ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
+ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def follow(
         What arrived at each node: the tags of its output; for weights, which are not passed,
         those of their input.
     """
-    shape = graph.shape(start, _ROWS)
+    shape = graph.shape(start, ROWS)
     line = [1] * len(shape)
     line[axis] = -1
     tags = torch.arange(1, shape[axis] + 1, dtype=torch.float64).reshape(line).expand(shape)
@@ -153,13 +153,13 @@ def _item(graph: Graph, node: fx.Node, first: Tagged) -> Tagged | None:
     source = node.all_input_nodes[0]
     if source.target is BATCH_NORM:
         return first if node.args[1] == 0 else None
-    parts = _apply(graph, source, {source.all_input_nodes[0]: first.tags})
+    parts = with_zeros(graph, source, {source.all_input_nodes[0]: first.tags})
     return Tagged(parts[cast(int, node.args[1])], first.spoken, first.summed)
 
 
 def _pooled(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     """Give all positions of a channel its tag, whatever the pool does with them."""
-    shape = graph.shape(node, _ROWS)
+    shape = graph.shape(node, ROWS)
     dims = list(range(2, len(shape)))
     return Tagged(_common(first.tags, dims).expand(shape), first.spoken, first.summed)
 
@@ -169,7 +169,7 @@ def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     dims = [given] if isinstance(given, int) else list(cast(Sequence[int], given or ()))
     dims = dims or list(range(first.tags.ndim))
     common = _common(first.tags, [dim % first.tags.ndim for dim in dims])
-    return Tagged(common.reshape(graph.shape(node, _ROWS)), first.spoken, first.summed)
+    return Tagged(common.reshape(graph.shape(node, ROWS)), first.spoken, first.summed)
 
 
 def _common(tags: Tensor, dims: list[int]) -> Tensor:
@@ -180,7 +180,7 @@ def _common(tags: Tensor, dims: list[int]) -> Tensor:
 
 def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged | None:
     """Sum or product of a tagged tensor and another."""
-    shape = graph.shape(node, _ROWS)
+    shape = graph.shape(node, ROWS)
     others = [n for n in node.all_input_nodes if n not in inputs and n not in graph.constants]
     tagged = list(inputs.values())
     if node.target in DIVISIONS and node.args[0] not in inputs:
@@ -204,23 +204,23 @@ def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagge
 def _evaluated(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged:
     """Do with tags what views, joins and pads do with values."""
     first = next(iter(inputs.values()))
-    out = _apply(graph, node, {source: one.tags for source, one in inputs.items()})
+    out = with_zeros(graph, node, {source: one.tags for source, one in inputs.items()})
     if isinstance(out, (list, tuple)):  # the part that is wanted is cut out by getitem
         return first
     spoken = max(one.spoken for one in inputs.values())
     return Tagged(out, spoken, any(one.summed for one in inputs.values()))
 
 
-def _apply(graph: Graph, node: fx.Node, tags: dict[fx.Node, Tensor]) -> Any:
-    """Evaluate a node on tags, with zeros for tensors that carry none."""
+def with_zeros(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """Evaluate a node on values of ``ROWS`` images, with zeros for tensors that have none."""
 
     def value(source: fx.Node) -> Any:
-        size = graph.size(source, _ROWS)
+        size = graph.size(source, ROWS)
         if size is not None:
             return size
-        if source in tags:
-            return tags[source]
-        return torch.zeros(graph.shape(source, _ROWS), dtype=torch.float64)
+        if source in values:
+            return values[source]
+        return torch.zeros(graph.shape(source, ROWS), dtype=torch.float64)
 
     args = fx.node.map_arg(node.args, value)
     return function(node)(*args, **fx.node.map_arg(node.kwargs, value))

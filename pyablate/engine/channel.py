@@ -408,22 +408,22 @@ ELEMENTWISE = frozenset(
         aten.threshold.default,
     }
 )
+RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.squeeze.dims,
+        aten.squeeze.dim,
+    }
+)
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(LINEAR_POOLS | MAX_POOLS, _spatial),
     **dict.fromkeys(CONVOLUTIONS, _depthwise),
-    **dict.fromkeys(
-        (
-            aten.view.default,
-            aten._unsafe_view.default,
-            aten.reshape.default,
-            aten.flatten.using_ints,
-            aten.squeeze.dims,
-            aten.squeeze.dim,
-        ),
-        _reshape,
-    ),
+    **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *DIVISIONS), _scale),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, *SUBTRACTIONS), _add),

@@ -16,7 +16,14 @@ from torch import Tensor, fx
 
 from pyablate.capture import function, settings
 from pyablate.engine.ablations import Job
-from pyablate.engine.channel import ELEMENTWISE, SAME, Channel, averaged_axes, flattened
+from pyablate.engine.channel import (
+    ELEMENTWISE,
+    RESHAPES,
+    SAME,
+    Channel,
+    averaged_axes,
+    flattened,
+)
 
 aten = torch.ops.aten
 
@@ -108,15 +115,5 @@ def _sees_no_padding(node: fx.Node) -> bool:
 
 POOLS = frozenset(
     {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
-)
-RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.squeeze.dims,
-        aten.squeeze.dim,
-    }
 )
 CARRIED = SAME | ELEMENTWISE | POOLS | RESHAPES | {aten.mean.dim}
