@@ -13,7 +13,7 @@ import torch
 
 import pyablate as pa
 from pyablate.compression.removal import silenced
-from pyablate.sites import sites
+from pyablate.layers import sites
 
 
 def usual_loop(model, images, labels, ranking, fractions):

@@ -20,9 +20,9 @@ from subjects import Cut
 from torch import Tensor, nn
 
 from pyablate.hook_loop import hook_loop_seconds
+from pyablate.layers import Site
 from pyablate.reference import NEAR_TIE
 from pyablate.result import AblationResult
-from pyablate.sites import Site
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 Decide = Callable[[Tensor], Tensor]

@@ -2,7 +2,6 @@
 
 from pyablate import compression, demo, directions, interventions, ops, reference
 from pyablate._native import build_info
-from pyablate.attributes import attributes
 from pyablate.clusters import cluster_images, cluster_units
 from pyablate.compression import (
     Comparison,
@@ -29,11 +28,12 @@ from pyablate.experiments import (
     rotation_control,
 )
 from pyablate.interventions import Intervention
-from pyablate.plan import Plan, plan
+from pyablate.layers import Site, select, sites
+from pyablate.planning import Plan, plan
 from pyablate.result import AblationResult, Audit, Flips
 from pyablate.run import ablate
-from pyablate.sites import Site, select, sites
 from pyablate.store import load
+from pyablate.unit_attributes import attributes
 
 __all__ = [
     "AblationResult",

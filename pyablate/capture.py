@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
-from pyablate.sites import Site, evaluation, hooked
+from pyablate.layers import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
 aten = torch.ops.aten

@@ -261,8 +261,8 @@ def attributes(
         raise InputError(f"--output: expected a name ending in .csv or .zarr, got {str(output)!r}")
     import pyablate as pa
     from pyablate import table
-    from pyablate.attributes.files import write_attributes
     from pyablate.store import check_writable
+    from pyablate.unit_attributes.files import write_attributes
 
     check_file(output) if output.suffix == ".csv" else check_writable(output)
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate.attributes.weights import columns_by_input
-from pyablate.attributes.wiring import readers
 from pyablate.capture import Graph, capture
 from pyablate.engine.ablations import clean_maps
 from pyablate.experiments.units import opened
 from pyablate.interventions import random_rotation
+from pyablate.layers import Site, select
 from pyablate.prepare import undisturbed
-from pyablate.sites import Site, select
+from pyablate.unit_attributes.weights import columns_by_input
+from pyablate.unit_attributes.wiring import readers
 
 BATCH = 64
 """Images at a time, unless told otherwise."""

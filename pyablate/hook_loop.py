@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyablate.sites import Site, evaluation
+from pyablate.layers import Site, evaluation
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult

@@ -20,8 +20,8 @@ from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.exact import Exact, exact
 from pyablate.engine.replay import Replay, in_double
 from pyablate.interventions import Intervention
+from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
-from pyablate.sites import Site, copied, parse_label, select, sites
 
 logger = logging.getLogger("pyablate")
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyablate.hook_loop import HookLoopTiming
+    from pyablate.layers import Site
     from pyablate.result import AblationResult
-    from pyablate.sites import Site
 
 _TOP_UNITS = 5
 _PIPED_WIDTH = 120

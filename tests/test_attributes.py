@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
-from pyablate.attributes.catalog import CATALOG
-from pyablate.sites import copied
+from pyablate.layers import copied
+from pyablate.unit_attributes.catalog import CATALOG
 
 FORWARD = ["activations", "selectivity", "information", "redundancy", "gradients"]
 NAMES = ["residual", "conv1d", "used_twice", "in_place", "vit"]

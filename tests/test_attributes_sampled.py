@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
-from pyablate.attributes import table
+from pyablate.unit_attributes import table
 
 needs_captum = pytest.mark.skipif(
     not table._installed("captum"), reason="Captum is not installed (pip install captum)"
@@ -321,7 +321,7 @@ def test_rescaling_a_relu_unit_changes_what_the_table_says_it_changes():
 
 
 def test_catalogue_and_result_agree():
-    from pyablate.attributes.catalog import CATALOG
+    from pyablate.unit_attributes.catalog import CATALOG
 
     model, images, labels = plain()
     masks = torch.ones(12, 1, 4, 4)

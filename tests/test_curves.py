@@ -18,7 +18,7 @@ from torch.nn import functional
 import pyablate as pa
 from pyablate.compression import plot_curves
 from pyablate.compression.removal import silenced, size
-from pyablate.sites import sites
+from pyablate.layers import sites
 
 pytest.importorskip("torch_pruning")
 

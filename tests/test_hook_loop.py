@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.hook_loop import hook_loop_seconds
+from pyablate.layers import Site, select, sites
 from pyablate.result import AblationResult, Flips
-from pyablate.sites import Site, select, sites
 
 
 def _network() -> nn.Module:

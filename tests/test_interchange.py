@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 import pyablate as pa
 from pyablate.compression import filter_ranking, importance, masked
 from pyablate.compression.removal import silenced
-from pyablate.sites import sites
+from pyablate.layers import sites
 
 torch_pruning = pytest.importorskip("torch_pruning")
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from pyablate import table
 from pyablate.hook_loop import HookLoopTiming
+from pyablate.layers import Site
 from pyablate.result import AblationResult, Audit, Flips
-from pyablate.sites import Site
 
 
 @pytest.fixture

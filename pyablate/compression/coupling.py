@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from pyablate.sites import Site, copied, evaluation, hooked, parse_label, select, sites
+from pyablate.layers import Site, copied, evaluation, hooked, parse_label, select, sites
 
 _MISSING = (
     "this needs Torch-Pruning, which knows the channels that hang together; "

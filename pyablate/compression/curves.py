@@ -16,9 +16,9 @@ from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.compression.evaluation import Evaluation, device_of, evaluate, prepared
 from pyablate.compression.ranking import Ranking
 from pyablate.compression.removal import AGREEMENT, Size, silenced, size, without
+from pyablate.layers import Site
 from pyablate.prepare import undisturbed
 from pyablate.progress import Report, reporting
-from pyablate.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

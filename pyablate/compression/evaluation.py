@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from pyablate.batches import Batch, Data
 from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
+from pyablate.layers import copied
 from pyablate.result import Floats, Ints
-from pyablate.sites import copied
 
 _SAMPLE = 8
 """Images on which the rounding of the logits is measured."""

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.ranking import Ranking
-from pyablate.sites import Site, evaluation, hooked
+from pyablate.layers import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
 

@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.ranking import Ranking, check_choice, rank
 from pyablate.compression.removal import remove
-from pyablate.sites import copied
+from pyablate.layers import copied
 
 CRITERIA = ("l1", "l2", "bn_scale")
 _FLOAT_BITS = 32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyablate import ops
 from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian
-from pyablate.sites import Site, hooked
+from pyablate.layers import Site, hooked
 
 Key = tuple[str, int]  # (site name, call number)
 

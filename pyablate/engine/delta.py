@@ -25,7 +25,7 @@ from pyablate.engine.channel import Channel
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
 from pyablate.engine.tiers import FULL, Ladder, carried
-from pyablate.sites import Site
+from pyablate.layers import Site
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
-from pyablate.sites import Site, hooked
+from pyablate.layers import Site, hooked
 
 logger = logging.getLogger("pyablate")
 

@@ -21,9 +21,9 @@ from pyablate.experiments.measures import (
 from pyablate.experiments.orders import Order, measured, named, orders_of
 from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
+from pyablate.layers import select
 from pyablate.result import AblationResult, Floats, Ints
 from pyablate.run import ablate
-from pyablate.sites import select
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -15,9 +15,9 @@ from pyablate.experiments.halves import split
 from pyablate.experiments.measures import balanced_accuracy, class_accuracy
 from pyablate.experiments.units import best_first, class_number, labels_of, opened
 from pyablate.interventions import Intervention
+from pyablate.layers import select
 from pyablate.result import AblationResult, Floats
 from pyablate.run import ablate
-from pyablate.sites import select
 
 logger = logging.getLogger("pyablate")
 

@@ -13,9 +13,9 @@ from torch import nn
 from pyablate.batches import gathered
 from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
+from pyablate.layers import select
 from pyablate.result import AblationResult, Ints
 from pyablate.run import ablate
-from pyablate.sites import select
 from pyablate.statistics import adjusted, mcnemar
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyablate.layers import Site
 from pyablate.prepare import Ready, open_up, undisturbed
 from pyablate.result import AblationResult, Ints
-from pyablate.sites import Site
 
 
 def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:

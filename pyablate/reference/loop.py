@@ -1,7 +1,7 @@
 """The plain float64 hook loop: ablate a unit, run the whole network, look at the predictions.
 
 This is the oracle of the delta engine. It shares no code with it, only the definitions: which
-tensors hold units (:mod:`pyablate.sites`), what a random intervention draws
+tensors hold units (:mod:`pyablate.layers`), what a random intervention draws
 (:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.batches`).
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.layers import Site, copied, sites
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult, Flips
-from pyablate.sites import Site, copied, sites
 
 NEAR_TIE = 1e-5
 """Top-2 margin, as a share of the largest absolute logit, under which a prediction is a tie."""

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyablate.attributes.gradients import contributions, fisher, taylor
 from pyablate.batches import Batch, Data
+from pyablate.layers import Site, hooked
 from pyablate.moments import ClassMoments, class_moments
-from pyablate.sites import Site, hooked
+from pyablate.unit_attributes.gradients import contributions, fisher, taylor
 
 
 @dataclass(eq=False)

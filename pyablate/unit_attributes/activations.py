@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyablate.attributes.observe import Observed
 from pyablate.engine.replay import forward
-from pyablate.sites import Site, hooked
+from pyablate.layers import Site, hooked
+from pyablate.unit_attributes.observe import Observed
 
 
 def moments(layer: Observed) -> dict[str, Tensor]:

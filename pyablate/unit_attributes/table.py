@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyablate.attributes.catalog import Attribute, choose
-from pyablate.attributes.concepts import DETECTOR, TOP, check_masks
-from pyablate.attributes.selectivity import largest
-from pyablate.attributes.stages import Work
 from pyablate.interventions import parse
 from pyablate.prepare import open_up, plan_jobs, undisturbed
 from pyablate.progress import Report, reporting
+from pyablate.unit_attributes.catalog import Attribute, choose
+from pyablate.unit_attributes.concepts import DETECTOR, TOP, check_masks
+from pyablate.unit_attributes.selectivity import largest
+from pyablate.unit_attributes.stages import Work
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pyablate.sites import Site, hooked
+from pyablate.layers import Site, hooked
 
 _LINEAR = (
     nn.modules.conv._ConvNd,

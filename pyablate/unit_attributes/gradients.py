@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyablate.sites import Site
+from pyablate.layers import Site
 
 
 def contributions(

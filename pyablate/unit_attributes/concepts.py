@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pyablate.batches import Data
 from pyablate.engine.replay import forward
-from pyablate.sites import Site, hooked
+from pyablate.layers import Site, hooked
 
 TOP = 0.005
 """Share of all positions above a unit's threshold."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import pyablate as pa
-from pyablate.sites import Site, parse_label, select, sites
+from pyablate.layers import Site, parse_label, select, sites
 
 
 def found(name: str) -> list[Site]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyablate.attributes.selectivity import Ranked
 from pyablate.moments import joint_histogram
+from pyablate.unit_attributes.selectivity import Ranked
 
 
 def equal_numbers(ranks: Ranked, bins: int) -> Tensor:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from pyablate.attributes.gradients import per_unit
-from pyablate.attributes.wiring import (
+from pyablate.capture import BATCH_NORM, Graph, function, norm_scale, settings
+from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
+from pyablate.engine.rules import STRUCTURE
+from pyablate.layers import Site
+from pyablate.unit_attributes.gradients import per_unit
+from pyablate.unit_attributes.wiring import (
     ACTIVATIONS,
     ADDITIONS,
     PRODUCTS,
@@ -19,10 +23,6 @@ from pyablate.attributes.wiring import (
     WEIGHTED,
     with_zeros,
 )
-from pyablate.capture import BATCH_NORM, Graph, function, norm_scale, settings
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
-from pyablate.engine.rules import STRUCTURE
-from pyablate.sites import Site
 
 aten = torch.ops.aten
 

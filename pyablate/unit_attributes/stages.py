@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyablate.attributes import activations, concepts, information, selectivity
-from pyablate.attributes.catalog import Attribute
-from pyablate.attributes.nisp import nisp
-from pyablate.attributes.observe import Observations, Observed, observe
-from pyablate.attributes.relevance import conductance, relevance
-from pyablate.attributes.weights import from_weights
 from pyablate.batches import Data
 from pyablate.capture import CaptureError, capture
 from pyablate.engine.ablations import Job
+from pyablate.layers import Site
 from pyablate.prepare import Ready
 from pyablate.progress import Report
-from pyablate.sites import Site
+from pyablate.unit_attributes import activations, concepts, information, selectivity
+from pyablate.unit_attributes.catalog import Attribute
+from pyablate.unit_attributes.nisp import nisp
+from pyablate.unit_attributes.observe import Observations, Observed, observe
+from pyablate.unit_attributes.relevance import conductance, relevance
+from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
 

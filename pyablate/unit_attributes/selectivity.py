@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyablate.attributes.activations import constant
-from pyablate.attributes.observe import Observations, Observed
+from pyablate.unit_attributes.activations import constant
+from pyablate.unit_attributes.observe import Observations, Observed
 
 _ELEMENTS = 1 << 22  # values that are ranked at a time
 

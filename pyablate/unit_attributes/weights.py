@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor, fx
 
-from pyablate.attributes.wiring import Link, makers, readers, weighted
 from pyablate.capture import BATCH_NORM, CONVOLUTIONS, Graph
-from pyablate.sites import Site
+from pyablate.layers import Site
+from pyablate.unit_attributes.wiring import Link, makers, readers, weighted
 
 ENERGY = 0.9
 """Share of the squared singular values that the leading ones hold."""
