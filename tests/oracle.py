@@ -17,10 +17,13 @@ def check(
     *,
     ties: float = 0.01,
     audit: int = 10,
+    precision: str = "auto",
     **options: Any,
 ) -> pa.AblationResult:
     """Run the engine, compare every pair with the oracle, and return the engine's result."""
-    result = pa.ablate(model, data, layers, audit=audit, progress=False, **options)
+    result = pa.ablate(
+        model, data, layers, audit=audit, precision=precision, progress=False, **options
+    )
     agreement = reference.compare(result, model, data, layers, **options)
     assert agreement.mismatches == 0, agreement
     # A comparison in which everything is a near tie would prove nothing.
