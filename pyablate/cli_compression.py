@@ -145,7 +145,7 @@ def sensitivity(
     from pyablate import table
     from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression import sensitivity as measure
-    from pyablate.compression.sensitivity import FRACTIONS
+    from pyablate.compression.layer_sensitivity import FRACTIONS
     from pyablate.compression_table import sensitivity_table
 
     if output is not None:
