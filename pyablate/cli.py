@@ -1,20 +1,22 @@
 """The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
 
-``prune``, ``sensitivity`` and ``compare`` are in ``cli_compression.py``.
-
-Torch is imported inside the commands, so that ``pyablate --help`` answers at once.
+The commands of a subject are in ``cli_<subject>.py``. Torch is imported inside the commands, so
+that ``pyablate --help`` answers at once.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from pyablate.cli_attributes import attributes
 from pyablate.cli_compression import compare, prune, sensitivity
+from pyablate.cli_doctor import doctor
+from pyablate.cli_statistics import correlate, significance
 from pyablate.options import (
     Bar,
     BatchSize,
@@ -32,29 +34,22 @@ from pyablate.options import (
     Model,
     Output,
     Precision,
-    Run,
     SampleSpec,
     Seed,
     Size,
-    Splits,
     Std,
     Weights,
 )
 from pyablate.shell import (
     INTERRUPTED,
-    InputError,
     check_file,
     error_line,
+    images_from,
     log_to_stderr,
+    network_from,
     parse_bytes,
-    parse_numbers,
+    sample_input,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import Tensor, nn
-
-    from pyablate.inputs import Data
 
 
 class _Shell(TyperGroup):
@@ -198,8 +193,8 @@ def run(
     check_writable(output)
     if csv is not None:
         check_file(csv)
-    network = _load_model(model, weights, device)
-    batches = _load_data(data, labels, limit, size, mean, std, batch_size)
+    network = network_from(model, weights, device)
+    batches = images_from(data, labels, limit, size, mean, std, batch_size)
     result = pa.ablate(
         network,
         batches.batches,
@@ -224,67 +219,6 @@ def run(
 
 
 @app.command()
-def attributes(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
-    layers: Layers = ["*"],  # noqa: B006  # typer copies it
-    which: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME",
-            help="Attributes or families of them; may be given again. `all` is all of them.",
-        ),
-    ] = ["all"],  # noqa: B006  # typer copies it
-    device: Device = None,
-    batch_size: BatchSize = None,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="A .csv file, one row per unit, or a .zarr folder."),
-    ] = Path("attributes.csv"),
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    progress: Bar = None,
-    debug: Debug = False,
-) -> None:
-    """Compute properties of every unit: norms, selectivity, information, gradients and others.
-
-    The CSV file has one value per unit and attribute; the Zarr group has the values per class too.
-
-    Try `pyablate attributes demo:vgg_bn --data demo --limit 2000 -o attributes.csv`
-    """
-    log_to_stderr(debug)
-    if output.suffix not in (".csv", ".zarr"):
-        raise InputError(f"--output: expected a name ending in .csv or .zarr, got {str(output)!r}")
-    import pyablate as pa
-    from pyablate import table
-    from pyablate.store import check_writable
-    from pyablate.unit_attributes.files import write_attributes
-
-    check_file(output) if output.suffix == ".csv" else check_writable(output)
-
-    network = _load_model(model, weights, device)
-    batches = _load_data(data, labels, limit, size, mean, std, batch_size)
-    found = pa.attributes(
-        network,
-        batches.batches,
-        layers,
-        which,
-        class_names=batches.class_names,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    write_attributes(found, output)
-    table.console().print(
-        f"Written: {output} ({found.sizes['unit']:,} units, {len(found.data_vars)} variables)"
-    )
-
-
-@app.command()
 def layers(
     model: Model,
     weights: Weights = None,
@@ -300,8 +234,8 @@ def layers(
     import pyablate as pa
     from pyablate import table
 
-    network = _load_model(model, weights, None)
-    found = pa.sites(network, _sample(model, network, data, input_shape))
+    network = network_from(model, weights, None)
+    found = pa.sites(network, sample_input(model, network, data, input_shape))
     try:
         selected = pa.select(found, "*")
     except ValueError:  # a network without activation modules: all its layers go by name
@@ -331,203 +265,21 @@ def plan(
     import pyablate as pa
 
     budget = parse_bytes("--memory", memory)
-    network = _load_model(model, weights, None)
-    sample = _sample(model, network, data, input_shape)
+    network = network_from(model, weights, None)
+    sample = sample_input(model, network, data, input_shape)
     made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
     typer.echo(made.explain())
 
 
-@app.command()
-def significance(
-    run: Run,
-    fdr: Annotated[float, typer.Option(help="Share of wrong ones tolerated among those found.")] = (
-        0.05
-    ),
-    splits: Splits = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
-    csv: Csv = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the pairs found, one per row, as CSV."),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Tell which damage of a finished run is more than chance.
-
-    Each class of each unit is tested (exact McNemar test, false discovery rate per layer). Beside
-    the largest class drop of a unit stand the noise floor (what a harmless unit with the same
-    changed images would show), the split half estimate (the class chosen on one half of the images,
-    the drop measured on the other), and the chance p of a harmless unit to show as much, adjusted
-    over the layer's units as q.
-
-    Try `pyablate significance run.zarr`, `pyablate significance run.zarr --pairs pairs.csv`
-    """
-    log_to_stderr(debug)
-    import numpy as np
-
-    import pyablate as pa
-    from pyablate import table
-    from pyablate.statistics_table import significance_table
-
-    for path in (csv, pairs):
-        if path is not None:
-            check_file(path)
-    result = pa.load(run)
-    tests = result.significance(fdr=fdr)
-    units = result.max_class_test(splits=splits, seed=seed)
-    if csv is not None:
-        units.to_csv(csv, index=False)
-    if pairs is not None:
-        rows, classes = tests["significant"].to_numpy().nonzero()
-        found = result.units.iloc[rows].assign(**{"class": np.array(result.class_names)[classes]})
-        for name in ("lost", "gained", "drop", "p", "q"):
-            found[name] = tests[name].to_numpy()[rows, classes]
-        found.to_csv(pairs, index=False)
-    out = table.console()
-    out.print(
-        f"Pairs of unit and class whose accuracy changes, at a false discovery rate of {fdr:g}:"
-    )
-    out.print(significance_table(result, tests, units))
-    _say_written(out, csv, pairs)
-
-
-@app.command()
-def correlate(
-    run: Run,
-    attributes: Annotated[
-        Path,
-        typer.Argument(
-            metavar="ATTRIBUTES",
-            help="Table of attributes: a .csv file with unit labels in a column `unit` or `label`, "
-            "or a .zarr group over the coordinate `unit`.",
-            show_default=False,
-        ),
-    ],
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Only this attribute; may be given again."),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Only this target: accuracy_drop, split_half_drop, preferred_class_drop, gini, "
-            "entropy, max_class_drop; may be given again.",
-        ),
-    ] = None,
-    method: Annotated[
-        list[str],
-        typer.Option(metavar="NAME", help="pearson, spearman or kendall; may be given again."),
-    ] = ["spearman"],  # noqa: B006  # typer copies it
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
-    ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all correlations as CSV.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Tell which attributes of units go with the damage that their ablation does, layer by layer.
-
-    Try `pyablate correlate run.zarr attributes.csv`
-
-    `pyablate correlate run.zarr attributes.csv --target split_half_drop --csv correlations.csv`
-    """
-    log_to_stderr(debug)
-    import pyablate as pa
-    from pyablate import table
-    from pyablate.statistics_table import correlation_table
-    from pyablate.unit_table import read_table
-
-    if csv is not None:
-        check_file(csv)
-    found = pa.correlate(
-        pa.load(run),
-        read_table(attributes),
-        attributes=attribute,
-        targets=target,
-        methods=method,
-        layers=layers,
-        resamples=resamples,
-        seed=seed,
-    )
-    if csv is not None:
-        found.to_csv(csv, index=False)
-    out = table.console()
-    out.print(correlation_table(found))
-    _say_written(out, csv)
-
-
-@app.command()
-def doctor(debug: Debug = False) -> None:
-    """Say what is installed, what was built, and what is missing with the way to get it."""
-    log_to_stderr(debug)
-    from pyablate import table
-    from pyablate.doctor import advice, facts
-
-    out = table.console()
-    known = facts()
-    out.print(table.facts_table(known))
-    for line in advice(known):
-        out.print(line)
-
-
-def _say_written(out: Console, *paths: Path | None) -> None:
-    written = [str(path) for path in paths if path is not None]
-    if written:
-        out.print(f"Written: {' and '.join(written)}")
-
-
-def _load_model(spec: str, weights: str | None, device: str | None) -> nn.Module:
-    from pyablate.inputs import load_model
-
-    return load_model(spec, weights=weights, device=device)
-
-
-def _load_data(
-    spec: str,
-    labels: str | None = None,
-    limit: int | None = None,
-    size: int | None = None,
-    mean: str | None = None,
-    std: str | None = None,
-    batch_size: int | None = None,
-) -> Data:
-    from pyablate.inputs import load_data
-
-    options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-    return load_data(
-        spec,
-        labels=labels,
-        limit=limit,
-        size=size,
-        mean=parse_numbers("--mean", mean),
-        std=parse_numbers("--std", std),
-        **options,
-    )
-
-
-def _sample(spec: str, network: nn.Module, data: str | None, shape: str | None) -> Tensor:
-    """One input for the network: from the data, of the shape given, or a shipped image."""
-    import torch
-
-    if shape is not None:
-        sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
-        # Noise, not zeros: a constant input can hide which tensors are alive.
-        sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
-    elif data is not None or spec.startswith("demo:"):
-        batches = _load_data(data or "demo", limit=2).batches
-        sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
-    else:
-        raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
-    first = next(iter(network.parameters()), None)
-    return sample if first is None else sample.to(first.device)
-
-
-for _command in (prune, sensitivity, compare):
+for _command in (
+    attributes,
+    significance,
+    correlate,
+    prune,
+    sensitivity,
+    compare,
+    doctor,
+):
     app.command()(_command)
 
 

@@ -21,7 +21,7 @@ from pyablate.options import (
     Std,
     Weights,
 )
-from pyablate.shell import check_file, log_to_stderr
+from pyablate.shell import check_file, images_from, log_to_stderr, network_from, say_written
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,14 +83,13 @@ def prune(
     """
     log_to_stderr(debug)
     from pyablate import table
-    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression.curves import FRACTIONS, prune_curve
     from pyablate.compression_table import curve_table
 
     if csv is not None:
         check_file(csv)
-    network = _load_model(model, weights, device)
-    loaded = _load_data(data, labels, limit, size, mean, std)
+    network = network_from(model, weights, device)
+    loaded = images_from(data, labels, limit, size, mean, std)
     sample = _first_images(loaded.batches)
     rankings = {what: _ranking(network, sample, what, column, scope, seed) for what in by}
     curves = prune_curve(
@@ -107,7 +106,7 @@ def prune(
         curves.to_csv(csv, index=False)
     out = table.console()
     out.print(curve_table(curves))
-    _say_written(out, csv)
+    say_written(out, csv)
 
 
 def sensitivity(
@@ -143,15 +142,14 @@ def sensitivity(
     """
     log_to_stderr(debug)
     from pyablate import table
-    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression import sensitivity as measure
-    from pyablate.compression.sensitivity import FRACTIONS
+    from pyablate.compression.layer_sensitivity import FRACTIONS
     from pyablate.compression_table import sensitivity_table
 
     if output is not None:
         check_file(output)
-    network = _load_model(model, weights, device)
-    loaded = _load_data(data, labels, limit, size, mean, std)
+    network = network_from(model, weights, device)
+    loaded = images_from(data, labels, limit, size, mean, std)
     ranking = _ranking(network, _first_images(loaded.batches), by, column, "layer", seed)
     found = measure(
         network,
@@ -166,7 +164,7 @@ def sensitivity(
     )
     out = table.console()
     out.print(sensitivity_table(found))
-    _say_written(out, output)
+    say_written(out, output)
 
 
 def compare(
@@ -201,14 +199,13 @@ def compare(
     log_to_stderr(debug)
     import pyablate as pa
     from pyablate import table
-    from pyablate.cli import _load_data, _load_model, _say_written
     from pyablate.compression_table import comparison_tables
 
     for path in (csv, images):
         if path is not None:
             check_file(path)
-    networks = _load_model(model, weights, device), _load_model(smaller, other_weights, device)
-    loaded = _load_data(data, labels, limit, size, mean, std)
+    networks = network_from(model, weights, device), network_from(smaller, other_weights, device)
+    loaded = images_from(data, labels, limit, size, mean, std)
     found = pa.compare(*networks, loaded.batches, class_names=loaded.class_names, device=device)
     if csv is not None:
         found.classes().to_csv(csv, index=False)
@@ -217,7 +214,7 @@ def compare(
     out = table.console()
     for each in comparison_tables(found):
         out.print(each)
-    _say_written(out, csv, images)
+    say_written(out, csv, images)
 
 
 def _first_images(batches: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the commands of the shell share: parsing of values, error lines, messages."""
+"""What the commands of the shell share: values, networks and images, error lines, messages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor, nn
+
+    from pyablate.inputs import Data
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -83,6 +90,61 @@ def check_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written")
+
+
+def say_written(out: Console, *paths: Path | None) -> None:
+    """Name the files written; None is one that was not asked for."""
+    written = [str(path) for path in paths if path is not None]
+    if written:
+        out.print(f"Written: {' and '.join(written)}")
+
+
+def network_from(spec: str, weights: str | None, device: str | None) -> nn.Module:
+    """Load the network that a command line names (see `pyablate.inputs.load_model`)."""
+    from pyablate.inputs import load_model
+
+    return load_model(spec, weights=weights, device=device)
+
+
+def images_from(
+    spec: str,
+    labels: str | None = None,
+    limit: int | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    batch_size: int | None = None,
+) -> Data:
+    """Load the images that a command line names (see `pyablate.inputs.load_data`)."""
+    from pyablate.inputs import load_data
+
+    options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    return load_data(
+        spec,
+        labels=labels,
+        limit=limit,
+        size=size,
+        mean=parse_numbers("--mean", mean),
+        std=parse_numbers("--std", std),
+        **options,
+    )
+
+
+def sample_input(spec: str, network: nn.Module, data: str | None, shape: str | None) -> Tensor:
+    """Make one input for the network: from the data, of the shape given, or a shipped image."""
+    import torch
+
+    if shape is not None:
+        sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
+        # Noise, not zeros: a constant input can hide which tensors are alive.
+        sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
+    elif data is not None or spec.startswith("demo:"):
+        batches = images_from(data or "demo", limit=2).batches
+        sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
+    else:
+        raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
+    first = next(iter(network.parameters()), None)
+    return sample if first is None else sample.to(first.device)
 
 
 def error_line(error: BaseException) -> tuple[str | None, int]:

@@ -169,7 +169,7 @@ def test_sensitivity_is_that_of_the_masked_network(shipped: Any, late: pa.Rankin
 def test_sensitivity_stops_early_and_resumes(
     shipped: Any, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["pyablate.compression.sensitivity"]
+    module = sys.modules["pyablate.compression.layer_sensitivity"]
     model, pictures, labels = shipped
     data = pictures, labels
     two = pa.rank(

@@ -1,9 +1,9 @@
 """Experiments that ablate more than single units, or compare what single units do."""
 
 from pyablate.experiments.controls import RotationControl, compare_damage, rotation_control
-from pyablate.experiments.cumulative import Cumulative, cumulative
-from pyablate.experiments.minimal_sets import MinimalSets, minimal_sets
-from pyablate.experiments.pairs import Pairs, pairs
+from pyablate.experiments.cumulative_curves import Cumulative, cumulative
+from pyablate.experiments.minimal_set_search import MinimalSets, minimal_sets
+from pyablate.experiments.pair_interactions import Pairs, pairs
 
 __all__ = [
     "Cumulative",

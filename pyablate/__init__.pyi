@@ -1,0 +1,46 @@
+"""Exhaustive unit ablation of neural image classifiers, exact and fast."""
+
+# The table of the public names: type checkers read it, and __init__.py loads from it what is asked
+# for. A name must not be that of a module or package beside it, except where it is that module.
+
+from . import compression as compression
+from . import demo as demo
+from . import directions as directions
+from . import interventions as interventions
+from . import ops as ops
+from . import reference as reference
+from ._native import build_info as build_info
+from .clusters import cluster_images as cluster_images
+from .clusters import cluster_units as cluster_units
+from .compression import Comparison as Comparison
+from .compression import Coupled as Coupled
+from .compression import Ranking as Ranking
+from .compression import Removal as Removal
+from .compression import compare as compare
+from .compression import couplings as couplings
+from .compression import prune_curve as prune_curve
+from .compression import rank as rank
+from .compression import remove as remove
+from .compression import sensitivity as sensitivity
+from .correlation import correlate as correlate
+from .experiments import Cumulative as Cumulative
+from .experiments import MinimalSets as MinimalSets
+from .experiments import Pairs as Pairs
+from .experiments import RotationControl as RotationControl
+from .experiments import compare_damage as compare_damage
+from .experiments import cumulative as cumulative
+from .experiments import minimal_sets as minimal_sets
+from .experiments import pairs as pairs
+from .experiments import rotation_control as rotation_control
+from .interventions import Intervention as Intervention
+from .layers import Site as Site
+from .layers import select as select
+from .layers import sites as sites
+from .planning import Plan as Plan
+from .planning import plan as plan
+from .result import AblationResult as AblationResult
+from .result import Audit as Audit
+from .result import Flips as Flips
+from .run import ablate as ablate
+from .store import load as load
+from .unit_attributes import attributes as attributes

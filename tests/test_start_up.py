@@ -1,0 +1,127 @@
+"""Importing the package and asking the shell for help cost little; the public names stay true."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import pkgutil
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyablate as pa
+
+_PACKAGE = Path(pa.__file__).parent
+_STUB = ast.parse((_PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+_HEAVY = {"torch", "pandas", "xarray", "scipy", "zarr", "matplotlib", "numpy", "safetensors"}
+# Public name -> the module that it comes from, or None where it is a module itself.
+_PUBLIC = {
+    alias.name: node.module
+    for node in ast.walk(_STUB)
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+_IMPORT_IN_RANDOM_ORDER = """
+import importlib, inspect, random, sys
+import pyablate as pa
+public, modules = {public!r}, {modules!r}
+random.Random({seed}).shuffle(modules)
+for module in modules:
+    importlib.import_module(module)
+for name, home in public.items():
+    value = getattr(pa, name)
+    if home is None:
+        assert value is sys.modules["pyablate." + name], name
+    else:
+        assert not inspect.ismodule(value), name
+        assert value is vars(sys.modules["pyablate." + home])[name], name
+"""
+
+_HELP_OF_EVERY_COMMAND = """
+import sys
+from pyablate.cli import app
+commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+assert "run" in commands and "compare" in commands
+for words in (["--help"], *([command.replace("_", "-"), "--help"] for command in commands)):
+    try:
+        app(words, prog_name="pyablate")
+    except SystemExit as exit:
+        assert not exit.code, (words, exit.code)
+sys.stderr.write(" ".join(sorted(sys.modules)))
+"""
+
+
+def _python(*words: str) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages([str(_PACKAGE)], "pyablate.")
+    # __main__ runs the shell; the compiled module may be missing.
+    return [module.name for module in found if not module.name.endswith(("__main__", "_core"))]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    loaded = _python("-c", "import pyablate, sys; print(*sys.modules)").stdout.split()
+    assert "pyablate" in loaded
+    assert not _HEAVY & set(loaded)
+
+
+def test_the_help_of_every_command_imports_nothing_heavy() -> None:
+    loaded = _python("-c", _HELP_OF_EVERY_COMMAND).stderr.split()
+    assert "pyablate.cli" in loaded
+    assert not _HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]], ids=" ".join)
+def test_help_takes_less_than_a_second(words: list[str]) -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Usage" in _python("-m", "pyablate", *words).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_public_names_hold_in_any_order_of_imports(seed: int) -> None:
+    _python(
+        "-c",
+        _IMPORT_IN_RANDOM_ORDER.format(public=_PUBLIC, modules=_modules(), seed=seed),
+    )
+
+
+def test_no_public_name_is_that_of_a_module_beside_it() -> None:
+    packages = ["pyablate", *(name for name in _modules() if hasattr(_load(name), "__path__"))]
+    assert "pyablate.compression" in packages
+    for package in map(_load, packages):
+        for name in getattr(package, "__all__", []):
+            beside = f"{package.__name__}.{name}"
+            if importlib.util.find_spec(beside) is not None:
+                assert getattr(package, name) is sys.modules[beside], beside
+
+
+def _load(name: str) -> object:
+    return importlib.import_module(name)
+
+
+def test_the_names_are_those_of_the_stub() -> None:
+    assert len(_PUBLIC) > 30
+    assert sorted(dir(pa)) == sorted(pa.__all__) == sorted(_PUBLIC)
+    modules = {name for name in _PUBLIC if inspect.ismodule(getattr(pa, name))}
+    assert modules == {name for name, home in _PUBLIC.items() if home is None}
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = pa.nonsense
+    with pytest.raises(ImportError, match="nonsense"):
+        exec("from pyablate import nonsense")
