@@ -28,6 +28,7 @@ from pyablate.options import (
     Layers,
     Limit,
     Mean,
+    Measures,
     Memory,
     Model,
     Output,
@@ -166,6 +167,7 @@ def run(
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
     precision: Precision = "auto",
+    measures: Measures = None,
     seed: Seed = 0,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -206,6 +208,7 @@ def run(
         layers=layers,
         intervention=intervention,
         precision=precision,
+        measures=measures or (),
         class_names=batches.class_names,
         device=device,
         batch_size=batch_size,
