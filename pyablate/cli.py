@@ -1,6 +1,7 @@
 """The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
 
-``prune``, ``sensitivity`` and ``compare`` are in ``cli_compression.py``.
+``prune``, ``sensitivity`` and ``compare`` are in ``cli_compression.py``, experiments in
+``cli_experiments.py``.
 
 Torch is imported inside the commands, so that ``pyablate --help`` answers at once.
 """
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from pyablate.cli_compression import compare, prune, sensitivity
+from pyablate.cli_experiments import cumulative, minimal_sets, pairs, rotation
 from pyablate.options import (
     Bar,
     BatchSize,
@@ -530,7 +532,7 @@ def _sample(spec: str, network: nn.Module, data: str | None, shape: str | None) 
     return sample if first is None else sample.to(first.device)
 
 
-for _command in (prune, sensitivity, compare):
+for _command in (prune, sensitivity, compare, cumulative, pairs, minimal_sets, rotation):
     app.command()(_command)
 
 
