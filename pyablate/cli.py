@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from pyablate.cli_attributes import attributes
 from pyablate.cli_compression import compare, prune, sensitivity
 from pyablate.cli_doctor import doctor
+from pyablate.cli_experiments import cumulative, minimal_sets, pairs, rotation
 from pyablate.cli_statistics import correlate, significance
 from pyablate.options import (
     Bar,
@@ -30,6 +31,7 @@ from pyablate.options import (
     Layers,
     Limit,
     Mean,
+    Measures,
     Memory,
     Model,
     Output,
@@ -161,6 +163,7 @@ def run(
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
     precision: Precision = "auto",
+    measures: Measures = None,
     seed: Seed = 0,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -201,6 +204,7 @@ def run(
         layers=layers,
         intervention=intervention,
         precision=precision,
+        measures=measures or (),
         class_names=batches.class_names,
         device=device,
         batch_size=batch_size,
@@ -278,6 +282,10 @@ for _command in (
     prune,
     sensitivity,
     compare,
+    cumulative,
+    pairs,
+    minimal_sets,
+    rotation,
     doctor,
 ):
     app.command()(_command)

@@ -54,6 +54,14 @@ Precision = Annotated[
         "the same.",
     ),
 ]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Also record how much each ablation changes the loss (cross-entropy) or the margin "
+        "(largest logit minus the second), per class; may be given again.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the audit and of random interventions.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the model's own if left out.")

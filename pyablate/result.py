@@ -19,6 +19,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from pyablate.measures import Measure
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -145,6 +147,9 @@ class AblationResult:
         Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
     effort : Effort
         What the run took; not saved either.
+    measures : dict of str to Measure
+        Changes of the "loss" and the "margin", summed over the images of each class, with their
+        accuracy; those that the run was asked to record.
     """
 
     units: pd.DataFrame
@@ -157,6 +162,7 @@ class AblationResult:
     strategy: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     effort: Effort = field(default_factory=lambda: Effort())
+    measures: dict[str, Measure] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Size and summary in one line."""
@@ -229,6 +235,32 @@ class AblationResult:
         where: Ints = np.nanargmax(self.class_accuracy_drop, axis=1)
         return where
 
+    @cached_property
+    def loss_change(self) -> Floats:
+        """float64 [unit]: change of the mean cross-entropy in nats; positive means harm.
+
+        Raises
+        ------
+        ValueError
+            The run did not record it (``measures=["loss"]``); so for the three below.
+        """
+        return self._mean_change("loss")
+
+    @cached_property
+    def class_loss_change(self) -> Floats:
+        """float64 [unit, class]: the same within each class; NaN for a class without images."""
+        return self._class_change("loss")
+
+    @cached_property
+    def margin_change(self) -> Floats:
+        """float64 [unit]: change of the mean lead of the largest logit over the second largest."""
+        return self._mean_change("margin")
+
+    @cached_property
+    def class_margin_change(self) -> Floats:
+        """float64 [unit, class]: the same within each class; NaN for a class without images."""
+        return self._class_change("margin")
+
     def rows(self, rows: Rows) -> Ints:
         """Row numbers from a label, a number, a slice, a mask or a sequence of these.
 
@@ -282,6 +314,11 @@ class AblationResult:
         import xarray as xr  # half a second that not every caller owes
 
         unit, per_class = ("unit",), ("unit", "class")
+        measured: dict[str, Any] = {}
+        for name, measure in self.measures.items():
+            accuracy = {"accuracy": str(measure.accuracy)}
+            measured[f"{name}_change"] = (unit, self._mean_change(name), accuracy)
+            measured[f"class_{name}_change"] = (per_class, self._class_change(name), accuracy)
         return xr.Dataset(
             {
                 "label": ("image", self.labels),
@@ -295,6 +332,7 @@ class AblationResult:
                 "class_accuracy_drop": (per_class, self.class_accuracy_drop),
                 "lost": (per_class, self.lost),
                 "gained": (per_class, self.gained),
+                **measured,
             },
             coords=coordinates(self),
             attrs={
@@ -305,7 +343,10 @@ class AblationResult:
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per unit: drops, the class hurt most, and the drop of every class."""
+        """One row per unit: drops, the class hurt most, and the drop of every class.
+
+        Where recorded, also the changes of loss and margin, overall and of every class.
+        """
         summary = pd.DataFrame(
             {
                 "accuracy": self.accuracy,
@@ -315,10 +356,11 @@ class AblationResult:
                 "flips": np.diff(self.flips.start),
             }
         )
-        drops = pd.DataFrame(
-            self.class_accuracy_drop, columns=[f"drop: {name}" for name in self.class_names]
-        )
-        return pd.concat([self.units.reset_index(drop=True), summary, drops], axis=1)
+        per_class = [self._columns("drop", self.class_accuracy_drop)]
+        for name in self.measures:
+            summary[f"{name}_change"] = self._mean_change(name)
+            per_class.append(self._columns(f"{name} change", self._class_change(name)))
+        return pd.concat([self.units.reset_index(drop=True), summary, *per_class], axis=1)
 
     def significance(self, *, fdr: float = 0.05) -> xr.Dataset:
         """Test every class of every unit; see :func:`pyablate.statistics.significance`."""
@@ -350,6 +392,9 @@ class AblationResult:
 
         store.save(self, path)
 
+    def _columns(self, what: str, values: Floats) -> pd.DataFrame:
+        return pd.DataFrame(values, columns=[f"{what}: {name}" for name in self.class_names])
+
     def _hits_by_class(self, predicted: Ints) -> Ints:
         return np.bincount(self.labels[predicted == self.labels], minlength=self.classes)
 
@@ -359,10 +404,25 @@ class AblationResult:
         shape = len(self.units), self.classes
         return np.bincount(cell[of], minlength=shape[0] * shape[1]).reshape(shape)
 
-    def _shares(self, counts: Ints) -> Floats:
-        """Divide counts [..., class] by the class sizes."""
+    def _shares(self, counts: Ints | Floats) -> Floats:
+        """Divide counts or sums [..., class] by the class sizes."""
         sizes = np.where(self.class_sizes > 0, self.class_sizes, np.nan)
         return counts / sizes
+
+    def _mean_change(self, name: str) -> Floats:
+        mean: Floats = self._measure(name).change.sum(axis=1) / len(self.labels)
+        return mean
+
+    def _class_change(self, name: str) -> Floats:
+        return self._shares(self._measure(name).change)
+
+    def _measure(self, name: str) -> Measure:
+        if name not in self.measures:
+            raise ValueError(
+                f"measures: this run recorded {', '.join(self.measures) or 'none'}, not {name!r}; "
+                f'ablate with measures=["{name}"]'
+            )
+        return self.measures[name]
 
     def _row_of(self, label: str) -> int:
         found = np.flatnonzero((self.units["label"] == label).to_numpy())

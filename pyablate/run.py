@@ -18,9 +18,11 @@ from pyablate.batches import Batch
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
+from pyablate.engine.measures import Measured, Record, check_measures
 from pyablate.engine.replay import Replay, decision
 from pyablate.engine.tiers import Ladder
 from pyablate.interventions import Intervention, parse
+from pyablate.measures import Accuracy, Measure
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
 from pyablate.result import AblationResult, Audit, Effort, Flips
@@ -47,6 +49,7 @@ def ablate(
     seed: int = 0,
     strategy: str = "auto",
     precision: str = "auto",
+    measures: Sequence[str] = (),
     progress: bool | Report | None = None,
 ) -> AblationResult:
     """Ablate every unit of some layers, one at a time, on every image.
@@ -83,6 +86,11 @@ def ablate(
     precision : {"auto", "int8", "bf16", "fp32", "fp64"}
         Arithmetic of the dense part; "auto" takes what this device is measured to run fastest. All
         give the same predictions: doubtful pairs are decided again in higher precision.
+    measures : sequence of {"loss", "margin"}
+        Also record how much each ablation changes the cross-entropy, and the lead of the largest
+        logit over the second, summed over the images of each class. In whatever precision decided
+        a pair's prediction: ``result.measures`` says how accurate that was on the audited pairs;
+        ``precision="fp32"`` or ``"fp64"`` buy more.
     progress : bool or callable, optional
         None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer).
 
@@ -106,6 +114,7 @@ def ablate(
         strategy=strategy,
         precision=precision,
     )
+    recorded = check_measures(measures)
     chosen = parse(intervention, seed=seed)
     with undisturbed():
         setup = prepare(
@@ -121,7 +130,7 @@ def ablate(
             strategy=strategy,
             precision=precision,
         )
-        sweep = _Sweep(setup, _audited_pairs(setup, audit, seed))
+        sweep = _Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
         with reporting(progress) as report:
             sweep.run(report)
     return sweep.result(time.perf_counter() - begin)
@@ -133,6 +142,7 @@ class _Sweep:
 
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
+    measures: tuple[str, ...] = ()
     flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
@@ -143,6 +153,13 @@ class _Sweep:
     doubt: dict[str, dict[str, float]] = field(default_factory=dict)
     strategy: dict[str, str] = field(default_factory=dict)
     layer_seconds: dict[str, float] = field(default_factory=dict)
+    accuracy: list[Accuracy] = field(init=False)  # one per measure
+    sums: Tensor = field(init=False)  # float64 [measure, unit, class]
+
+    def __post_init__(self) -> None:
+        shape = len(self.measures), self.setup.rows, self.setup.classes
+        self.sums = torch.zeros(shape, dtype=torch.float64)
+        self.accuracy = [Accuracy()] * len(self.measures)
 
     def run(self, report: Report) -> None:
         setup = self.setup
@@ -159,12 +176,17 @@ class _Sweep:
             for job in setup.jobs:
                 start = time.perf_counter()
                 before = len(self.flips)
-                found = self._predictions(job, suffixes.get(job), ladders[job], batch, clean)
+                measured = self._measured(job, batch, clean)
+                found = self._predictions(
+                    job, suffixes.get(job), ladders[job], batch, clean, measured
+                )
                 for row, image, prediction in found:
                     self._record(job, batch, clean, row, image, prediction)
                 spent = time.perf_counter() - start
                 self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
-                self._audit(job, batch, self.flips[before:])
+                self._audit(job, batch, self.flips[before:], measured)
+                if measured is not None:
+                    measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
                 done += len(job.rows) * len(batch)
                 report(done, total, job.name)
             del clean  # before the next batch has its own
@@ -200,16 +222,30 @@ class _Sweep:
         for half in torch.arange(len(batch), device=batch.index.device).split(len(batch) // 2):
             yield from self._clean(batch.take(half), keep)
 
+    def _measured(self, job: Job, batch: Batch, clean: Clean) -> Measured | None:
+        if not self.measures:
+            return None
+        return Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
+
     def _predictions(
-        self, job: Job, suffix: Suffix | None, ladder: Ladder, batch: Batch, clean: Clean
+        self,
+        job: Job,
+        suffix: Suffix | None,
+        ladder: Ladder,
+        batch: Batch,
+        clean: Clean,
+        measured: Measured | None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         setup = self.setup
+        record = None if measured is None else measured.record
         if suffix is None:
-            yield from _replayed(setup, job, batch)
+            yield from _replayed(setup, job, batch, clean, record)
             return
         standins = stand_ins(setup.model, setup.data, batch, job, setup.statistics)
         with torch.no_grad():
-            yield from suffix.predict(clean, standins, ladder, slice_bytes=setup.slice_bytes)
+            yield from suffix.predict(
+                clean, standins, ladder, slice_bytes=setup.slice_bytes, record=record
+            )
 
     def _record(
         self,
@@ -235,7 +271,9 @@ class _Sweep:
             )
         )
 
-    def _audit(self, job: Job, batch: Batch, flips: Sequence[Piece]) -> None:
+    def _audit(
+        self, job: Job, batch: Batch, flips: Sequence[Piece], measured: Measured | None
+    ) -> None:
         """Recompute the audited pairs of this job and batch, and compare with its flips."""
         first, last = int(batch.index[0]), int(batch.index[-1])
         row, image = self.audited.T
@@ -251,13 +289,16 @@ class _Sweep:
         clean = self.baseline[-1][image - first]
         pairs = zip(row.tolist(), image.tolist(), clean.tolist(), strict=True)
         found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
-        device = batch.index.device
-        exact = self.setup.replay.decide(
-            batch,
-            job,
-            torch.from_numpy(row - job.rows.start).to(device),
-            torch.from_numpy(image - first).to(device),
-        )
+        device, replay = batch.index.device, self.setup.replay
+        rows = torch.from_numpy(row - job.rows.start).to(device)
+        images = torch.from_numpy(image - first).to(device)
+        logits = replay.in_parts(batch, job, rows, images)
+        exact = decision(logits)
+        if measured is not None:
+            used, which = images.unique(return_inverse=True)
+            before = replay.in_parts(batch, None, used, used)[which]
+            found_here = measured.audit(rows, images, before, logits)
+            self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
         wrong = (exact.prediction.cpu().numpy() != found) & ~exact.near_tie.cpu().numpy()
         self.checked += len(found)
         self.mismatches += int(wrong.sum())
@@ -282,6 +323,12 @@ class _Sweep:
             strategy=self.strategy,
             seconds=seconds,
             effort=Effort(self.layer_seconds, self.settled, self.doubt),
+            measures={
+                name: Measure(sums.numpy(), accuracy)
+                for name, sums, accuracy in zip(
+                    self.measures, self.sums, self.accuracy, strict=True
+                )
+            },
         )
 
 
@@ -289,7 +336,9 @@ def _name(tier: torch.dtype) -> str:
     return str(tier).removeprefix("torch.")
 
 
-def _replayed(setup: Setup, job: Job, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _replayed(
+    setup: Setup, job: Job, batch: Batch, clean: Clean, record: Record | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of a job by plain replay; close calls are left open."""
     device = batch.index.device
     own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics)
@@ -300,6 +349,8 @@ def _replayed(setup: Setup, job: Job, batch: Batch) -> Iterator[tuple[Tensor, Te
         logits = own.logits(batch, job, rows, images)
         close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))
         prediction = decision(logits).prediction
+        if record is not None:
+            record(rows, images, logits.double() - clean.logits[images])
         yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
 
 

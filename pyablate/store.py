@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
+from pyablate.measures import Accuracy, Measure
 from pyablate.result import AblationResult, Audit, Flips
 
 FORMAT = 1
@@ -96,6 +98,10 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
         intervention=attrs["intervention"],
         audit=Audit(**attrs["audit"]),
         strategy=dict(attrs["strategy"]),
+        measures={
+            name: Measure(read(f"{name}_change_sum"), Accuracy(**accuracy))
+            for name, accuracy in attrs.get("measures", {}).items()
+        },
     )
 
 
@@ -146,6 +152,7 @@ def _write(result: AblationResult, path: Path) -> None:
             "strategy": result.strategy,
             "layers": layers,
             "unit_labels": list(result.units["label"]),
+            **_accuracies(result),
         },
     )
     arrays = {
@@ -159,3 +166,12 @@ def _write(result: AblationResult, path: Path) -> None:
     }
     for name, (dimension, values) in arrays.items():
         group.create_array(name, data=values, dimension_names=[dimension])
+    for name, measure in result.measures.items():
+        dimensions = ["unit", "class"]
+        group.create_array(f"{name}_change_sum", data=measure.change, dimension_names=dimensions)
+
+
+def _accuracies(result: AblationResult) -> dict[str, Any]:
+    """Attributes of what was measured; none where nothing was."""
+    found = {name: asdict(measure.accuracy) for name, measure in result.measures.items()}
+    return {"measures": found} if found else {}

@@ -36,6 +36,8 @@ def print_summary(out: Console, result: AblationResult) -> None:
     )
     out.print(summary_table(result))
     out.print(f"Audit: {result.audit}")
+    for name, measure in result.measures.items():
+        out.print(f"{name.capitalize()} changes: {measure.accuracy}")
     out.print(f"Time: {_seconds(result.seconds)} for {units * images:,} (unit, image) pairs")
 
 

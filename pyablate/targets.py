@@ -34,8 +34,9 @@ def unit_targets(
     targets : str, sequence of str, or mapping of str to numbers [unit], optional
         ``accuracy_drop``; ``split_half_drop`` (the largest class drop without the bias of choosing
         its class); ``preferred_class_drop`` (drop of the class that the unit prefers); ``gini`` and
-        ``entropy`` of the class drops; or any variable of ``result.data`` over ``unit`` alone. A
-        mapping brings numbers of its own. By default all that can be had.
+        ``entropy`` of the class drops; ``loss_change`` and ``margin_change`` where the run recorded
+        them; or any other variable of ``result.data`` over ``unit`` alone. A mapping brings numbers
+        of its own. By default all that can be had.
     preferred : int64 [unit], optional
         Preferred class of each unit, -1 for none.
     splits, seed : int
@@ -147,6 +148,9 @@ def _target(
         return result.split_half_drop(splits=splits, seed=seed)
     if name in ("gini", "entropy"):
         return (gini if name == "gini" else entropy)(result.class_accuracy_drop)
+    if name in MEASURES:
+        changes: Floats = getattr(result, name)  # says what is missing where it was not recorded
+        return changes
     known = [*TARGETS, *_recorded(result)]
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known

@@ -22,6 +22,7 @@ from pyablate.engine import channel as channelwise
 from pyablate.engine import replaced, rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
+from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
 from pyablate.engine.tiers import FULL, Ladder, carried
@@ -96,9 +97,17 @@ class Suffix:
         }
 
     def predict(
-        self, clean: Clean, standins: StandIns, ladder: Ladder, *, slice_bytes: int
+        self,
+        clean: Clean,
+        standins: StandIns,
+        ladder: Ladder,
+        *,
+        slice_bytes: int,
+        record: Record | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Predictions of every (ablation, image) that can differ from the clean run's.
+
+        All that changes the logits is told to ``record``, if there is one.
 
         Yields
         ------
@@ -113,6 +122,8 @@ class Suffix:
             sweep.advance()
             if isinstance(sweep.head, Channel):
                 ladder.strategy = "closed form"
+                if record is not None:
+                    sweep.record_closed_form(record, self.pairs_in(slice_bytes)(torch.float64))
                 yield sweep.closed_form()
                 return
         row, image = sweep.live_pairs()
@@ -120,7 +131,7 @@ class Suffix:
             yield (
                 row,
                 image,
-                ladder.settle(sweep.change, row, image, clean, self.pairs_in(slice_bytes)),
+                ladder.settle(sweep.change, row, image, clean, self.pairs_in(slice_bytes), record),
             )
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
@@ -269,6 +280,16 @@ class Sweep:
         differs = prediction != clean.prediction.unsqueeze(1)
         image, row = differs.nonzero(as_tuple=True)
         return row, image, prediction[image, row]
+
+    def record_closed_form(self, record: Record, size: int) -> None:
+        """Spell out the logit changes of the closed form, ``size`` pairs at a time."""
+        delta, weight = self.head, self.graph.constant(self.graph.logits, 1)
+        assert delta is not None
+        assert weight is not None
+        columns = self.suffix.columns(weight, delta.channel).t()
+        image, row = delta.values.nonzero(as_tuple=True)
+        for images, rows in zip(image.split(size), row.split(size), strict=True):
+            record(rows, images, delta.values[images, rows].unsqueeze(1) * columns[rows])
 
     def live_pairs(self) -> tuple[Tensor, Tensor]:
         """Pairs (row, image), image by image, without those that the ablation does not change."""

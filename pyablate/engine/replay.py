@@ -86,6 +86,11 @@ class Replay:
             with hooked(self.model, job.sites, change):
                 return self.model(images)  # type: ignore[no-any-return]
 
+    def in_parts(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
+        """Return :meth:`logits`, a few pairs at a time."""
+        parts = zip(row.split(ROWS), image.split(ROWS), strict=True)
+        return torch.cat([self.logits(batch, job, *part) for part in parts])
+
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair, as exactly as this replay's precision allows."""
         parts = [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyablate import ops, shortage
+from pyablate.engine.measures import Record
 
 logger = logging.getLogger("pyablate")
 
@@ -103,6 +104,7 @@ class Ladder:
         image: Tensor,
         clean: Known,
         size: Callable[[torch.dtype], int],
+        record: Record | None = None,
     ) -> Tensor:
         """Class of each pair, -1 where full precision leaves it open.
 
@@ -116,6 +118,8 @@ class Ladder:
             The clean run.
         size : callable
             Pairs to work on at a time, by precision.
+        record : callable, optional
+            Told the logit changes of every tier; of a pair's, the last are the most precise.
 
         Returns
         -------
@@ -129,7 +133,7 @@ class Ladder:
             start = 0
             while start < len(open_):
                 some = open_[start : start + min(size(tier), self.most)]
-                if self._fill(prediction, some, change, row, image, clean, tier):
+                if self._fill(prediction, some, change, row, image, clean, tier, record):
                     start += len(some)
             left = open_[prediction[open_] < 0]
             self.settled[tier] = self.settled.get(tier, 0) + len(open_) - len(left)
@@ -147,6 +151,7 @@ class Ladder:
         image: Tensor,
         clean: Known,
         tier: torch.dtype,
+        record: Record | None,
     ) -> bool:
         """Decide some pairs; False, and fewer at a time from now on, if memory does not suffice."""
         try:
@@ -159,6 +164,8 @@ class Ladder:
             return False
         if delta is not None:
             prediction[some] = self._classify(delta, image[some], clean, tier)
+            if record is not None:
+                record(row[some], image[some], delta)
         return True
 
     def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:

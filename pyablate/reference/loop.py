@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import special
 from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.layers import Site, copied, sites
+from pyablate.measures import MEASURES, Measure
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult, Flips
@@ -42,6 +44,7 @@ def ablate(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    measures: Sequence[str] = (),
     progress: bool | Report | None = None,
     batch_size: int | None = None,
 ) -> AblationResult:
@@ -66,6 +69,8 @@ def ablate(
         Where to compute; the model's own device by default.
     seed : int
         Seed of a random intervention that names none.
+    measures : sequence of {"loss", "margin"}
+        Changes to sum up over the images of each class; see :data:`pyablate.measures.MEASURES`.
     progress : bool or callable, optional
         See :func:`pyablate.progress.reporting`.
     batch_size : int, optional
@@ -87,6 +92,10 @@ def ablate(
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
     names: tuple[str, ...] = ()
+    unknown = sorted(set(measures) - set(MEASURES))
+    if unknown:
+        raise ValueError(f"measures: expected some of {', '.join(MEASURES)}, got {unknown[0]!r}")
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in measures}
     with reporting(progress) as report:
         for row, values in loop.logits():
             predicted = predictions(values)
@@ -95,6 +104,8 @@ def ablate(
                 names = _class_names(class_names, values.shape[1])
             flipped = np.flatnonzero(predicted != baseline)
             pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
+            for name, found in sums.items():
+                found.append(_class_sums(measure(name, values.numpy(), labels), labels, len(names)))
             report(row + 1, len(loop.rows), loop.rows[row].layer)
     return AblationResult(
         units=pd.DataFrame(
@@ -110,7 +121,16 @@ def ablate(
         class_names=names,
         intervention=str(loop.intervention),
         strategy={row.layer: "reference" for row in loop.rows},
+        measures={name: Measure(np.array(found[1:]) - found[0]) for name, found in sums.items()},
     )
+
+
+def measure(name: str, values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy ("loss") or top-2 "margin" of each image: float64 ``[N, K]`` to ``[N]``."""
+    if name == "loss":
+        return np.asarray(-special.log_softmax(values, axis=1)[np.arange(len(labels)), labels])
+    ordered = np.sort(values, axis=1)
+    return np.asarray(ordered[:, -1] - ordered[:, -2])
 
 
 def logits(
@@ -365,6 +385,10 @@ class _Loop:
                     f"data: label {label} of image {image} is outside the model's {classes} "
                     f"classes (0 to {classes - 1})"
                 )
+
+
+def _class_sums(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    return np.bincount(labels, weights=values, minlength=classes)
 
 
 def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
