@@ -225,9 +225,13 @@ LINEARS = st.builds(Linear, out=st.integers(2, 8), bias=st.booleans())
 ATTENTIONS = st.builds(Attention, heads=SMALL, library=st.booleans())
 SIMPLE: SearchStrategy[Part] = st.one_of(
     *(CONVS, ACTS, CONVS, ACTS, NORMS, POOLS, PADS, SHUFFLES, ARITHMETIC, GATES, LINEARS),
-    *(ATTENTIONS, st.builds(Depthwise, st.sampled_from([3, 1, 5]), st.integers(1, 2), SMALL.map(
-        lambda n: 1 + n % 2
-    )), st.builds(Transposed, st.integers(1, 4), st.integers(1, 2))),
+    *(
+        ATTENTIONS,
+        st.builds(
+            Depthwise, st.sampled_from([3, 1, 5]), st.integers(1, 2), SMALL.map(lambda n: 1 + n % 2)
+        ),
+        st.builds(Transposed, st.integers(1, 4), st.integers(1, 2)),
+    ),
 )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -344,7 +343,9 @@ class Arithmetic(Part):
             "where": lambda x: torch.where(x > 0, x, 0.2 * x),
             "mask": lambda x: x * (x > -0.5).float(),
             "logsumexp": lambda x: x + x.logsumexp(dim=1, keepdim=True),
-            "standard": lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True, correction=0) + 1),
+            "standard": lambda x: (
+                (x - x.mean(1, True)) / (x.std(1, keepdim=True, correction=0) + 1)
+            ),
             "tensor_split": lambda x: torch.cat(list(reversed(x.chunk(2, dim=1))), dim=1),
             "inplace": lambda x: (x + 0.0).mul_(0.7).add_(0.1).relu_(),
         }
@@ -465,7 +466,6 @@ class Network:
         return Apply(ends.get(self.head, ends["average"]))
 
 
-
 def _share_activations(model: nn.Module) -> None:
     """Let one object be all the activations of its kind."""
     first: dict[type, nn.Module] = {}
@@ -473,5 +473,3 @@ def _share_activations(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child).__module__.endswith("activation") and not list(child.parameters()):
                 module._modules[name] = first.setdefault(type(child), child)
-
-
