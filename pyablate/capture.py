@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from pyablate.layers import Site, evaluation, hooked
 
@@ -299,8 +299,17 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
         else:
             value = held[cast(str, spec.target)]
             constants[node] = value.detach() if isinstance(value, Tensor) else value
-    outputs = program.graph.output_node().args[0]
-    if len(inputs) != 1 or len(cast(tuple[Any, ...], outputs)) != 1:
+    # A network that works in place on the images has their new values as an output besides.
+    outputs = [
+        node
+        for node, spec in zip(
+            cast(tuple[fx.Node, ...], program.graph.output_node().args[0]),
+            program.graph_signature.output_specs,
+            strict=True,
+        )
+        if spec.kind is not OutputKind.USER_INPUT_MUTATION
+    ]
+    if len(inputs) != 1 or len(outputs) != 1:
         raise CaptureError("the model takes or returns more than one tensor")
     size = inputs[0].meta["val"].shape[0]
     if not _is_symbolic(size):
@@ -310,7 +319,7 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
     return Graph(
         graph=program.graph,
         images=inputs[0],
-        logits=cast(tuple[fx.Node, ...], outputs)[0],
+        logits=outputs[0],
         constants=constants,
         symbol=size.node.expr,
         markers=[node for node in program.graph.nodes if node.target is MARKER],

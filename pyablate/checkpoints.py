@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 # Wrappers (DataParallel, torch.compile) that leave their name in front of every key.
 _WRAPPERS = ("module.", "_orig_mod.")
 _NAMED = 3
+MAX_BYTES = 64 << 30
+"""Limit of an unpacked checkpoint, against decompression bombs."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -75,6 +78,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 
 
 def _unpickle_tensors(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile:  # one of the older format, which is not compressed
+        size = 0
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"weights: {str(path)!r} unpacks to {size} bytes, the limit is {MAX_BYTES}"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

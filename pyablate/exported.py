@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -19,8 +19,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-# Members of a .pt2 archive that are unpickled without restriction.
-_PICKLED_MEMBER = re.compile(r"data/constants/(custom|opaque)_obj_")
+from pyablate.exported_archive import check_archive
+
+MAX_BYTES = 64 << 30
+"""Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while torch exports or loads a program: it keeps both in global variables meanwhile."""
 
 
 class ExportedModel(nn.Module):
@@ -62,8 +67,8 @@ class ExportedModel(nn.Module):
 def load_exported(path: Path) -> nn.Module:
     """Load an exported program (``.pt2``) as a module whose submodules carry their names.
 
-    Unpickling is restricted to tensors and archives with custom objects are refused, but the graph
-    itself is a program: load only files you trust.
+    The archive is checked before torch reads it (:mod:`pyablate.exported_archive`): unpickling is
+    restricted to tensors, the graph to operators of torch that compute.
 
     Raises
     ------
@@ -78,11 +83,9 @@ def load_exported(path: Path) -> nn.Module:
     name = str(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"model: {name!r} is no exported program (.pt2 archive)")
-    with zipfile.ZipFile(path) as archive:
-        if any(_PICKLED_MEMBER.search(member) for member in archive.namelist()):
-            raise ValueError(f"model: {name!r} holds pickled objects, expected tensors only")
     try:
-        with _only_tensors_unpickled(), _torch_silenced():
+        check_archive(path, max_bytes=MAX_BYTES)
+        with ONE_AT_A_TIME, _only_tensors_unpickled(), _torch_silenced():
             program = torch.export.load(path)
             _check_program(program, name)
             return ExportedModel(torch.export.unflatten(program))

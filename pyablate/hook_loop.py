@@ -167,7 +167,7 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     for part in x.split(batch):
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:
-            parts.append(model(part))
+            parts.append(model(part.clone()))  # it may work in place
         finally:
             handle.remove()
     return torch.cat(parts).cpu()  # the copy also waits for a GPU to finish
@@ -198,7 +198,7 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 def _time_forward(model: nn.Module, x: Tensor, batch: int) -> float:
     start = time.perf_counter()
     for part in x.split(batch):
-        last = model(part)
+        last = model(part.clone())
     last.cpu()
     return time.perf_counter() - start
 

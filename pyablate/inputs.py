@@ -299,13 +299,17 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
         if size > MAX_BYTES:
             raise ValueError(f"data: {path} unpacks to {size} bytes, the limit is {MAX_BYTES}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (zipfile.BadZipFile, EOFError, MemoryError) as error:
+            read = {key: arrays[key] for key in arrays.files}
+    except zipfile.BadZipFile as error:
         raise ValueError(f"data: {str(path)!r} is no .npz file or damaged ({error})") from None
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises whatever the damage leads to
         if str(error).startswith("data:"):
             raise
-        raise ValueError(f"data: cannot read {str(path)!r} ({error})") from None
+        raise ValueError(f"data: cannot read {str(path)!r} ({_first_line(error)})") from None
+    # numpy hands out the bytes of what is no array
+    return {key: array for key, array in read.items() if isinstance(array, np.ndarray)}
 
 
 def _images_and_labels(
@@ -355,10 +359,18 @@ def _read_labels(path: Path) -> NDArray[Any]:
     if path.suffix != ".npy":
         return read_idx(path, max_bytes=MAX_BYTES)
     try:
-        labels: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"labels: cannot read {str(path)!r} ({error})") from None
+        labels = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"labels: cannot read {str(path)!r} ({_first_line(error)})") from None
+    if not isinstance(labels, np.ndarray):
+        raise ValueError(f"labels: expected one array in {str(path)!r}, found an archive")
     return labels
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensors(

@@ -15,6 +15,7 @@ import zarr
 
 from pyablate.measures import Accuracy, Measure
 from pyablate.result import AblationResult, Audit, Flips
+from pyablate.zarr_folder import check_folder
 
 FORMAT = 1
 
@@ -76,6 +77,15 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
     attrs = _attributes(source)
     if attrs.get("pyablate_format") != FORMAT:
         raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
+    check_folder(source)
+    try:
+        return _read(source, attrs)
+    except Exception as error:  # the file formats raise whatever the damage leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(f"{source}: damaged result ({reason})") from error
+
+
+def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
     group = zarr.open_group(source, mode="r")
 
     def read(name: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pyablate.result import AblationResult, Floats, Ints
+from pyablate.zarr_folder import check_folder
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -119,15 +120,17 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
     if path.is_dir():
         import xarray as xr
 
+        check_folder(path)
         try:
             with xr.open_zarr(path, consolidated=False) as opened:
                 loaded: xr.Dataset = opened.load()
-        except (OSError, ValueError, KeyError) as error:
-            raise OSError(f"{path}: not a Zarr group that xarray can open: {error}") from None
+        except Exception as error:  # the file formats raise whatever the damage leads to
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"{path}: not a Zarr group that xarray can open: {reason}") from error
         return loaded
     try:
         frame = pd.read_csv(path)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (ValueError, MemoryError, OverflowError) as error:
         raise OSError(f"{path}: not a CSV file: {error}") from None
     for name in _LABELS:
         if name in frame and not pd.api.types.is_numeric_dtype(frame[name]):

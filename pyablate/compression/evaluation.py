@@ -113,7 +113,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
     classes = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
-            logits = model(batch.images)
+            logits = model(batch.images.clone())  # it may work in place
             _check_logits(logits, batch)
             if margin is None:
                 margin = _rounding(logits, double, batch)
@@ -168,7 +168,7 @@ def _check_logits(logits: Any, batch: Batch) -> None:
 
 def _rounding(logits: Tensor, double: nn.Module, batch: Batch) -> float:
     """Share of the largest logit within which this precision is not trusted, measured."""
-    exact = double(batch.images[:_SAMPLE].double())
+    exact = double(batch.images[:_SAMPLE].to(torch.float64, copy=True))
     error = (logits[:_SAMPLE].double() - exact).abs().amax(dim=1)
     worst = float((error / exact.abs().amax(dim=1).clamp(min=1e-300)).max())
     return max(MARGIN, SAFETY * worst)

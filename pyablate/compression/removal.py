@@ -155,7 +155,7 @@ def size(model: nn.Module, sample: Tensor) -> Size:
         A batch of inputs, ``[N, ...]``.
     """
     with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
-        model(sample)
+        model(sample.clone())  # it may work in place
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Size(parameters, counter.get_total_flops() // len(sample))
 
@@ -175,7 +175,7 @@ def silenced(
 
     chosen = [site for site in found if site.name in by_site]
     with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
-        logits: Tensor = model(images)
+        logits: Tensor = model(images.clone())  # it may work in place
     return logits
 
 

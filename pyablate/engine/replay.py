@@ -140,7 +140,7 @@ def in_double(model: nn.Module, images: Tensor) -> tuple[nn.Module, torch.dtype]
     double = copy.deepcopy(model).double()
     try:
         with torch.no_grad():
-            double(images.double())
+            double(images.to(torch.float64, copy=True))  # it may work in place
     except RuntimeError as error:
         logger.warning(
             "the model does not run in float64 (%s): near ties are decided in %s",

@@ -245,7 +245,7 @@ class _Loop:
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook_of(name)))
             with torch.no_grad():
-                values = self.model(images)
+                values = self.model(images.clone())  # it may work in place
         finally:
             for handle in handles:
                 handle.remove()

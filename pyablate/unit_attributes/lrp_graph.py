@@ -257,8 +257,8 @@ def _verified(
 
     handles = [traced.get_submodule(t).register_forward_hook(watch(n)) for n, t in taps.items()]
     with torch.no_grad(), hooked(model, sites, see):
-        expected = model(images)
-        logits = traced(images)
+        expected = model(images.clone())  # it may work in place
+        logits = traced(images.clone())
     for handle in handles:
         handle.remove()
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):

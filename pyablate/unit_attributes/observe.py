@@ -145,9 +145,8 @@ class _Watch:
             images = torch.cat([images, images])
         with torch.set_grad_enabled(self.gradients), hooked(model, self.sites, self._see):
             if self.gradients:
-                # A copy that is no leaf, so that operations in place may act on it.
-                images = images.detach().requires_grad_().clone()
-            logits: Tensor = model(images)[: len(batch)]
+                images = images.detach().requires_grad_()
+            logits: Tensor = model(images.clone())[: len(batch)]  # it may work in place
             for name in self.repeated:
                 calls = [_flat(maps, self._site(name)) for maps in self.held[name]]
                 self._reduce(replace(self._site(name), axis=1), torch.cat(calls, dim=2))

@@ -1,0 +1,286 @@
+"""Random networks with random ways to ablate them, and the check that each must pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import networks
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from parts import (
+    Act,
+    Arithmetic,
+    AsTokens,
+    Attention,
+    Branches,
+    Conv,
+    Depthwise,
+    Gate,
+    Linear,
+    Network,
+    Norm,
+    Pad,
+    Part,
+    Pool,
+    Repeat,
+    Residual,
+    Shuffle,
+    Transposed,
+)
+from torch import Tensor, nn
+
+import pyablate as pa
+from pyablate import reference
+from pyablate.engine import eight_bit
+from pyablate.interventions import Intervention
+
+MOST_ROWS = 24
+"""Units of a case, so that the hook loop of the oracle stays short."""
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp64", *(["int8"] if eight_bit.available() else []))
+LAYOUTS = ("plain", "channels_last", "strided", "expanded", "batches", "numpy", "half")
+INTERVENTIONS = (
+    *("zero", "mean", "class_mean", "constant:0.7371", "constant:-1.3193"),
+    *("resample:3", "noise:5", "direction:2", "given"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and one way to ablate it; its ``repr`` is the code that makes it again."""
+
+    network: Network = Network()
+    images: int = 5
+    layers: tuple[int, ...] | None = None  # numbers of sites, modulo how many there are
+    groups: tuple[tuple[int, ...], ...] = ()  # numbers of units, likewise
+    intervention: str = "zero"
+    precision: str = "auto"
+    layout: str = "plain"
+    batch_size: int | None = None
+    memory: int | None = None
+    double: bool = False
+    strategy: str = "auto"
+
+    def subject(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """Return the network and its images and labels."""
+        generator = torch.Generator().manual_seed(self.network.seed)
+        images = torch.randn(self.images, *self.network.shape, generator=generator)
+        images += torch.randn(self.images, *[1] * len(self.network.shape), generator=generator)
+        labels = torch.randint(self.network.classes, (self.images,), generator=generator)
+        model = self.network.build()
+        networks.randomise(model, seed=self.network.seed)
+        images = arranged(images, self.layout)
+        networks.spread_logits(model, images.float())
+        model = model.double() if self.double else model
+        return model, images.to(model.head.weight.dtype) if self.double else images, labels
+
+    def options(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
+        """Return what engine and oracle are both told."""
+        sites = pa.sites(model, images[:1].to(model.head.weight.dtype))
+        directed = self.intervention in ("given", "direction:2")
+        chosen: list[str] = []
+        rows = 0
+        for number in range(len(sites)) if self.layers is None else self.layers if sites else ():
+            site = sites[number % len(sites)]
+            if site.name not in chosen and rows + site.channels <= MOST_ROWS:
+                chosen.append(site.name)
+                rows += site.channels
+        units = [site.label(unit) for site in sites for unit in range(site.channels)]
+        groups: list[list[str]] = []
+        for numbers in self.groups if units and not directed else ():
+            group = sorted({units[number % len(units)] for number in numbers})
+            if group and group not in groups:
+                groups.append(group)
+        if not chosen and not groups:
+            chosen = units[:1] if units else []
+        intervention: Any = self.intervention
+        if intervention == "given":
+            generator = torch.Generator().manual_seed(1)
+            intervention = Intervention(
+                "direction",
+                directions={
+                    site.name: torch.randn(site.channels, 2, generator=generator) for site in sites
+                },
+            )
+        return {
+            "layers": chosen or None,
+            "groups": groups or None,
+            "intervention": intervention,
+        }
+
+
+def arranged(images: Tensor, layout: str) -> Tensor:
+    """Keep the images in memory in another way."""
+    if layout == "channels_last" and images.ndim == 4:
+        return images.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        wide = torch.zeros(*images.shape[:-1], 2 * images.shape[-1] + 1)
+        wide[..., 1::2] = images
+        return wide[..., 1::2]
+    if layout == "expanded":
+        return images[:, :1].expand(images.shape)
+    if layout == "half":
+        return images.bfloat16()
+    return images
+
+
+def check(case: Case) -> reference.Agreement:
+    """Run engine and oracle; raise where they differ in anything but near ties."""
+    model, images, labels = case.subject()
+    options = case.options(model, images)
+    if options["layers"] is None and options["groups"] is None:
+        return reference.Agreement(0, 0, 0)  # a network without units
+    data: Any = (images, labels)
+    if case.layout == "batches":
+        data = list(zip(images.split(2), labels.split(2), strict=True))
+    if case.layout == "numpy":
+        data = (images.numpy(), labels.numpy())
+    layers = options.pop("layers")
+    result = pa.ablate(
+        model,
+        data,
+        layers,
+        **options,
+        precision=case.precision,
+        batch_size=case.batch_size,
+        memory=case.memory,
+        strategy=case.strategy,
+        audit=5,
+        progress=False,
+    )
+    agreement = reference.compare(result, model, data, layers, **options)
+    assert agreement.mismatches == 0, agreement
+    assert result.audit.mismatches == 0, result.audit
+    return agreement
+
+
+# --- strategies ---------------------------------------------------------------------------------
+
+SMALL = st.integers(0, 7)
+ACTIVATIONS = (
+    "ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Hardswish Hardsigmoid Hardtanh "
+    "Softplus Softsign Softshrink Tanhshrink LogSigmoid PReLU relu sigmoid tanh softmax"
+).split()
+
+
+def _pairs(*values: int) -> SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.sampled_from(values), st.sampled_from(values))
+
+
+CONVS = st.builds(
+    Conv,
+    out=st.integers(1, 8) | st.sampled_from([16, 20]),
+    kernel=_pairs(3, 1, 2, 5),
+    stride=_pairs(1, 2, 3),
+    padding=_pairs(1, 0, 2) | st.just("same"),
+    dilation=_pairs(1, 2),
+    groups=SMALL,
+    bias=st.booleans(),
+    mode=st.sampled_from(["zeros", "zeros", "zeros", "circular", "reflect", "replicate"]),
+)
+ACTS = st.builds(Act, name=st.sampled_from(ACTIVATIONS), inplace=st.booleans())
+NORMS = st.builds(
+    Norm, kind=st.sampled_from("batch batch layer group instance local".split()), groups=SMALL
+)
+POOLS = st.builds(
+    Pool,
+    kind=st.sampled_from("max average adaptive_average adaptive_max lp".split()),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    ceil=st.booleans(),
+    dilation=st.integers(1, 2),
+    count_pad=st.booleans(),
+)
+PADS = st.builds(
+    Pad,
+    margins=st.tuples(*[st.integers(0, 2)] * 4),
+    mode=st.sampled_from(["constant", "reflect", "replicate", "circular"]),
+    value=st.sampled_from([0.0, 0.0, 0.6]),
+)
+SHUFFLES = st.builds(
+    Shuffle,
+    kind=st.sampled_from(
+        "channels flip roll transpose rows slice split upsample bilinear stack expand crop".split()
+    ),
+    groups=SMALL,
+)
+ARITHMETIC = st.builds(
+    Arithmetic,
+    kind=st.sampled_from(
+        "scale square abs clamp power difference normalise negative maximum where mask logsumexp "
+        "standard tensor_split inplace".split()
+    ),
+)
+GATES = st.builds(
+    Gate,
+    kind=st.sampled_from("channel map scalar divide".split()),
+    activation=st.sampled_from(["Sigmoid", "Hardsigmoid", "Tanh"]),
+)
+LINEARS = st.builds(Linear, out=st.integers(2, 8), bias=st.booleans())
+ATTENTIONS = st.builds(Attention, heads=SMALL, library=st.booleans())
+SIMPLE: SearchStrategy[Part] = st.one_of(
+    *(CONVS, ACTS, CONVS, ACTS, NORMS, POOLS, PADS, SHUFFLES, ARITHMETIC, GATES, LINEARS),
+    *(
+        ATTENTIONS,
+        st.builds(
+            Depthwise, st.sampled_from([3, 1, 5]), st.integers(1, 2), SMALL.map(lambda n: 1 + n % 2)
+        ),
+        st.builds(Transposed, st.integers(1, 4), st.integers(1, 2)),
+    ),
+)
+
+
+def _lists(parts: SearchStrategy[Part], most: int) -> SearchStrategy[tuple[Part, ...]]:
+    return st.lists(parts, min_size=1, max_size=most).map(tuple)
+
+
+def _nested(parts: SearchStrategy[Part]) -> SearchStrategy[Part]:
+    return st.one_of(
+        st.builds(Residual, _lists(parts, 4), st.sampled_from("add sub mul maximum".split())),
+        st.builds(Branches, st.lists(_lists(parts, 3), min_size=2, max_size=3).map(tuple)),
+        st.builds(AsTokens, _lists(st.one_of(ATTENTIONS, LINEARS, ACTS, NORMS, parts), 4)),
+        st.builds(Repeat, _lists(parts, 3), st.integers(2, 3)),
+    )
+
+
+PARTS = st.one_of(SIMPLE, SIMPLE, SIMPLE, st.recursive(_nested(SIMPLE), _nested, max_leaves=6))
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 6), st.integers(2, 8)),
+    st.tuples(st.integers(2, 9)),
+)
+NETWORKS = st.builds(
+    Network,
+    parts=_lists(PARTS, 7),
+    shape=st.one_of(SHAPES, st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12))),
+    classes=st.integers(2, 5),
+    head=st.sampled_from(
+        "average maximum flatten both sum first flatten_module pool_module".split()
+    ),
+    hidden=st.sampled_from([0, 0, 4]),
+    shared_activations=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+CASES = st.builds(
+    Case,
+    network=NETWORKS,
+    images=st.integers(2, 9),
+    layers=st.none() | st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple),
+    groups=st.just(())
+    | st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple), max_size=3).map(
+        tuple
+    ),
+    intervention=st.sampled_from(INTERVENTIONS),
+    precision=st.sampled_from(PRECISIONS),
+    layout=st.sampled_from(LAYOUTS),
+    batch_size=st.sampled_from([None, None, 1, 2, 3, 100]),
+    memory=st.sampled_from([None, None, 1, 5_000, 1 << 20]),
+    double=st.sampled_from([False, False, False, True]),
+    strategy=st.sampled_from(["auto"] * 9 + ["replay"]),
+)
+_ = (math, Callable)
