@@ -24,7 +24,13 @@ from pyablate.idx import read_idx
 
 SHIFT = 2  # pixels, in each direction
 # Peak learning rate: batch norm bears steps that throw a plain network off.
-PEAK_RATE = {"alexnet": 0.04, "alexnet_dropout": 0.04, "vgg_bn": 0.2, "resnet": 0.3}
+PEAK_RATE = {
+    "alexnet": 0.04,
+    "alexnet_dropout": 0.04,
+    "alexnet_bn": 0.2,
+    "vgg_bn": 0.2,
+    "resnet": 0.3,
+}
 
 
 def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
