@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,13 @@ from pyablate.idx import read_idx
 
 SHIFT = 2  # pixels, in each direction
 # Peak learning rate: batch norm bears steps that throw a plain network off.
-PEAK_RATE = {"alexnet": 0.04, "alexnet_dropout": 0.04, "vgg_bn": 0.2, "resnet": 0.3}
+PEAK_RATE = {
+    "alexnet": 0.04,
+    "alexnet_dropout": 0.04,
+    "alexnet_bn": 0.2,
+    "vgg_bn": 0.2,
+    "resnet": 0.3,
+}
 
 
 def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -54,30 +61,32 @@ def augmented_batches(
 
 def train(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    batches: Callable[[torch.Generator], Iterable[tuple[Tensor, Tensor]]],
     *,
     epochs: int,
-    batch_size: int,
+    steps: int,
     peak_rate: float,
     seed: int,
     bfloat16: bool = True,
 ) -> None:
-    """Train `model` in place: SGD with momentum, one cycle of the learning rate."""
+    """Train `model` in place: SGD with momentum, one cycle of the learning rate.
+
+    `batches` gives the batches of one epoch, `steps` in number.
+    """
     generator = torch.Generator().manual_seed(seed)
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=peak_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    steps = epochs * max(1, len(images) // batch_size)
-    if steps < 5:
-        raise ValueError(f"epochs, batch_size: expected at least 5 steps of training, got {steps}")
+    total_steps = epochs * steps
+    if total_steps < 5:
+        raise ValueError(f"epochs, steps: expected at least 5 steps of training, got {total_steps}")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak_rate, total_steps=steps, pct_start=0.25
+        optimizer, peak_rate, total_steps=total_steps, pct_start=0.25
     )
     for epoch in range(epochs):
         start, total, seen = time.monotonic(), 0.0, 0
-        for x, y in augmented_batches(images, labels, batch_size, generator):
+        for x, y in batches(generator):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits.float(), y)
@@ -114,6 +123,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=int, help="use the first LIMIT images only, to try it out")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
+    parser.add_argument("--half", action="store_true", help="round the weights to float16")
     return parser.parse_args()
 
 
@@ -128,15 +138,16 @@ def main() -> None:
     peak_rate = options.peak_rate or PEAK_RATE[options.name]
     train(
         model,
-        images,
-        labels,
+        partial(augmented_batches, images, labels, options.batch_size),
         epochs=options.epochs,
-        batch_size=options.batch_size,
+        steps=max(1, len(images) // options.batch_size),
         peak_rate=peak_rate,
         seed=options.seed,
         bfloat16=not options.float32,
     )
     test_images, test_labels = (part[: options.limit] for part in read_images(options.data, "t10k"))
+    if options.half:
+        model.half().float()
     measured = accuracy(model, test_images, test_labels)
     training = {
         "name": options.name,
@@ -149,12 +160,20 @@ def main() -> None:
         "bfloat16": not options.float32,
         "threads": options.threads,
     }
+    write(model, options.output, training, half=options.half)
+    print(f"{options.name}: test accuracy {measured:.4f}, wrote {options.output}")
+
+
+def write(model: nn.Module, output: Path, training: dict[str, object], *, half: bool) -> None:
+    """Write the weights, in float16 if `half`, and how they came about, as safetensors."""
     # One entry, because safetensors writes several in an order that changes from run to run.
     metadata = {"training": json.dumps(training)}
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, options.output, metadata=metadata)
-    print(f"{options.name}: test accuracy {measured:.4f}, wrote {options.output}")
+    tensors = {
+        key: (value.half() if half and value.is_floating_point() else value).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -65,39 +65,37 @@ class Normalize(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """Plain ReLU network without batch norm: five convolutions, three fully connected layers.
+    """Plain ReLU network: five convolutions, three fully connected layers.
 
     Parameters
     ----------
     dropout : float
         Rate of the dropout before each of the first two fully connected layers; with 0 the
         network has no dropout modules.
+    batch_norm : bool
+        Batch norm between every convolution or fully connected layer and its ReLU.
     """
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, batch_norm: bool = False) -> None:
         super().__init__()
         self.normalize = Normalize()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 24, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(24, 48, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(48, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 48, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        features: list[nn.Module] = []
+        sizes = ((1, 24, 5), (24, 48, 3), (48, 64, 3), (64, 64, 3), (64, 48, 3))
+        for number, (inputs, outputs, kernel) in enumerate(sizes):
+            features.append(
+                nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not batch_norm)
+            )
+            features += [nn.BatchNorm2d(outputs), nn.ReLU()] if batch_norm else [nn.ReLU()]
+            if number in (0, 1, 4):
+                features.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*features)
         self.flatten = nn.Flatten()
         layers: list[nn.Module] = []
         for inputs in (48 * 3 * 3, 256):
             if dropout:
                 layers.append(nn.Dropout(dropout))
-            layers += [nn.Linear(inputs, 256), nn.ReLU()]
+            layers.append(nn.Linear(inputs, 256, bias=not batch_norm))
+            layers += [nn.BatchNorm1d(256), nn.ReLU()] if batch_norm else [nn.ReLU()]
         self.classifier = nn.Sequential(*layers, nn.Linear(256, len(CLASSES)))
         _initialise(self)
 
@@ -191,6 +189,7 @@ class ResNet(nn.Module):
 _FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "alexnet": AlexNet,
     "alexnet_dropout": lambda: AlexNet(dropout=0.5),
+    "alexnet_bn": lambda: AlexNet(batch_norm=True),
     "vgg_bn": VGG,
     "resnet": ResNet,
 }

@@ -1,0 +1,57 @@
+"""Measure all networks and write the document: ``make paper``.
+
+    python -m paper                         # docs/paper.md and its pictures
+    python -m paper --quick --output /tmp/paper.md
+    python -m paper --measure-only --families alexnet alexnet_bn
+
+Measurements are kept in build/paper, one folder for each network; a run that was broken off goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+from paper import document
+from paper.measure import FULL, QUICK, STAGES, Measured
+from paper.networks import FAMILIES, known
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    """Run what is missing, then write."""
+    parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "paper.md")
+    parser.add_argument("--images", type=Path, help="folder of the pictures; default: beside it")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "paper")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--quick", action="store_true", help="a few images, to see that it runs")
+    parser.add_argument("--measure-only", action="store_true", help="fill the cache, write nothing")
+    options = parser.parse_args()
+    logging.getLogger("pyablate").setLevel(logging.ERROR)
+    begin = time.monotonic()
+    networks = known(tuple(options.families))
+    if options.quick:
+        networks = [network for network in networks if network.seed < 2]
+    studied = []
+    for number, network in enumerate(networks, 1):
+        measured = Measured(network, QUICK if options.quick else FULL, options.cache)
+        print(f"[{number}/{len(networks)}] {network.name}", flush=True)
+        for stage in STAGES:
+            start = time.monotonic()
+            getattr(measured, stage)
+            print(f"    {stage}: {time.monotonic() - start:.1f} s", flush=True)
+        studied.append(measured)
+    if not options.measure_only:
+        pictures = options.images or options.output.parent / "images"
+        document.write(studied, options.output, pictures)
+        print(f"wrote {options.output}")
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
