@@ -9,7 +9,16 @@ import pytest
 import torch
 from measure import Job, Settings, compare
 from rivals import Cached, ClosedForm
-from subjects import cut, efficientnet_lite0, head, photograph_crops, pooled_head, random_maps
+from subjects import (
+    classifier,
+    cut,
+    efficientnet_lite0,
+    head,
+    photograph_crops,
+    pooled_head,
+    random_linears,
+    random_maps,
+)
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -74,6 +83,32 @@ def test_efficientnet_from_pixels(
         ],
         settings,
         group="efficientnet",
+    )
+
+
+@pytest.mark.parametrize("layer", ["relu1", "relu2"])
+@pytest.mark.parametrize("network", ["alexnet", "shapes of VGG-16"])
+def test_fully_connected(benchmark: Any, settings: Settings, network: str, layer: str) -> None:
+    """Fully connected layers from the last maps on: neither runs what lies before them."""
+    if network == "alexnet":
+        whole = pa.demo.network("alexnet")
+        images, _ = pa.demo.images(settings.images)
+        maps = cut_maps(whole, "features.12", images)
+        model = classifier(*(m for m in whole.classifier if isinstance(m, nn.Linear)))
+    else:
+        # The first layer is smaller than VGG's 25,088 x 4,096, which neither of the two times.
+        maps = random_maps(min(64, settings.images), 256, 2)
+        model = classifier(*random_linears(1024, 4096, 4096, 1000))
+    model, maps = model.to(settings.device), maps.to(settings.device)
+    compare(
+        benchmark,
+        f"classifier of {network}, {layer}",
+        Job(model, maps, layer),
+        lambda count: [
+            Cached(cut(model, layer), maps[:count], layer, compiling=settings.compiling)
+        ],
+        settings,
+        group="fully connected",
     )
 
 

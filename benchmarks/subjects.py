@@ -126,6 +126,30 @@ def pooled_head(linear: nn.Linear) -> nn.Module:
     return model.eval()
 
 
+def classifier(*linears: nn.Linear) -> nn.Module:
+    """Last maps to logits through linear layers with a ReLU ``relu1``, ... between them."""
+    model = nn.Sequential()
+    model.add_module("flatten", nn.Flatten())
+    for number, linear in enumerate(linears, start=1):
+        model.add_module(f"linear{number}", linear)
+        if number < len(linears):
+            model.add_module(f"relu{number}", nn.ReLU())
+    return model.eval()
+
+
+def random_linears(*sizes: int, seed: int = 0) -> list[nn.Linear]:
+    """Linear layers between these widths; their outputs are about as large as their inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    linears = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        linear = nn.Linear(inputs, outputs)
+        with torch.no_grad():
+            linear.weight.normal_(0, (2 / inputs) ** 0.5, generator=generator)
+            linear.bias.zero_()
+        linears.append(linear)
+    return linears
+
+
 def random_maps(images: int, units: int, size: int, *, seed: int = 0) -> Tensor:
     """Draw maps ``[images, units, size, size]`` behind a ReLU; an image excites a fifth of them."""
     generator = torch.Generator().manual_seed(seed)

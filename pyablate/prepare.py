@@ -33,6 +33,9 @@ SAMPLE = 8
 SLICE = 8 << 20
 """Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
 
+REUSED = 31 << 20
+"""Bytes of one block that, once freed, makes glibc keep blocks of up to its size; 32 MiB at most."""
+
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
 
@@ -174,6 +177,7 @@ def prepare(
     if intervention.kind == "resample":
         data.hold()
     budget = memory or psutil.virtual_memory().available // 4
+    _keep_freed_blocks(budget)
     size = batch_size or _images_per_batch(graph, jobs, sample, budget)
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics:
@@ -412,6 +416,17 @@ def _low_precisions(
             found.insert(0, dtype)
             rate = own
     return tuple(found)
+
+
+def _keep_freed_blocks(budget: int) -> None:
+    """Let memory of one slice serve the next, instead of fetching fresh pages from the system.
+
+    glibc gives large blocks back as soon as they are freed, but learns from their size: after this
+    one it keeps up to twice as much. Fetching pages took half of the time of fully connected layers
+    and a fifth of that of small convolutions.
+    """
+    if budget >= 8 * REUSED:
+        torch.empty(REUSED, dtype=torch.uint8)
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
