@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pyablate._arguments import check_classes, check_pairs, check_range, check_shape, check_tensor
 from pyablate._layout import dense
-from pyablate.ops import _context as context
-from pyablate.ops import _twin as twin
+from pyablate.ops.dispatch import context, twin
 from pyablate.reference import ops as reference
 
 __all__ = ["ClassMoments", "class_moments", "joint_histogram"]

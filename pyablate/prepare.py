@@ -34,7 +34,7 @@ SLICE = 8 << 20
 """Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
 
 REUSED = 31 << 20
-"""Bytes of one block that, once freed, makes glibc keep blocks of up to its size; 32 MiB at most."""
+"""Bytes of one block that, once freed, makes glibc keep blocks up to its size; at most 32 MiB."""
 
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""

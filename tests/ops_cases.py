@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyablate import _native, ops
-from pyablate.ops import Activation
+from pyablate import _native
+from pyablate.ops import Activation, dispatch
 
 # Set by test_cuda_on_cpu.py for a process in which the extension's CUDA twins run on the CPU.
 CUDA_ON_CPU = os.environ.get("PYABLATE_CUDA_ON_CPU")
@@ -82,8 +82,8 @@ def using_twin(name: str) -> Iterator[torch.device]:
         pytest.skip(f"no native module: {_native.build_info()['why_not']}")
     if name == "cuda":
         if CUDA_ON_CPU is not None:
-            with pytest.MonkeyPatch.context() as patch:  # ops.py sees tensors of the CPU
-                patch.setattr(ops, "_cannot_encode", lambda _, codes: codes is not None)
+            with pytest.MonkeyPatch.context() as patch:  # ops sees tensors of the CPU
+                patch.setattr(dispatch, "cannot_encode", lambda _, codes: codes is not None)
                 yield torch.device("cpu")
             return
         if not CORE.has_cuda:

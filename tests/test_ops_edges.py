@@ -5,7 +5,7 @@ import torch
 from ops_cases import TWINS, index, on_device, on_reference, random_index, random_maps, using_twin
 
 from pyablate import _arguments, ops
-from pyablate.ops import Activation
+from pyablate.ops import Activation, decisions
 
 SIZES = [0, 1, 31, 32, 33, 111, 1025]
 
@@ -117,7 +117,7 @@ def test_equals_reference_at_any_size(twin, size, case):
 @pytest.fixture
 def cuda(monkeypatch):
     """Give the CUDA twin's device; indices are not looked at beforehand, wherever it runs."""
-    for module in (_arguments, ops):
+    for module in (_arguments, decisions):
         monkeypatch.setattr(module, "check_range", lambda *_: None)
     with using_twin("cuda") as device:
         yield device

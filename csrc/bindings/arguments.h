@@ -1,4 +1,4 @@
-// Checks that every operation makes of its arguments before it trusts a pointer. ops.py has made
+// Checks that every operation makes of its arguments before it trusts a pointer. ops/ has made
 // friendlier ones already; these keep a wrong call from reading memory that is not there.
 #pragma once
 

@@ -3,7 +3,7 @@
 //   out[p] = max_pool(f(base[image[p]] + d)) - max_pool(f(base[image[p]])),   d = delta[p] *
 //   scale[p]
 //
-// f must be monotone (ops.py applies the others beforehand), so that it comes after the maximum.
+// f must be monotone (ops/ applies the others beforehand), so that it comes after the maximum.
 // Per window, with  M = max base  and  r = max over taps of (base - M) + d,  the result is
 // f(M + r) - f(M). At the tap that was the maximum the bracket is exactly 0, so the error is
 // relative to the change. A window without any tap inside the map gives 0.

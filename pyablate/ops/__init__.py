@@ -1,0 +1,31 @@
+"""One thin function per native operation: checks, layout, output allocation, dispatch.
+
+*Pairs*: two int32 vectors of length P, the image and the unit of each pair; a delta is a tensor
+``[P, ...]``, the change that an ablation makes to a tensor of the clean run. Base tensors
+``[N, ...]`` belong to the clean run and are read by image index, never copied per pair.
+
+Tensors on the CPU go to the C++ twin, tensors on a CUDA device to the CUDA twin, all others (and
+all tensors where the compiled module is missing) to :mod:`pyablate.reference.ops`. No operation
+records gradients. On the CPU an index out of range raises ``ValueError``; on CUDA, where looking
+would stop the stream, such a row comes back as NaN (-1 where the result is an integer).
+"""
+
+from pyablate.activation import Activation
+from pyablate.codes import Codes
+from pyablate.ops.changes import delta_activation, delta_max_pool, delta_mean, encode
+from pyablate.ops.decisions import classify, confusion_counts, head_flips
+from pyablate.ops.units import masked_copies, unit_delta
+
+__all__ = [
+    "Activation",
+    "Codes",
+    "classify",
+    "confusion_counts",
+    "delta_activation",
+    "delta_max_pool",
+    "delta_mean",
+    "encode",
+    "head_flips",
+    "masked_copies",
+    "unit_delta",
+]

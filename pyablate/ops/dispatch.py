@@ -1,0 +1,71 @@
+"""Where an operation runs, and what every twin is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyablate import _native
+from pyablate._arguments import (
+    check_shape,
+    check_tensor,
+)
+from pyablate._layout import (
+    layout_of,
+)
+from pyablate.activation import Activation
+from pyablate.codes import Codes
+
+REAL = (torch.float32, torch.float64)
+FLOATS = (*REAL, torch.bfloat16)
+
+
+def twin(tensor: Tensor) -> Any:
+    """Return the compiled module if it has a twin for the tensor's device, else None."""
+    core = _native.core
+    if core is None or tensor.device.type == "cpu":
+        return core
+    return core if tensor.device.type == "cuda" and core.has_cuda else None
+
+
+def context(tensor: Tensor) -> tuple[int, int]:
+    """Return (number of CPU threads, CUDA stream handle) for work on ``tensor``."""
+    if tensor.device.type == "cuda":
+        return 1, torch.cuda.current_stream(tensor.device).cuda_stream
+    return torch.get_num_threads(), 0
+
+
+def activation_arguments(activation: Activation | None) -> tuple[int, float, float]:
+    """Return number and settings of an activation as the twins know it; 0 is none."""
+    if activation is None:
+        return 0, 0.0, 0.0
+    return activation.code, activation.a, activation.b
+
+
+def ready_scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
+    """Check factors of the pairs; return them ready to be read."""
+    ready: list[Tensor | None] = []
+    for name, scale in scales.items():
+        if scale is not None:
+            check_tensor(name, scale, dims=1, dtypes=(torch.float32,), like=like)
+            check_shape(name, scale, (like.shape[0],))
+        ready.append(None if scale is None else scale.detach().contiguous())
+    return ready
+
+
+def cannot_encode(like: Tensor, codes: Codes | None) -> bool:
+    """Whether codes are wanted that the compiled twins do not write."""
+    return codes is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
+
+
+def code_arguments(codes: Codes | None, result: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Check memory for codes; return values and scales."""
+    if codes is None:
+        return None, None
+    check_tensor("codes", codes.values, dtypes=(torch.uint8,), like=result)
+    check_shape("codes", codes.values, tuple(result.shape))
+    if not codes.values.is_contiguous(memory_format=layout_of(result)):
+        raise ValueError(f"codes: expected the layout of the result, {layout_of(result)}")
+    return codes.values, codes.scale
