@@ -176,25 +176,28 @@ def _weights(model: nn.Module, dtype: torch.dtype) -> str:
 def _structure(model: nn.Module, graph: Graph | None) -> str:
     """Hash what the network computes: its operators, or its modules and their source."""
     if graph is not None:
-        return _text("\n".join(_operations(graph)))
+        return _operations(graph)
     kinds = dict.fromkeys(type(module) for module in model.modules())
     return _text("\n".join([repr(model), *map(_source, kinds)]))
 
 
-def _operations(graph: Graph) -> Iterator[str]:
-    """One line per operator; which tensors are marked as sites makes no difference."""
+def _operations(graph: Graph) -> str:
+    """Hash the logits by the operators that they come from, whatever their order and names.
+
+    Which tensors are marked as sites makes no difference.
+    """
     from torch.fx.node import map_arg
 
     from pyablate.capture import MARKER
 
-    names: dict[fx.Node, str] = {}
+    hashes: dict[fx.Node, str] = {}
     for node in graph.graph.nodes:
         if node.target is MARKER:
-            names[node] = names[node.all_input_nodes[0]]
+            hashes[node] = hashes[node.all_input_nodes[0]]
             continue
-        names[node] = f"%{len(set(names.values()))}"
-        args, options = map_arg((node.args, node.kwargs), names.__getitem__)
-        yield f"{names[node]} {node.op} {node.target} {args} {options}"
+        args, options = map_arg((node.args, node.kwargs), hashes.__getitem__)
+        hashes[node] = _text(f"{node.op} {node.target} {args} {options}")
+    return hashes[graph.logits]
 
 
 def _source(kind: type) -> str:

@@ -191,8 +191,8 @@ def ablate(
                 logger.info("%s has finished already", place)
                 return finished
             held = opened
-        sweep = Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
-        with held.keeping(), reporting(progress if ranks.first else False) as report:
+        sweep = Sweep(setup, _audited_pairs(setup, audit, seed))
+        with held.keeping(), reporting(progress if ranks.first else False, unit="pairs") as report:
             course = Course(
                 setup.data,
                 held,
