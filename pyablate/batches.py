@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Batch:
     def take(self, image: Tensor) -> Batch:
         """Only the images at these positions of the batch."""
         return Batch(self.index[image], self.images[image], self.labels[image])
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most ``size`` images, in order."""
+        if len(self) <= size:
+            yield self
+            return
+        for some in torch.arange(len(self), device=self.index.device).split(size):
+            yield self.take(some)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """Return the same images in another dtype."""
@@ -125,11 +133,23 @@ class Data:
         images = torch.as_tensor(self._source[0][0])
         return images[index.to(images.device)].to(self.device, self.dtype)
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Hand out batches of ``size`` images (the last may be smaller)."""
-        first = 0
+    def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
+        """Hand out batches of ``size`` images (the last may be smaller).
+
+        Parameters
+        ----------
+        size : int
+            Images per batch.
+        part : range, optional
+            Only these images. A pair of tensors, or a loader that reads a data set in order by
+            index, gives them without reading what comes before; any other source is read up to
+            their end.
+        """
+        if part is not None and len(part) == 0:
+            return
+        first = 0 if part is None else part.start
         waiting: list[tuple[Tensor, Tensor]] = []
-        for images, labels in self._raw():
+        for images, labels in self._raw() if part is None else self._part(part):
             start = 0
             while start < len(images):
                 room = size - sum(len(held) for held, _ in waiting)
@@ -171,6 +191,20 @@ class Data:
     def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, item in enumerate(self._source):
             yield self._check(number, item)
+
+    def _part(self, part: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Only some consecutive images, in pieces as they come."""
+        source, place = self._source, 0
+        if isinstance(source, DataLoader) and _by_index(source):
+            source, place = _only(source, part), part.start
+        for number, item in enumerate(source):
+            images, labels = self._check(number, item)
+            own = slice(max(0, part.start - place), max(0, part.stop - place))
+            place += len(images)
+            if len(images[own]):
+                yield images[own], labels[own]
+            if place >= part.stop:
+                return
 
     def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -216,6 +250,31 @@ def gathered(source: Any) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _by_index(loader: DataLoader[Any]) -> bool:
+    """Whether a loader reads a data set in order, by index, in batches of its own making."""
+    return (
+        isinstance(loader.sampler, SequentialSampler)
+        and isinstance(loader.batch_sampler, BatchSampler)
+        and type(loader) is DataLoader
+    )
+
+
+def _only(loader: DataLoader[Any], part: range) -> DataLoader[Any]:
+    """Return the same loader over a part of its data set."""
+    return DataLoader(
+        Subset(loader.dataset, part),
+        loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # the caller's, or the global one, would be drawn from
+        prefetch_factor=loader.prefetch_factor,
+    )
 
 
 def _is_pair(source: Any) -> bool:

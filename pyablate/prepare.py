@@ -8,12 +8,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.capture import CaptureError, Graph, capture
+from pyablate.checkpoint import unpack_statistics
 from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
@@ -22,6 +24,7 @@ from pyablate.engine.replay import Replay, in_double
 from pyablate.interventions import Intervention
 from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
+from pyablate.ranks import Ranks
 
 logger = logging.getLogger("pyablate")
 
@@ -165,8 +168,14 @@ def prepare(
     memory: int | None,
     strategy: str,
     precision: str,
+    measured: Mapping[str, np.ndarray] | None = None,
+    ranks: Ranks | None = None,
 ) -> Setup:
-    """Check everything that can be checked and get ready; see :func:`pyablate.ablate`."""
+    """Check everything that can be checked and get ready; see :func:`pyablate.ablate`.
+
+    ``measured`` are statistics that an earlier process packed, taken instead of measuring them;
+    ``ranks`` the processes that measure them together.
+    """
     ready = open_up(model, source, class_names, device, double=precision == "fp64")
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, layers, groups, intervention)
@@ -180,8 +189,12 @@ def prepare(
     _keep_freed_blocks(budget)
     size = batch_size or _images_per_batch(graph, jobs, sample, budget)
     statistics: Mapping[Key, Statistics] = {}
-    if intervention.needs_statistics:
-        statistics = calibrate(work, data, marked, ready.classes, batch_size=size)
+    if intervention.needs_statistics and measured:
+        statistics = unpack_statistics(measured, data.device)
+    elif intervention.needs_statistics:
+        statistics = calibrate(
+            work, data, marked, ready.classes, batch_size=size, ranks=ranks or Ranks()
+        )
     double, decisive = in_double(work, sample)
     replay = Replay(double, decisive, data, statistics)
     return Setup(

@@ -117,6 +117,30 @@ class Flips:
         np.cumsum(np.bincount(row, minlength=units), out=start[1:])
         return cls(start, image[order].astype(np.int32), new[order].astype(np.int32))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Flips], images: Sequence[int]) -> Flips:
+        """Put records of consecutive images together.
+
+        Parameters
+        ----------
+        parts : sequence of Flips
+            All of the same rows; images numbered within each part.
+        images : sequence of int
+            Number of images of each part.
+        """
+        counts = [np.diff(part.start) for part in parts]
+        start = np.concatenate([[0], np.cumsum(np.sum(counts, axis=0), dtype=np.int64)])
+        image = np.empty(start[-1], np.int32)
+        prediction = np.empty(start[-1], np.int32)
+        cursor, first = start[:-1].copy(), 0
+        for part, count, length in zip(parts, counts, images, strict=True):
+            where = np.repeat(cursor - part.start[:-1], count) + np.arange(len(part.image))
+            image[where] = part.image + first
+            prediction[where] = part.prediction
+            cursor += count
+            first += length
+        return cls(start, image, prediction)
+
     @cached_property
     def row(self) -> Ints:
         """int64 [flip]: the row of each entry."""
@@ -150,6 +174,9 @@ class AblationResult:
     measures : dict of str to Measure
         Changes of the "loss" and the "margin", summed over the images of each class, with their
         accuracy; those that the run was asked to record.
+    provenance : dict
+        Hashes of model, data and options, and versions, where :func:`pyablate.ablate` made the
+        result; see :mod:`pyablate.identity`.
     """
 
     units: pd.DataFrame
@@ -163,6 +190,7 @@ class AblationResult:
     seconds: float = 0.0
     effort: Effort = field(default_factory=lambda: Effort())
     measures: dict[str, Measure] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Size and summary in one line."""

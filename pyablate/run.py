@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pyablate import shortage
 from pyablate.batches import Batch
+from pyablate.blocks import Begun, Block, Facts, Piece
+from pyablate.checkpoint import pack_ladder
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
 from pyablate.engine.measures import Measured, Record, check_measures
 from pyablate.engine.replay import Replay, decision
 from pyablate.engine.tiers import Ladder
+from pyablate.identity import Identity, identify, own_dtype
 from pyablate.interventions import Intervention, parse
+from pyablate.long_run import Course, InMemory, check_data, hash_all, open_shared, shard_images
 from pyablate.measures import Accuracy, Measure
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
+from pyablate.ranks import Ranks, own_device, taking_part
 from pyablate.result import AblationResult, Audit, Effort, Flips
+from pyablate.run_store import (
+    Layout,
+    RunStore,
+    check_place,
+    has_statistics,
+    locked,
+    read_statistics,
+)
+from pyablate.store import load
 
 logger = logging.getLogger("pyablate")
-
-
-Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Changed predictions: row of the result, image of the data, new class."""
 
 
 def ablate(
@@ -51,6 +64,10 @@ def ablate(
     precision: str = "auto",
     measures: Sequence[str] = (),
     progress: bool | Report | None = None,
+    output: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    shard: tuple[int, int] | None = None,
+    distributed: bool = False,
 ) -> AblationResult:
     """Ablate every unit of some layers, one at a time, on every image.
 
@@ -92,7 +109,19 @@ def ablate(
         a pair's prediction: ``result.measures`` says how accurate that was on the audited pairs;
         ``precision="fp32"`` or ``"fp64"`` buy more.
     progress : bool or callable, optional
-        None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer).
+        None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer),
+        pairs and the layer at work.
+    output : path-like, optional
+        Folder where finished blocks of images are kept, and the result in the end, the same as
+        :meth:`AblationResult.save` would write. A run that was killed goes on there when it is
+        called again; a finished one is read.
+    fresh : bool
+        Start over, whatever run is in ``output``.
+    shard : (int, int), optional
+        ``(i, n)``: only the i-th of n parts of the images, i from 1; see :func:`pyablate.merge`.
+    distributed : bool
+        Share the work among the processes that `torchrun` started; needs an ``output`` that all
+        of them see.
 
     Returns
     -------
@@ -104,8 +133,14 @@ def ablate(
     ------
     ValueError, TypeError
         Bad arguments, data or weights; the message names what, where and what was expected.
+        :class:`pyablate.run_store.StoreMismatch`, a ValueError, if ``output`` holds a run with
+        another model, data or option.
+    OSError
+        ``output`` cannot be written; when the disk is full, what is done is kept.
     """
     begin = time.perf_counter()
+    if distributed and output is None:
+        raise ValueError("distributed: needs output, a folder that all processes see")
     check_options(
         model,
         batch_size=batch_size,
@@ -116,7 +151,10 @@ def ablate(
     )
     recorded = check_measures(measures)
     chosen = parse(intervention, seed=seed)
-    with undisturbed():
+    place = None if output is None else Path(output)
+    device = own_device(distributed, device)
+    with undisturbed(), taking_part(distributed, device) as ranks, _held(place, ranks):
+        resumed = ranks.tell(place is not None and not fresh and has_statistics(place))
         setup = prepare(
             model,
             data,
@@ -129,16 +167,80 @@ def ablate(
             memory=memory,
             strategy=strategy,
             precision=precision,
+            measured=read_statistics(place) if resumed and place is not None else None,
+            ranks=ranks,
         )
-        sweep = _Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
-        with reporting(progress) as report:
-            sweep.run(report)
-    return sweep.result(time.perf_counter() - begin)
+        images, dtype = shard_images(shard, len(setup.data)), own_dtype(model)
+        layout = Layout(images, min(setup.batch_size, -(-len(images) // ranks.count)))
+        identity = identify(
+            setup,
+            dtype=dtype,
+            images=images,
+            strategy=strategy,
+            audit=audit,
+            seed=seed,
+            measures=recorded,
+        )
+        held: InMemory | RunStore = InMemory(layout)
+        if place is not None:
+            known = _with_all_images(identity, setup, layout, dtype, ranks)
+            opened = open_shared(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks)
+            if opened is None:
+                finished = load(place)
+                check_data(setup.data, layout, finished, dtype, ranks)
+                logger.info("%s has finished already", place)
+                return finished
+            held = opened
+        sweep = Sweep(setup, _audited_pairs(setup, audit, seed))
+        with held.keeping(), reporting(progress if ranks.first else False, unit="pairs") as report:
+            course = Course(
+                setup.data,
+                held,
+                ranks,
+                dtype,
+                list(sweep.ladders.values()),
+                precision == "auto",
+                setup.rows,
+                report,
+            )
+            course.run(sweep.block, setup.jobs[0].name)
+            if ranks.first:
+                result = _result(setup, held.collect(), identity)
+                if isinstance(held, RunStore):
+                    held.finish(result)
+        ranks.wait(lambda: None)
+        if not ranks.first and place is not None:
+            result = load(place)
+    return replace(result, seconds=time.perf_counter() - begin, effort=sweep.effort())
+
+
+@contextmanager
+def _held(place: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of a folder."""
+    if place is None or not ranks.first:
+        yield
+        return
+    check_place(place)
+    with locked(place):
+        yield
+
+
+def _with_all_images(
+    identity: Identity, setup: Setup, layout: Layout, dtype: torch.dtype, ranks: Ranks
+) -> Identity:
+    """Add the hash of all images where others than its own matter to an image's result."""
+    if not setup.intervention.needs_statistics and setup.intervention.kind != "resample":
+        return identity
+    everything = Layout(range(len(setup.data)), layout.size)
+    return {
+        **identity,
+        "data": {**identity["data"], "others": hash_all(setup.data, everything, dtype, ranks)},
+    }
 
 
 @dataclass(eq=False)
-class _Sweep:
-    """The loop over batches and jobs, and what it has found so far."""
+class Sweep:
+    """All jobs on one block of images after another, and what they took."""
 
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
@@ -146,63 +248,107 @@ class _Sweep:
     flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
-    mismatches: int = 0
-    checked: int = 0
+    audit: Audit = field(default_factory=lambda: Audit(0, 0))
     rescued: int = 0
-    settled: dict[str, int] = field(default_factory=dict)
-    doubt: dict[str, dict[str, float]] = field(default_factory=dict)
     strategy: dict[str, str] = field(default_factory=dict)
     layer_seconds: dict[str, float] = field(default_factory=dict)
     accuracy: list[Accuracy] = field(init=False)  # one per measure
     sums: Tensor = field(init=False)  # float64 [measure, unit, class]
 
     def __post_init__(self) -> None:
-        shape = len(self.measures), self.setup.rows, self.setup.classes
-        self.sums = torch.zeros(shape, dtype=torch.float64)
-        self.accuracy = [Accuracy()] * len(self.measures)
-
-    def run(self, report: Report) -> None:
         setup = self.setup
-        suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs} if setup.graph else {}
-        ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
-        keep = needed(suffixes.values())
-        total = setup.rows * len(setup.data)
-        done = 0
-        report(0, total, setup.jobs[0].name)
-        batches = setup.data.batches(setup.batch_size)
-        for batch, clean in (found for part in batches for found in self._clean(part, keep)):
+        self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
+        self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
+        self.keep = needed(self.suffixes.values())
+
+    def block(
+        self,
+        images: Batch,
+        hashed: int,
+        begun: Begun | None = None,
+        *,
+        keep: Callable[[Begun], None],
+        advance: Callable[[int, str], None],
+    ) -> Block:
+        """Do all jobs on some images.
+
+        Parameters
+        ----------
+        images : Batch
+            Consecutive ones.
+        hashed : int
+            Their hash, for the record.
+        begun : Begun, optional
+            What an earlier process found on them.
+        keep : callable
+            Takes what the first jobs have found, after each of them.
+        advance : callable
+            Takes the number of pairs just done, and the layer at work.
+        """
+        self._start(begun)
+        skipped = begun.jobs if begun else 0
+        parts = images.split(self.setup.batch_size)
+        for batch, clean in (found for part in parts for found in self._clean(part)):
             self.labels.append(batch.labels.cpu().numpy())
             self.baseline.append(clean.prediction.cpu().numpy())
-            for job in setup.jobs:
-                start = time.perf_counter()
-                before = len(self.flips)
-                measured = self._measured(job, batch, clean)
-                found = self._predictions(
-                    job, suffixes.get(job), ladders[job], batch, clean, measured
-                )
-                for row, image, prediction in found:
-                    self._record(job, batch, clean, row, image, prediction)
-                spent = time.perf_counter() - start
-                self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
-                self._audit(job, batch, self.flips[before:], measured)
-                if measured is not None:
-                    measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
-                done += len(job.rows) * len(batch)
-                report(done, total, job.name)
+            for number, job in enumerate(self.setup.jobs):
+                if number >= skipped:
+                    advance(0, job.name)
+                    self._job(job, batch, clean)
+                    if len(batch) == len(images):
+                        keep(Begun(number + 1, list(self.flips), self._facts(hashed)))
+                advance(len(job.rows) * len(batch), job.name)
             del clean  # before the next batch has its own
-        for job, ladder in ladders.items():
-            for tier, pairs in ladder.settled.items():
-                self.settled[_name(tier)] = self.settled.get(_name(tier), 0) + pairs
-            self.doubt[job.name] = {_name(tier): share for tier, share in ladder.doubts.items()}
-            self.strategy.setdefault(job.name, ladder.strategy if setup.graph else "replay")
-        if self.mismatches:
-            logger.error(
-                "audit: %d of %d recomputed pairs differ; please report this model",
-                self.mismatches,
-                self.checked,
-            )
+        pieces = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
+        return Block(
+            labels=np.concatenate(self.labels).astype(np.int64),
+            baseline=np.concatenate(self.baseline).astype(np.int64),
+            flips=Flips.gather(self.setup.rows, pieces),
+            facts=self._facts(hashed),
+        )
 
-    def _clean(self, batch: Batch, keep: set[fx.Node]) -> Iterator[tuple[Batch, Clean]]:
+    def _start(self, begun: Begun | None) -> None:
+        """Forget the last block; go on from what is known of this one."""
+        shape = len(self.measures), self.setup.rows, self.setup.classes
+        self.labels, self.baseline = [], []
+        self.flips = list(begun.pieces) if begun else []
+        self.audit = begun.facts.audit if begun else Audit(0, 0)
+        self.strategy = dict(begun.facts.strategy) if begun else {}
+        self.sums = torch.zeros(shape, dtype=torch.float64)
+        self.accuracy = [Accuracy()] * len(self.measures)
+        for number, known in enumerate(begun.facts.measures.values() if begun else ()):
+            self.sums[number] = torch.from_numpy(known.change)
+            self.accuracy[number] = known.accuracy
+
+    def _facts(self, hashed: int) -> Facts:
+        return Facts(
+            hash=hashed,
+            audit=self.audit,
+            strategy=dict(self.strategy),
+            state=[pack_ladder(ladder) for ladder in self.ladders.values()],
+            measures={
+                name: Measure(sums.numpy(), accuracy)
+                for name, sums, accuracy in zip(
+                    self.measures, self.sums, self.accuracy, strict=True
+                )
+            },
+        )
+
+    def _job(self, job: Job, batch: Batch, clean: Clean) -> None:
+        start = time.perf_counter()
+        before = len(self.flips)
+        measured = self._measured(job, batch, clean)
+        for row, image, prediction in self._predictions(job, batch, clean, measured):
+            self._record(job, batch, clean, row, image, prediction)
+        spent = time.perf_counter() - start
+        self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
+        strategy = self.ladders[job].strategy if self.setup.graph else "replay"
+        self.strategy.setdefault(job.name, strategy)
+        self._audit(job, batch, self.flips[before:], measured)
+        if measured is not None:
+            measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
+
+    def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
         setup = self.setup
         try:
@@ -210,7 +356,7 @@ class _Sweep:
                 clean = baseline.run_model(setup.model, setup.exact, batch, margin=setup.margin)
             else:
                 clean = baseline.run_graph(
-                    setup.graph, keep, setup.exact, batch, margin=setup.margin
+                    setup.graph, self.keep, setup.exact, batch, margin=setup.margin
                 )
         except shortage.ERRORS as error:
             if len(batch) == 1 or not shortage.is_shortage(error):
@@ -220,7 +366,7 @@ class _Sweep:
             return
         logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
         for half in torch.arange(len(batch), device=batch.index.device).split(len(batch) // 2):
-            yield from self._clean(batch.take(half), keep)
+            yield from self._clean(batch.take(half))
 
     def _measured(self, job: Job, batch: Batch, clean: Clean) -> Measured | None:
         if not self.measures:
@@ -228,19 +374,14 @@ class _Sweep:
         return Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
 
     def _predictions(
-        self,
-        job: Job,
-        suffix: Suffix | None,
-        ladder: Ladder,
-        batch: Batch,
-        clean: Clean,
-        measured: Measured | None,
+        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         setup = self.setup
         record = None if measured is None else measured.record
-        if suffix is None:
+        if job not in self.suffixes:
             yield from _replayed(setup, job, batch, clean, record)
             return
+        suffix, ladder = self.suffixes[job], self.ladders[job]
         standins = stand_ins(setup.model, setup.data, batch, job, setup.statistics)
         with torch.no_grad():
             yield from suffix.predict(
@@ -300,36 +441,47 @@ class _Sweep:
             found_here = measured.audit(rows, images, before, logits)
             self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
         wrong = (exact.prediction.cpu().numpy() != found) & ~exact.near_tie.cpu().numpy()
-        self.checked += len(found)
-        self.mismatches += int(wrong.sum())
+        self.audit = Audit(self.audit.pairs + len(found), self.audit.mismatches + int(wrong.sum()))
 
-    def result(self, seconds: float) -> AblationResult:
-        setup = self.setup
+    def effort(self) -> Effort:
+        """Sum up what the jobs took in this process."""
+        settled: dict[str, int] = {}
+        for ladder in self.ladders.values():
+            for tier, pairs in ladder.settled.items():
+                settled[_name(tier)] = settled.get(_name(tier), 0) + pairs
         if self.rescued:
-            self.settled["float64"] = self.settled.get("float64", 0) + self.rescued
+            settled["float64"] = settled.get("float64", 0) + self.rescued
         logger.info(
-            "of %d pairs the dense part settled %s",
-            setup.rows * sum(map(len, self.labels)),
-            ", ".join(f"{pairs} in {tier}" for tier, pairs in self.settled.items()) or "none",
+            "the dense part settled %s pairs",
+            ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
         )
-        return AblationResult(
-            units=_units(setup.jobs),
-            labels=np.concatenate(self.labels).astype(np.int64),
-            baseline=np.concatenate(self.baseline).astype(np.int64),
-            flips=Flips.gather(setup.rows, self.flips),
-            class_names=setup.class_names,
-            intervention=str(setup.intervention),
-            audit=Audit(self.checked, self.mismatches),
-            strategy=self.strategy,
-            seconds=seconds,
-            effort=Effort(self.layer_seconds, self.settled, self.doubt),
-            measures={
-                name: Measure(sums.numpy(), accuracy)
-                for name, sums, accuracy in zip(
-                    self.measures, self.sums, self.accuracy, strict=True
-                )
-            },
+        doubt = {
+            job.name: {_name(tier): share for tier, share in ladder.doubts.items()}
+            for job, ladder in self.ladders.items()
+        }
+        return Effort(self.layer_seconds, settled, doubt)
+
+
+def _result(setup: Setup, found: Block, identity: Identity) -> AblationResult:
+    facts = found.facts
+    if facts.audit.mismatches:
+        logger.error(
+            "audit: %d of %d recomputed pairs differ; please report this model",
+            facts.audit.mismatches,
+            facts.audit.pairs,
         )
+    return AblationResult(
+        units=_units(setup.jobs),
+        labels=found.labels,
+        baseline=found.baseline,
+        flips=found.flips,
+        class_names=setup.class_names,
+        intervention=str(setup.intervention),
+        audit=facts.audit,
+        strategy=facts.strategy,
+        measures=facts.measures,
+        provenance={**identity, "data": {**identity["data"], "hash": f"{facts.hash:064x}"}},
+    )
 
 
 def _name(tier: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
 
     from pyablate.inputs import Data
 
-INTERRUPTED = 130
 BAD_INPUT = 2
+OTHER_RUN = 3
+NO_ROOM = 4
+INTERRUPTED = 130
+EXIT_CODES = """Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another
+run (other model, data or options); 4 no room on the disk; 130 interrupted. After 1, 4, 130 and after
+a kill, `run` goes on where it stopped when the same command is given again."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -75,6 +82,22 @@ def parse_numbers(
         kind = "whole numbers above 0" if whole else "numbers"
         raise InputError(f"{option}: expected {kind} with commas between, got {text!r}")
     return numbers
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Turn ``"2/8"`` into numbers; None stays None.
+
+    Raises
+    ------
+    InputError
+        Not two whole numbers, or not the first of them from 1 to the second.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--shard: expected i/n with i from 1 to n, such as 2/8, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def check_file(path: Path) -> None:
@@ -156,7 +179,7 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
         One line; empty for nothing at all; None for an exception nobody foresaw, which deserves
         its traceback.
     code : int
-        2 for bad input, 130 after Ctrl-C.
+        One of those in :data:`EXIT_CODES`.
     """
     if hasattr(error, "format_message"):  # usage errors of the argument parser
         # The message is empty where the help itself was the answer.
@@ -166,7 +189,15 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `| head`
         return "", 1
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
-        return " ".join(str(error).split()) or type(error).__name__, BAD_INPUT
+        # By name and number: importing what raises them would cost every command its time.
+        code = BAD_INPUT
+        if type(error).__name__ == "StoreMismatch":
+            code = OTHER_RUN
+        elif isinstance(error, OSError) and error.errno in _FULL:
+            code = NO_ROOM
+        ours = isinstance(error, OSError) and error.strerror and error.filename is None
+        text = str(error.strerror if ours else error)  # type: ignore[union-attr]
+        return " ".join(text.split()) or type(error).__name__, code
     return None, 1
 
 

@@ -39,7 +39,7 @@ def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
     OSError
         The place cannot be written, or holds something that is not a result.
     """
-    replacing(path, lambda fresh: _write(result, fresh))
+    replacing(path, lambda fresh: write(result, fresh))
 
 
 def replacing(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -75,6 +75,8 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
     """
     source = Path(path)
     attrs = _attributes(source)
+    if (source / "blocks" / "manifest.json").exists() and not attrs:
+        raise OSError(f"{source}: an unfinished run; the command that began it goes on with it")
     if attrs.get("pyablate_format") != FORMAT:
         raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
     check_folder(source)
@@ -112,6 +114,7 @@ def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
             name: Measure(read(f"{name}_change_sum"), Accuracy(**accuracy))
             for name, accuracy in attrs.get("measures", {}).items()
         },
+        provenance=dict(attrs.get("provenance", {})),
     )
 
 
@@ -125,6 +128,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     with _beside(Path(path)):
         pass
+
+
+def is_result(path: Path) -> bool:
+    """Whether a folder holds a result."""
+    return path.is_dir() and _attributes(path).get("pyablate_format") is not None
 
 
 def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
@@ -148,7 +156,8 @@ def _attributes(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _write(result: AblationResult, path: Path) -> None:
+def write(result: AblationResult, path: Path) -> None:
+    """Write a result's group to a new folder, in any number of steps; see :func:`save`."""
     # Names live in the attributes: Zarr 3 has no settled encoding for strings in arrays.
     layers = list(dict.fromkeys(result.units["layer"]))
     number = {layer: i for i, layer in enumerate(layers)}
@@ -163,6 +172,7 @@ def _write(result: AblationResult, path: Path) -> None:
             "layers": layers,
             "unit_labels": list(result.units["label"]),
             **_accuracies(result),
+            "provenance": result.provenance,
         },
     )
     arrays = {

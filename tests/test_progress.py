@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 
 import pytest
@@ -25,29 +27,67 @@ def test_false_is_silent(
     assert not caplog.records
 
 
-def test_true_draws_a_bar_with_the_layer_and_the_time_left(
+def test_true_draws_a_bar_with_the_layer_the_speed_and_the_time_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with progress.reporting(True) as report:
+    with progress.reporting(True, unit="pairs") as report:
         report(1, 4, "features.2")
         report(3, 4, "features.5")
     captured = capsys.readouterr()
     assert "features.5" in captured.err
     assert "75%" in captured.err
+    assert "pairs/s" in captured.err
     assert "left" in captured.err
     assert captured.out == ""
 
 
-def test_without_a_terminal_lines_are_logged_now_and_then(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with caplog.at_level(logging.INFO, "pyablate"), progress.reporting(None) as report:
+    return now
+
+
+def test_without_a_terminal_lines_are_logged_now_and_then(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "pyablate"),
+        progress.reporting(None, unit="pairs") as report,
+    ):
+        report(0, 40_000, "features.2")
         for second in range(1, 41):
-            now[0] += 1
-            report(second, 40, "features.2")
+            clock[0] += 1
+            report(1000 * second, 40_000, "features.2")
     messages = [record.message for record in caplog.records]
     assert len(messages) == 4  # at 10, 20, 30 seconds and at the end
-    assert messages[0] == "features.2: 25 % done, about 30 s left"
-    assert messages[-1] == "features.2: 100 % done, about 0 s left"
+    assert messages[0] == "features.2: 25 % done, 1,000 pairs/s, about 30 s left"
+    assert messages[-1] == "features.2: 100 % done, 1,000 pairs/s, about 0 s left"
+
+
+def test_what_was_done_before_is_no_speed(clock: list[float]) -> None:
+    pace = progress.Pace()
+    assert pace(900, 1000) == (0.0, None)
+    clock[0] += 10
+    assert pace(920, 1000) == (2.0, 40.0)
+
+
+def test_json_lines_are_one_record_a_second_and_the_end(clock: list[float]) -> None:
+    stream = io.StringIO()
+    report = progress.JsonLines(stream)
+    for tenth in range(26):
+        report(tenth, 26, "a")
+        clock[0] += 0.1
+    report(26, 26, "b")
+    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [record["done"] for record in records] == [0, 10, 20, 26]
+    assert records[0]["seconds_left"] is None
+    assert records[1] == {
+        "event": "progress",
+        "done": 10,
+        "total": 26,
+        "layer": "a",
+        "per_second": 10.0,
+        "seconds_left": 1.6,
+    }
+    assert records[-1]["layer"] == "b"

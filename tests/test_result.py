@@ -346,7 +346,7 @@ def test_a_failed_save_leaves_the_old_result(
         (path / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_write", write)
+    monkeypatch.setattr(store, "write", write)
     with pytest.raises(KeyboardInterrupt):
         result.save(tmp_path / "run.zarr")
     assert contents(tmp_path / "run.zarr") == before

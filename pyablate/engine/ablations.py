@@ -14,6 +14,7 @@ from pyablate import ops
 from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian
 from pyablate.layers import Site, hooked
+from pyablate.ranks import Ranks
 
 Key = tuple[str, int]  # (site name, call number)
 
@@ -240,12 +241,24 @@ def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[
 
 
 def calibrate(
-    model: nn.Module, data: Data, sites: Sequence[Site], classes: int, *, batch_size: int
+    model: nn.Module,
+    data: Data,
+    sites: Sequence[Site],
+    classes: int,
+    *,
+    batch_size: int,
+    ranks: Ranks,
 ) -> dict[Key, Statistics]:
-    """Means and variances of every unit over the whole data, accumulated in float64."""
+    """Means and variances of every unit over the whole data, accumulated in float64.
+
+    Each of several processes reads its own part of the data.
+    """
     totals: dict[Key, list[Tensor]] = {}
     shapes: dict[Key, tuple[int, ...]] = {}
-    for batch in data.batches(batch_size):
+    part = ranks.range_part(len(data)) if ranks.count > 1 else None
+    if part is not None and not part:
+        raise ValueError(f"data: {len(data)} images are too few for {ranks.count} processes")
+    for batch in data.batches(batch_size, part):
         for key, maps in clean_maps(model, batch.images, sites).items():
             shapes[key] = tuple(maps.shape[2:])
             flat = maps.double().flatten(2) if maps.ndim > 2 else maps.double().unsqueeze(2)
@@ -256,6 +269,9 @@ def calibrate(
             held = totals.setdefault(key, [torch.zeros_like(sums), torch.zeros_like(count)])
             held[0] += sums
             held[1] += count
+    for held in totals.values():
+        for sums in held:
+            ranks.add(sums)
     return {key: _statistics(sums, count, shapes[key]) for key, (sums, count) in totals.items()}
 
 

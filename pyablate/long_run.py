@@ -1,0 +1,307 @@
+"""The course of a run: block after block, kept as they are finished, shared among processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pyablate.batches import Batch, Data
+from pyablate.blocks import Begun, Block, Joining
+from pyablate.checkpoint import pack_statistics, restore_ladders
+from pyablate.engine.ablations import Key, Statistics
+from pyablate.engine.tiers import Ladder
+from pyablate.identity import MODULUS, Identity, differences, hash_images
+from pyablate.progress import Report
+from pyablate.ranks import Ranks
+from pyablate.result import AblationResult
+from pyablate.run_store import Layout, RunStore, StoreMismatch, open_store
+
+logger = logging.getLogger("pyablate")
+
+SECONDS = 2.0
+"""Time between two looks at what other processes have done."""
+
+
+class Held(Protocol):
+    """Where finished blocks are kept."""
+
+    layout: Layout
+
+    def done(self) -> list[int]:
+        """Numbers of the blocks that are there."""
+
+    def read(self, number: int) -> Block | None:
+        """Read one of them."""
+
+    def begun(self, number: int) -> Begun | None:
+        """Read what is known of an unfinished one."""
+
+    def write(self, number: int, block: Block) -> None:
+        """Keep a block."""
+
+    def write_begun(self, number: int, begun: Begun) -> None:
+        """Keep what the first jobs have found."""
+
+    def count_images(self) -> int:
+        """Images of the blocks that are there."""
+
+    def collect(self) -> Block:
+        """Join all blocks."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Say, when a run ends early, what is kept."""
+
+
+@dataclass(eq=False)
+class InMemory:
+    """Blocks of a run without a folder: lost with the process, and always written in order."""
+
+    layout: Layout
+    joined: Joining = field(default_factory=Joining)
+
+    def done(self) -> list[int]:
+        """Nothing is there when the run begins."""
+        return []
+
+    def read(self, number: int) -> Block | None:
+        """Give nothing: blocks are joined at once."""
+        return None
+
+    def begun(self, number: int) -> Begun | None:
+        """Nothing is known of unfinished ones."""
+        return None
+
+    def write(self, number: int, block: Block) -> None:
+        """Keep a block."""
+        self.joined.add(block)
+
+    def write_begun(self, number: int, begun: Begun) -> None:
+        """Let it go."""
+
+    def count_images(self) -> int:
+        """Nobody else works on this run."""
+        return 0
+
+    def collect(self) -> Block:
+        """Give all blocks together."""
+        return self.joined.block()
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        return nullcontext()
+
+
+def shard_images(shard: tuple[int, int] | None, images: int) -> range:
+    """Images of shard ``(i, n)``, the i-th of n from 1 on; all of them for None.
+
+    Raises
+    ------
+    ValueError
+        No such shard, or one without images.
+    """
+    if shard is None:
+        return range(images)
+    number, count = shard
+    if not 1 <= number <= count:
+        raise ValueError(f"shard: expected i/n with i from 1 to n, got {number}/{count}")
+    part = range(images * (number - 1) // count, images * number // count)
+    if not part:
+        raise ValueError(f"shard: {number}/{count} of {images} images is empty")
+    return part
+
+
+def open_shared(
+    output: Path,
+    identity: Identity,
+    layout: Layout,
+    statistics: Mapping[Key, Statistics],
+    *,
+    fresh: bool,
+    ranks: Ranks,
+) -> RunStore | None:
+    """Have the first process begin or find the run's folder, and all agree on it.
+
+    Returns
+    -------
+    RunStore or None
+        None if the run has finished already.
+
+    Raises
+    ------
+    StoreMismatch
+        Another run is there, or the processes have different models, data or options.
+    """
+    said: dict[str, Any] = {}
+    if ranks.first:
+        opened = open_store(output, identity, layout, pack_statistics(statistics), fresh=fresh)
+        if isinstance(opened, RunStore):
+            said = {"block": opened.layout.size, "identity": identity}
+        else:
+            said = {"identity": identity}
+    said = ranks.tell(said)
+    differing = differences(said["identity"], identity)
+    if differing:
+        raise StoreMismatch(
+            f"distributed: process {ranks.number} has another run than the first process; what "
+            f"differs: {', '.join(differing)}"
+        )
+    if "block" not in said:
+        return None
+    return RunStore(output, identity, Layout(layout.images, said["block"]))
+
+
+def check_data(
+    data: Data, layout: Layout, result: AblationResult, dtype: torch.dtype, ranks: Ranks
+) -> None:
+    """Refuse a finished result of other images or labels.
+
+    Raises
+    ------
+    StoreMismatch
+        They differ.
+    """
+    found = hash_all(data, layout, dtype, ranks)
+    if result.provenance["data"]["hash"] != found:
+        raise StoreMismatch(
+            "output: the finished run there has other images or labels. Take another place, or "
+            "start over with --fresh (fresh=True)"
+        )
+
+
+def hash_all(data: Data, layout: Layout, dtype: torch.dtype, ranks: Ranks) -> str:
+    """Hash all images of a layout, each process its own part."""
+    numbers = ranks.part(range(len(layout)))
+    total = sum(hash_images(batch, dtype) for _, batch in read_blocks(data, layout, numbers))
+    return f"{ranks.add_hashes(total % MODULUS):064x}"
+
+
+def read_blocks(data: Data, layout: Layout, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+    """Read the images of some blocks, given in ascending order."""
+    start = 0
+    for place in range(1, len(numbers) + 1):
+        if place < len(numbers) and numbers[place] == numbers[place - 1] + 1:
+            continue
+        stretch = numbers[start:place]
+        part = range(layout.block(stretch[0]).start, layout.block(stretch[-1]).stop)
+        yield from zip(stretch, data.batches(layout.size, part), strict=True)
+        start = place
+
+
+class Work(Protocol):
+    """What is done with a block of images."""
+
+    def __call__(
+        self,
+        images: Batch,
+        hashed: int,
+        begun: Begun | None,
+        *,
+        keep: Callable[[Begun], None],
+        advance: Callable[[int, str], None],
+    ) -> Block:
+        """See :meth:`pyablate.run.Sweep.block`."""
+
+
+@dataclass(eq=False)
+class Course:
+    """A run's way through its blocks.
+
+    Attributes
+    ----------
+    data : Data
+        The images.
+    held : Held
+        Where blocks are kept.
+    ranks : Ranks
+        Who takes part.
+    dtype : torch.dtype
+        In which images are compared.
+    ladders : list of Ladder
+        Calibrations, one per job.
+    any_tier : bool
+        See :func:`pyablate.checkpoint.restore_ladders`.
+    rows : int
+        Pairs per image.
+    report : callable
+        Where progress goes.
+    """
+
+    data: Data
+    held: Held
+    ranks: Ranks
+    dtype: torch.dtype
+    ladders: list[Ladder]
+    any_tier: bool
+    rows: int
+    report: Report
+
+    def run(self, work: Work, layer: str) -> None:
+        """Do what is not done yet; ``layer`` is the first one, for the report."""
+        held, ranks = self.held, self.ranks
+        done = ranks.tell(held.done())
+        if done:
+            logger.info("%d of %d blocks are there already: going on", len(done), len(held.layout))
+        damaged = self._check(ranks.part(done))
+        there = set(done)
+        missing = [number for number in range(len(held.layout)) if number not in there]
+        todo = sorted([*ranks.part(missing), *damaged])
+        self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
+        self.mine = self.others = 0
+        self.looked = time.monotonic()
+        self._advance(0, layer)
+        for number, images in read_blocks(self.data, held.layout, todo):
+            begun, hashed = held.begun(number), hash_images(images, self.dtype)
+            if begun is not None and begun.facts.hash != hashed:
+                raise _other_images(held.layout.block(number))
+            if begun is not None:
+                restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
+            block = work(
+                images,
+                hashed,
+                begun,
+                keep=lambda so_far, number=number: held.write_begun(number, so_far),  # type: ignore[misc]
+                advance=self._advance,
+            )
+            held.write(number, block)
+        ranks.wait(lambda: self._advance(0, "waiting for other processes"))
+
+    def _check(self, numbers: Sequence[int]) -> list[int]:
+        """Compare the images of finished blocks with what they were; name the damaged ones."""
+        damaged, state = [], None
+        for number, images in read_blocks(self.data, self.held.layout, numbers):
+            block = self.held.read(number)
+            if block is None:
+                logger.warning("block %d is damaged: it is computed again", number)
+                damaged.append(number)
+            elif block.facts.hash != hash_images(images, self.dtype):
+                raise _other_images(self.held.layout.block(number))
+            else:
+                state = block.facts.state
+        if state is not None:
+            restore_ladders(self.ladders, state, any_tier=self.any_tier)
+        return damaged
+
+    def _advance(self, pairs: int, layer: str) -> None:
+        self.mine += pairs
+        watching = self.ranks.count > 1 and self.ranks.first
+        if watching and time.monotonic() - self.looked > SECONDS:
+            self.looked = time.monotonic()
+            everything = self.rows * self.held.count_images()
+            self.others = max(self.others, everything - self.before - self.mine)
+        total = self.rows * len(self.held.layout.images)
+        self.report(min(total, self.before + self.mine + self.others), total, layer)
+
+
+def _other_images(where: range) -> StoreMismatch:
+    return StoreMismatch(
+        f"data: images {where.start} to {where.stop - 1} or their labels are not those that the "
+        "run began with. Give the same data in the same order, or start over with --fresh "
+        "(fresh=True)"
+    )
