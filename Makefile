@@ -6,6 +6,7 @@
 #   make lint       what must be clean before a commit;  make format puts most of it right
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the generated parts of docs/: shell reference and pictures
+#   make paper      the 2018 paper's questions again: measured anew, docs/paper.md written
 #   make sanitize   native tests under AddressSanitizer and UBSan
 #   make clean      remove what was built, keep the virtual environment
 
@@ -23,7 +24,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test lint format bench demo docs sanitize clean
+.PHONY: build test lint format bench demo docs paper sanitize clean
 
 build: $(VENV)/.installed
 
@@ -73,6 +74,10 @@ docs: build
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
+
+# Goes on where it was broken off: measurements are kept in build/paper.
+paper: build
+	$(BIN)/python -m paper $(ARGS)
 
 sanitize: build
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python sh tests/sanitize.sh $(ARGS)

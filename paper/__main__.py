@@ -29,14 +29,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of the pictures; default: beside it")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "paper")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--seeds", type=int, default=10, help="at most so many of a family")
     parser.add_argument("--quick", action="store_true", help="a few images, to see that it runs")
     parser.add_argument("--measure-only", action="store_true", help="fill the cache, write nothing")
     options = parser.parse_args()
     logging.getLogger("pyablate").setLevel(logging.ERROR)
     begin = time.monotonic()
-    networks = known(tuple(options.families))
-    if options.quick:
-        networks = [network for network in networks if network.seed < 2]
+    networks = [each for each in known(tuple(options.families)) if each.seed < options.seeds]
     studied = []
     for number, network in enumerate(networks, 1):
         measured = Measured(network, QUICK if options.quick else FULL, options.cache)

@@ -14,7 +14,7 @@ from pyablate import AblationResult, Flips
 from pyablate.statistics import layer_rows, random_half
 from pyablate.targets import gini, unit_targets
 
-TARGETS = ("accuracy_drop", "split_half_drop")
+TARGETS = ("accuracy_drop", "split_half_drop", "loss_change")
 TARGET_TITLES = {
     "accuracy_drop": "overall drop",
     "split_half_drop": "largest class drop",
@@ -91,7 +91,7 @@ def summary(table: pd.DataFrame) -> pd.Series:
 
 
 def on_images(result: AblationResult, chosen: NDArray[np.bool_]) -> AblationResult:
-    """Return the result on some of its images only."""
+    """Return the result on some of its images only, without measures."""
     number = np.cumsum(chosen) - 1
     kept = chosen[result.flips.image]
     row = result.flips.row[kept]
@@ -100,7 +100,11 @@ def on_images(result: AblationResult, chosen: NDArray[np.bool_]) -> AblationResu
         start, number[result.flips.image[kept]].astype(np.int32), result.flips.prediction[kept]
     )
     return replace(
-        result, labels=result.labels[chosen], baseline=result.baseline[chosen], flips=flips
+        result,
+        labels=result.labels[chosen],
+        baseline=result.baseline[chosen],
+        flips=flips,
+        measures={},  # sums over all images
     )
 
 

@@ -160,13 +160,13 @@ def in_short(groups: Groups, compared: pd.DataFrame) -> list[str]:
 
 def _rules() -> str:
     return (
-        f"How the words are chosen: a mean rank correlation from {WELL} is *well*, below "
-        f"{SOMEWHAT} (or negative) *poorly*, *somewhat* between. A unit matters overall if it "
-        f"costs a point or more; the finding holds if {points(MOST, 0)} % of the units in the upper "
-        f"half of the layers do not and one of them costs a class {points(BADLY, 0)} points, the class "
-        "being chosen on other images. *Agrees* means in all families (or rows), *partly* in some, "
-        "*does not* in none; where two sides are compared, a row counts if its interval leaves "
-        "out 0."
+        f"How the words are chosen: a mean rank correlation from {WELL} is *well*, one below "
+        f"{SOMEWHAT} (or negative) *poorly*. A unit matters overall if it costs a point or more; "
+        f"the first finding holds if {points(MOST, 0)} % of the units in the upper half of the "
+        f"layers do not and one of them costs a class {points(BADLY, 0)} points, the class being "
+        "chosen on other images. *Agrees* means in all families (or rows), *partly* in some, "
+        "*does not agree* in none; where two sides are compared, a row counts if its interval "
+        "leaves out 0, and all must differ in the same direction to agree."
     )
 
 
@@ -304,9 +304,10 @@ def drops_section(groups: Groups, shown: str) -> list[str]:
         ),
         "A unit damages a class if its largest class drop is more than chance: p against the null "
         "model of [statistics.md](statistics.md), Benjamini-Hochberg at 5 % within the layer. The "
-        "largest class drops of this table and of the picture are those of a class chosen on one "
-        "half of the images and measured on the other, because the largest of many drops is "
-        "positive by chance alone. Tables of all layers stand [below](#all-layers).",
+        "largest of many drops is positive by chance alone: so the table has the drop of a class "
+        "that was chosen on one half of the images and measured on the other, and the picture the "
+        "noise floor, what a harmless unit with as many changed predictions shows. "
+        "Tables of all layers stand [below](#all-layers).",
         f"![For every layer of every family, the largest class drop and the overall drop of each "
         f"unit, with the noise floor.]({shown}/paper-drops.png)",
         _drops_sentence(groups),
@@ -329,7 +330,6 @@ def _drops_sentence(groups: Groups) -> str:
 
 def prediction_section(groups: Groups, shown: str) -> list[str]:
     """Question 2: what predicts them."""
-    targets = [name for name in TARGET_TITLES if name in next(iter(groups.values())).predicted]
     lines = []
     for group in groups.values():
         for name in MAIN_ATTRIBUTES:
@@ -338,7 +338,7 @@ def prediction_section(groups: Groups, shown: str) -> list[str]:
                 (
                     group.family.title,
                     f"`{name}`",
-                    *(_of(group, name, target) for target in targets),
+                    *(_of(group, name, target) for target in TARGETS),
                     interval(row["difference"], row["difference_low"], row["difference_high"]),
                 )
             )
@@ -363,7 +363,7 @@ def prediction_section(groups: Groups, shown: str) -> list[str]:
             [
                 "network",
                 "attribute",
-                *(TARGET_TITLES[name] for name in targets),
+                *(TARGET_TITLES[name] for name in TARGETS),
                 "class minus overall",
             ],
             lines,
@@ -513,11 +513,10 @@ def glyphs_section(groups: Groups, shown: str) -> list[str]:
         f"Ten classes are few for damage to single classes: who ruins one of them costs ten "
         f"points overall. So the questions above are asked of {result.classes} classes as well: "
         f"characters (digits, Latin, Greek and Cyrillic letters, signs) in {len(glyphs.FACES)} "
-        "faces of the open fonts DejaVu and STIX, turned, sheared, scaled, moved, unevenly lit and noisy, "
-        "drawn by `paper/glyphs.py` from a seed; the networks never saw the test images, but the same "
-        "faces. In the tables it is "
-        f'"{group.family.title}", with {len(result.labels) // result.classes} images of each '
-        "class.",
+        "faces of the open fonts DejaVu and STIX, turned, sheared, scaled, moved, unevenly lit and "
+        "noisy, drawn by `paper/glyphs.py` from a seed; the networks never saw the test images, "
+        "but the same faces. In the tables it is "
+        f"*{group.family.title}*, with {len(result.labels) // result.classes} images of a class.",
         f"![One test image of each of the {result.classes} classes.]({shown}/paper-glyphs.png)",
         f"With so few images of so many classes chance alone does more: the noise floor of the "
         f"largest class drop, median over units and mean over layers, is {points(floor, 2)} points"

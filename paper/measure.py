@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 import pyablate as pa
 from paper import analysis
@@ -29,8 +30,8 @@ class Extent:
 
     Attributes
     ----------
-    images : int, optional
-        Images of ablations, attributes and curves; None for all.
+    images, glyph_images : int
+        Images of ablations, attributes and curves, of either data set.
     rotation_images, rotations : int
         Images and random bases of the rotation control.
     sample : int
@@ -41,18 +42,26 @@ class Extent:
         Of every bootstrap interval.
     """
 
-    images: int | None = None
-    rotation_images: int = 5000
+    images: int = 4000
+    glyph_images: int = 12000
+    rotation_images: int = 3000
     rotations: int = 2
-    sample: int = 96
+    sample: int = 48
     repeats: int = 5
-    steps: int = 24
+    steps: int = 16
     resamples: int = 1000
 
 
 FULL = Extent()
 QUICK = Extent(
-    images=240, rotation_images=240, rotations=1, sample=16, repeats=2, steps=4, resamples=50
+    images=240,
+    glyph_images=240,
+    rotation_images=240,
+    rotations=1,
+    sample=16,
+    repeats=2,
+    steps=4,
+    resamples=50,
 )
 
 
@@ -83,16 +92,22 @@ class Measured:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def _images(self) -> tuple[Tensor, Tensor]:
+        glyphs = self.network.family.reads_glyphs
+        return self.network.images(self.extent.glyph_images if glyphs else self.extent.images)
+
     @cached_property
     def result(self) -> pa.AblationResult:
-        """Every unit of every layer, one at a time, replaced by zero."""
+        """Every unit of every layer, one at a time, replaced by zero; with the loss."""
         path = self.folder / "ablation.zarr"
         if not path.exists():
             made = pa.ablate(
                 self.network.model(),
-                self.network.images(self.extent.images),
+                self._images,
                 class_names=self.network.class_names,
                 seed=SEED,
+                measures=["loss"],
             )
             partial = path.with_name("unfinished.zarr")
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +122,7 @@ class Measured:
         def make() -> pd.DataFrame:
             found = pa.attributes(
                 self.network.model(),
-                self.network.images(self.extent.images),
+                self._images,
                 sample=self.extent.sample,
             )
             single = [name for name, values in found.items() if values.dims == ("unit",)]
@@ -182,7 +197,7 @@ class Measured:
             order = {title: top[name] for title, name in RANKINGS.items()}
             found = pa.cumulative(
                 self.network.model(),
-                self.network.images(self.extent.images),
+                self._images,
                 self.network.family.top,
                 order={"measured drop": "drop"} | order | {"random": "random"},
                 steps=self.extent.steps,

@@ -26,31 +26,22 @@ def drops(families: Mapping[str, Sequence[AblationResult]], path: Path) -> None:
     figure, panels = _panels(len(families), width=6.0, height=3.1)
     for panel, (title, results) in zip(panels, families.items(), strict=True):
         layers = list(layer_rows(results[0]))
+        floors = [result.noise_floor() for result in results]
         generator = np.random.default_rng(0)
         for column, layer in enumerate(layers):
-            for result in results:
-                rows = layer_rows(result)[layer]
-                jitter = generator.uniform(-0.17, 0.17, len(rows))
+            of_layer = [layer_rows(result)[layer] for result in results]
+            for result, rows in zip(results, of_layer, strict=True):
+                place = column + generator.uniform(-0.17, 0.17, len(rows))
                 for shift, values, colour in (
-                    (-0.2, result.split_half_drop(), BLUE),
+                    (-0.2, result.max_class_drop, BLUE),
                     (0.2, result.accuracy_drop, ORANGE),
                 ):
                     panel.plot(
-                        column + shift + jitter,
-                        100 * values[rows],
-                        ".",
-                        color=colour,
-                        ms=2.5,
-                        alpha=0.5,
-                        mew=0,
-                        rasterized=True,
+                        place + shift, 100 * values[rows], ".", color=colour, ms=3, alpha=0.5, mew=0
                     )
-            floor = np.median(
-                np.concatenate(
-                    [result.noise_floor()[layer_rows(result)[layer]] for result in results]
-                )
-            )
-            panel.plot([column - 0.4, column], [100 * floor] * 2, color="black", lw=1.2)
+            every = [values[rows] for values, rows in zip(floors, of_layer, strict=True)]
+            level = 100 * np.median(np.concatenate(every))
+            panel.plot([column - 0.4, column], [level, level], color="black", lw=1.2)
         panel.set_yscale("symlog", linthresh=1)
         panel.set_ylim(-3, 110)
         panel.set_yticks([-1, 0, 1, 10, 100], ["-1", "0", "1", "10", "100"])
@@ -63,7 +54,7 @@ def drops(families: Mapping[str, Sequence[AblationResult]], path: Path) -> None:
         plt.Line2D([], [], color=ORANGE, marker="o", ls="", ms=4),
         plt.Line2D([], [], color="black", lw=1.2),
     ]
-    names = ["largest class drop, class chosen on other images", "overall drop"]
+    names = ["largest class drop", "overall drop"]
     figure.legend(
         marks,
         [*names, "noise floor of the largest class drop, median"],

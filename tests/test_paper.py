@@ -1,0 +1,334 @@
+"""The paper's questions (``paper/``): data set, networks, figures and page."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from simulated import simulate
+
+import pyablate as pa
+from paper import analysis, glyphs, markdown, measure
+from paper.networks import FAMILIES, FOLDER, Network, balanced, known
+from pyablate.targets import gini
+
+ROOT = Path(__file__).parent.parent
+CLASSES, UNITS = 4, 12
+
+
+# --- the rendered characters ----------------------------------------------------------------------
+
+
+def test_the_same_seed_draws_the_same_characters() -> None:
+    images, labels = glyphs.images(2)
+    again, _ = glyphs.images(2)
+    fewer, _ = glyphs.images(1)
+    other, _ = glyphs.images(1, seed=3)
+    assert torch.equal(images, again)
+    assert torch.equal(fewer, images[: len(glyphs.GLYPHS)])
+    assert not torch.equal(fewer, other)
+    assert images.shape == (2 * len(glyphs.GLYPHS), 1, 28, 28)
+    assert (images.min(), images.max()) == (0, 1)
+    assert labels.bincount().tolist() == [2] * len(glyphs.GLYPHS)
+
+
+def test_every_face_has_every_character() -> None:
+    masters = glyphs.masters()
+    assert len(set(glyphs.GLYPHS)) == len(glyphs.GLYPHS) >= 100
+    assert masters.shape[:2] == (len(glyphs.GLYPHS), len(glyphs.FACES))
+    border = torch.cat([masters[..., 0], masters[..., -1], masters[..., 0, :], masters[..., -1, :]])
+    assert border.max() == 0  # nothing is cut off
+    # What a face lacks is drawn as one and the same box.
+    for face in range(len(glyphs.FACES)):
+        assert len(torch.unique(masters[:, face].flatten(1), dim=0)) == len(glyphs.GLYPHS)
+
+
+def test_characters_are_moved_and_lit_at_random() -> None:
+    labels = torch.zeros(200, dtype=torch.int64)
+    drawn = glyphs.draw(labels, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.uint8
+    assert len(torch.unique(drawn.flatten(1), dim=0)) == 200
+    assert drawn.float().mean((1, 2)).std() > 5
+
+
+def test_no_images_of_a_class() -> None:
+    with pytest.raises(ValueError, match="per_class: expected at least 1, got 0"):
+        glyphs.images(0)
+
+
+# --- the networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", known(), ids=lambda network: network.name)
+def test_networks_read_their_images(network: Network) -> None:
+    images, labels = network.images(600)
+    with torch.inference_mode():
+        predicted = network.model()(images).argmax(1)
+    measured = (predicted == labels).double().mean().item()
+    training = network.training()
+    assert training["seed"] == network.seed
+    assert measured >= 0.85
+    assert measured == pytest.approx(training["accuracy"], abs=0.04)  # 3 standard errors
+    assert network.family.top in {site.name for site in pa.select(pa.sites(*_shown(network)), "*")}
+
+
+def _shown(network: Network) -> tuple[torch.nn.Module, torch.Tensor]:
+    return network.model(), network.images(12)[0][:1]
+
+
+def test_weights_are_small_and_described() -> None:
+    files = sorted(FOLDER.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert (FOLDER / "glyphs-0.safetensors").stat().st_size < 4e6
+    readme = (FOLDER / "README.md").read_text()
+    for network in known():
+        if network.weights.parent == FOLDER:
+            row = next(line for line in readme.splitlines() if f"`{network.name}`" in line)
+            assert f"{network.training()['accuracy']:.4f}" in row
+            assert f"| {network.training()['epochs']} |" in row
+
+
+def test_three_seeds_of_each_network_that_differs_in_one_thing() -> None:
+    for name in ("alexnet", "alexnet_dropout", "alexnet_bn"):
+        found = known((name,))
+        assert [network.seed for network in found] == [0, 1, 2]
+        assert len({network.digest for network in found}) == 3
+
+
+def test_balanced_takes_the_first_of_each_class() -> None:
+    labels = torch.tensor([1, 0, 0, 0, 1, 1])
+    images, chosen = balanced(torch.arange(6), labels, 4)
+    assert images.tolist() == [0, 1, 2, 4]
+    assert chosen.tolist() == [1, 0, 0, 1]
+    assert torch.equal(balanced(torch.arange(6), labels, 6)[0], torch.arange(6))
+
+
+# --- figures against slow formulas ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result() -> pa.AblationResult:
+    random = np.random.default_rng(0)
+    layers = ["one"] * 5 + ["two"] * (UNITS - 5)
+    return simulate(random.uniform(0, 0.4, (UNITS, CLASSES)), 0.1, 40, random, layers)
+
+
+@pytest.fixture(scope="module")
+def attributes(result: pa.AblationResult) -> pd.DataFrame:
+    random = np.random.default_rng(1)
+    values = random.normal(size=(UNITS, 2))
+    values[7, 0] = np.nan
+    return pd.DataFrame(values, columns=["a", "b"], index=result.units["label"])
+
+
+def test_drops_of_a_layer(result: pa.AblationResult) -> None:
+    table = analysis.drops(result).set_index("layer")
+    rows = [unit for unit in range(UNITS) if result.units["layer"][unit] == "two"]
+    correct = [(result.predictions(unit)[0] == result.labels).mean() for unit in rows]
+    drop = result.baseline_accuracy - np.array(correct)
+    assert table.loc["two", "units"] == len(rows)
+    assert table.loc["two", "overall_median"] == pytest.approx(np.median(drop))
+    assert table.loc["two", "overall_largest"] == pytest.approx(drop.max())
+    assert table.loc["two", "harmless"] == pytest.approx((drop < 0.01).mean())
+    assert table.loc["two", "class_largest"] == result.max_class_drop[rows].max()
+    q = result.max_class_test()["q"].to_numpy()[rows]
+    assert table.loc["two", "damaged"] == (q <= 0.05).mean() > 0
+
+
+def test_summary_weighs_layers_by_units() -> None:
+    columns = ["units", "harmless", "damaged", "damaged_5", "overall_largest", "split_half_largest"]
+    table = pd.DataFrame([[10, 0.0, 1, 1, 0.3, 0.5], [30, 1.0, 0, 0, 0.1, 0.2]], columns=columns)
+    found = analysis.summary(table)
+    assert found["harmless"] == 0.75
+    assert found["damaged"] == 0.25
+    assert found["overall_largest"] == 0.3
+    assert found["units_upper"] == 30
+    assert found["overall_largest_upper"] == 0.1
+
+
+def test_part_of_the_images(result: pa.AblationResult) -> None:
+    chosen = np.random.default_rng(2).random(len(result.labels)) < 0.4
+    part = analysis.on_images(result, chosen)
+    assert np.array_equal(part.labels, result.labels[chosen])
+    assert np.array_equal(part.predictions(), result.predictions()[:, chosen])
+
+
+def test_targets_agree_with_themselves_where_damage_is_real() -> None:
+    random = np.random.default_rng(3)
+    harmful = np.zeros((20, CLASSES))
+    harmful[np.arange(20), random.integers(0, CLASSES, 20)] = np.linspace(0, 0.9, 20)
+    real = simulate(harmful, 0.0, 400, random)
+    chance = simulate(np.full((20, CLASSES), 0.2), 0.2, 400, random)
+    found = analysis.reliability(real).iloc[0]
+    assert found["accuracy_drop"] > 0.9
+    assert found["split_half_drop"] > 0.9
+    noise = analysis.reliability(chance, splits=20).iloc[0]
+    assert abs(noise["split_half_drop"]) < 0.3
+
+
+def test_measured_correlations_are_scipys(
+    result: pa.AblationResult, attributes: pd.DataFrame
+) -> None:
+    draws = analysis.prediction_draws(
+        result, attributes, names=["a", "b"], targets=["accuracy_drop"], resamples=20
+    )
+    assert len(draws) == 21 * 2
+    complete = attributes["a"].notna().to_numpy()
+    expected = [
+        stats.spearmanr(
+            attributes["b"][complete & in_layer], result.accuracy_drop[complete & in_layer]
+        ).statistic
+        for layer in ("one", "two")
+        for in_layer in [(result.units["layer"] == layer).to_numpy()]
+    ]
+    measured = draws[(draws["draw"] == -1) & (draws["attribute"] == "b")]["accuracy_drop"]
+    assert measured.item() == pytest.approx(np.mean(expected))
+
+
+def test_families_join_the_draws_of_their_networks() -> None:
+    def draws(level: float) -> pd.DataFrame:
+        frame = pd.DataFrame(itertools.product(range(-1, 100), ["x", "y"]))
+        frame.columns = ["draw", "attribute"]
+        number = np.arange(len(frame)) // 2 / 100
+        return frame.assign(accuracy_drop=level, split_half_drop=level + number)
+
+    found = analysis.predicted([draws(0.1), draws(0.3)])
+    assert list(found.index) == ["x", "y"]
+    assert found.loc["y", "accuracy_drop"] == pytest.approx(0.2)
+    assert found.loc["y", "accuracy_drop_least"] == pytest.approx(0.1)
+    assert found.loc["y", "accuracy_drop_most"] == pytest.approx(0.3)
+    assert found.loc["x", "difference"] == 0  # draw -1 is the measurement itself
+    assert 0 < found.loc["x", "difference_low"] < 0.05
+    assert 0.95 < found.loc["x", "difference_high"] < 1.01
+
+
+def test_axes_leave_out_units_that_lose_few(result: pa.AblationResult) -> None:
+    lost = result.lost.sum(axis=1)
+    fewest = int(np.median(lost))
+    found = analysis.axes(result, fewest=fewest)
+    assert found["lost"].tolist() == lost[lost >= fewest].tolist()
+    assert np.allclose(found["gini"], gini(result.class_accuracy_drop)[lost >= fewest])
+    assert len(found) < UNITS
+
+
+def test_concentration_at_equal_harm() -> None:
+    random = np.random.default_rng(4)
+
+    def side(shift: float, scale: float) -> pd.DataFrame:
+        lost = random.integers(10, 200, 80) * scale
+        noise = random.normal(scale=0.02, size=80)
+        return pd.DataFrame({"lost": lost, "gini": 0.9 - 0.1 * np.log(lost) + shift + noise})
+
+    # One side loses ten times as many images: the means differ by 0.2, at equal harm by nothing.
+    many, few = [side(0.0, 10.0)], [side(0.0, 1.0)]
+    assert few[0]["gini"].mean() - many[0]["gini"].mean() > 0.15
+    middle, low, high = analysis.at_equal_harm(many, few, resamples=200)
+    assert low < 0 < high
+    assert abs(middle) < 0.03
+    planted, low, _ = analysis.at_equal_harm([side(0.1, 10.0)], few, resamples=200)
+    assert planted == pytest.approx(0.1, abs=0.03)
+    assert low > 0.05
+    assert np.isnan(analysis.at_equal_harm(many, [few[0].iloc[:0]])[0])
+
+
+def test_pairs_of_networks_that_differ_alike() -> None:
+    first = [pd.DataFrame({"gini": [level]}) for level in (0.5, 0.7, 0.9)]
+    second = [pd.DataFrame({"gini": [level]}) for level in (0.4, 0.6)]
+    assert analysis.agreeing_pairs(first, second) == "5 of 6"
+    assert analysis.agreeing_pairs(second, first) == "5 of 6"
+    assert analysis.agreeing_pairs(first, [second[0].iloc[:0]]) == "0 of 0"
+
+
+def test_area_under_a_curve() -> None:
+    curve = {"removed": [0, 1, 4], "accuracy": [1.0, 0.5, 0.0]}
+    parts = [
+        pd.DataFrame(curve | {"order": "random", "repeat": 0}),
+        pd.DataFrame(curve | {"order": "random", "repeat": 1, "accuracy": [1.0, 1.0, 1.0]}),
+        pd.DataFrame(curve | {"order": "drop", "repeat": 0}),
+    ]
+    found = measure.areas(pd.concat(parts))
+    by_hand = 0.75 * 0.25 + 0.25 * 0.75
+    assert found["drop"] == pytest.approx(by_hand)
+    assert found["random"] == pytest.approx((by_hand + 1) / 2)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_figures_as_text() -> None:
+    minus = "\N{MINUS SIGN}"
+    assert markdown.number(-0.004) == "0.00"
+    assert markdown.number(-1.25, 1) == f"{minus}1.2"
+    assert markdown.number(float("nan")) == "\N{EN DASH}"
+    assert markdown.points(0.0123) == "1.2"
+    assert markdown.spread(0.5, 0.5, 0.5) == "0.50"
+    assert markdown.spread(0.5, 0.25, 0.75, digits=1, scale=100) == "50.0 (25.0 to 75.0)"
+    assert markdown.interval(0.1, -0.1, 0.3) == f"0.10 [{minus}0.10, 0.30]"
+    assert markdown.listed([]) == "none"
+    assert markdown.listed(["a", "b", "c"]) == "a, b and c"
+    assert markdown.table(["x"], [[1], [2]]).splitlines() == ["| x |", "| --- |", "| 1 |", "| 2 |"]
+    with pytest.raises(ValueError, match="expected 2 cells as in the head"):
+        markdown.table(["x", "y"], [[1]])
+
+
+def test_measurements_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(FAMILIES["alexnet"], 0)
+    calls: list[int] = []
+
+    def attributes(model: object, data: object, sample: int) -> object:
+        calls.append(sample)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        labels = [f"features.1:{unit}" for unit in range(3)]
+        return (
+            pd.DataFrame({"l1_norm": [1.5, 1 / 3, np.nan]}, index=labels)
+            .rename_axis("unit")
+            .to_xarray()
+        )
+
+    monkeypatch.setattr(pa, "attributes", attributes)
+    with pytest.raises(KeyboardInterrupt):
+        _ = measure.Measured(network, measure.QUICK, tmp_path).attributes
+    first = measure.Measured(network, measure.QUICK, tmp_path).attributes
+    again = measure.Measured(network, measure.QUICK, tmp_path).attributes
+    pd.testing.assert_frame_equal(first, again)
+    assert first["l1_norm"].iloc[1] == 1 / 3
+    assert len(calls) == 2
+    _ = measure.Measured(network, measure.FULL, tmp_path).attributes  # another extent: made anew
+    assert calls == [16, 16, measure.FULL.sample]
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_the_page(tmp_path: Path) -> None:
+    page, cache = tmp_path / "paper.md", tmp_path / "cache"
+    command = [sys.executable, "-W", "error", "-m", "paper", "--quick", "--seeds", "1"]
+    command += ["--families", "alexnet", "alexnet_bn", "--output", str(page), "--cache", str(cache)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    for picture in re.findall(r"\]\((images/.*?\.png)\)", text):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    result = pa.load(next(cache.glob("alexnet_bn-0-*")) / "ablation.zarr")
+    rows = [line for line in text.splitlines() if line.startswith("| batch norm |")]
+    below = markdown.points((result.accuracy_drop < 0.01).mean())
+    assert rows[0].split(" | ")[1] == below
+    assert "nan" not in text.replace("glyph", "")
+
+
+def test_the_page_is_of_these_networks() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    for name, family in FAMILIES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        members = known((name,))
+        assert cells[1] == family.title
+        assert cells[2] == str(len(members))
+        assert cells[3] == ", ".join(str(member.training()["epochs"]) for member in members)
