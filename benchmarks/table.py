@@ -24,6 +24,7 @@ TITLES = {
     "statistics": "Statistics of a result",
     "growth": "Growth",
     "memory": "Peak memory",
+    "start-up": "Start-up and whole commands",
 }
 Cases = dict[str, dict[str, Any]]
 
@@ -238,12 +239,26 @@ def memory(cases: Cases) -> str:
     return _table(["case", "`memory=`", "process grew by"], lines)
 
 
+def start_up(cases: Cases) -> str:
+    lines = [
+        (
+            name.removeprefix("start-up "),
+            _seconds(min(case["seconds"])),
+            _seconds(min(case["cpu_seconds"])),
+            f"{case['peak'] / 2**20:.0f} MiB",
+        )
+        for name, case in sorted(cases.items(), key=lambda item: min(item[1]["cpu_seconds"]))
+    ]
+    return _table(["command", "time (best)", "of CPU (best)", "peak memory"], lines)
+
+
 TABLES = {
     "ops": operations,
     "attributes": attributes,
     "statistics": statistics,
     "growth": growth,
     "memory": memory,
+    "start-up": start_up,
 }
 
 

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import json
+from typing import Annotated
+
+import typer
+
 from pyablate.options import Debug
 from pyablate.shell import log_to_stderr
 
 
-def doctor(debug: Debug = False) -> None:
-    """Say what is installed, what was built, and what is missing with the way to get it."""
-    log_to_stderr(debug)
-    from pyablate import table
-    from pyablate.doctor import advice, facts
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Facts and findings as one JSON object.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed and built, test it, and say what to do about what is wrong.
 
-    out = table.console()
-    known = facts()
-    out.print(table.facts_table(known))
-    for line in advice(known):
-        out.print(line)
+    Ends with 1 if something does not work, with 0 if at most something could be added.
+
+    Try `pyablate doctor`, `pyablate doctor --json > doctor.json`
+    """
+    log_to_stderr(debug)
+    from pyablate import doctor as examination
+    from pyablate import table
+
+    known = examination.facts()
+    found = examination.findings(known)
+    report = examination.as_json(known, found)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        out = table.console()
+        for section, values in known.items():
+            if values:
+                out.print(f"[bold]{section}[/bold]")
+                out.print(table.facts_table(values))
+        for finding in found:
+            out.print(str(finding), markup=False)
+        out.print("Something does not work." if not report["ok"] else "Everything works.")
+    raise typer.Exit(0 if report["ok"] else 1)

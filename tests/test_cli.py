@@ -116,22 +116,7 @@ def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
     code, out, _ = _invoke(command, "--help")
     assert code == 0
     assert "--debug" in out
-    assert command == "doctor" or f"pyablate {command}" in out  # an example
-
-
-def test_the_command_line_itself_does_not_import_torch() -> None:
-    # An empty package stands in for pyablate, whose own imports are not the question here.
-    script = (
-        "import sys, types\n"
-        "package = types.ModuleType('pyablate')\n"
-        f"package.__path__ = [{str(Path(pa.__file__).parent)!r}]\n"
-        "sys.modules['pyablate'] = package\n"
-        "from pyablate.cli import app\n"
-        "try:\n    app(['run', '--help'])\n"
-        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert f"pyablate {command}" in out  # an example
 
 
 def test_version_is_the_package_version() -> None:
@@ -265,14 +250,6 @@ def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
     assert "good" in out
     assert "number" in out
     assert "Written: found.csv" in out
-
-
-def test_doctor_says_what_was_built() -> None:
-    code, out, _ = _invoke("doctor")
-    assert code == 0
-    info = pa.build_info()
-    assert f"pyablate {info['version']}" in " ".join(out.split())
-    assert f"native module {'yes' if info['native'] else 'no'}" in " ".join(out.split())
 
 
 @pytest.mark.slow
