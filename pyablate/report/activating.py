@@ -57,7 +57,9 @@ def most_activating(
         totals: dict[str, Tensor] = {}
 
         def see(site: Site, _call: int, output: Tensor) -> Tensor:
-            moved = output.movedim(site.axis, 1).flatten(2) if output.ndim > 2 else output[..., None]
+            moved = (
+                output.movedim(site.axis, 1).flatten(2) if output.ndim > 2 else output[..., None]
+            )
             # A module that is called again adds to what it said before: A is over all calls.
             totals[site.name] = totals.get(site.name, 0) + moved.mean(dim=2)
             return output

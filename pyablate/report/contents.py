@@ -18,6 +18,7 @@ from pyablate.statistics import layer_rows
 MOST_MOVES = 300
 """Distinct changes of prediction (true class, before, after) that a unit's card lists."""
 
+_KNOWN = ("accuracy", "accuracy_drop", "max_class_drop", "max_class")
 _MOST_CLUSTERED = 10_000  # units: pyablate.clusters holds all distances in memory
 
 
@@ -91,13 +92,22 @@ def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
 
 def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[list[str]]:
     """Lines of name and value."""
-    facts: dict[str, object] = dict(further)
+    facts: dict[str, object] = dict(further) | _flat(getattr(result, "provenance", {}))
     facts["Replaced by"] = result.intervention
     if result.seconds:
         facts["Time of the run"] = f"{result.seconds:,.1f} s"
     facts["Audit"] = result.audit if result.audit.pairs else "none"
     facts["Report written by"] = f"pyablate {metadata.version('pyablate')}"
     return [[str(name), str(value)] for name, value in facts.items()]
+
+
+def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, object]:
+    """Join the names along each branch: ``model.weights``."""
+    lines: dict[str, object] = {}
+    for name, value in tree.items():
+        path = f"{head}{name}"
+        lines |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return lines
 
 
 def _layers(result: AblationResult) -> list[dict[str, Any]]:
@@ -122,8 +132,18 @@ def _units(result: AblationResult) -> dict[str, Any]:
         "q": worst["q"].to_numpy(),
         "position": _unit_positions(result),
     }
-    return {"label": result.units["label"].astype(str).tolist()} | {
-        name: packed(values) for name, values in columns.items()
+    return {
+        "label": result.units["label"].astype(str).tolist(),
+        "measures": {name: packed(values) for name, values in measures(result).items()},
+    } | {name: packed(values) for name, values in columns.items()}
+
+
+def measures(result: AblationResult) -> dict[str, Floats]:
+    """Further numbers that the run recorded, one per unit, such as the change of the loss."""
+    return {
+        str(name): values.to_numpy().astype(np.float64)
+        for name, values in result.data.items()
+        if values.dims == ("unit",) and name not in _KNOWN
     }
 
 

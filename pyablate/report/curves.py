@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import pandas as pd
 
 from pyablate.result import AblationResult
 
-_KINDS = {
-    "ranking": ("fraction", "share of the units removed", "seed"),
-    "order": ("removed", "units removed", "repeat"),
-    "layer": ("fraction", "share of the layer's units ablated", None),
-}
-"""Column that names a curve: its x axis, what that is, and the column that tells repeats apart."""
 
-_NO_MEASURE = {"fraction", "seed", "removed", "kept", "repeat", "places", "units"}
+@dataclass(frozen=True)
+class _Kind:
+    """A table of curves: which column names a curve, is its x axis, tells repeats apart."""
+
+    name: str
+    x: str
+    label: str
+    repeat: str
+
+
+_KINDS = (
+    _Kind("ranking", "fraction", "share of the units removed", "seed"),
+    _Kind("order", "removed", "units removed", "repeat"),
+    _Kind("layer", "fraction", "share of the layer's units ablated", ""),
+)
+_NO_MEASURE = ("fraction", "seed", "removed", "kept", "repeat", "places", "units")
+_SET_FIGURES = ("baseline_accuracy", "accuracy", "others_drop")
 
 
 def curve_charts(curves: Any) -> list[dict[str, Any]]:
@@ -47,11 +58,9 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
     if curves is None:
         return []
     if isinstance(curves, Mapping):
-        named = {str(name): each for name, each in curves.items()}
-    else:
-        several = curves if isinstance(curves, Sequence) and not isinstance(curves, str) else [curves]
-        named = {_title(each, number): each for number, each in enumerate(several, start=1)}
-    return [_chart(title, _frame(each)) for title, each in named.items()]
+        return [_chart(str(title), _frame(each)) for title, each in curves.items()]
+    several = curves if isinstance(curves, list | tuple) else [curves]
+    return [_chart(_title(each, number), _frame(each)) for number, each in enumerate(several, 1)]
 
 
 def sets_by_class(given: Any, result: AblationResult) -> list[dict[str, Any] | None]:
@@ -60,7 +69,7 @@ def sets_by_class(given: Any, result: AblationResult) -> list[dict[str, Any] | N
     Parameters
     ----------
     given : MinimalSets, pandas.DataFrame, path of a CSV file, or None
-        From :func:`pyablate.minimal_sets`; of a table the columns ``class`` and ``units`` are needed
+        From :func:`pyablate.minimal_sets`; a table needs the columns ``class`` and ``units``
         (labels in a sequence, or in one text with spaces, commas or semicolons between).
     result : AblationResult
         Whose classes.
@@ -100,9 +109,6 @@ def sets_by_class(given: Any, result: AblationResult) -> list[dict[str, Any] | N
     return sets
 
 
-_SET_FIGURES = ("baseline_accuracy", "accuracy", "others_drop")
-
-
 def _title(curves: Any, number: int) -> str:
     return Path(curves).name if isinstance(curves, str | Path) else f"Curves {number}"
 
@@ -127,32 +133,31 @@ def _frame(given: Any) -> pd.DataFrame:
 
 
 def _chart(title: str, table: pd.DataFrame) -> dict[str, Any]:
-    for name, (x, label, repeat) in _KINDS.items():
-        if name in table and x in table and "accuracy" in table:
-            break
-    else:
+    kind = next((k for k in _KINDS if {k.name, k.x, "accuracy"} <= set(table.columns)), None)
+    if kind is None:
         raise ValueError(
             f"curves: {title}: expected the columns ranking and fraction (prune_curve), order and "
             f"removed (cumulative) or layer and fraction (sensitivity), and accuracy, got "
             f"{_listed(table)}"
         )
-    numeric = [str(c) for c in table.select_dtypes("number") if c not in _NO_MEASURE]
-    measures = ["accuracy", *(c for c in numeric if c != "accuracy" and table[c].notna().any())]
-    keys = [name, *([repeat] if repeat in table else []), *(["target"] if "target" in table else [])]
+    figures = table.drop(columns=[*_NO_MEASURE, "accuracy"], errors="ignore")
+    numeric = figures.select_dtypes("number").dropna(axis="columns", how="all")
+    measures = ["accuracy", *map(str, numeric.columns)]
+    keys = [name for name in (kind.name, kind.repeat, "target") if name in table]
     series = []
-    for key, lines in table.groupby(keys, sort=False, dropna=False):
-        first = str(key[0])
-        target = str(key[-1]) if "target" in table and pd.notna(key[-1]) and key[-1] else ""
-        ordered = lines.sort_values(x)
+    for _, lines in table.groupby(keys, sort=False, dropna=False):
+        ordered = lines.sort_values(kind.x)
+        name = str(ordered[kind.name].iloc[0])
+        target = ordered["target"].iloc[0] if "target" in ordered else ""
         series.append(
             {
-                "name": f"{first}: {target}" if target else first,
-                "random": first.startswith("random"),
-                "x": _numbers(ordered[x]),
+                "name": f"{name}: {target}" if isinstance(target, str) and target else name,
+                "random": name.startswith("random"),
+                "x": _numbers(ordered[kind.x]),
                 "values": {measure: _numbers(ordered[measure]) for measure in measures},
             }
         )
-    return {"title": title, "x": label, "measures": measures, "series": series}
+    return {"title": title, "x": kind.label, "measures": measures, "series": series}
 
 
 def _labels(units: Any) -> list[str]:

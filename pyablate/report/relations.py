@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pyablate.correlation import correlate
+from pyablate.report.contents import measures
 from pyablate.report.packed import packed
 from pyablate.result import AblationResult
 from pyablate.unit_table import aligned, attribute_columns
@@ -39,11 +40,12 @@ def relations(result: AblationResult, table: xr.Dataset | pd.DataFrame) -> dict[
         As :func:`pyablate.correlate` raises.
     """
     columns = attribute_columns(aligned(table, result), None)
+    targets = [*TARGETS, *measures(result)]
     found = correlate(
         result,
         table,
         attributes=list(columns),
-        targets=list(TARGETS),
+        targets=targets,
         methods="spearman",
         resamples=_RESAMPLES,
         shuffles=1,
@@ -56,10 +58,10 @@ def relations(result: AblationResult, table: xr.Dataset | pd.DataFrame) -> dict[
         "name": list(columns),
         "formula": [_formula(table, name) for name in columns],
         "values": [packed(values) for values in columns.values()],
-        "targets": list(TARGETS),
+        "targets": targets,
         "correlations": {
             "layer": packed(known["layer"].map(layers).to_numpy(dtype="int64")),
-            "target": packed(known["target"].map(TARGETS.index).to_numpy(dtype="int64")),
+            "target": packed(known["target"].map(targets.index).to_numpy(dtype="int64")),
             "attribute": packed(known["attribute"].map(names).to_numpy(dtype="int64")),
         }
         | {name: packed(known[name].to_numpy()) for name in numbers},

@@ -1,10 +1,8 @@
 // Attributes against drops: correlations of all at a glance, one of them as a scatter plot.
 
-const TARGET_NAMES = {
-  max_class_drop: "Largest class drop",
-  split_half_drop: "Split-half class drop",
-  accuracy_drop: "Accuracy drop",
-};
+// Drops are shares, shown in points; other measures are shown as they are.
+const targetName = (name) => unitFigures().figures.find((figure) => figure[0] === name)[1];
+const targetScale = (name) => (name.endsWith("_drop") ? 100 : 1);
 
 function attributesSection() {
   const { name, targets } = data.attributes;
@@ -85,12 +83,13 @@ function attributesSection() {
     const { layer, attribute } = state;
     const values = data.attributes.values[attribute];
     const drops = unitFigure(targets[state.target]);
+    const scale = targetScale(targets[state.target]);
     const marks = d3
       .range(unitCount())
       .filter((unit) => data.units.layer[unit] === layer)
       .filter((unit) => Number.isFinite(values[unit]) && Number.isFinite(drops[unit]))
-      .map((unit) => ({ unit, x: values[unit], y: 100 * drops[unit] }));
-    const target = TARGET_NAMES[targets[state.target]];
+      .map((unit) => ({ unit, x: values[unit], y: scale * drops[unit] }));
+    const target = targetName(targets[state.target]);
     const i = at(layer, attribute);
     caption.textContent =
       i === undefined
@@ -107,7 +106,7 @@ function attributesSection() {
       marginBottom: 40,
       grid: true,
       x: { label: name[attribute], nice: true, ticks: width < 420 ? 4 : 7, labelArrow: "none" },
-      y: { label: `${target} (points)`, nice: true, labelArrow: "none" },
+      y: { label: scale === 1 ? target : `${target} (points)`, nice: true, labelArrow: "none" },
       marks: [
         Plot.ruleY([0], { stroke: "var(--muted)" }),
         Plot.dot(marks, {
@@ -122,14 +121,14 @@ function attributesSection() {
     pickable(holder, figure, marks, (mark) => [
       data.units.label[mark.unit],
       `${name[attribute]} ${plain(mark.x)}`,
-      `${target} ${signedPoints(mark.y / 100)} points`,
+      scale === 1 ? `${target} ${plain(mark.y)}` : `${target} ${signedPoints(mark.y / 100)} points`,
     ]);
   }
 
   const controls = make(
     "div",
     { class: "controls" },
-    select("Drop", targets.map((target, i) => [i, TARGET_NAMES[target]]), state.target, (value) => {
+    select("Drop", targets.map((target, i) => [i, targetName(target)]), state.target, (value) => {
       state.target = Number(value);
       drawMatrix();
       drawScatter();

@@ -244,7 +244,7 @@ function pictureParts(unit) {
         make("b", {}, className(label)), make("br"), predicted(before, label), " \u2192 ", predicted(after[i], label),
       ]);
     });
-    const all = units_flips_note(unit, flips.length);
+    const all = flipsNote(unit, flips.length);
     parts.push(part("Images that flip", make("div", { class: "figures" }, cards), all));
   }
   if (activating) {
@@ -258,7 +258,7 @@ function pictureParts(unit) {
   return parts;
 }
 
-function units_flips_note(unit, shown) {
+function flipsNote(unit, shown) {
   const all = data.units.flips[unit];
   const text = all > shown ? `${shown} of ${count(all)}, images lost from the most hurt class first.` : "";
   return text ? make("p", { class: "note" }, text) : null;
@@ -266,15 +266,15 @@ function units_flips_note(unit, shown) {
 
 function classCard(k) {
   const images = data.classes.size[k];
-  const bar_ = cardBar("Class", k > 0 ? classHash(k - 1) : null, k < classCount() - 1 ? classHash(k + 1) : null);
+  const top = cardBar("Class", k > 0 ? classHash(k - 1) : null, k < classCount() - 1 ? classHash(k + 1) : null);
   if (!images)
-    return [bar_, cardTitle(className(k)), make("p", { class: "note" }, "The data have no image of this class.")];
+    return [top, cardTitle(className(k)), make("p", { class: "note" }, "The data have no image of this class.")];
   const all = d3.range(unitCount());
   const drops = Float64Array.from(all, (unit) => classDrop(unit, k));
   const found = all.filter((unit) => isSignificant(unit, k));
   const hurt = found.filter((unit) => drops[unit] > 0).length;
   const ranked = fallingOrder(all, drops).filter((unit) => drops[unit] > 0).slice(0, 20);
-  const holder = pointsHolder(`Drop of the class for every unit, one row for each layer`);
+  const holder = pointsHolder("Drop of the class for every unit, one row for each layer");
   const draw = () =>
     drawRows(holder, drops, null, (unit) => isSignificant(unit, k),
       (mark) => {
@@ -287,7 +287,7 @@ function classCard(k) {
       },
       "Drop of the class accuracy (percentage points)");
   return [
-    bar_,
+    top,
     cardTitle(className(k)),
     make(
       "div",

@@ -199,6 +199,9 @@ function heatmap(holder, canvas, legend, state) {
     context.imageSmoothingEnabled = false;
     const box = [sx(from), sy(top), sx(from + across * perColumn) - sx(from), sy(top + down * perRow) - sy(top)];
     context.drawImage(buffer, ...box);
+    if (sy(1) - sy(0) < 10) return;
+    context.fillStyle = colour("surface");
+    for (let row = top + 1; row < end; row++) context.fillRect(0, Math.round(sy(row)) - 1, size.width, 1);
   }
 
   function strongest(column, wide, row, tall) {

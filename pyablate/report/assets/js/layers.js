@@ -26,33 +26,35 @@ function drawRows(holder, values, floor, marked, describe, label) {
     label,
   );
   const left = narrow ? 12 : LEFT;
+  const half = narrow ? 0.28 : 0.42; // height of a row's band; narrow pages have the name above it
   const pixels = d3.scaleSymlog(x.domain, [left, width - 12]).constant(1);
   const rows = d3.group(shown, (unit) => data.units.layer[unit]);
   const marks = [];
   for (const [layer, units] of rows) {
     const drops = units.map((unit) => 100 * values[unit]);
-    const offsets = spread(drops, pixels, 0.36);
+    const offsets = spread(drops, pixels, half - 0.06);
     units.forEach((unit, i) => marks.push({ unit, x: drops[i], y: layer + offsets[i] }));
   }
   const used = Array.from(rows.keys());
   const bands = floor ? used.map((layer) => floorBand(layer, rows.get(layer), floor)) : [];
   const name = (layer) => data.layers[layer].name;
   const heads = narrow
-    ? Plot.text(used, { x: x.domain[0], y: (l) => l - 0.41, text: name, textAnchor: "start", className: "rowname" })
+    ? Plot.text(used, { x: x.domain[0], y: (l) => l - 0.39, text: name, textAnchor: "start", className: "rowname" })
     : Plot.axisY(used, { label: null, tickSize: 0, tickFormat: (l) => clipped(name(l), 17) });
   const figure = Plot.plot({
     width,
-    height: 56 + used.length * (narrow ? 54 : 44),
+    height: 64 + used.length * (narrow ? 62 : 44),
+    marginBottom: 44,
     marginLeft: left,
     marginRight: 12,
     marginTop: 8,
     x,
-    y: { domain: [d3.max(used) + 0.5, d3.min(used) - 0.5] },
+    y: { domain: [d3.max(used) + 0.5, d3.min(used) - 0.5], axis: null },
     marks: [
       Plot.gridX(x.ticks, { stroke: "var(--line)", strokeOpacity: 1 }),
-      Plot.rect(bands, { x1: 0, x2: "high", y1: (b) => b.layer - 0.42, y2: (b) => b.layer + 0.42, fill: "var(--floor)" }),
+      Plot.rect(bands, { x1: 0, x2: "high", y1: (b) => b.layer - half, y2: (b) => b.layer + half, fill: "var(--floor)" }),
       Plot.ruleX([0], { stroke: "var(--muted)" }),
-      Plot.ruleX(bands, { x: "middle", y1: (b) => b.layer - 0.42, y2: (b) => b.layer + 0.42, stroke: "var(--floor-line)", strokeWidth: 1.5, strokeDasharray: "3 2" }),
+      Plot.ruleX(bands, { x: "middle", y1: (b) => b.layer - half, y2: (b) => b.layer + half, stroke: "var(--floor-line)", strokeWidth: 1.5, strokeDasharray: "3 2" }),
       Plot.dot(marks, {
         x: "x",
         y: "y",
@@ -60,7 +62,7 @@ function drawRows(holder, values, floor, marked, describe, label) {
         fill: (mark) => (marked(mark.unit) ? "var(--harm)" : "var(--dot)"),
         fillOpacity: (mark) => (marked(mark.unit) ? 0.9 : 0.55),
       }),
-      Plot.axisX(x.ticks, { label, tickFormat: x.tickFormat, labelAnchor: "right", labelArrow: "none" }),
+      Plot.axisX(x.ticks, { label, tickFormat: x.tickFormat, labelAnchor: "center", labelArrow: "none" }),
       heads,
     ],
   });

@@ -6,7 +6,7 @@ const TICKS = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100];
 function dropScale(values, label) {
   const low = Math.min(0, d3.min(values));
   const high = Math.max(1, d3.max(values));
-  const domain = [low - 0.02 * (high - low), high * 1.08];
+  const domain = [1.1 * low - 0.15, 1.12 * high];
   const ticks = TICKS.filter((tick) => tick >= domain[0] && tick <= domain[1]);
   return { type: "symlog", constant: 1, domain, ticks, tickFormat: (tick) => minus(String(tick)), label };
 }

@@ -41,12 +41,15 @@ function unitFigures() {
     ["accuracy_drop", "Accuracy drop", units.accuracy_drop],
     ["split_half_drop", "Split-half class drop", units.split_half_drop],
     ["flips", "Changed predictions", units.flips],
+    ...Object.entries(units.measures).map(([name, values]) => [name, spaced(name), values]),
   ];
   const attributes = data.attributes
     ? data.attributes.name.map((name, i) => [`attribute:${name}`, name, data.attributes.values[i]])
     : [];
   return { figures, attributes };
 }
+
+const spaced = (name) => name.replaceAll("_", " ");
 
 function unitFigure(name) {
   const { figures, attributes } = unitFigures();
