@@ -420,6 +420,12 @@ class AblationResult:
 
         store.save(self, path)
 
+    def report(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the result as one HTML file; see :func:`pyablate.report.write_report`."""
+        from pyablate.report import write_report  # reports know results, not the reverse
+
+        write_report(self, path, **options)
+
     def _columns(self, what: str, values: Floats) -> pd.DataFrame:
         return pd.DataFrame(values, columns=[f"{what}: {name}" for name in self.class_names])
 

@@ -1,0 +1,110 @@
+"""The images that activate each unit most, in one pass that keeps a few of them per unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyablate.layers import Site, hooked
+from pyablate.prepare import open_up, undisturbed
+from pyablate.result import AblationResult, Ints
+
+_BATCH = 128
+
+
+@torch.no_grad()
+def most_activating(
+    model: nn.Module,
+    data: Any,
+    result: AblationResult,
+    *,
+    count: int,
+    device: str | torch.device | None = None,
+) -> Ints:
+    """Find the images with the largest A, the mean of a unit's map over its positions.
+
+    Parameters
+    ----------
+    model, data
+        Those of the run, as for :func:`pyablate.ablate`. A generator is read to its end.
+    result : AblationResult
+        Whose units; groups have no map of their own.
+    count : int
+        Images per unit, the largest A first; of equal ones the first image.
+    device : str or torch.device, optional
+        Where to work; by default where the model is.
+
+    Returns
+    -------
+    ndarray
+        int64 ``[unit, count]``, image indices; -1 where there are no more images and for groups.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The model or data cannot be used, or the model has not the result's layers.
+    """
+    found = np.full((len(result.units), count), -1, dtype=np.int64)
+    with undisturbed():
+        ready = open_up(model, data, result.class_names, device)
+        ready.data.hold_if_read_once()
+        sites = _sites(ready.sites, result)
+        best: dict[str, tuple[Tensor, Tensor]] = {}  # values and images, [C, count]
+        totals: dict[str, Tensor] = {}
+
+        def see(site: Site, _call: int, output: Tensor) -> Tensor:
+            moved = (
+                output.movedim(site.axis, 1).flatten(2) if output.ndim > 2 else output[..., None]
+            )
+            # A module that is called again adds to what it said before: A is over all calls.
+            totals[site.name] = totals.get(site.name, 0) + moved.mean(dim=2)
+            return output
+
+        with hooked(ready.model, sites, see):
+            for batch in ready.data.batches(_BATCH):
+                totals.clear()
+                ready.model(batch.images)
+                for name, pooled in totals.items():
+                    values = pooled[: len(batch)].t().double()
+                    best[name] = _merged(best.get(name), values, batch.index, count)
+    for site in sites:
+        rows = np.flatnonzero((result.units["layer"] == site.name).to_numpy())
+        images = best[site.name][1].cpu().numpy()
+        units = result.units["unit"].to_numpy()[rows]
+        known = units >= 0
+        found[rows[known], : images.shape[1]] = images[units[known]]
+    return found
+
+
+def _merged(
+    held: tuple[Tensor, Tensor] | None, values: Tensor, index: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Keep the largest values [C, count] and their images; earlier images stand first."""
+    images = index.expand(len(values), -1)
+    if held is not None:
+        values = torch.cat([held[0], values], dim=1)
+        images = torch.cat([held[1], images], dim=1)
+    # A stable sort, so that of equal values the first image stays.
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return values.gather(1, order), images.gather(1, order)
+
+
+def _sites(found: Sequence[Site], result: AblationResult) -> list[Site]:
+    known = {site.name: site for site in found}
+    single = result.units[result.units["unit"] >= 0]
+    sites = []
+    for layer, units in single.groupby("layer", sort=False)["unit"]:
+        site = known.get(str(layer))
+        if site is None:
+            raise ValueError(f"model: the result has units of {str(layer)!r}, the model does not")
+        if int(units.max()) >= site.channels:
+            raise ValueError(
+                f"model: the result has unit {int(units.max())} of {str(layer)!r}, the model has "
+                f"{site.channels} units there"
+            )
+        sites.append(site)
+    return sites

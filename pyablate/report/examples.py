@@ -1,0 +1,170 @@
+"""Images in a report: which ones a unit's card shows, and small pictures of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pyablate.report.packed import packed
+from pyablate.result import AblationResult, Ints
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLIPPED = 12
+"""Images per unit that change their prediction."""
+
+ACTIVATING = 8
+"""Images per unit that activate it most."""
+
+BUDGET = 4_000_000
+"""Bytes of text that the pictures of one report may take."""
+
+_MOST_PICTURES = 4000  # held in memory while they are drawn
+_SIDE = 80  # pixels of the longer side
+_BATCH = 256
+
+
+def examples(result: AblationResult, activating: Ints | None, data: Any) -> dict[str, Any]:
+    """Choose images for the cards of the units, and draw them where data are at hand.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    activating : int64 [unit, image], or None
+        The images that activate each unit most, -1 for none.
+    data : as for :func:`pyablate.ablate`, or None
+        The images of the run in their order.
+
+    Returns
+    -------
+    dict
+        ``start``, ``image`` and ``after`` (which images flip, to which class; as in
+        :class:`pyablate.result.Flips`); ``activating`` [unit, image] or None; ``shown``, ``label``
+        and ``before`` (number, class and intact prediction of every image mentioned); ``pictures``
+        (by image number, as data URIs).
+
+    Raises
+    ------
+    ValueError
+        The data are not those of the result, or hold no images.
+    """
+    entries = [_chosen(result, row) for row in range(len(result.units))]
+    flips = np.concatenate([np.empty(0, dtype=np.int64), *entries])
+    image = result.flips.image[flips].astype(np.int64)
+    mentioned = [image] if activating is None else [image, activating[activating >= 0]]
+    shown = np.unique(np.concatenate(mentioned))
+    lengths = np.array([0, *map(len, entries)])
+    return {
+        "start": packed(np.cumsum(lengths)),
+        "image": packed(image),
+        "after": packed(result.flips.prediction[flips]),
+        "activating": None if activating is None else packed(activating),
+        "shown": packed(shown),
+        "label": packed(result.labels[shown]),
+        "before": packed(result.baseline[shown]),
+        "pictures": {}
+        if data is None
+        else _pictures(data, result, _wanted(result, entries, activating)),
+    }
+
+
+def _chosen(result: AblationResult, row: int) -> Ints:
+    """Flips of a unit to show: images it makes wrong, of its most hurt class first."""
+    run = np.arange(result.flips.start[row], result.flips.start[row + 1])
+    image = result.flips.image[run]
+    label, before = result.labels[image], result.baseline[image]
+    lost = before == label
+    gained = result.flips.prediction[run] == label
+    of_worst = label == result.max_class[row]
+    rank = np.select([lost & of_worst, lost, gained], [0, 1, 2], 3)
+    return run[np.argsort(rank, kind="stable")[:FLIPPED]]
+
+
+def _wanted(result: AblationResult, entries: list[Ints], activating: Ints | None) -> Ints:
+    """Images to draw, each once; those of the units that matter most first."""
+    parts = []
+    for row in np.argsort(-result.max_class_drop, kind="stable"):
+        parts.append(result.flips.image[entries[row]].astype(np.int64))
+        if activating is not None:
+            parts.append(activating[row][activating[row] >= 0])
+    every = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+    _, first = np.unique(every, return_index=True)
+    return every[np.sort(first)][:_MOST_PICTURES]
+
+
+def _pictures(data: Any, result: AblationResult, wanted: Ints) -> dict[str, str]:
+    """Pictures by image number, as many as the budget allows."""
+    pixels = dict(_pixels(data, result, set(wanted.tolist())))
+    if not pixels:
+        return {}
+    # Normalisation is undone well enough: the extremes of each channel become black and white.
+    low = np.min([each.min(axis=(1, 2)) for each in pixels.values()], axis=0)
+    high = np.max([each.max(axis=(1, 2)) for each in pixels.values()], axis=0)
+    drawn: dict[str, str] = {}
+    room = BUDGET
+    for number in wanted.tolist():
+        uri = _uri(pixels[number], low, high)
+        room -= len(uri)
+        if room < 0:
+            break
+        drawn[str(number)] = uri
+    return drawn
+
+
+def _pixels(
+    data: Any, result: AblationResult, wanted: set[int]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Images [C, H, W] that are wanted, with their numbers; checks all labels on the way."""
+    import torch
+
+    from pyablate.batches import Data
+
+    source = Data(data, dtype=torch.float32, device=torch.device("cpu"))
+    done = 0
+    for batch in source.batches(_BATCH):
+        if batch.images.ndim != 4:
+            raise ValueError(
+                f"data: expected images [N, C, H, W] to draw, got shape {list(batch.images.shape)}"
+            )
+        expected = result.labels[done : done + len(batch)]
+        if not np.array_equal(batch.labels.numpy(), expected):
+            raise ValueError(
+                f"data: not the images of this result: labels differ from image {done} on"
+                if len(expected) == len(batch)
+                else f"data: the result has {len(result.labels):,} images, these are more"
+            )
+        for offset, image in enumerate(batch.images):
+            if done + offset in wanted:
+                yield done + offset, _drawable(image)
+        done += len(batch)
+    if done != len(result.labels):
+        raise ValueError(f"data: the result has {len(result.labels):,} images, these are {done:,}")
+
+
+def _drawable(image: Tensor) -> NDArray[np.float32]:
+    """Make an image of any number of channels one of one (grey) or three; small if it was large."""
+    from torch.nn.functional import interpolate
+
+    if len(image) not in (1, 3):
+        image = image.mean(dim=0, keepdim=True)
+    shrink = max(1.0, max(image.shape[1:]) / _SIDE)
+    size = [max(1, round(length / shrink)) for length in image.shape[1:]]
+    small: NDArray[np.float32] = interpolate(image[None], size=size, mode="area")[0].numpy()
+    return small
+
+
+def _uri(image: NDArray[np.float32], low: NDArray[Any], high: NDArray[Any]) -> str:
+    scaled = (image - low[:, None, None]) / np.maximum(high - low, 1e-12)[:, None, None]
+    levels = np.round(255 * scaled.clip(0, 1)).astype(np.uint8)
+    picture = Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0))
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=80, method=4)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -1,0 +1,47 @@
+"""Arrays inside JSON: compressed, so that a unit x class matrix takes little room in a page."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_NAMES = {"u1": "Uint8Array", "u2": "Uint16Array", "u4": "Uint32Array", "i4": "Int32Array"}
+_FLOAT = "Float32Array"
+
+
+def packed(values: ArrayLike) -> dict[str, Any]:
+    """Turn numbers into what ``assets/unpack.js`` reads back as a typed array.
+
+    Whole numbers take the smallest type that holds them, others are stored in float32; NaN and
+    infinities survive. Bytes are little-endian and gzip without a time stamp: equal numbers give
+    equal text.
+
+    Parameters
+    ----------
+    values : array-like
+        Numbers of any shape.
+
+    Returns
+    -------
+    dict
+        ``type`` (a JavaScript typed array), ``shape`` and ``gzip`` (base64).
+    """
+    array = np.asarray(values)
+    kind = _smallest(array) if array.dtype.kind in "iub" else "f4"
+    raw = np.ascontiguousarray(array).astype(f"<{kind}").tobytes()
+    return {
+        "type": _NAMES.get(kind, _FLOAT),
+        "shape": list(array.shape),
+        "gzip": base64.b64encode(gzip.compress(raw, compresslevel=9, mtime=0)).decode("ascii"),
+    }
+
+
+def _smallest(array: np.ndarray) -> str:
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < 0:
+        return "i4"
+    return "u1" if high < 1 << 8 else "u2" if high < 1 << 16 else "u4"

@@ -1,0 +1,73 @@
+"""Attributes of units in a report, and how they go with the drops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyablate.correlation import correlate
+from pyablate.report.contents import measures
+from pyablate.report.packed import packed
+from pyablate.result import AblationResult
+from pyablate.unit_table import aligned, attribute_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+TARGETS = ("max_class_drop", "split_half_drop", "accuracy_drop")
+_RESAMPLES = 300
+
+
+def relations(result: AblationResult, table: xr.Dataset | pd.DataFrame) -> dict[str, Any]:
+    """Gather attributes and their rank correlations with the drops, layer by layer.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    table : xarray.Dataset or pandas.DataFrame
+        As for :func:`pyablate.correlate`.
+
+    Returns
+    -------
+    dict
+        ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
+        layer, target and attribute that has one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`pyablate.correlate` raises.
+    """
+    columns = attribute_columns(aligned(table, result), None)
+    targets = [*TARGETS, *measures(result)]
+    found = correlate(
+        result,
+        table,
+        attributes=list(columns),
+        targets=targets,
+        methods="spearman",
+        resamples=_RESAMPLES,
+        shuffles=1,
+    )
+    layers = {layer: code for code, layer in enumerate(dict.fromkeys(found["layer"]))}
+    names = {name: code for code, name in enumerate(columns)}
+    known = found[found["correlation"].notna()]
+    numbers = ["units", "correlation", "low", "high", "p", "q"]
+    return {
+        "name": list(columns),
+        "formula": [_formula(table, name) for name in columns],
+        "values": [packed(values) for values in columns.values()],
+        "targets": targets,
+        "correlations": {
+            "layer": packed(known["layer"].map(layers).to_numpy(dtype="int64")),
+            "target": packed(known["target"].map(targets.index).to_numpy(dtype="int64")),
+            "attribute": packed(known["attribute"].map(names).to_numpy(dtype="int64")),
+        }
+        | {name: packed(known[name].to_numpy()) for name in numbers},
+    }
+
+
+def _formula(table: xr.Dataset | pd.DataFrame, name: str) -> str:
+    """Say what an attribute is, where the table says so."""
+    return str(getattr(table[name], "attrs", {}).get("formula", ""))
