@@ -57,45 +57,76 @@ ChangeRun find_change_run(ActivationKind kind, DType base, DType delta, DType ou
     return found;
 }
 
-void encode(const float* change, std::int64_t count, std::uint8_t* codes, float* scale) {
-    using V = Vec<float, full_lanes<float>>;
-    typedef std::uint8_t Bytes __attribute__((vector_size(V::size)));
-    typedef std::int32_t Whole __attribute__((vector_size(4 * V::size)));
-    // Magnitudes compare like the numbers that their bits spell; infinities and NaN are the
-    // largest.
-    Whole most = {};
-    for (std::int64_t i = 0; i < count; i += V::size) {
-        const int n = count - i < V::size ? static_cast<int>(count - i) : V::size;
-        const V d = load_n<V>(change + i, n);
-        Whole bits;
-        __builtin_memcpy(&bits, &d.lanes, sizeof bits);
-        bits &= 0x7fffffff;
+namespace {
+
+using Floats = Vec<float, full_lanes<float>>;
+typedef std::int32_t Bits __attribute__((vector_size(4 * Floats::size)));
+
+Bits bits_of(const Floats& values) {
+    Bits bits;
+    __builtin_memcpy(&bits, &values.lanes, sizeof bits);
+    return bits;
+}
+
+// Calls step(i, lanes) for all vectors of `count` numbers. The whole ones see a constant, so that
+// their loads and stores are single instructions.
+template <class Step>
+void for_vectors(std::int64_t count, const Step& step) {
+    std::int64_t i = 0;
+    for (; i + Floats::size <= count; i += Floats::size) step(i, Floats::size);
+    if (i < count) step(i, static_cast<int>(count - i));
+}
+
+// Bits of the largest magnitude; magnitudes compare like the numbers that their bits spell, and
+// infinities and NaN are the largest.
+std::int32_t largest_bits(const float* change, std::int64_t count) {
+    Bits most = {};
+    for_vectors(count, [&](std::int64_t i, int n) PYABLATE_LAMBDA_INLINE {
+        const Bits bits = bits_of(load_n<Floats>(change + i, n)) & 0x7fffffff;
         most = bits > most ? bits : most;
+    });
+    std::int32_t found = 0;
+    for (int lane = 0; lane < Floats::size; ++lane) {
+        if (most[lane] > found) found = most[lane];
     }
-    std::int32_t largest_bits = 0;
-    for (int lane = 0; lane < V::size; ++lane) {
-        if (most[lane] > largest_bits) largest_bits = most[lane];
-    }
+    return found;
+}
+
+// Sets the scale of codes whose largest change has these bits; returns its inverse.
+double code_inverse(std::int32_t most, float* scale) {
     float largest;
-    __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-    const bool finite = largest_bits < 0x7f800000;
+    __builtin_memcpy(&largest, &most, sizeof largest);
+    const bool finite = most < 0x7f800000;
     // Of the smallest numbers the inverse would be infinite: no change that could matter.
     const bool dead = finite && !(largest > 1e-30f);
     *scale = !finite ? __builtin_nanf("") : dead ? 0.0f : largest / code_most;
-    const V inverse(dead || !finite ? 0.0 : static_cast<double>(code_most / largest));
+    return dead || !finite ? 0.0 : static_cast<double>(code_most / largest);
+}
+
+void write_codes(const float* change, std::int64_t count, double inverse, std::uint8_t* codes) {
+    typedef std::int16_t Halves __attribute__((vector_size(2 * Floats::size)));
+    typedef std::uint8_t Bytes __attribute__((vector_size(Floats::size)));
     // Adding 1.5 * 2^23 leaves no fraction bits: the rounded sum stands in the low bits.
-    const V magic(12582912.0 + code_zero);
-    for (std::int64_t i = 0; i < count; i += V::size) {
-        const int n = count - i < V::size ? static_cast<int>(count - i) : V::size;
-        const V shifted = load_n<V>(change + i, n) * inverse + magic;
-        Whole bits;
-        __builtin_memcpy(&bits, &shifted.lanes, sizeof bits);
-        const Bytes bytes = __builtin_convertvector(bits, Bytes);
+    const Floats factor(inverse), magic(12582912.0 + code_zero);
+    for_vectors(count, [&](std::int64_t i, int n) PYABLATE_LAMBDA_INLINE {
+        const Floats shifted = load_n<Floats>(change + i, n) * factor + magic;
+        // By way of 16 bits: GCC 12 takes the direct way lane by lane, eight times as slowly.
+        const Halves halves = __builtin_convertvector(bits_of(shifted), Halves);
+        const Bytes bytes = __builtin_convertvector(halves, Bytes);
         __builtin_memcpy(codes + i, &bytes, static_cast<std::size_t>(n));
-    }
+    });
+}
+
+}  // namespace
+
+void encode(const float* change, std::int64_t count, std::uint8_t* codes, float* scale) {
+    write_codes(change, count, code_inverse(largest_bits(change, count), scale), codes);
 }
 
 namespace {
+
+// 16 KiB of float: half of a first cache.
+constexpr std::int64_t code_block = 4096;
 
 std::int64_t bytes_of(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
@@ -132,17 +163,33 @@ void delta_activation(const DeltaActivationParams& p, std::int64_t begin, std::i
     }
 }
 
-// Items are whole rows: the largest change is known only at the end.
+// Items are whole rows: the largest change is known only at the end. Each row is gone through
+// twice, in blocks that stay in the first cache while all that is done to them is done.
 void delta_activation_codes(const DeltaActivationParams& p, float* row, std::int64_t begin,
                             std::int64_t end) {
     const ChangeRun run = find_change_run(p.activation.kind, p.base_dtype, p.dtype, DType::float32);
     const ChangeRun keep =
         find_change_run(ActivationKind::identity, DType::float32, DType::float32, p.dtype);
+    const auto blocks = [&](const auto& step) {
+        for (std::int64_t start = 0; start < p.width; start += code_block) {
+            const std::int64_t left = p.width - start;
+            step(start, left < code_block ? left : code_block);
+        }
+    };
     for (std::int64_t pair = begin; pair < end; ++pair) {
-        run_part(p, run, pair, 0, p.width, row);
-        encode(row, p.width, p.codes.values + pair * p.width, p.codes.scale + pair);
-        keep(nullptr, row, nullptr, static_cast<char*>(p.out) + pair * p.width * bytes_of(p.dtype),
-             p.width, {});
+        std::int32_t most = 0;
+        blocks([&](std::int64_t start, std::int64_t count) {
+            run_part(p, run, pair, start, count, row + start);
+            const std::int32_t found = largest_bits(row + start, count);
+            if (found > most) most = found;
+        });
+        const double inverse = code_inverse(most, p.codes.scale + pair);
+        blocks([&](std::int64_t start, std::int64_t count) {
+            const std::int64_t at = pair * p.width + start;
+            write_codes(row + start, count, inverse, p.codes.values + at);
+            keep(nullptr, row + start, nullptr, static_cast<char*>(p.out) + at * bytes_of(p.dtype),
+                 count, {});
+        });
     }
 }
 

@@ -83,15 +83,15 @@ class Channel:
         full[pair, self.channel[column]] = chosen
         return full.flatten(1, 2) if self.inner > 1 else full.movedim(1, self.axis)
 
-    def add_to(self, dense: Tensor, image: Tensor, column: Tensor, scale: float) -> Tensor:
-        """Add this delta to a dense one ``[P, ...]``, in place."""
+    def add_to(self, dense: Tensor, image: Tensor, column: Tensor, factor: Tensor) -> None:
+        """Add this delta, times a factor per pair ``[P]`` or ``[1]``, to one ``[P, ...]``."""
         view = (
             dense.unflatten(1, (self.size, -1)) if self.inner > 1 else dense.movedim(self.axis, 1)
         )
         pair = torch.arange(len(image), device=image.device)
-        added = view[pair, self.channel[column]] + scale * self.values[image, column]
-        view[pair, self.channel[column]] = added.to(view.dtype)
-        return dense
+        own = self.values[image, column]
+        own = own * factor.reshape(-1, *[1] * (own.ndim - 1))
+        view[pair, self.channel[column]] += own.to(view.dtype)
 
     def of(self, full: Tensor) -> Tensor:
         """Read the same channels of a full tensor ``[N, ...]``, as ``[N, U, *rest]``."""

@@ -36,7 +36,7 @@ from pyablate.engine.channel import (
     Channel,
     keeps_shape,
 )
-from pyablate.engine.pending import Activated, FirstMap, Pending, Scaled, Sum
+from pyablate.engine.pending import Activated, FirstMap, Scaled, Sum
 from pyablate.ops import Activation, Codes
 
 aten = torch.ops.aten
@@ -203,15 +203,11 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
     first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     if isinstance(first, Channel) or isinstance(second, Channel):
-        first, second = (
-            pairs.delta(a) if isinstance(pairs.raw(a), Pending) else pairs.raw(a)
-            for a in cast(list[fx.Node], node.args[:2])
-        )
-    if isinstance(first, Tensor) and isinstance(second, Channel) and _fit(first, second, node):
-        return second.add_to(first.clone(), pairs.image_long, pairs.column, sign)
-    if isinstance(second, Tensor) and isinstance(first, Channel) and _fit(second, first, node):
-        signed = second.clone() if sign > 0 else -second
-        return first.add_to(signed, pairs.image_long, pairs.column, 1.0)
+        first, second = (_at_least_scaled(pairs, a) for a in cast(list[fx.Node], node.args[:2]))
+    if isinstance(second, Channel) and _fit(first, second, node):
+        return _onto(pairs, node, cast(fx.Node, node.args[0]), second, sign)
+    if isinstance(first, Channel) and sign > 0 and _fit(second, first, node):
+        return _onto(pairs, node, cast(fx.Node, node.args[1]), first, sign)
     if sign > 0 and (waiting := _residual(pairs, node, first, second)) is not None:
         return waiting
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
@@ -235,10 +231,32 @@ def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | Non
     return Sum(left, right) if alike and pairs.plain(node) else None
 
 
-def _fit(dense: Tensor, channel: Channel, node: fx.Node) -> bool:
-    """Whether neither delta is broadcast by the sum."""
+def _at_least_scaled(pairs: Pairs, node: fx.Node) -> Any:
+    """Return a delta as held, but with all pending work done that is more than a factor."""
+    raw = pairs.raw(node) if isinstance(node, fx.Node) else None
+    return pairs.delta(node) if isinstance(raw, (FirstMap, Sum, Activated)) else raw
+
+
+def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: float) -> Scaled:
+    """Add a delta that is on its channel to the dense one of a node, in place where it may."""
+    dense = _waiting(pairs.raw(source), source)
+    if dense is None:
+        dense = Scaled(pairs.delta(source))
+    values = dense.values if dense.fresh else dense.values.clone()
+    scale, factor = dense.scale, channel.values.new_tensor([sign])
+    if scale is not None:
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # codes of nothing but zeros
+        factor = sign / scale
+    channel.add_to(values, pairs.image_long, pairs.column, factor)
+    return Scaled(values, scale, fresh=len(_readers(node)) == 1)
+
+
+def _fit(dense: Any, channel: Channel, node: fx.Node) -> bool:
+    """Whether a dense delta and one on its channel are added without broadcasting either."""
+    values = dense.values if isinstance(dense, Scaled) else dense
     shape = tuple(node.meta["val"].shape[1:])
-    return tuple(dense.shape[1:]) == shape and keeps_shape(channel, node)
+    alike = isinstance(values, Tensor) and tuple(values.shape[1:]) == shape
+    return alike and keeps_shape(channel, node)
 
 
 def _full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
