@@ -164,3 +164,47 @@ def test_a_network_that_works_in_place_leaves_the_images_alone():
     (x, y), before = images(8), images(8)[0]
     pa.ablate(InPlace().eval(), (x, y), "maps", audit=5, progress=False)
     assert torch.equal(x, before)
+
+
+class AroundSum(nn.Module):
+    """A first convolution, a shortcut that stands still or changes as well, and what reads both."""
+
+    def __init__(self, order):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        )
+        self.order = order
+
+    def forward(self, x):
+        stem = self.stem(x)
+        branch = self.conv(self.inner(stem))
+        if self.order == "shortcut second":
+            both = branch + stem
+        elif self.order == "shortcut first":
+            both = stem + branch
+        elif self.order == "subtracted":
+            both = stem - branch
+        elif self.order == "twice":
+            both = branch + branch
+        else:
+            both = branch + stem.mean(dim=(2, 3), keepdim=True)
+        return self.head(self.last(self.relu(both)) + both)
+
+
+@pytest.mark.parametrize(
+    "order", ["shortcut second", "shortcut first", "subtracted", "twice", "broadcast"]
+)
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_sums_of_what_is_pending(order, precision):
+    """Units of the stem change both summands, those of the branch one of them."""
+    model = AroundSum(order).eval()
+    torch.manual_seed(1)
+    data = torch.randn(12, 1, 9, 9), torch.arange(12) % 5
+    check(model, data, ["stem.1", "inner.1", "relu"], precision=precision)

@@ -201,20 +201,28 @@ def _sum(pairs: Pairs, node: fx.Node) -> Any:
     if node.kwargs:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
-    first, second = (pairs.raw(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-    if isinstance(first, Channel) or isinstance(second, Channel):
-        first, second = (_at_least_scaled(pairs, a) for a in cast(list[fx.Node], node.args[:2]))
+    if sign > 0 and (waiting := _still_first(pairs, node)) is not None:
+        return waiting
+    first, second = (_at_least_scaled(pairs, a) for a in cast(list[fx.Node], node.args[:2]))
     if isinstance(second, Channel) and _fit(first, second, node):
         return _onto(pairs, node, cast(fx.Node, node.args[0]), second, sign)
     if isinstance(first, Channel) and sign > 0 and _fit(second, first, node):
         return _onto(pairs, node, cast(fx.Node, node.args[1]), first, sign)
-    if sign > 0 and (waiting := _residual(pairs, node, first, second)) is not None:
-        return waiting
+    if sign > 0 and (residual := _residual(pairs, node, first, second)) is not None:
+        return residual
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     if right is not None and sign < 0:
         right = -right
     total: Any = left if right is None else right if left is None else left + right
     return _full_shape(pairs, node, total)
+
+
+def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
+    """Let a first convolution go on waiting where only what stands still is added to it."""
+    changed = _changed(pairs, node)
+    raw = pairs.raw(changed[0]) if len(changed) == 1 else None
+    alike = changed[0].meta["val"].shape == node.meta["val"].shape
+    return raw if isinstance(raw, FirstMap) and alike else None
 
 
 def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | None:
@@ -361,6 +369,8 @@ def _first_convolution(
         return _single_channel(pairs, delta, delta.values, filters, **geometry, **fused)
 
     reader = _only_reader(node)
+    if reader is not None and reader.target in SUMS:
+        reader = _only_reader(reader)  # with a shortcut that mostly stands still
     waits = reader is not None and _named_activation(reader) is not None and pairs.plain(node)
     return FirstMap(run) if waits else run()
 
