@@ -160,7 +160,7 @@ def _is_structure(text: Any) -> bool:
     entries = list(_entries(content))
     plain = all(value in _CONTAINERS for key, value in entries if key == "type")
     contexts = [value for key, value in entries if key == "context"]
-    return plain and not any(isinstance(c, str) and "__enum__" in c for c in contexts)
+    return plain and not any("__enum__" in str(context) for context in contexts)
 
 
 def _declared_bytes(content: Any) -> int:
