@@ -132,9 +132,9 @@ def _is_size(text: Any) -> bool:
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in _SYMPY:
                 return False
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if not _TEXT.fullmatch(node.value):
-                return False
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and not _TEXT.fullmatch(text):
+            return False
         if _is_power_of_numbers(node):  # which could take for ever
             return False
     return True

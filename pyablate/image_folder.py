@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyablate.turns import a_moment
+
 _log = logging.getLogger("pyablate")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -144,10 +146,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def _guess_channels(self) -> int:
         for path, _ in self.files[:: max(1, len(self.files) // _LOOKED_AT)]:
-            with contextlib.suppress(ValueError):  # reported when its turn to be decoded comes
-                with self._open(path) as image:
-                    if image.mode not in _GREY_MODES:
-                        return 3
+            # What is damaged is reported when its turn to be decoded comes.
+            with contextlib.suppress(ValueError), self._open(path) as image:
+                if image.mode not in _GREY_MODES:
+                    return 3
         return 1
 
     def _warn_of_empty_classes(self) -> None:
@@ -201,8 +203,9 @@ def _pillow() -> Any:
 def _decoding(path: Path) -> Iterator[None]:
     """Turn whatever Pillow raises about a damaged file into one error with the file's name."""
     try:
-        with warnings.catch_warnings():
-            # About sizes, which the header tells before any decoding, and about damaged metadata.
+        # About sizes, which the header tells before any decoding, and about damaged metadata. The
+        # filters are the whole process's: threads that change them at once would mix them up.
+        with a_moment(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
