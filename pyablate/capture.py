@@ -23,6 +23,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from pyablate.layers import Site, evaluation, hooked
+from pyablate.turns import a_moment
 
 logger = logging.getLogger("pyablate")
 aten = torch.ops.aten
@@ -258,7 +259,7 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with _quiet(), evaluation(model), hooked(model, sites, change):
+    with a_moment(), _quiet(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -20,12 +19,10 @@ from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyablate.exported_archive import check_archive
+from pyablate.turns import a_moment
 
 MAX_BYTES = 64 << 30
 """Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
-
-ONE_AT_A_TIME = threading.RLock()
-"""Held while torch exports or loads a program: it keeps both in global variables meanwhile."""
 
 
 class ExportedModel(nn.Module):
@@ -85,7 +82,7 @@ def load_exported(path: Path) -> nn.Module:
         raise ValueError(f"model: {name!r} is no exported program (.pt2 archive)")
     try:
         check_archive(path, max_bytes=MAX_BYTES)
-        with ONE_AT_A_TIME, _only_tensors_unpickled(), _torch_silenced():
+        with a_moment(), _only_tensors_unpickled(), _torch_silenced():
             program = torch.export.load(path)
             _check_program(program, name)
             return ExportedModel(torch.export.unflatten(program))

@@ -132,9 +132,9 @@ def _is_size(text: Any) -> bool:
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in _SYMPY:
                 return False
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if not _TEXT.fullmatch(node.value):
-                return False
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and not _TEXT.fullmatch(text):
+            return False
         if _is_power_of_numbers(node):  # which could take for ever
             return False
     return True
@@ -160,7 +160,7 @@ def _is_structure(text: Any) -> bool:
     entries = list(_entries(content))
     plain = all(value in _CONTAINERS for key, value in entries if key == "type")
     contexts = [value for key, value in entries if key == "context"]
-    return plain and not any(isinstance(c, str) and "__enum__" in c for c in contexts)
+    return plain and not any("__enum__" in str(context) for context in contexts)
 
 
 def _declared_bytes(content: Any) -> int:

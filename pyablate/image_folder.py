@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from pyablate.turns import a_moment
 
 _log = logging.getLogger("pyablate")
 
@@ -108,22 +111,15 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return (image - self._mean) / self._std, label
 
     def _decode(self, path: Path) -> Any:
-        try:
-            with self._open(path) as image:
-                converted = image.convert("L" if self.channels == 1 else "RGB")
-        except ValueError:
-            raise
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
+        with self._open(path) as image, _decoding(path):
+            converted = image.convert("L" if self.channels == 1 else "RGB")
         if self._size is not None:
             converted = self._cut_out(converted, *self._size)
         return np.array(converted, dtype=np.uint8)
 
     def _open(self, path: Path) -> Any:
         pillow = _pillow()  # no attribute: decoding processes get a pickled copy of this object
-        with warnings.catch_warnings():
-            # Its warning becomes the error below; the header tells the size before any decoding.
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        with _decoding(path):
             try:
                 image = pillow.open(path)
             except pillow.DecompressionBombError as error:
@@ -150,12 +146,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def _guess_channels(self) -> int:
         for path, _ in self.files[:: max(1, len(self.files) // _LOOKED_AT)]:
-            try:
-                with self._open(path) as image:
-                    if image.mode not in _GREY_MODES:
-                        return 3
-            except OSError:
-                continue  # reported with its name when its turn to be decoded comes
+            # What is damaged is reported when its turn to be decoded comes.
+            with contextlib.suppress(ValueError), self._open(path) as image:
+                if image.mode not in _GREY_MODES:
+                    return 3
         return 1
 
     def _warn_of_empty_classes(self) -> None:
@@ -203,6 +197,21 @@ def _pillow() -> Any:
         return importlib.import_module("PIL.Image")
     except ImportError:
         raise ImportError("image folders need Pillow: pip install pillow") from None
+
+
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow raises about a damaged file into one error with the file's name."""
+    try:
+        # About sizes, which the header tells before any decoding, and about damaged metadata. The
+        # filters are the whole process's: threads that change them at once would mix them up.
+        with a_moment(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if str(error).startswith("data:"):
+            raise
+        raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
 
 
 def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pyablate.exported import original_type
+from pyablate.turns import a_moment
 
 Kind = Literal["activation", "block", "layer"]
 
@@ -102,7 +103,7 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
         Modules whose output is one floating-point tensor ``[N, ..., units, ...]``. The
         network's own output (its logits) is not a site: it holds classes.
     """
-    with torch.inference_mode(False):  # whose tensors do not count their changes
+    with a_moment(), torch.inference_mode(False):  # whose tensors do not count their changes
         return _Survey(model, sample.clone()).sites()
 
 
@@ -156,13 +157,14 @@ def parse_label(
 
 def copied(model: nn.Module) -> nn.Module:
     """Copy a model, also one that holds tensors with a history, as old weight norm leaves them."""
-    history = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(model, history)
+    with a_moment():  # without hooks that another thread may have put on it
+        history = {
+            id(value): value.detach().clone()
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+        return copy.deepcopy(model, history)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pyablate.interventions import Intervention
 from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
 from pyablate.ranks import Ranks
+from pyablate.turns import a_run
 
 logger = logging.getLogger("pyablate")
 
@@ -50,8 +51,15 @@ WORTHWHILE = 1.3
 def undisturbed() -> Iterator[None]:
     """Work in plain arithmetic, and leave random generators and settings as they were.
 
-    An ambient autocast or TF32 would round the clean run and all that is compared with it.
+    An ambient autocast or TF32 would round the clean run and all that is compared with it. All of
+    this is the whole process's: other threads wait for their turn.
     """
+    with a_run(), _plain_arithmetic():
+        yield
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
     matmul = torch.get_float32_matmul_precision()
     tf32 = torch.backends.cudnn.allow_tf32
     cuda = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()

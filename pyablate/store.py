@@ -101,11 +101,14 @@ def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
             "unit": read("unit_index").astype(np.int64),
         }
     )
+    labels, baseline = read("label").astype(np.int64), read("baseline").astype(np.int64)
+    flips = Flips(read("flip_start"), read("flip_image"), read("flip_prediction"))
+    _check_numbers(len(units), labels, baseline, flips, len(attrs["class_names"]))
     return AblationResult(
         units=units,
-        labels=read("label").astype(np.int64),
-        baseline=read("baseline").astype(np.int64),
-        flips=Flips(read("flip_start"), read("flip_image"), read("flip_prediction")),
+        labels=labels,
+        baseline=baseline,
+        flips=flips,
         class_names=tuple(attrs["class_names"]),
         intervention=attrs["intervention"],
         audit=Audit(**attrs["audit"]),
@@ -116,6 +119,32 @@ def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
         },
         provenance=dict(attrs.get("provenance", {})),
     )
+
+
+def _check_numbers(
+    units: int, labels: np.ndarray, baseline: np.ndarray, flips: Flips, classes: int
+) -> None:
+    """Raise ValueError where the arrays of a result do not fit each other."""
+    images, count = len(labels), len(flips.image)
+    sizes = [np.diff(flips.start), flips.start[:1], count - flips.start[-1:]]
+    for name, right in (
+        ("flip_start", len(flips.start) == units + 1 and not sizes[1].any()),
+        ("flip_start", min(sizes[0], default=0) >= 0 and not sizes[2].any()),
+        ("flip_prediction", len(flips.prediction) == count),
+        ("baseline", len(baseline) == images),
+        ("flip_image", _within(flips.image, images)),
+        ("label", images > 0 and _within(labels, classes)),
+        ("baseline", _within(baseline, classes)),
+        ("flip_prediction", _within(flips.prediction, classes)),
+    ):
+        if not right:
+            raise ValueError(f"{name} does not fit the other arrays")
+
+
+def _within(numbers: np.ndarray, stop: int) -> bool:
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        return False
+    return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < stop)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

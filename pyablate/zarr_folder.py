@@ -68,8 +68,7 @@ def _described(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_array(path: Path, array: dict[str, Any], max_bytes: int) -> None:
-    grid = array.get("chunk_grid", {})
-    chunk = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
+    chunk = _inner(_inner(array.get("chunk_grid"), "configuration"), "chunk_shape")
     for shape in (array["shape"], array.get("chunks", chunk) or []):
         numbers = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
         if not numbers or min(shape, default=0) < 0:
@@ -80,6 +79,10 @@ def _check_array(path: Path, array: dict[str, Any], max_bytes: int) -> None:
     for codec in codecs:
         if isinstance(codec, dict) and "pickle" in str(codec.get("id", codec.get("name"))):
             raise OSError(f"{path}: holds pickled objects, expected numbers and text")
+
+
+def _inner(item: Any, key: str) -> Any:
+    return item.get(key) if isinstance(item, dict) else None
 
 
 def _listed(array: dict[str, Any], key: str) -> list[Any]:

@@ -26,6 +26,7 @@ from pyablate.measures import MEASURES, Measure
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult, Flips
+from pyablate.turns import a_moment
 
 NEAR_TIE = 1e-5
 """Top-2 margin, as a share of the largest absolute logit, under which a prediction is a tie."""
@@ -244,7 +245,7 @@ class _Loop:
             for name in changes:
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook_of(name)))
-            with torch.no_grad():
+            with a_moment(), torch.no_grad():
                 values = self.model(images.clone())  # it may work in place
         finally:
             for handle in handles:

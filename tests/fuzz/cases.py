@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +51,7 @@ INTERVENTIONS = (
 class Case:
     """One network and one way to ablate it; its ``repr`` is the code that makes it again."""
 
-    network: Network = Network()
+    network: Network
     images: int = 5
     layers: tuple[int, ...] | None = None  # numbers of sites, modulo how many there are
     groups: tuple[tuple[int, ...], ...] = ()  # numbers of units, likewise
@@ -73,10 +71,9 @@ class Case:
         labels = torch.randint(self.network.classes, (self.images,), generator=generator)
         model = self.network.build()
         networks.randomise(model, seed=self.network.seed)
-        images = arranged(images, self.layout)
-        networks.spread_logits(model, images.float())
+        networks.spread_logits(model, arranged(images, self.layout).float().contiguous())
         model = model.double() if self.double else model
-        return model, images.to(model.head.weight.dtype) if self.double else images, labels
+        return model, arranged(images.double() if self.double else images, self.layout), labels
 
     def options(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
         """Return what engine and oracle are both told."""
@@ -118,7 +115,7 @@ def arranged(images: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and images.ndim == 4:
         return images.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
-        wide = torch.zeros(*images.shape[:-1], 2 * images.shape[-1] + 1)
+        wide = images.new_zeros(*images.shape[:-1], 2 * images.shape[-1] + 1)
         wide[..., 1::2] = images
         return wide[..., 1::2]
     if layout == "expanded":
@@ -283,4 +280,3 @@ CASES = st.builds(
     double=st.sampled_from([False, False, False, True]),
     strategy=st.sampled_from(["auto"] * 9 + ["replay"]),
 )
-_ = (math, Callable)

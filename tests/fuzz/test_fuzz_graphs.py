@@ -1,49 +1,39 @@
 """Random networks, ablated in random ways, agree with the float64 hook loop.
 
-``make fuzz`` runs 500 of them under a seed of the day; the tests run 30 that are always the same.
-A failure prints the case as code: paste it into ``test_fuzz_found.py`` and mend what it shows.
+A failure prints the case as code: paste it into ``test_fuzz_found.py``, and mend what it shows.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from typing import Any
+import sys
 
 import pytest
+from budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
 from cases import CASES, Case, check
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
-EXAMPLES = int(os.environ.get("FUZZ", "30"))
-MINUTES = float(os.environ.get("FUZZ_MINUTES", "inf"))
-nightly = "FUZZ" in os.environ
-LIMITS: dict[str, Any] = {
-    "max_examples": EXAMPLES,
-    "deadline": None,
-    "database": None,
-    "derandomize": not nightly,
-    "phases": [Phase.generate, Phase.shrink] if nightly else [Phase.generate],
-    "print_blob": False,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-}
-_ = (pytest, Case)
-START = time.monotonic()
-counted = {"graphs": 0, "pairs": 0, "near ties": 0}
+from pyablate.reference import Agreement
+
+compared: list[Agreement] = []
 
 
-@settings(**LIMITS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
+@settings_for(30)
 @given(case=CASES)
 def test_random_networks_agree_with_the_oracle(case: Case) -> None:
-    if time.monotonic() - START > 60 * MINUTES:
-        return
-    agreement = check(case)
-    counted["graphs"] += agreement.pairs > 0
-    counted["pairs"] += agreement.pairs
-    counted["near ties"] += agreement.near_ties
+    if not out_of_time():
+        compared.append(check(case))
 
 
 def test_the_comparisons_meant_something() -> None:
-    if not counted["graphs"]:
-        pytest.skip("no graphs were compared: the test before did not run")
-    print(counted)
-    assert counted["near ties"] < 0.2 * counted["pairs"]
+    graphs = sum(agreement.pairs > 0 for agreement in compared)
+    if not graphs:
+        pytest.skip("nothing was compared: the test before did not run, or found something")
+    pairs = sum(agreement.pairs for agreement in compared)
+    ties = sum(agreement.near_ties for agreement in compared)
+    if NIGHTLY:
+        said = f"{graphs} of {EXAMPLES} networks, {pairs} predictions, {ties} of them near ties"
+        print(f"\ncompared: {said}", file=sys.__stderr__)
+    else:
+        assert graphs > 0.8 * EXAMPLES
+    assert ties < 0.2 * pairs

@@ -1,0 +1,377 @@
+"""Damaged files of every kind are refused with one clear line, quickly and without much memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from budget import settings_for
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from simulated import simulate
+from torch import Tensor, nn
+
+import pyablate as pa
+from pyablate.inputs import load_data, load_model
+from pyablate.unit_table import read_table
+
+REFUSALS = (ValueError, TypeError, OSError, ImportError)  # what the shell turns into one line
+SECONDS = 20.0
+GIGABYTES = 4.0  # of address space beyond what is there
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Let no huge allocation pass unnoticed, even one that nobody touches."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    now = pages * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(GIGABYTES * 2**30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def reads_or_refuses(read: Callable[[], object]) -> None:
+    """Run a reader: it gives something, or one line that says what is wrong; never more."""
+    start = time.monotonic()
+    with little_memory():
+        said = ""
+        try:
+            read()
+        except REFUSALS as error:
+            said = str(error).strip() or repr(error)
+        assert len(said) < 2000
+    assert time.monotonic() - start < SECONDS
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Some ways to damage bytes, applied one after another."""
+    steps = draw(st.lists(_STEPS, min_size=1, max_size=4))
+
+    def apply(content: bytes) -> bytes:
+        for kind, place, value in steps:
+            content = _damaged(content, kind, place, value)
+        return content
+
+    return apply
+
+
+_STEPS = st.tuples(
+    st.sampled_from("flip flip flip cut drop insert number zeros".split()),
+    st.floats(0, 1),
+    st.integers(0, 255) | st.sampled_from([255, 127, 128, 0]),
+)
+
+
+def _damaged(content: bytes, kind: str, place: float, value: int) -> bytes:
+    at = min(int(place * len(content)), max(0, len(content) - 1))
+    before, after = content[:at], content[at:]
+    if kind == "flip":
+        return before + bytes([value]) + after[1:]
+    if kind == "cut":
+        return before
+    if kind == "drop":
+        return before + after[1 + value % 16 :]
+    if kind == "insert":
+        return before + bytes([value]) * (1 + value % 32) + after
+    if kind == "number":  # a huge one in place of what was there
+        huge = struct.pack("<q", (1 << (value % 63)) - 1)
+        return before + huge + after[8:]
+    return before + bytes(len(after[:64])) + after[64:]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    code = {"u1": 8, "i4": 12, "f4": 13}[array.dtype.str[1:]]
+    header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+LABELS = np.array([0, 2, 1, 1, 0, 2], dtype=np.uint8)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.conv(x)).mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One sound file of every kind."""
+    folder = tmp_path_factory.mktemp("sound")
+    (folder / "t-images-idx3-ubyte").write_bytes(idx(IMAGES))
+    (folder / "t-labels-idx1-ubyte").write_bytes(idx(LABELS))
+    (folder / "z-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES), mtime=0))
+    (folder / "z-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS), mtime=0))
+    floats = IMAGES.astype(np.float32)
+    np.savez(folder / "plain.npz", images=floats, labels=LABELS, class_names=["a", "b", "c"])
+    np.savez_compressed(folder / "packed.npz", x=IMAGES, y=LABELS)
+    np.save(folder / "labels.npy", LABELS)
+    model = Small().eval()
+    save_file(model.state_dict(), folder / "w.safetensors")
+    torch.save(model.state_dict(), folder / "w.pth")
+    torch.save(model.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
+    program = torch.export.export(
+        model, (torch.rand(3, 1, 5, 4),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    torch.export.save(program, folder / "net.pt2")
+    for kind in ("png", "jpeg", "gif", "bmp", "webp", "tiff"):
+        Image.fromarray(np.kron(IMAGES[0], np.ones((4, 4), np.uint8))).save(folder / f"i.{kind}")
+    draw = np.random.default_rng(0)
+    result = simulate(np.full((3, 2), 0.5), 0.5, 20, draw, ["x"] * 3)
+    result.save(folder / "run.zarr")
+    result.to_dataframe().to_csv(folder / "units.csv", index=False)
+    return folder
+
+
+def _weights(path: Path, _: Path) -> object:
+    state = pa.inputs.read_state(path)  # type: ignore[attr-defined]
+    pa.inputs.load_state(Small(), state, str(path))  # type: ignore[attr-defined]
+    return None
+
+
+def _decoded(path: Path, sound: Path) -> object:
+    folder = path.parent / "photos" / "cat"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, folder / path.name)
+    return list(load_data(folder.parent).batches)
+
+
+def _idx_data(path: Path, sound: Path) -> object:
+    return load_data(path, labels=sound / "t-labels-idx1-ubyte")
+
+
+READERS: dict[str, Callable[[Path, Path], object]] = {
+    "t-images-idx3-ubyte": _idx_data,
+    "z-images-idx3-ubyte.gz": _idx_data,
+    "plain.npz": lambda path, _: load_data(path),
+    "packed.npz": lambda path, _: load_data(path),
+    "labels.npy": lambda path, sound: load_data(sound / "plain.npz", labels=path),
+    "t-labels-idx1-ubyte": lambda path, sound: load_data(sound / "plain.npz", labels=path),
+    "w.safetensors": _weights,
+    "w.pth": _weights,
+    "old.pt": _weights,
+    "net.pt2": lambda path, _: load_model(str(path)),
+    "i.png": _decoded,
+    "i.jpeg": _decoded,
+    "i.gif": _decoded,
+    "i.bmp": _decoded,
+    "i.webp": _decoded,
+    "i.tiff": _decoded,
+    "units.csv": lambda path, _: read_table(path),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files(name: str, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    whole = (sound / name).read_bytes()
+    folder = tmp_path_factory.mktemp("damaged")
+    reads_or_refuses(lambda: READERS[name](sound / name, sound))
+
+    @settings_for(12)
+    @given(damage())
+    def check(change: Callable[[bytes], bytes]) -> None:
+        path = folder / name
+        path.write_bytes(change(whole))
+        reads_or_refuses(lambda: READERS[name](path, sound))
+
+    check()
+
+
+def members(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
+    """Return an archive with members changed and their checksums right."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, change(member, old.read(member)))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("name", ["plain.npz", "w.pth", "net.pt2"])
+def test_damaged_members(name: str, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Checksums catch most damage to archives; here they are right."""
+    whole = (sound / name).read_bytes()
+    folder = tmp_path_factory.mktemp("members")
+    with zipfile.ZipFile(sound / name) as archive:
+        names = archive.namelist()
+
+    @settings_for(15)
+    @given(st.sampled_from(names), damage())
+    def check(member: str, change: Callable[[bytes], bytes]) -> None:
+        path = folder / name
+        path.write_bytes(members(whole, lambda m, c: change(c) if m == member else c))
+        reads_or_refuses(lambda: READERS[name](path, sound))
+
+    check()
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 5)
+    | st.sampled_from([1 << 31, 1 << 62, -(1 << 62), 0.5, float("nan"), "", "x", "\0", "x" * 999]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.just("a"), inner, max_size=1),
+    max_leaves=4,
+)
+
+
+def replaced(content: Any, number: int, value: Any) -> Any:
+    """Put a value in the place of the number-th entry of nested metadata."""
+    places: list[tuple[Any, Any]] = []
+
+    def visit(item: Any) -> None:
+        entries = item.items() if isinstance(item, dict) else enumerate(item)
+        for key, inner in list(entries):
+            places.append((item, key))
+            if isinstance(inner, dict | list):
+                visit(inner)
+
+    visit(content)
+    holder, key = places[number % len(places)]
+    holder[key] = value
+    return content
+
+
+def looked_at(result: pa.AblationResult) -> object:
+    """What people do with a result they have read."""
+    return (
+        result.accuracy_drop,
+        result.max_class_drop,
+        [result.confusion(row) for row in range(len(result.units))],
+        result.to_dataframe(),
+        repr(result),
+        result.significance(),
+    )
+
+
+def _store_files(store: Path) -> list[str]:
+    return sorted(str(path.relative_to(store)) for path in store.rglob("*") if path.is_file())
+
+
+def _restore(sound: Path, folder: Path) -> Path:
+    store = folder / "run.zarr"
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(sound / "run.zarr", store)
+    return store
+
+
+def test_damaged_stores(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("stores")
+    files = _store_files(sound / "run.zarr")
+
+    @settings_for(30)
+    @given(st.sampled_from(files), st.none() | damage())
+    def check(name: str, change: Callable[[bytes], bytes] | None) -> None:
+        store = _restore(sound, folder)
+        path = store / name
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(path.read_bytes()))
+        reads_or_refuses(lambda: looked_at(pa.load(store)))
+        reads_or_refuses(lambda: read_table(store))
+
+    check()
+
+
+def test_stores_with_other_metadata(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("metadata")
+    files = [name for name in _store_files(sound / "run.zarr") if name.endswith(".json")]
+
+    @settings_for(40)
+    @given(st.sampled_from(files), st.integers(0, 200), VALUES)
+    def check(name: str, number: int, value: Any) -> None:
+        store = _restore(sound, folder)
+        path = store / name
+        path.write_text(json.dumps(replaced(json.loads(path.read_text()), number, value)))
+        reads_or_refuses(lambda: looked_at(pa.load(store)))
+
+    check()
+
+
+def test_stores_with_other_numbers(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Sound arrays whose numbers do not fit each other."""
+    import zarr
+
+    folder = tmp_path_factory.mktemp("numbers")
+    arrays = "unit_layer unit_index label baseline flip_start flip_image flip_prediction".split()
+
+    @settings_for(30)
+    @given(
+        st.sampled_from(arrays),
+        st.integers(0, 50),
+        st.sampled_from([-1, 0, 1, 2, 99, 1 << 30, -(1 << 31)]),
+        st.booleans(),
+    )
+    def check(name: str, place: int, value: int, shorter: bool) -> None:
+        store = _restore(sound, folder)
+        group = zarr.open_group(store, mode="r+")
+        values = np.asarray(group[name][...])  # type: ignore[index]
+        if shorter:
+            values = values[: place % (len(values) + 1)]
+        elif len(values):
+            values[place % len(values)] = value
+        del group[name]
+        group.create_array(name, data=values)
+        reads_or_refuses(lambda: looked_at(pa.load(store)))
+
+    check()
+
+
+@settings_for(15)
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=5),
+    dtype=st.sampled_from("u1 i1 u2 i8 f2 f4 f8 c8 b1 U3 S3 M8[s] O".split()),
+    labels=st.lists(st.integers(-2, 5), max_size=4),
+    label_type=st.sampled_from("u1 i8 f4 b1 U2".split()),
+    bad=st.sampled_from([None, float("nan"), float("inf")]),
+)
+def test_arrays_of_other_kinds(
+    shape: list[int], dtype: str, labels: list[int], label_type: str, bad: float | None
+) -> None:
+    """Any arrays as data: numbers, or one line about what was expected."""
+    values = np.zeros(shape, dtype="f4")
+    if bad is not None and values.size:
+        values.flat[0] = bad
+    with np.errstate(invalid="ignore"):
+        images = values.astype(dtype)
+        known = np.array(labels).astype(label_type)
+    path = Path(os.environ.get("PYTEST_TMP", "/tmp")) / f"pyablate-fuzz-{os.getpid()}.npz"
+    np.savez(path, images=images, labels=known)
+    try:
+
+        def read() -> None:
+            data = load_data(path)
+            pa.ablate(Small().eval(), data.batches, progress=False, audit=2)
+
+        reads_or_refuses(read)
+    finally:
+        path.unlink()

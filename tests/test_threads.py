@@ -1,0 +1,241 @@
+"""Threads of one process do not disturb each other; an interrupt is heard within a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+import torch
+from test_untouched import state_of
+
+import pyablate as pa
+from pyablate.inputs import load_model
+from pyablate.layers import copied
+from pyablate.turns import a_run
+
+
+def together(works: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run functions in threads that begin at the same moment; raise what one of them raised."""
+    begin = threading.Barrier(len(works))
+    results: list[Any] = [None] * len(works)
+    failures: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            begin.wait()
+            results[number] = works[number]()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results
+
+
+def same(one: pa.AblationResult, other: pa.AblationResult) -> bool:
+    return (
+        np.array_equal(one.baseline, other.baseline)
+        and np.array_equal(one.flips.start, other.flips.start)
+        and np.array_equal(one.flips.image, other.flips.image)
+        and np.array_equal(one.flips.prediction, other.flips.prediction)
+        and one.strategy == other.strategy
+        and one.audit == other.audit
+    )
+
+
+def run_of(name: str, **options: Any) -> Callable[[], pa.AblationResult]:
+    model, images, labels = networks.network(name)
+    return lambda: pa.ablate(model, (images, labels), audit=20, progress=False, **options)
+
+
+def test_runs_in_threads_give_what_single_runs_give() -> None:
+    works = [
+        run_of("residual", precision="bf16", intervention="noise:3"),
+        run_of("vit", precision="fp32", intervention="mean"),
+        run_of("pooling", precision="fp64", intervention="resample:1"),
+        run_of("routed", intervention="zero"),  # cannot be captured: by replay
+    ]
+    alone = [work() for work in works]
+    for result, expected in zip(together(works), alone, strict=True):
+        assert same(result, expected)
+
+
+def test_one_model_in_several_threads() -> None:
+    model, images, labels = networks.network("residual")
+    before = state_of(model)
+    sites = pa.sites(model, images[:1])
+
+    def survey() -> bool:
+        return all(pa.sites(model, images[:1]) == sites for _ in range(20))
+
+    ablate = run_of("residual", layers=["body.2"])
+    oracle = run_of("residual", layers=["body.2"], strategy="replay")
+    expected = ablate()
+    first, second, surveyed, again = together([ablate, oracle, survey, ablate])
+    assert surveyed
+    assert same(first, expected)
+    assert same(again, expected)
+    assert np.array_equal(second.flips.image, expected.flips.image)
+    assert state_of(model) == before
+
+
+def test_copies_carry_no_hooks_of_other_threads() -> None:
+    model, images, _ = networks.network("residual")
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) for _ in range(30) for m in copied(model).modules())
+
+    counted, _ = together([hooks, lambda: [pa.sites(model, images[:1]) for _ in range(30)]])
+    assert counted == 0
+
+
+def test_what_belongs_to_the_process_comes_back(tmp_path: Path) -> None:
+    model, images, labels = networks.network("mlp")
+    path = tmp_path / "mlp.pt2"
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, path)
+
+    def state() -> dict[str, Any]:
+        return {
+            "matmul": torch.get_float32_matmul_precision(),
+            "tf32": torch.backends.cudnn.allow_tf32,
+            "random": torch.random.get_rng_state().tolist(),
+            "stderr": sys.stderr,
+            "filters": list(warnings.filters),
+            "path": list(sys.path),
+            "environment": dict(os.environ),
+            "autocast": torch.is_autocast_enabled("cpu"),
+        }
+
+    set_before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = state()
+        works = [run_of("mlp"), run_of("residual", layers=["body.2"])]
+        together([*works, lambda: load_model(str(path)), lambda: load_model(str(path))])
+        assert state() == before
+    finally:
+        torch.set_float32_matmul_precision(set_before)
+
+
+def test_a_run_inside_a_run_of_the_same_thread_goes_on() -> None:
+    model, images, labels = networks.network("mlp")
+    inner: list[pa.AblationResult] = []
+
+    def report(done: int, total: int, layer: str) -> None:
+        if not inner:
+            inner.append(pa.ablate(model, (images, labels), progress=False))
+
+    outer = pa.ablate(model, (images, labels), progress=report)
+    assert same(outer, inner[0])
+
+
+def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with a_run():
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks in threads, meant here
+        child = os.fork()
+    if child == 0:
+        with a_run():
+            os._exit(7)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+# --- interrupts -----------------------------------------------------------------------------------
+
+_INTERRUPTED = """
+import signal, sys, time, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torch
+from torch import nn
+import pyablate as pa
+torch.set_num_threads(1)
+{work}
+work(lambda: None) if {warm} else None
+print("ready", flush=True)
+try:
+    work(lambda: print("working", flush=True))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+_WORKS = {
+    # Wide maps of many units: the largest native calls a run makes.
+    "a run": """
+model = nn.Sequential(
+    nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+    nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+x, y = torch.randn(64, 3, 96, 96), torch.randint(10, (64,))
+def work(said):
+    pa.ablate(model, (x, y), layers=["1"], progress=lambda *_: said(), audit=0)
+""",
+    "a wait for another run": """
+from pyablate.turns import a_run
+def hold():
+    with a_run():
+        time.sleep(30)
+def work(said):
+    threading.Thread(target=hold, daemon=True).start()
+    time.sleep(0.2)
+    said()
+    with a_run():
+        pass
+""",
+}
+
+
+@pytest.mark.parametrize("kind", _WORKS)
+def test_an_interrupt_returns_within_a_second(kind: str) -> None:
+    source = _INTERRUPTED.format(work=_WORKS[kind], warm=False)
+    child = subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.strip() == "working":
+                break
+        time.sleep(0.7)
+        sent, busy = time.monotonic(), time.process_time()
+        child.send_signal(signal.SIGINT)
+        said = child.stdout.readline().strip()
+        while said == "working":
+            said = child.stdout.readline().strip()
+        seconds = time.monotonic() - sent
+        assert said == "interrupted", said
+        # A busy machine serves others meanwhile, so the wall clock has some slack.
+        assert seconds < 1.0 * max(1.0, os.getloadavg()[0]), (seconds, busy)
+    finally:
+        child.kill()
+        child.wait()
