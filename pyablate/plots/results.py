@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 from scipy.cluster import hierarchy
+from scipy.spatial import distance
 
 from pyablate.correlation import chosen_layers, correlate
 from pyablate.plots.drawing import (
@@ -371,6 +372,6 @@ def _ordered(result: AblationResult, rows: Ints, order: str) -> Ints:
         raise ValueError(f"order: expected 'drop', 'layer' or 'cluster', got {order!r}")
     if len(rows) < 2:
         return rows
-    drops = np.nan_to_num(result.class_accuracy_drop[rows])
-    leaves = hierarchy.leaves_list(hierarchy.linkage(drops, "average", optimal_ordering=True))
-    return rows[leaves]
+    apart = distance.pdist(np.nan_to_num(result.class_accuracy_drop[rows]))
+    tree = hierarchy.linkage(apart, "average", optimal_ordering=True)
+    return rows[hierarchy.leaves_list(tree)]
