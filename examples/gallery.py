@@ -21,6 +21,7 @@ mpl.use("Agg")
 
 NAMES = {"class_names": pa.demo.CLASSES}
 LAYER = "features.16"
+SHARES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
 
 
 def pictures(limit: int) -> dict[str, Axes]:
@@ -41,9 +42,11 @@ def pictures(limit: int) -> dict[str, Axes]:
     of_class = pa.cumulative(model, data, LAYER, order="class", **shared)
     rankings = {
         "l1 norm": compression.filter_ranking(model, images[:2], "l1"),
-        "largest class drop": pa.rank(model, images[:2], result, column="max_class_drop"),
+        "largest class drop": pa.rank(
+            model, images[:2], result, column="max_class_drop", scope="layer"
+        ),
     }
-    pruned = pa.prune_curve(model, data, rankings, seeds=3, **NAMES)
+    pruned = pa.prune_curve(model, data, rankings, fractions=SHARES, seeds=3, **NAMES)
     worst = result.units["label"].iloc[int(result.max_class_drop.argmax())]
     return {
         "drops": result.plot.drops(),

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""One fewer than colours, so that 42 pairs of both are different."""
 CHANCE = "0.6"
 """Grey of whatever chance alone may explain."""
 
@@ -96,5 +97,7 @@ def tick(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
 
 
 def legend(axes: Axes, title: str | None = None) -> None:
-    """Draw the legend without a frame."""
-    axes.legend(frameon=False, fontsize="small", title=title, title_fontsize="small")
+    """Draw the legend without a frame, beside the axes if it is long."""
+    long = len(axes.get_legend_handles_labels()[1]) > 6
+    where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if long else {}
+    axes.legend(frameon=False, fontsize="small", title=title, title_fontsize="small", **where)
