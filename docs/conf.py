@@ -23,14 +23,14 @@ myst_heading_anchors = 4
 nb_execution_mode = "cache"
 nb_execution_cache_path = os.path.join(os.path.dirname(__file__), "_build", "notebooks")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600
+nb_execution_timeout = -1
 nb_merge_streams = True
 
 # Names in docstrings lead somewhere, those of other projects apart: no network, no inventories.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|np|numpy|pd|pandas|xr|xarray|matplotlib|os|typing|collections|nn)\b.*"),
-    ("py:class", r"(Any|Axes|ArrayLike|NDArray|Floats|Ints|Rows|Tensor|Path|Self|Report|optional)"),
+    ("py:class", r"(Metric|Method|Any|Axes|ArrayLike|NDArray|Floats|Ints|Rows|Tensor|Path|Self|Report|optional)"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -33,9 +33,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     notebook = nbformat.read(path, as_version=4)
     strict, lax = map(nbformat.v4.new_code_cell, (_STRICT, "warnings.simplefilter('default')"))
     notebook.cells = [strict, *notebook.cells, lax]
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
-    )
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}})
     done = client.execute()
     printed = [out for cell in done.cells for out in cell.get("outputs", [])]
     assert not [out.text for out in printed if out.get("name") == "stderr"]
