@@ -23,17 +23,12 @@ myst_heading_anchors = 4
 nb_execution_mode = "cache"
 nb_execution_cache_path = os.path.join(os.path.dirname(__file__), "_build", "notebooks")
 nb_execution_raise_on_error = True
-nb_execution_timeout = -1
+nb_execution_timeout = 3600  # a machine may be busy
 nb_merge_streams = True
 
-# Names in docstrings lead somewhere, those of other projects apart: no network, no inventories.
-nitpicky = True
-nitpick_ignore_regex = [
-    ("py:.*", r"(torch|np|numpy|pd|pandas|xr|xarray|matplotlib|os|typing|collections|nn)\b.*"),
-    ("py:class", r"(Metric|Method|Any|Axes|ArrayLike|NDArray|Floats|Ints|Rows|Tensor|Path|Self|Report|optional)"),
-]
+nitpicky = True  # names in docstrings lead somewhere
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+autodoc_typehints = "none"  # the docstrings say types, shapes and units
 numpydoc_show_class_members = False
 numpydoc_validation_checks = set()
 

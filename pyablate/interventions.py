@@ -39,7 +39,7 @@ class Intervention:
           :func:`pyablate.interventions.donors`).
         - ``noise``: a Gaussian with the unit's mean and variance over images and positions,
           drawn independently at every position (see
-            :func:`pyablate.interventions.gaussian`).
+          :func:`pyablate.interventions.gaussian`).
         - ``direction``: unit j is the j-th direction q of the layer and ``a`` becomes
           ``a - (a . q) q`` across the channels, at every position.
     value : float
