@@ -5,7 +5,8 @@
 #   make test       build, then the tests
 #   make lint       what must be clean before a commit;  make format puts most of it right
 #   make bench      benchmarks (equal answers first, then times)
-#   make docs       the generated parts of docs/: shell reference and pictures
+#   make docs       the site of the documents, in docs/_build/html
+#   make pictures   the generated parts of docs/: shell reference and pictures
 #   make paper      the 2018 paper's questions again: measured anew, docs/paper.md written
 #   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
 #   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
@@ -26,7 +27,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test lint format bench demo docs paper wheel test-wheel sanitize clean
+.PHONY: build test lint format bench demo docs pictures paper wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -71,11 +72,21 @@ bench: $(VENV)/.bench
 demo: build
 	$(BIN)/pyablate demo $(ARGS)
 
-docs: build
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q -e '.[docs]'
+	@touch $@
+
+# Warnings are errors; notebooks run once and come from docs/_build/notebooks until they change.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+	@echo "open docs/_build/html/index.html"
+
+# Equal results give equal files, so that nothing changes in git without a reason.
+pictures: $(VENV)/.docs
 	$(BIN)/typer pyablate.cli utils docs --name pyablate --title 'The shell' --output docs/shell.md
 	test -d demo/run.zarr || $(BIN)/pyablate demo
-	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
+	$(BIN)/python examples/gallery.py --output docs/images/gallery
 
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
@@ -92,7 +103,7 @@ sanitize: build
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python sh tests/sanitize.sh $(ARGS)
 
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f pyablate/_core*.so $(VENV)/.installed $(VENV)/.bench
+	rm -rf build dist demo docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f pyablate/_core*.so $(VENV)/.installed $(VENV)/.bench $(VENV)/.docs
 	find pyablate tests examples benchmarks -name __pycache__ -type d -prune \
 	    -exec rm -rf {} + 2>/dev/null || true

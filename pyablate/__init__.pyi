@@ -8,6 +8,7 @@ from . import demo as demo
 from . import directions as directions
 from . import interventions as interventions
 from . import ops as ops
+from . import plots as plots
 from . import reference as reference
 from ._native import build_info as build_info
 from .clusters import cluster_images as cluster_images

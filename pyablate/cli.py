@@ -17,6 +17,7 @@ from pyablate.cli_attributes import attributes
 from pyablate.cli_compression import compare, prune, sensitivity
 from pyablate.cli_doctor import doctor
 from pyablate.cli_experiments import cumulative, minimal_sets, pairs, rotation
+from pyablate.cli_plot import plot
 from pyablate.cli_report import report
 from pyablate.cli_statistics import correlate, significance
 from pyablate.options import (
@@ -287,6 +288,7 @@ for _command in (
     pairs,
     minimal_sets,
     rotation,
+    plot,
     report,
     doctor,
 ):

@@ -116,7 +116,7 @@ def correlate(
         seed=seed,
     )
     lines: list[dict[str, Any]] = []
-    for number, (layer, rows) in enumerate(_layers(result, layers).items()):
+    for number, (layer, rows) in enumerate(chosen_layers(result, layers).items()):
         chance = _Chance(resamples, shuffles, confidence, (seed, number))
         for target, values in wanted.items():
             for attribute, numbers in columns.items():
@@ -229,9 +229,16 @@ def _methods(methods: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _layers(
+def chosen_layers(
     result: AblationResult, patterns: str | Sequence[str] | None
 ) -> dict[str, NDArray[np.int64]]:
+    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`.
+
+    Raises
+    ------
+    ValueError
+        The result has no such layer.
+    """
     rows = layer_rows(result)
     if patterns is None:
         return rows

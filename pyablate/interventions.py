@@ -35,9 +35,11 @@ class Intervention:
         - ``constant``: ``value`` everywhere.
         - ``mean``: the unit's mean over all images and positions of the data.
         - ``class_mean``: its mean over the images that carry the image's own label.
-        - ``resample``: its map on another image, the donor (see :func:`donors`).
+        - ``resample``: its map on another image, the donor (see
+          :func:`pyablate.interventions.donors`).
         - ``noise``: a Gaussian with the unit's mean and variance over images and positions,
-          drawn independently at every position (see :func:`gaussian`).
+          drawn independently at every position (see
+          :func:`pyablate.interventions.gaussian`).
         - ``direction``: unit j is the j-th direction q of the layer and ``a`` becomes
           ``a - (a . q) q`` across the channels, at every position.
     value : float

@@ -24,6 +24,8 @@ from pyablate.measures import Measure
 if TYPE_CHECKING:
     import xarray as xr
 
+    from pyablate.plots import ResultPlots
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Rows = Any
@@ -413,6 +415,13 @@ class AblationResult:
         from pyablate import statistics
 
         return statistics.max_class_test(self, splits=splits, seed=seed)
+
+    @property
+    def plot(self) -> ResultPlots:
+        """Pictures: ``result.plot.drops()`` and others, see :class:`pyablate.plots.ResultPlots`."""
+        from pyablate import plots
+
+        return plots.ResultPlots(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as a Zarr group; see :func:`pyablate.store.save`."""

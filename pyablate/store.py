@@ -66,7 +66,7 @@ def replacing(path: str | os.PathLike[str], write: Callable[[Path], object]) -> 
 
 
 def load(path: str | os.PathLike[str]) -> AblationResult:
-    """Read a result that :func:`save` wrote.
+    """Read a result that :meth:`AblationResult.save <pyablate.AblationResult.save>` wrote.
 
     Raises
     ------

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 import pyablate as pa
-from pyablate.compression import plot_curves
 from pyablate.compression.removal import silenced, size
 from pyablate.layers import sites
 
@@ -107,11 +106,8 @@ def test_plot(shipped: Any) -> None:
     ranking = pa.rank(model, pictures[:1], "random", name="chance")
     data = pictures[:20], labels[:20]
     curves = pa.prune_curve(model, data, ranking, fractions=[0.3], seeds=2)
-    axes = plot_curves(curves, x="flops")
-    assert [line.get_label() for line in axes.lines] == ["chance", "random"]
-    assert len(axes.collections) == 1  # the band of the random orders
-    with pytest.raises(ValueError, match="y: expected one of"):
-        plot_curves(curves, y="worst_class")
+    axes = pa.plots.prune_curves(curves, x="flops")
+    assert [line.get_label() for line in axes.lines] == ["chance", "random (mean, range)"]
     pyplot.close("all")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -84,9 +86,68 @@ def test_python_in_the_page_on_compression_runs(
     assert (tmp_path / "sensitivity.csv").exists()
 
 
+_BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["start.md", "exactness.md"])
+def test_a_page_prints_what_it_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    found = _BLOCK.findall((_ROOT / "docs" / page).read_text())
+    assert any(expected for _, expected in found)
+    for code, expected in found:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, page, "exec"), names)
+        assert printed.getvalue() == expected
+
+
+@pytest.mark.slow
+def test_python_in_the_gallery_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    text = (_ROOT / "docs" / "gallery.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    short = code.replace("limit=300", "limit=60")
+    assert short != code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(short, "gallery.md", "exec"), {})
+    assert (tmp_path / "both.png").exists()
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    text = (_ROOT / "docs" / "api.md").read_text()
+    modules = set(re.findall(r"automodule:: pyablate\.(\w+)", text))
+    documented = modules | set(re.findall(r"auto(?:function|class):: (\w+)", text))
+    assert set(pa.__all__) - documented == set()
+    compression = set(re.findall(r"compression\.(\w+)", text))
+    assert set(pa.compression.__all__) - set(pa.__all__) - compression == set()
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """A page that no table of contents has is not found by anyone."""
+    text = (_ROOT / "docs" / "index.md").read_text()
+    listed = [
+        line
+        for block in re.findall(r"```{toctree}\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+        if line and not line.startswith(":")
+    ]
+    docs = _ROOT / "docs"
+    pages = [path.relative_to(docs) for path in (*docs.glob("*.md"), *docs.glob("*/*.ipynb"))]
+    for page in pages:
+        if page.name != "index.md":
+            assert any(page.with_suffix("").match(pattern) for pattern in listed), page
+
+
 def test_versions_agree() -> None:
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert project is not None
     assert citation is not None
-    assert project[1] == citation[1] == pa.build_info()["version"]
+    cited = re.search(r"version = {(.+)}", (_ROOT / "docs" / "cite.md").read_text())
+    assert cited is not None
+    assert project[1] == citation[1] == cited[1] == pa.build_info()["version"]

@@ -2,7 +2,7 @@
 
 from pyablate.compression.comparison import Comparison, compare, importance_preserved, surviving
 from pyablate.compression.coupling import Coupled, couplings
-from pyablate.compression.curves import plot_curves, prune_curve
+from pyablate.compression.curves import prune_curve
 from pyablate.compression.interchange import importance, masked
 from pyablate.compression.layer_sensitivity import sensitivity
 from pyablate.compression.ranking import Ranking, rank
@@ -35,7 +35,6 @@ __all__ = [
     "kernel_codebook",
     "magnitude_masks",
     "masked",
-    "plot_curves",
     "prune_curve",
     "prune_filters",
     "rank",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,6 @@ from pyablate.compression.removal import AGREEMENT, Size, silenced, size, withou
 from pyablate.layers import Site
 from pyablate.prepare import undisturbed
 from pyablate.progress import Report, reporting
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 logger = logging.getLogger("pyablate")
 
@@ -113,53 +110,6 @@ def prune_curve(
                     rows.append(head | points.row(gone, class_names))
             report(len(rows), len(rows), name)
     return pd.DataFrame(rows)
-
-
-def plot_curves(
-    curves: pd.DataFrame,
-    *,
-    x: str = "fraction",
-    y: str = "accuracy",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the curves of :func:`prune_curve`, random orders as a band from worst to best.
-
-    Parameters
-    ----------
-    curves : pandas.DataFrame
-        From :func:`prune_curve`.
-    x, y : str
-        Columns, for example ``"flops"`` and ``"worst_class_accuracy"``.
-    ax : matplotlib.axes.Axes, optional
-        Where to draw; by default a new figure.
-
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
-    ValueError
-        No such column.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plot_curves needs matplotlib: pip install matplotlib") from error
-    for argument, column in (("x", x), ("y", y)):
-        if column not in curves or not pd.api.types.is_numeric_dtype(curves[column]):
-            numeric = curves.select_dtypes("number").columns
-            raise ValueError(f"{argument}: expected one of {', '.join(numeric)}, got {column!r}")
-    axes = pyplot.subplots()[1] if ax is None else ax
-    for name, of_ranking in curves.groupby("ranking", sort=False):
-        points = of_ranking.groupby("fraction")[[x, y]]
-        middle = points.mean()
-        (line,) = axes.plot(middle[x], middle[y], marker="o", markersize=3, label=str(name))
-        if of_ranking["seed"].nunique() > 1:
-            low, high = points.min()[y], points.max()[y]
-            axes.fill_between(middle[x], low, high, color=line.get_color(), alpha=0.2)
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("_", " "))
-    axes.legend()
-    return axes
 
 
 class _Points:

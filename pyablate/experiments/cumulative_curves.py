@@ -27,6 +27,7 @@ from pyablate.run import ablate
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.axes import Axes
 
 STEPS = 64
 """Points of a curve of a larger layer, unless told otherwise."""
@@ -187,6 +188,12 @@ class Cumulative:
             target_accuracy=self._of_target("class_accuracy").ravel(),
             target_balanced_accuracy=self._of_target("balanced_accuracy").ravel(),
         )
+
+    def plot(self, *, x: str = "removed", y: str = "accuracy", ax: Axes | None = None) -> Axes:
+        """Draw the curves, see :func:`pyablate.plots.cumulative_curves`."""
+        from pyablate.plots import cumulative_curves
+
+        return cumulative_curves(self, x=x, y=y, ax=ax)
 
     def _curves(self) -> pd.DataFrame:
         return pd.DataFrame(

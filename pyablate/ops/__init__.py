@@ -5,7 +5,7 @@
 ``[N, ...]`` belong to the clean run and are read by image index, never copied per pair.
 
 Tensors on the CPU go to the C++ twin, tensors on a CUDA device to the CUDA twin, all others (and
-all tensors where the compiled module is missing) to :mod:`pyablate.reference.ops`. No operation
+all tensors where the compiled module is missing) to ``pyablate.reference.ops``. No operation
 records gradients. On the CPU an index out of range raises ``ValueError``; on CUDA, where looking
 would stop the stream, such a row comes back as NaN (-1 where the result is an integer).
 """

@@ -51,10 +51,10 @@ def delta_activation(
     Parameters
     ----------
     base : Tensor
-        [N, *S], input of the function in the clean run: bfloat16 or the dtype in which ``delta`` is
-        accumulated (float64 for float64, else float32).
+        ``[N, *S]``, input of the function in the clean run: bfloat16 or the dtype in which
+        ``delta`` is accumulated (float64 for float64, else float32).
     delta : Tensor
-        [P, *S], float32, float64 or bfloat16.
+        ``[P, *S]``, float32, float64 or bfloat16.
     image : Tensor
         int32 [P], row of ``base`` for each pair.
     activation : Activation
@@ -62,17 +62,18 @@ def delta_activation(
     scale, addend_scale : Tensor, optional
         float32 [P], factor of each pair's ``delta`` and ``addend``; 1 if not given.
     addend : Tensor, optional
-        [P, *S], a second delta added to the first (residual sum), dtype of ``delta``.
+        ``[P, *S]``, a second delta added to the first (residual sum), dtype of ``delta``.
     out : Tensor, optional
-        [P, *S] to write to, dtype of ``delta``; may be ``delta`` itself.
+        ``[P, *S]`` to write to, dtype of ``delta``; may be ``delta`` itself.
     codes : Codes, optional
         Filled with the codes of the result, in the same pass.
 
     Returns
     -------
     Tensor
-        act(base[image] + d) - act(base[image]) with d = delta * scale + addend * addend_scale,
-        dtype and layout of ``delta``; ``out`` if that was given.
+        ``act(base[image] + d) - act(base[image])`` with
+        ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``; ``out`` if
+        that was given.
 
     Raises
     ------
@@ -130,7 +131,7 @@ def encode(delta: Tensor) -> Codes:
     Parameters
     ----------
     delta : Tensor
-        [P, *S], float32, float64 or bfloat16.
+        ``[P, *S]``, float32, float64 or bfloat16.
 
     Returns
     -------

@@ -45,16 +45,16 @@ def masked_copies(
     image, unit : Tensor
         int32 [P]. A unit of -1 leaves the copy as it is.
     value : Tensor or float
-        The replacement: one for all (0-d), one per pair [P], or a map per pair
-        [P, *x.shape without the batch and the unit axis].
+        The replacement: one for all (0-d), one per pair [P], or a map per pair,
+        ``x.shape`` without the batch and the unit axis.
     axis : int
         Axis of ``x`` that holds the units; not the batch axis.
 
     Returns
     -------
     Tensor
-        [P, *x.shape[1:]] with ``out[p] = x[image[p]]`` but for unit ``unit[p]``; dtype of ``x``,
-        channels_last where ``x`` is, else contiguous.
+        ``[P, *x.shape[1:]]`` with ``out[p] = x[image[p]]`` but for unit ``unit[p]``; dtype of
+        ``x``, channels_last where ``x`` is, else contiguous.
 
     Raises
     ------

@@ -1,0 +1,169 @@
+"""The shell's ``plot``."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyablate.options import Debug
+from pyablate.shell import InputError, check_file, log_to_stderr
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KINDS = ("drops", "heat-map", "profile", "scatter", "cumulative", "prune")
+FORMATS = (".png", ".svg", ".pdf")
+_CURVES = ("cumulative", "prune")
+# No date and no version in the files: equal results give equal pictures.
+_METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+def plot(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A result of `pyablate run`; for the kinds cumulative and prune the CSV file of "
+            "such curves.",
+            show_default=False,
+        ),
+    ],
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help=f"What to draw: {', '.join(KINDS)}.")
+    ] = "drops",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf file.")
+    ] = Path("plot.png"),
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="LAYER:UNIT", help="The unit of a profile.")
+    ] = None,
+    units: Annotated[int, typer.Option(min=1, help="How many units a heat map shows.")] = 20,
+    order: Annotated[
+        str, typer.Option(metavar="NAME", help="Rows of a heat map: drop, layer or cluster.")
+    ] = "drop",
+    attributes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table of attributes of a scatter plot (.csv, .zarr)."),
+    ] = None,
+    attribute: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The attribute of a scatter plot.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What drops and scatter plots show: max_class_drop, accuracy_drop, and for "
+            "scatter plots split_half_drop, gini, entropy ...",
+        ),
+    ] = None,
+    x: Annotated[str | None, typer.Option(metavar="COLUMN", help="Across, of curves.")] = None,
+    y: Annotated[str, typer.Option(metavar="COLUMN", help="Upwards, of curves.")] = "accuracy",
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch of a .png file.")] = 150,
+    debug: Debug = False,
+) -> None:
+    """Draw a finished run, or curves.
+
+    `drops`: every unit, layer by layer, with the noise floor. `heat-map`: units x classes.
+    `profile`: what one unit does to each class. `scatter`: an attribute against what the ablation
+    does. `cumulative`, `prune`: accuracy against what was removed.
+
+    Try `pyablate plot run.zarr -o drops.png`
+
+    `pyablate plot run.zarr --kind profile --unit features.2:18 -o profile.svg`
+
+    `pyablate plot run.zarr --kind scatter --attributes table.csv --attribute l1_norm`
+
+    `pyablate plot curves.csv --kind prune --x flops --y worst_class_accuracy`
+    """
+    log_to_stderr(debug)
+    if kind not in KINDS:
+        raise InputError(f"--kind: expected one of {', '.join(KINDS)}, got {kind!r}{_near(kind)}")
+    if output.suffix not in FORMATS:
+        expected = f"a name ending in {', '.join(FORMATS)}"
+        raise InputError(f"--output: expected {expected}, got {str(output)!r}")
+    check_file(output)
+    if kind in _CURVES:
+        axes = _curves(source, kind, x, y)
+    elif kind == "scatter":
+        axes = _scatter(source, attributes, attribute, target, layers)
+    else:
+        axes = _of_result(source, kind, layers, unit, units, order, target)
+    axes.figure.savefig(output, dpi=dpi, metadata=_METADATA[output.suffix])  # type: ignore[union-attr]
+    typer.echo(f"Written: {output}")
+
+
+def _near(kind: str) -> str:
+    near = difflib.get_close_matches(kind, KINDS, n=1)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+def _curves(source: Path, kind: str, x: str | None, y: str) -> Axes:
+    import pandas as pd
+
+    from pyablate import plots
+
+    if not source.is_file():
+        raise InputError(f"{source}: expected the CSV file of curves for --kind {kind}")
+    try:
+        table = pd.read_csv(source)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise OSError(f"{source}: not a CSV file: {error}") from None
+    _without_screen()
+    if kind == "cumulative":
+        return plots.cumulative_curves(table, x=x or "removed", y=y)
+    return plots.prune_curves(table, x=x or "fraction", y=y)
+
+
+def _scatter(
+    source: Path,
+    attributes: Path | None,
+    attribute: str | None,
+    target: str | None,
+    layers: list[str] | None,
+) -> Axes:
+    import pyablate as pa
+    from pyablate.unit_table import read_table
+
+    if attributes is None or attribute is None:
+        raise InputError("--kind scatter: needs --attributes FILE and --attribute NAME")
+    result, table = pa.load(source), read_table(attributes)
+    _without_screen()
+    return result.plot.scatter(table, attribute, target or "split_half_drop", layers=layers)
+
+
+def _of_result(
+    source: Path,
+    kind: str,
+    layers: list[str] | None,
+    unit: str | None,
+    units: int,
+    order: str,
+    target: str | None,
+) -> Axes:
+    import pyablate as pa
+
+    if kind == "profile" and unit is None:
+        raise InputError("--kind profile: needs --unit LAYER:UNIT")
+    result = pa.load(source)
+    _without_screen()
+    if kind == "profile":
+        return result.plot.profile(str(unit))
+    if kind == "heat-map":
+        return result.plot.heat_map(units, order=order)  # type: ignore[arg-type]  # checked there
+    return result.plot.drops(target or "max_class_drop", layers=layers)  # type: ignore[arg-type]
+
+
+def _without_screen() -> None:
+    """Draw into files only, whatever the machine has."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return  # the plot itself says what is missing
+    mpl.use("Agg")

@@ -1,0 +1,125 @@
+"""Curves: accuracy against what was removed."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, label_of, legend, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyablate.experiments import Cumulative
+
+
+def cumulative_curves(
+    curves: Cumulative | pd.DataFrame,
+    *,
+    x: str = "removed",
+    y: str = "accuracy",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw accuracy against units removed; several random orders as a band from worst to best.
+
+    Parameters
+    ----------
+    curves : Cumulative or pandas.DataFrame
+        From :func:`pyablate.cumulative`, or its ``to_dataframe()``.
+    x : str
+        ``"removed"`` or ``"kept"``.
+    y : str
+        ``"accuracy"``, or of curves made for a class ``"target_accuracy"`` or
+        ``"target_balanced_accuracy"``; curves without a class are then left out.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    ValueError, TypeError
+        Other curves, no such column, or nothing in it.
+    """
+    table = _table(curves, "pa.cumulative", ("order", "target", "removed"))
+    order = table["order"].astype(str)
+    target = table["target"].fillna("").astype(str)  # empty cells of a CSV file come as NaN
+    name = order.where(target == "", order + ": " + target)
+    return _curves(table.assign(name=name), "removed", x, y, ax)
+
+
+def prune_curves(
+    curves: pd.DataFrame,
+    *,
+    x: str = "fraction",
+    y: str = "accuracy",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the curves of :func:`pyablate.prune_curve`, random orders as a band from worst to best.
+
+    Parameters
+    ----------
+    curves : pandas.DataFrame
+        From :func:`pyablate.prune_curve`.
+    x, y : str
+        Columns, for example ``"flops"`` and ``"worst_class_accuracy"``.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    ValueError, TypeError
+        Other curves, no such column, or nothing in it.
+    """
+    table = _table(curves, "pa.prune_curve", ("ranking", "fraction"))
+    return _curves(table.assign(name=table["ranking"].astype(str)), "fraction", x, y, ax)
+
+
+def _table(curves: Any, maker: str, columns: tuple[str, ...]) -> pd.DataFrame:
+    table = curves.to_dataframe() if hasattr(curves, "to_dataframe") else curves
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"curves: expected those of {maker}, got {type(curves).__name__}")
+    for column in columns:
+        if column not in table:
+            found = ", ".join(map(str, table.columns))
+            raise ValueError(f"curves: expected a column {column!r} of {maker}, got {found}")
+    return table
+
+
+def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> Axes:
+    """Draw ``y`` against ``x``, a line for each name; where a step comes again, mean and range."""
+    for argument, column in (("x", x), ("y", y)):
+        if column not in table or not pd.api.types.is_numeric_dtype(table[column]):
+            numeric = ", ".join(table.select_dtypes("number").columns)
+            raise ValueError(f"{argument}: expected one of {numeric}, got {column!r}")
+        if table[column].isna().all():
+            raise ValueError(f"{argument}: no curve has {column!r}")
+    axes = new_axes(ax, width=6.4, height=4.4)
+    (x_label, x_scale), (y_label, y_scale) = label_of(x), label_of(y)
+    named = table.dropna(subset=[x, y]).groupby("name", sort=False)
+    styles = zip(named, cycle(COLOURS), cycle(MARKERS), strict=False)
+    for (name, of_name), colour, marker in styles:
+        points = of_name.groupby(step)[[x, y]]
+        across, mean = x_scale * points.mean()[x], y_scale * points.mean()[y]
+        several = bool((points.size() > 1).any())
+        shade = CHANCE if str(name).startswith("random") else colour
+        label = f"{name} (mean, range)" if several else str(name)
+        axes.plot(across, mean, color=shade, marker=marker, markersize=3.5, label=label)
+        if several:
+            low, high = y_scale * points.min()[y], y_scale * points.max()[y]
+            axes.fill_between(across, low, high, color=shade, alpha=0.3, linewidth=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    legend(axes)
+    return axes

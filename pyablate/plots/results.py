@@ -1,0 +1,377 @@
+"""Pictures of one result: ``result.plot``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from pyablate.correlation import chosen_layers, correlate
+from pyablate.plots.drawing import (
+    ABOVE,
+    CHANCE,
+    CLASS_DROP,
+    COLOURS,
+    MARKERS,
+    label_of,
+    legend,
+    new_axes,
+    tick,
+)
+from pyablate.statistics import adjusted, layer_rows, max_class_test, mcnemar
+from pyablate.targets import unit_targets
+from pyablate.unit_table import aligned, attribute_columns, preferred_classes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import xarray as xr
+    from matplotlib.axes import Axes
+
+    from pyablate.result import AblationResult, Floats, Ints, Rows
+
+
+@dataclass(frozen=True)
+class ResultPlots:
+    """Pictures of one result: ``result.plot``.
+
+    Attributes
+    ----------
+    result : AblationResult
+        What is drawn.
+    """
+
+    result: AblationResult
+
+    def drops(
+        self,
+        drop: Literal["max_class_drop", "accuracy_drop"] = "max_class_drop",
+        *,
+        layers: str | Sequence[str] | None = None,
+        fdr: float = 0.05,
+        names: int = 1,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draw every unit as a dot, layer by layer, and what chance would show.
+
+        Units whose drop is more than chance are blue, all others grey: by the test of
+        :func:`pyablate.statistics.max_class_test`, or for the overall accuracy by the exact McNemar
+        test over all images, both adjusted over the units of a layer. The grey band is the noise
+        floor, the largest class drop to expect of harmless units (:func:`noise_floor
+        <pyablate.statistics.noise_floor>`): 5 % to 95 % of the layer's units, with the median. The
+        overall drop of a harmless unit is 0 on average.
+
+        Parameters
+        ----------
+        drop : str
+            ``"max_class_drop"`` or ``"accuracy_drop"``.
+        layers : str or sequence of str, optional
+            Names or globs; by default all.
+        fdr : float
+            False discovery rate of what is called more than chance.
+        names : int
+            How many units of each layer to name, the largest drops first.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        ValueError
+            Another drop, no such layer, ``fdr`` not between 0 and 1.
+        """
+        if not 0 < fdr < 1:
+            raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
+        found = _adjusted(self.result, drop) <= fdr
+        chosen = chosen_layers(self.result, layers)
+        axes = new_axes(ax, width=max(5.0, 1.5 + 1.1 * len(chosen)), height=4.4)
+        if drop == "max_class_drop":
+            _floors(axes, self.result, list(chosen.values()))
+        else:
+            axes.axhline(0, color=CHANCE, linewidth=1, zorder=0)
+        drops = 100 * getattr(self.result, drop)
+        place = np.random.default_rng(0).uniform(-0.3, 0.3, len(drops))
+        for number, rows in enumerate(chosen.values()):
+            place[rows] += number
+        shown = np.concatenate(list(chosen.values()))
+        for rows, colour, meaning in (
+            (shown[~found[shown]], CHANCE, "unit within chance"),
+            (shown[found[shown]], COLOURS[0], f"unit beyond chance (q ≤ {fdr:g})"),
+        ):
+            if len(rows):
+                style: dict[str, Any] = {"s": 12, "color": colour, "alpha": 0.8, "linewidths": 0}
+                axes.scatter(place[rows], drops[rows], label=meaning, **style)
+        for rows in chosen.values():
+            for row in rows[np.argsort(-drops[rows], kind="stable")][:names]:
+                text = _name(self.result, row, with_class=drop == "max_class_drop")
+                axes.annotate(text, (place[row], drops[row]), **ABOVE)
+        tick(axes.xaxis, list(chosen), turned=len(chosen) > 5)
+        axes.set(xlim=(-0.5, len(chosen) - 0.5), xlabel="layer", ylabel=label_of(drop)[0])
+        axes.margins(y=0.12)
+        legend(axes)
+        return axes
+
+    def heat_map(
+        self,
+        units: int | Rows = 20,
+        *,
+        order: Literal["drop", "layer", "cluster"] = "drop",
+        fdr: float = 0.05,
+        limit: float | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draw the accuracy drop of every class for some units; dots mark what is significant.
+
+        Parameters
+        ----------
+        units : int, or labels, numbers, a mask or a slice
+            How many units, those with the largest class drop; or which.
+        order : str
+            Of the rows: ``"drop"``, the largest class drop first; ``"layer"``, as in the result;
+            ``"cluster"``, units with alike drops side by side (average linkage of the Euclidean
+            distances).
+        fdr : float
+            False discovery rate, see :func:`pyablate.statistics.significance`.
+        limit : float, optional
+            Percentage points at which the colours end; by default the largest drop or gain.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        ValueError
+            No such unit or order, less than one unit, ``limit`` not above 0, ``fdr`` not between 0
+            and 1.
+        """
+        result = self.result
+        if limit is not None and not limit > 0:
+            raise ValueError(f"limit: expected a number above 0, got {limit!r}")
+        rows = _ordered(result, _chosen(result, units), order)
+        drops = 100 * result.class_accuracy_drop[rows]
+        significant = result.significance(fdr=fdr)["significant"].to_numpy()[rows]
+        width, height = 2.6 + 0.42 * result.classes, 1.6 + 0.22 * len(rows)
+        axes = new_axes(ax, width=min(width, 18), height=min(height, 12))
+        axes.spines[:].set_visible(False)
+        end = limit or float(np.nanmax(np.abs(drops))) or 1.0
+        image = axes.imshow(drops, cmap="RdBu_r", vmin=-end, vmax=end, aspect="auto")
+        down, across = np.nonzero(significant)
+        axes.scatter(across, down, s=12, color="black", edgecolors="white", linewidths=0.6)
+        tick(axes.yaxis, result.units["label"].iloc[rows].tolist())
+        tick(axes.xaxis, list(result.class_names), turned=True)
+        axes.set(xlabel="class", ylabel=f"unit switched off (dot: q ≤ {fdr:g})")
+        beyond = "neither" if limit is None else "both"
+        axes.figure.colorbar(image, ax=axes, label=CLASS_DROP, extend=beyond, shrink=0.8)
+        return axes
+
+    def profile(
+        self,
+        unit: str | int,
+        *,
+        classes: int = 20,
+        fdr: float = 0.05,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draw what one unit does to each class: images lost, images gained, and the drop.
+
+        Parameters
+        ----------
+        unit : str or int
+            Label ``"layer:unit"`` or row number.
+        classes : int
+            Draw at most so many, those with the largest changes; they keep their order.
+        fdr : float
+            Drops with ``q`` up to this are filled, see :func:`pyablate.statistics.significance`.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        ValueError
+            No such unit, less than one class, ``fdr`` not between 0 and 1.
+        """
+        result = self.result
+        row = int(result.rows(unit)[0])
+        if classes < 1:
+            raise ValueError(f"classes: expected at least 1, got {classes!r}")
+        significant = result.significance(fdr=fdr)["significant"].to_numpy()[row]
+        sizes = np.maximum(result.class_sizes, 1)
+        lost, gained = 100 * result.lost[row] / sizes, 100 * result.gained[row] / sizes
+        present = np.flatnonzero(result.class_sizes)
+        most = present[np.argsort(-(lost + gained)[present], kind="stable")][:classes]
+        shown = np.sort(most)
+        place = np.arange(len(shown))
+        axes = new_axes(ax, width=6.4, height=1.6 + 0.27 * len(shown))
+        axes.barh(place, lost[shown], height=0.6, color=COLOURS[1], label="right → wrong")
+        axes.barh(place, -gained[shown], height=0.6, color=COLOURS[5], label="wrong → right")
+        for which, face, meaning in (
+            (~significant[shown], "white", "drop"),
+            (significant[shown], "black", f"drop, q ≤ {fdr:g}"),
+        ):
+            if which.any():
+                net = (lost - gained)[shown][which]
+                style: dict[str, Any] = {"s": 26, "color": face, "edgecolors": "black", "zorder": 3}
+                axes.scatter(net, place[which], label=meaning, **style)
+        axes.axvline(0, color="black", linewidth=0.8)
+        tick(axes.yaxis, [result.class_names[k] for k in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the class's images (%); drop (percentage points)")
+        title = f"{result.units['label'].iloc[row]}, replaced by: {result.intervention}"
+        axes.set_title(title, fontsize="medium")
+        legend(axes)
+        return axes
+
+    def scatter(
+        self,
+        table: xr.Dataset | pd.DataFrame,
+        attribute: str,
+        target: str = "split_half_drop",
+        *,
+        layers: str | Sequence[str] | None = None,
+        method: str = "spearman",
+        preferred: str = "class_selectivity_class",
+        seed: int = 0,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draw an attribute of the units against what their ablation does.
+
+        Each layer has its own colour, marker and correlation: attributes are compared within one
+        layer only.
+
+        Parameters
+        ----------
+        table : xarray.Dataset or pandas.DataFrame
+            Attributes over the unit labels, see :func:`pyablate.correlate`.
+        attribute : str
+            Which.
+        target : str
+            What to predict, see :func:`pyablate.targets.unit_targets`.
+        layers : str or sequence of str, optional
+            Names or globs; by default all.
+        method : str
+            ``spearman``, ``pearson`` or ``kendall``, with its 95 % bootstrap interval.
+        preferred : str
+            Variable of the table with each unit's preferred class.
+        seed : int
+            Of everything random.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        ValueError, TypeError
+            Whatever :func:`pyablate.correlate` raises.
+        """
+        result, frame = self.result, aligned(table, self.result)
+        numbers = attribute_columns(frame, attribute)[attribute]
+        classes = preferred_classes(frame, preferred, result.class_names)
+        values = unit_targets(result, target, preferred=classes, seed=seed)[target]
+        chosen = chosen_layers(result, layers)
+        found = correlate(
+            result,
+            frame,
+            attributes=attribute,
+            targets={target: values},
+            methods=method,
+            layers=list(chosen),
+            seed=seed,
+        )
+        axes = new_axes(ax, width=6.4, height=4.8)
+        label, scale = label_of(target)
+        lines = zip(found.itertuples(), cycle(COLOURS), cycle(MARKERS), strict=False)
+        for line, colour, marker in lines:
+            rows = chosen[str(line.layer)]
+            meaning = f"{line.layer}: {line.correlation:+.2f} [{line.low:+.2f}, {line.high:+.2f}]"
+            style: dict[str, Any] = {
+                "s": 20,
+                "color": colour,
+                "marker": marker,
+                "alpha": 0.75,
+                "linewidths": 0,
+            }
+            axes.scatter(numbers[rows], scale * values[rows], label=meaning, **style)
+        axes.set(xlabel=attribute.replace("_", " "), ylabel=label)
+        legend(axes, title=f"{method}, 95 % interval")
+        return axes
+
+
+def _adjusted(result: AblationResult, drop: str) -> Floats:
+    """Return the adjusted p of each unit, float64 [unit]."""
+    if drop == "max_class_drop":
+        return max_class_test(result, splits=1)["q"].to_numpy()
+    if drop != "accuracy_drop":
+        raise ValueError(f"drop: expected 'max_class_drop' or 'accuracy_drop', got {drop!r}")
+    p = mcnemar(result.lost.sum(axis=1), result.gained.sum(axis=1))
+    for rows in layer_rows(result).values():
+        p[rows] = adjusted(p[rows])
+    return p
+
+
+def _floors(axes: Axes, result: AblationResult, layers: Sequence[Ints]) -> None:
+    floor = 100 * result.noise_floor()
+    quantiles = [np.quantile(floor[rows], [0.05, 0.5, 0.95]) for rows in layers]
+    low, middle, high = np.transpose(quantiles)
+    place = np.arange(len(layers))
+    style: dict[str, Any] = {"width": 0.9, "color": CHANCE, "alpha": 0.35, "zorder": 0}
+    meaning = "noise floor (median, 5 % to 95 % of units)"
+    axes.bar(place, high - low, bottom=low, label=meaning, **style)
+    axes.hlines(middle, place - 0.45, place + 0.45, color=CHANCE, linewidth=1.5, zorder=0)
+
+
+def _name(result: AblationResult, row: int, *, with_class: bool) -> str:
+    unit = result.units["unit"].iloc[row]
+    name = f"unit {unit}" if unit >= 0 else result.units["label"].iloc[row]
+    return f"{name}:\n{result.class_names[result.max_class[row]]}" if with_class else name
+
+
+def _chosen(result: AblationResult, units: int | Rows) -> Ints:
+    if isinstance(units, int | np.integer) and not isinstance(units, bool):
+        if units < 1:
+            raise ValueError(f"units: expected at least 1, got {units!r}")
+        largest: Ints = np.argsort(-result.max_class_drop, kind="stable")[:units]
+        return largest
+    rows = result.rows(units)
+    if not len(rows):
+        raise ValueError("units: expected at least 1, got none")
+    return rows
+
+
+def _ordered(result: AblationResult, rows: Ints, order: str) -> Ints:
+    if order == "drop":
+        return rows[np.argsort(-result.max_class_drop[rows], kind="stable")]
+    if order == "layer":
+        return np.sort(rows)
+    if order != "cluster":
+        raise ValueError(f"order: expected 'drop', 'layer' or 'cluster', got {order!r}")
+    if len(rows) < 2:
+        return rows
+    apart = distance.pdist(np.nan_to_num(result.class_accuracy_drop[rows]))
+    tree = hierarchy.linkage(apart, "average", optimal_ordering=True)
+    return rows[hierarchy.leaves_list(tree)]
