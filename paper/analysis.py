@@ -20,11 +20,10 @@ TARGET_TITLES = {
     "split_half_drop": "largest class drop",
     "loss_change": "loss change",
 }
-# Of these the paper has the first three; more of each should mean more important.
-MAIN_ATTRIBUTES = (
-    "class_selectivity",
-    "l1_norm",
-    "class_correlation",
+# More of each should mean more important.
+OF_THE_PAPER = ("class_selectivity", "l1_norm", "class_correlation")
+ATTRIBUTES = (
+    *OF_THE_PAPER,
     "auc",
     "mutual_information",
     "mean",
@@ -146,7 +145,7 @@ def prediction_draws(
     result: AblationResult,
     attributes: pd.DataFrame,
     *,
-    names: Sequence[str] = MAIN_ATTRIBUTES,
+    names: Sequence[str] = ATTRIBUTES,
     targets: Sequence[str] = TARGETS,
     resamples: int = 1000,
     seed: int = 0,

@@ -43,7 +43,7 @@ class Extent:
     """
 
     images: int = 4000
-    glyph_images: int = 12000
+    glyph_images: int = 6000
     rotation_images: int = 3000
     rotations: int = 2
     sample: int = 48
@@ -86,16 +86,21 @@ class Measured:
     @cached_property
     def folder(self) -> Path:
         """Folder of these measurements."""
-        known = [self.network.digest, asdict(self.extent), pa.build_info()["version"]]
+        extent = asdict(self.extent) | {"images": self._limit, "glyph_images": None}
+        known = [self.network.digest, extent, pa.build_info()["version"]]
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.cache / f"{self.network.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
-    def _images(self) -> tuple[Tensor, Tensor]:
+    def _limit(self) -> int:
         glyphs = self.network.family.reads_glyphs
-        return self.network.images(self.extent.glyph_images if glyphs else self.extent.images)
+        return self.extent.glyph_images if glyphs else self.extent.images
+
+    @property
+    def _images(self) -> tuple[Tensor, Tensor]:
+        return self.network.images(self._limit)
 
     @cached_property
     def result(self) -> pa.AblationResult:

@@ -118,7 +118,9 @@ def test_balanced_takes_the_first_of_each_class() -> None:
 def result() -> pa.AblationResult:
     random = np.random.default_rng(0)
     layers = ["one"] * 5 + ["two"] * (UNITS - 5)
-    return simulate(random.uniform(0, 0.4, (UNITS, CLASSES)), 0.1, 40, random, layers)
+    rates = random.uniform(0, 0.4, (UNITS, CLASSES))
+    rates[np.arange(0, UNITS, 2), random.integers(0, CLASSES, UNITS // 2)] = 0.9
+    return simulate(rates, 0.1, 40, random, layers)
 
 
 @pytest.fixture(scope="module")
