@@ -94,6 +94,8 @@ def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[l
     """Lines of name and value."""
     facts: dict[str, object] = dict(further) | _flat(getattr(result, "provenance", {}))
     facts["Replaced by"] = result.intervention
+    for name, measure in result.measures.items():
+        facts[f"Accuracy of the {name} change"] = measure.accuracy
     if result.seconds:
         facts["Time of the run"] = f"{result.seconds:,.1f} s"
     facts["Audit"] = result.audit if result.audit.pairs else "none"

@@ -140,7 +140,8 @@ function attributesSection() {
     "p",
     { class: "note" },
     "Rank correlation within each layer; layers are never pooled. A dot marks q \u2264 " +
-      `${data.fdr}, adjusted over the attributes of a layer. Choose a figure to see its units.`,
+      `${data.fdr}, adjusted over the attributes of a layer. Choose a figure to see its units; ` +
+      "orange are those that hurt some class more than chance.",
   );
   return [
     controls,

@@ -12,16 +12,26 @@ function openClass(k) {
   location.hash = classHash(k);
 }
 
+// Kind and name of the card that the URL names; a URL typed by hand may be no valid text.
+function named() {
+  const [kind, name = ""] = location.hash.slice(1).split("/");
+  try {
+    return [kind, decodeURIComponent(name)];
+  } catch {
+    return [];
+  }
+}
+
 // Shows the card that the URL names, or none.
 function followHash() {
-  const [kind, name] = location.hash.slice(1).split("/");
+  const [kind, name] = named();
   const dialog = byId("card");
   hideTip();
   if (kind === "unit") {
-    const unit = data.units.label.indexOf(decodeURIComponent(name || ""));
+    const unit = data.units.label.indexOf(name);
     if (unit >= 0) return show(dialog, unitCard(unit));
   }
-  if (kind === "class" && Number(name) in data.classes.name) return show(dialog, classCard(Number(name)));
+  if (kind === "class" && name in data.classes.name) return show(dialog, classCard(Number(name)));
   if (dialog.open) dialog.close();
 }
 

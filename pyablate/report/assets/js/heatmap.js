@@ -54,8 +54,9 @@ function heatmapSection() {
   const note = make(
     "p",
     { class: "note" },
-    "Columns are units, rows are classes. Zoom with the buttons, by pinching, or with the wheel after a " +
-      "click into the map; drag to move. Where several units share a pixel the largest change is drawn.",
+    "Columns are units, rows are classes. Zoom with the buttons, by pinching, or with Ctrl and the wheel; " +
+      "drag to move; click a cell for its unit, a name for its class. Where several units share a pixel " +
+      "the largest change is drawn.",
   );
   return [controls, drawn(holder, map.draw), legend, note];
 }

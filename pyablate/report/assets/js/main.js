@@ -80,6 +80,7 @@ function setUpTheme() {
 }
 
 async function start() {
+  setUpTheme();
   data = await unpack(JSON.parse(byId("data").textContent));
   const parts = [
     ["summary", "Summary", summarySection],
@@ -92,7 +93,7 @@ async function start() {
   if (data.curves.length) parts.push(["curves", "Removing many units", curvesSection]);
   byId("sections").append(...parts.map(([id, title]) => make("a", { href: `#${id}` }, title)));
   byId("main").append(...parts.map(([id, title, content]) => section(id, title, content())));
-  setUpTheme();
+  redraw();
   setUpCards();
   let waiting = 0;
   let width = document.documentElement.clientWidth;
