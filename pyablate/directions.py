@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate.capture import Graph, capture
+from pyablate.capture import capture
 from pyablate.engine.ablations import clean_maps
 from pyablate.experiments.units import opened
+from pyablate.graph import Graph
 from pyablate.interventions import random_rotation
 from pyablate.layers import Site, select
 from pyablate.prepare import undisturbed

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from pyablate.batches import Batch
-    from pyablate.capture import Graph
+    from pyablate.graph import Graph
     from pyablate.prepare import Setup
 
 Identity = dict[str, Any]
@@ -188,7 +188,7 @@ def _operations(graph: Graph) -> str:
     """
     from torch.fx.node import map_arg
 
-    from pyablate.capture import MARKER
+    from pyablate.graph import MARKER
 
     hashes: dict[fx.Node, str] = {}
     for node in graph.graph.nodes:

@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate.capture import CONVOLUTIONS, Graph
 from pyablate.engine import baseline, rules
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.channel import SAME, Channel
 from pyablate.engine.delta import Suffix, Sweep, needed
 from pyablate.engine.tiers import carried
+from pyablate.graph import CONVOLUTIONS, Graph
 from pyablate.interventions import Intervention, parse
 from pyablate.peaks import change_rate, convolution_rate, unit_rate
 from pyablate.prepare import Setup, check_options, prepare, undisturbed

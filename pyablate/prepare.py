@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
-from pyablate.capture import CaptureError, Graph, capture
+from pyablate.capture import CaptureError, capture
 from pyablate.checkpoint import unpack_statistics
 from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.exact import Exact, exact
 from pyablate.engine.replay import Replay, in_double
+from pyablate.graph import Graph
 from pyablate.interventions import Intervention
 from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate

@@ -79,7 +79,8 @@ def build_module(folder: Path) -> Path:
     csrc = ROOT / "csrc"
     # Only the kernels are instrumented: the bindings compile faster without, the threads run so.
     jobs = {path: SANITIZE for path in sorted(csrc.glob("cuda/*.cu"))}
-    for path in (csrc / "bindings" / "module.cpp", SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
+    bindings = set(csrc.glob("bindings/*.cpp")) - {csrc / "bindings" / "torch_view.cpp"}  # in twins
+    for path in (*sorted(bindings), SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
         jobs[path] = [*python, "-O0", "-g0"]
     jobs[SHIM / "threads.cpp"] = ["-O2"]
     return _build(jobs, folder / "_core.so", ["-shared"])

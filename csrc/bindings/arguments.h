@@ -51,6 +51,22 @@ inline void check_contiguous(const Argument& a) {
     check(is_contiguous(a.view), a.name, ": expected a contiguous tensor");
 }
 
+inline std::int64_t row_elements(const TensorView& t) {
+    std::int64_t n = 1;
+    for (int i = 1; i < t.dims; ++i) n *= t.shape[i];
+    return n;
+}
+
+inline void check_real(const Argument& a) {
+    check(a.view.dtype == DType::float32 || a.view.dtype == DType::float64, a.name,
+          ": expected float32 or float64, got ", name_of(a.view.dtype));
+}
+
+inline void check_dense(const Argument& a, bool channels_last) {
+    check(channels_last ? is_channels_last(a.view) : is_contiguous(a.view), a.name, ": expected a ",
+          channels_last ? "channels_last" : "contiguous", " tensor");
+}
+
 // A contiguous tensor of the given dtype and shape, as a pointer.
 template <class T>
 const T* read(const Argument& a, DType dtype, std::initializer_list<std::int64_t> shape) {

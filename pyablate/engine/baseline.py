@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.batches import Batch
-from pyablate.capture import CONVOLUTIONS, Graph
 from pyablate.engine.delta import Clean
 from pyablate.engine.exact import Exact
 from pyablate.engine.replay import Replay, forward
+from pyablate.graph import CONVOLUTIONS, Graph
 
 MARGIN = 3e-5
 """Share of an image's largest logit that float32 rounding may reach, with much to spare."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import (
+from pyablate.graph import (
     BATCH_NORM,
     CONVOLUTIONS,
     MARKER,

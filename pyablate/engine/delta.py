@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.capture import MARKER, BatchLayout, Graph
 from pyablate.codes import Codes
 from pyablate.engine import channel as channelwise
 from pyablate.engine import replaced, rules
@@ -26,6 +25,7 @@ from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
 from pyablate.engine.tiers import FULL, Ladder, carried
+from pyablate.graph import MARKER, BatchLayout, Graph
 from pyablate.layers import Site
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyablate.batches import Batch
-from pyablate.capture import Graph
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, Sweep, needed
 from pyablate.engine.replay import Decision, Replay, decision
+from pyablate.graph import Graph
 
 logger = logging.getLogger("pyablate")
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import function, settings
 from pyablate.engine.ablations import Job
 from pyablate.engine.channel import (
     ELEMENTWISE,
@@ -24,6 +23,7 @@ from pyablate.engine.channel import (
     averaged_axes,
     flattened,
 )
+from pyablate.graph import function, settings
 
 aten = torch.ops.aten
 

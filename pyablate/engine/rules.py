@@ -17,16 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.capture import (
-    BATCH_NORM,
-    CONVOLUTIONS,
-    PADS,
-    Graph,
-    function,
-    norm_scale,
-    operands,
-    settings,
-)
 from pyablate.engine import eight_bit, pending
 from pyablate.engine.channel import (
     DIVISIONS,
@@ -37,6 +27,16 @@ from pyablate.engine.channel import (
     keeps_shape,
 )
 from pyablate.engine.pending import Activated, FirstMap, Scaled, Sum
+from pyablate.graph import (
+    BATCH_NORM,
+    CONVOLUTIONS,
+    PADS,
+    Graph,
+    function,
+    norm_scale,
+    operands,
+    settings,
+)
 from pyablate.ops import Activation, Codes
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from pyablate.capture import BATCH_NORM, Graph, function, norm_scale, settings
 from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
 from pyablate.engine.rules import STRUCTURE
+from pyablate.graph import BATCH_NORM, Graph, function, norm_scale, settings
 from pyablate.layers import Site
 from pyablate.unit_attributes.gradients import per_unit
 from pyablate.unit_attributes.wiring import (

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, fx
 
-from pyablate.capture import BATCH_NORM, CONVOLUTIONS, Graph
+from pyablate.graph import BATCH_NORM, CONVOLUTIONS, Graph
 from pyablate.layers import Site
 from pyablate.unit_attributes.wiring import Link, makers, readers, weighted
 

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyablate.capture import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function
 from pyablate.engine.channel import (
     DIVISIONS,
     ELEMENTWISE,
@@ -26,6 +25,7 @@ from pyablate.engine.channel import (
     SUBTRACTIONS,
 )
 from pyablate.engine.rules import NAMED, STRUCTURE
+from pyablate.graph import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function
 
 aten = torch.ops.aten
 

@@ -1,0 +1,257 @@
+"""A captured network: ATen operators, evaluated node by node.
+
+The engine chooses what to keep of the clean run, and carries differences instead of values through
+the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("pyablate::site", mutates_args=())
+def mark(x: Tensor, name: str, call: int) -> Tensor:
+    """Identity that leaves the name of a site in an exported graph."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, name: str, call: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+MARKER = torch.ops.pyablate.site.default
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where a tensor keeps the images: ``shape[axis] == outer * images * inner``."""
+
+    axis: int
+    inner: int = 1
+    outer: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor has exactly one row per image, first."""
+        return self == BatchLayout(0)
+
+    def pick(self, x: Tensor, image: Tensor) -> Tensor:
+        """Gather images: the batch becomes ``len(image)`` long."""
+        if self.inner == self.outer == 1:
+            return x.index_select(self.axis, image)
+        split: Tensor = x.unflatten(self.axis, (self.outer, -1, self.inner))
+        return split.index_select(self.axis + 1, image).flatten(self.axis, self.axis + 2)
+
+
+@dataclass
+class Graph:
+    """A captured network.
+
+    Attributes
+    ----------
+    graph : fx.Graph
+        ATen operators; one placeholder is the images, the others are constants.
+    images, logits : fx.Node
+        Input and output.
+    constants : dict
+        Values of the other placeholders.
+    layout : dict
+        Where each tensor keeps its images; a list for a node that holds several.
+    markers : list of fx.Node
+        One per (site, call) in execution order.
+    """
+
+    graph: fx.Graph
+    images: fx.Node
+    logits: fx.Node
+    constants: dict[fx.Node, Tensor]
+    symbol: Any
+    layout: dict[fx.Node, Any] = field(default_factory=dict)
+    markers: list[fx.Node] = field(default_factory=list)
+    _linear: dict[Any, tuple[int, int] | None] = field(default_factory=dict, repr=False)
+
+    def run(self, images: Tensor, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+        """Compute ``keep`` for a batch of images; other tensors are freed after their last use."""
+        wanted = set(keep)
+        values: dict[fx.Node, Any] = {self.images: images}
+        uses = {node: len(node.users) for node in self.graph.nodes}
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            values[node] = self.evaluate(node, values.__getitem__, len(images))
+            for source in node.all_input_nodes:
+                uses[source] -= 1
+                if uses[source] == 0 and source not in wanted:
+                    values.pop(source, None)
+        return {node: values[node] for node in wanted}
+
+    def evaluate(self, node: fx.Node, value: Callable[[fx.Node], Any], rows: int) -> Any:
+        """Apply a node's operator; ``value`` gives its tensors, for a batch of ``rows``."""
+
+        def resolve(source: fx.Node) -> Any:
+            if source in self.constants:
+                return self.constants[source]
+            size = self.size(source, rows)
+            return value(source) if size is None else size
+
+        symbolic = self.size(node, rows)
+        if symbolic is not None:
+            return symbolic
+        args = fx.node.map_arg(node.args, resolve)
+        kwargs = fx.node.map_arg(node.kwargs, resolve)
+        return function(node)(*args, **kwargs)
+
+    def size(self, node: fx.Node, rows: int) -> int | None:
+        """Value of a node that is a size (it depends on the number of rows only), else None."""
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.SymInt):
+            return self._count(meta, rows)
+        return None
+
+    def _count(self, size: Any, rows: int) -> int:
+        """Value of a size for a batch of ``rows``; linear ones, nearly all, without sympy."""
+        if not is_symbolic(size):
+            return int(size)
+        expr = size.node.expr
+        if expr not in self._linear:
+            one, two, *more = (int(expr.subs(self.symbol, n)) for n in (1, 2, 7, 96, 1001))
+            step = two - one
+            straight = more == [one + n * step for n in (6, 95, 1000)]
+            self._linear[expr] = (step, one - step) if straight else None
+        line = self._linear[expr]
+        return int(expr.subs(self.symbol, rows)) if line is None else line[0] * rows + line[1]
+
+    def shape(self, node: fx.Node, rows: int) -> list[int]:
+        """Shape of a node's tensor for a batch of ``rows``; empty where it holds no tensor."""
+        meta = node.meta.get("val")
+        sizes: Sequence[Any] = meta.shape if isinstance(meta, Tensor) else ()
+        return [self._count(size, rows) for size in sizes]
+
+    def elements(self, node: fx.Node) -> int:
+        """Elements of a node's tensor for one image; 1 where it holds no single tensor."""
+        return math.prod(self.shape(node, 1))
+
+    @property
+    def widest(self) -> int:
+        """Elements per image of the largest tensor that depends on the images."""
+        nodes = (node for node in self.graph.nodes if node not in self.constants)
+        return max(self.elements(node) for node in nodes)
+
+    def constant(self, node: fx.Node, index: int) -> Tensor | None:
+        """Value of an argument of a node that is a weight, else None."""
+        argument = node.args[index] if index < len(node.args) else None
+        return self.constants.get(argument) if isinstance(argument, fx.Node) else None
+
+    def pick(self, node: fx.Node, value: Any, image: Tensor) -> Any:
+        """Gather images from a node's value; what does not depend on images stays as it is."""
+        layout = self.layout.get(node)
+        if isinstance(value, (list, tuple)):
+            layouts = layout if isinstance(layout, list) else [layout] * len(value)
+            return [_pick(one, item, image) for one, item in zip(layouts, value, strict=True)]
+        return _pick(layout, value, image)
+
+    def joins(self, node: fx.Node) -> bool:
+        """Whether a node's values for parts of a batch can be joined to that of the whole."""
+        layout = self.layout.get(node)
+        layouts = layout if isinstance(layout, list) else [layout]
+        return all(one is None or (one.outer == 1 and one.inner == 1) for one in layouts)
+
+    def join(self, node: fx.Node, parts: Sequence[Any]) -> Any:
+        """Value of a node for a batch, from those for its parts, where :meth:`joins` allows it."""
+        layout = self.layout.get(node)
+        if isinstance(parts[0], (list, tuple)):
+            layouts = layout if isinstance(layout, list) else [layout] * len(parts[0])
+            items = zip(layouts, zip(*parts, strict=True), strict=True)
+            return [_join(one, item) for one, item in items]
+        return _join(layout, parts)
+
+    def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
+        """Nodes whose value can change when the values of ``starts`` do, in order."""
+        changed = set(starts)
+        for node in self.graph.nodes:
+            touched = any(source in changed for source in node.all_input_nodes)
+            if node.op == "call_function" and touched and self.size(node, 1) is None:
+                changed.add(node)
+        return [node for node in self.graph.nodes if node in changed]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Tensor arguments of a node, by position; for operators that take nothing else there."""
+    return [argument for argument in node.args if isinstance(argument, fx.Node)]
+
+
+def settings(node: fx.Node, start: int, *defaults: Any) -> list[Any]:
+    """Return positional arguments of a node from ``start`` on, defaults where they end."""
+    given = list(node.args[start:])
+    return [*given, *defaults[len(given) :]]
+
+
+def function(node: fx.Node) -> Callable[..., Any]:
+    """Return what to call for a node; views become reshapes, since layouts here may differ."""
+    if node.target in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default
+    if node.target is MARKER:
+        return _identity
+    if node.target is aten.squeeze.default:  # which would take a batch of one for an axis to drop
+        shape = node.all_input_nodes[0].meta["val"].shape
+        ones = [a for a, size in enumerate(shape) if not is_symbolic(size) and size == 1]
+        return functools.partial(_squeeze, dims=ones)
+    return cast(Callable[..., Any], node.target)
+
+
+def norm_scale(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Float64 scale and shift per channel to which batch norm comes down in evaluation mode."""
+    gamma, beta, mean, variance = (
+        graph.constants[arg].double() if isinstance(arg, fx.Node) else None
+        for arg in norm.args[1:5]
+    )
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + cast(float, norm.args[6]))
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Whether a padding writes zeros, rather than another constant or copies."""
+    if node.kwargs:
+        return False
+    if node.target is aten.constant_pad_nd.default:
+        return not settings(node, 2, 0.0)[0]
+    mode, value = settings(node, 2, "constant", None)[:2]
+    return mode == "constant" and not value
+
+
+def _pick(layout: BatchLayout | None, value: Tensor, image: Tensor) -> Tensor:
+    return value if layout is None else layout.pick(value, image)
+
+
+def _join(layout: BatchLayout | None, parts: Sequence[Any]) -> Any:
+    return parts[0] if layout is None else torch.cat(list(parts), dim=layout.axis)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size depends on the number of images."""
+    return isinstance(size, torch.SymInt)
+
+
+def _squeeze(x: Tensor, dims: list[int]) -> Tensor:
+    return cast(Tensor, aten.squeeze.dims(x, dims))
+
+
+def _identity(x: Tensor, *_: Any) -> Tensor:
+    return x
