@@ -19,7 +19,7 @@ from pyablate.unit_attributes import activations, concepts, information, selecti
 from pyablate.unit_attributes.catalog import Attribute
 from pyablate.unit_attributes.nisp import nisp
 from pyablate.unit_attributes.observe import Observations, Observed, observe
-from pyablate.unit_attributes.relevance import conductance, relevance
+from pyablate.unit_attributes.relevance import conductance, relevance, shares
 from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
@@ -192,6 +192,9 @@ class Work:
                 single = [site for site in self.sites if site.name not in self.repeated]
                 for layer, values in attribute(model, images, labels, single, size).items():
                     self._store(layer, _by_class(name, values, labels, self.ready.classes))
+                    if name == "lrp":
+                        share = _by_class("crp", shares(values), labels, self.ready.classes)
+                        self._store(layer, share)
 
     def _concepts(self, _report: Share) -> None:
         assert self.masks is not None
