@@ -48,7 +48,7 @@ def class_correlation(units: Tensor, probabilities: Tensor) -> Tensor:
 
     Both :func:`standardised`, ``[C, N]`` and ``[K, N]``.
     """
-    return (units @ probabilities.t()).double().clamp(-1, 1)
+    return (units @ probabilities.t().to(units.dtype)).double().clamp(-1, 1)
 
 
 def redundancy(units: Tensor) -> Tensor:

@@ -126,7 +126,9 @@ class Work:
             gradients=self.wants("gradients"),
             report=lambda done: report(0.8 * done / images),
         )
-        probabilities = selectivity.standardised(seen.probabilities.t())
+        probabilities = seen.probabilities.t()
+        if self.wants("class_correlation"):
+            probabilities = selectivity.standardised(probabilities)
         for layer in seen.layers:
             self._reduce(layer, seen, probabilities)
         signed = [layer.site.name for layer in seen.layers if bool((layer.least < 0).any())]
@@ -137,7 +139,7 @@ class Work:
             )
 
     def _reduce(self, layer: Observed, seen: Observations, probabilities: Tensor) -> None:
-        """Take from one layer what follows; ``probabilities`` are standardised, ``[K, N]``."""
+        """Take from one layer what follows; ``probabilities`` ``[K, N]`` are standardised."""
         name, images = layer.site.name, len(seen.labels)
         if self.wants("activations"):
             self._store(name, activations.moments(layer))
