@@ -191,7 +191,7 @@ def ablate(
                 logger.info("%s has finished already", place)
                 return finished
             held = opened
-        sweep = Sweep(setup, _audited_pairs(setup, audit, seed))
+        sweep = Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
         with held.keeping(), reporting(progress if ranks.first else False, unit="pairs") as report:
             course = Course(
                 setup.data,
@@ -244,7 +244,7 @@ class Sweep:
 
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
-    measures: tuple[str, ...] = ()
+    measures: tuple[str, ...]
     flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
