@@ -96,11 +96,11 @@ def test_weights_are_small_and_described() -> None:
             assert f"| {network.training()['epochs']} |" in row
 
 
-def test_three_seeds_of_each_network_that_differs_in_one_thing() -> None:
+def test_several_seeds_of_each_network_that_differs_in_one_thing() -> None:
     for name in ("alexnet", "alexnet_dropout", "alexnet_bn"):
         found = known((name,))
-        assert [network.seed for network in found] == [0, 1, 2]
-        assert len({network.digest for network in found}) == 3
+        assert [network.seed for network in found] == list(range(len(found)))
+        assert len({network.digest for network in found}) == len(found) >= 2
 
 
 def test_balanced_takes_the_first_of_each_class() -> None:
