@@ -155,7 +155,7 @@ def _is_structure(text: Any) -> bool:
     try:
         content = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        return text == ""
+        return bool(text == "")
     entries = list(_entries(content))
     plain = all(value in _CONTAINERS for key, value in entries if key == "type")
     contexts = [value for key, value in entries if key == "context"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import resource
 import shutil
 import struct
@@ -310,32 +309,29 @@ def test_stores_with_other_numbers(sound: Path, tmp_path_factory: pytest.TempPat
     check()
 
 
-@settings_for(15)
-@given(
-    shape=st.lists(st.integers(0, 4), max_size=5),
-    dtype=st.sampled_from("u1 i1 u2 i8 f2 f4 f8 c8 b1 U3 S3 M8[s] O".split()),
-    labels=st.lists(st.integers(-2, 5), max_size=4),
-    label_type=st.sampled_from("u1 i8 f4 b1 U2".split()),
-    bad=st.sampled_from([None, float("nan"), float("inf")]),
-)
-def test_arrays_of_other_kinds(
-    shape: list[int], dtype: str, labels: list[int], label_type: str, bad: float | None
-) -> None:
+def test_arrays_of_other_kinds(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any arrays as data: numbers, or one line about what was expected."""
-    values = np.zeros(shape, dtype="f4")
-    if bad is not None and values.size:
-        values.flat[0] = bad
-    with np.errstate(invalid="ignore"):
-        images = values.astype(dtype)
-        known = np.array(labels).astype(label_type)
-    path = Path(os.environ.get("PYTEST_TMP", "/tmp")) / f"pyablate-fuzz-{os.getpid()}.npz"
-    np.savez(path, images=images, labels=known)
-    try:
+    path = tmp_path_factory.mktemp("arrays") / "a.npz"
 
-        def read() -> None:
-            data = load_data(path)
-            pa.ablate(Small().eval(), data.batches, progress=False, audit=2)
+    @settings_for(15)
+    @given(
+        shape=st.lists(st.integers(0, 4), max_size=5),
+        dtype=st.sampled_from("u1 i1 u2 i8 f2 f4 f8 c8 b1 U3 S3 M8[s] O".split()),
+        labels=st.lists(st.integers(-2, 5), max_size=4),
+        label_type=st.sampled_from("u1 i8 f4 b1 U2".split()),
+        bad=st.sampled_from([None, float("nan"), float("inf")]),
+    )
+    def check(
+        shape: list[int], dtype: str, labels: list[int], label_type: str, bad: float | None
+    ) -> None:
+        values = np.zeros(shape, dtype="f4")
+        if bad is not None and values.size:
+            values.flat[0] = bad
+        with np.errstate(invalid="ignore"):
+            np.savez(path, images=values.astype(dtype), labels=np.array(labels).astype(label_type))
+        reads_or_refuses(ablated)
 
-        reads_or_refuses(read)
-    finally:
-        path.unlink()
+    def ablated() -> object:
+        return pa.ablate(Small().eval(), load_data(path).batches, progress=False, audit=2)
+
+    check()
