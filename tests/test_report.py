@@ -213,9 +213,9 @@ class _Twice(nn.Module):
 def test_most_activating_images_equal_a_plain_search() -> None:
     torch.manual_seed(0)
     model = _Twice()
-    images = torch.randn(150, 1, 6, 6)
-    images[140:] = images[:10]  # equal activations: the first image stands
-    labels = torch.arange(150) % 3
+    images = torch.randn(129, 1, 6, 6)  # a batch and a single image
+    images[119:] = images[:10]  # equal activations: the first image stands
+    labels = torch.arange(129) % 3
     result = pa.ablate(model, (images, labels), ["relu", "hidden.1"], audit=0)
     found = most_activating(model, (images, labels), result, count=7)
     sums: dict[str, torch.Tensor] = {}
@@ -392,7 +392,7 @@ def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: 
         sets_by_class(table, result)
 
 
-# --- bad input, and the command -------------------------------------------------------------------
+# --- bad input, the command, and docs/report.md --------------------------------------------------
 
 
 def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path) -> None:
@@ -447,3 +447,20 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         failed = run(app, wrong.split())
         assert failed.exit_code == 2, wrong
         assert message in failed.output + failed.stderr, wrong
+
+
+def test_python_in_the_page_on_reports_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = block.replace("limit=200", "limit=40")
+    assert code != block
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "report.md", "exec"), {})
+    data = data_of(Path("report.html").read_text())
+    facts = dict(data["provenance"])
+    assert facts["Model"] == "vgg_bn"
+    assert facts["data.count"] == "40"  # what the run recorded about itself
+    assert data["examples"]["activating"].shape == (128, 8)
+    assert len(data["examples"]["pictures"]) > 8

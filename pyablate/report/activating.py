@@ -67,7 +67,8 @@ def most_activating(
         with hooked(ready.model, sites, see):
             for batch in ready.data.batches(_BATCH):
                 totals.clear()
-                ready.model(batch.images)
+                single = len(batch) == 1  # some networks squeeze a batch of one away
+                ready.model(torch.cat([batch.images] * 2) if single else batch.images)
                 for name, pooled in totals.items():
                     values = pooled[: len(batch)].t().double()
                     best[name] = _merged(best.get(name), values, batch.index, count)

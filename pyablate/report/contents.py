@@ -91,7 +91,7 @@ def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
 
 def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[list[str]]:
     """Lines of name and value."""
-    facts: dict[str, object] = dict(further) | _flat(getattr(result, "provenance", {}))
+    facts: dict[str, object] = dict(further) | _flat(result.provenance)
     facts["Replaced by"] = result.intervention
     for name, measure in result.measures.items():
         facts[f"Accuracy of the {name} change"] = measure.accuracy

@@ -93,5 +93,5 @@ def _policy(scripts: list[str]) -> str:
     # Styles are inline because the chart library sets them; they cannot load anything either.
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
