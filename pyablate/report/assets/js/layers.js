@@ -2,18 +2,18 @@
 
 const LEFT = 116;
 
-// Spreads the points of a row so that they do not cover one another: columns of dots.
+// Spreads the points of a row so that they do not cover one another: columns of dots, closer
+// together where a column would leave its room.
 function spread(values, scale, room) {
-  const filled = new Map();
-  const offsets = values.map((value) => {
-    const column = Math.round(scale(value) / 4.5);
-    const place = filled.get(column) || 0;
-    filled.set(column, place + 1);
-    return Math.ceil(place / 2) * (place % 2 ? 1 : -1);
-  });
-  const widest = d3.max(offsets, Math.abs) || 1;
-  const step = Math.min(0.16, room / widest);
-  return offsets.map((offset) => offset * step);
+  const columns = d3.group(d3.range(values.length), (i) => Math.round(scale(values[i]) / 4.5));
+  const offsets = new Float64Array(values.length);
+  for (const column of columns.values()) {
+    const step = Math.min(0.13, (2 * room) / column.length);
+    column.forEach((i, place) => {
+      offsets[i] = Math.ceil(place / 2) * (place % 2 ? step : -step);
+    });
+  }
+  return offsets;
 }
 
 // Draws units as dots in one row per layer; drops in shares, floor [unit] or null.
