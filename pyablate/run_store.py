@@ -296,7 +296,8 @@ def read_statistics(path: Path) -> dict[str, NDArray[Any]]:
     """
     place = path / "blocks" / "statistics.npz"
     try:
-        with np.load(place, allow_pickle=False) as held:
+        # From memory: numpy leaves a damaged file open.
+        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as held:
             return {name: held[name] for name in held}
     except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise StoreMismatch(
