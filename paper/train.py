@@ -33,8 +33,8 @@ rest of the project. Written by `python -m paper.train`, which trains what is mi
 {rows}
 
 Stored in float16 and measured so, once, after the last epoch: on the 10,000 Fashion-MNIST test
-images, or on 100 images of each of the 120 characters of `paper/glyphs.py`. Each by its own command,
-from the root of a clone with the development extras installed:
+images, or on 100 images of each of the 120 characters of `paper/glyphs.py`. Each by its own
+command, from the root of a clone with the development extras installed:
 
 ```sh
 {commands}
