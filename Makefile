@@ -83,17 +83,13 @@ bench: $(VENV)/.bench
 demo: build
 	$(BIN)/pyablate demo $(ARGS)
 
-$(VENV)/.docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install -q -e '.[docs]'
-	@touch $@
-
 # Warnings are errors; notebooks run once and come from docs/_build/notebooks until they change.
-docs: $(VENV)/.docs
+docs: build
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
 	@echo "open docs/_build/html/index.html"
 
 # Equal results give equal files, so that nothing changes in git without a reason.
-pictures: $(VENV)/.docs
+pictures: build
 	$(BIN)/typer pyablate.cli utils docs --name pyablate --title 'The shell' --output docs/shell.md
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
@@ -115,6 +111,6 @@ sanitize: build
 
 clean:
 	rm -rf build dist demo docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f pyablate/_core*.so $(VENV)/.installed $(VENV)/.bench $(VENV)/.docs
+	rm -f pyablate/_core*.so $(VENV)/.installed $(VENV)/.bench
 	find pyablate tests examples benchmarks -name __pycache__ -type d -prune \
 	    -exec rm -rf {} + 2>/dev/null || true
