@@ -608,7 +608,7 @@ def all_layers(groups: Groups) -> list[str]:
             for layer, row in mean.iterrows()
         ]
         blocks += [
-            f"### {group.family.title.capitalize()}",
+            f"### {group.family.title[0].upper()}{group.family.title[1:]}",
             table(
                 [
                     "layer",

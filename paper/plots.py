@@ -126,7 +126,7 @@ def differences(table: pd.DataFrame, path: Path) -> None:
     panel.axvline(0, color=GREY, lw=0.8)
     panel.set_yticks(place, table["what"], fontsize=8)
     panel.set_ylim(-0.7, len(table) - 0.3)
-    panel.set_xlabel("difference of the mean Gini coefficient, 95 % interval over units")
+    panel.set_xlabel("mean Gini coefficient, first minus second, with 95 % intervals")
     panel.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -166,9 +166,11 @@ def curves(families: Mapping[str, Sequence[pd.DataFrame]], path: Path) -> None:
 def sample(path: Path) -> None:
     """One test image of every class of the rendered characters."""
     pixels, _ = glyphs.images(1)
-    wide = 20
+    wide, enlarged = 20, 2
     sheet = pixels.reshape(-1, wide, glyphs.SIZE, glyphs.SIZE).permute(0, 2, 1, 3)
-    plt.imsave(path, sheet.reshape(-1, wide * glyphs.SIZE).numpy(), cmap="gray", vmin=0, vmax=1)
+    sheet = sheet.reshape(-1, wide * glyphs.SIZE)
+    sheet = sheet.repeat_interleave(enlarged, 0).repeat_interleave(enlarged, 1)
+    plt.imsave(path, sheet.numpy(), cmap="gray", vmin=0, vmax=1)
 
 
 def _panels(count: int, *, width: float, height: float) -> tuple[plt.Figure, list[Axes]]:
