@@ -146,6 +146,24 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     return (work.double() if dtype == torch.float64 else work.float()).eval(), dtype
 
 
+def prepared_pair(
+    model: nn.Module, smaller: nn.Module, device: str | torch.device | None
+) -> tuple[nn.Module, nn.Module, torch.dtype]:
+    """Copy two networks for evaluation, both in the dtype and on the device of the first.
+
+    Raises
+    ------
+    TypeError
+        One is no module.
+    """
+    original, dtype = prepared(model, device)
+    try:
+        other, _ = prepared(smaller, device_of(original))
+    except TypeError as error:
+        raise TypeError(str(error).replace("model:", "smaller:")) from None
+    return original, other.to(dtype), dtype
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer."""
     return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
