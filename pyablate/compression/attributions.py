@@ -98,7 +98,8 @@ def _grad_cam(model: nn.Module, images: Tensor, layer: str | None) -> Method:
 
     def attribute(part: Tensor, classes: Tensor) -> Tensor:
         maps = explain.attribute(part, target=classes, relu_attributions=True)
-        return LayerAttribution.interpolate(maps, size, interpolate_mode="bilinear")
+        resized: Tensor = LayerAttribution.interpolate(maps, size, interpolate_mode="bilinear")
+        return resized
 
     return attribute
 

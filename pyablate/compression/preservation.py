@@ -203,8 +203,8 @@ def preserved_between(
         for figures in [
             _figures(
                 *_both_maps(original, other, pictures, target, name, layers, batch_size),
-                inside,
-                quantile,
+                inside=inside,
+                quantile=quantile,
             )
         ]
     ]
@@ -222,7 +222,7 @@ def _both_maps(
     method: str,
     layers: Layers,
     batch_size: int,
-) -> list[Floats]:
+) -> tuple[Floats, Floats]:
     found = []
     for network, layer in zip((original, other), layers, strict=True):
         try:
@@ -235,11 +235,11 @@ def _both_maps(
             logger.warning("compare: figures of lrp are NaN: %s", error)
             maps = np.full((len(images), *images.shape[2:]), np.nan)
         found.append(maps)
-    return found
+    return found[0], found[1]
 
 
 def _figures(
-    a: Floats, b: Floats, inside: NDArray[np.bool_] | None, quantile: float
+    a: Floats, b: Floats, *, inside: NDArray[np.bool_] | None, quantile: float
 ) -> dict[str, Floats]:
     """All figures of two sets of maps; NaN everywhere if one set is."""
     known = bool(np.isfinite(a).all() and np.isfinite(b).all())
@@ -316,7 +316,8 @@ def _agreeing(before: Evaluation, after: Evaluation, count: int | None, seed: in
 
 
 def _masks(masks: Any, images: Tensor, count: int) -> NDArray[np.bool_]:
-    found = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks) != 0
+    given = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks)
+    found: NDArray[np.bool_] = given != 0
     expected = (count, *images.shape[2:])
     if found.shape != expected:
         raise ValueError(f"masks: expected {list(expected)}, got {list(found.shape)}")

@@ -6,6 +6,8 @@ one no order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -63,7 +65,9 @@ def structure(a: Floats, b: Floats) -> Floats:
         one, two = one / peaks[0], two / peaks[1]
         span = max(one.max(), two.max()) - min(one.min(), two.min())
         if span > 0:  # both constant and equal: no structure to compare
-            found[i] = structural_similarity(one, two, win_size=window, data_range=span)
+            found[i] = structural_similarity(  # type: ignore[no-untyped-call]
+                one, two, win_size=window, data_range=span
+            )
     return found
 
 
@@ -104,7 +108,7 @@ def points_inside(maps: Floats, masks: NDArray[np.bool_]) -> Floats:
     return np.where(inside.any(1) & ~top.all(1), share, np.nan)
 
 
-def _flat(maps: NDArray[np.generic]) -> NDArray[np.generic]:
+def _flat(maps: NDArray[Any]) -> NDArray[Any]:
     return maps.reshape(len(maps), -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from pyablate.layers import evaluation
 
 
 def latency(
-    networks: Mapping[str, nn.Module], sample: Tensor, *, repeats: int = 30, warmup: int = 3
+    networks: Mapping[str, Any], sample: Tensor, *, repeats: int = 30, warmup: int = 3
 ) -> pd.DataFrame:
     """Time a forward pass of several networks in turn, so that all meet the same machine.
 
@@ -42,8 +43,8 @@ def latency(
     ValueError, TypeError
         No networks, no modules, or fewer than one repeat.
     """
-    if not isinstance(networks, Mapping) or not networks:
-        raise TypeError("networks: expected a mapping of at least one name to a network")
+    if not networks:
+        raise ValueError("networks: expected at least one, got none")
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             got = type(network).__name__
