@@ -137,8 +137,8 @@ def _transforms(table: pd.DataFrame) -> str:
 
 Without training, soft filter pruning excepted. `level` is the share of units, singular values or
 weights that goes (of the pruned and decomposed network half by either); codebooks have 256, 64 and
-16 kernels, block masks 2, 3 and 4 blocks. `bits`: what the weights still take. `drop`: accuracy lost.
-`excess`: the class that lost most beyond that, in the first seed, and by how much. `classes`: how
+16 kernels, block masks 2, 3 and 4 blocks. `bits`: what the weights still take. `drop`: accuracy
+lost. `excess`: the class that lost most beyond that, in the first seed, and by how much. `classes`: how
 many changed significantly. `profile`: rank correlation, over classes, of the mean damage that units
 of the last layer with maps do before and after; `units`: rank correlation of their accuracy drops,
 unit by unit. `Grad-CAM` and `LRP`: Pearson correlation of the maps of both networks, over images on

@@ -271,7 +271,7 @@ def _soft(study: Study, model: nn.Module, level: float, seed: int) -> Any:
 
 
 def judged(study: Study, network: str, make: Callable[[], Any]) -> pd.DataFrame:
-    """What a transform does to classes, importance and attributions, in one row."""
+    """Tell in one row what a transform does to classes, importance and attributions."""
     model, found = pa.demo.network(network), make()
     data = study.measuring
     compared = pa.compare(model, found.model, data, class_names=pa.demo.CLASSES)
