@@ -138,11 +138,11 @@ def _transforms(table: pd.DataFrame) -> str:
 Without training, soft filter pruning excepted. `level` is the share of units, singular values or
 weights that goes (of the pruned and decomposed network half by either); codebooks have 256, 64 and
 16 kernels, block masks 2, 3 and 4 blocks. `bits`: what the weights still take. `drop`: accuracy
-lost. `excess`: the class that lost most beyond that, in the first seed, and by how much. `classes`: how
-many changed significantly. `profile`: rank correlation, over classes, of the mean damage that units
-of the last layer with maps do before and after; `units`: rank correlation of their accuracy drops,
-unit by unit. `Grad-CAM` and `LRP`: Pearson correlation of the maps of both networks, over images on
-which they agree.
+lost. `excess`: the class that lost most beyond that, in the first seed, and by how much. `classes`:
+how many changed significantly. `profile`: rank correlation, over classes, of the mean damage that
+units of the last layer with maps do before and after; `units`: rank correlation of their accuracy
+drops, unit by unit. `Grad-CAM` and `LRP`: Pearson correlation of the maps of both networks, over
+images on which they agree.
 """
     for network, mine in table.groupby("network", sort=False):
         lines = []
@@ -182,7 +182,7 @@ def _tuned(table: pd.DataFrame) -> str:
     heads.append("distance / 1000")
     return f"""## Does fine-tuning bring the maps back
 
-Half of each layer removed by `l1`, then {first["epochs"]:.0f} epochs on 5,000 images at a learning
+Half of each layer removed by `l1`, then {first["epochs"]:.0f} epochs at a learning
 rate of {first["learning_rate"]:g} falling along a cosine, without a penalty (`plain`) and with each
 variant of the attribution penalty at weight 100. Distance: weighted collapsed attributions,
 smaller is better.

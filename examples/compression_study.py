@@ -31,7 +31,6 @@ HALF = 5000
 CRITERIA = ("l1", "l2", "bn_scale", "nisp", "hrank", "taylor")
 MEASURED = ("accuracy_drop", "max_class_drop")
 DRAWN = ("hrank", "taylor", *MEASURED)  # depend on the images, so on the seed
-LEVELS = (0.25, 0.5, 0.75)
 VARIANTS = ("plain", "weighted", "equal", "stochastic")
 Pair = tuple[Tensor, Tensor]
 
@@ -46,22 +45,23 @@ class Settings:
         Shipped networks of all parts, and those that are fine-tuned.
     ranking, measuring, training, maps : int
         Images to rank units on, to measure on, to train on, and of which maps are compared.
-    fractions : tuple of float
-        Points of the curves.
+    fractions, levels : tuple of float
+        Points of the curves, and shares that transforms take away.
     seeds, epochs, groups : int
         Repetitions, epochs of fine-tuning, groups drawn for each layer and share.
     """
 
-    networks: tuple[str, ...] = pa.demo.NETWORKS
+    networks: tuple[str, ...] = ("alexnet", "vgg_bn", "resnet")
     tuned: tuple[str, ...] = ("vgg_bn", "resnet")
-    ranking: int = 1000
+    ranking: int = 500
     measuring: int = 1000
-    training: int = 5000
+    training: int = 3000
     maps: int = 64
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    levels: tuple[float, ...] = (0.25, 0.5, 0.75)
     seeds: int = 3
     epochs: int = 2
-    groups: int = 6
+    groups: int = 4
 
 
 QUICK = Settings(
@@ -72,6 +72,7 @@ QUICK = Settings(
     training=500,
     maps=16,
     fractions=(0.1, 0.3, 0.5),
+    levels=(0.5,),
     seeds=2,
     epochs=1,
     groups=3,
@@ -173,7 +174,7 @@ def redundancy(study: Study, network: str) -> pd.DataFrame:
     rows, groups = [], []
     for layer in layers:
         labels = [label for label in drop if label.rpartition(":")[0] == layer]
-        for share in LEVELS:
+        for share in study.settings.levels:
             size = max(2, round(share * len(labels)))
             for _ in range(study.settings.groups):
                 chosen = generator.choice(labels, size, replace=False).tolist()
@@ -189,7 +190,7 @@ def transforms(study: Study, network: str) -> Iterator[tuple[str, float, int, Ca
     model = pa.demo.network(network)
     sample = study.choosing[0][:2]
     seeds = range(study.settings.seeds)
-    for level in LEVELS:
+    for level in study.settings.levels:
         for name in known_criteria(network):
             for seed in seeds if name in DRAWN else [0]:
 
@@ -263,7 +264,7 @@ def _removed(study: Study, network: str, level: float, seed: int) -> Any:
 
 
 def _soft(study: Study, model: nn.Module, level: float, seed: int) -> Any:
-    data = study.drawn(study.settings.training // 5, seed)
+    data = study.drawn(study.settings.training // 3, seed)
     sample = data[0][:2]
     return compression.soft_filter_pruning(
         model, sample, data, level, epochs=study.settings.epochs, seed=seed, progress=False
@@ -350,7 +351,7 @@ def timed(study: Study, network: str) -> pd.DataFrame:
     """Latency before and after really removing units, in turn."""
     model, sample = pa.demo.network(network), study.measuring[0][:64]
     networks = {"0 %": model}
-    for level in LEVELS:
+    for level in study.settings.levels:
         networks[f"{level:.0%}"] = compression.prune_filters(model, sample[:2], level).model
     times = compression.latency(networks, sample)
     return times.rename(columns={"network": "network_removed"}).assign(network=network)

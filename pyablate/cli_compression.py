@@ -33,8 +33,8 @@ By = Annotated[
     list[str],
     typer.Option(
         metavar="WHAT",
-        help="Rank by l1, l2, bn_scale, nisp, hrank or taylor, by random, a result of `pyablate run` "
-        "(.zarr), or a table of attributes (.csv); may be given again for `prune`.",
+        help="Rank by l1, l2, bn_scale, nisp, hrank or taylor, by random, a result of "
+        "`pyablate run` (.zarr), or a table of attributes (.csv); may be given again for `prune`.",
     ),
 ]
 Column = Annotated[

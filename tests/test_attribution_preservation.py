@@ -251,7 +251,7 @@ def test_some_images_are_drawn(pair: Any) -> None:
 
 
 def test_silent_maps_are_undefined(pair: Any) -> None:
-    first, _, x, labels = pair
+    _, _, x, labels = pair
     silent = pooled(0)
     with torch.no_grad():
         silent.conv.weight.zero_()
@@ -312,11 +312,11 @@ def test_bad_maps_and_masks(pair: Any) -> None:
     first, second, x, labels = pair
     with pytest.raises(ValueError, match="masks: they need"):
         pa.compare(first, second, (x, labels), masks=torch.ones(60, 10, 10))
+    other = pooled(0)
+    with torch.no_grad():
+        other.fc.weight.neg_()
+        other.fc.bias.neg_()
     with pytest.raises(ValueError, match="agree on no image"):
-        other = pooled(0)
-        with torch.no_grad():
-            other.fc.weight.neg_()
-            other.fc.bias.neg_()
         compression.attributions_preserved(first, other, (x, labels), methods=[])
     with pytest.raises(ValueError, match="target"):
         compression.attribution_maps(first, x, labels[:3])

@@ -114,7 +114,7 @@ def test_rectified_svd_is_the_best_behind_batch_norm(shipped: Any) -> None:
     product = (
         second.weight.detach()[:, :, 0, 0].double() @ first.weight.detach().flatten(1).double()
     )
-    assert (scale * product).norm() == pytest.approx((scale * weight).norm(), rel=1e-4)
+    torch.testing.assert_close((scale * product).norm(), (scale * weight).norm(), rtol=1e-4, atol=0)
 
 
 def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
@@ -136,7 +136,7 @@ def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
-    with pytest.raises(ValueError, match="rectify: torch.fx cannot trace"):
+    with pytest.raises(ValueError, match="rectify"):
         compression.truncated_svd(Branching(), 0.3, rectify=True)
 
 

@@ -151,8 +151,8 @@ def attributions_preserved(
         original, other, dtype = prepared_pair(model, smaller, device)
         held = Data(data, dtype=dtype, device=device_of(original))
         held.hold()
-        before = evaluate(original, held, 256)
-        after = evaluate(other, held, 256)
+        before = evaluate(original, held)
+        after = evaluate(other, held)
         return preserved_between(
             original,
             other,

@@ -1,4 +1,4 @@
-"""Soft filter pruning: filters are silenced while the network trains, and may come back."""
+"""Soft filter pruning: filters are set to zero while the network trains, and may come back."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def soft_filter_pruning(
     device: str | torch.device | None = None,
     progress: bool | Report | None = None,
 ) -> Transformed:
-    """Train a network, silence its smallest filters behind every epoch, and remove the last ones.
+    """Train a network, zero its smallest filters behind every epoch, and remove the last ones.
 
-    A silenced filter keeps training: in the next epoch it may grow, and another goes in its place.
+    A zero filter keeps training: in the next epoch it may grow, and another goes in its place.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def soft_filter_pruning(
     Returns
     -------
     Transformed
-        The network without the filters that were silent at last, with the ``history`` of training.
+        The network without the filters that were zero at last, with the ``history`` of training.
 
     Raises
     ------
@@ -72,9 +72,9 @@ def soft_filter_pruning(
     Notes
     -----
     He, Kang, Dong, Fu, Yang 2018, *Soft Filter Pruning for Accelerating Deep Convolutional Neural
-    Networks*, arXiv:1808.06866. There the filters alone become zero; here their biases do as
-    well, and shift and running mean of the batch norm behind them, so that the units are silent and
-    removing them changes nothing. The scale stays: with it at zero they could not come back.
+    Networks*, arXiv:1808.06866. As there, the filters alone become zero: with bias and batch norm
+    at zero as well, no gradient would pass the ReLU behind them and none could come back. What a
+    zero filter still puts out, a constant, goes when it is removed.
     """
     check_choice("criterion", criterion, BY_WEIGHTS)
     if not 0 <= fraction <= 1:
@@ -87,16 +87,16 @@ def soft_filter_pruning(
         held = Data(data, dtype=dtype, device=device_of(trained))
         held.hold()
         coupling = Coupling(trained, sample)
-        silent: list[str] = []
+        zero: list[str] = []
 
         def after_epoch() -> None:
             ranking = filter_ranking(trained, sample, criterion)
-            silent[:] = ranking.units(fraction)
-            silence(trained, coupling, silent)
+            zero[:] = ranking.units(fraction)
+            set_to_zero(trained, coupling, zero)
 
         loss = cross_entropy(trained)
         history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
-        removal = remove(trained, silent, sample)
+        removal = remove(trained, zero, sample)
     return Transformed(
         removal.model,
         FLOAT_BITS * removal.after.parameters,
@@ -106,8 +106,8 @@ def soft_filter_pruning(
     )
 
 
-def silence(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
-    """Set to zero, in place, whatever makes the units speak, batch norm scales excepted.
+def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
+    """Set to zero, in place, the filters that make the units; biases and batch norm stay.
 
     Parameters
     ----------
@@ -120,16 +120,8 @@ def silence(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
     """
     for dependency, channels in coupling.channels(units):
         module = dependency.target.module
-        if "out" not in dependency.handler.__name__ or not isinstance(module, nn.Module):
-            continue
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         makes = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-        if not norm and not makes:
-            continue
-        target = model.get_submodule(coupling.name_of(module))
-        for name in ("bias", "running_mean") if norm else ("weight", "bias"):
-            values = getattr(target, name)
-            if values is not None:
-                axis = 1 if name == "weight" and getattr(module, "transposed", False) else 0
-                index = torch.tensor(channels, device=values.device)
-                values.data.index_fill_(axis, index, 0)
+        if makes and "out" in dependency.handler.__name__:
+            weight = model.get_parameter(f"{coupling.name_of(module)}.weight").data
+            axis = 1 if getattr(module, "transposed", False) else 0
+            weight.index_fill_(axis, torch.tensor(channels, device=weight.device), 0)
