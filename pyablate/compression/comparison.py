@@ -14,7 +14,9 @@ from scipy import stats
 from torch import nn
 
 from pyablate.batches import Data
-from pyablate.compression.evaluation import Evaluation, device_of, evaluate, prepared
+from pyablate.compression.attributions import METHODS
+from pyablate.compression.evaluation import Evaluation, device_of, evaluate, prepared_pair
+from pyablate.compression.preservation import Preservation, preserved_between
 from pyablate.prepare import undisturbed
 from pyablate.result import AblationResult, Floats, Ints
 from pyablate.statistics import adjusted, layer_rows, mcnemar
@@ -30,8 +32,11 @@ def compare(
     class_names: Sequence[str] | None = None,
     fdr: float = 0.05,
     bins: int = 15,
+    attributions: bool | str | Sequence[str] = False,
+    masks: Any = None,
+    seed: int = 0,
     device: str | torch.device | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Comparison:
     """Compare a network with another one that has the same classes, made by whatever tool.
 
@@ -48,10 +53,18 @@ def compare(
         Level of the false discovery rate over the classes, between 0 and 1.
     bins : int
         Of the calibration error.
+    attributions : bool, str or sequence of str
+        Compare attribution maps as well: by all methods of
+        :func:`pyablate.compression.attributions_preserved` or by those named. That function has
+        more options.
+    masks : array, optional
+        ``[N, H, W]``, not 0 where the object is: how well the attributions point at it.
+    seed : int
+        Of the images drawn for the attributions.
     device : str or torch.device, optional
         Where to work; by default where the original is.
-    batch_size : int
-        Images per forward pass.
+    batch_size : int, optional
+        Images per forward pass; by default 64 on a CPU, 256 elsewhere.
 
     Returns
     -------
@@ -67,22 +80,29 @@ def compare(
         raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins!r}")
+    methods = _methods(attributions, masks)
     with undisturbed():
-        original, dtype = prepared(model, device)
-        other = _prepared_like(smaller, original, dtype)
+        original, other, dtype = prepared_pair(model, smaller, device)
         images = Data(data, dtype=dtype, device=device_of(original))
         images.hold_if_read_once()
         before = evaluate(original, images, batch_size)
         after = evaluate(other, images, batch_size)
-    if before.classes != after.classes:
-        raise ValueError(
-            f"smaller: expected {before.classes} classes as of the original, got {after.classes}"
-        )
-    given = range(before.classes) if class_names is None else class_names
-    names = tuple(str(name) for name in given)
-    if len(names) != before.classes:
-        raise ValueError(f"class_names: expected {before.classes} names, got {len(names)}")
-    return Comparison(before, after, names, fdr, bins)
+        if before.classes != after.classes:
+            raise ValueError(
+                f"smaller: expected {before.classes} classes as of the original, "
+                f"got {after.classes}"
+            )
+        given = range(before.classes) if class_names is None else class_names
+        names = tuple(str(name) for name in given)
+        if len(names) != before.classes:
+            raise ValueError(f"class_names: expected {before.classes} names, got {len(names)}")
+        kept = None
+        if methods:
+            images.hold()
+            kept = preserved_between(
+                original, other, images, before, after, methods=methods, masks=masks, seed=seed
+            )
+    return Comparison(before, after, names, fdr, bins, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +119,8 @@ class Comparison:
         Level of the false discovery rate.
     bins : int
         Of the calibration error.
+    attributions : Preservation or None
+        How alike their attributions are, if that was asked for.
     """
 
     before: Evaluation
@@ -106,6 +128,7 @@ class Comparison:
     class_names: tuple[str, ...]
     fdr: float = 0.05
     bins: int = 15
+    attributions: Preservation | None = None
 
     def __repr__(self) -> str:
         """Accuracies and differences in one line."""
@@ -300,12 +323,14 @@ def surviving(before: Sequence[str], removed: Sequence[str]) -> dict[str, str]:
     return matched
 
 
-def _prepared_like(smaller: nn.Module, original: nn.Module, dtype: torch.dtype) -> nn.Module:
-    try:
-        other, _ = prepared(smaller, device_of(original))
-    except TypeError as error:
-        raise TypeError(str(error).replace("model:", "smaller:")) from None
-    return other.to(dtype)
+def _methods(attributions: bool | str | Sequence[str], masks: Any) -> Sequence[str]:
+    if not attributions:
+        if masks is not None:
+            raise ValueError("masks: they need attributions=True or the names of methods")
+        return ()
+    if attributions is True:
+        return METHODS
+    return [attributions] if isinstance(attributions, str) else list(attributions)
 
 
 def _equal_labels(before: AblationResult, after: AblationResult) -> dict[str, str]:

@@ -85,7 +85,7 @@ class Evaluation:
         return float(np.abs(gap).sum() / len(self.labels))
 
 
-def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
+def evaluate(model: nn.Module, data: Data, batch_size: int | None = None) -> Evaluation:
     """Run a network over the data.
 
     Parameters
@@ -94,8 +94,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
         In evaluation mode, in the dtype and on the device of the data.
     data : Data
         Images and labels.
-    batch_size : int
-        Images per forward pass.
+    batch_size : int, optional
+        Images per forward pass; by default 64 on a CPU, whose caches hold no more, or 256.
 
     Returns
     -------
@@ -108,12 +108,13 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 256) -> Evaluation:
         Bad images or labels, or logits that are not finite.
     """
     double = copied(model).double()
+    size = batch_size or (64 if data.device.type == "cpu" else 256)
     margin: float | None = None
     parts: list[tuple[NDArray[Any], ...]] = []
     classes = 0
     with torch.no_grad():
-        for batch in data.batches(batch_size):
-            logits = model(batch.images.clone())  # it may work in place
+        for batch in data.batches(size):
+            logits = model(_laid_out(batch.images))
             _check_logits(logits, batch)
             if margin is None:
                 margin = _rounding(logits, double, batch)
@@ -143,12 +144,39 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     work = copied(model).to(first.device if device is None else device)
-    return (work.double() if dtype == torch.float64 else work.float()).eval(), dtype
+    work = (work.double() if dtype == torch.float64 else work.float()).eval()
+    # Convolutions of few channels are up to twice as fast with the channels last.
+    return work.to(memory_format=torch.channels_last), dtype
+
+
+def prepared_pair(
+    model: nn.Module, smaller: nn.Module, device: str | torch.device | None
+) -> tuple[nn.Module, nn.Module, torch.dtype]:
+    """Copy two networks for evaluation, both in the dtype and on the device of the first.
+
+    Raises
+    ------
+    TypeError
+        One is no module.
+    """
+    original, dtype = prepared(model, device)
+    try:
+        other, _ = prepared(smaller, device_of(original))
+    except TypeError as error:
+        raise TypeError(str(error).replace("model:", "smaller:")) from None
+    return original, other.to(dtype), dtype
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer."""
     return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """Copy a batch, since the network may work in place, with its channels last if it has maps."""
+    if images.ndim == 4:
+        return images.clone(memory_format=torch.channels_last)
+    return images.clone()
 
 
 def _check_logits(logits: Any, batch: Batch) -> None:

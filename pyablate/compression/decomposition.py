@@ -1,0 +1,165 @@
+"""Layers replaced by two smaller ones each, and that together with channel pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pyablate.compression.filters import prune_filters
+from pyablate.compression.transforms import Transformed, float_bits, overwrite, weighted
+from pyablate.layers import copied
+
+
+def truncated_svd(
+    model: nn.Module,
+    share: float,
+    *,
+    layers: str | Sequence[str] = "*",
+    energy_transfer: bool = False,
+    rectify: bool = False,
+) -> Transformed:
+    """Replace convolutions and linear maps by two smaller ones each.
+
+    The weights as a matrix ``[outputs, inputs * kernel]`` are cut to the largest singular values,
+    ``W = U S V``: first a layer with the filters ``sqrt(S) V``, then a 1x1 one with ``U sqrt(S)``.
+    A layer for which two would be no smaller than one stays as it is, and so do convolutions in
+    groups and transposed ones.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It stays as it is.
+    share : float
+        Of the singular values that is kept, above 0 and up to 1, rounded up.
+    layers : str or sequence of str
+        Module names or globs.
+    energy_transfer : bool
+        Multiply the kept values by ``sqrt(sum s^2 / sum kept s^2)``, so that the weights keep
+        their Frobenius norm.
+    rectify : bool
+        Where batch norm follows, decompose the weights as they are behind it, rows scaled by
+        ``gamma / sqrt(var + eps)``, and undo the scaling in the second layer: the error that is
+        least is then that of what the batch norm puts out. Needs a network that ``torch.fx`` can
+        trace.
+
+    Raises
+    ------
+    ValueError
+        The share is out of range, no layer matches, or ``torch.fx`` cannot trace the network.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number above 0 and up to 1, got {share!r}")
+    changed = copied(model)
+    scales = _norm_scales(changed) if rectify else {}
+    for name, module in list(weighted(changed, layers)):
+        if getattr(module, "groups", 1) > 1 or getattr(module, "transposed", False):
+            continue
+        matrix = module.weight.detach().flatten(1).double()
+        kept = math.ceil(share * min(matrix.shape))
+        if kept * sum(matrix.shape) >= matrix.numel():
+            continue
+        scale = scales.get(name, matrix.new_ones(len(matrix)))[:, None]
+        u, s, v = torch.linalg.svd(scale * matrix, full_matrices=False)
+        values = s[:kept]
+        if energy_transfer:
+            total = values.square().sum()
+            values = values * (s.square().sum() / total).sqrt() if total > 0 else values
+        root = values.sqrt()
+        # A row that batch norm multiplies by zero may be anything: zero.
+        undone = torch.where(scale == 0, 0, u[:, :kept] / torch.where(scale == 0, 1, scale))
+        pair = _pair(module, root[:, None] * v[:kept], undone * root)
+        owner, _, leaf = name.rpartition(".")
+        setattr(changed.get_submodule(owner), leaf, pair.train(module.training))
+    return Transformed(changed, float_bits(changed), float_bits(model))
+
+
+def prune_and_decompose(
+    model: nn.Module,
+    sample: Tensor,
+    fraction: float,
+    share: float,
+    *,
+    criterion: str = "l1",
+    scope: str = "layer",
+    data: Any = None,
+    energy_transfer: bool = False,
+    rectify: bool = True,
+) -> Transformed:
+    """Remove channels, then decompose the layers that are left.
+
+    Parameters
+    ----------
+    model, sample, fraction, criterion, scope, data
+        As for :func:`prune_filters`.
+    share, energy_transfer, rectify
+        As for :func:`truncated_svd`.
+
+    Notes
+    -----
+    Both at once, since they take different redundancy away: Li, Lin, Zhang et al. 2021, *Towards
+    Compact CNNs via Collaborative Compression*, arXiv:2105.11228. They choose the shares of each
+    layer by its sensitivity; here they are given.
+    """
+    pruned = prune_filters(model, sample, fraction, criterion=criterion, scope=scope, data=data)
+    both = truncated_svd(pruned.model, share, energy_transfer=energy_transfer, rectify=rectify)
+    return Transformed(both.model, both.bits, pruned.original_bits, removed=pruned.removed)
+
+
+def _norm_scales(model: nn.Module) -> dict[str, Tensor]:
+    """``gamma / sqrt(var + eps)`` of the batch norm that alone reads a layer, by its name."""
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # tracing fails in as many ways as there are networks
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"rectify: torch.fx cannot trace this network: {reason[0]}") from error
+    modules = dict(model.named_modules())
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    found: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+            continue
+        source = node.args[0]
+        once = source.op == "call_module" and calls.count(str(source.target)) == 1
+        if once and len(source.users) == 1:
+            deviation = (norm.running_var.double() + norm.eps).sqrt()
+            gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.double()
+            found[str(source.target)] = (gamma / deviation).detach()
+    return found
+
+
+def _pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
+    """Two layers with these matrices in place of a convolution or linear map."""
+    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    bias = module.bias is not None
+    kept = len(first)
+    before: Any
+    after: Any
+    linear = isinstance(module, nn.Linear)
+    if linear:
+        before = nn.Linear(module.in_features, kept, bias=False, **like)
+        after = nn.Linear(kept, module.out_features, bias=bias, **like)
+    else:
+        kind = type(module)
+        before = kind(
+            module.in_channels,
+            kept,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            bias=False,
+            padding_mode=module.padding_mode,
+            **like,
+        )
+        after = kind(kept, module.out_channels, 1, bias=bias, **like)
+    overwrite(before, first)
+    overwrite(after, second)
+    if bias:
+        with torch.no_grad():
+            after.bias.copy_(module.bias)
+    return nn.Sequential(before, after)

@@ -1,0 +1,140 @@
+"""Filters pruned by the criteria of the literature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyablate.compression.coupling import Coupling
+from pyablate.compression.ranking import Ranking, check_choice, rank
+from pyablate.compression.removal import remove
+from pyablate.compression.transforms import FLOAT_BITS, Transformed
+from pyablate.unit_attributes import attributes
+
+BY_WEIGHTS = ("l1", "l2", "bn_scale", "nisp")
+BY_DATA = ("hrank", "taylor")
+CRITERIA = (*BY_WEIGHTS, *BY_DATA)
+
+
+def filter_ranking(
+    model: nn.Module,
+    sample: Tensor,
+    criterion: str = "l1",
+    *,
+    scope: str = "layer",
+    data: Any = None,
+) -> Ranking:
+    """Rank units by a criterion of the literature.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    sample : Tensor
+        A batch of inputs, ``[N, ...]``.
+    criterion : {"l1", "l2", "bn_scale", "nisp", "hrank", "taylor"}
+        Norm of all filters that make the unit (Li, Kadav, Durdanovic, Samet, Graf 2017, *Pruning
+        Filters for Efficient ConvNets*); the mean size of its batch norm scales (Liu, Li, Shen,
+        Huang, Yan, Zhang 2017, *Learning Efficient Convolutional Networks through Network
+        Slimming*); or the attributes of these names of :func:`pyablate.attributes`, of units that
+        hang together their mean.
+    scope : {"global", "layer"}
+        As for :func:`pyablate.rank`; these figures of different layers hardly compare.
+    data : pair of arrays, DataLoader or iterable of (images, labels), optional
+        What ``hrank`` and ``taylor`` are measured on.
+
+    Returns
+    -------
+    Ranking
+        Of the layers that the criterion can score; shares of it are shares of these.
+
+    Raises
+    ------
+    ImportError
+        Torch-Pruning is not installed.
+    ValueError, TypeError
+        Bad arguments, no data for a criterion that needs them, or a network that has nothing of
+        what the criterion looks at.
+    """
+    check_choice("criterion", criterion, CRITERIA)
+    if criterion in BY_DATA and data is None:
+        raise ValueError(f"data: criterion {criterion!r} is measured on images, got None")
+    coupling = Coupling(model, sample)
+    if criterion in ("nisp", *BY_DATA):
+        scores = _attribute(coupling, criterion, data)
+    else:
+        # Whole classes are scored, so their labels name groups.
+        scores = {one.label: _size(coupling, one.units, criterion) for one in coupling.classes}
+    finite = {label: value for label, value in scores.items() if math.isfinite(value)}
+    if not finite:
+        raise ValueError(f"criterion: no unit of this network has what {criterion!r} looks at")
+    # What the criterion cannot score (maps of a layer without maps) takes no part in the shares.
+    layers = list(
+        dict.fromkeys(one.rpartition(":")[0] for label in finite for one in label.split("+"))
+    )
+    return rank(model, sample, finite, layers=layers, scope=scope, combine="mean", name=criterion)
+
+
+def prune_filters(
+    model: nn.Module,
+    sample: Tensor,
+    fraction: float,
+    *,
+    criterion: str = "l1",
+    scope: str = "layer",
+    data: Any = None,
+) -> Transformed:
+    """Remove the units that rank lowest, see :func:`filter_ranking`.
+
+    Parameters
+    ----------
+    model, sample, criterion, scope, data
+        See :func:`filter_ranking`.
+    fraction : float
+        Share of the removable units, from 0 to 1.
+    """
+    ranking = filter_ranking(model, sample, criterion, scope=scope, data=data)
+    removal = remove(model, ranking, sample, fraction=fraction)
+    return Transformed(
+        removal.model,
+        FLOAT_BITS * removal.after.parameters,
+        FLOAT_BITS * removal.before.parameters,
+        removed=removal.units,
+    )
+
+
+def _attribute(coupling: Coupling, name: str, data: Any) -> dict[str, float]:
+    """Score every unit of every class by an attribute."""
+    layers = list(dict.fromkeys(layer for one in coupling.classes for layer in one.layers))
+    images = coupling.sample
+    source = (images, torch.zeros(len(images), dtype=torch.long)) if data is None else data
+    values = attributes(coupling.model, source, layers, name, progress=False)[name]
+    return dict(zip(values["unit"].to_numpy().tolist(), values.to_numpy().tolist(), strict=True))
+
+
+def _size(coupling: Coupling, units: Sequence[str], criterion: str) -> float:
+    """Size of the weights that make some coupled units; NaN where there are none."""
+    parts: list[Tensor] = []
+    for dependency, channels in coupling.channels(units):
+        module = dependency.target.module
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        makes = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        if criterion == "bn_scale" and norm and module.weight is not None:
+            parts.append(module.weight.detach()[channels].abs())
+        elif criterion != "bn_scale" and makes and "out" in dependency.handler.__name__:
+            axis = 1 if getattr(module, "transposed", False) else 0
+            taken = torch.tensor(channels, device=module.weight.device)
+            parts.append(module.weight.detach().index_select(axis, taken).flatten())
+    if not parts:
+        return math.nan
+    joined = torch.cat([part.double().cpu() for part in parts])
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {
+        "l1": lambda w: w.abs().sum(),
+        "l2": lambda w: w.square().sum().sqrt(),
+        "bn_scale": lambda w: w.mean(),
+    }
+    return float(reduce[criterion](joined))

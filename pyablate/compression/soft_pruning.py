@@ -1,0 +1,127 @@
+"""Soft filter pruning: filters are set to zero while the network trains, and may come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyablate.batches import Data
+from pyablate.compression.coupling import Coupling
+from pyablate.compression.evaluation import device_of, prepared
+from pyablate.compression.filters import BY_WEIGHTS, filter_ranking
+from pyablate.compression.ranking import check_choice
+from pyablate.compression.removal import remove
+from pyablate.compression.training import Augment, Schedule, cross_entropy, fit
+from pyablate.compression.transforms import FLOAT_BITS, Transformed
+from pyablate.prepare import undisturbed
+from pyablate.progress import Report, reporting
+
+
+def soft_filter_pruning(
+    model: nn.Module,
+    sample: Tensor,
+    data: Any,
+    fraction: float,
+    *,
+    criterion: str = "l2",
+    epochs: int = 3,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 128,
+    augment: Augment | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | Report | None = None,
+) -> Transformed:
+    """Train a network, zero its smallest filters behind every epoch, and remove the last ones.
+
+    A zero filter keeps training: in the next epoch it may grow, and another goes in its place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It stays as it is.
+    sample : Tensor
+        A batch of inputs, ``[N, ...]``.
+    data : pair of arrays, DataLoader or iterable of (images, labels)
+        To train on; held in memory.
+    fraction : float
+        Share of the removable units of each layer, from 0 to 1.
+    criterion : {"l2", "l1", "bn_scale", "nisp"}
+        See :func:`filter_ranking`.
+    epochs, learning_rate, momentum, weight_decay, batch_size, augment, seed, device, progress
+        As for :func:`pyablate.finetune`.
+
+    Returns
+    -------
+    Transformed
+        The network without the filters that were zero at last, with the ``history`` of training.
+
+    Raises
+    ------
+    ImportError
+        Torch-Pruning is not installed.
+    ValueError, TypeError
+        Bad arguments or data, or a loss that is no longer finite.
+
+    Notes
+    -----
+    He, Kang, Dong, Fu, Yang 2018, *Soft Filter Pruning for Accelerating Deep Convolutional Neural
+    Networks*, arXiv:1808.06866. As there, the filters alone become zero: with bias and batch norm
+    at zero as well, no gradient would pass the ReLU behind them and none could come back. What a
+    zero filter still puts out, a constant, goes when it is removed.
+    """
+    check_choice("criterion", criterion, BY_WEIGHTS)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: expected a number from 0 to 1, got {fraction!r}")
+    schedule = Schedule(
+        epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
+    )
+    with undisturbed(), torch.inference_mode(False), reporting(progress) as report:
+        trained, dtype = prepared(model, device)
+        held = Data(data, dtype=dtype, device=device_of(trained))
+        held.hold()
+        coupling = Coupling(trained, sample)
+        zero: list[str] = []
+
+        def after_epoch() -> None:
+            ranking = filter_ranking(trained, sample, criterion)
+            zero[:] = ranking.units(fraction)
+            set_to_zero(trained, coupling, zero)
+
+        loss = cross_entropy(trained)
+        history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
+        removal = remove(trained, zero, sample)
+    return Transformed(
+        removal.model,
+        FLOAT_BITS * removal.after.parameters,
+        FLOAT_BITS * removal.before.parameters,
+        removed=removal.units,
+        history=pd.DataFrame(history),
+    )
+
+
+def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
+    """Set to zero, in place, the filters that make the units; biases and batch norm stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the same modules as the network of the coupling.
+    coupling : Coupling
+        What makes which unit.
+    units : iterable of str
+        Labels ``"layer:unit"``.
+    """
+    for dependency, channels in coupling.channels(units):
+        module = dependency.target.module
+        makes = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        if makes and "out" in dependency.handler.__name__:
+            weight = model.get_parameter(f"{coupling.name_of(module)}.weight").data
+            axis = 1 if getattr(module, "transposed", False) else 0
+            weight.index_fill_(axis, torch.tensor(channels, device=weight.device), 0)
