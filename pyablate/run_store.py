@@ -69,10 +69,13 @@ class Layout:
         Those of the run.
     size : int
         Images per block; the last block may have fewer.
+    memory : int
+        Bytes to work in: what is cut by them decides the last bits of sums.
     """
 
     images: range
     size: int
+    memory: int
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
@@ -211,7 +214,7 @@ def open_store(
     statistics: Mapping[str, NDArray[Any]],
     *,
     fresh: bool,
-) -> RunStore | AblationResult:
+) -> RunStore | None:
     """Begin a run's folder, or find the run that it holds.
 
     Parameters
@@ -229,8 +232,8 @@ def open_store(
 
     Returns
     -------
-    RunStore or AblationResult
-        The latter if the run has finished already.
+    RunStore or None
+        None if the run has finished already.
 
     Raises
     ------
@@ -246,11 +249,12 @@ def open_store(
         _compare(path, finished.provenance, identity)
         if blocks.exists():  # killed while tidying up
             shutil.rmtree(blocks)
-        return finished
+        return None
     manifest = None if fresh else _read_manifest(path)
     if manifest is not None:
         _compare(path, manifest["identity"], identity)
-        return RunStore(path, identity, Layout(layout.images, int(manifest["block"])))
+        known = Layout(layout.images, int(manifest["block"]), int(manifest["memory"]))
+        return RunStore(path, identity, known)
     _begin(path, identity, layout, statistics)
     return RunStore(path, identity, layout)
 
@@ -260,7 +264,8 @@ def _begin(
 ) -> None:
     """Make the folder of a new run; from its first file on the manifest tells whose it is."""
     blocks = path / "blocks"
-    manifest = {"pyablate_run": FORMAT, "block": layout.size, "identity": identity}
+    manifest = {"pyablate_run": FORMAT, "identity": identity}
+    manifest |= {"block": layout.size, "memory": layout.memory}
     try:
         blocks.mkdir(parents=True, exist_ok=True)
         replace_file(blocks / "manifest.json", json.dumps({"pyablate_run": FORMAT}).encode())
@@ -302,25 +307,28 @@ def check_place(path: Path) -> None:
         if not path.is_dir() or not _is_ours(path):
             raise FileExistsError(f"output: {path} exists and is not a pyablate result")
         check_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        reason = f"output: cannot write {path}: {error.strerror}"
-        raise OSError(error.errno, reason) from error
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output: cannot write {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"output: cannot write {path}: no permission to write to {there}")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no second process works on it; a kill lets it go.
+    """Make and hold a run's folder, so that no second process works on it; a kill lets it go.
 
     Raises
     ------
     OSError
         Another process holds it.
     """
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        reason = f"output: cannot write {path}: {error.strerror}"
+        raise OSError(error.errno, reason) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -350,7 +358,10 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(place.read_text())
         if manifest["pyablate_run"] == FORMAT and "identity" not in manifest:
             return None
-        if manifest["pyablate_run"] == FORMAT and int(manifest["block"]) > 0:
+        if (
+            manifest["pyablate_run"] == FORMAT
+            and min(int(manifest["block"]), int(manifest["memory"])) > 0
+        ):
             return dict(manifest)
     except FileNotFoundError:
         return None
