@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,7 +144,7 @@ def run(
     out.print(f"Written: {' and '.join(written)}")
 
 
-run.__doc__ = f"{run.__doc__}\n\n    {EXIT_CODES}"
+run.__doc__ = f"{inspect.cleandoc(run.__doc__ or '')}\n\n{EXIT_CODES}"
 
 
 def merge(
