@@ -212,7 +212,8 @@ def _read(
     path: Path, run: str, names: Sequence[str]
 ) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
     try:
-        with np.load(path, allow_pickle=False) as packed:
+        # Opened here: of a damaged file numpy would leave its own handle open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as packed:
             known = json.loads(packed["known"].tobytes())
             if known["run"] != run:
                 return None

@@ -1,4 +1,4 @@
-"""Runs with a folder: killed, interrupted, refused, full disks; always the same bytes in the end."""
+"""Runs with a folder: killed, interrupted, refused, on full disks; the same bytes in the end."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_other_versions_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -
 def test_what_does_not_matter_is_not_refused(
     case: tuple[nn.Module, Tensor, Tensor], run: Run, tmp_path: Path
 ) -> None:
-    model, images, labels = case
+    _, images, labels = case
     run("whole.zarr", strategy="auto")
     with pytest.raises(Killed):
         run(progress=stopping(14), strategy="auto")
@@ -350,7 +350,7 @@ def test_a_limit_of_the_system_is_a_full_disk(run: Run, tmp_path: Path) -> None:
         for limit in (400, 1500):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
-                with pytest.raises(OSError, match="cannot write|no room") as error:
+                with pytest.raises(OSError, match=r"cannot write|no room") as error:
                     run()
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

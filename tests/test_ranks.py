@@ -82,14 +82,13 @@ def test_shards_of_other_runs_are_named(part: Part, tmp_path: Path) -> None:
     first = part(1, 2)
     with pytest.raises(StoreMismatch, match=r"odd\.zarr is of another run .*intervention"):
         pa.merge([first, part(2, 2, "odd", intervention="constant:1")])
-    network_, images, labels = network()
+    _, images, labels = network()
     first = part(1, 2, "mean1", intervention="mean")
     images = images[:20].clone()
     images[12, 0] += 1
     second = part(2, 2, "mean2", intervention="mean", data=(images, labels[:20]))
     with pytest.raises(StoreMismatch, match="images or labels"):
         pa.merge([first, second])
-    del network_
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
@@ -117,7 +116,7 @@ def test_distributed_needs_a_folder_and_somebody_who_started_it(
 def test_parts_cover_everything_once() -> None:
     for count in (1, 2, 3, 7):
         parts = [list(Ranks(rank, count).part(range(5))) for rank in range(count)]
-        assert sum(parts, []) == list(range(5))
+        assert [item for part in parts for item in part] == list(range(5))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -181,7 +180,7 @@ def test_processes_of_one_job_are_one_run(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     """The command itself, by torchrun: one process is killed, torchrun restarts both."""
-    model, images, labels = network()
+    _, images, labels = network()
     np.savez(
         tmp_path / "images.npz",
         images=np.tile(images, (10, 1))[:, None, None],
