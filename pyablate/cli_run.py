@@ -108,7 +108,8 @@ def run(
     if csv is not None:
         check_file(csv)
     distributed = started_by_torchrun()
-    device = own_device(distributed, device)
+    place = own_device(distributed, device)
+    device = None if place is None else str(place)
     network = network_from(model, weights, device)
     batches = images_from(data, labels, limit, size, mean, std, batch_size)
     lines = JsonLines()

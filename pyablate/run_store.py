@@ -172,11 +172,10 @@ class RunStore:
     def _file(self, number: int, kind: str = "") -> Path:
         return self.blocks / ".".join([f"{number:09d}", *([kind] if kind else []), "npz"])
 
-    def _numbers(self) -> Iterator[int]:
-        for entry in os.scandir(self.blocks):
-            match = _BLOCK.fullmatch(entry.name)
-            if match and int(match[1]) < len(self.layout):
-                yield int(match[1])
+    def _numbers(self) -> list[int]:
+        names = os.listdir(self.blocks) if self.blocks.exists() else []
+        found = [int(match[1]) for match in map(_BLOCK.fullmatch, names) if match]
+        return [number for number in found if number < len(self.layout)]
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -185,25 +184,25 @@ class RunStore:
             yield
         except OSError as error:
             if error.errno not in NO_ROOM:
-                logger.error("%s", self._kept())
+                self._say(logging.ERROR)
                 raise
             reason = f"output: no room for {self.path} ({error.strerror}); {self._kept()}"
             raise OSError(error.errno, reason) from error
         except KeyboardInterrupt:
-            logger.warning("%s", self._kept())
+            self._say(logging.WARNING)
             raise
         except Exception:
-            logger.error("%s", self._kept())
+            self._say(logging.ERROR)
             raise
 
+    def _say(self, level: int) -> None:
+        if self._numbers():
+            logger.log(level, "%s", self._kept())
+
     def _kept(self) -> str:
-        try:
-            count = sum(1 for _ in self._numbers())
-        except OSError:
-            count = 0
         return (
-            f"{count} of {len(self.layout)} blocks are kept in {self.path}: "
-            "the same call or command goes on from there"
+            f"{len(self._numbers())} of {len(self.layout)} blocks are kept in "
+            f"{self.path}: the same call or command goes on from there"
         )
 
 
@@ -286,7 +285,8 @@ def _begin(
 
 def has_statistics(path: Path) -> bool:
     """Whether an unfinished run has measured what it needs before its first block."""
-    return _read_manifest(path) is not None
+    # Beside a result its blocks are no more than rubbish, of which a part may be gone.
+    return not (path / "zarr.json").exists() and _read_manifest(path) is not None
 
 
 def read_statistics(path: Path) -> dict[str, NDArray[Any]]:

@@ -152,6 +152,29 @@ def test_ends_between_any_two_steps_on_the_disk(
     assert number > 1
 
 
+@pytest.mark.parametrize("gone", ["statistics.npz", "manifest.json"])
+def test_ends_while_tidying_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """The result is there, and of its blocks some files are not."""
+    run("whole.zarr", intervention="mean")
+
+    def remove(folder: Path, **options: Any) -> None:
+        if (folder / gone).exists():
+            (folder / gone).unlink()
+            raise Killed
+
+    monkeypatch.setattr(run_store.shutil, "rmtree", remove)
+    monkeypatch.setattr(run_store, "_set_aside", lambda path: None)
+    with pytest.raises(Killed):
+        run(intervention="mean")
+    monkeypatch.undo()
+    assert (tmp_path / "run.zarr/blocks").exists()
+    pa.load(tmp_path / "run.zarr")
+    run(intervention="mean")
+    assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_thirty_random_kills(tmp_path: Path) -> None:
