@@ -3,6 +3,7 @@
 #   make demo       set everything up, ablate every unit of a shipped network, show what came out
 #   make build      virtual environment, dependencies, extension built from source
 #   make test       build, then the tests
+#   make fuzz       500 random networks, thousands of damaged files (FUZZ=, SEED=, FUZZ_MINUTES=)
 #   make lint       what must be clean before a commit;  make format puts most of it right
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the site of the documents, in docs/_build/html
@@ -27,7 +28,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test lint format bench demo docs pictures paper wheel test-wheel sanitize clean
+.PHONY: build test fuzz lint format bench demo docs pictures paper wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -47,6 +48,16 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/.
 
 test: build
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# Another seed every night, and the same all through it: `make fuzz SEED=20261122` has it back.
+FUZZ ?= 500
+SEED ?= $(shell date +%Y%m%d)
+FUZZ_MINUTES ?= 180
+
+fuzz: build
+	@echo "seed $(SEED), $(FUZZ) random networks, $(FUZZ_MINUTES) minutes at most"
+	FUZZ=$(FUZZ) FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest -q -p no:cacheprovider \
+	    --show-capture=no --hypothesis-seed=$(SEED) tests/fuzz $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

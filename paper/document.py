@@ -395,8 +395,8 @@ def _loss_sentence(groups: Groups) -> str:
     )
     return (
         "The loss change is overall harm too, but on a scale that moves before a prediction flips. "
-        f"Over the {len(ATTRIBUTES)} attributes of the table and all families its mean correlation is "
-        f"{number(loss.mean())}, that of the overall drop {number(overall.mean())}; it is the "
+        f"Over the {len(ATTRIBUTES)} attributes of the table and all families its mean correlation "
+        f"is {number(loss.mean())}, that of the overall drop {number(overall.mean())}; it is the "
         f"larger in {better} of {every} pairs of attribute and family. {reading}"
     )
 

@@ -106,10 +106,11 @@ def cumulative(
     import pyablate as pa
     from pyablate.experiments_table import cumulative_table
 
-    network, images, names = _loaded(model, data, weights, labels, limit, device, size, mean, std)
+    network = network_from(model, weights, device)
+    images = images_from(data, labels, limit, size, mean, std)
     found = pa.cumulative(
         network,
-        images,
+        images.batches,
         layers,
         order=orders,
         ascending=ascending,
@@ -120,7 +121,7 @@ def cumulative(
         precision=precision,
         seed=seed,
         device=device,
-        class_names=names,
+        class_names=images.class_names,
         progress=progress,
     )
     _finish(cumulative_table(found), found.to_dataframe(), output, str(found.result.audit))
@@ -162,17 +163,18 @@ def pairs(
     import pyablate as pa
     from pyablate.experiments_table import pair_rows, pair_table
 
-    network, images, names = _loaded(model, data, weights, labels, limit, device, size, mean, std)
+    network = network_from(model, weights, device)
+    images = images_from(data, labels, limit, size, mean, std)
     found = pa.pairs(
         network,
-        images,
+        images.batches,
         layer,
         units=chosen,
         intervention=intervention,
         precision=precision,
         seed=seed,
         device=device,
-        class_names=names,
+        class_names=images.class_names,
         progress=progress,
     )
     rows = pair_rows(found)
@@ -225,10 +227,11 @@ def minimal_sets(
     import pyablate as pa
     from pyablate.experiments_table import minimal_sets_table
 
-    network, images, names = _loaded(model, data, weights, labels, limit, device, size, mean, std)
+    network = network_from(model, weights, device)
+    images = images_from(data, labels, limit, size, mean, std)
     found = pa.minimal_sets(
         network,
-        images,
+        images.batches,
         layers,
         classes=classes,
         chance=chance,
@@ -238,7 +241,7 @@ def minimal_sets(
         precision=precision,
         seed=seed,
         device=device,
-        class_names=names,
+        class_names=images.class_names,
         progress=progress,
     )
     rows = found.table.assign(units=found.table["units"].map(" ".join))
@@ -278,37 +281,21 @@ def rotation(
     import pyablate as pa
     from pyablate.experiments_table import rotation_table
 
-    network, images, names = _loaded(model, data, weights, labels, limit, device, size, mean, std)
+    network = network_from(model, weights, device)
+    images = images_from(data, labels, limit, size, mean, std)
     found = pa.rotation_control(
         network,
-        images,
+        images.batches,
         layers,
         rotations=rotations,
         fewest=fewest,
         precision=precision,
         seed=seed,
         device=device,
-        class_names=names,
+        class_names=images.class_names,
         progress=progress,
     )
     _finish(rotation_table(found.table), found.table, output, str(found.rotated.audit))
-
-
-def _loaded(
-    model: str,
-    data: str,
-    weights: str | None,
-    labels: str | None,
-    limit: int | None,
-    device: str | None,
-    size: int | None,
-    mean: str | None,
-    std: str | None,
-) -> tuple[Any, Any, Any]:
-    """Load network, batches and names of classes."""
-    network = network_from(model, weights, device)
-    loaded = images_from(data, labels, limit, size, mean, std)
-    return network, loaded.batches, loaded.class_names
 
 
 def _orders(order: list[str], columns: list[str] | None) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _extras() -> list[str]:
         known = metadata.metadata("pyablate").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         return []
-    return [extra for extra in known if extra not in ("bench", "dev", "docs", "test", "wheel")]
+    return [extra for extra in known if extra not in ("bench", "browser", "dev", "docs", "test")]
 
 
 def _names(requirements: list[Requirement]) -> list[str]:

@@ -129,9 +129,8 @@ def _is_size(text: Any) -> bool:
     for node in ast.walk(tree):
         if not isinstance(node, _EXPRESSIONS):
             return False
-        if isinstance(node, ast.Call):
-            if not isinstance(node.func, ast.Name) or node.func.id not in _SYMPY:
-                return False
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) not in _SYMPY:
+            return False
         text = node.value if isinstance(node, ast.Constant) else None
         if isinstance(text, str) and not _TEXT.fullmatch(text):
             return False
@@ -156,7 +155,7 @@ def _is_structure(text: Any) -> bool:
     try:
         content = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        return text == ""
+        return bool(text == "")
     entries = list(_entries(content))
     plain = all(value in _CONTAINERS for key, value in entries if key == "type")
     contexts = [value for key, value in entries if key == "context"]

@@ -90,13 +90,27 @@ def class_moments(x: Tensor, label: Tensor, classes: int, *, axis: int = 1) -> C
     check_shape("label", label, (x.shape[0],))
     if x.numel() == 0:
         raise ValueError(f"x: expected images, units and positions, got shape {tuple(x.shape)}")
+    count = torch.bincount(label.long(), minlength=classes)
+    return checked_moments(x, label, count, axis)
+
+
+def checked_moments(x: Tensor, label: Tensor, count: Tensor, axis: int) -> ClassMoments:
+    """:func:`class_moments` of what has been checked: many layers see the labels of one batch.
+
+    Parameters
+    ----------
+    x, label, axis
+        As there; ``axis`` above 0.
+    count : Tensor
+        int64 ``[K]``, images of each class.
+    """
+    classes = len(count)
     x = dense(x.detach().to(reference.compute_dtype(x.dtype)))
     parts = _native_moments(x, label, classes, axis)
     if parts is None:
         pooled, least, positive = reference.map_moments(x, axis)
         found = reference.class_moments(pooled, positive, label, classes)
         parts = (pooled, least.amin(dim=0), positive.sum(dim=0), *found)
-    count = torch.bincount(label.long(), minlength=classes)
     return ClassMoments(*parts, count=count, positions=x[0].numel() // x.shape[axis])
 
 

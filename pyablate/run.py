@@ -236,7 +236,7 @@ class Sweep:
 
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
-    measures: tuple[str, ...] = ()
+    measures: tuple[str, ...]
     flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)

@@ -17,6 +17,8 @@ import os
 import re
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -290,9 +292,22 @@ def has_statistics(path: Path) -> bool:
 
 
 def read_statistics(path: Path) -> dict[str, NDArray[Any]]:
-    """Read what an unfinished run measured before its first block."""
-    with np.load(path / "blocks" / "statistics.npz", allow_pickle=False) as held:
-        return {name: held[name] for name in held}
+    """Read what an unfinished run measured before its first block.
+
+    Raises
+    ------
+    StoreMismatch
+        The file is missing or damaged.
+    """
+    place = path / "blocks" / "statistics.npz"
+    try:
+        with np.load(place, allow_pickle=False) as held:
+            return {name: held[name] for name in held}
+    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise StoreMismatch(
+            f"output: {place} is damaged ({error}); take another place, or start over with "
+            "--fresh (fresh=True)"
+        ) from None
 
 
 def check_place(path: Path) -> None:
@@ -358,10 +373,9 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(place.read_text())
         if manifest["pyablate_run"] == FORMAT and "identity" not in manifest:
             return None
-        if (
-            manifest["pyablate_run"] == FORMAT
-            and min(int(manifest["block"]), int(manifest["memory"])) > 0
-        ):
+        sizes = int(manifest["block"]), int(manifest["memory"])
+        known = isinstance(manifest["identity"], dict) and min(sizes) > 0
+        if manifest["pyablate_run"] == FORMAT and known:
             return dict(manifest)
     except FileNotFoundError:
         return None

@@ -100,8 +100,13 @@ def test_conductance_by_the_path():
 # --- relevance ------------------------------------------------------------------------------------
 
 
-def epsilon_rule(model: nn.Sequential, layer: int, image: Tensor, label: int) -> Tensor:
-    """Relevance behind a layer, one step at a time, R_i = x_i sum_j w_ij R_j / z_j."""
+def epsilon_rule(
+    model: nn.Sequential, layer: int, image: Tensor, label: int, only: tuple[int, int] | None = None
+) -> Tensor:
+    """Relevance behind a layer, one step at a time, R_i = x_i sum_j w_ij R_j / z_j.
+
+    With ``only``, (layer, unit), no other unit of that layer passes relevance on.
+    """
     values = [image.unsqueeze(0).double()]
     double = copy.deepcopy(model).double()
     with torch.no_grad():
@@ -117,6 +122,8 @@ def epsilon_rule(model: nn.Sequential, layer: int, image: Tensor, label: int) ->
         s = R / (z + 1e-9 * torch.where(z < 0, -1.0, 1.0))
         (c,) = torch.autograd.grad(z, x, s.detach())
         R = (x * c).detach()
+        if only is not None and number - 1 == only[0]:
+            R *= (torch.arange(R.shape[1]) == only[1]).reshape(-1, 1, 1)
     return R[0]
 
 
@@ -132,6 +139,30 @@ def test_lrp_is_the_epsilon_rule(bias):
         np.testing.assert_allclose(here["lrp"], per_image.mean(dim=0), rtol=1e-3, atol=1e-4)
         of_one = per_image[labels == 2].mean(dim=0)
         np.testing.assert_allclose(here["lrp_per_class"][:, 2], of_one, rtol=1e-3, atol=1e-4)
+
+
+@needs_captum
+def test_crp_is_the_share_of_a_unit_in_what_its_layer_passes_on():
+    """Relevance that goes through one unit only, as it arrives at the image."""
+    model, images, labels = plain(bias=False)
+    found = pa.attributes(model, (images, labels), "4", ["crp"], progress=False)
+    assert "lrp" not in found
+    each = torch.stack(
+        [
+            torch.stack(
+                [
+                    epsilon_rule(model, -1, x, int(y), only=(4, unit)).sum()
+                    for unit in range(found.sizes["unit"])
+                ]
+            )
+            for x, y in zip(images, labels, strict=True)
+        ]
+    )
+    share = each / each.abs().sum(dim=1, keepdim=True)
+    np.testing.assert_allclose(found["crp"], share.mean(dim=0), rtol=1e-3, atol=1e-4)
+    of_one = share[labels == 2].mean(dim=0)
+    np.testing.assert_allclose(found["crp_per_class"][:, 2], of_one, rtol=1e-3, atol=1e-4)
+    assert (found["crp"] < 0).any()
 
 
 class Residual(nn.Module):

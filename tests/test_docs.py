@@ -56,7 +56,17 @@ def test_python_in_the_page_on_statistics_runs() -> None:
     assert short != code
     names: dict[str, object] = {}
     exec(compile(short, "statistics.md", "exec"), names)
-    assert {"tests", "table", "floor", "honest", "found", "units", "broken"} <= set(names)
+    assert {"finer", "tests", "table", "floor", "honest", "found", "units", "broken"} <= set(names)
+
+
+def test_python_in_the_page_on_attributes_runs() -> None:
+    text = (_ROOT / "docs" / "attributes.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    short = code.replace("limit=500", "limit=100")
+    assert short != code
+    names: dict[str, object] = {}
+    exec(compile(short, "attributes.md", "exec"), names)
+    assert {"table", "best"} <= set(names)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from oracle import check
 from torch import nn
 
-from pyablate.engine import rules
+from pyablate.engine import weighted
 
 
 def perceptron(wide=96, classes=7, seed=0):
@@ -21,36 +21,36 @@ def data(images=9, classes=7):
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_only_columns_that_change_are_multiplied(monkeypatch, precision):
     """The same predictions, from fewer columns than there are."""
-    monkeypatch.setattr(rules, "WORTH_GATHERING", 1)
-    monkeypatch.setattr(rules, "LEAST_RUN", 1)
+    monkeypatch.setattr(weighted, "WORTH_GATHERING", 1)
+    monkeypatch.setattr(weighted, "LEAST_RUN", 1)
     widths = []
-    inner = rules._active_columns
+    inner = weighted._active_columns
 
     def spy(change, rows):
         widths.append(int((change != 0).any(dim=0).sum()) / len(rows))
         return inner(change, rows)
 
-    monkeypatch.setattr(rules, "_active_columns", spy)
+    monkeypatch.setattr(weighted, "_active_columns", spy)
     check(perceptron(), data(), ["1"], precision=precision)
     assert widths
-    assert min(widths) < rules.MOST_ACTIVE
+    assert min(widths) < weighted.MOST_ACTIVE
 
 
 @pytest.mark.parametrize("most", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_active_columns_are_a_matrix_product(monkeypatch, most, dtype):
     """Whether columns are left out or not, NaN and infinity among them included."""
-    monkeypatch.setattr(rules, "MOST_ACTIVE", most)
+    monkeypatch.setattr(weighted, "MOST_ACTIVE", most)
     torch.manual_seed(0)
     change = torch.randint(-3, 4, (5, 40)).to(dtype)  # small integers: sums are exact
     change[:, ::3] = 0
     rows = torch.randint(-3, 4, (40, 6)).to(dtype)
-    assert torch.equal(rules._active_columns(change, rows), change @ rows)
+    assert torch.equal(weighted._active_columns(change, rows), change @ rows)
     change[2, 4] = torch.nan
-    found = rules._active_columns(change, rows)
+    found = weighted._active_columns(change, rows)
     assert found[2].isnan().all()
     assert found[[0, 1, 3, 4]].isfinite().all()
-    assert not rules._active_columns(torch.zeros_like(change), rows).any()
+    assert not weighted._active_columns(torch.zeros_like(change), rows).any()
 
 
 def test_runs_are_the_images_in_turn():
@@ -60,15 +60,15 @@ def test_runs_are_the_images_in_turn():
         image = torch.tensor([0, 0, 0, 2, 2, 5], dtype=torch.int32)
 
     change, small = torch.zeros(6, 4), torch.zeros(2, 4)
-    assert rules._runs(Pairs, change, small) is None
-    large = torch.zeros(1).expand(rules.WORTH_GATHERING, 1)
-    assert rules._runs(Pairs, change, large) is None
+    assert weighted._runs(Pairs, change, small) is None
+    large = torch.zeros(1).expand(weighted.WORTH_GATHERING, 1)
+    assert weighted._runs(Pairs, change, large) is None
 
     class Long(Pairs):
-        image = Pairs.image.repeat_interleave(rules.LEAST_RUN)
+        image = Pairs.image.repeat_interleave(weighted.LEAST_RUN)
 
-    expected = [3 * rules.LEAST_RUN, 2 * rules.LEAST_RUN, rules.LEAST_RUN]
-    assert rules._runs(Long, torch.zeros(len(Long.image), 4), large) == expected
+    expected = [3 * weighted.LEAST_RUN, 2 * weighted.LEAST_RUN, weighted.LEAST_RUN]
+    assert weighted._runs(Long, torch.zeros(len(Long.image), 4), large) == expected
 
 
 def test_what_all_logits_share_costs_no_digits():

@@ -35,7 +35,7 @@ _LICENCE = "pyablate-0.1.0.dist-info/licenses/LICENSE"
     ],
 )
 def test_faults_of_a_wheel_are_named(change: set[str], fault: str | None) -> None:
-    names = _SOURCES | {_NATIVE, _LICENCE, "pyablate-0.1.0.dist-info/METADATA"}
+    names = _SOURCES | {_NATIVE, _LICENCE, "pyablate-0.1.0.dist-info/METADATA", "pyablate/"}
     assert check_wheel.faults(names ^ change, _SOURCES) == ([fault] if fault else [])
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 from simulated import simulate
 
 import pyablate as pa
-from paper import analysis, glyphs, markdown, measure
+from paper import analysis, glyphs, markdown, measure, train
 from paper.networks import FAMILIES, FOLDER, Network, balanced, known
 from pyablate.targets import gini
 
@@ -88,19 +88,35 @@ def test_weights_are_small_and_described() -> None:
     files = sorted(FOLDER.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) < 20e6
     assert (FOLDER / "glyphs-0.safetensors").stat().st_size < 4e6
-    readme = (FOLDER / "README.md").read_text()
-    for network in known():
-        if network.weights.parent == FOLDER:
-            row = next(line for line in readme.splitlines() if f"`{network.name}`" in line)
-            assert f"{network.training()['accuracy']:.4f}" in row
-            assert f"| {network.training()['epochs']} |" in row
+    text = (FOLDER / "README.md").read_text()
+    assert text == train.readme()
+    for file in files:
+        assert f"| `{file.stem}` |" in text
 
 
-def test_three_seeds_of_each_network_that_differs_in_one_thing() -> None:
-    for name in ("alexnet", "alexnet_dropout", "alexnet_bn"):
+def test_seeds_of_a_family_are_different_networks() -> None:
+    for name in FAMILIES:
         found = known((name,))
-        assert [network.seed for network in found] == [0, 1, 2]
-        assert len({network.digest for network in found}) == 3
+        assert [network.seed for network in found] == list(range(len(found)))
+        assert len({network.digest for network in found}) == len(found) >= 1
+
+
+def test_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(train, "known", lambda: [Network(FAMILIES["alexnet"], 0)])
+    monkeypatch.setattr(train, "EPOCHS", {"alexnet": 8, "glyphs": 5})
+    monkeypatch.setattr(train, "FOLDER", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: asked.append(words[1:]))
+    monkeypatch.setattr(sys, "argv", ["train"])
+    train.main()
+    assert len(asked) == 5
+    assert train.command("alexnet", 2, 8) in asked
+    assert train.command("alexnet", 0, 8) not in asked
+    first = next(words for words in asked if words[:2] == ["-m", "paper.glyph_network"])
+    assert " ".join(first[2:]) == (
+        "--seed 0 --epochs 5 --threads 1 --output paper/networks/glyphs-0.safetensors"
+    )
+    assert (tmp_path / "README.md").exists()
 
 
 def test_balanced_takes_the_first_of_each_class() -> None:

@@ -206,6 +206,15 @@ def test_cumulative_curves(cumulative: pd.DataFrame) -> None:
     assert own.lines[0].get_xdata().tolist() == [2, 1, 0]
 
 
+def test_many_curves_can_be_told_apart() -> None:
+    table = pd.DataFrame(
+        {"ranking": [f"r{n}" for n in range(14)], "fraction": 0.0, "accuracy": 1.0}
+    )
+    lines = pa.plots.prune_curves(table).lines
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 14
+
+
 def test_a_cumulative_draws_itself(cumulative: pd.DataFrame) -> None:
     curves = pa.Cumulative.plot(SimpleNamespace(to_dataframe=lambda: cumulative))  # type: ignore[arg-type]
     assert len(curves.lines) == 3

@@ -21,7 +21,8 @@ def faults(names: set[str], sources: set[str]) -> list[str]:
     sources : set of str
         Paths of the package's files in the repository.
     """
-    installed = {name for name in names if ".dist-info/" not in name}
+    # auditwheel writes entries for folders too.
+    installed = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     native = {name for name in installed if name.startswith("pyablate/_core.")} - sources
     licences = [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
     return [

@@ -32,7 +32,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p dist
 
 # Everything is built from the source distribution, so a file missing there is noticed here.
-"$BUILD_PYTHON" -m build --quiet --sdist --outdir "$work" .
+"$BUILD_PYTHON" -m build --sdist --outdir "$work" . >"$work/log"
 sdist=("$work"/pyablate-*.tar.gz)
 cp "${sdist[0]}" dist/
 

@@ -109,14 +109,17 @@ def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> 
     axes = new_axes(ax, width=6.4, height=4.4)
     (x_label, x_scale), (y_label, y_scale) = label_of(x), label_of(y)
     named = table.dropna(subset=[x, y]).groupby("name", sort=False)
-    styles = zip(named, cycle(COLOURS), cycle(MARKERS), strict=False)
-    for (name, of_name), colour, marker in styles:
+    # A second round of the colours is dashed.
+    dashes = cycle(["-"] * len(COLOURS) + ["--"] * len(COLOURS))
+    styles = zip(named, cycle(COLOURS), cycle(MARKERS), dashes, strict=False)
+    for (name, of_name), colour, marker, dash in styles:
         points = of_name.groupby(step)[[x, y]]
         across, mean = x_scale * points.mean()[x], y_scale * points.mean()[y]
         several = bool((points.size() > 1).any())
         shade = CHANCE if str(name).startswith("random") else colour
         label = f"{name} (mean, range)" if several else str(name)
-        axes.plot(across, mean, color=shade, marker=marker, markersize=3.5, label=label)
+        style: dict[str, Any] = {"color": shade, "linestyle": dash, "marker": marker}
+        axes.plot(across, mean, markersize=3.5, label=label, **style)
         if several:
             low, high = y_scale * points.min()[y], y_scale * points.max()[y]
             axes.fill_between(across, low, high, color=shade, alpha=0.3, linewidth=0)

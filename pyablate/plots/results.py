@@ -92,13 +92,14 @@ class ResultPlots:
         """
         if not 0 < fdr < 1:
             raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
-        found = _adjusted(self.result, drop) <= fdr
+        q, floor = _chance(self.result, drop)
+        found = q <= fdr
         chosen = chosen_layers(self.result, layers)
         axes = new_axes(ax, width=max(5.0, 1.5 + 1.1 * len(chosen)), height=4.4)
-        if drop == "max_class_drop":
-            _floors(axes, self.result, list(chosen.values()))
-        else:
+        if floor is None:
             axes.axhline(0, color=CHANCE, linewidth=1, zorder=0)
+        else:
+            _floors(axes, [100 * floor[rows] for rows in chosen.values()])
         drops = 100 * getattr(self.result, drop)
         place = np.random.default_rng(0).uniform(-0.3, 0.3, len(drops))
         for number, rows in enumerate(chosen.values()):
@@ -322,23 +323,22 @@ class ResultPlots:
         return axes
 
 
-def _adjusted(result: AblationResult, drop: str) -> Floats:
-    """Return the adjusted p of each unit, float64 [unit]."""
+def _chance(result: AblationResult, drop: str) -> tuple[Floats, Floats | None]:
+    """Return the adjusted p of each unit, float64 [unit], and the noise floor if there is one."""
     if drop == "max_class_drop":
-        return max_class_test(result, splits=1)["q"].to_numpy()
+        tests = max_class_test(result, splits=1)
+        return tests["q"].to_numpy(), tests["noise_floor"].to_numpy()
     if drop != "accuracy_drop":
         raise ValueError(f"drop: expected 'max_class_drop' or 'accuracy_drop', got {drop!r}")
     p = mcnemar(result.lost.sum(axis=1), result.gained.sum(axis=1))
     for rows in layer_rows(result).values():
         p[rows] = adjusted(p[rows])
-    return p
+    return p, None
 
 
-def _floors(axes: Axes, result: AblationResult, layers: Sequence[Ints]) -> None:
-    floor = 100 * result.noise_floor()
-    quantiles = [np.quantile(floor[rows], [0.05, 0.5, 0.95]) for rows in layers]
-    low, middle, high = np.transpose(quantiles)
-    place = np.arange(len(layers))
+def _floors(axes: Axes, floors: Sequence[Floats]) -> None:
+    low, middle, high = np.transpose([np.quantile(floor, [0.05, 0.5, 0.95]) for floor in floors])
+    place = np.arange(len(floors))
     style: dict[str, Any] = {"width": 0.9, "color": CHANCE, "alpha": 0.35, "zorder": 0}
     meaning = "noise floor (median, 5 % to 95 % of units)"
     axes.bar(place, high - low, bottom=low, label=meaning, **style)

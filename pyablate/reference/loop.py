@@ -166,7 +166,8 @@ def predictions(values: Tensor) -> np.ndarray:
 def near_ties(values: Tensor) -> np.ndarray:
     """Whether a prediction is too close to call in lower precision: ``[N, K]`` to bool ``[N]``.
 
-    True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the largest absolute logit.
+    True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the largest
+    absolute logit.
     """
     if values.shape[1] < 2:
         return np.zeros(len(values), dtype=bool)

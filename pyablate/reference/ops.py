@@ -297,7 +297,8 @@ def class_moments(
 def joint_histogram(code: Tensor, label: Tensor, bins: int, classes: int) -> Tensor:
     """Count [unit, bin, class] from bins [U, N] and labels [N]."""
     units = code.shape[0]
-    cell = code.long() * classes + label.long()
-    cell = cell + torch.arange(units, device=cell.device).unsqueeze(1) * (bins * classes)
+    dtype = torch.int32 if units * bins * classes < 2**31 else torch.int64  # half the traffic
+    first = torch.arange(units, dtype=dtype, device=code.device).unsqueeze(1) * (bins * classes)
+    cell = first + code.to(dtype) * classes + label.to(dtype)
     counts = torch.bincount(cell.flatten(), minlength=units * bins * classes)
     return counts.to(torch.int32).view(units, bins, classes)

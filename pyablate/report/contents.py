@@ -81,7 +81,6 @@ def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
         "accuracy": result.baseline_accuracy,
         "flips": len(result.flips.image),
         "hurt_pairs": int(hurt.sum()),
-        "hurt_units": int(hurt.any(axis=1).sum()),
         "audit": {
             "pairs": result.audit.pairs,
             "mismatches": result.audit.mismatches,

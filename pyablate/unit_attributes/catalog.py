@@ -191,6 +191,15 @@ CATALOG: tuple[Attribute, ...] = (
         per_class=True,
     ),
     Attribute(
+        "crp",
+        "lrp",
+        "relevance conditional on the labelled class as in lrp, as a share of the layer's: "
+        "R_u / sum over its units v of |R_v|; mean over sampled images (of class k)",
+        "Achtibat et al. 2023, doi:10.1038/s42256-023-00711-8; relevance computed by Captum",
+        True,
+        per_class=True,
+    ),
+    Attribute(
         "concept_iou",
         "concepts",
         "sum over images of |M and L| / |M or L|; M: the map, bilinear at the mask's size, above "

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyablate.moments import joint_histogram
-from pyablate.unit_attributes.selectivity import Ranked
 
 
-def equal_numbers(ranks: Ranked, bins: int) -> Tensor:
-    """Bin of each place of the order in bins of equal numbers of images, int32 ``[U, N]``.
+def equal_numbers(at_least: Tensor, bins: int) -> Tensor:
+    """Bin of each image in bins of equal numbers of images, int32 ``[U, N]``.
 
     Equal activations share the bin of the lowest of them, so a silent unit has one bin.
+
+    Parameters
+    ----------
+    at_least : Tensor
+        int32 ``[U, N]``, number of images with A at least as great.
+    bins : int
+        How many.
     """
-    images = ranks.at_least.shape[1]
-    return ((images - ranks.at_least.long()) * bins // images).int()
+    images = at_least.shape[1]
+    # numpy divides by a number in vectors
+    dtype = np.int32 if images * bins < 2**31 else np.int64
+    below = images - at_least.numpy().astype(dtype, copy=False)
+    return torch.from_numpy((below * bins // images).astype(np.int32, copy=False))
 
 
 def equal_widths(pooled: Tensor, bins: int) -> Tensor:

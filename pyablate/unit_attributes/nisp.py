@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
-from pyablate.engine.rules import STRUCTURE
+from pyablate.engine.operators import STRUCTURE
 from pyablate.graph import BATCH_NORM, Graph, function, norm_scale, settings
 from pyablate.layers import Site
 from pyablate.unit_attributes.gradients import per_unit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.layers import Site, hooked
-from pyablate.moments import ClassMoments, class_moments
+from pyablate.moments import ClassMoments, checked_moments
 from pyablate.unit_attributes.gradients import contributions, fisher, taylor
 
 
@@ -134,12 +134,14 @@ class _Watch:
     layers: dict[str, Observed] = field(default_factory=dict)
     held: dict[str, list[Tensor]] = field(default_factory=dict)  # maps that are needed later
     batch: Batch | None = None
-    label: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    label: Tensor = field(init=False)  # int32 [N], of the batch
+    count: Tensor = field(init=False)  # int64 [K], of the batch
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
         self.label = batch.labels.int()
+        self.count = torch.bincount(batch.labels, minlength=self.classes)
         images = batch.images
         if len(batch) == 1:  # some networks squeeze a batch of one away
             images = torch.cat([images, images])
@@ -169,16 +171,16 @@ class _Watch:
     def _reduce(self, site: Site, maps: Tensor) -> None:
         batch = cast(Batch, self.batch)
         maps = maps.detach()[: len(batch)]
-        found = class_moments(maps, self.label, self.classes, axis=site.axis)
+        found = checked_moments(maps, self.label, self.count, site.axis % maps.ndim)
         layer = self.layers.get(site.name)
         if layer is None:
             layer = self.layers[site.name] = _empty(self._site(site.name), found, self.images)
         layer.pooled[:, self.done : self.done + len(batch)] = found.pooled.t()
-        layer.least = torch.minimum(layer.least, found.least.cpu())
+        torch.minimum(layer.least, found.least.cpu(), out=layer.least)
         layer.positive += found.positive.cpu()
         layer.total += found.total.cpu()
         layer.square += found.square.cpu()
-        layer.maximum = torch.maximum(layer.maximum, found.maximum.cpu())
+        torch.maximum(layer.maximum, found.maximum.cpu(), out=layer.maximum)
         layer.active += found.active.cpu()
 
     def _backward(self, logits: Tensor, batch: Batch) -> None:

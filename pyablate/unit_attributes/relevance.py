@@ -74,6 +74,12 @@ def relevance(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+def shares(values: Tensor) -> Tensor:
+    """Each unit's share of the relevance of its layer ``[N, C]``, signed; 0 where there is none."""
+    total = values.abs().sum(dim=1, keepdim=True)
+    return torch.where(total > 0, values / total, 0.0)
+
+
 def _parts(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images, ready for gradients, and their labels, a few at a time."""
     for part, target in zip(images.split(size), labels.split(size), strict=True):

@@ -30,32 +30,35 @@ def class_selectivity(layer: Observed, count: Tensor) -> Tensor:
     return torch.where((layer.least < 0).unsqueeze(1), torch.nan, index)
 
 
-def class_correlation(layer: Observed, probabilities: Tensor) -> Tensor:
-    """Pearson r of A with each class's probability, float64 ``[C, K]``; NaN for constants."""
-    return _pearson(layer.pooled, probabilities.t())
+def standardised(a: Tensor) -> Tensor:
+    """Rows of ``[C, N]`` centred and of length 1, in the dtype of ``a``; NaN where constant.
+
+    Pearson's r of two rows is their product then. Centred in float64: a mean far above the
+    deviation would leave float32 nothing.
+    """
+    wide = a.double()
+    centred = wide - wide.mean(dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    centred /= torch.where(constant(a).unsqueeze(1), torch.nan, length)
+    return centred.to(a.dtype)
 
 
-def redundancy(layer: Observed) -> Tensor:
-    """Largest absolute correlation with another unit, float64 ``[C]``.
+def class_correlation(units: Tensor, probabilities: Tensor) -> Tensor:
+    """Pearson r of A with each class's probability, float64 ``[C, K]``; NaN for constants.
+
+    Both :func:`standardised`, ``[C, N]`` and ``[K, N]``.
+    """
+    return (units @ probabilities.t().to(units.dtype)).double().clamp(-1, 1)
+
+
+def redundancy(units: Tensor) -> Tensor:
+    """Largest absolute correlation with another unit, float64 ``[C]``, of the standardised A.
 
     NaN for constant units and where no other unit varies.
     """
-    r = _pearson(layer.pooled, layer.pooled).abs()
+    r = (units @ units.t()).double().clamp(-1, 1).abs()
     r.fill_diagonal_(torch.nan)
     return largest(r)[0]
-
-
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlations of the rows of ``[A, N]`` with those of ``[B, N]``."""
-    x, y = _standard(a), _standard(b)
-    return (x @ y.t()).clamp(-1, 1)
-
-
-def _standard(a: Tensor) -> Tensor:
-    centred = a.double() - a.double().mean(dim=1, keepdim=True)
-    centred = torch.where(constant(a).unsqueeze(1), torch.nan, centred)
-    length: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    return centred / length
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,6 @@ class Ranked:
     order: Tensor
     greater: Tensor
     at_least: Tensor
-
-    def by_image(self, places: Tensor) -> Tensor:
-        """Bring what belongs to places of the order to the images' own order."""
-        return torch.empty_like(places).scatter_(1, self.order, places)
 
 
 def ranked(pooled: Tensor) -> Iterator[Ranked]:
@@ -116,15 +115,12 @@ class ByClass:
 
     Attributes
     ----------
-    labels : Tensor
-        int64 ``[N]``.
     small : Tensor
-        The same as int16 where that holds the classes: sorted faster.
+        Labels ``[N]``, int16 where that holds the classes: sorted faster.
     count : Tensor
         int64 ``[K]``, images of each class.
     """
 
-    labels: Tensor
     small: Tensor
     count: Tensor
 
@@ -132,41 +128,68 @@ class ByClass:
     def of(cls, seen: Observations) -> ByClass:
         """Read them off the observations."""
         dtype = torch.int16 if len(seen.count) < 2**15 else torch.int32
-        return cls(seen.labels, seen.labels.to(dtype), seen.count)
+        return cls(seen.labels.to(dtype), seen.count)
+
+    @property
+    def sorted_labels(self) -> Tensor:
+        """int64 ``[N]``, class after class."""
+        return torch.repeat_interleave(self.count)
 
 
-def auc(ranks: Ranked, classes: ByClass) -> Tensor:
+@dataclass(frozen=True)
+class Grouped:
+    """What :class:`Ranked` counts, in another order: the images of a class after those of another.
+
+    Attributes
+    ----------
+    greater, at_least : Tensor
+        int32 ``[U, N]``, within a class by descending A.
+    classes : ByClass
+        Whose images these are.
+    """
+
+    greater: Tensor
+    at_least: Tensor
+    classes: ByClass
+
+    @classmethod
+    def of(cls, ranks: Ranked, classes: ByClass) -> Grouped:
+        """Sort the places of some units by class."""
+        labels = classes.small[ranks.order].numpy()
+        places = torch.from_numpy(np.argsort(labels, axis=1, kind="stable"))
+        greater, at_least = ranks.greater.gather(1, places), ranks.at_least.gather(1, places)
+        return cls(greater, at_least, classes)
+
+
+def auc(ranks: Grouped) -> Tensor:
     """Area under the one-against-rest ROC curve, float64 ``[U, K]``.
 
     NaN for a class without images and for one that has them all.
     """
-    images = classes.labels.shape[0]
-    # Twice the rank from below, where equal values share the mean of theirs: whole numbers.
-    twice = 2 * images + 1 - ranks.greater.long() - ranks.at_least.long()
-    sums = torch.zeros(len(twice), classes.count.shape[0], dtype=torch.int64)
-    sums.scatter_add_(1, classes.labels[ranks.order], twice)
-    own = classes.count.double()
-    above = sums.double() / 2 - own * (own + 1) / 2
+    images, own = ranks.at_least.shape[1], ranks.classes.count
+    # Twice the rank from above, where equal values share the mean of theirs, less one: whole.
+    twice = (ranks.greater + ranks.at_least).split(own.tolist(), dim=1)
+    sums = torch.stack([part.sum(dim=1) for part in twice], dim=1)
+    below = (own * (2 * images + 1) - sums).double() / 2  # sums of ranks from below
+    above = below - own * (own + 1) / 2
     return above / (own * (images - own))  # 0 / 0 where there is nothing to compare
 
 
-def informedness(ranks: Ranked, classes: ByClass) -> Tensor:
+def informedness(ranks: Grouped) -> Tensor:
     """Largest true positive rate minus false positive rate over thresholds, ``[U, K]``.
 
     The best threshold lies at an activation of the class itself. NaN as in :func:`auc`.
     """
-    images = classes.labels.shape[0]
-    # Places of the images of each class in descending order of A, class after class.
-    order = torch.from_numpy(np.argsort(classes.small[ranks.order].numpy(), axis=1, kind="stable"))
-    passing = ranks.at_least.gather(1, order)
-    out = torch.full((len(passing), len(classes.count)), torch.nan, dtype=torch.float64)
-    first = 0
-    for k, own in enumerate(classes.count.tolist()):
+    units, images = ranks.at_least.shape
+    counts = ranks.classes.count.tolist()
+    out = torch.full((units, len(counts)), torch.nan, dtype=torch.float64)
+    for k, passing in enumerate(ranks.at_least.split(counts, dim=1)):
+        own = counts[k]
         if 0 < own < images:
             hits = torch.arange(1, own + 1, dtype=torch.float64)
-            others = passing[:, first : first + own] - hits
-            out[:, k] = (hits / own - others / (images - own)).amax(dim=1)
-        first += own
+            # hits / own - (passing - hits) / (images - own), in fewer passes over the images
+            missed = passing.double().div_(own - images)
+            out[:, k] = missed.add_(hits * (1 / own + 1 / (images - own))).amax(dim=1)
     return out
 
 

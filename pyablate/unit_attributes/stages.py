@@ -19,7 +19,7 @@ from pyablate.unit_attributes import activations, concepts, information, selecti
 from pyablate.unit_attributes.catalog import Attribute
 from pyablate.unit_attributes.nisp import nisp
 from pyablate.unit_attributes.observe import Observations, Observed, observe
-from pyablate.unit_attributes.relevance import conductance, relevance
+from pyablate.unit_attributes.relevance import conductance, relevance, shares
 from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
@@ -126,8 +126,11 @@ class Work:
             gradients=self.wants("gradients"),
             report=lambda done: report(0.8 * done / images),
         )
+        probabilities = seen.probabilities.t()
+        if self.wants("class_correlation"):
+            probabilities = selectivity.standardised(probabilities)
         for layer in seen.layers:
-            self._reduce(layer, seen)
+            self._reduce(layer, seen, probabilities)
         signed = [layer.site.name for layer in seen.layers if bool((layer.least < 0).any())]
         if signed and self.wants("class_selectivity"):
             logger.warning(
@@ -135,18 +138,21 @@ class Work:
                 ", ".join(signed),
             )
 
-    def _reduce(self, layer: Observed, seen: Observations) -> None:
+    def _reduce(self, layer: Observed, seen: Observations, probabilities: Tensor) -> None:
+        """Take from one layer what follows; ``probabilities`` ``[K, N]`` are standardised."""
         name, images = layer.site.name, len(seen.labels)
         if self.wants("activations"):
             self._store(name, activations.moments(layer))
         if self.wants("class_selectivity"):
             index = selectivity.class_selectivity(layer, seen.count)
             self._store(name, {"class_selectivity_per_class": index})
-        if self.wants("class_correlation"):
-            r = selectivity.class_correlation(layer, seen.probabilities)
-            self._store(name, {"class_correlation_per_class": r})
-        if self.wants("redundancy"):
-            self._store(name, {"redundancy": selectivity.redundancy(layer)})
+        if self.wants("class_correlation", "redundancy"):
+            units = selectivity.standardised(layer.pooled)
+            if self.wants("class_correlation"):
+                r = selectivity.class_correlation(units, probabilities)
+                self._store(name, {"class_correlation_per_class": r})
+            if self.wants("redundancy"):
+                self._store(name, {"redundancy": selectivity.redundancy(units)})
         if self.wants("gradients"):
             self._store(name, {"taylor": layer.taylor / images, "fisher": layer.fisher / images})
         if self.wants("entropy"):
@@ -164,17 +170,20 @@ class Work:
         parts: list[dict[str, Tensor]] = []
         for ranks in selectivity.ranked(layer.pooled):
             part: dict[str, Tensor] = {}
-            if self.wants("auc"):
-                part["auc_per_class"] = selectivity.auc(ranks, by_class)
-            if self.wants("informedness"):
-                part["informedness_per_class"] = selectivity.informedness(ranks, by_class)
             if self.wants("precision_at"):
                 part["precision_at_per_class"] = selectivity.precision_at(
                     ranks, seen.labels, self.ready.classes, self.top
                 )
+            grouped = selectivity.Grouped.of(ranks, by_class)
+            if self.wants("auc"):
+                part["auc_per_class"] = selectivity.auc(grouped)
+            if self.wants("informedness"):
+                part["informedness_per_class"] = selectivity.informedness(grouped)
             if self.wants("mutual_information", "kl_selectivity"):
-                code = ranks.by_image(information.equal_numbers(ranks, self.bins))
-                counts = information.joint(code, seen.labels, self.bins, self.ready.classes)
+                code = information.equal_numbers(grouped.at_least, self.bins)
+                counts = information.joint(
+                    code, by_class.sorted_labels, self.bins, self.ready.classes
+                )
                 part["mutual_information"] = information.mutual_information(counts)
                 part["kl_selectivity_per_class"] = information.kl_selectivity(counts)
             parts.append(part)
@@ -192,6 +201,9 @@ class Work:
                 single = [site for site in self.sites if site.name not in self.repeated]
                 for layer, values in attribute(model, images, labels, single, size).items():
                     self._store(layer, _by_class(name, values, labels, self.ready.classes))
+                    if name == "lrp":
+                        share = _by_class("crp", shares(values), labels, self.ready.classes)
+                        self._store(layer, share)
 
     def _concepts(self, _report: Share) -> None:
         assert self.masks is not None

@@ -24,7 +24,7 @@ from pyablate.engine.channel import (
     SAME,
     SUBTRACTIONS,
 )
-from pyablate.engine.rules import NAMED, STRUCTURE
+from pyablate.engine.operators import NAMED, STRUCTURE
 from pyablate.graph import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function
 
 aten = torch.ops.aten

@@ -99,7 +99,7 @@ function layersSection() {
       `${text} (percentage points)`,
     );
     legend.replaceChildren(
-      swatch("harm", `more than chance (q \u2264 ${data.fdr})`),
+      swatch("harm", `hurts some class more than chance (q \u2264 ${data.fdr})`),
       swatch("dot", "within chance"),
       ...(floor ? [swatch("floor", "noise floor: median (dashed) and 95 % of the units")] : []),
     );

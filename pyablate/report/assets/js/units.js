@@ -35,7 +35,7 @@ function unitColumns() {
     figure("noise_floor", "Noise floor", units.noise_floor, points, "largest class drop to expect of a harmless unit that changes the same images"),
     figure("split_half_drop", "Split-half", units.split_half_drop, points, "class chosen on one half of the images, drop measured on the other"),
     figure("q", "q", units.q, chance, "chance of a harmless unit to show as much, adjusted over the layer (Benjamini-Hochberg)"),
-    figure("hurt", "Classes hurt", hurt, count, `classes hurt by more than chance, q <= ${data.fdr}`),
+    figure("hurt", "Classes hurt", hurt, count, `classes hurt by more than chance, each tested by itself, q <= ${data.fdr}`),
     figure("flips", "Changed", units.flips, count, "images whose prediction changes"),
   ];
 }

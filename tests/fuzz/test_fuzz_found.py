@@ -1,0 +1,56 @@
+"""What random networks have found, reduced; each was wrong before it was mended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, check
+from parts import Act, Conv, Network
+from torch import nn
+
+import pyablate as pa
+
+IN_PLACE = (Act("ELU", inplace=True), Conv(out=4), Act("ReLU"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_network_that_works_in_place_on_its_input(strategy: str, double: bool) -> None:
+    """Each pass changed the images that the next one saw, in the oracle and in float64 runs."""
+    network = Network(parts=IN_PLACE, shape=(2, 5, 4), classes=4, seed=254)
+    check(Case(network, images=8, double=double, strategy=strategy, intervention="mean"))
+
+
+def test_a_network_that_works_in_place_on_its_input_leaves_the_images_alone() -> None:
+    model, images, labels = Case(Network(IN_PLACE, classes=4), images=8, double=True).subject()
+    before = images.clone()
+    pa.ablate(model, (images, labels), progress=False)
+    pa.reference.ablate(model, (images, labels), progress=False)
+    pa.attributes(model, (images, labels), which=["mean", "l1_norm"], progress=False)
+    pa.compare(model, model, (images, labels))
+    assert torch.equal(images, before)
+
+
+def test_a_network_that_works_in_place_on_its_input_is_captured() -> None:
+    model, images, labels = Case(Network(IN_PLACE, classes=4), images=8).subject()
+    result = pa.ablate(model, (images, labels), progress=False)
+    assert "replay" not in result.strategy.values()
+
+
+def test_a_network_that_counts_its_calls_is_replayed() -> None:
+    """What changes other state than the images must not be captured as if it stood still."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.relu = nn.ReLU()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.head(self.relu(x.flatten(1)))
+
+    images, labels = torch.randn(6, 4), torch.arange(6) % 3
+    result = pa.ablate(Counting(), (images, labels), progress=False)
+    assert set(result.strategy.values()) == {"replay"}
