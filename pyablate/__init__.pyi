@@ -38,6 +38,7 @@ from .interventions import Intervention as Intervention
 from .layers import Site as Site
 from .layers import select as select
 from .layers import sites as sites
+from .merging import merge as merge
 from .planning import Plan as Plan
 from .planning import plan as plan
 from .result import AblationResult as AblationResult

@@ -212,8 +212,8 @@ def _read(
     path: Path, run: str, names: Sequence[str]
 ) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
     try:
-        # From memory: numpy leaves a damaged file open.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as packed:
+        # Opened here: of a damaged file numpy would leave its own handle open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as packed:
             known = json.loads(packed["known"].tobytes())
             if known["run"] != run:
                 return None

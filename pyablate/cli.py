@@ -6,6 +6,7 @@ that ``pyablate --help`` answers at once.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,36 +20,23 @@ from pyablate.cli_doctor import doctor
 from pyablate.cli_experiments import cumulative, minimal_sets, pairs, rotation
 from pyablate.cli_plot import plot
 from pyablate.cli_report import report
+from pyablate.cli_run import merge, run
 from pyablate.cli_statistics import correlate, significance
 from pyablate.options import (
     Bar,
-    BatchSize,
-    Csv,
-    DataSpec,
     Debug,
-    Device,
     InputShape,
     Intervention,
-    Labels,
     Layers,
-    Limit,
-    Mean,
-    Measures,
     Memory,
     Model,
-    Output,
-    Precision,
     SampleSpec,
-    Seed,
-    Size,
-    Std,
     Weights,
 )
 from pyablate.shell import (
     INTERRUPTED,
     check_file,
     error_line,
-    images_from,
     log_to_stderr,
     network_from,
     parse_bytes,
@@ -74,6 +62,8 @@ class _Shell(TyperGroup):
                 raise
         if line:
             typer.echo(f"pyablate: {line}", err=True)
+        if line and "--json" in given:
+            typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -156,75 +146,6 @@ def demo(
 
 
 @app.command()
-def run(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
-    layers: Layers = ["*"],  # noqa: B006  # typer copies it
-    intervention: Intervention = "zero",
-    precision: Precision = "auto",
-    measures: Measures = None,
-    seed: Seed = 0,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
-    output: Output = Path("run.zarr"),
-    csv: Csv = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    progress: Bar = None,
-    debug: Debug = False,
-) -> None:
-    """Ablate every unit of the layers asked for and write the result.
-
-    Try one of these:
-
-    `pyablate run demo:vgg_bn --data demo --limit 2000 --output run.zarr`
-
-    `pyablate run demo:resnet --data demo --layers 'stage3.*' --intervention mean --csv units.csv`
-
-    `pyablate run torchvision:resnet18 --weights resnet18.pth --data val/ --size 224
-    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --device cuda`
-    """
-    log_to_stderr(debug)
-    import pyablate as pa
-    from pyablate import table
-    from pyablate.store import check_writable
-
-    budget = parse_bytes("--memory", memory)
-    check_writable(output)
-    if csv is not None:
-        check_file(csv)
-    network = network_from(model, weights, device)
-    batches = images_from(data, labels, limit, size, mean, std, batch_size)
-    result = pa.ablate(
-        network,
-        batches.batches,
-        layers=layers,
-        intervention=intervention,
-        precision=precision,
-        measures=measures or (),
-        class_names=batches.class_names,
-        device=device,
-        batch_size=batch_size,
-        memory=budget,
-        seed=seed,
-        progress=progress,
-    )
-    result.save(output)
-    written = [str(output)]
-    if csv is not None:
-        result.to_dataframe().to_csv(csv, index=False)
-        written.append(str(csv))
-    out = table.console()
-    table.print_summary(out, result)
-    out.print(f"Written: {' and '.join(written)}")
-
-
-@app.command()
 def layers(
     model: Model,
     weights: Weights = None,
@@ -278,6 +199,8 @@ def plan(
 
 
 for _command in (
+    run,
+    merge,
     attributes,
     significance,
     correlate,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from pyablate.identity import MODULUS, Identity, differences, hash_images
 from pyablate.progress import Report
 from pyablate.ranks import Ranks
 from pyablate.result import AblationResult
-from pyablate.run_store import Layout, RunStore, StoreMismatch, open_store
+from pyablate.run_store import Layout, RunStore, StoreMismatch, locked, open_store
 
 logger = logging.getLogger("pyablate")
 
@@ -54,9 +54,6 @@ class Held(Protocol):
 
     def collect(self) -> Block:
         """Join all blocks."""
-
-    def keeping(self) -> AbstractContextManager[None]:
-        """Say, when a run ends early, what is kept."""
 
 
 @dataclass(eq=False)
@@ -93,10 +90,6 @@ class InMemory:
         """Give all blocks together."""
         return self.joined.block()
 
-    def keeping(self) -> AbstractContextManager[None]:
-        """Nothing is kept."""
-        return nullcontext()
-
 
 def shard_images(shard: tuple[int, int] | None, images: int) -> range:
     """Images of shard ``(i, n)``, the i-th of n from 1 on; all of them for None.
@@ -117,44 +110,61 @@ def shard_images(shard: tuple[int, int] | None, images: int) -> range:
     return part
 
 
-def open_shared(
-    output: Path,
+@contextmanager
+def kept(
+    place: Path | None,
     identity: Identity,
     layout: Layout,
     statistics: Mapping[Key, Statistics],
     *,
     fresh: bool,
     ranks: Ranks,
-) -> RunStore | None:
-    """Have the first process begin or find the run's folder, and all agree on it.
+) -> Iterator[InMemory | RunStore | None]:
+    """Begin or find a run's folder, and hold it while the run is under way.
 
-    Returns
-    -------
-    RunStore or None
+    Parameters
+    ----------
+    place : Path or None
+        The folder; None keeps blocks in memory.
+    identity, layout, statistics, fresh
+        As :func:`pyablate.run_store.open_store` takes them.
+    ranks : Ranks
+        Who takes part: the first process opens the folder, all agree on what it finds.
+
+    Yields
+    ------
+    InMemory, RunStore or None
         None if the run has finished already.
 
     Raises
     ------
     StoreMismatch
         Another run is there, or the processes have different models, data or options.
+    OSError
+        The folder cannot be written, or another process holds it.
     """
-    said: dict[str, Any] = {}
-    if ranks.first:
-        opened = open_store(output, identity, layout, pack_statistics(statistics), fresh=fresh)
-        if isinstance(opened, RunStore):
-            said = {"block": opened.layout.size, "identity": identity}
-        else:
-            said = {"identity": identity}
-    said = ranks.tell(said)
-    differing = differences(said["identity"], identity)
-    if differing:
-        raise StoreMismatch(
-            f"distributed: process {ranks.number} has another run than the first process; what "
-            f"differs: {', '.join(differing)}"
-        )
-    if "block" not in said:
-        return None
-    return RunStore(output, identity, Layout(layout.images, said["block"]))
+    if place is None:
+        yield InMemory(layout)
+        return
+    with locked(place) if ranks.first else nullcontext():
+        cut: tuple[int, int] | None = None
+        if ranks.first:
+            arrays = pack_statistics(statistics)
+            opened = open_store(place, identity, layout, arrays, fresh=fresh)
+            cut = (opened.layout.size, opened.layout.memory) if opened else None
+        said = ranks.tell({"identity": identity, "cut": cut})
+        differing = differences(said["identity"], identity)
+        if differing:
+            raise StoreMismatch(
+                f"distributed: process {ranks.number} has another run than the first process; "
+                f"what differs: {', '.join(differing)}"
+            )
+        if said["cut"] is None:
+            yield None
+            return
+        held = RunStore(place, identity, Layout(layout.images, *said["cut"]))
+        with held.keeping():
+            yield held
 
 
 def check_data(

@@ -80,7 +80,30 @@ Mean = Annotated[
     str | None, typer.Option(metavar="M,M,M", help="Subtracted from each channel, after /255.")
 ]
 Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="What each channel is divided by.")]
-Output = Annotated[Path, typer.Option(metavar="PATH", help="Where the result goes (Zarr).")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Where the result goes (Zarr). Finished blocks of images are kept there: after a kill "
+        "the same command goes on.",
+    ),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over, whatever run is in the output already.")
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Only the I-th of N parts of the images, I from 1; `pyablate merge` joins the parts.",
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="For machines: progress and result as JSON lines on standard out."),
+]
 Csv = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write one row per unit as CSV.")
 ]

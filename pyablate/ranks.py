@@ -146,6 +146,11 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0" or not started_by_torchrun()
+
+
 def _place() -> torch.device:
     """Where tensors must lie that go over the wire."""
     only_gpu = "gloo" not in str(dist.get_backend_config())

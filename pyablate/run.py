@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from pyablate.engine.replay import Replay, decision
 from pyablate.engine.tiers import Ladder
 from pyablate.identity import Identity, identify, own_dtype
 from pyablate.interventions import Intervention, parse
-from pyablate.long_run import Course, InMemory, check_data, hash_all, open_shared, shard_images
+from pyablate.long_run import Course, check_data, hash_all, kept, shard_images
 from pyablate.measures import Accuracy, Measure
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
@@ -39,7 +38,6 @@ from pyablate.run_store import (
     RunStore,
     check_place,
     has_statistics,
-    locked,
     read_statistics,
 )
 from pyablate.store import load
@@ -152,9 +150,11 @@ def ablate(
     recorded = check_measures(measures)
     chosen = parse(intervention, seed=seed)
     place = None if output is None else Path(output)
+    if place is not None:
+        check_place(place)
     device = own_device(distributed, device)
-    with undisturbed(), taking_part(distributed, device) as ranks, _held(place, ranks):
-        resumed = ranks.tell(place is not None and not fresh and has_statistics(place))
+    with undisturbed(), taking_part(distributed, device) as ranks:
+        goes_on = ranks.tell(place is not None and not fresh and has_statistics(place))
         setup = prepare(
             model,
             data,
@@ -167,11 +167,12 @@ def ablate(
             memory=memory,
             strategy=strategy,
             precision=precision,
-            measured=read_statistics(place) if resumed and place is not None else None,
+            measured=read_statistics(place) if place is not None and goes_on else None,
             ranks=ranks,
         )
         images, dtype = shard_images(shard, len(setup.data)), own_dtype(model)
-        layout = Layout(images, min(setup.batch_size, -(-len(images) // ranks.count)))
+        size = min(setup.batch_size, -(-len(images) // ranks.count))
+        layout = Layout(images, size, setup.memory)
         identity = identify(
             setup,
             dtype=dtype,
@@ -181,48 +182,39 @@ def ablate(
             seed=seed,
             measures=recorded,
         )
-        held: InMemory | RunStore = InMemory(layout)
-        if place is not None:
-            known = _with_all_images(identity, setup, layout, dtype, ranks)
-            opened = open_shared(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks)
-            if opened is None:
+        known = _with_all_images(identity, setup, layout, dtype, ranks) if place else identity
+        with kept(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks) as held:
+            if held is None and place is not None:
                 finished = load(place)
                 check_data(setup.data, layout, finished, dtype, ranks)
                 logger.info("%s has finished already", place)
                 return finished
-            held = opened
-        sweep = Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
-        with held.keeping(), reporting(progress if ranks.first else False, unit="pairs") as report:
-            course = Course(
-                setup.data,
-                held,
-                ranks,
-                dtype,
-                list(sweep.ladders.values()),
-                precision == "auto",
-                setup.rows,
-                report,
+            assert held is not None
+            setup = replace(
+                setup,
+                batch_size=batch_size or held.layout.size,
+                memory=memory or held.layout.memory,
             )
-            course.run(sweep.block, setup.jobs[0].name)
+            sweep = Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
+            with reporting(progress if ranks.first else False, unit="pairs") as report:
+                Course(
+                    setup.data,
+                    held,
+                    ranks,
+                    dtype,
+                    list(sweep.ladders.values()),
+                    precision == "auto",
+                    setup.rows,
+                    report,
+                ).run(sweep.block, setup.jobs[0].name)
             if ranks.first:
-                result = _result(setup, held.collect(), identity)
+                result = _result(setup, held.collect(), known if shard else identity)
                 if isinstance(held, RunStore):
                     held.finish(result)
-        ranks.wait(lambda: None)
-        if not ranks.first and place is not None:
+            ranks.wait(lambda: None)
+        if place is not None and not ranks.first:
             result = load(place)
     return replace(result, seconds=time.perf_counter() - begin, effort=sweep.effort())
-
-
-@contextmanager
-def _held(place: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of a folder."""
-    if place is None or not ranks.first:
-        yield
-        return
-    check_place(place)
-    with locked(place):
-        yield
 
 
 def _with_all_images(
@@ -231,7 +223,7 @@ def _with_all_images(
     """Add the hash of all images where others than its own matter to an image's result."""
     if not setup.intervention.needs_statistics and setup.intervention.kind != "resample":
         return identity
-    everything = Layout(range(len(setup.data)), layout.size)
+    everything = replace(layout, images=range(len(setup.data)))
     return {
         **identity,
         "data": {**identity["data"], "others": hash_all(setup.data, everything, dtype, ranks)},

@@ -71,10 +71,13 @@ class Layout:
         Those of the run.
     size : int
         Images per block; the last block may have fewer.
+    memory : int
+        Bytes to work in: what is cut by them decides the last bits of sums.
     """
 
     images: range
     size: int
+    memory: int
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
@@ -171,11 +174,10 @@ class RunStore:
     def _file(self, number: int, kind: str = "") -> Path:
         return self.blocks / ".".join([f"{number:09d}", *([kind] if kind else []), "npz"])
 
-    def _numbers(self) -> Iterator[int]:
-        for entry in os.scandir(self.blocks):
-            match = _BLOCK.fullmatch(entry.name)
-            if match and int(match[1]) < len(self.layout):
-                yield int(match[1])
+    def _numbers(self) -> list[int]:
+        names = os.listdir(self.blocks) if self.blocks.exists() else []
+        found = [int(match[1]) for match in map(_BLOCK.fullmatch, names) if match]
+        return [number for number in found if number < len(self.layout)]
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -184,25 +186,25 @@ class RunStore:
             yield
         except OSError as error:
             if error.errno not in NO_ROOM:
-                logger.error("%s", self._kept())
+                self._say(logging.ERROR)
                 raise
             reason = f"output: no room for {self.path} ({error.strerror}); {self._kept()}"
             raise OSError(error.errno, reason) from error
         except KeyboardInterrupt:
-            logger.warning("%s", self._kept())
+            self._say(logging.WARNING)
             raise
         except Exception:
-            logger.error("%s", self._kept())
+            self._say(logging.ERROR)
             raise
 
+    def _say(self, level: int) -> None:
+        if self._numbers():
+            logger.log(level, "%s", self._kept())
+
     def _kept(self) -> str:
-        try:
-            count = sum(1 for _ in self._numbers())
-        except OSError:
-            count = 0
         return (
-            f"{count} of {len(self.layout)} blocks are kept in {self.path}: "
-            "the same call or command goes on from there"
+            f"{len(self._numbers())} of {len(self.layout)} blocks are kept in "
+            f"{self.path}: the same call or command goes on from there"
         )
 
 
@@ -213,7 +215,7 @@ def open_store(
     statistics: Mapping[str, NDArray[Any]],
     *,
     fresh: bool,
-) -> RunStore | AblationResult:
+) -> RunStore | None:
     """Begin a run's folder, or find the run that it holds.
 
     Parameters
@@ -231,8 +233,8 @@ def open_store(
 
     Returns
     -------
-    RunStore or AblationResult
-        The latter if the run has finished already.
+    RunStore or None
+        None if the run has finished already.
 
     Raises
     ------
@@ -248,11 +250,12 @@ def open_store(
         _compare(path, finished.provenance, identity)
         if blocks.exists():  # killed while tidying up
             shutil.rmtree(blocks)
-        return finished
+        return None
     manifest = None if fresh else _read_manifest(path)
     if manifest is not None:
         _compare(path, manifest["identity"], identity)
-        return RunStore(path, identity, Layout(layout.images, int(manifest["block"])))
+        known = Layout(layout.images, int(manifest["block"]), int(manifest["memory"]))
+        return RunStore(path, identity, known)
     _begin(path, identity, layout, statistics)
     return RunStore(path, identity, layout)
 
@@ -262,7 +265,8 @@ def _begin(
 ) -> None:
     """Make the folder of a new run; from its first file on the manifest tells whose it is."""
     blocks = path / "blocks"
-    manifest = {"pyablate_run": FORMAT, "block": layout.size, "identity": identity}
+    manifest = {"pyablate_run": FORMAT, "identity": identity}
+    manifest |= {"block": layout.size, "memory": layout.memory}
     try:
         blocks.mkdir(parents=True, exist_ok=True)
         replace_file(blocks / "manifest.json", json.dumps({"pyablate_run": FORMAT}).encode())
@@ -283,7 +287,8 @@ def _begin(
 
 def has_statistics(path: Path) -> bool:
     """Whether an unfinished run has measured what it needs before its first block."""
-    return _read_manifest(path) is not None
+    # Beside a result its blocks are no more than rubbish, of which a part may be gone.
+    return not (path / "zarr.json").exists() and _read_manifest(path) is not None
 
 
 def read_statistics(path: Path) -> dict[str, NDArray[Any]]:
@@ -318,25 +323,28 @@ def check_place(path: Path) -> None:
         if not path.is_dir() or not _is_ours(path):
             raise FileExistsError(f"output: {path} exists and is not a pyablate result")
         check_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        reason = f"output: cannot write {path}: {error.strerror}"
-        raise OSError(error.errno, reason) from error
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output: cannot write {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"output: cannot write {path}: no permission to write to {there}")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no second process works on it; a kill lets it go.
+    """Make and hold a run's folder, so that no second process works on it; a kill lets it go.
 
     Raises
     ------
     OSError
         Another process holds it.
     """
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        reason = f"output: cannot write {path}: {error.strerror}"
+        raise OSError(error.errno, reason) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -366,7 +374,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(place.read_text())
         if manifest["pyablate_run"] == FORMAT and "identity" not in manifest:
             return None
-        known = isinstance(manifest["identity"], dict) and int(manifest["block"]) > 0
+        sizes = int(manifest["block"]), int(manifest["memory"])
+        known = isinstance(manifest["identity"], dict) and min(sizes) > 0
         if manifest["pyablate_run"] == FORMAT and known:
             return dict(manifest)
     except FileNotFoundError:

@@ -21,9 +21,11 @@ BAD_INPUT = 2
 OTHER_RUN = 3
 NO_ROOM = 4
 INTERRUPTED = 130
-EXIT_CODES = """Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another
-run (other model, data or options); 4 no room on the disk; 130 interrupted. After 1, 4, 130 and after
-a kill, `run` goes on where it stopped when the same command is given again."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another run "
+    "(other model, data or options); 4 no room on the disk; 130 interrupted. After 1, 4, 130 and "
+    "after a kill, `run` goes on where it stopped when the same command is given again."
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from simulated import simulate
+from stores import contents
 from typer.testing import CliRunner
 
 import pyablate as pa
@@ -107,7 +109,7 @@ _RUN = ("run", "small_network:make", "--data", "images.npz")
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "run", "layers", "plan", "significance", "correlate", "doctor"]
+    "command", ["demo", "run", "merge", "layers", "plan", "significance", "correlate", "doctor"]
 )
 def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
     code, out, _ = _invoke("--help")
@@ -160,14 +162,58 @@ def test_run_takes_its_options(here: Path) -> None:
     assert "replaced by: constant:-2" in out
 
 
-def test_run_replaces_an_older_result_but_nothing_else(here: Path) -> None:
+def test_run_replaces_another_run_only_when_told_to(here: Path) -> None:
     assert _invoke(*_RUN, "--limit", "3")[0] == 0
-    assert _invoke(*_RUN, "--limit", "4")[0] == 0
+    code, _, err = _invoke(*_RUN, "--limit", "4")
+    assert code == 3
+    assert "the number of images (3, now 4)" in err
+    assert "--fresh" in err
+    assert len(pa.load("run.zarr").labels) == 3
+    assert _invoke(*_RUN, "--limit", "3")[0] == 0  # which is read, not done again
+    assert _invoke(*_RUN, "--limit", "4", "--fresh")[0] == 0
     assert len(pa.load("run.zarr").labels) == 4
-    code, _, err = _invoke(*_RUN, "--output", "notes")
+    code, _, err = _invoke(*_RUN, "--output", "notes", "--fresh")
     assert code == 2
     assert "notes" in err
     assert (here / "notes" / "a.txt").read_text() == "not a result"
+
+
+def test_run_for_machines(here: Path) -> None:
+    code, out, err = _invoke(*_RUN, "--json", "--batch-size", "4")
+    assert code == 0, err
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
+    assert records[0]["done"] == 0
+    assert records[-2]["done"] == records[-2]["total"] == 10 * 12
+    result = pa.load("run.zarr")
+    assert records[-1]["event"] == "result"
+    assert records[-1]["images"] == 12
+    assert records[-1]["baseline_accuracy"] == result.baseline_accuracy
+    assert records[-1]["audit"]["mismatches"] == 0
+    code, out, _ = _invoke(*_RUN, "--json", "--seed", "5")
+    assert code == 3
+    (record,) = map(json.loads, out.splitlines())
+    assert record["event"] == "error"
+    assert record["exit_code"] == 3
+    assert "options.seed (0, now 5)" in record["message"]
+
+
+def test_shards_are_merged(here: Path) -> None:
+    assert _invoke(*_RUN)[0] == 0
+    for number in (1, 2):
+        part = ("--shard", f"{number}/2", "--output", f"part{number}.zarr")
+        assert _invoke(*_RUN, *part)[0] == 0
+    code, out, err = _invoke(
+        "merge", "part2.zarr", "part1.zarr", "-o", "both.zarr", "--csv", "b.csv"
+    )
+    assert code == 0, err
+    assert "on 12 images" in out
+    assert contents(here / "both.zarr") == contents(here / "run.zarr")
+    assert len(pd.read_csv("b.csv")) == 10
+    code, _, err = _invoke("merge", "part2.zarr", "-o", "one.zarr")
+    assert code == 2
+    assert "images 0 to 5 are missing" in err
+    assert not (here / "one.zarr").exists()
 
 
 def test_layers_are_listed_with_what_the_star_selects(here: Path) -> None:
@@ -313,6 +359,9 @@ _BAD_INPUT = {
     "constant not a number": ((*_RUN, "--intervention", "constant:big"), "big"),
     "no such device": ((*_RUN, "--device", "tpu9"), "tpu9"),
     "memory not a size": ((*_RUN, "--memory", "lots"), "lots"),
+    "shard not a part": ((*_RUN, "--shard", "3/2"), "--shard"),
+    "merge of nothing there": (("merge", "gone.zarr"), "gone.zarr"),
+    "merge of other results": (("merge", "results/tiny.zarr"), "tiny.zarr"),
     "mean not numbers": ((*_RUN, "--mean", "grey"), "--mean"),
     "output in a file": ((*_RUN, "--output", "images.npz/run.zarr"), "images.npz"),
     "output over something else": ((*_RUN, "--output", "notes"), "notes"),

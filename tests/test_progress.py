@@ -75,19 +75,19 @@ def test_what_was_done_before_is_no_speed(clock: list[float]) -> None:
 def test_json_lines_are_one_record_a_second_and_the_end(clock: list[float]) -> None:
     stream = io.StringIO()
     report = progress.JsonLines(stream)
-    for tenth in range(26):
-        report(tenth, 26, "a")
-        clock[0] += 0.1
-    report(26, 26, "b")
+    for eighth in range(24):
+        report(eighth, 24, "a")
+        clock[0] += 0.125
+    report(24, 24, "b")
     records = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [record["done"] for record in records] == [0, 10, 20, 26]
+    assert [record["done"] for record in records] == [0, 8, 16, 24]
     assert records[0]["seconds_left"] is None
     assert records[1] == {
         "event": "progress",
-        "done": 10,
-        "total": 26,
+        "done": 8,
+        "total": 24,
         "layer": "a",
-        "per_second": 10.0,
-        "seconds_left": 1.6,
+        "per_second": 8.0,
+        "seconds_left": 2.0,
     }
     assert records[-1]["layer"] == "b"

@@ -1,0 +1,143 @@
+"""Joining the results of shards: runs of the same work on different images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyablate import store
+from pyablate.blocks import Block, Facts, Joining
+from pyablate.identity import differences
+from pyablate.result import AblationResult
+from pyablate.run_store import StoreMismatch
+
+
+def merge(
+    parts: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> AblationResult:
+    """Join the results of all shards of a run into the result of the whole.
+
+    Parameters
+    ----------
+    parts : sequence of path-like
+        Finished results of ``pyablate run --shard i/n`` (``ablate(..., shard=(i, n))``), in any
+        order.
+    output : path-like, optional
+        Where to write the result; the same bytes as of one run over all images.
+
+    Returns
+    -------
+    AblationResult
+        Of the whole.
+
+    Raises
+    ------
+    StoreMismatch
+        Parts that differ in model, data or options; a ValueError.
+    ValueError
+        Images that are in no part or in two of them; the message names both.
+    OSError
+        A part cannot be read, or is not finished; the output cannot be written.
+    """
+    if not parts:
+        raise ValueError("parts: expected at least one, got none")
+    found = [(Path(path), store.load(path)) for path in parts]
+    for path, part in found:
+        if not part.provenance:
+            raise ValueError(f"parts: {path} does not tell which images it has")
+    found.sort(key=lambda item: (_images(item[1]).start, _images(item[1]).stop))
+    _check_alike(found)
+    _check_whole(found)
+    joined = Joining()
+    for _, part in found:
+        joined.add(_block(part))
+    whole = joined.block()
+    _check_images(found[0][1], whole)
+    result = _whole(found[0][1], whole)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _images(part: AblationResult) -> range:
+    data = part.provenance["data"]
+    return range(data["first"], data["first"] + data["count"])
+
+
+def _check_alike(found: Sequence[tuple[Path, AblationResult]]) -> None:
+    first, model = found[0]
+    for path, part in found[1:]:
+        differing = differences(_work(model), _work(part))
+        if differing:
+            raise StoreMismatch(
+                f"parts: {path} is of another run than {first}; what differs: "
+                f"{', '.join(differing)}"
+            )
+
+
+def _work(part: AblationResult) -> dict[str, Any]:
+    """Say what a part was made of, its own images apart."""
+    data = {"images": part.provenance["data"]["images"]}
+    if "others" in part.provenance["data"]:
+        data["others"] = part.provenance["data"]["others"]
+    return {**part.provenance, "data": data}
+
+
+def _check_whole(found: Sequence[tuple[Path, AblationResult]]) -> None:
+    problems = []
+    last: Path | None = None
+    stop = 0
+    for path, part in found:
+        images = _images(part)
+        if len(part.labels) != len(images):
+            problems.append(f"{path} does not hold the images that it names")
+        if images.start > stop:
+            problems.append(f"images {stop} to {images.start - 1} are missing, before {path}")
+        if images.start < stop:
+            problems.append(f"{path} and {last} both have image {images.start}")
+        if images.stop > stop:
+            stop, last = images.stop, path
+    total = found[0][1].provenance["data"]["images"]
+    if stop < total:
+        problems.append(f"images {stop} to {total - 1} are missing, after {last}")
+    if problems:
+        raise ValueError(f"parts: {'; '.join(problems)}")
+
+
+def _check_images(part: AblationResult, whole: Block) -> None:
+    """Compare with the images that each shard has read for their means or as donors."""
+    if part.provenance["data"].get("others") not in (None, f"{whole.facts.hash:064x}"):
+        raise StoreMismatch("parts: the shards were made with different images or labels")
+
+
+def _block(part: AblationResult) -> Block:
+    facts = Facts(
+        hash=int(part.provenance["data"]["hash"], 16),
+        audit=part.audit,
+        strategy=part.strategy,
+        measures=part.measures,
+    )
+    return Block(part.labels, part.baseline, part.flips, facts)
+
+
+def _whole(part: AblationResult, found: Block) -> AblationResult:
+    data = {
+        "images": part.provenance["data"]["images"],
+        "first": 0,
+        "count": len(found.labels),
+        "hash": f"{found.facts.hash:064x}",
+    }
+    return replace(
+        part,
+        labels=found.labels.astype(np.int64),
+        baseline=found.baseline.astype(np.int64),
+        flips=found.flips,
+        audit=found.facts.audit,
+        measures=found.facts.measures,
+        provenance={**part.provenance, "data": data},
+    )
