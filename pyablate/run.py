@@ -330,13 +330,36 @@ class Sweep:
         start = time.perf_counter()
         before = len(self.flips)
         measured = self._measured(job, batch, clean)
-        for row, image, prediction in self._predictions(job, batch, clean, measured):
-            self._record(job, batch, clean, row, image, prediction)
+        try:
+            for row, image, prediction in self._predictions(job, batch, clean, measured):
+                self._record(job, batch, clean, row, image, prediction)
+        except shortage.ERRORS as error:
+            if len(batch) == 1 or not shortage.is_shortage(error):
+                raise
+            measured = None  # with what it holds
+            del self.flips[before:]
+        else:
+            self._done(job, batch, clean, self.flips[before:], measured, start)
+            return
+        for half in _halves(batch):
+            for part, known in self._clean(half):
+                self._job(job, part, known)
+
+    def _done(
+        self,
+        job: Job,
+        batch: Batch,
+        clean: Clean,
+        flips: Sequence[Piece],
+        measured: Measured | None,
+        start: float,
+    ) -> None:
+        """Note what a job took, and check it."""
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
         strategy = self.ladders[job].strategy if self.setup.graph else "replay"
         self.strategy.setdefault(job.name, strategy)
-        self._audit(job, batch, self.flips[before:], measured)
+        self._audit(job, batch, clean, flips, measured)
         if measured is not None:
             measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
 
@@ -356,9 +379,8 @@ class Sweep:
         else:
             yield batch, clean
             return
-        logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
-        for half in torch.arange(len(batch), device=batch.index.device).split(len(batch) // 2):
-            yield from self._clean(batch.take(half))
+        for half in _halves(batch):
+            yield from self._clean(half)
 
     def _measured(self, job: Job, batch: Batch, clean: Clean) -> Measured | None:
         if not self.measures:
@@ -405,7 +427,12 @@ class Sweep:
         )
 
     def _audit(
-        self, job: Job, batch: Batch, flips: Sequence[Piece], measured: Measured | None
+        self,
+        job: Job,
+        batch: Batch,
+        clean: Clean,
+        flips: Sequence[Piece],
+        measured: Measured | None,
     ) -> None:
         """Recompute the audited pairs of this job and batch, and compare with its flips."""
         first, last = int(batch.index[0]), int(batch.index[-1])
@@ -419,8 +446,8 @@ class Sweep:
             for piece in flips
             for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
         }
-        clean = self.baseline[-1][image - first]
-        pairs = zip(row.tolist(), image.tolist(), clean.tolist(), strict=True)
+        intact = clean.prediction.cpu().numpy()[image - first]
+        pairs = zip(row.tolist(), image.tolist(), intact.tolist(), strict=True)
         found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
         device, replay = batch.index.device, self.setup.replay
         rows = torch.from_numpy(row - job.rows.start).to(device)
@@ -474,6 +501,13 @@ def _result(setup: Setup, found: Block, identity: Identity) -> AblationResult:
         measures=facts.measures,
         provenance={**identity, "data": {**identity["data"], "hash": f"{facts.hash:064x}"}},
     )
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """Halve a batch for which memory does not suffice."""
+    logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
+    every = torch.arange(len(batch), device=batch.index.device)
+    return [batch.take(half) for half in every.split(len(batch) // 2)]
 
 
 def _name(tier: torch.dtype) -> str:

@@ -89,6 +89,13 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         Ladder([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
 
 
+def same_flips(result, expected):
+    assert result.baseline.tolist() == expected.baseline.tolist()
+    for name in ("start", "image", "prediction"):
+        mine, theirs = (getattr(which.flips, name).tolist() for which in (result, expected))
+        assert mine == theirs
+
+
 def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
     model, images, labels = networks.network("residual", 24)
     expected = pa.ablate(model, (images, labels), progress=False)
@@ -105,13 +112,29 @@ def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, ca
         result = pa.ablate(model, (images, labels), progress=False)
     assert seen[:3] == [24, 12, 6]
     assert "going on with 6 images" in caplog.text
-    assert result.baseline.tolist() == expected.baseline.tolist()
-    for mine, theirs in zip(
-        (result.flips.image, result.flips.prediction),
-        (expected.flips.image, expected.flips.prediction),
-        strict=True,
-    ):
-        assert mine.tolist() == theirs.tolist()
+    same_flips(result, expected)
+
+
+def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
+    """Also after some of its predictions were given; what it measures is not counted twice."""
+    model, images, labels = networks.network("residual", 24)
+    options = {"progress": False, "measures": ["loss"], "audit": 100}
+    expected = pa.ablate(model, (images, labels), **options)
+    real = run.Suffix.predict
+
+    def predict(self, clean, *arguments, **rest):
+        for number, found in enumerate(real(self, clean, *arguments, **rest)):
+            yield found
+            if len(clean.logits) > 7 and number == 0:
+                raise MemoryError
+
+    monkeypatch.setattr(run.Suffix, "predict", predict)
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        result = pa.ablate(model, (images, labels), **options)
+    assert "going on with 6 images" in caplog.text
+    same_flips(result, expected)
+    assert result.audit == expected.audit
+    assert result.loss_change == pytest.approx(expected.loss_change, rel=0.02, abs=1e-5)
 
 
 def test_the_run_says_what_it_took():
