@@ -39,14 +39,20 @@ def write(found: Mapping[str, pd.DataFrame], page: Path, settings: Mapping[str, 
 
 
 def _introduction(settings: Mapping[str, Any]) -> str:
+    few = settings["measuring"] < 1000
+    quick = (
+        "**A quick run: one network and too few images to conclude anything from.**\n\n"
+        if few
+        else ""
+    )
     return f"""# Compression: results
 
 Written by `make compression` (`examples/compression_study.py`); do not edit. What the functions do
 is told in [compression.md](compression.md).
 
-Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for every
-seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is trained
-unless it says so. Figures are in per cent where they are shares; behind a mean stands, in brackets,
+{quick}Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for
+every seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is
+trained unless it says so. Figures are in per cent where they are shares; behind a mean stands, in brackets,
 the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training. What depends
 on none of these has no range.
 """
@@ -179,12 +185,12 @@ def _tuned(table: pd.DataFrame) -> str:
         verdicts.append(_verdict(network, mine))
     first = table.iloc[0]
     heads = ["network", "penalty", "accuracy", "Grad-CAM cosine", "Grad-CAM Pearson", "LRP Pearson"]
-    heads.append("distance / 1000")
+    heads.append("1000 x distance")
     return f"""## Does fine-tuning bring the maps back
 
-Half of each layer removed by `l1`, then {first["epochs"]:.0f} epochs at a learning
+Half of each layer removed by `l1`, then {first["epochs"]:.0f} epoch(s) at a learning
 rate of {first["learning_rate"]:g} falling along a cosine, without a penalty (`plain`) and with each
-variant of the attribution penalty at weight 100. Distance: weighted collapsed attributions,
+variant of the attribution penalty at weight {first["weight"]:g}. Distance: weighted collapsed attributions,
 smaller is better.
 
 {chr(10).join(verdicts)}
@@ -294,7 +300,7 @@ def draw_redundancy(table: pd.DataFrame, path: Path) -> None:
         panel.set_xlabel("sum of single drops, points")
         _plain(panel)
     axes[0][0].set_ylabel("drop together, points")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
     canvas.tight_layout()
     _save(canvas, path)
 

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from compressible import Dense, Grouped, Mobile, images, made
+from torch import nn
 
 import pyablate as pa
 
@@ -190,6 +192,25 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
     given = {"model": pa.demo.network("vgg_bn"), "sample": SAMPLE, "scores": "random"} | change
     with pytest.raises(error, match=message):
         pa.rank(given.pop("model"), given.pop("sample"), given.pop("scores"), **given)
+
+
+def test_measured_change_of_the_loss() -> None:
+    model, images, labels = pa.demo.load("vgg_bn", limit=40)
+    result = pa.ablate(model, (images, labels), "features.16", measures=["loss"], audit=0)
+    ranking = pa.rank(model, SAMPLE, result, column="loss_change", layers="features.16")
+    with torch.no_grad():
+        features = model.features(model.normalize(images))
+        losses = []
+        for unit in (None, *range(128)):
+            left = features.clone()
+            if unit is not None:
+                left[:, unit] = 0
+            logits = model.classifier(left.mean((2, 3)))
+            losses.append(float(nn.functional.cross_entropy(logits, labels)))
+    change = np.array(losses[1:]) - losses[0]
+    units = [int(one.label.rpartition(":")[2]) for one in ranking.order]
+    np.testing.assert_allclose(ranking.scores, change[units], atol=1e-5)
+    assert np.all(np.diff(ranking.scores) >= 0)
 
 
 def test_table_with_several_attributes_needs_a_name() -> None:

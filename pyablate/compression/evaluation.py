@@ -146,7 +146,8 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     work = copied(model).to(first.device if device is None else device)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()
     # Convolutions of few channels are up to twice as fast with the channels last.
-    return work.to(memory_format=torch.channels_last), dtype  # type: ignore[call-overload]  # torch's stubs lack it
+    work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return work, dtype
 
 
 def prepared_pair(
