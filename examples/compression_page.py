@@ -52,8 +52,8 @@ is told in [compression.md](compression.md).
 
 {quick}Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for
 every seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is
-trained unless it says so. Figures are in per cent where they are shares; behind a mean stands, in brackets,
-the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training. What depends
+trained unless it says so. Figures are in per cent where they are shares; behind a mean stands, in
+brackets, the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training. What depends
 on none of these has no range.
 """
 
@@ -190,8 +190,8 @@ def _tuned(table: pd.DataFrame) -> str:
 
 Half of each layer removed by `l1`, then {first["epochs"]:.0f} epoch(s) at a learning
 rate of {first["learning_rate"]:g} falling along a cosine, without a penalty (`plain`) and with each
-variant of the attribution penalty at weight {first["weight"]:g}. Distance: weighted collapsed attributions,
-smaller is better.
+variant of the attribution penalty at weight {first["weight"]:g}. Distance: weighted collapsed
+attributions, smaller is better.
 
 {chr(10).join(verdicts)}
 
