@@ -53,13 +53,8 @@ is told in [compression.md](compression.md).
 {quick}Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for
 every seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is
 trained unless it says so. Figures are in per cent where they are shares; behind a mean stands, in
-<<<<<<< HEAD
 brackets, the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training.
 What depends on none of these has no range.
-=======
-brackets, the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training.
-What depends on none of these has no range.
->>>>>>> comp
 """
 
 
