@@ -25,7 +25,7 @@ from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
 from pyablate.engine.tiers import FULL, Ladder, carried
-from pyablate.graph import MARKER, BatchLayout, Graph
+from pyablate.graph import MARKER, BatchLayout, Graph, operands
 from pyablate.layers import Site
 
 aten = torch.ops.aten
@@ -183,7 +183,10 @@ class Sweep:
             return None
         if self.graph.constant(head, 1) is None:
             return None
-        delta = self.value(head.all_input_nodes[0])
+        source, *others = operands(head)
+        if any(self.changes(other) for other in others):
+            return None
+        delta = self.value(source)
         fits = isinstance(delta, Channel) and delta.values.ndim == 2 and delta.axis == 1
         return delta if fits else None
 

@@ -47,7 +47,7 @@ def reads_base(graph: Graph, node: fx.Node) -> bool:
     if node.target in SUMS:
         return bool(node.kwargs)
     if node.target in CONVOLUTIONS or node.target is aten.linear.default:
-        return node.args[1] not in graph.constants
+        return any(weight not in graph.constants for weight in operands(node)[1:])
     return node.target not in LINEAR
 
 

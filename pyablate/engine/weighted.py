@@ -11,7 +11,7 @@ from pyablate import ops
 from pyablate.engine import eight_bit
 from pyablate.engine.channel import Channel
 from pyablate.engine.operators import SUMS, named_activation, two
-from pyablate.engine.pairs import Pairs, difference, only_reader, readers_of
+from pyablate.engine.pairs import Pairs, changing, difference, only_reader, readers_of
 from pyablate.engine.pending import FirstMap, Scaled
 from pyablate.graph import Graph, function, norm_scale, settings
 from pyablate.ops import Codes
@@ -125,13 +125,13 @@ def fully_connected(pairs: Pairs, node: fx.Node) -> Any:
     assert isinstance(source, fx.Node)
     weight = pairs.graph.constant(node, 1)
     delta = pairs.raw(source)
-    if weight is None or delta is None:
+    if weight is None or changing(pairs, node) != [source]:  # a bias may have a row per image
         return difference(pairs, node)
     dense = _weight(pairs, node, weight)
     if isinstance(delta, Channel) and delta.axis == source.meta["val"].ndim - 1:
         return _first_linear(pairs, node, delta, weight, dense.dtype)
     change = pairs.delta(source).to(dense.dtype)
-    runs = _runs(pairs, change, dense)
+    runs = _runs(pairs, change, dense) if pairs.plain(node) else None
     if runs is None:
         return aten.linear.default(change, dense)
     rows = _by_input(node, dense.t())
