@@ -80,8 +80,7 @@ def _at_least_scaled(pairs: Pairs, node: fx.Node) -> Any:
 def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: float) -> Scaled:
     """Add a delta that is on its channel to the dense one of a node, in place where it may."""
     dense = _waiting(pairs.raw(source), source)
-    if dense is None:
-        dense = Scaled(pairs.delta(source))
+    assert dense is not None
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_tensor([sign])
     if scale is not None:
@@ -92,11 +91,13 @@ def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: 
 
 
 def _fit(dense: Any, channel: Channel, node: fx.Node) -> bool:
-    """Whether a dense delta and one on its channel are added without broadcasting either."""
+    """Whether a dense delta can take up one on its channel: no broadcasting, no digits lost."""
     values = dense.values if isinstance(dense, Scaled) else dense
-    shape = tuple(node.meta["val"].shape[1:])
-    alike = isinstance(values, Tensor) and tuple(values.shape[1:]) == shape
-    return alike and keeps_shape(channel, node)
+    if not isinstance(values, Tensor) or values.dtype not in FLOATS:
+        return False
+    alike = tuple(values.shape[1:]) == tuple(node.meta["val"].shape[1:])
+    wide = torch.promote_types(values.dtype, channel.values.dtype) == values.dtype
+    return alike and wide and keeps_shape(channel, node)
 
 
 def _waiting(delta: Any, source: Any = None) -> Scaled | None:
