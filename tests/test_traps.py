@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import pyablate as pa
 from pyablate import reference
-from pyablate.engine import eight_bit
+from pyablate.engine import eight_bit, weighted
 from pyablate.engine.tiers import Ladder
 
 needs_eight_bits = pytest.mark.skipif(
@@ -208,3 +208,77 @@ def test_sums_of_what_is_pending(order, precision):
     torch.manual_seed(1)
     data = torch.randn(12, 1, 9, 9), torch.arange(12) % 5
     check(model, data, ["stem.1", "inner.1", "relu"], precision=precision)
+
+
+class Body(nn.Module):
+    """What ``body`` makes of the first layer's units, read by a linear layer."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.first, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.square, self.other = nn.Linear(16, 16), nn.Linear(16, 5)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.body(self, self.relu(self.first(x)))
+
+
+def rows_per_image(net, x):
+    """Every position is a row of its own."""
+    y = functional.relu(net.second(x)).permute(0, 2, 3, 1).reshape(-1, 16)
+    return net.head(functional.relu(net.square(y)).view(x.shape[0], -1, 16).mean(1))
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_linear_layer_on_several_rows_of_each_image(monkeypatch, precision):
+    monkeypatch.setattr(weighted, "WORTH_GATHERING", 1)
+    monkeypatch.setattr(weighted, "LEAST_RUN", 1)
+    result = check(spread(Body(rows_per_image)), images(8), "relu", precision=precision)
+    assert result.strategy == {"relu": "delta"}
+
+
+def bias_behind_the_dense_part(net, x):
+    y = functional.relu(net.second(x)).mean((2, 3))
+    return functional.linear(y, net.other.weight, net.head(y))
+
+
+def bias_on_its_channel(net, x):
+    """All that is left is the last layer, but not by the closed form."""
+    y = x.mean((2, 3))
+    return functional.linear(y, net.square.weight, y)
+
+
+@pytest.mark.parametrize("body", [bias_behind_the_dense_part, bias_on_its_channel])
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_bias_that_changes_with_the_image(body, precision):
+    torch.manual_seed(0)
+    model = Body(body).eval()
+    networks.randomise(model, seed=1)
+    if body is bias_behind_the_dense_part:
+        networks.spread_logits(model, images()[0])
+    result = check(model, images(), "relu", precision=precision)
+    assert result.strategy == {"relu": "delta"}
+
+
+def float16_onto_float32(net, x):
+    y = functional.relu(net.third(functional.relu(net.second(x))).half())
+    return net.head(functional.relu(y + x).mean((2, 3)))
+
+
+def test_a_dense_float16_part_takes_up_no_finer_channel():
+    """The sum is float32, and so is its change."""
+    result = check(spread(Body(float16_onto_float32)), images(8), "relu", precision="fp32")
+    assert result.strategy == {"relu": "delta"}
+
+
+def infinite_inside(net, x):
+    """The logarithm of 0, which a bound brings back."""
+    y = functional.relu(net.third(functional.relu(net.second(x))))
+    return net.head(y.log().clamp(min=-3.0).mean((2, 3)))
+
+
+def test_infinities_inside_the_intact_network():
+    """They have no difference: such pairs are decided by the network itself."""
+    check(spread(Body(infinite_inside)), images(8), "relu")
