@@ -150,6 +150,13 @@ class Graph:
         nodes = (node for node in self.graph.nodes if node not in self.constants)
         return max(self.elements(node) for node in nodes)
 
+    @property
+    def half(self) -> bool:
+        """Whether anything that depends on the images is in half precision."""
+        values = (node.meta.get("val") for node in self.graph.nodes if node not in self.constants)
+        halves = (torch.float16, torch.bfloat16)
+        return any(isinstance(value, Tensor) and value.dtype in halves for value in values)
+
     def constant(self, node: fx.Node, index: int) -> Tensor | None:
         """Value of an argument of a node that is a weight, else None."""
         argument = node.args[index] if index < len(node.args) else None

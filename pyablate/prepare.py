@@ -453,7 +453,11 @@ def _keep_freed_blocks(budget: int) -> None:
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
     try:
-        return capture(model, sample, marked)
+        graph = capture(model, sample, marked)
+        if graph.half:
+            # It rounds there itself, and differences do not: they would decide otherwise.
+            raise CaptureError("parts of it compute in half precision")
+        return graph
     except CaptureError as error:
         logger.warning(
             "the network cannot be captured (%s): every pair runs by replay of the whole "

@@ -96,7 +96,7 @@ def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
     if pairs.dtype not in held:
         if node is pairs.graph.logits:
             # What all logits share decides nothing, and must not cost their difference digits.
-            weight = weight - weight.mean(dim=0)
+            weight = weight.double() - weight.double().mean(dim=0)
         held[pairs.dtype] = weight.to(pairs.dtype)
     return held[pairs.dtype]
 
