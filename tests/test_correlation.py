@@ -202,16 +202,6 @@ def test_selections(result: pa.AblationResult, table: pd.DataFrame) -> None:
     assert set(raw["target"]) == {"max_class_drop"}
 
 
-def test_measures_are_targets_where_the_result_has_them(
-    result: pa.AblationResult, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = result.data.assign(loss_change=("unit", 2 * result.accuracy_drop))
-    monkeypatch.setitem(result.__dict__, "data", more)
-    found = pa.correlate(result, table, methods="pearson", **_FEW)
-    pair = [rows_of(found, target=name) for name in ("accuracy_drop", "loss_change")]
-    np.testing.assert_allclose(pair[0]["correlation"], pair[1]["correlation"], atol=1e-12)
-
-
 def test_preferred_class_by_number_or_by_name(
     result: pa.AblationResult, table: pd.DataFrame
 ) -> None:
