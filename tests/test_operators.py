@@ -145,7 +145,17 @@ def test_operator(name: str) -> None:
     networks.spread_logits(model, images)
     result = check(model, (images, labels), ["relu", "gelu"], ties=0.02)
     assert len(result.flips.image) > 0
-    assert "replay" not in result.strategy.values()
+    if name != "fourier" or exports(model, images):  # torch 2.6 cannot export Fourier transforms
+        assert "replay" not in result.strategy.values()
+
+
+def exports(model: nn.Module, images: Tensor) -> bool:
+    try:
+        batch = {0: torch.export.Dim("images")}
+        torch.export.export(model, (images,), dynamic_shapes=(batch,), strict=False)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Recurrent(nn.Module):
