@@ -127,7 +127,17 @@ def taking_part(distributed: bool, device: str | torch.device | None) -> Iterato
     if "WORLD_SIZE" not in os.environ:
         raise RuntimeError("distributed: expected to be started by torchrun; WORLD_SIZE is not set")
     gpu = device is not None and torch.device(device).type == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    # torchrun's store outlives a restart: under the keys of the last attempt stand the addresses of
+    # processes that are gone, and who reads them too early waits for those.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
