@@ -92,7 +92,7 @@ def collapse(
     site : Site
         The layer.
     logits, output : Tensor
-        From :func:`tapped`.
+        From ``tapped``.
     target : Tensor
         int64 ``[N]``, the class of each image that is explained.
     variant : {"weighted", "equal", "stochastic"}
