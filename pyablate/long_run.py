@@ -239,6 +239,9 @@ class Course:
         See :func:`pyablate.checkpoint.restore_ladders`.
     rows : int
         Pairs per image.
+    hashing : bool
+        Whether the images are to be known again: of no use to a run that nobody can go on with, and
+        dearer than the work itself where that is a last layer only.
     report : callable
         Where progress goes.
     """
@@ -250,6 +253,7 @@ class Course:
     ladders: list[Ladder]
     any_tier: bool
     rows: int
+    hashing: bool
     report: Report
 
     def run(self, work: Work, layer: str) -> None:
@@ -267,7 +271,8 @@ class Course:
         self.looked = time.monotonic()
         self._advance(0, layer)
         for number, images in read_blocks(self.data, held.layout, todo):
-            begun, hashed = held.begun(number), hash_images(images, self.dtype)
+            begun = held.begun(number)
+            hashed = hash_images(images, self.dtype) if self.hashing else 0
             if begun is not None and begun.facts.hash != hashed:
                 raise _other_images(held.layout.block(number))
             if begun is not None:

@@ -177,8 +177,8 @@ class AblationResult:
         Changes of the "loss" and the "margin", summed over the images of each class, with their
         accuracy; those that the run was asked to record.
     provenance : dict
-        Hashes of model, data and options, and versions, where :func:`pyablate.ablate` made the
-        result; see :mod:`pyablate.identity`.
+        Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
+        the data, where :func:`pyablate.ablate` made the result; see :mod:`pyablate.identity`.
     """
 
     units: pd.DataFrame

@@ -182,6 +182,7 @@ def ablate(
             seed=seed,
             measures=recorded,
         )
+        hashing = place is not None or shard is not None
         known = _with_all_images(identity, setup, layout, dtype, ranks) if place else identity
         with kept(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks) as held:
             if held is None and place is not None:
@@ -205,10 +206,11 @@ def ablate(
                     list(sweep.ladders.values()),
                     precision == "auto",
                     setup.rows,
+                    hashing,
                     report,
                 ).run(sweep.block, setup.jobs[0].name)
             if ranks.first:
-                result = _result(setup, held.collect(), known if shard else identity)
+                result = _result(setup, held.collect(), known if shard else identity, hashing)
                 if isinstance(held, RunStore):
                     held.finish(result)
             ranks.wait(lambda: None)
@@ -481,8 +483,9 @@ class Sweep:
         return Effort(self.layer_seconds, settled, doubt)
 
 
-def _result(setup: Setup, found: Block, identity: Identity) -> AblationResult:
+def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:
     facts = found.facts
+    hashed = {"hash": f"{facts.hash:064x}"} if hashing else {}
     if facts.audit.mismatches:
         logger.error(
             "audit: %d of %d recomputed pairs differ; please report this model",
@@ -499,7 +502,7 @@ def _result(setup: Setup, found: Block, identity: Identity) -> AblationResult:
         audit=facts.audit,
         strategy=facts.strategy,
         measures=facts.measures,
-        provenance={**identity, "data": {**identity["data"], "hash": f"{facts.hash:064x}"}},
+        provenance={**identity, "data": {**identity["data"], **hashed}},
     )
 
 
