@@ -150,6 +150,22 @@ void delta_activation(const TensorView& base, const TensorView& delta,
     cpu::delta_activation(params, scratch ? scratch->data : nullptr, threads);
 }
 
+struct Maps {
+    std::int64_t pairs, images, channels, height, width;
+};
+
+// The sizes of a delta [P, C, H, W] and its base [N, C, H, W], checked against each other.
+Maps maps_of(const TensorView& base, const TensorView& delta, bool channels_last) {
+    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
+    const Maps maps{delta.shape[0], base.shape[0], delta.shape[1], delta.shape[2], delta.shape[3]};
+    check_base_dtype(base, delta.dtype);
+    check_shape({"base", base}, {maps.images, maps.channels, maps.height, maps.width});
+    for (const Argument& x : {Argument{"delta", delta}, Argument{"base", base}}) {
+        check_dense(x, channels_last);
+    }
+    return maps;
+}
+
 void delta_mean(const TensorView& base, const TensorView& delta,
                 const std::optional<TensorView>& scale, const std::optional<TensorView>& addend,
                 const std::optional<TensorView>& addend_scale, const TensorView& image,
@@ -164,18 +180,11 @@ void delta_mean(const TensorView& base, const TensorView& delta,
                                   {"image", image},
                                   {"out", out},
                                   {"scratch", scratch ? *scratch : out}});
-    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
-    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
-    const std::int64_t channels = delta.shape[1], height = delta.shape[2], width = delta.shape[3];
+    const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
     check(height * width > 0, "delta: expected maps with at least one position");
-    check_base_dtype(base, delta.dtype);
     check_dtype({"addend", second}, delta.dtype);
-    check_shape({"base", base}, {images, channels, height, width});
     check_shape({"addend", second}, {pairs, channels, height, width});
-    for (const Argument& x :
-         {Argument{"delta", delta}, Argument{"base", base}, Argument{"addend", second}}) {
-        check_dense(x, channels_last);
-    }
+    check_dense({"addend", second}, channels_last);
     read<void>({"out", out}, computing(delta.dtype), {pairs, channels});
     const DeltaMeanParams params{base.data,
                                  delta.data,
@@ -217,17 +226,10 @@ void delta_max_pool(const TensorView& base, const TensorView& delta,
                                   {"codes", codes ? *codes : out},
                                   {"code_scale", code_scale ? *code_scale : out},
                                   {"scratch", scratch ? *scratch : out}});
-    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
-    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
-    const std::int64_t channels = delta.shape[1], height = delta.shape[2], width = delta.shape[3];
-    check_base_dtype(base, delta.dtype);
+    const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
     check_dtype({"out", out}, delta.dtype);
-    check_shape({"base", base}, {images, channels, height, width});
     check_shape({"out", out}, {pairs, channels, out_size[0], out_size[1]});
-    for (const Argument& x :
-         {Argument{"delta", delta}, Argument{"base", base}, Argument{"out", out}}) {
-        check_dense(x, channels_last);
-    }
+    check_dense({"out", out}, channels_last);
     for (const std::size_t i : {0u, 1u}) {
         check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
               "kernel, stride, dilation: expected positive numbers; padding: none below 0");

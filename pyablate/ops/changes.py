@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyablate._arguments import (
-    check_pairs,
     check_shape,
     check_tensor,
     two,
@@ -26,6 +25,7 @@ from pyablate.ops import dispatch
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
+    check_change,
     code_arguments,
     context,
     ready_scales,
@@ -80,13 +80,7 @@ def delta_activation(
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
     """
-    check_tensor("delta", delta, dtypes=FLOATS)
-    if delta.dim() < 1:
-        raise ValueError("delta: expected at least one dimension, got none")
-    check_tensor("base", base, dtypes=FLOATS, like=delta)
-    check_shape("base", base, (base.shape[0] if base.dim() else 0, *delta.shape[1:]))
-    pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
-    check_shape("delta", delta, (pairs, *base.shape[1:]))
+    check_change(base, delta, image)
     for name, tensor in (("addend", addend), ("out", out)):
         if tensor is not None:
             check_tensor(name, tensor, dtypes=(delta.dtype,), like=delta)
@@ -191,11 +185,7 @@ def delta_mean(
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
     """
-    check_tensor("delta", delta, dims=4, dtypes=FLOATS)
-    check_tensor("base", base, dims=4, dtypes=FLOATS, like=delta)
-    check_shape("base", base, (base.shape[0], *delta.shape[1:]))
-    pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
-    check_shape("delta", delta, (pairs, *base.shape[1:]))
+    check_change(base, delta, image, dims=4)
     if delta.shape[2] * delta.shape[3] == 0:
         raise ValueError(f"delta: expected maps with positions, got shape {tuple(delta.shape)}")
     if addend is not None:
@@ -285,11 +275,7 @@ def delta_max_pool(
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
     """
-    check_tensor("delta", delta, dims=4, dtypes=FLOATS)
-    check_tensor("base", base, dims=4, dtypes=FLOATS, like=delta)
-    check_shape("base", base, (base.shape[0], *delta.shape[1:]))
-    pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
-    check_shape("delta", delta, (pairs, *base.shape[1:]))
+    check_change(base, delta, image, dims=4)
     geometry = {
         "kernel": two("kernel", kernel, 1),
         "stride": two("stride", stride, 1),

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from pyablate import _native
-from pyablate._arguments import (
-    check_shape,
-    check_tensor,
-)
+from pyablate._arguments import check_pairs, check_shape, check_tensor
 from pyablate._layout import (
     layout_of,
 )
@@ -42,6 +39,17 @@ def activation_arguments(activation: Activation | None) -> tuple[int, float, flo
     if activation is None:
         return 0, 0.0, 0.0
     return activation.code, activation.a, activation.b
+
+
+def check_change(base: Tensor, delta: Tensor, image: Tensor, *, dims: int | None = None) -> None:
+    """Check a delta ``[P, *S]``, its base ``[N, *S]`` and the row of each pair, int32 ``[P]``."""
+    check_tensor("delta", delta, dims=dims, dtypes=FLOATS)
+    if delta.dim() < 1:
+        raise ValueError("delta: expected at least one dimension, got none")
+    check_tensor("base", base, dims=dims, dtypes=FLOATS, like=delta)
+    check_shape("base", base, (base.shape[0] if base.dim() else 0, *delta.shape[1:]))
+    pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
+    check_shape("delta", delta, (pairs, *base.shape[1:]))
 
 
 def ready_scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
