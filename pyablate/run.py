@@ -330,33 +330,14 @@ class Sweep:
 
     def _job(self, job: Job, batch: Batch, clean: Clean) -> None:
         start = time.perf_counter()
-        before = len(self.flips)
         measured = self._measured(job, batch, clean)
-        try:
-            for row, image, prediction in self._predictions(job, batch, clean, measured):
-                self._record(job, batch, clean, row, image, prediction)
-        except shortage.ERRORS as error:
-            if len(batch) == 1 or not shortage.is_shortage(error):
-                raise
-            measured = None  # with what it holds
-            del self.flips[before:]
-        else:
-            self._done(job, batch, clean, self.flips[before:], measured, start)
+        flips = self._pieces(job, batch, clean, measured)
+        if flips is None:
+            for half in _halves(batch):
+                for part, known in self._clean(half):
+                    self._job(job, part, known)
             return
-        for half in _halves(batch):
-            for part, known in self._clean(half):
-                self._job(job, part, known)
-
-    def _done(
-        self,
-        job: Job,
-        batch: Batch,
-        clean: Clean,
-        flips: Sequence[Piece],
-        measured: Measured | None,
-        start: float,
-    ) -> None:
-        """Note what a job took, and check it."""
+        self.flips += flips
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
         strategy = self.ladders[job].strategy if self.setup.graph else "replay"
@@ -364,6 +345,20 @@ class Sweep:
         self._audit(job, batch, clean, flips, measured)
         if measured is not None:
             measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
+
+    def _pieces(
+        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
+    ) -> list[Piece] | None:
+        """Return what a job changes on a batch; None where memory does not suffice."""
+        try:
+            return [
+                self._changed(job, batch, clean, row, image, prediction)
+                for row, image, prediction in self._predictions(job, batch, clean, measured)
+            ]
+        except shortage.ERRORS as error:
+            if len(batch) == 1 or not shortage.is_shortage(error):
+                raise
+        return None
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
@@ -404,7 +399,7 @@ class Sweep:
                 clean, standins, ladder, slice_bytes=setup.slice_bytes, record=record
             )
 
-    def _record(
+    def _changed(
         self,
         job: Job,
         batch: Batch,
@@ -412,7 +407,7 @@ class Sweep:
         row: Tensor,
         image: Tensor,
         prediction: Tensor,
-    ) -> None:
+    ) -> Piece:
         """Decide what is open, then keep the predictions that changed."""
         open_ = (prediction < 0).nonzero().squeeze(1)
         if len(open_):
@@ -420,12 +415,10 @@ class Sweep:
             exact = self.setup.exact.decide(batch, job, row[open_], image[open_])
             prediction = prediction.index_copy(0, open_, exact.prediction)
         changed = (prediction != clean.prediction[image]).nonzero().squeeze(1)
-        self.flips.append(
-            (
-                (row[changed] + job.rows.start).cpu().numpy(),
-                batch.index[image[changed]].cpu().numpy(),
-                prediction[changed].cpu().numpy(),
-            )
+        return (
+            (row[changed] + job.rows.start).cpu().numpy(),
+            batch.index[image[changed]].cpu().numpy(),
+            prediction[changed].cpu().numpy(),
         )
 
     def _audit(
