@@ -1,7 +1,16 @@
 """Settings of the whole test suite."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 # The networks here are tiny: threads gain nothing, and on a busy machine waiting for one another
 # costs them hundreds of times what the work does.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """A folder that only executed code makes."""
+    return tmp_path / "executed"
