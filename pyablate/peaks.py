@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch.nn import functional
 from pyablate import ops
 from pyablate.engine import eight_bit
 
+LONG_ENOUGH = 0.04
+"""Seconds that one measurement takes: several times the turn of a process on a busy machine."""
+
 
 @functools.cache
-def convolution_rate(device: str, dtype: torch.dtype) -> float:
+def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) -> float:
     """Operations per second of a 64 -> 64 channel 3 x 3 convolution, channels last.
 
     Parameters
@@ -24,21 +28,34 @@ def convolution_rate(device: str, dtype: torch.dtype) -> float:
         Where.
     dtype : torch.dtype
         Of images and weights; ``torch.int8`` for 8-bit integers.
+    alone : bool
+        On one thread of a processor. Threads wait for each other, and on a busy machine so long
+        that all arithmetic looks alike: rates that are to be compared are measured like this.
 
     Returns
     -------
     float
-        The best of a few short runs; 0 where the device cannot do it. Measured once.
+        The best of many short runs; 0 where the device cannot do it. Measured once.
     """
     x = torch.ones(64, 64, 14, 14, device=device)
     w = torch.ones(64, 64, 3, 3, device=device)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread() if alone else nullcontext():
             seconds = _best(_convolution(x, w, dtype), device)
     except RuntimeError:
         return 0.0
     return 2.0 * x.numel() * 64 * 9 / seconds
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -83,9 +100,11 @@ def change_rate(device: str) -> float:
     return 4.0 * delta.numel() / _best(work, device)
 
 
-def _best(work: Callable[[], Tensor], device: str, repeats: int = 7) -> float:
-    best = float("inf")
-    for _ in range(repeats):
+def _best(work: Callable[[], Tensor], device: str) -> float:
+    """Seconds of the fastest of many runs: others may be at work, and a few runs hit upon them."""
+    best, end = float("inf"), time.perf_counter() + LONG_ENOUGH
+    begin = 0.0
+    while begin < end:
         begin = time.perf_counter()
         work()
         if device.startswith("cuda"):

@@ -430,9 +430,9 @@ def _low_precisions(
         )
     asked = {"int8": torch.int8, "bf16": torch.bfloat16}.get(precision)
     found: list[torch.dtype] = []
-    rate = convolution_rate(str(device), full)
+    rate = convolution_rate(str(device), full, alone=True)
     for dtype in (torch.bfloat16, torch.int8):
-        own = convolution_rate(str(device), dtype)
+        own = convolution_rate(str(device), dtype, alone=True)
         worthwhile = own > WORTHWHILE * rate and precision != "bf16"
         if dtype == asked or worthwhile:
             found.insert(0, dtype)

@@ -165,7 +165,8 @@ def test_eight_bits_where_they_are_exact(monkeypatch):
     ],
 )
 def test_auto_takes_what_is_fast_here(monkeypatch, rates, expected):
-    def rate(device, dtype):
+    def rate(device, dtype, *, alone):
+        assert alone  # threads that wait for each other make all arithmetic look alike
         return float(rates[str(dtype).removeprefix("torch.")])
 
     monkeypatch.setattr(prepare, "convolution_rate", rate)
@@ -191,6 +192,9 @@ def test_eight_bit_convolution_is_right_to_its_rounding():
 
 
 def test_peaks_are_plausible():
+    threads = torch.get_num_threads()
+    assert 1e7 < peaks.convolution_rate("cpu", torch.float32, alone=True) < 1e14
+    assert torch.get_num_threads() == threads
     for rate in (peaks.unit_rate("cpu"), peaks.change_rate("cpu")):
         assert 1e7 < rate < 1e14
 
