@@ -11,6 +11,7 @@ from . import ops as ops
 from . import plots as plots
 from . import reference as reference
 from ._native import build_info as build_info
+from ._version import __version__ as __version__
 from .clusters import cluster_images as cluster_images
 from .clusters import cluster_units as cluster_units
 from .compression import Comparison as Comparison

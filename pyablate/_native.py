@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from importlib import metadata
 from typing import Any
+
+from pyablate._version import __version__
 
 __all__ = ["build_info", "core"]
 
@@ -49,12 +50,8 @@ def build_info() -> dict[str, Any]:
         instruction set in use: ``"baseline"``, ``"avx2"`` or ``"avx512"``; None without the module)
         and ``sanitizers`` (str or None).
     """
-    try:
-        version = metadata.version("pyablate")
-    except metadata.PackageNotFoundError:
-        version = "0.1.0"
     info: dict[str, Any] = {
-        "version": version,
+        "version": __version__,
         "native": core is not None,
         "why_not": _why_not,
         "compiler": None,

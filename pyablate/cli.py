@@ -80,9 +80,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib import metadata
+        from pyablate._version import __version__
 
-        typer.echo(f"pyablate {metadata.version('pyablate')}")
+        typer.echo(f"pyablate {__version__}")
         raise typer.Exit
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+
+from pyablate.portions import portions
 
 aten = torch.ops.aten
 
@@ -32,6 +34,7 @@ def _(x: Tensor, name: str, call: int) -> Tensor:
 MARKER = torch.ops.pyablate.site.default
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+LINEAR_MAPS = CONVOLUTIONS | {aten.linear.default}
 PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
 
 
@@ -91,12 +94,25 @@ class Graph:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            values[node] = self.evaluate(node, values.__getitem__, len(images))
+            values[node] = self._compute(node, values, len(images))
             for source in node.all_input_nodes:
                 uses[source] -= 1
                 if uses[source] == 0 and source not in wanted:
                     values.pop(source, None)
         return {node: values[node] for node in wanted}
+
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any], rows: int) -> Any:
+        """Evaluate a node, where that would take long in several calls."""
+        weight = self.constant(node, 1) if node.target in LINEAR_MAPS else None
+        if weight is None:
+            return self.evaluate(node, values.__getitem__, rows)
+        source = node.all_input_nodes[0]
+        count = portions(2 * math.prod(self.shape(node, rows)) * weight[0].numel(), weight)
+        parts = [
+            self.evaluate(node, {**values, source: part}.__getitem__, rows)
+            for part in values[source].chunk(count)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def evaluate(self, node: fx.Node, value: Callable[[fx.Node], Any], rows: int) -> Any:
         """Apply a node's operator; ``value`` gives its tensors, for a batch of ``rows``."""

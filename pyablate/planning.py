@@ -274,7 +274,9 @@ def _costs(setup: Setup) -> list[_Cost]:
     costs = []
     tier = (*setup.low, setup.data.dtype)[0]
     for suffix in suffixes:
-        standins = stand_ins(setup.model, setup.data, batch, suffix.job, setup.statistics)
+        standins = stand_ins(
+            setup.model, setup.data, batch, suffix.job, setup.statistics, at_a_time=setup.at_a_time
+        )
         with torch.no_grad():
             sweep = Sweep(suffix, clean, standins)
             costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))

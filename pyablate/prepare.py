@@ -20,11 +20,12 @@ from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.exact import Exact, exact
-from pyablate.engine.replay import Replay, in_double
+from pyablate.engine.replay import ROWS, Replay, in_double
 from pyablate.graph import Graph
 from pyablate.interventions import Intervention
 from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
+from pyablate.portions import LARGEST, images_at_a_time
 from pyablate.ranks import Ranks
 from pyablate.turns import a_run
 
@@ -92,6 +93,8 @@ class Setup:
     low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
+    at_a_time: int
+    """Images of one pass through the model: see :func:`pyablate.portions.images_at_a_time`."""
 
     @property
     def slice_bytes(self) -> int:
@@ -196,16 +199,23 @@ def prepare(
         data.hold()
     budget = memory or psutil.virtual_memory().available // 4
     _keep_freed_blocks(budget)
+    pair = torch.stack([sample[0], sample[-1]])  # some networks squeeze a batch of one away
+    double, decisive = in_double(work, pair)
+    at_a_time = images_at_a_time(double, pair.to(decisive))
     size = batch_size or _images_per_batch(graph, jobs, sample, budget)
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics and measured:
         statistics = unpack_statistics(measured, data.device)
     elif intervention.needs_statistics:
         statistics = calibrate(
-            work, data, marked, ready.classes, batch_size=size, ranks=ranks or Ranks()
+            work,
+            data,
+            marked,
+            ready.classes,
+            batch_size=min(size, at_a_time),
+            ranks=ranks or Ranks(),
         )
-    double, decisive = in_double(work, sample)
-    replay = Replay(double, decisive, data, statistics)
+    replay = Replay(double, decisive, data, statistics, min(ROWS, at_a_time))
     return Setup(
         model=work,
         graph=graph,
@@ -221,6 +231,7 @@ def prepare(
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=budget,
+        at_a_time=at_a_time,
     )
 
 
@@ -481,5 +492,5 @@ def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, 
     units = max((graph.elements(marker) for marker in graph.markers), default=0)
     per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size
     widest = graph.widest * size
-    enough = max(256, CLEAN // max(widest, 1))
+    enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
     return int(max(1, min(enough, memory // 2 // max(per_image, 1))))

@@ -365,7 +365,13 @@ class Sweep:
         setup = self.setup
         try:
             if setup.graph is None:
-                clean = baseline.run_model(setup.model, setup.exact, batch, margin=setup.margin)
+                clean = baseline.run_model(
+                    setup.model,
+                    setup.exact,
+                    batch,
+                    margin=setup.margin,
+                    at_a_time=setup.at_a_time,
+                )
             else:
                 clean = baseline.run_graph(
                     setup.graph, self.keep, setup.exact, batch, margin=setup.margin
@@ -393,7 +399,9 @@ class Sweep:
             yield from _replayed(setup, job, batch, clean, record)
             return
         suffix, ladder = self.suffixes[job], self.ladders[job]
-        standins = stand_ins(setup.model, setup.data, batch, job, setup.statistics)
+        standins = stand_ins(
+            setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
+        )
         with torch.no_grad():
             yield from suffix.predict(
                 clean, standins, ladder, slice_bytes=setup.slice_bytes, record=record
@@ -447,11 +455,11 @@ class Sweep:
         device, replay = batch.index.device, self.setup.replay
         rows = torch.from_numpy(row - job.rows.start).to(device)
         images = torch.from_numpy(image - first).to(device)
-        logits = replay.in_parts(batch, job, rows, images)
+        logits = replay.logits(batch, job, rows, images)
         exact = decision(logits)
         if measured is not None:
             used, which = images.unique(return_inverse=True)
-            before = replay.in_parts(batch, None, used, used)[which]
+            before = replay.logits(batch, None, used, used)[which]
             found_here = measured.audit(rows, images, before, logits)
             self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
         wrong = (exact.prediction.cpu().numpy() != found) & ~exact.near_tie.cpu().numpy()
@@ -515,10 +523,11 @@ def _replayed(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of a job by plain replay; close calls are left open."""
     device = batch.index.device
-    own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics)
+    fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
+    size = max(1, min(256, setup.at_a_time, fitting))
+    own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics, size)
     image = torch.arange(len(batch), device=device).repeat_interleave(len(job.members))
     row = torch.arange(len(job.members), device=device).repeat(len(batch))
-    size = max(1, min(256, setup.memory // 4 // max(1, batch.images[0].numel() * 1024)))
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
         close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))

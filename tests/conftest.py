@@ -14,3 +14,10 @@ torch.set_num_threads(1)
 def trap(tmp_path: Path) -> Path:
     """A folder that only executed code makes."""
     return tmp_path / "executed"
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder, at a terminal that is wide enough for any line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
 
 
 def test_version_is_the_package_version() -> None:
-    assert _invoke("--version") == (0, f"pyablate {pa.build_info()['version']}\n", "")
+    assert _invoke("--version") == (0, f"pyablate {metadata.version('pyablate')}\n", "")
+    assert pa.__version__ == pa.build_info()["version"] == metadata.version("pyablate")
 
 
 def test_run_writes_what_the_library_finds(here: Path) -> None:

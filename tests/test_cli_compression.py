@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
+from shelled import invoke
 
 import pyablate as pa
-from pyablate.cli import app
 from pyablate.inputs import load_model
 
 pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 DATA = ["--data", "demo", "--limit", "40"]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    found = CliRunner().invoke(app, list(arguments))
-    return found.exit_code, found.output
 
 
 @pytest.mark.parametrize("command", ["prune", "sensitivity", "compare"])

@@ -8,24 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from shelled import invoke
 
 import pyablate as pa
-from pyablate.cli import app
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 DATA = ["--data", "demo", "--limit", "40"]
 LAYER = "features.11"
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    found = CliRunner().invoke(app, list(arguments))
-    return found.exit_code, found.output
 
 
 def loaded() -> tuple[object, tuple[object, object]]:

@@ -55,6 +55,17 @@ for words in (["--help"], *([command.replace("_", "-"), "--help"] for command in
 sys.stderr.write(" ".join(sorted(sys.modules)))
 """
 
+_VERSION_OF_LOOSE_SOURCES = """
+import sys
+from importlib import metadata
+import pyablate
+assert "pyablate._version" not in sys.modules  # looked up when asked for
+def missing(name):
+    raise metadata.PackageNotFoundError(name)
+metadata.version = missing
+assert pyablate.__version__ == "0+unknown"
+"""
+
 
 def _python(*words: str) -> subprocess.CompletedProcess[str]:
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
@@ -118,6 +129,10 @@ def test_the_names_are_those_of_the_stub() -> None:
     assert sorted(dir(pa)) == sorted(pa.__all__) == sorted(_PUBLIC)
     modules = {name for name in _PUBLIC if inspect.ismodule(getattr(pa, name))}
     assert modules == {name for name, home in _PUBLIC.items() if home is None}
+
+
+def test_sources_that_were_not_installed_have_no_version() -> None:
+    _python("-c", _VERSION_OF_LOOSE_SOURCES)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 import torch
 from test_untouched import state_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyablate as pa
+from pyablate import portions
+from pyablate.engine import exact
 from pyablate.inputs import load_model
 from pyablate.layers import copied
 from pyablate.turns import a_run
@@ -169,6 +173,61 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
 
 
 # --- interrupts -----------------------------------------------------------------------------------
+
+
+class Costliest(TorchDispatchMode):
+    """Operations of the costliest convolution or matrix product, those in float64 twice."""
+
+    most = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket._qualified_op_name
+        if name in ("aten::convolution", "aten::addmm", "aten::mm", "aten::bmm"):
+            place = {"aten::addmm": 2}.get(name, 1)
+            inner = args[1][0].numel() if name == "aten::convolution" else args[place].shape[-2]
+            self.most = max(self.most, 2 * result.numel() * inner * result.element_size() // 4)
+        return result
+
+
+@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize("intervention", ["zero", "mean", "resample"])
+def test_no_call_takes_long(
+    monkeypatch: pytest.MonkeyPatch, intervention: str, strategy: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3)],
+    )
+    images, labels = torch.randn(40, 2, 12, 12), torch.randint(3, (40,))
+    limit = 900_000  # eight images, of which a run looks at first; at most ten of the batch of 40
+
+    def run() -> tuple[pa.AblationResult, int]:
+        with Costliest() as seen:
+            result = pa.ablate(
+                model,
+                (images, labels),
+                intervention=intervention,
+                strategy=strategy,
+                batch_size=40,
+                memory=200_000,  # few pairs at a time; blocks stay as asked for
+                precision="fp32",
+                audit=60,
+                progress=False,
+            )
+        return result, seen.most
+
+    monkeypatch.setattr(exact, "SLICE", 20_000)
+    plain, most = run()
+    assert most > limit
+    monkeypatch.setattr(portions, "LONGEST", limit)
+    short, most = run()
+    assert most <= limit
+    assert same(plain, short)
+
 
 _INTERRUPTED = """
 import signal, sys, time, threading

@@ -215,13 +215,16 @@ def stand_ins(
     batch: Batch,
     job: Job,
     statistics: Mapping[Key, Statistics],
+    *,
+    at_a_time: int,
 ) -> StandIns:
-    """Prepare the replacement values of a job's sites for one batch."""
+    """Prepare the replacement values of a job's sites for one batch, ``at_a_time`` donors each."""
     maps: dict[Key, Tensor] = {}
     if job.intervention.kind == "resample":
         donor = torch.from_numpy(donors(job.intervention.seed, len(data)))
         images = data.at(donor[batch.index.cpu()]).to(batch.images.dtype)
-        maps = clean_maps(model, images, job.sites)
+        parts = [clean_maps(model, some, job.sites) for some in images.split(at_a_time)]
+        maps = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
     return StandIns(job.intervention, batch, statistics, maps)
 
 

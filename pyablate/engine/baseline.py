@@ -69,10 +69,13 @@ def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -
     return max(16, CACHED // (widest * images.element_size()))
 
 
-def run_model(model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float) -> Clean:
-    """Run a network that was not captured."""
+def run_model(
+    model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float, at_a_time: int
+) -> Clean:
+    """Run a network that was not captured, on a few images at a time."""
     with torch.no_grad():
-        return _clean({}, forward(model, batch.images), exact, batch, margin)
+        logits = torch.cat([forward(model, some) for some in batch.images.split(at_a_time)])
+        return _clean({}, logits, exact, batch, margin)
 
 
 def _clean(

@@ -18,6 +18,7 @@ from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, Sweep, needed
 from pyablate.engine.replay import Decision, Replay, decision
 from pyablate.graph import Graph
+from pyablate.portions import LARGEST
 
 logger = logging.getLogger("pyablate")
 
@@ -25,7 +26,7 @@ SLICE = 16 << 20
 """Bytes of the widest delta of one slice of pairs."""
 
 IMAGES = 32
-"""Images whose float64 tensors are held at a time."""
+"""Images whose float64 tensors are held at a time, fewer where these are large."""
 
 AGREE = 1e-9
 """Share of the largest logit by which the graph may differ from the model in float64."""
@@ -53,9 +54,10 @@ class Exact:
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""
         used, inverse = image.unique(return_inverse=True)
+        size = self._images
         parts = [
             (batch.take(some).to(torch.float64), inverse - start)
-            for start, some in zip(range(0, len(used), IMAGES), used.split(IMAGES), strict=True)
+            for start, some in zip(range(0, len(used), size), used.split(size), strict=True)
         ]
         with torch.no_grad():
             found = [self._few(few, job, row, position) for few, position in parts]
@@ -63,7 +65,7 @@ class Exact:
         logits = torch.cat([logits for _, logits in found])[rows.argsort()]
         lost = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1)
         if len(lost):  # what is infinite inside the intact network has no difference
-            logits[lost] = self.replay.in_parts(batch, job, row[lost], image[lost])
+            logits[lost] = self.replay.logits(batch, job, row[lost], image[lost])
         return logits
 
     def _few(
@@ -82,7 +84,9 @@ class Exact:
         prediction = clean_logits.argmax(dim=1).to(torch.int32)
         clean = Clean(tensors, clean_logits, prediction, torch.zeros_like(clean_logits[:, 0]))
         replay = self.replay
-        standins = stand_ins(replay.model, replay.data, few, job, replay.statistics)
+        standins = stand_ins(
+            replay.model, replay.data, few, job, replay.statistics, at_a_time=replay.rows
+        )
         sweep = Sweep(suffix, clean, standins)
         if job.channelwise:
             sweep.advance()
@@ -97,6 +101,10 @@ class Exact:
         if job not in self._suffixes:
             self._suffixes[job] = Suffix.of(self.graph, job)
         return self._suffixes[job]
+
+    @cached_property
+    def _images(self) -> int:
+        return max(1, min(IMAGES, LARGEST // (8 * self.graph.widest)))
 
     @cached_property
     def _suffixes(self) -> dict[Job, Suffix]:

@@ -43,12 +43,15 @@ class Replay:
         Where donors are found.
     statistics : mapping
         Of the sites, where an intervention needs them.
+    rows : int
+        Pairs at a time.
     """
 
     model: nn.Module
     dtype: torch.dtype
     data: Data
     statistics: Mapping[Key, Statistics]
+    rows: int = ROWS
 
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair.
@@ -67,15 +70,21 @@ class Replay:
         Tensor
             ``[P, K]`` in this replay's dtype.
         """
+        parts = zip(row.split(self.rows), image.split(self.rows), strict=True)
+        return torch.cat([self._some(batch, job, *part) for part in parts])
+
+    def _some(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         if len(image) == 1:  # as in :func:`forward`
-            return self.logits(batch, job, row.repeat(2), image.repeat(2))[:1]
+            return self._some(batch, job, row.repeat(2), image.repeat(2))[:1]
         used, inverse = image.unique(return_inverse=True)
         few = batch.take(used).to(self.dtype)
         images = few.images[inverse]
         with torch.no_grad():
             if job is None:
                 return forward(self.model, images)
-            standins = stand_ins(self.model, self.data, few, job, self.statistics)
+            standins = stand_ins(
+                self.model, self.data, few, job, self.statistics, at_a_time=self.rows
+            )
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
                 def standin(pair: Tensor, unit: Tensor) -> Tensor:
@@ -85,11 +94,6 @@ class Replay:
 
             with hooked(self.model, job.sites, change):
                 return self.model(images)  # type: ignore[no-any-return]
-
-    def in_parts(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
-        """Return :meth:`logits`, a few pairs at a time."""
-        parts = zip(row.split(ROWS), image.split(ROWS), strict=True)
-        return torch.cat([self.logits(batch, job, *part) for part in parts])
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair, as exactly as this replay's precision allows."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
+from pyablate._version import __version__
 from pyablate.clusters import cluster_units
 from pyablate.report.packed import packed
 from pyablate.result import AblationResult, Floats, Ints
@@ -98,7 +98,7 @@ def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[l
     if result.seconds:
         facts["Time of the run"] = f"{result.seconds:,.1f} s"
     facts["Audit"] = result.audit if result.audit.pairs else "none"
-    facts["Report written by"] = f"pyablate {metadata.version('pyablate')}"
+    facts["Report written by"] = f"pyablate {__version__}"
     return [[str(name), str(value)] for name, value in facts.items()]
 
 
