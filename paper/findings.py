@@ -139,19 +139,21 @@ def _better(groups: Groups) -> tuple[str, str]:
 
 
 def _signs(rows: pd.DataFrame, name: str) -> tuple[int, int, int]:
-    """Rows whose interval is above 0, below 0, and the others."""
+    """Rows whose interval is above 0, below 0, and the others that have one."""
     above = int((rows[f"{name}_low"] > 0).sum())
     below = int((rows[f"{name}_high"] < 0).sum())
-    return above, below, len(rows) - above - below
+    return above, below, int(rows[f"{name}_low"].notna().sum()) - above - below
 
 
 def _differs(rows: pd.DataFrame) -> tuple[str, str]:
-    above, below, undecided = _signs(rows, "difference")
+    above, below, undecided = signs = _signs(rows, "difference")
     equal = _signs(rows, "equal_harm")
     unit = "networks" if rows["kind"].iloc[0] == "rotation" else "layers"
     first = "units" if unit == "networks" else "the plain network"
-    return _verdict(max(above, below), len(rows), min(above, below)), (
+    left = len(rows) - sum(signs)
+    untold = f" (in {left} too few units lose ten images)" if left else ""
+    return _verdict(max(above, below), sum(signs), min(above, below)), (
         f"damage of {first} more concentrated in {above}, less in {below}, undecided in "
-        f"{undecided} of {len(rows)} {unit}; between units that lose as many images: "
+        f"{undecided} of {len(rows)} {unit}{untold}; between units that lose as many images: "
         f"{equal[0]}, {equal[1]}, {equal[2]}"
     )

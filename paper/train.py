@@ -18,7 +18,14 @@ from paper.networks import FOLDER, known
 
 ROOT = Path(__file__).parent.parent
 # Fewer epochs than the seed 0 that ships with the package, to be done in minutes.
-EPOCHS = {"alexnet": 8, "alexnet_dropout": 12, "alexnet_bn": 8, "glyphs": 5}
+EPOCHS = {
+    "alexnet": 8,
+    "alexnet_dropout": 12,
+    "alexnet_bn": 8,
+    "vgg_bn": 6,
+    "resnet": 6,
+    "glyphs": 5,
+}
 SEEDS = (0, 1, 2)
 
 README = """\
