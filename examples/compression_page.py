@@ -14,6 +14,8 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from pyablate import bootstrap
+
 # Hues in a fixed order (validated for colour vision deficiency); chance is grey.
 HUES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 CHANCE = "#8a8a86"
@@ -32,7 +34,7 @@ def write(found: Mapping[str, pd.DataFrame], page: Path, settings: Mapping[str, 
         _curves(found["curves"]),
         _redundancy(found["redundancy"]),
         _transforms(found["transforms"]),
-        _tuned(found["tuned"]),
+        _tuned(found["tuned"], settings),
         _latency(found["latency"]),
     ]
     page.write_text("\n".join(parts).rstrip() + "\n")
@@ -52,10 +54,19 @@ is told in [compression.md](compression.md).
 
 {quick}Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for
 every seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is
-trained unless it says so. Figures are in per cent where they are shares; behind a mean stands, in
-brackets, the range over {settings["seeds"]} seeds: of the images drawn, of chance, of training.
-What depends on none of these has no range.
+trained unless it says so. Figures are in per cent where they are shares. ± is half the width of the
+95 % interval (Student's t) of a mean over seeds: {settings["curve_seeds"]} for the curves,
+{settings["tuned_seeds"]} for fine-tuning, {settings["seeds"]} for transforms; of two seeds the
+range stands in brackets. Seeds draw the images to rank on, the random orders and the order of
+training; what depends on none of these has no interval. That other images to measure on would give
+other figures is not in it: from that alone the 95 % interval of an accuracy near 50 % is
+± {_binomial(settings):.1f} points; that of a difference on the same images is narrower.
 """
+
+
+def _binomial(settings: Mapping[str, Any]) -> float:
+    """Half width, in points, of the 95 % interval of an accuracy of one half."""
+    return float(100 * stats.norm.ppf(0.975) * np.sqrt(0.25 / settings["measuring"]))
 
 
 def _curves(table: pd.DataFrame) -> str:
@@ -70,8 +81,8 @@ def _curves(table: pd.DataFrame) -> str:
                 [
                     network,
                     ranking,
-                    _spread(rows["accuracy"]),
-                    _spread(rows["worst_class_accuracy"]),
+                    _interval(rows["accuracy"]),
+                    _interval(rows["worst_class_accuracy"]),
                 ]
             )
     heads = ["network", "ranking", "accuracy", "worst class"]
@@ -84,7 +95,7 @@ each layer removed, the same share of every layer), so larger is better.
 {_best(areas, "worst_class_accuracy", "The worst class is kept longest by")}
 
 ![Accuracy of all images and of the worst class against the share of units removed, for each
-network and ranking.](images/compression-curves.png)
+network and ranking; bands are the range over seeds.](images/compression-curves.png)
 
 {_markdown(heads, lines)}
 `accuracy_drop` and `max_class_drop` are measured by ablating every unit (and what hangs together
@@ -95,13 +106,12 @@ with it) alone; `hrank` ranks layers with maps only, so its shares are shares of
 def _best(areas: pd.DataFrame, figure: str, sentence: str) -> str:
     told = []
     for network, mine in areas.groupby("network", sort=False):
-        mean = mine[mine["ranking"] != "random"].groupby("ranking")[figure].mean()
-        chance = mine.loc[mine["ranking"] == "random", figure]
-        order = mean.sort_values(ascending=False)
-        behind = f"behind it `{order.index[1]}` with {100 * order.iloc[1]:.1f}"
+        values = {name: rows[figure] for name, rows in mine.groupby("ranking", sort=False)}
+        chance = values.pop("random")
+        first, second = sorted(values, key=lambda name: -values[name].mean())[:2]
         told.append(
-            f"- {network}: `{order.index[0]}` with {100 * order.iloc[0]:.1f}, {behind}; "
-            f"chance {_spread(chance)}"
+            f"- {network}: `{first}` with {_interval(values[first])}, behind it `{second}` with "
+            f"{_interval(values[second])}; chance {_interval(chance)}"
         )
     return sentence + ":\n\n" + "\n".join(told) + "\n"
 
@@ -109,7 +119,6 @@ def _best(areas: pd.DataFrame, figure: str, sentence: str) -> str:
 def _redundancy(table: pd.DataFrame) -> str:
     lines = []
     for (network, share), rows in table.groupby(["network", "share"], sort=False):
-        rho = _spearman(rows["summed"], rows["together"])
         inside = [_spearman(mine["summed"], mine["together"]) for _, mine in rows.groupby("layer")]
         within = [value for value in inside if np.isfinite(value)]
         lines.append(
@@ -118,8 +127,8 @@ def _redundancy(table: pd.DataFrame) -> str:
                 f"{share:.0%}",
                 f"{100 * rows['summed'].mean():.1f}",
                 f"{100 * rows['together'].mean():.1f}",
-                f"{rho:.2f}",
-                f"{np.mean(within):.2f}" if within else "-",
+                _correlation(rows["summed"], rows["together"]),
+                _interval(within, 1, 2),
             ]
         )
     heads = ["network", "share of a layer", "sum of single drops", "drop together"]
@@ -129,8 +138,9 @@ def _redundancy(table: pd.DataFrame) -> str:
 
 Groups drawn at random within a layer, ablated together, against the sum of the drops of their
 units alone. {more:.0%} of the groups lose more than that sum: units back each other up, so each
-alone looks harmless. The rank correlation over all groups says mostly which layers matter;
-within layers (its mean over them) it says which group of equal size.
+alone looks harmless. The rank correlation over all groups (with the 95 % percentile interval of a
+bootstrap over groups) says mostly which layers matter; within layers (its mean over them, with the
+t interval over layers) it says which group of equal size.
 
 ![Accuracy drop of groups together against the sum of the drops of their
 units.](images/compression-redundancy.png)
@@ -159,11 +169,11 @@ images on which they agree.
                     transform,
                     f"{100 * level:.0f}",
                     f"{100 * rows['kept_bits'].mean():.1f}",
-                    _spread(rows["accuracy_drop"]),
+                    _interval(rows["accuracy_drop"]),
                     f"{first['worst_class']} {100 * first['worst_excess']:+.0f}",
                     f"{rows['significant'].mean():.0f}",
-                    *(_spread(rows[name], 1, 2) for name in ("profile", "units")),
-                    *(_spread(rows[name], 1, 2) for name in ("grad_cam", "lrp")),
+                    *(_interval(rows[name], 1, 2) for name in ("profile", "units")),
+                    *(_interval(rows[name], 1, 2) for name in ("grad_cam", "lrp")),
                 ]
             )
         heads = ["transform", "level", "bits", "drop", "excess", "classes"]
@@ -172,16 +182,16 @@ images on which they agree.
     return text
 
 
-def _tuned(table: pd.DataFrame) -> str:
+def _tuned(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     lines, verdicts = [], []
     for network, mine in table.groupby("network", sort=False):
         for variant, rows in mine.groupby("variant", sort=False):
             figures = ("grad_cam cosine", "grad_cam pearson", "lrp pearson", "collapsed weighted")
             shown = [
-                _spread(rows[name], 1 if i < 3 else 1000, 3 if i < 3 else 2)
+                _interval(rows[name], 1 if i < 3 else 1000, 3 if i < 3 else 2)
                 for i, name in enumerate(figures)
             ]
-            lines.append([network, variant, _spread(rows["accuracy"], 100, 2), *shown])
+            lines.append([network, variant, _interval(rows["accuracy"], 100, 2), *shown])
         verdicts.append(_verdict(network, mine))
     first = table.iloc[0]
     heads = ["network", "penalty", "accuracy", "Grad-CAM cosine", "Grad-CAM Pearson", "LRP Pearson"]
@@ -191,7 +201,8 @@ def _tuned(table: pd.DataFrame) -> str:
 Half of each layer removed by `l1`, then {first["epochs"]:.0f} epoch(s) at a learning
 rate of {first["learning_rate"]:g} falling along a cosine, without a penalty (`plain`) and with each
 variant of the attribution penalty at weight {first["weight"]:g}. Distance: weighted collapsed
-attributions, smaller is better.
+attributions, smaller is better. Seeds and images are others than those by which the weight was
+chosen: it is measured on the last {settings["confirming"]:,} shipped images.
 
 {chr(10).join(verdicts)}
 
@@ -212,10 +223,10 @@ def _verdict(network: str, table: pd.DataFrame) -> str:
     equal = "within" if (change.abs() <= POINTS).all() else "not within"
     held = "in every seed" if (better > 0).all() else f"in {(better > 0).sum()} of {len(better)}"
     return (
-        f"- {network}: the weighted penalty changes accuracy by {_spread(change, 100, 2)} points, "
-        f"{equal} 0.5 points in every seed, and the Pearson correlation of the Grad-CAM maps by "
-        f"{_spread(better, 1, 3)}, better {held}; that of LRP maps, which it does not look at, by "
-        f"{_spread(nearer, 1, 3)}."
+        f"- {network}: the weighted penalty changes accuracy by {_interval(change, 100, 2)} "
+        f"points, {equal} 0.5 points in every seed, and the Pearson correlation of the Grad-CAM "
+        f"maps by {_interval(better, 1, 3)}, better {held}; that of LRP maps, which it does not "
+        f"look at, by {_interval(nearer, 1, 3)}."
     )
 
 
@@ -340,15 +351,33 @@ def _save(canvas: Any, path: Path) -> None:
     pyplot.close(canvas)
 
 
-def _spread(values: Iterable[float], factor: float = 100, digits: int = 1) -> str:
-    """Mean, and the range in brackets where there is more than one value."""
+def _interval(values: Iterable[float], factor: float = 100, digits: int = 1) -> str:
+    """Mean, with the half width of its 95 % t interval where there are three values or more.
+
+    Two values have their range in brackets: a t interval of two is too wide to say anything.
+    """
     known = np.array([value for value in values if np.isfinite(value)]) * factor
     if len(known) == 0:
         return "-"
     mean = f"{known.mean():.{digits}f}"
     if len(known) == 1:
         return mean
-    return f"{mean} ({known.min():.{digits}f} to {known.max():.{digits}f})"
+    if len(known) == 2:
+        return f"{mean} ({known.min():.{digits}f} to {known.max():.{digits}f})"
+    half = stats.t.ppf(0.975, len(known) - 1) * stats.sem(known)
+    return f"{mean} ± {half:.{digits}f}"
+
+
+def _correlation(x: pd.Series, y: pd.Series) -> str:
+    """Spearman's coefficient with the 95 % percentile interval of a bootstrap over the rows."""
+    rho = _spearman(x, y)
+    if not np.isfinite(rho):
+        return "-"
+    weights = bootstrap.resample(len(x), 2000, np.random.default_rng(0))
+    variables = [bootstrap.Variable(each.to_numpy(np.float64), weights) for each in (x, y)]
+    drawn = bootstrap.coefficients(variables[0], variables[1], "spearman")
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return f"{rho:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _spearman(x: pd.Series, y: pd.Series) -> float:

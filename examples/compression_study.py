@@ -28,7 +28,10 @@ import pyablate as pa
 from pyablate import compression
 
 HALF = 5000
-WEIGHT = 30.0  # of the penalty: at 100, as in the paper, it costs over half a point of accuracy
+# Of the penalty: at 100, as in the paper, it cost over half a point of accuracy. Chosen on resnet
+# with seeds 0 to 2 and images 5,000 to 5,999; the study takes other seeds (from FRESH) and images.
+WEIGHT = 30.0
+FRESH = 3
 CRITERIA = ("l1", "l2", "bn_scale", "nisp", "hrank", "taylor")
 MEASURED = ("accuracy_drop", "max_class_drop")
 DRAWN = ("hrank", "taylor", *MEASURED)  # depend on the images, so on the seed
@@ -48,19 +51,26 @@ class Settings:
         Images to rank units on, to measure on, to train on, and of which maps are compared.
     fractions, levels : tuple of float
         Points of the curves, and shares that transforms take away.
-    seeds, epochs, groups : int
-        Repetitions, epochs of fine-tuning, groups drawn for each layer and share.
+    confirming : int
+        Images, from the last, on which fine-tuned networks are measured.
+    seeds, curve_seeds, tuned_seeds : int
+        Repetitions of transforms, of curves, of fine-tuning.
+    epochs, groups : int
+        Epochs of training, groups drawn for each layer and share.
     """
 
     networks: tuple[str, ...] = ("alexnet", "vgg_bn", "resnet")
-    tuned: tuple[str, ...] = ("resnet",)
+    tuned: tuple[str, ...] = ("resnet", "vgg_bn")
     ranking: int = 500
     measuring: int = 1000
     training: int = 5000
+    confirming: int = 4000
     maps: int = 64
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     levels: tuple[float, ...] = (0.25, 0.5, 0.75)
     seeds: int = 3
+    curve_seeds: int = 5
+    tuned_seeds: int = 5
     epochs: int = 2
     groups: int = 4
 
@@ -71,10 +81,13 @@ QUICK = Settings(
     ranking=200,
     measuring=300,
     training=2000,
+    confirming=300,
     maps=16,
     fractions=(0.1, 0.3, 0.5),
     levels=(0.5,),
     seeds=2,
+    curve_seeds=3,
+    tuned_seeds=3,
     epochs=1,
     groups=3,
 )
@@ -95,6 +108,7 @@ class Study:
         self.choosing: Pair = images[:HALF], labels[:HALF]
         end = HALF + settings.measuring
         self.measuring: Pair = images[HALF:end], labels[HALF:end]
+        self.confirming: Pair = images[-settings.confirming :], labels[-settings.confirming :]
 
     def piece(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Read a finished piece, or make and keep it."""
@@ -149,7 +163,7 @@ def curves(study: Study, network: str) -> pd.DataFrame:
     rankings = {}
     for what in (*known_criteria(network), *MEASURED, "random"):
         repeated = what in DRAWN or what == "random"
-        for seed in range(study.settings.seeds if repeated else 1):
+        for seed in range(study.settings.curve_seeds if repeated else 1):
             rankings[f"{what}/{seed}"] = ranking_of(study, network, what, seed)
     table = pa.prune_curve(
         pa.demo.network(network),
@@ -332,9 +346,9 @@ def tuned(study: Study, network: str, variant: str, seed: int) -> pd.DataFrame:
         seed=seed,
         progress=False,
     )
-    compared = pa.compare(model, result.model, study.measuring)
+    compared = pa.compare(model, result.model, study.confirming)
     kept = compression.attributions_preserved(
-        model, result.model, study.measuring, methods=["grad_cam", "lrp"], images=200
+        model, result.model, study.confirming, methods=["grad_cam", "lrp"], images=200
     ).summary(resamples=1)
     figures = {
         f"{method} {figure}": mean
@@ -367,7 +381,7 @@ def run(study: Study) -> dict[str, pd.DataFrame]:
     }
     for network in study.settings.tuned:
         for variant in VARIANTS:
-            for seed in range(study.settings.seeds):
+            for seed in range(FRESH, FRESH + study.settings.tuned_seeds):
                 row = study.piece(
                     f"tuned-{network}-{variant}-{seed}",
                     lambda network=network, variant=variant, seed=seed: tuned(
