@@ -202,7 +202,6 @@ Half of each layer removed by `l1`, then {first["epochs"]:.0f} epoch(s) at a lea
 rate of {first["learning_rate"]:g} falling along a cosine, without a penalty (`plain`) and with each
 variant of the attribution penalty at weight {first["weight"]:g}. Distance: weighted collapsed
 attributions, smaller is better.
-
 {chr(10).join(verdicts)}
 
 ![Accuracy and similarity of Grad-CAM maps after fine-tuning with and without the

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,14 @@ def copied(model: nn.Module) -> nn.Module:
             for value in vars(module).values()
             if isinstance(value, Tensor) and not value.is_leaf
         }
-        return copy.deepcopy(model, history)
+        # A dozen empty tables of hooks in each module are most of what copying costs.
+        empty: dict[int, Any] = {
+            id(value): OrderedDict()
+            for module in model.modules()
+            for value in vars(module).values()
+            if type(value) is OrderedDict and not value
+        }
+        return copy.deepcopy(model, history | empty)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from torch import nn
 from pyablate.batches import Data
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.compression.evaluation import Evaluation, device_of, evaluate, prepared
+from pyablate.compression.norms import fold_norms, norms_to_fold
 from pyablate.compression.ranking import Ranking
-from pyablate.compression.removal import AGREEMENT, Size, silenced, size, without
-from pyablate.layers import Site
+from pyablate.compression.removal import AGREEMENT, Size, silenced, without
+from pyablate.layers import Site, copied
 from pyablate.prepare import undisturbed
 from pyablate.progress import Report, reporting
 
@@ -116,8 +117,10 @@ class _Points:
     """Evaluates the network without some units, each set once."""
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int | None) -> None:
-        self.model, self.data, self.batch_size = model, data, batch_size
+        self.data, self.batch_size = data, batch_size
         self.coupling = Coupling(model, data.first(2).images)
+        self.double = copied(model).double()
+        self.norms = norms_to_fold(model, self.coupling.sample)
         self._known: dict[frozenset[str], tuple[Evaluation, Size]] = {}
 
     def row(self, gone: Sequence[Coupled], class_names: Sequence[str] | None) -> dict[str, Any]:
@@ -141,20 +144,16 @@ class _Points:
         }
 
     def _evaluate(self, units: frozenset[str]) -> tuple[Evaluation, Size]:
-        coupling, sample = self.coupling, self.coupling.sample
-        smaller = without(coupling, units) if units else self.model
-        sized = size(smaller, sample)
-        masked = silenced(self.model, coupling.sites, sample, units)
-        with torch.no_grad():
-            difference = (smaller(sample) - masked).abs().max() / masked.abs().max()
-        if not difference <= AGREEMENT:
+        coupling = self.coupling
+        smaller, sized, logits = without(coupling, units)
+        masked = silenced(coupling.model, coupling.sites, coupling.sample, units)
+        if not (logits - masked).abs().max() <= AGREEMENT * masked.abs().max():
             logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
-            return self._held(units), sized
-        return evaluate(smaller, self.data, self.batch_size), sized
-
-    def _held(self, units: frozenset[str]) -> Evaluation:
-        masked = Silenced(self.model, self.coupling.sites, units)
-        return evaluate(masked, self.data, self.batch_size)
+            smaller = Silenced(coupling.model, coupling.sites, units)
+        else:
+            fold_norms(smaller, self.norms)
+        exact = Silenced(self.double, coupling.sites, units)
+        return evaluate(smaller, self.data, self.batch_size, exact=exact), sized
 
 
 class Silenced(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -85,7 +86,13 @@ class Evaluation:
         return float(np.abs(gap).sum() / len(self.labels))
 
 
-def evaluate(model: nn.Module, data: Data, batch_size: int | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    batch_size: int | None = None,
+    *,
+    exact: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
     """Run a network over the data.
 
     Parameters
@@ -96,6 +103,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int | None = None) -> Eva
         Images and labels.
     batch_size : int, optional
         Images per forward pass; by default 64 on a CPU, whose caches hold no more, or 256.
+    exact : callable, optional
+        The same network in float64; by default a copy of it.
 
     Returns
     -------
@@ -107,7 +116,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int | None = None) -> Eva
     ValueError
         Bad images or labels, or logits that are not finite.
     """
-    double = copied(model).double()
+    exact = exact or copied(model).double()
     size = batch_size or (64 if data.device.type == "cpu" else 256)
     margin: float | None = None
     parts: list[tuple[NDArray[Any], ...]] = []
@@ -117,12 +126,12 @@ def evaluate(model: nn.Module, data: Data, batch_size: int | None = None) -> Eva
             logits = model(_laid_out(batch.images))
             _check_logits(logits, batch)
             if margin is None:
-                margin = _rounding(logits, double, batch)
+                margin = _rounding(logits, exact, batch)
             classes = logits.shape[1]
             logits = logits.double()
             close = close_calls(logits, margin * logits.abs().amax(dim=1)).nonzero().squeeze(1)
             if len(close):
-                logits[close] = double(batch.images[close].double())
+                logits[close] = exact(batch.images[close].double())
             top = logits.softmax(dim=1).max(dim=1).values
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             found = (batch.labels, logits.argmax(dim=1), top, losses)
@@ -195,9 +204,9 @@ def _check_logits(logits: Any, batch: Batch) -> None:
         )
 
 
-def _rounding(logits: Tensor, double: nn.Module, batch: Batch) -> float:
+def _rounding(logits: Tensor, exact: Callable[[Tensor], Tensor], batch: Batch) -> float:
     """Share of the largest logit within which this precision is not trusted, measured."""
-    exact = double(batch.images[:_SAMPLE].to(torch.float64, copy=True))
-    error = (logits[:_SAMPLE].double() - exact).abs().amax(dim=1)
-    worst = float((error / exact.abs().amax(dim=1).clamp(min=1e-300)).max())
+    true = exact(batch.images[:_SAMPLE].to(torch.float64, copy=True))
+    error = (logits[:_SAMPLE].double() - true).abs().amax(dim=1)
+    worst = float((error / true.abs().amax(dim=1).clamp(min=1e-300)).max())
     return max(MARGIN, SAFETY * worst)

@@ -111,9 +111,7 @@ def remove(
     gone = _all_coupled(coupling, labels_of(units, fraction))
     masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
     before = size(coupling.model, coupling.sample)
-    smaller = without(coupling, gone)
-    with torch.no_grad(), evaluation(smaller):
-        logits = smaller(coupling.sample)
+    smaller, after, logits = without(coupling, gone)
     difference = float((logits - masked).abs().max() / masked.abs().max().clamp(min=1e-30))
     if not difference <= AGREEMENT:
         logger.warning(
@@ -121,11 +119,11 @@ def remove(
             "something behind a removed unit turns its zero into another number",
             difference,
         )
-    return Removal(smaller, gone, before, size(smaller, coupling.sample), difference)
+    return Removal(smaller, gone, before, after, difference)
 
 
-def without(coupling: Coupling, units: Iterable[str]) -> nn.Module:
-    """Return a network without some units, tried on the sample.
+def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, Tensor]:
+    """Return a network without some units, its size and its logits on the sample.
 
     Raises
     ------
@@ -134,14 +132,12 @@ def without(coupling: Coupling, units: Iterable[str]) -> nn.Module:
     """
     try:
         smaller = coupling.without(units)
-        with torch.no_grad(), evaluation(smaller):
-            smaller(coupling.sample)
+        return smaller, *_sized(smaller, coupling.sample)
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "model: the network does not run with fewer channels, sizes may be written into its "
             f"code: {str(error).strip().splitlines()[0]}"
         ) from error
-    return smaller
 
 
 def size(model: nn.Module, sample: Tensor) -> Size:
@@ -154,10 +150,15 @@ def size(model: nn.Module, sample: Tensor) -> Size:
     sample : Tensor
         A batch of inputs, ``[N, ...]``.
     """
+    return _sized(model, sample)[0]
+
+
+def _sized(model: nn.Module, sample: Tensor) -> tuple[Size, Tensor]:
+    """Size of a network, and the logits from which it was counted."""
     with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
-        model(sample.clone())  # it may work in place
+        logits: Tensor = model(sample.clone())  # it may work in place
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, counter.get_total_flops() // len(sample))
+    return Size(parameters, counter.get_total_flops() // len(sample)), logits
 
 
 def silenced(
