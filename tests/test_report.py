@@ -193,6 +193,36 @@ def test_pictures_stay_within_their_budget(
     assert set(found["pictures"]) <= {str(number) for number in found["image"][run]}
 
 
+def test_pictures_give_way_in_a_large_report(
+    result: AblationResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = (_shaded(result), torch.from_numpy(result.labels))
+    place = tmp_path / "r.html"
+
+    def written() -> dict[str, Any]:
+        result.report(place, data=data)
+        return data_of(place.read_text())
+
+    whole = written()
+    pictures = list(whole["examples"]["pictures"])
+    most = place.stat().st_size - 100
+    monkeypatch.setattr("pyablate.report.write.MOST", most)
+    some = written()
+    assert place.stat().st_size <= most
+    # The last one is of the least harmful unit.
+    assert list(some["examples"]["pictures"]) == pictures[: len(some["examples"]["pictures"])]
+    assert len(some["examples"]["pictures"]) in (len(pictures) - 1, len(pictures) - 2)
+    assert "MB" not in caplog.text
+    monkeypatch.setattr("pyablate.report.write.MOST", 1000)
+    none = written()
+    assert none["examples"]["pictures"] == {}
+    assert none["units"]["label"] == whole["units"]["label"]
+    assert "a few layers at a time" in caplog.text
+
+
 class _Twice(nn.Module):
     """A ReLU that is called twice, on maps of two sizes, and a layer of features."""
 

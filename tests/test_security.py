@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 from simulated import simulate
 from touch import Touch
@@ -310,6 +311,51 @@ def test_a_store_that_claims_too_much(store: Path, name: str, shape: Any) -> Non
 def test_metadata_that_claim_to_be_deep(store: Path) -> None:
     (store / "label" / "zarr.json").write_text("[" * 100_000)
     with pytest.raises(OSError, match="damaged metadata"):
+        pa.load(store)
+
+
+def test_metadata_that_are_too_long(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (store / "label" / "zarr.json").stat().st_size
+    monkeypatch.setattr("pyablate.zarr_folder.MAX_METADATA", size - 1)
+    with pytest.raises(OSError, match=f"expected at most {size - 1} bytes of metadata"):
+        pa.load(store)
+
+
+def put(place: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values[place] = value
+        return values
+
+    return change
+
+
+MISFITS: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
+    ("flip_start", put(0, 1)),
+    ("flip_start", put(1, 1 << 30)),
+    ("flip_start", put(-1, 1 << 30)),
+    ("flip_start", lambda values: values[:-1]),
+    ("flip_image", put(0, -1)),
+    ("flip_image", put(0, 1 << 30)),
+    ("flip_image", lambda values: values.astype(np.float32)),
+    ("flip_prediction", put(0, 2)),
+    ("flip_prediction", lambda values: values[1:]),
+    ("label", put(0, -1)),
+    ("label", put(0, 2)),
+    ("baseline", put(0, 2)),
+    ("baseline", lambda values: values[1:]),
+    ("baseline", lambda values: values.reshape(2, -1)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MISFITS)))
+def test_a_store_whose_numbers_do_not_fit(store: Path, number: int) -> None:
+    """An index out of range must be found before anything is indexed with it."""
+    name, change = MISFITS[number]
+    group = zarr.open_group(store, mode="r+")
+    values = change(np.asarray(group[name][...]))  # type: ignore[index]
+    del group[name]
+    group.create_array(name, data=values)
+    with pytest.raises(OSError, match=f"damaged result .*{name} does not fit"):
         pa.load(store)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import networks
 import numpy as np
+import psutil
 import pytest
 import torch
 from test_untouched import state_of
@@ -293,3 +295,65 @@ def test_an_interrupt_returns_within_a_second(kind: str) -> None:
     assert said == "interrupted\n"
     # A busy machine serves others meanwhile.
     assert seconds < max(1.0, os.getloadavg()[0])
+
+
+_LARGE = """
+import random, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torch
+from torch import nn
+import pyablate as pa
+torch.set_num_threads(1)
+torch.manual_seed(0)
+# What VGG-16 has at its widest is a gigaflop per image and convolution; so have these.
+model = nn.Sequential(
+    nn.Conv2d(3, 256, 5, stride=2, padding=2), nn.ReLU(),
+    nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)).eval()
+images, labels = torch.randn(120, 3, 56, 56), torch.randint(10, (120,))
+weights = [parameter.clone() for parameter in model.parameters()]
+for intervention in {interventions!r}:
+    try:
+        print("begun", flush=True)
+        pa.ablate(
+            model, (images, labels), intervention=intervention, batch_size=120, progress=False
+        )
+    except KeyboardInterrupt:
+        print(time.process_time(), flush=True)
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert not any(module._forward_hooks for module in model.modules())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_interrupts_at_random_moments_of_a_large_network() -> None:
+    """Measured in the time of the processor, which no other work on the machine can stretch."""
+    interventions = ["zero", "mean", "resample", "zero"]
+    chance = random.Random(0)
+    started = subprocess.Popen(
+        [sys.executable, "-c", _LARGE.format(interventions=interventions)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    taken = []
+    with started as child:
+        try:
+            assert child.stdout is not None
+
+            def used() -> float:
+                times = psutil.Process(child.pid).cpu_times()
+                return times.user + times.system
+
+            for _ in interventions:
+                assert child.stdout.readline() == "begun\n"
+                moment = used() + chance.uniform(0.0, 7.0)
+                while used() < moment:
+                    time.sleep(0.02)
+                sent = used()
+                child.send_signal(signal.SIGINT)
+                taken.append(float(child.stdout.readline()) - sent)
+        finally:
+            child.kill()
+    assert max(taken) < 1.0, taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,11 @@ from pyablate.report.examples import ACTIVATING, examples
 from pyablate.report.page import page
 from pyablate.report.relations import relations
 from pyablate.result import AblationResult
+
+logger = logging.getLogger("pyablate")
+
+MOST = 9_900_000
+"""Bytes of a report up to which pictures are put into it."""
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +86,7 @@ def write_report(
     gathered["curves"] = curve_charts(curves)
     gathered["sets"] = sets_by_class(minimal_sets, result)
     gathered["examples"] = _examples(result, model, data, device)
-    _replace(Path(path), page(gathered))
+    _replace(Path(path), _fitting(gathered))
 
 
 def _examples(
@@ -99,6 +105,23 @@ def _examples(
 
         activating = most_activating(model, data, result, count=ACTIVATING, device=device)
     return examples(result, activating, data)
+
+
+def _fitting(gathered: dict[str, Any]) -> str:
+    """Write the page, without the pictures that matter least where it would be too large."""
+    text, pictures = page(gathered), gathered["examples"]["pictures"]
+    excess = len(text) - MOST
+    if excess > 0 and pictures:
+        while excess > 0 and pictures:
+            excess -= len(pictures.popitem()[1])
+        text = page(gathered)
+    if len(text) > MOST:
+        logger.warning(
+            "the report has %.0f MB, which browsers may be slow at: a few layers at a time make "
+            "smaller ones",
+            len(text) / 1e6,
+        )
+    return text
 
 
 def _replace(path: Path, text: str) -> None:

@@ -6,34 +6,46 @@ A failure prints the case as code: paste it into ``test_fuzz_found.py``, and men
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 import pytest
 from budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
-from cases import CASES, Case, check
-from hypothesis import given
+from cases import CASES, Case, Checked, check
+from hypothesis import assume, given
+from parts import Network
 
-from pyablate.reference import Agreement
+LOW = ("int8", "bfloat16")
 
-compared: list[Agreement] = []
+compared: list[Checked] = []
+passed: set[Network] = set()
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
 @settings_for(30)
 @given(case=CASES)
 def test_random_networks_agree_with_the_oracle(case: Case) -> None:
+    assume(case.network not in passed)  # Hypothesis likes to vary what it has drawn before
     if not out_of_time():
         compared.append(check(case))
+        passed.add(case.network)
 
 
 def test_the_comparisons_meant_something() -> None:
-    graphs = sum(agreement.pairs > 0 for agreement in compared)
+    graphs = sum(one.agreement.pairs > 0 for one in compared)
     if not graphs:
         pytest.skip("nothing was compared: the test before did not run, or found something")
-    pairs = sum(agreement.pairs for agreement in compared)
-    ties = sum(agreement.near_ties for agreement in compared)
+    pairs = sum(one.agreement.pairs for one in compared)
+    ties = sum(one.agreement.near_ties for one in compared)
+    settled = sum((Counter(one.settled) for one in compared), Counter())
+    low = [one.settled for one in compared if any(one.settled.get(tier) for tier in LOW)]
     if NIGHTLY:
         said = f"{graphs} of {EXAMPLES} networks, {pairs} predictions, {ties} of them near ties"
+        tiers = ", ".join(f"{count} in {tier}" for tier, count in sorted(settled.items()))
+        rescued = sum(one.get("float64", 0) for one in low)
+        said += f"; settled by the dense part: {tiers}; low precision in {len(low)} networks, "
+        said += f"where {rescued} pairs were left for float64"
         print(f"\ncompared: {said}", file=sys.__stderr__)
     else:
         assert graphs > 0.8 * EXAMPLES
+        assert len(low) > 0.1 * EXAMPLES
     assert ties < 0.2 * pairs
