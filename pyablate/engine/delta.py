@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.codes import Codes
 from pyablate.engine import channel as channelwise
-from pyablate.engine import replaced, rules
+from pyablate.engine import cuda_graph, replaced, rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
+from pyablate.engine.cuda_graph import Repeated
 from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
@@ -135,11 +136,10 @@ class Suffix:
                 return
         row, image = sweep.live_pairs()
         if len(row):
-            yield (
-                row,
-                image,
-                ladder.settle(sweep.change, row, image, clean, self.pairs_in(slice_bytes), record),
-            )
+            recorder = cuda_graph.recorder(clean.logits.device)
+            change = sweep.change if recorder is None else Repeated(sweep.change, recorder)
+            size = self.pairs_in(slice_bytes)
+            yield row, image, ladder.settle(change, row, image, clean, size, record)
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
         """As many pairs as let the widest tensor fit, by precision."""
