@@ -193,7 +193,7 @@ class Data:
                 f"data: label {int(labels[where])} of image {first + where} is outside the "
                 f"model's {self.classes} classes (0 to {self.classes - 1})"
             )
-        labels = labels.to(self.device)
+        labels = sent(labels, self.device)
         return Batch(torch.arange(first, first + len(images)), images, labels)
 
     def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ from pyablate.engine import cuda_graph
 from pyablate.engine.ablations import Members
 from pyablate.engine.exact import Exact
 from pyablate.interventions import Intervention
+from pyablate.ops import Activation, changes, decisions, units
 from pyablate.prepare import prepare
 from pyablate.run import Sweep
 from pyablate.transfer import sent
@@ -34,12 +35,10 @@ SMALL = 1 << 17
 
 
 def set_up(name, device=None, *, spec="zero", layers=None, groups=None, low=(torch.bfloat16,)):
-    torch.manual_seed(0)
-    architecture = networks.ARCHITECTURES[name]
-    data = torch.randn(IMAGES, *architecture.shape), torch.arange(IMAGES) % networks.CLASSES
+    model, images, labels = networks.network(name, IMAGES)
     setup = prepare(
-        architecture.build().eval(),
-        data,
+        model,
+        (images, labels),
         layers,
         groups,
         interventions.parse(spec),
@@ -299,6 +298,38 @@ def test_waits_are_seen(work, waits, monkeypatch):
 def test_two_devices_do_not_mix(monkeypatch):
     with on_device(monkeypatch), pytest.raises(RuntimeError, match="two devices"):
         there(torch.zeros(3)) + torch.zeros(3)
+
+
+class NoKernels:
+    """A module whose operations are launched and do nothing: sizes are all that matters here."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def test_native_operations_do_not_wait(monkeypatch):
+    """The functions round the kernels, which the tests above take for one launch."""
+    for module in (changes, decisions, units):
+        monkeypatch.setattr(module, "twin", lambda _: NoKernels())
+        monkeypatch.setattr(module, "context", lambda _: (1, 0))
+    maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
+    pair = there(torch.zeros(5, dtype=torch.int32))
+    relu = Activation("relu")
+    filters, channel = there(torch.zeros(4, 3, 3, 4)), there(torch.zeros(4, dtype=torch.int32))
+    logits = there(torch.zeros(5, 3))
+    pooled = {"kernel": 2, "stride": 2, "out_size": (3, 3)}
+    with on_device(monkeypatch) as notes:
+        changes.delta_activation(maps, maps, pair, relu, scale=numbers, addend=maps)
+        changes.delta_mean(maps, maps, pair, relu, addend=maps)
+        changes.delta_max_pool(maps, maps, pair, activation=relu, **pooled)
+        changes.delta_max_pool(maps, maps, pair, activation=Activation("gelu"), **pooled)
+        decisions.classify(logits, logits, pair, numbers, relative=0.1)
+        decisions.head_flips(logits, logits, there(torch.zeros(3, 3)), pair, numbers)
+        units.masked_copies(maps, pair, pair, numbers)
+        fused = {"activation": relu, "base": maps, "padding": 1}
+        units.unit_delta(maps, filters, channel, pair, pair, **fused)
+        units.unit_delta(maps.to(torch.bfloat16), filters, channel, pair, pair)
+    assert notes.waits == []
 
 
 @pytest.mark.cuda
