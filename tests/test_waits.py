@@ -16,13 +16,12 @@ import pytest
 import torch
 from elsewhere import DEVICE, Wait, moved, on_device, there
 
-from pyablate import interventions
+from pyablate import interventions, prepare
 from pyablate.engine import cuda_graph
 from pyablate.engine.ablations import Members
 from pyablate.engine.exact import Exact
 from pyablate.interventions import Intervention
 from pyablate.ops import Activation, changes, decisions, units
-from pyablate.prepare import prepare
 from pyablate.run import Sweep
 from pyablate.transfer import sent
 
@@ -36,7 +35,7 @@ SMALL = 1 << 17
 
 def set_up(name, device=None, *, spec="zero", layers=None, groups=None, low=(torch.bfloat16,)):
     model, images, labels = networks.network(name, IMAGES)
-    setup = prepare(
+    setup = prepare.prepare(
         model,
         (images, labels),
         layers,
@@ -235,15 +234,12 @@ def test_members_without_counting_them(monkeypatch):
     """On a device rows are filled up with a member of their own."""
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.bool)
     row = torch.tensor([2, 0, 1, 1])
-    pair, member = Members(mask).of(row)
+    pair, member = Members(mask, mask.device).of(row)
     exact = set(zip(pair.tolist(), member.tolist(), strict=True))
     assert len(exact) == len(pair) == 4 + 3 + 1 + 1
     with on_device(monkeypatch) as notes:
-        members = Members(there(mask))
-        members.of(there(row))
-        start = len(notes.waits)
-        pair, member = elsewhere.here(members.of(there(row)))
-        assert notes.waits[start:] == []
+        pair, member = elsewhere.here(Members(mask, DEVICE).of(there(row)))
+    assert notes.waits == []
     assert set(zip(pair.tolist(), member.tolist(), strict=True)) == exact
     assert len(pair) == 4 * 4
 
@@ -298,6 +294,17 @@ def test_waits_are_seen(work, waits, monkeypatch):
 def test_two_devices_do_not_mix(monkeypatch):
     with on_device(monkeypatch), pytest.raises(RuntimeError, match="two devices"):
         there(torch.zeros(3)) + torch.zeros(3)
+
+
+def test_slices_and_memory_of_a_device(monkeypatch):
+    setup = set_up("mlp", layers=["7"])
+    big = dataclasses.replace(setup, memory=1 << 40)
+    assert big.slice_bytes == prepare.SLICE
+    monkeypatch.setattr(setup.data, "device", DEVICE)
+    assert big.slice_bytes == prepare.DEVICE_SLICE
+    assert setup.slice_bytes == SMALL // 16
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (12_345, 99_999))
+    assert prepare._free(torch.device("cuda")) == 12_345
 
 
 class NoKernels:

@@ -165,11 +165,14 @@ class Members:
 
     Attributes
     ----------
-    mask : Tensor
-        Bool ``[row, C]``: whether it has it.
+    listed : Tensor
+        Bool ``[row, C]``, on the CPU: whether it has it.
+    device : torch.device
+        Where they are looked up.
     """
 
-    mask: Tensor
+    listed: Tensor
+    device: torch.device
 
     def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """List all (pair, member) of pairs with these rows, int64 ``[P]``; some may come twice.
@@ -178,20 +181,24 @@ class Members:
         every row is filled up with its own first member, which is harmless to write again.
         """
         if row.device.type == "cpu":
-            pair, member = self.mask[row].nonzero(as_tuple=True)
+            pair, member = self.listed[row].nonzero(as_tuple=True)
             return pair, member
         member = self._padded[row]
         pair = torch.arange(len(row), device=row.device).unsqueeze(1).expand_as(member)
         return pair.reshape(-1), member.reshape(-1)
 
     @cached_property
+    def mask(self) -> Tensor:
+        """As :attr:`listed`, on the device."""
+        return sent(self.listed, self.device)
+
+    @cached_property
     def _padded(self) -> Tensor:
         """int64 ``[row, most]``."""
-        host = self.mask.cpu()
-        members = [row.nonzero().squeeze(1) for row in host]
+        members = [row.nonzero().squeeze(1) for row in self.listed]
         most = max(len(own) for own in members)
         padded = [torch.cat([own, own[:1].expand(most - len(own))]) for own in members]
-        return sent(torch.stack(padded), self.mask.device)
+        return sent(torch.stack(padded), self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +217,12 @@ class OnDevice:
     @cached_property
     def columns(self) -> Members:
         """Columns of each channelwise ablation."""
-        return Members(sent(self.job.belongs, self.device))
+        return Members(self.job.belongs, self.device)
 
     @cached_property
     def members(self) -> dict[str, Members]:
         """Units of each ablation, by site; each has some at every site of its job."""
-        masks = self.job.masks
-        return {name: Members(sent(mask, self.device)) for name, mask in masks.items()}
+        return {name: Members(mask, self.device) for name, mask in self.job.masks.items()}
 
     def axes(self, site: Site, dtype: torch.dtype) -> Tensor:
         """Direction of each row, ``[row, channels]``; zeros where a row has none here."""
