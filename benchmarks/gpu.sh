@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: build with CUDA, the cuda tests, compute-sanitizer over
-# the native operations, the benchmarks on the device. What came out lies in benchmarks/results/.
+# Everything that needs a GPU, in one call: build with CUDA, the cuda tests (kernels, waits of the
+# host, slices recorded as CUDA graphs), compute-sanitizer over the native operations, the benchmarks
+# on the device. What came out lies in benchmarks/results/.
 #
 #   bash benchmarks/gpu.sh              all of it; goes on after a failure and exits with 1 at the end
 #   bash benchmarks/gpu.sh --dry-run    print the commands, run none

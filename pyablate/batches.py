@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
+from pyablate.transfer import sent
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,11 +22,11 @@ class Batch:
     Attributes
     ----------
     index : Tensor
-        int64 ``[N]``, index of each image in the data.
+        int64 ``[N]``, index of each image in the data; on the CPU.
     images : Tensor
-        ``[N, ...]``, in the engine's dtype.
+        ``[N, ...]``, in the engine's dtype and on its device.
     labels : Tensor
-        int64 ``[N]``. All three are on the engine's device.
+        int64 ``[N]``, on the engine's device.
     """
 
     index: Tensor
@@ -34,17 +36,24 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def device(self) -> torch.device:
+        """The engine's device."""
+        return self.images.device
+
     def take(self, image: Tensor) -> Batch:
-        """Only the images at these positions of the batch."""
-        return Batch(self.index[image], self.images[image], self.labels[image])
+        """Only the images at these positions of the batch, int64 on the CPU."""
+        there = sent(image, self.device)
+        return Batch(self.index[image], self.images[there], self.labels[there])
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most ``size`` images, in order."""
         if len(self) <= size:
             yield self
             return
-        for some in torch.arange(len(self), device=self.index.device).split(size):
-            yield self.take(some)
+        parts = (part.split(size) for part in (self.index, self.images, self.labels))
+        for index, images, labels in zip(*parts, strict=True):
+            yield Batch(index, images, labels)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """Return the same images in another dtype."""
@@ -184,9 +193,8 @@ class Data:
                 f"data: label {int(labels[where])} of image {first + where} is outside the "
                 f"model's {self.classes} classes (0 to {self.classes - 1})"
             )
-        labels = labels.to(self.device)
-        index = torch.arange(first, first + len(images), device=self.device)
-        return Batch(index, images, labels)
+        labels = sent(labels, self.device)
+        return Batch(torch.arange(first, first + len(images)), images, labels)
 
     def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, item in enumerate(self._source):

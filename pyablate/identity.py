@@ -137,7 +137,7 @@ def hash_images(batch: Batch, dtype: torch.dtype) -> int:
         In which they are compared.
     """
     pixels = batch.images.to("cpu", dtype).flatten(1).contiguous().numpy()
-    places = np.stack([batch.index.cpu().numpy(), batch.labels.cpu().numpy()], axis=1)
+    places = np.stack([batch.index.numpy(), batch.labels.cpu().numpy()], axis=1)
     total = 0
     for place, image in zip(places, pixels, strict=True):
         digest = hashlib.sha256(place.tobytes())

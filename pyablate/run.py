@@ -41,6 +41,7 @@ from pyablate.run_store import (
     read_statistics,
 )
 from pyablate.store import load
+from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -284,7 +285,7 @@ class Sweep:
         parts = images.split(self.setup.batch_size)
         for batch, clean in (found for part in parts for found in self._clean(part)):
             self.labels.append(batch.labels.cpu().numpy())
-            self.baseline.append(clean.prediction.cpu().numpy())
+            self.baseline.append(clean.predicted.numpy())
             for number, job in enumerate(self.setup.jobs):
                 if number >= skipped:
                     advance(0, job.name)
@@ -416,17 +417,17 @@ class Sweep:
         image: Tensor,
         prediction: Tensor,
     ) -> Piece:
-        """Decide what is open, then keep the predictions that changed."""
+        """Decide what is open, then keep the predictions that changed; all on the CPU."""
         open_ = (prediction < 0).nonzero().squeeze(1)
         if len(open_):
             self.rescued += len(open_)
             exact = self.setup.exact.decide(batch, job, row[open_], image[open_])
             prediction = prediction.index_copy(0, open_, exact.prediction)
-        changed = (prediction != clean.prediction[image]).nonzero().squeeze(1)
+        changed = (prediction != clean.predicted[image]).nonzero().squeeze(1)
         return (
-            (row[changed] + job.rows.start).cpu().numpy(),
-            batch.index[image[changed]].cpu().numpy(),
-            prediction[changed].cpu().numpy(),
+            (row[changed] + job.rows.start).numpy(),
+            batch.index[image[changed]].numpy(),
+            prediction[changed].numpy(),
         )
 
     def _audit(
@@ -449,12 +450,11 @@ class Sweep:
             for piece in flips
             for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
         }
-        intact = clean.prediction.cpu().numpy()[image - first]
+        intact = clean.predicted.numpy()[image - first]
         pairs = zip(row.tolist(), image.tolist(), intact.tolist(), strict=True)
         found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
-        device, replay = batch.index.device, self.setup.replay
-        rows = torch.from_numpy(row - job.rows.start).to(device)
-        images = torch.from_numpy(image - first).to(device)
+        replay = self.setup.replay
+        rows, images = torch.from_numpy(row - job.rows.start), torch.from_numpy(image - first)
         logits = replay.logits(batch, job, rows, images)
         exact = decision(logits)
         if measured is not None:
@@ -462,7 +462,7 @@ class Sweep:
             before = replay.logits(batch, None, used, used)[which]
             found_here = measured.audit(rows, images, before, logits)
             self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
-        wrong = (exact.prediction.cpu().numpy() != found) & ~exact.near_tie.cpu().numpy()
+        wrong = (exact.prediction.numpy() != found) & ~exact.near_tie.numpy()
         self.audit = Audit(self.audit.pairs + len(found), self.audit.mismatches + int(wrong.sum()))
 
     def effort(self) -> Effort:
@@ -510,8 +510,7 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
 def _halves(batch: Batch) -> list[Batch]:
     """Halve a batch for which memory does not suffice."""
     logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
-    every = torch.arange(len(batch), device=batch.index.device)
-    return [batch.take(half) for half in every.split(len(batch) // 2)]
+    return list(batch.split(len(batch) // 2))
 
 
 def _name(tier: torch.dtype) -> str:
@@ -522,18 +521,18 @@ def _replayed(
     setup: Setup, job: Job, batch: Batch, clean: Clean, record: Record | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of a job by plain replay; close calls are left open."""
-    device = batch.index.device
     fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
     size = max(1, min(256, setup.at_a_time, fitting))
     own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics, size)
-    image = torch.arange(len(batch), device=device).repeat_interleave(len(job.members))
-    row = torch.arange(len(job.members), device=device).repeat(len(batch))
+    image = torch.arange(len(batch)).repeat_interleave(len(job.members))
+    row = torch.arange(len(job.members)).repeat(len(batch))
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
         close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))
         prediction = decision(logits).prediction
         if record is not None:
-            record(rows, images, logits.double() - clean.logits[images])
+            there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))
+            record(there, where, exact - clean.logits[where])
         yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
 
 

@@ -193,7 +193,7 @@ def _check_logits(logits: Any, batch: Batch) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model: expected logits [N, classes], got {got}")
-    finite = torch.isfinite(logits).all(dim=1)
+    finite = torch.isfinite(logits).all(dim=1).cpu()
     if not bool(finite.all()):
         where = int(batch.index[~finite][0])
         raise ValueError(f"model: the logits of image {where} are NaN or infinite")

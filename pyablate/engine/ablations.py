@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian
 from pyablate.layers import Site, hooked
 from pyablate.ranks import Ranks
+from pyablate.transfer import sent
 
 Key = tuple[str, int]  # (site name, call number)
 
@@ -88,7 +89,22 @@ class Job:
     @cached_property
     def belongs(self) -> Tensor:
         """Bool [row, column]: whether a channelwise ablation changes the unit of a column."""
-        return self._masks[self.sites[0].name][:, self.units]
+        return self.masks[self.sites[0].name][:, self.units]
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the columns are all units of the site in order."""
+        return self.units.tolist() == list(range(self.sites[0].channels))
+
+    def on(self, device: torch.device) -> OnDevice:
+        """Give what lists the members on a device, sent there once."""
+        if device not in self._there:
+            self._there[device] = OnDevice(self, device)
+        return self._there[device]
+
+    @cached_property
+    def _there(self) -> dict[torch.device, OnDevice]:
+        return {}
 
     def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
         """Ablate: row ``row[p]`` of this job on the p-th of some images.
@@ -113,17 +129,17 @@ class Job:
             return self._project(site, values, row)
         if self.single:
             every = torch.arange(len(row), device=row.device)
-            unit = self.units.to(row.device)[row]
+            unit = self.on(row.device).units[row]
             return _masked(site, values, unit, standin(every, unit))
         changed = values.clone()
         view = changed.movedim(site.axis, 1)
-        pair, unit = self._masks[site.name].to(row.device)[row].nonzero(as_tuple=True)
+        pair, unit = self.on(row.device).members[site.name].of(row)
         value = standin(pair, unit).to(values.dtype)
         view[pair, unit] = value.expand(len(pair), *view.shape[2:])
         return changed
 
     @cached_property
-    def _masks(self) -> dict[str, Tensor]:
+    def masks(self) -> dict[str, Tensor]:
         """Bool [row, channels] of each site: which units each ablation touches."""
         masks = {
             site.name: torch.zeros(len(self.members), site.channels, dtype=torch.bool)
@@ -136,17 +152,89 @@ class Job:
 
     def _project(self, site: Site, values: Tensor, row: Tensor) -> Tensor:
         """Take a - (a . q) q across the units; rows without a direction here are left alone."""
-        matrix = self.intervention.matrix(site.name, site.channels).to(values)
-        per_row = torch.zeros(len(self.members), site.channels).to(values)
-        for number, members in enumerate(self.members):
-            for name, unit in members:
-                if name == site.name:
-                    per_row[number] = matrix[:, unit]
-        q = per_row[row]
+        q = self.on(values.device).axes(site, values.dtype)[row]
         last = values.movedim(site.axis, -1)
         along = torch.einsum("p...c,pc->p...", last, q)
         q = q.reshape(len(row), *[1] * (last.ndim - 2), -1)
         return (last - along.unsqueeze(-1) * q).movedim(-1, site.axis).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Units or columns of each ablation of a job.
+
+    Attributes
+    ----------
+    listed : Tensor
+        Bool ``[row, C]``, on the CPU: whether it has it.
+    device : torch.device
+        Where they are looked up.
+    """
+
+    listed: Tensor
+    device: torch.device
+
+    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """List all (pair, member) of pairs with these rows, int64 ``[P]``; some may come twice.
+
+        Their number is not known on the host, and on a device would have to be waited for: there
+        every row is filled up with its own first member, which is harmless to write again.
+        """
+        if row.device.type == "cpu":
+            pair, member = self.listed[row].nonzero(as_tuple=True)
+            return pair, member
+        member = self._padded[row]
+        pair = torch.arange(len(row), device=row.device).unsqueeze(1).expand_as(member)
+        return pair.reshape(-1), member.reshape(-1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """As :attr:`listed`, on the device."""
+        return sent(self.listed, self.device)
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        """int64 ``[row, most]``."""
+        members = [row.nonzero().squeeze(1) for row in self.listed]
+        most = max(len(own) for own in members)
+        padded = [torch.cat([own, own[:1].expand(most - len(own))]) for own in members]
+        return sent(torch.stack(padded), self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class OnDevice:
+    """What the work on a device has to know of a job's members."""
+
+    job: Job
+    device: torch.device
+    _axes: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def units(self) -> Tensor:
+        """As :attr:`Job.units`."""
+        return sent(self.job.units, self.device)
+
+    @cached_property
+    def columns(self) -> Members:
+        """Columns of each channelwise ablation."""
+        return Members(self.job.belongs, self.device)
+
+    @cached_property
+    def members(self) -> dict[str, Members]:
+        """Units of each ablation, by site; each has some at every site of its job."""
+        return {name: Members(mask, self.device) for name, mask in self.job.masks.items()}
+
+    def axes(self, site: Site, dtype: torch.dtype) -> Tensor:
+        """Direction of each row, ``[row, channels]``; zeros where a row has none here."""
+        if (site.name, dtype) not in self._axes:
+            matrix = self.job.intervention.matrix(site.name, site.channels)
+            axes = matrix.new_zeros(len(self.job.members), site.channels)
+            for number, members in enumerate(self.job.members):
+                for name, unit in members:
+                    if name == site.name:
+                        axes[number] = matrix[:, unit]
+            self._axes[site.name, dtype] = sent(axes.to(dtype), self.device)
+        return self._axes[site.name, dtype]
 
 
 PairValues = Callable[[Tensor, Tensor], Tensor]
@@ -194,9 +282,7 @@ class StandIns:
         if kind == "noise":
             known = self.statistics[key]
             positions = math.prod(known.shape)
-            draw = gaussian(
-                self.intervention.seed, site.name, self.batch.index[image], unit, positions
-            )
+            draw = gaussian(self.intervention.seed, site.name, self._index[image], unit, positions)
             noise = known.mean[unit].unsqueeze(-1) + known.std[unit].unsqueeze(-1) * draw
             return noise.reshape(*noise.shape[:-1], *known.shape)
         if kind == "mean":
@@ -204,9 +290,13 @@ class StandIns:
         elif kind == "class_mean":
             value = self.statistics[key].class_mean[self.batch.labels[image], unit]
         else:
-            value = torch.tensor(self.intervention.value, dtype=torch.float64, device=unit.device)
-            value = value.expand(torch.broadcast_shapes(image.shape, unit.shape))
+            shape = torch.broadcast_shapes(image.shape, unit.shape)
+            value = unit.new_full((), self.intervention.value, dtype=torch.float64).expand(shape)
         return value.reshape(*value.shape, *[1] * (len(site.shape) - 1))
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return sent(self.batch.index, self.batch.device)
 
 
 def stand_ins(
@@ -222,7 +312,7 @@ def stand_ins(
     maps: dict[Key, Tensor] = {}
     if job.intervention.kind == "resample":
         donor = torch.from_numpy(donors(job.intervention.seed, len(data)))
-        images = data.at(donor[batch.index.cpu()]).to(batch.images.dtype)
+        images = data.at(donor[batch.index]).to(batch.images.dtype)
         parts = [clean_maps(model, some, job.sites) for some in images.split(at_a_time)]
         maps = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
     return StandIns(job.intervention, batch, statistics, maps)

@@ -12,6 +12,7 @@ from pyablate.engine.delta import Clean
 from pyablate.engine.exact import Exact
 from pyablate.engine.replay import Replay, forward
 from pyablate.graph import CONVOLUTIONS, Graph
+from pyablate.transfer import sent
 
 MARGIN = 3e-5
 """Share of an image's largest logit that float32 rounding may reach, with much to spare."""
@@ -29,10 +30,10 @@ def rounding(model: nn.Module, exact: Replay, batch: Batch) -> float:
     Measured on a few images against the exact replay: where logits come about by cancellation,
     float32 can be far worse than usual.
     """
-    every = torch.arange(len(batch), device=batch.index.device)
+    every = torch.arange(len(batch))
     logits = exact.logits(batch, None, every, every)
     with torch.no_grad():
-        error = (forward(model, batch.images).to(logits.dtype) - logits).abs().amax(dim=1)
+        error = (forward(model, batch.images).cpu().to(logits.dtype) - logits).abs().amax(dim=1)
     worst = float((error / logits.abs().amax(dim=1).clamp(min=1e-300)).max())
     return max(MARGIN, SAFETY * worst)
 
@@ -86,11 +87,12 @@ def _clean(
     margin: float,
 ) -> Clean:
     finite = torch.isfinite(logits).all(dim=1)
+    tolerance = margin * logits.abs().amax(dim=1)
+    finite, close = torch.stack([finite, close_calls(logits, tolerance)]).cpu()
     if not bool(finite.all()):
         where = int(batch.index[~finite][0])
         raise ValueError(f"model: the logits of image {where} are NaN or infinite")
-    tolerance = margin * logits.abs().amax(dim=1)
-    return Clean(tensors, logits, _predict(logits, tolerance, exact, batch), tolerance)
+    return Clean(tensors, logits, _predict(logits, close, exact, batch), tolerance)
 
 
 def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:
@@ -99,10 +101,11 @@ def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:
     return top[:, 0] - top[:, 1] <= tolerance
 
 
-def _predict(logits: Tensor, tolerance: Tensor, exact: Exact | Replay, batch: Batch) -> Tensor:
-    """Argmax, with close calls decided by exact replay."""
+def _predict(logits: Tensor, close: Tensor, exact: Exact | Replay, batch: Batch) -> Tensor:
+    """Argmax, with close calls (bool ``[N]`` on the CPU) decided by exact replay."""
     prediction = logits.argmax(dim=1).to(torch.int32)
-    close = close_calls(logits, tolerance).nonzero().squeeze(1)
-    if len(close):
-        prediction[close] = exact.decide(batch, None, close, close).prediction
+    open_ = close.nonzero().squeeze(1)
+    if len(open_):
+        decided = exact.decide(batch, None, open_, open_).prediction
+        prediction[sent(open_, logits.device)] = sent(decided, logits.device)
     return prediction

@@ -313,7 +313,8 @@ def _add(reader: Reader, node: fx.Node) -> Channel | None:
     if isinstance(second, Channel) and first is None:
         return second.with_values(sign * second.values) if keeps_shape(second, node) else None
     if isinstance(first, Channel) and isinstance(second, Channel):
-        alike = first.axis == second.axis and torch.equal(first.channel, second.channel)
+        same = first.channel is second.channel or torch.equal(first.channel, second.channel)
+        alike = first.axis == second.axis and same
         if alike and keeps_shape(first, node) and keeps_shape(second, node):
             return first.with_values(first.values + sign * second.values)
     return None

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.codes import Codes
 from pyablate.engine import channel as channelwise
-from pyablate.engine import replaced, rules
+from pyablate.engine import cuda_graph, replaced, rules
 from pyablate.engine.ablations import Job, StandIns
 from pyablate.engine.channel import Channel
+from pyablate.engine.cuda_graph import Repeated
 from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
@@ -51,6 +52,11 @@ class Clean:
     logits: Tensor
     prediction: Tensor
     tolerance: Tensor
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """``prediction`` on the CPU."""
+        return self.prediction.cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +113,15 @@ class Suffix:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Predictions of every (ablation, image) that can differ from the clean run's.
 
-        All that changes the logits is told to ``record``, if there is one.
+        All that changes the logits is told to ``record``, if there is one. The device is waited
+        for where pairs are counted: those that are live, those whose prediction changed. What
+        lies between is launched without a look at what came out.
 
         Yields
         ------
         row, image, prediction : Tensor
-            int64, int64 and int32 ``[P]``: position in the job, position in the batch, class or
-            -1 where it is too close to call in this precision.
+            int64, int64 and int32 ``[P]``, on the CPU: position in the job, position in the batch,
+            class or -1 where it is too close to call in this precision.
         """
         if self.graph.logits not in self.nodes:
             return
@@ -128,11 +136,10 @@ class Suffix:
                 return
         row, image = sweep.live_pairs()
         if len(row):
-            yield (
-                row,
-                image,
-                ladder.settle(sweep.change, row, image, clean, self.pairs_in(slice_bytes), record),
-            )
+            recorder = cuda_graph.recorder(clean.logits.device)
+            change = sweep.change if recorder is None else Repeated(sweep.change, recorder)
+            size = self.pairs_in(slice_bytes)
+            yield row, image, ladder.settle(change, row, image, clean, size, record)
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
         """As many pairs as let the widest tensor fit, by precision."""
@@ -239,7 +246,8 @@ class Sweep:
         base = self.base(marker)
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
         value = self._standins(marker, image).to(base.dtype)
-        held = Channel(value, site.axis, unit, site.channels, whole=self._whole)
+        whole = self.suffix.job.whole
+        held = Channel(value, site.axis, unit, site.channels, whole=whole)
         return held.with_values(value - held.of(base))
 
     def _replacement(self, marker: fx.Node) -> Replaced:
@@ -248,17 +256,12 @@ class Sweep:
         images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
         image = torch.arange(images, device=base.device).unsqueeze(1)
         value = self._standins(marker, image).to(base.dtype)
-        whole = self._whole
+        whole = self.suffix.job.whole
         return Replaced(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
 
-    @cached_property
-    def _whole(self) -> bool:
-        job = self.suffix.job
-        return job.units.tolist() == list(range(job.sites[0].channels))
-
-    @cached_property
+    @property
     def _units(self) -> Tensor:
-        return self.suffix.job.units.to(self.clean.logits.device)
+        return self.suffix.job.on(self.clean.logits.device).units
 
     def _standins(self, marker: fx.Node, image: Tensor) -> Tensor:
         call = marker.args[2]
@@ -282,7 +285,8 @@ class Sweep:
         )
         differs = prediction != clean.prediction.unsqueeze(1)
         image, row = differs.nonzero(as_tuple=True)
-        return row, image, prediction[image, row]
+        row, image, new = torch.stack([row, image, prediction[image, row].long()]).cpu()
+        return row, image, new.to(torch.int32)
 
     def record_closed_form(self, record: Record, size: int) -> None:
         """Spell out the logit changes of the closed form, ``size`` pairs at a time."""
@@ -295,14 +299,16 @@ class Sweep:
             record(rows, images, delta.values[images, rows].unsqueeze(1) * columns[rows])
 
     def live_pairs(self) -> tuple[Tensor, Tensor]:
-        """Pairs (row, image), image by image, without those that the ablation does not change."""
-        job, device = self.suffix.job, self.clean.logits.device
-        images = len(self.clean.logits)
-        alive = torch.ones(images, len(job.members), dtype=torch.bool, device=device)
+        """Pairs (row, image), image by image, without those that the ablation does not change.
+
+        On the CPU, where all else that has to be known of a block follows from them.
+        """
+        job = self.suffix.job
+        alive = torch.ones(len(self.clean.logits), len(job.members), dtype=torch.bool)
         if self.graph.logits not in self.suffix.nodes:
             alive.fill_(False)
         elif job.channelwise:
-            alive = self._alive()
+            alive = self._alive().cpu()
         image, row = alive.nonzero(as_tuple=True)
         return row, image
 
@@ -317,7 +323,7 @@ class Sweep:
         alive = torch.stack([_any_position(values) for values in maps]).any(dim=0)
         if self.suffix.job.single:
             return alive
-        belongs = self.suffix.job.belongs.to(alive.device)
+        belongs = self.suffix.job.on(alive.device).columns.mask
         return alive.float() @ belongs.t().float() > 0
 
     def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -400,9 +406,7 @@ class _Slice:
     @cached_property
     def _members(self) -> tuple[Tensor, Tensor]:
         """(pair, column) of every unit that the pairs' groups consist of."""
-        belongs = self.sweep.suffix.job.belongs.to(self.column.device)
-        pair, column = belongs[self.column].nonzero(as_tuple=True)
-        return pair, column
+        return self.sweep.suffix.job.on(self.column.device).columns.of(self.column)
 
     @cached_property
     def _sites(self) -> dict[str, Site]:

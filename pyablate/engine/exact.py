@@ -19,6 +19,7 @@ from pyablate.engine.delta import Clean, Suffix, Sweep, needed
 from pyablate.engine.replay import Decision, Replay, decision
 from pyablate.graph import Graph
 from pyablate.portions import LARGEST
+from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -62,7 +63,7 @@ class Exact:
         with torch.no_grad():
             found = [self._few(few, job, row, position) for few, position in parts]
         rows = torch.cat([where for where, _ in found])
-        logits = torch.cat([logits for _, logits in found])[rows.argsort()]
+        logits = torch.cat([logits for _, logits in found]).cpu()[rows.argsort()]
         lost = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1)
         if len(lost):  # what is infinite inside the intact network has no difference
             logits[lost] = self.replay.logits(batch, job, row[lost], image[lost])
@@ -74,11 +75,12 @@ class Exact:
         """Which pairs lie on these images (``position`` within them), and their logits."""
         mine = ((position >= 0) & (position < len(few))).nonzero().squeeze(1)
         row, image = row[mine], position[mine]
+        rows, images = sent(row, few.device), sent(image, few.device)
         suffix = None if job is None else self._suffix(job)
         keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
         tensors = self.graph.run(few.images, keep)
         clean_logits: Tensor = tensors[self.graph.logits]
-        logits = clean_logits[image]
+        logits = clean_logits[images]
         if suffix is None or job is None or self.graph.logits not in suffix.nodes:
             return mine, logits
         prediction = clean_logits.argmax(dim=1).to(torch.int32)
@@ -91,10 +93,11 @@ class Exact:
         if job.channelwise:
             sweep.advance()
         size = suffix.pairs_in(SLICE)(torch.float64)
-        for some in torch.arange(len(row), device=row.device).split(size):
-            change = sweep.change(row[some], image[some], torch.float64)
+        parts = (whole.split(size) for whole in (rows, images, logits))
+        for some, where, part in zip(*parts, strict=True):
+            change = sweep.change(some, where, torch.float64)
             if change is not None:
-                logits[some] += change
+                part += change  # in place: a view
         return mine, logits
 
     def _suffix(self, job: Job) -> Suffix:
@@ -121,7 +124,7 @@ def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:
         if isinstance(value, Tensor)
     }
     found = Exact(replace(graph, constants={**graph.constants, **constants}), replay)
-    every = torch.arange(len(sample), device=sample.index.device)
+    every = torch.arange(len(sample))
     expected = replay.logits(sample, None, every, every)
     try:
         logits = found.logits(sample, None, every, every)

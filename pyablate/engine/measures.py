@@ -112,15 +112,16 @@ class Measured:
     ) -> tuple[Accuracy, ...]:
         """Compare pairs with their logits ``[P, K]`` in float64, of the intact network and ablated.
 
+        All four on the CPU.
+
         Returns
         -------
         tuple of Accuracy
             One per measure.
         """
-        label = self.label[image]
+        label, change = self.label.cpu()[image], self.change.cpu()[:, row, image]
         found: list[Accuracy] = []
         for number, name in enumerate(self.names):
             exact = measure(name, after.double(), label) - measure(name, before.double(), label)
-            error = self.change[number, row, image] - exact
-            found.append(Accuracy.of(exact.cpu().numpy(), error.cpu().numpy()))
+            found.append(Accuracy.of(exact.numpy(), (change[number] - exact).numpy()))
         return tuple(found)

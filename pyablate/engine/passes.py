@@ -82,7 +82,7 @@ def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: 
     dense = _waiting(pairs.raw(source), source)
     assert dense is not None
     values = dense.values if dense.fresh else dense.values.clone()
-    scale, factor = dense.scale, channel.values.new_tensor([sign])
+    scale, factor = dense.scale, channel.values.new_full((1,), sign)
     if scale is not None:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # codes of nothing but zeros
         factor = sign / scale

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyablate.batches import Batch, Data
 from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
 from pyablate.layers import Site, hooked
+from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -63,12 +64,12 @@ class Replay:
         job : Job or None
             The ablations; None for the intact network.
         row, image : Tensor
-            int64 ``[P]``: position in the job and in the batch.
+            int64 ``[P]``, on the CPU: position in the job and in the batch.
 
         Returns
         -------
         Tensor
-            ``[P, K]`` in this replay's dtype.
+            ``[P, K]`` in this replay's dtype, on the CPU.
         """
         parts = zip(row.split(self.rows), image.split(self.rows), strict=True)
         return torch.cat([self._some(batch, job, *part) for part in parts])
@@ -78,10 +79,11 @@ class Replay:
             return self._some(batch, job, row.repeat(2), image.repeat(2))[:1]
         used, inverse = image.unique(return_inverse=True)
         few = batch.take(used).to(self.dtype)
+        row, inverse = sent(row, batch.device), sent(inverse, batch.device)
         images = few.images[inverse]
         with torch.no_grad():
             if job is None:
-                return forward(self.model, images)
+                return forward(self.model, images).cpu()
             standins = stand_ins(
                 self.model, self.data, few, job, self.statistics, at_a_time=self.rows
             )
@@ -93,7 +95,8 @@ class Replay:
                 return job.change(site, output, row, standin)
 
             with hooked(self.model, job.sites, change):
-                return self.model(images)  # type: ignore[no-any-return]
+                logits: Tensor = self.model(images)
+                return logits.cpu()
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair, as exactly as this replay's precision allows."""
@@ -114,7 +117,7 @@ class Decision:
     Attributes
     ----------
     prediction : Tensor
-        int32 ``[P]``.
+        int32 ``[P]``; both are where the logits were.
     near_tie : Tensor
         bool ``[P]``: the two best logits are too close for the answer to mean anything.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyablate import ops, shortage
 from pyablate.engine.measures import Record
+from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -113,7 +114,7 @@ class Ladder:
         change : callable
             Gives logit changes.
         row, image : Tensor
-            int64 ``[P]``: the pairs.
+            int64 ``[P]``, on the CPU: the pairs.
         clean : Clean
             The clean run.
         size : callable
@@ -124,17 +125,21 @@ class Ladder:
         Returns
         -------
         Tensor
-            int32 ``[P]``.
+            int32 ``[P]``, on the CPU. One wait for the device per tier that had anything to do.
         """
         self._calibrate(change, row, image, clean, size(self.full))
-        prediction = clean.prediction[image]
-        open_ = torch.arange(len(row), device=row.device)
+        prediction = torch.full((len(row),), -1, dtype=torch.int32)
+        open_ = torch.arange(len(row))
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
+            device = clean.logits.device
+            rows, images = sent(row[open_], device), sent(image[open_], device)
+            found = clean.prediction[images]
             start = 0
             while start < len(open_):
-                some = open_[start : start + min(size(tier), self.most)]
-                if self._fill(prediction, some, change, row, image, clean, tier, record):
-                    start += len(some)
+                some = slice(start, start + min(size(tier), self.most))
+                if self._fill(found[some], change, rows[some], images[some], clean, tier, record):
+                    start = some.stop
+            prediction[open_] = found.cpu()
             left = open_[prediction[open_] < 0]
             self.settled[tier] = self.settled.get(tier, 0) + len(open_) - len(left)
             open_ = left
@@ -144,8 +149,7 @@ class Ladder:
 
     def _fill(
         self,
-        prediction: Tensor,
-        some: Tensor,
+        found: Tensor,
         change: Change,
         row: Tensor,
         image: Tensor,
@@ -155,17 +159,17 @@ class Ladder:
     ) -> bool:
         """Decide some pairs; False, and fewer at a time from now on, if memory does not suffice."""
         try:
-            delta = change(row[some], image[some], tier)
+            delta = change(row, image, tier)
         except shortage.ERRORS as error:
-            if len(some) == 1 or not shortage.is_shortage(error):
+            if len(row) == 1 or not shortage.is_shortage(error):
                 raise
-            self.most = len(some) // 2
+            self.most = len(row) // 2
             logger.warning("out of memory: going on with %d pairs at a time", self.most)
             return False
         if delta is not None:
-            prediction[some] = self._classify(delta, image[some], clean, tier)
+            found.copy_(self._classify(delta, image, clean, tier))
             if record is not None:
-                record(row[some], image[some], delta)
+                record(row, image, delta)
         return True
 
     def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
@@ -183,8 +187,8 @@ class Ladder:
         if len(self.tiers) == 1 or self.measured >= SAMPLE:
             return
         size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // 32), most)
-        chosen = torch.linspace(0, len(row) - 1, size, device=row.device).long()
-        row, image = row[chosen], image[chosen]
+        chosen = torch.linspace(0, len(row) - 1, size).long()
+        row, image = (sent(of[chosen], clean.logits.device) for of in (row, image))
         exact = change(row, image, self.full)
         if exact is None:
             return
@@ -192,7 +196,7 @@ class Ladder:
         for tier in list(self.tiers[:-1]):
             rough = change(row, image, tier)
             assert rough is not None
-            worst = _worst_error(rough.to(exact.dtype), exact, clean.tolerance[image])
+            worst = float(_worst_error(rough.to(exact.dtype), exact, clean.tolerance[image]))
             self.doubts[tier] = max(self.doubts.get(tier, FLOOR[tier]), SAFETY * worst)
             open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
             if self.doubts[tier] >= 1.0 or open_ > USELESS:
@@ -200,7 +204,7 @@ class Ladder:
                 self.tiers.remove(tier)
 
 
-def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> float:
+def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> Tensor:
     """Largest error of a rough logit change, as a share of its own spread; NaN counts as infinite.
 
     Errors within the tolerance are doubted anyway. Changes that are not finite in full precision
@@ -208,7 +212,8 @@ def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> float:
     """
     error, spread = _spread(rough - exact), _spread(rough)
     counts = ~(error <= tolerance) & torch.isfinite(exact).all(dim=1)
-    return float((error / spread)[counts].nan_to_num(torch.inf).amax()) if counts.any() else 0.0
+    share = (error / spread).nan_to_num(torch.inf)
+    return torch.where(counts, share, torch.zeros_like(share)).amax()
 
 
 def _spread(change: Tensor) -> Tensor:

@@ -315,8 +315,9 @@ class _Loop:
             per_image = moments.class_mean[batch.labels, unit]
             return per_image.reshape(-1, *[1] * (len(shape) - 1))
         positions = shape[1:].numel()
-        which = torch.full_like(batch.index, unit)
-        draws = gaussian(self.intervention.seed, site.name, batch.index, which, positions)
+        index = batch.index.to(output.device)
+        which = torch.full_like(index, unit)
+        draws = gaussian(self.intervention.seed, site.name, index, which, positions)
         return moments.mean[unit] + moments.deviation[unit] * draws.reshape(shape)
 
     @cached_property

@@ -71,10 +71,10 @@ def most_activating(
                 ready.model(torch.cat([batch.images] * 2) if single else batch.images)
                 for name, pooled in totals.items():
                     values = pooled[: len(batch)].t().double()
-                    best[name] = _merged(best.get(name), values, batch.index, count)
+                    best[name] = _merged(best.get(name), values.cpu(), batch.index, count)
     for site in sites:
         rows = np.flatnonzero((result.units["layer"] == site.name).to_numpy())
-        images = best[site.name][1].cpu().numpy()
+        images = best[site.name][1].numpy()
         units = result.units["unit"].to_numpy()[rows]
         known = units >= 0
         found[rows[known], : images.shape[1]] = images[units[known]]

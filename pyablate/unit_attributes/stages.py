@@ -232,7 +232,7 @@ def _evenly(data: Data, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
     wanted = torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
     images, labels = [], []
     for batch in data.batches(batch_size):
-        here = torch.isin(batch.index, wanted.to(batch.index.device))
-        images.append(batch.images[here])
-        labels.append(batch.labels[here].cpu())
+        here = torch.isin(batch.index, wanted)
+        images.append(batch.images[here.to(batch.device)])
+        labels.append(batch.labels.cpu()[here])
     return torch.cat(images), torch.cat(labels)
