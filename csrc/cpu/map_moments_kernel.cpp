@@ -1,4 +1,4 @@
-#include "pyablate/class_moments.h"
+#include "pyablate/map_moments.h"
 
 #include "isa.h"
 #include "pyablate/dispatch.h"
@@ -82,24 +82,19 @@ PYABLATE_INLINE void add_run(const T* x, std::int64_t count, Sums<T>& to) {
 
 // One unit on one image into the tables.
 template <class T>
-PYABLATE_INLINE void record(const ClassMomentsParams& p, std::int64_t n, std::int64_t c,
+PYABLATE_INLINE void record(const MapMomentsParams& p, std::int64_t n, std::int64_t c,
                             const Sums<T>& map) {
-    const T mean = static_cast<T>(map.sum / static_cast<double>(p.outer * p.inner));
-    const double wide = static_cast<double>(mean);
-    const std::int64_t cell = c * p.classes + p.label[n];
     T* least = static_cast<T*>(p.least);
-    static_cast<T*>(p.pooled)[n * p.units + c] = mean;
+    const double mean = map.sum / static_cast<double>(p.outer * p.inner);
+    static_cast<T*>(p.pooled)[c * p.pooled_row + n] = static_cast<T>(mean);
+    p.active[c * p.active_row + n] = map.positive > 0;
     least[c] = map.least < least[c] ? map.least : least[c];
     p.positive[c] += map.positive;
-    p.total[cell] += wide;
-    p.square[cell] += wide * wide;
-    p.maximum[cell] = wide > p.maximum[cell] ? wide : p.maximum[cell];
-    p.active[cell] += map.positive > 0;
 }
 
 // One unit whose map is runs of consecutive entries.
 template <class T>
-PYABLATE_INLINE void read_map(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+PYABLATE_INLINE void read_map(const MapMomentsParams& p, std::int64_t n, std::int64_t c) {
     Sums<T> map;
     for (std::int64_t o = 0; o < p.outer; ++o) {
         add_run(static_cast<const T*>(p.x) + ((n * p.outer + o) * p.units + c) * p.inner, p.inner,
@@ -110,7 +105,7 @@ PYABLATE_INLINE void read_map(const ClassMomentsParams& p, std::int64_t n, std::
 
 // A vector's worth of units that lie side by side (inner = 1).
 template <class T>
-PYABLATE_INLINE void read_columns(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+PYABLATE_INLINE void read_columns(const MapMomentsParams& p, std::int64_t n, std::int64_t c) {
     constexpr int width = lanes<T>;
     Sums<T> maps[width];
     for (std::int64_t first = 0; first < p.outer; first += flush) {
@@ -133,7 +128,7 @@ PYABLATE_INLINE void read_columns(const ClassMomentsParams& p, std::int64_t n, s
 }
 
 template <class T>
-void run(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+void run(const MapMomentsParams& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = 0; n < p.images; ++n) {
         std::int64_t c = begin;
         if (p.inner == 1) {
@@ -146,7 +141,7 @@ void run(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
 }  // namespace
 
 // Items are units.
-void class_moments(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end) {
     if (p.dtype == DType::float64) {
         run<double>(p, begin, end);
     } else {
