@@ -1,7 +1,7 @@
 """Statistics of activations: the operations that attributes stand on.
 
-Each map is read once (:func:`map_moments`); what concerns a class is taken, late, from one number per
-unit and image (:func:`class_moments`, :func:`class_ranks`). They keep to the rules of
+Each map is read once (:func:`map_moments`); what concerns a class is taken, late, from one number
+per unit and image (:func:`class_moments`, :func:`class_ranks`). They keep to the rules of
 :mod:`pyablate.ops`: thin functions that check, allocate and dispatch.
 """
 

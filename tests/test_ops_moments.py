@@ -48,7 +48,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-12 if dtype == torch.float64 else 1e-5
 
 
-# --- map_moments ------------------------------------------------------------------------------------
+# --- map_moments ----------------------------------------------------------------------------------
 
 
 def maps_by_loops(x: Tensor, axis: int) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def test_batch_after_batch_into_the_same_tables(twin):
     agree(whole, maps_by_loops(x.cpu(), 1), rtol=1e-5)
 
 
-# --- class_moments ----------------------------------------------------------------------------------
+# --- class_moments --------------------------------------------------------------------------------
 
 
 def moments_by_loops(pooled: Tensor, active: Tensor, label: Tensor) -> dict[str, np.ndarray]:
@@ -158,7 +158,7 @@ def test_class_moments(twin, dtype, units, images):
     agree(found, moments_by_loops(*arguments), rtol=1e-12)
 
 
-# --- class_ranks ------------------------------------------------------------------------------------
+# --- class_ranks ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -265,7 +265,7 @@ def test_labels_out_of_range_are_not_counted(monkeypatch):
     assert int(found.first.sum()) <= 9 * case.top
 
 
-# --- all of them ------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(CORE is None, reason="no native module")

@@ -297,7 +297,7 @@ def class_moments(
 def class_ranks(
     x: Tensor, label: Tensor, count: Tensor, bins: int, top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rank sums, gains, first images, quantiles by class, and widths of the images' order [U, N]."""
+    """Rank sums, gains, first images, quantiles by class, and widths, of x [U, N]."""
     units, images = x.shape
     classes = len(count)
     values, order = torch.sort(x, dim=1, descending=True, stable=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def entropy(counts: Tensor) -> Tensor:
     """Plug-in entropy of the bins of ``[U, bins]``, ``[U]``."""
-    share = counts / counts.sum(dim=1, keepdim=True)
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
     return -torch.xlogy(share, share).sum(dim=1)
 
 
