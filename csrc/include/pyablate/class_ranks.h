@@ -60,7 +60,8 @@ struct Ranked<double> {
 
 // Elements of int64 that a worker needs: the images twice, for sorting to and fro, and a counter
 // per class.
-constexpr std::int64_t class_ranks_scratch(std::int64_t images, std::int64_t classes, DType dtype) {
+PYABLATE_HOST_DEVICE constexpr std::int64_t class_ranks_scratch(std::int64_t images,
+                                                                std::int64_t classes, DType dtype) {
     return 2 * images * (dtype == DType::float64 ? 2 : 1) + classes;
 }
 
