@@ -6,13 +6,19 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'class_moments', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
     """
-def class_moments(x: torch.Tensor, label: torch.Tensor, pooled: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, total: torch.Tensor, square: torch.Tensor, maximum: torch.Tensor, active: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+def class_moments(pooled: torch.Tensor, active: torch.Tensor, label: torch.Tensor, total: torch.Tensor, square: torch.Tensor, maximum: torch.Tensor, active_images: torch.Tensor, threads: int, stream: int) -> None:
     ...
+def class_ranks(x: torch.Tensor, label: torch.Tensor, count: torch.Tensor, rank_sum: torch.Tensor, gain: torch.Tensor, first: torch.Tensor, quantiles: torch.Tensor, widths: torch.Tensor, top: int, scratch: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def class_ranks_scratch(x: torch.Tensor, classes: int) -> int:
+    """
+    Columns of the scratch of class_ranks; its rows are as many as threads or GPU blocks.
+    """
 def classify(logits: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, tolerance: torch.Tensor, out: torch.Tensor, relative: float, threads: int, stream: int) -> None:
     ...
 def confusion_counts(prediction: torch.Tensor, label: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
@@ -28,6 +34,8 @@ def grid_size(elements: int, per_block: int) -> int:
     Blocks of a CUDA launch, for tests.
     """
 def head_flips(logits: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bounds: torch.Tensor, baseline: torch.Tensor, tolerance: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def map_moments(x: torch.Tensor, pooled: torch.Tensor, active: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...
 def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...

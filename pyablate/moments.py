@@ -1,6 +1,8 @@
-"""Statistics of activations, one reading of the maps: the operations that attributes stand on.
+"""Statistics of activations: the operations that attributes stand on.
 
-They keep to the rules of :mod:`pyablate.ops`: thin functions that check, allocate and dispatch.
+Each map is read once (:func:`map_moments`); what concerns a class is taken, late, from one number
+per unit and image (:func:`class_moments`, :func:`class_ranks`). They keep to the rules of
+:mod:`pyablate.ops`: thin functions that check, allocate and dispatch.
 """
 
 from __future__ import annotations
@@ -11,166 +13,240 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pyablate._arguments import check_classes, check_pairs, check_range, check_shape, check_tensor
+from pyablate._arguments import check_classes, check_pairs, check_shape, check_tensor
 from pyablate._layout import dense
-from pyablate.ops.dispatch import context, twin
+from pyablate.ops.dispatch import FLOATS, REAL, context, twin
 from pyablate.reference import ops as reference
 
-__all__ = ["ClassMoments", "class_moments", "joint_histogram"]
+__all__ = [
+    "ClassMoments",
+    "ClassRanks",
+    "MapMoments",
+    "class_moments",
+    "class_ranks",
+    "map_moments",
+]
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+_SCRATCH = 1 << 28  # bytes that the blocks of a GPU sort in
+_BLOCKS = 1024  # more than a GPU runs at a time
 
 
 @dataclass(frozen=True)
-class ClassMoments:
-    """What one reading of the maps ``[N, ..., C, ...]`` of C units on N images tells.
+class MapMoments:
+    """What the maps of C units are on N images.
 
     Attributes
     ----------
     pooled : Tensor
-        ``[N, C]``, mean of each map over its positions; float64 for float64 maps, else float32.
+        ``[C, N]``, mean of each map over its positions; float64 for float64 maps, else float32.
+    active : Tensor
+        uint8 ``[C, N]``, 1 where some position is above 0.
     least : Tensor
-        ``[C]``, smallest value at any position, dtype of ``pooled``.
+        ``[C]``, smallest value at any position of any image, dtype of ``pooled``.
     positive : Tensor
         int64 ``[C]``, positions above 0.
-    total, square, maximum : Tensor
-        float64 ``[C, K]``, sum, sum of squares and maximum of ``pooled`` over the images of a
-        class; the maximum over no image is minus infinity.
-    active : Tensor
-        int64 ``[C, K]``, images of a class on which some position is above 0.
-    count : Tensor
-        int64 ``[K]``, images of each class.
-    positions : int
-        Positions of one map.
     """
 
     pooled: Tensor
+    active: Tensor
     least: Tensor
     positive: Tensor
+
+    @classmethod
+    def empty(
+        cls, units: int, images: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> MapMoments:
+        """Tables that :func:`map_moments` can fill; ``dtype`` is that of the maps."""
+        dtype = reference.compute_dtype(dtype)
+        return cls(
+            torch.empty(units, images, dtype=dtype, device=device),
+            torch.empty(units, images, dtype=torch.uint8, device=device),
+            torch.full((units,), torch.inf, dtype=dtype, device=device),
+            torch.zeros(units, dtype=torch.int64, device=device),
+        )
+
+    def part(self, first: int, images: int) -> MapMoments:
+        """Tables of some of the images, in the same memory."""
+        pooled, active = (t.narrow(1, first, images) for t in (self.pooled, self.active))
+        return MapMoments(pooled, active, self.least, self.positive)
+
+
+@dataclass(frozen=True)
+class ClassMoments:
+    """Moments of pooled activations, by unit and class.
+
+    Attributes
+    ----------
+    total, square, maximum : Tensor
+        float64 ``[C, K]``, sum, sum of squares and maximum over the images of a class; the maximum
+        over no image is minus infinity.
+    active_images : Tensor
+        int64 ``[C, K]``, images of a class on which the unit is active.
+    """
+
     total: Tensor
     square: Tensor
     maximum: Tensor
-    active: Tensor
-    count: Tensor
-    positions: int
+    active_images: Tensor
 
 
-def class_moments(x: Tensor, label: Tensor, classes: int, *, axis: int = 1) -> ClassMoments:
-    """Moments of pooled activations per unit and class, in one reading of the maps.
+@dataclass(frozen=True)
+class ClassRanks:
+    """What the order of N images by a unit's activation x tells about their classes.
+
+    ``greater`` and ``at_least`` are, for an image, the numbers of images with greater x, and with
+    x at least as great, itself included.
+
+    Attributes
+    ----------
+    rank_sum : Tensor
+        int64 ``[C, K]``, sum of greater + at_least over the images of a class.
+    gain : Tensor
+        int64 ``[C, K]``, the largest of N * hits - count * at_least over the images of a class;
+        count images are of that class, hits of them with x at least as great. 0 for no image.
+    first : Tensor
+        int32 ``[C, K]``, images of a class among the first ones, the first of equal ones first.
+    quantiles : Tensor
+        int32 ``[C, bins, K]``, images by class and bin (N - at_least) * bins // N.
+    widths : Tensor
+        int32 ``[C, bins]``, images by bins of equal width from the least x to the greatest.
+    """
+
+    rank_sum: Tensor
+    gain: Tensor
+    first: Tensor
+    quantiles: Tensor
+    widths: Tensor
+
+    def cpu(self) -> ClassRanks:
+        """Return the same in host memory."""
+        return ClassRanks(*(table.cpu() for table in vars(self).values()))
+
+
+def map_moments(x: Tensor, into: MapMoments, *, axis: int = 1) -> None:
+    """Reduce the maps of some images, in one reading.
 
     Parameters
     ----------
     x : Tensor
         Activations ``[N, ...]``, at least one image, float32, float64 or bfloat16, with units
         along ``axis`` and at least one position.
+    into : MapMoments
+        Tables of these N images, on the device of ``x``, made for its dtype. ``pooled`` and
+        ``active`` are written; ``least`` and ``positive`` go on from what they are.
+    axis : int
+        Axis of ``x`` that holds the units; not the batch axis.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype or device does not fit; the message names the argument.
+    """
+    check_tensor("x", x, dtypes=FLOATS)
+    if not -x.dim() < axis < x.dim() or axis % max(x.dim(), 1) == 0:
+        raise ValueError(
+            f"axis: expected an axis of x other than 0 (x has {x.dim()} dimensions), got {axis}"
+        )
+    axis %= x.dim()
+    if x.numel() == 0:
+        raise ValueError(f"x: expected images, units and positions, got shape {tuple(x.shape)}")
+    dtype, units = reference.compute_dtype(x.dtype), x.shape[axis]
+    check_tensor("into", into.pooled, dims=2, dtypes=(dtype,), like=x)
+    check_shape("into", into.pooled, (units, len(x)))
+    x = dense(x.detach().to(dtype))
+    core = twin(x)
+    if core is None:
+        reference.map_moments(x, axis, into.pooled, into.active, into.least, into.positive)
+        return
+    if axis == 1 and not x.is_contiguous():  # channels last
+        outer, inner = x.shape[2] * x.shape[3], 1
+    else:
+        x = x.contiguous()
+        outer, inner = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
+    tables = (into.pooled, into.active, into.least, into.positive)
+    core.map_moments(x, *tables, outer, units, inner, *context(x))
+
+
+def class_moments(pooled: Tensor, active: Tensor, label: Tensor, classes: int) -> ClassMoments:
+    """Moments of pooled activations by unit and class.
+
+    Parameters
+    ----------
+    pooled, active : Tensor
+        ``[C, N]``, float32 or float64, and uint8: as :class:`MapMoments` has them.
     label : Tensor
         int32 ``[N]``, in ``[0, classes)``.
     classes : int
         Number of classes K.
-    axis : int
-        Axis of ``x`` that holds the units; not the batch axis.
-
-    Returns
-    -------
-    ClassMoments
 
     Raises
     ------
     ValueError, TypeError
         If a shape, dtype, device or label does not fit; the message names the argument.
     """
-    check_tensor("x", x, dtypes=_FLOATS)
-    if not -x.dim() < axis < x.dim() or axis % max(x.dim(), 1) == 0:
-        raise ValueError(
-            f"axis: expected an axis of x other than 0 (x has {x.dim()} dimensions), got {axis}"
-        )
-    axis %= x.dim()
-    check_classes(classes)
-    check_pairs(x, label=(label, 0, classes))
-    check_shape("label", label, (x.shape[0],))
-    if x.numel() == 0:
-        raise ValueError(f"x: expected images, units and positions, got shape {tuple(x.shape)}")
-    count = torch.bincount(label.long(), minlength=classes)
-    return checked_moments(x, label, count, axis)
-
-
-def checked_moments(x: Tensor, label: Tensor, count: Tensor, axis: int) -> ClassMoments:
-    """:func:`class_moments` of what has been checked: many layers see the labels of one batch.
-
-    Parameters
-    ----------
-    x, label, axis
-        As there; ``axis`` above 0.
-    count : Tensor
-        int64 ``[K]``, images of each class.
-    """
-    classes = len(count)
-    x = dense(x.detach().to(reference.compute_dtype(x.dtype)))
-    parts = _native_moments(x, label, classes, axis)
-    if parts is None:
-        pooled, least, positive = reference.map_moments(x, axis)
-        found = reference.class_moments(pooled, positive, label, classes)
-        parts = (pooled, least.amin(dim=0), positive.sum(dim=0), *found)
-    return ClassMoments(*parts, count=count, positions=x[0].numel() // x.shape[axis])
-
-
-def _native_moments(
-    x: Tensor, label: Tensor, classes: int, axis: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Call the compiled twin; None where there is none for the device."""
-    core = twin(x)
+    check_tensor("pooled", pooled, dims=2, dtypes=REAL)
+    check_tensor("active", active, dims=2, dtypes=(torch.uint8,), like=pooled)
+    check_shape("active", active, tuple(pooled.shape))
+    _check_labels(pooled, label, classes)
+    pooled = pooled.detach().contiguous()
+    core = twin(pooled)
     if core is None:
-        return None
-    units = x.shape[axis]
-    if axis == 1 and not x.is_contiguous():  # channels last
-        outer, inner = x.shape[2] * x.shape[3], 1
-    else:
-        x = x.contiguous()
-        outer, inner = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
-
-    def table(dtype: torch.dtype) -> Tensor:
-        return torch.empty(units, classes, dtype=dtype, device=x.device)
-
-    parts = (
-        torch.empty(len(x), units, dtype=x.dtype, device=x.device),
-        torch.empty(units, dtype=x.dtype, device=x.device),
-        torch.empty(units, dtype=torch.int64, device=x.device),
-        table(torch.float64),
-        table(torch.float64),
-        table(torch.float64),
-        table(torch.int64),
-    )
-    core.class_moments(x, label.contiguous(), *parts, outer, units, inner, *context(x))
-    return parts
+        return ClassMoments(*reference.class_moments(pooled, active, label, classes))
+    dtypes = (torch.float64, torch.float64, torch.float64, torch.int64)
+    size = (len(pooled), classes)
+    tables = [torch.empty(size, dtype=dtype, device=pooled.device) for dtype in dtypes]
+    core.class_moments(pooled, active.contiguous(), label.contiguous(), *tables, *context(pooled))
+    return ClassMoments(*tables)
 
 
-def joint_histogram(code: Tensor, label: Tensor, bins: int, classes: int) -> Tensor:
-    """Count images by unit, bin of the unit's activation, and class.
+def class_ranks(x: Tensor, label: Tensor, classes: int, *, bins: int, top: int) -> ClassRanks:
+    """Rank the images by the activation of each unit and count by class.
 
     Parameters
     ----------
-    code : Tensor
-        int32 ``[U, N]``, bin of each image's activation, in ``[0, bins)``.
+    x : Tensor
+        ``[C, N]``, float32 or float64.
     label : Tensor
         int32 ``[N]``, in ``[0, classes)``.
-    bins, classes : int
+    classes, bins : int
         How many there are.
-
-    Returns
-    -------
-    Tensor
-        int32 ``[U, bins, classes]``.
+    top : int
+        How many images ``first`` looks at.
 
     Raises
     ------
     ValueError, TypeError
-        If a shape, dtype, device or index does not fit; the message names the argument.
+        If a shape, dtype, device or label does not fit; the message names the argument.
     """
-    check_classes(classes)
+    check_tensor("x", x, dims=2, dtypes=REAL)
+    _check_labels(x, label, classes)
     if bins < 1:
         raise ValueError(f"bins: expected at least one bin, got {bins}")
-    check_tensor("code", code, dims=2, dtypes=(torch.int32,))
-    check_pairs(code, label=(label, 0, classes))
-    check_shape("label", label, (code.shape[1],))
-    check_range("code", code, 0, bins)
-    return reference.joint_histogram(code, label, bins, classes)
+    if top < 0:
+        raise ValueError(f"top: expected a number of images, got {top}")
+    x = x.detach().contiguous()
+    count = torch.bincount(label, minlength=classes)
+    core = twin(x)
+    if core is None:
+        return ClassRanks(*reference.class_ranks(x, label, count, bins, top))
+    units, threads = len(x), context(x)[0]
+    ranks = ClassRanks(
+        torch.empty(units, classes, dtype=torch.int64, device=x.device),
+        torch.empty(units, classes, dtype=torch.int64, device=x.device),
+        torch.empty(units, classes, dtype=torch.int32, device=x.device),
+        torch.empty(units, bins, classes, dtype=torch.int32, device=x.device),
+        torch.empty(units, bins, dtype=torch.int32, device=x.device),
+    )
+    row = core.class_ranks_scratch(x, classes)
+    workers = threads
+    if x.device.type != "cpu":
+        workers = max(1, min(units, _BLOCKS, _SCRATCH // (8 * row)))
+    scratch = torch.empty(workers, row, dtype=torch.int64, device=x.device)
+    core.class_ranks(x, label.contiguous(), count, *vars(ranks).values(), top, scratch, *context(x))
+    return ranks
+
+
+def _check_labels(pooled: Tensor, label: Tensor, classes: int) -> None:
+    check_classes(classes)
+    check_pairs(pooled, label=(label, 0, classes))
+    check_shape("label", label, (pooled.shape[1],))

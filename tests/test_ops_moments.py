@@ -1,8 +1,9 @@
-"""class_moments and joint_histogram: reference against loops, twins against the reference."""
+"""Moments of maps, moments and ranks by class: reference against loops, twins against loops."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ops_cases import CORE, TWINS, index, random_index, random_maps, using_twin, without_native
 from torch import Tensor
 
-from pyablate.moments import ClassMoments, class_moments, joint_histogram
+from pyablate.moments import MapMoments, class_moments, class_ranks, map_moments
 
 # images, units, the other axes, axis of the units
 SHAPES = [
@@ -25,6 +26,8 @@ SHAPES = [
     ((2, 3, 4, 2, 5), 2),
     ((2, 3, 1, 1025), 1),
 ]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+CLASSES = 4
 
 
 @pytest.fixture(autouse=True)
@@ -32,33 +35,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def by_loops(x: Tensor, label: Tensor, classes: int, axis: int) -> dict[str, np.ndarray]:
-    maps = np.moveaxis(x.double().numpy(), axis, 1)
-    images, units = maps.shape[:2]
-    maps = maps.reshape(images, units, -1)
-    total, square = np.zeros((2, units, classes))
-    maximum = np.full((units, classes), -np.inf)
-    active = np.zeros((units, classes), dtype=np.int64)
-    for n in range(images):
-        for c in range(units):
-            k, mean = int(label[n]), maps[n, c].mean()
-            total[c, k] += mean
-            square[c, k] += mean**2
-            maximum[c, k] = max(maximum[c, k], mean)
-            active[c, k] += bool((maps[n, c] > 0).any())
-    return {
-        "pooled": maps.mean(axis=2),
-        "least": maps.min(axis=(0, 2)),
-        "positive": (maps > 0).sum(axis=(0, 2)),
-        "total": total,
-        "square": square,
-        "maximum": maximum,
-        "active": active,
-        "count": np.bincount(label.numpy(), minlength=classes),
-    }
-
-
-def check(found: ClassMoments, expected: dict[str, np.ndarray], *, rtol: float) -> None:
+def agree(found: Any, expected: dict[str, np.ndarray], *, rtol: float) -> None:
     for name, values in expected.items():
         got = getattr(found, name).cpu().numpy()
         if np.issubdtype(values.dtype, np.integer):
@@ -67,35 +44,57 @@ def check(found: ClassMoments, expected: dict[str, np.ndarray], *, rtol: float) 
             np.testing.assert_allclose(got, values, rtol=rtol, atol=rtol, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-12 if dtype == torch.float64 else 1e-5
+
+
+# --- map_moments ----------------------------------------------------------------------------------
+
+
+def maps_by_loops(x: Tensor, axis: int) -> dict[str, np.ndarray]:
+    maps = np.moveaxis(x.double().numpy(), axis, 0)
+    maps = maps.reshape(*maps.shape[:2], -1)
+    return {
+        "pooled": maps.mean(axis=2),
+        "active": (maps > 0).any(axis=2).astype(np.uint8),
+        "least": maps.min(axis=(1, 2)),
+        "positive": (maps > 0).sum(axis=(1, 2)),
+    }
+
+
+def reduced(x: Tensor, axis: int = 1) -> MapMoments:
+    into = MapMoments.empty(x.shape[axis], len(x), x.dtype, x.device)
+    map_moments(x, into, axis=axis)
+    return into
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_reference_is_the_formula(shape, axis, dtype):
-    x, label = random_maps(*shape, dtype=dtype, zeros=0.3), random_index(shape[0], 4)
-    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+def test_reference_of_maps_is_the_formula(shape, axis, dtype):
+    x = random_maps(*shape, dtype=dtype, zeros=0.3)
     with without_native():
-        found = class_moments(x, label, 4, axis=axis)
-    check(found, by_loops(x, label, 4, axis), rtol=rtol)
-    assert found.positions == x[0].numel() // x.shape[axis]
+        found = reduced(x, axis)
+    agree(found, maps_by_loops(x, axis), rtol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("twin", TWINS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_twins(twin, shape, axis, dtype):
-    x, label = random_maps(*shape, dtype=dtype, zeros=0.3), random_index(shape[0], 4)
-    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+def test_maps(twin, shape, axis, dtype):
+    x = random_maps(*shape, dtype=dtype, zeros=0.3)
     with using_twin(twin) as device:
-        found = class_moments(x.to(device), label.to(device), 4, axis=axis)
-    check(found, by_loops(x, label, 4, axis), rtol=rtol)
+        found = reduced(x.to(device), axis)
+    agree(found, maps_by_loops(x, axis), rtol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_least_of_one_sign(twin, sign):
-    x, label = sign * random_maps(5, 40, 3, 3).abs(), random_index(5, 2)
+    x = sign * random_maps(5, 40, 3, 3).abs()
     with using_twin(twin) as device:
-        found = class_moments(x.to(device), label.to(device), 2)
+        found = reduced(x.to(device))
     assert torch.equal(found.least.cpu(), x.amin(dim=(0, 2, 3)))
+    assert torch.equal(found.active.cpu(), torch.full((40, 5), int(sign > 0), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -112,10 +111,161 @@ def test_least_of_one_sign(twin, sign):
 )
 def test_layouts(twin, layout):
     x = layout(random_maps(4, 70, 9, 11, zeros=0.2))
-    label = random_index(len(x), 3)
     with using_twin(twin) as device:
-        found = class_moments(x.to(device), label.to(device), 3)
-    check(found, by_loops(x, label, 3, 1), rtol=1e-5)
+        found = reduced(x.to(device))
+    agree(found, maps_by_loops(x, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("twin", [None, *TWINS])
+def test_batch_after_batch_into_the_same_tables(twin):
+    x = random_maps(11, 37, 5, 3, zeros=0.5)
+    with without_native() if twin is None else using_twin(twin) as device:
+        x = x.to(device or "cpu")
+        whole = MapMoments.empty(37, 11, x.dtype, x.device)
+        whole.pooled.fill_(torch.nan)
+        for first, last in ((4, 11), (0, 1), (1, 4)):
+            map_moments(x[first:last], whole.part(first, last - first))
+    agree(whole, maps_by_loops(x.cpu(), 1), rtol=1e-5)
+
+
+# --- class_moments --------------------------------------------------------------------------------
+
+
+def moments_by_loops(pooled: Tensor, active: Tensor, label: Tensor) -> dict[str, np.ndarray]:
+    units, images = pooled.shape
+    total, square = np.zeros((2, units, CLASSES))
+    maximum = np.full((units, CLASSES), -np.inf)
+    active_images = np.zeros((units, CLASSES), dtype=np.int64)
+    for u in range(units):
+        for n in range(images):
+            k, value = int(label[n]), float(pooled[u, n])
+            total[u, k] += value
+            square[u, k] += value**2
+            maximum[u, k] = max(maximum[u, k], value)
+            active_images[u, k] += int(active[u, n])
+    return {"total": total, "square": square, "maximum": maximum, "active_images": active_images}
+
+
+@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("units", "images"), [(1, 1), (3, 0), (0, 5), (33, 7), (2, 1025)])
+def test_class_moments(twin, dtype, units, images):
+    pooled, active = torch.randn(units, images, dtype=dtype), torch.rand(units, images) < 0.5
+    label = random_index(images, CLASSES - 1)  # the last class has no images
+    arguments = pooled, active.to(torch.uint8), label
+    with without_native() if twin is None else using_twin(twin) as device:
+        found = class_moments(*(a.to(device or "cpu") for a in arguments), CLASSES)
+    agree(found, moments_by_loops(*arguments), rtol=1e-12)
+
+
+# --- class_ranks ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranking:
+    """Images, what is asked for, and how many units."""
+
+    x: Tensor
+    label: Tensor
+    bins: int = 5
+    top: int = 7
+
+
+def ranks_by_loops(case: Ranking) -> dict[str, np.ndarray]:
+    x, label, bins = case.x.double().numpy(), case.label.numpy(), case.bins
+    units, images = x.shape
+    rank_sum, gain, first = np.zeros((3, units, CLASSES), dtype=np.int64)
+    quantiles, widths = np.zeros((units, bins, CLASSES), int), np.zeros((units, bins), int)
+    for u in range(units):
+        best = sorted(range(images), key=lambda n, u=u: (-x[u, n], n))[: case.top]
+        for n in best:
+            first[u, label[n]] += 1
+        low, high = x[u].min(initial=np.inf), x[u].max(initial=-np.inf)
+        for n in range(images):
+            k, a = label[n], x[u, n]
+            at_least = int((x[u] >= a).sum())
+            rank_sum[u, k] += int((x[u] > a).sum()) + at_least
+            hits = int((x[u, label == k] >= a).sum())
+            gain[u, k] = max(gain[u, k], images * hits - int((label == k).sum()) * at_least)
+            quantiles[u, (images - at_least) * bins // images, k] += 1
+            place = int((a - low) / (high - low) * bins) if high > low else 0
+            widths[u, min(place, bins - 1)] += 1
+    found = {"rank_sum": rank_sum, "gain": gain, "first": first}
+    return {**found, "quantiles": quantiles, "widths": widths}
+
+
+def ranking(name: str, dtype: torch.dtype) -> Ranking:
+    torch.manual_seed(len(name))
+    x = torch.randn(9, 90, dtype=torch.float64)
+    if name == "ties":
+        x = x.clamp(min=0).round(decimals=1)
+    elif name == "zeros of both signs":
+        x = torch.where(x > 0.5, x, torch.where(x > 0, 0.0, -0.0))
+    elif name == "constant":
+        x = x[:, :1].expand(-1, 90)
+    elif name == "of all sizes":
+        x = x * 10.0 ** torch.randint(-40, 30, x.shape)
+    elif name.endswith("images"):
+        x = torch.randn(3, int(name.split()[0]), dtype=torch.float64).round(decimals=1)
+    return Ranking(x.to(dtype), random_index(x.shape[1], CLASSES - 1))
+
+
+RANKINGS = ["distinct", "ties", "zeros of both signs", "constant", "of all sizes"]
+RANKINGS += ["0 images", "1 images", "2 images", "33 images", "255 images", "257 images"]
+
+
+def ranks(case: Ranking, device: Any = None) -> Any:
+    x, label = case.x.to(device or "cpu"), case.label.to(device or "cpu")
+    return class_ranks(x, label, CLASSES, bins=case.bins, top=case.top).cpu()
+
+
+@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", RANKINGS)
+def test_class_ranks(twin, dtype, name):
+    case = ranking(name, dtype)
+    with without_native() if twin is None else using_twin(twin) as device:
+        found = ranks(case, device)
+    agree(found, ranks_by_loops(case), rtol=0)
+
+
+@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize(("bins", "top"), [(1, 0), (2, 1), (90, 90), (1000, 10**6)])
+def test_any_number_of_bins_and_first_images(twin, bins, top):
+    case = ranking("ties", torch.float32)
+    case.bins, case.top = bins, top
+    with without_native() if twin is None else using_twin(twin) as device:
+        found = ranks(case, device)
+    agree(found, ranks_by_loops(case), rtol=0)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_counted_within_the_tables(twin, dtype, bad):
+    case = ranking("distinct", dtype)
+    case.x[:, ::7] = bad
+    with using_twin(twin) as device:
+        found = ranks(case, device)
+    count = torch.bincount(case.label, minlength=CLASSES)
+    assert torch.equal(found.quantiles.sum(dim=1), count.int().expand(9, -1))
+    assert found.widths.sum(dim=1).tolist() == [90] * 9
+    assert found.first.sum(dim=1).tolist() == [case.top] * 9
+
+
+@pytest.mark.cuda
+def test_labels_out_of_range_are_not_counted(monkeypatch):
+    case = ranking("distinct", torch.float32)
+    case.label[::3], case.label[1::3] = CLASSES, -1
+    monkeypatch.setattr("pyablate.moments.check_pairs", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "bincount", lambda *_, **__: torch.full((CLASSES,), 30))
+    with using_twin("cuda") as device:
+        found = ranks(case, device)
+    assert int(found.quantiles.sum()) == 9 * 30
+    assert int(found.first.sum()) <= 9 * case.top
+
+
+# --- all of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(CORE is None, reason="no native module")
@@ -129,30 +279,17 @@ def test_any_number_of_threads_gives_the_same_bytes(channels_last):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(class_moments(x, label, 3))
+            maps = reduced(x)
+            by_class = class_moments(maps.pooled, maps.active, label, 3)
+            order = class_ranks(maps.pooled, label, 3, bins=4, top=2)
+            found.append([t for part in (maps, by_class, order) for t in vars(part).values()])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        for field in fields(ClassMoments):
-            a, b = getattr(found[0], field.name), getattr(other, field.name)
-            assert a == b if isinstance(a, int) else torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize(("units", "images", "bins"), [(1, 1, 1), (3, 0, 2), (5, 37, 4)])
-def test_joint_histogram(units, images, bins, classes):
-    code = torch.randint(bins, (units, images), dtype=torch.int32)
-    label = random_index(images, classes)
-    expected = np.zeros((units, bins, classes), dtype=np.int32)
-    for u in range(units):
-        for n in range(images):
-            expected[u, code[u, n], label[n]] += 1
-    found = joint_histogram(code, label, bins, classes)
-    assert found.dtype == torch.int32
-    np.testing.assert_array_equal(found.numpy(), expected)
-
-
-X, LABEL = torch.zeros(2, 3, 4), index([0, 1])
+X, INTO, LABEL = torch.zeros(2, 3, 4), MapMoments.empty(3, 2, torch.float32), index([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -161,31 +298,53 @@ X, LABEL = torch.zeros(2, 3, 4), index([0, 1])
         ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor"),
         ({"x": X.int()}, TypeError, "x: expected dtype"),
         ({"x": X[:, :0]}, ValueError, "x: expected images"),
-        ({"x": X[:0], "label": LABEL[:0]}, ValueError, "x: expected images"),
+        ({"x": X[:0]}, ValueError, "x: expected images"),
         ({"axis": 0}, ValueError, "axis"),
         ({"axis": 3}, ValueError, "axis"),
+        ({"x": X[:1]}, ValueError, "into: expected shape"),
+        ({"axis": 2}, ValueError, "into: expected shape"),
+        ({"x": X.double()}, TypeError, "into: expected dtype"),
+    ],
+)
+def test_bad_arguments_of_maps(change, error, named):
+    with pytest.raises(error, match=named):
+        map_moments(**{"x": X, "into": INTO, "axis": 1, **change})
+
+
+POOLED, ACTIVE = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"pooled": X}, ValueError, "pooled: expected 2 dimensions"),
+        ({"pooled": POOLED.bfloat16()}, TypeError, "pooled: expected dtype"),
+        ({"active": ACTIVE.bool()}, TypeError, "active: expected dtype"),
+        ({"active": ACTIVE[:1]}, ValueError, "active: expected shape"),
         ({"classes": 0}, ValueError, "classes"),
         ({"classes": 1}, ValueError, "label: expected indices from 0 to 0"),
         ({"label": LABEL.long()}, TypeError, "label: expected dtype"),
         ({"label": LABEL[:1]}, ValueError, "label: expected shape"),
     ],
 )
-def test_bad_arguments(change, error, named):
-    arguments = {"x": X, "label": LABEL, "classes": 2, "axis": 1, **change}
+def test_bad_arguments_of_moments(change, error, named):
+    arguments = {"pooled": POOLED, "active": ACTIVE, "label": LABEL, "classes": 2}
     with pytest.raises(error, match=named):
-        class_moments(**arguments)
+        class_moments(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
-        ({"code": LABEL}, ValueError, "code: expected 2 dimensions"),
+        ({"x": X}, ValueError, "x: expected 2 dimensions"),
+        ({"x": POOLED.int()}, TypeError, "x: expected dtype"),
         ({"bins": 0}, ValueError, "bins"),
-        ({"bins": 1}, ValueError, "code: expected indices from 0 to 0"),
+        ({"top": -1}, ValueError, "top"),
+        ({"classes": 1}, ValueError, "label: expected indices from 0 to 0"),
         ({"label": LABEL[:1]}, ValueError, "label: expected shape"),
     ],
 )
-def test_bad_histogram_arguments(change, error, named):
-    arguments = {"code": LABEL.unsqueeze(0), "label": LABEL, "bins": 2, "classes": 2, **change}
+def test_bad_arguments_of_ranks(change, error, named):
+    arguments = {"x": POOLED, "label": LABEL, "classes": 2, "bins": 2, "top": 1}
     with pytest.raises(error, match=named):
-        joint_histogram(**arguments)
+        class_ranks(**{**arguments, **change})

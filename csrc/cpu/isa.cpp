@@ -15,7 +15,7 @@ namespace {
      isa::delta_max_pool,         \
      isa::head_flips,             \
      isa::classify,               \
-     isa::class_moments}
+     isa::map_moments}
 
 const Kernels baseline_kernels = PYABLATE_KERNELS(baseline);
 

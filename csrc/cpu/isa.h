@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <string>
 
-#include "pyablate/class_moments.h"
 #include "pyablate/classify.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
 #include "pyablate/head_flips.h"
+#include "pyablate/map_moments.h"
 #include "pyablate/unit_delta.h"
 
 namespace pyablate {
@@ -30,7 +30,7 @@ namespace pyablate {
                         std::int64_t end);                                                       \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
     void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
-    void class_moments(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end);
+    void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end);
 
 namespace baseline {
 PYABLATE_DECLARE_KERNELS
@@ -53,7 +53,7 @@ struct Kernels {
     decltype(&baseline::delta_max_pool) delta_max_pool;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;
-    decltype(&baseline::class_moments) class_moments;
+    decltype(&baseline::map_moments) map_moments;
 };
 
 // The kernels in use: at first the best that this machine runs.

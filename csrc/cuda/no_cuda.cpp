@@ -3,12 +3,14 @@
 #include <string>
 
 #include "pyablate/class_moments.h"
+#include "pyablate/class_ranks.h"
 #include "pyablate/classify.h"
 #include "pyablate/confusion_counts.h"
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
 #include "pyablate/head_flips.h"
+#include "pyablate/map_moments.h"
 #include "pyablate/masked_copies.h"
 #include "pyablate/unit_delta.h"
 
@@ -33,6 +35,12 @@ void head_flips(const HeadFlipsParams&, int, void*) {
 }
 void class_moments(const ClassMomentsParams&, int, void*) {
     missing("class_moments");
+}
+void class_ranks(const ClassRanksParams&, int, void*) {
+    missing("class_ranks");
+}
+void map_moments(const MapMomentsParams&, int, void*) {
+    missing("map_moments");
 }
 void classify(const ClassifyParams&, int, void*) {
     missing("classify");

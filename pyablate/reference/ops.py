@@ -268,37 +268,65 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     return counts.to(torch.int32).view(units, classes, classes)
 
 
-def map_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, smallest value and number of positive positions of each image's map of each unit."""
-    dims = [d for d in range(1, x.dim()) if d != axis]
-    if not dims:
-        return x.to(compute_dtype(x.dtype)), x.to(compute_dtype(x.dtype)), (x > 0).long()
-    wide = x.to(compute_dtype(x.dtype))
-    return wide.mean(dim=dims), wide.amin(dim=dims), (x > 0).sum(dim=dims)
+def map_moments(
+    x: Tensor, axis: int, pooled: Tensor, active: Tensor, least: Tensor, positive: Tensor
+) -> None:
+    """Mean of each map and whether it is positive somewhere; least and positive go on."""
+    maps = x.to(compute_dtype(x.dtype)).movedim(axis, 0)
+    maps = maps.flatten(2) if maps.dim() > 2 else maps.unsqueeze(2)
+    pooled.copy_(maps.mean(dim=2))
+    active.copy_((maps > 0).any(dim=2))
+    torch.minimum(least, maps.amin(dim=(1, 2)), out=least)
+    positive += (maps > 0).sum(dim=(1, 2))
 
 
 def class_moments(
-    pooled: Tensor, positive: Tensor, label: Tensor, classes: int
+    pooled: Tensor, active: Tensor, label: Tensor, classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, sum of squares, maximum and active images by [unit, class] of pooled maps [N, C]."""
-    images, units = pooled.shape
-    row = label.long()
-    wide = pooled.double()
-    sums = wide.new_zeros(2, classes, units)
-    sums.index_add_(1, row, torch.stack([wide, wide.square()]))
-    index = row.unsqueeze(1).expand(images, units)
-    maximum = wide.new_full((classes, units), -torch.inf)
-    maximum.scatter_reduce_(0, index, wide, "amax")
-    active = torch.zeros(classes, units, dtype=torch.int64, device=pooled.device)
-    active.index_add_(0, row, (positive > 0).long())
-    return sums[0].t(), sums[1].t(), maximum.t(), active.t()
+    """Sum, sum of squares, maximum and active images by [unit, class] of pooled maps [C, N]."""
+    units, row, wide = len(pooled), label.long(), pooled.double()
+    sums = wide.new_zeros(2, units, classes)
+    sums.index_add_(2, row, torch.stack([wide, wide.square()]))
+    maximum = wide.new_full((units, classes), -torch.inf)
+    maximum.scatter_reduce_(1, row.expand(wide.shape), wide, "amax")
+    active_images = torch.zeros(units, classes, dtype=torch.int64, device=pooled.device)
+    active_images.index_add_(1, row, active.long())
+    return sums[0], sums[1], maximum, active_images
+
+
+def class_ranks(
+    x: Tensor, label: Tensor, count: Tensor, bins: int, top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rank sums, gains, first images, quantiles by class, and widths, of x [U, N]."""
+    units, images = x.shape
+    classes = len(count)
+    values, order = torch.sort(x, dim=1, descending=True, stable=True)
+    labels = label.long()[order]
+    falling = (-values).contiguous()
+    greater = torch.searchsorted(falling, falling)
+    at_least = torch.searchsorted(falling, falling, right=True)
+    tables = torch.zeros(2, units, classes, dtype=torch.int64, device=x.device)
+    rank_sum = tables[0].scatter_add_(1, labels, greater + at_least)
+    first = tables[1].scatter_add_(1, labels[:, :top], torch.ones_like(labels[:, :top]))
+    # Class after class, each in the order of its activations: an image is a hit of its own place.
+    places = torch.argsort(labels, dim=1, stable=True)
+    gain = torch.zeros_like(rank_sum)
+    for k, passing in enumerate(at_least.gather(1, places).split(count.tolist(), dim=1)):
+        hits = torch.arange(1, passing.shape[1] + 1, device=x.device)
+        if len(hits):
+            gain[:, k] = (images * hits - count[k] * passing).amax(dim=1)
+    quantiles = joint_histogram((images - at_least) * bins // images, labels, bins, classes)
+    low, high = falling[:, -1:].double().neg(), falling[:, :1].double().neg()
+    place = (values.double() - low) / (high - low) * bins
+    place = torch.where(high > low, place, 0.0).long().clamp(max=bins - 1)
+    widths = joint_histogram(place, torch.zeros_like(place), bins, 1)[..., 0]
+    return rank_sum, gain, first.int(), quantiles, widths
 
 
 def joint_histogram(code: Tensor, label: Tensor, bins: int, classes: int) -> Tensor:
-    """Count [unit, bin, class] from bins [U, N] and labels [N]."""
+    """Count [unit, bin, class] from bins and labels [U, N], int32."""
     units = code.shape[0]
-    dtype = torch.int32 if units * bins * classes < 2**31 else torch.int64  # half the traffic
-    first = torch.arange(units, dtype=dtype, device=code.device).unsqueeze(1) * (bins * classes)
-    cell = first + code.to(dtype) * classes + label.to(dtype)
+    first = torch.arange(units, device=code.device).unsqueeze(1) * (bins * classes)
+    cell = first + code * classes + label
     counts = torch.bincount(cell.flatten(), minlength=units * bins * classes)
     return counts.to(torch.int32).view(units, bins, classes)

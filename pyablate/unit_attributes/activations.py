@@ -9,22 +9,24 @@ from torch import Tensor, nn
 
 from pyablate.engine.replay import forward
 from pyablate.layers import Site, hooked
+from pyablate.moments import ClassMoments
 from pyablate.unit_attributes.observe import Observed
 
 
-def moments(layer: Observed) -> dict[str, Tensor]:
+def moments(layer: Observed, by_class: ClassMoments) -> dict[str, Tensor]:
     """Mean, variance, maximum and sparsity of each unit, float64 ``[C]``."""
-    images = layer.pooled.shape[1]
-    total, square = layer.total.sum(dim=1), layer.square.sum(dim=1)
+    maps = layer.maps
+    images = maps.pooled.shape[1]
+    total, square = by_class.total.sum(dim=1), by_class.square.sum(dim=1)
     variance = ((square - total.square() / images) / images).clamp(min=0)
     everywhere = images * layer.positions
     return {
         "mean": total / images,
         # Rounding leaves a constant a tiny variance.
-        "variance": torch.where(constant(layer.pooled), 0.0, variance),
-        "max": layer.maximum.amax(dim=1),
-        "sparsity": 1 - layer.positive.double() / everywhere,
-        "active_images": layer.active.sum(dim=1).double() / images,
+        "variance": torch.where(constant(maps.pooled), 0.0, variance),
+        "max": by_class.maximum.amax(dim=1),
+        "sparsity": 1 - maps.positive.double() / everywhere,
+        "active_images": by_class.active_images.sum(dim=1).double() / images,
     }
 
 

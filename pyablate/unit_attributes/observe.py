@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.layers import Site, hooked
-from pyablate.moments import ClassMoments, checked_moments
+from pyablate.moments import MapMoments, map_moments
 from pyablate.unit_attributes.gradients import contributions, fisher, taylor
 
 
@@ -23,31 +23,17 @@ class Observed:
     ----------
     site : Site
         The layer.
-    pooled : Tensor
-        ``[C, N]``, A: mean of each map over its positions.
-    least : Tensor
-        ``[C]``, smallest value at any position of any image.
-    positive : Tensor
-        int64 ``[C]``, positions above 0 in all images.
+    maps : MapMoments
+        Of all images.
     positions : int
         Positions of one map.
-    total, square, maximum : Tensor
-        float64 ``[C, K]``, of A over the images of a class.
-    active : Tensor
-        int64 ``[C, K]``, images of a class on which some position is above 0.
     taylor, fisher : Tensor
         float64 ``[C]``, sums over images; zeros where no gradients were asked for.
     """
 
     site: Site
-    pooled: Tensor
-    least: Tensor
-    positive: Tensor
+    maps: MapMoments
     positions: int
-    total: Tensor
-    square: Tensor
-    maximum: Tensor
-    active: Tensor
     taylor: Tensor
     fisher: Tensor
 
@@ -107,7 +93,7 @@ def observe(
     report : callable
         Gets the number of images done.
     """
-    watched = _Watch(sites, repeated, classes, len(data), gradients)
+    watched = _Watch(sites, repeated, len(data), gradients)
     labels, probabilities = [], []
     for batch in data.batches(batch_size):
         logits = watched.run(model, batch)
@@ -127,21 +113,16 @@ class _Watch:
 
     sites: Sequence[Site]
     repeated: frozenset[str]
-    classes: int
     images: int
     gradients: bool
     done: int = 0
     layers: dict[str, Observed] = field(default_factory=dict)
     held: dict[str, list[Tensor]] = field(default_factory=dict)  # maps that are needed later
     batch: Batch | None = None
-    label: Tensor = field(init=False)  # int32 [N], of the batch
-    count: Tensor = field(init=False)  # int64 [K], of the batch
 
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
-        self.label = batch.labels.int()
-        self.count = torch.bincount(batch.labels, minlength=self.classes)
         images = batch.images
         if len(batch) == 1:  # some networks squeeze a batch of one away
             images = torch.cat([images, images])
@@ -171,17 +152,19 @@ class _Watch:
     def _reduce(self, site: Site, maps: Tensor) -> None:
         batch = cast(Batch, self.batch)
         maps = maps.detach()[: len(batch)]
-        found = checked_moments(maps, self.label, self.count, site.axis % maps.ndim)
         layer = self.layers.get(site.name)
         if layer is None:
-            layer = self.layers[site.name] = _empty(self._site(site.name), found, self.images)
-        layer.pooled[:, self.done : self.done + len(batch)] = found.pooled.t()
-        torch.minimum(layer.least, found.least.cpu(), out=layer.least)
-        layer.positive += found.positive.cpu()
-        layer.total += found.total.cpu()
-        layer.square += found.square.cpu()
-        torch.maximum(layer.maximum, found.maximum.cpu(), out=layer.maximum)
-        layer.active += found.active.cpu()
+            layer = self.layers[site.name] = _empty(self._site(site.name), maps, self.images)
+        own = layer.maps.part(self.done, len(batch))
+        if maps.device.type == "cpu":
+            map_moments(maps, own, axis=site.axis)
+            return
+        there = MapMoments.empty(site.channels, len(batch), maps.dtype, maps.device)
+        map_moments(maps, there, axis=site.axis)
+        own.pooled.copy_(there.pooled)
+        own.active.copy_(there.active)
+        torch.minimum(own.least, there.least.cpu(), out=own.least)
+        own.positive.add_(there.positive.cpu())
 
     def _backward(self, logits: Tensor, batch: Batch) -> None:
         maps = {self._site(name): calls for name, calls in self.held.items()}
@@ -200,19 +183,11 @@ def _flat(maps: Tensor, site: Site) -> Tensor:
     return moved.flatten(2) if moved.ndim > 2 else moved.unsqueeze(2)
 
 
-def _empty(site: Site, found: ClassMoments, images: int) -> Observed:
-    units, classes = found.total.shape
-    zeros = torch.zeros(units, classes, dtype=torch.float64)
+def _empty(site: Site, maps: Tensor, images: int) -> Observed:
     return Observed(
         site=site,
-        pooled=torch.empty(units, images, dtype=found.pooled.dtype),
-        least=torch.full((units,), torch.inf, dtype=found.least.dtype),
-        positive=torch.zeros(units, dtype=torch.int64),
-        positions=found.positions,
-        total=zeros,
-        square=zeros.clone(),
-        maximum=torch.full_like(zeros, -torch.inf),
-        active=torch.zeros(units, classes, dtype=torch.int64),
-        taylor=zeros[:, 0].clone(),
-        fisher=zeros[:, 0].clone(),
+        maps=MapMoments.empty(site.channels, images, maps.dtype),
+        positions=maps[0].numel() // site.channels,
+        taylor=torch.zeros(site.channels, dtype=torch.float64),
+        fisher=torch.zeros(site.channels, dtype=torch.float64),
     )

@@ -13,6 +13,7 @@ from pyablate.batches import Data
 from pyablate.capture import CaptureError, capture
 from pyablate.engine.ablations import Job
 from pyablate.layers import Site
+from pyablate.moments import class_moments, class_ranks
 from pyablate.prepare import Ready
 from pyablate.progress import Report
 from pyablate.unit_attributes import activations, concepts, information, selectivity
@@ -23,6 +24,8 @@ from pyablate.unit_attributes.relevance import conductance, relevance, shares
 from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
+
+_ELEMENTS = 1 << 22  # values, or counts by bin and class, that are looked at together
 
 Share = Callable[[float], None]
 """Told which share of a stage is done."""
@@ -131,7 +134,7 @@ class Work:
             probabilities = selectivity.standardised(probabilities)
         for layer in seen.layers:
             self._reduce(layer, seen, probabilities)
-        signed = [layer.site.name for layer in seen.layers if bool((layer.least < 0).any())]
+        signed = [layer.site.name for layer in seen.layers if bool((layer.maps.least < 0).any())]
         if signed and self.wants("class_selectivity"):
             logger.warning(
                 "class_selectivity is NaN for units whose activation is negative somewhere, in %s",
@@ -140,14 +143,17 @@ class Work:
 
     def _reduce(self, layer: Observed, seen: Observations, probabilities: Tensor) -> None:
         """Take from one layer what follows; ``probabilities`` ``[K, N]`` are standardised."""
-        name, images = layer.site.name, len(seen.labels)
-        if self.wants("activations"):
-            self._store(name, activations.moments(layer))
-        if self.wants("class_selectivity"):
-            index = selectivity.class_selectivity(layer, seen.count)
-            self._store(name, {"class_selectivity_per_class": index})
+        name, images, pooled = layer.site.name, len(seen.labels), layer.maps.pooled
+        if self.wants("activations", "class_selectivity"):
+            label = seen.labels.int()
+            by_class = class_moments(pooled, layer.maps.active, label, self.ready.classes)
+            if self.wants("activations"):
+                self._store(name, activations.moments(layer, by_class))
+            if self.wants("class_selectivity"):
+                index = selectivity.class_selectivity(by_class.total, layer.maps.least, seen.count)
+                self._store(name, {"class_selectivity_per_class": index})
         if self.wants("class_correlation", "redundancy"):
-            units = selectivity.standardised(layer.pooled)
+            units = selectivity.standardised(pooled)
             if self.wants("class_correlation"):
                 r = selectivity.class_correlation(units, probabilities)
                 self._store(name, {"class_correlation_per_class": r})
@@ -155,35 +161,29 @@ class Work:
                 self._store(name, {"redundancy": selectivity.redundancy(units)})
         if self.wants("gradients"):
             self._store(name, {"taylor": layer.taylor / images, "fisher": layer.fisher / images})
-        if self.wants("entropy"):
-            code = information.equal_widths(layer.pooled, self.bins)
-            counts = information.joint(code, seen.labels, self.bins, self.ready.classes)
-            self._store(name, {"entropy": information.entropy(counts)})
-        self._rank(layer, seen)
+        if self.wants("auc", "informedness", "precision_at", "information"):
+            self._rank(layer, seen)
 
     def _rank(self, layer: Observed, seen: Observations) -> None:
         """Rank the images, for some units at a time, and take what follows from that."""
-        ordered = ("auc", "informedness", "precision_at", "mutual_information", "kl_selectivity")
-        if not self.wants(*ordered):
-            return
-        by_class = selectivity.ByClass.of(seen)
+        classes, device = self.ready.classes, self.ready.data.device
+        label, count = seen.labels.int().to(device), seen.count
+        step = max(1, _ELEMENTS // max(len(label), self.bins * classes))
         parts: list[dict[str, Tensor]] = []
-        for ranks in selectivity.ranked(layer.pooled):
+        for pooled in layer.maps.pooled.split(step):
+            ranks = class_ranks(pooled.to(device), label, classes, bins=self.bins, top=self.top)
+            ranks = ranks.cpu()
             part: dict[str, Tensor] = {}
             if self.wants("precision_at"):
-                part["precision_at_per_class"] = selectivity.precision_at(
-                    ranks, seen.labels, self.ready.classes, self.top
-                )
-            grouped = selectivity.Grouped.of(ranks, by_class)
+                part["precision_at_per_class"] = selectivity.precision_at(ranks)
             if self.wants("auc"):
-                part["auc_per_class"] = selectivity.auc(grouped)
+                part["auc_per_class"] = selectivity.auc(ranks, count)
             if self.wants("informedness"):
-                part["informedness_per_class"] = selectivity.informedness(grouped)
+                part["informedness_per_class"] = selectivity.informedness(ranks, count)
+            if self.wants("entropy"):
+                part["entropy"] = information.entropy(ranks.widths)
             if self.wants("mutual_information", "kl_selectivity"):
-                code = information.equal_numbers(grouped.at_least, self.bins)
-                counts = information.joint(
-                    code, by_class.sorted_labels, self.bins, self.ready.classes
-                )
+                counts = ranks.quantiles.double()
                 part["mutual_information"] = information.mutual_information(counts)
                 part["kl_selectivity_per_class"] = information.kl_selectivity(counts)
             parts.append(part)

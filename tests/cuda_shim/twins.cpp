@@ -8,6 +8,7 @@
 
 #include "../../csrc/cpu/isa.h"
 #include "pyablate/class_moments.h"
+#include "pyablate/class_ranks.h"
 #include "pyablate/confusion_counts.h"
 #include "pyablate/masked_copies.h"
 
@@ -35,6 +36,12 @@ void confusion_counts(const ConfusionCountsParams&, int) {
     std::abort();
 }
 void class_moments(const ClassMomentsParams&, int) {
+    std::abort();
+}
+void class_ranks(const ClassRanksParams&, int) {
+    std::abort();
+}
+void map_moments(const MapMomentsParams&, int) {
     std::abort();
 }
 void delta_activation(const DeltaActivationParams&, void*, int) {

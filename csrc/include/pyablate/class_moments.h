@@ -1,14 +1,12 @@
-// Moments of activations by unit and class, in one reading of the maps.
+// Moments of pooled activations by unit and class, over the images with label[n] = k:
 //
-//   pooled[n, c]      = mean of x[n, :, c, :]
-//   least[c]          = min of x[:, :, c, :]
-//   positive[c]       = entries of x[:, :, c, :] above 0
-//   total, square, maximum[c, k] = sum, sum of squares, maximum of pooled[n, c] over label[n] = k;
-//                       the maximum over no image is minus infinity
-//   active[c, k]      = images with label[n] = k and some entry of x[n, :, c, :] above 0
+//   total, square, maximum[u, k] = sum, sum of squares and maximum of pooled[u, n]; the maximum
+//   over
+//                                  no image is minus infinity
+//   active_images[u, k]          = sum of active[u, n]
 //
-// Images are added up in their order, so any number of threads gives the same bytes. NaN entries
-// are neither above 0 nor the least. At least one image, unit and position.
+// Images are added up in their order, so any number of threads gives the same bytes. NaN is no
+// maximum.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +16,14 @@
 namespace pyablate {
 
 struct ClassMomentsParams {
-    const void* x;              // [N, outer, units, inner], T = float or double
-    const std::int32_t* label;  // [N], in [0, K)
-    void* pooled;               // T [N, units]
-    void* least;                // T [units]
-    std::int64_t* positive;     // [units]
-    double* total;              // [units, K]
-    double* square;             // [units, K]
-    double* maximum;            // [units, K]
-    std::int64_t* active;       // [units, K]
-    std::int64_t images, outer, units, inner, classes;
+    const void* pooled;           // [U, N], T = float or double
+    const std::uint8_t* active;   // [U, N], 0 or 1
+    const std::int32_t* label;    // [N], in [0, K)
+    double* total;                // [U, K]
+    double* square;               // [U, K]
+    double* maximum;              // [U, K]
+    std::int64_t* active_images;  // [U, K]
+    std::int64_t units, images, classes;
     DType dtype;
 };
 

@@ -1,4 +1,4 @@
-#include "pyablate/class_moments.h"
+#include "pyablate/map_moments.h"
 
 #include "isa.h"
 #include "pyablate/dispatch.h"
@@ -29,11 +29,11 @@ PYABLATE_INLINE void add_entry(T v, Sums<T>& to) {
     to.positive += v > T(0);
 }
 
-// Sums, minima and counts of a vector's worth of columns.
-template <class T>
+// Sums, minima and counts of N columns: as a rule, a vector's worth.
+template <class T, int N = lanes<T>>
 struct Columns {
-    using V = Vec<T, lanes<T>>;
-    using Counts = typename Mask<T, lanes<T>>::Native;
+    using V = Vec<T, N>;
+    using Counts = typename Mask<T, N>::Native;
 
     V sum{0.0};
     V least{__builtin_inf()};
@@ -46,24 +46,36 @@ struct Columns {
     }
 };
 
-// Adds the columns of one run to each other, halves upon halves.
-template <class T>
-PYABLATE_INLINE void fold(const Columns<T>& columns, Sums<T>& to) {
-    T sum[lanes<T>], least[lanes<T>];
-    typename IntegerOf<T>::type positive[lanes<T>];
-    store(sum, columns.sum);
-    store(least, columns.least);
-    __builtin_memcpy(positive, &columns.positive, sizeof positive);
-    for (int half = lanes<T> / 2; half > 0; half /= 2) {
-        for (int j = 0; j < half; ++j) {
-            sum[j] += sum[j + half];
-            least[j] = least[j + half] < least[j] ? least[j + half] : least[j];
-            positive[j] += positive[j + half];
-        }
+template <class Half, class Whole>
+PYABLATE_INLINE Half half_of(const Whole& whole, int which) {
+    Half half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&whole) + which * sizeof half,
+                     sizeof half);
+    return half;
+}
+
+// Adds the columns of one run to each other, halves upon halves; in registers, since maps may have
+// few entries.
+template <class T, int N>
+PYABLATE_INLINE void fold(const Columns<T, N>& columns, Sums<T>& to) {
+    if constexpr (N == 1) {
+        to.sum += static_cast<double>(columns.sum.lanes[0]);
+        to.least = columns.least.lanes[0] < to.least ? columns.least.lanes[0] : to.least;
+        to.positive += columns.positive[0];
+    } else {
+        using Half = Columns<T, N / 2>;
+        using V = typename Half::V;
+        const auto part = [&](int which) {
+            return Half{half_of<V>(columns.sum, which), half_of<V>(columns.least, which),
+                        half_of<typename Half::Counts>(columns.positive, which)};
+        };
+        Half low = part(0);
+        const Half high = part(1);
+        low.sum = low.sum + high.sum;
+        low.least = where(high.least < low.least, high.least, low.least);
+        low.positive += high.positive;
+        fold<T, N / 2>(low, to);
     }
-    to.sum += static_cast<double>(sum[0]);
-    to.least = least[0] < to.least ? least[0] : to.least;
-    to.positive += positive[0];
 }
 
 // Adds `count` consecutive entries of one map.
@@ -75,31 +87,26 @@ PYABLATE_INLINE void add_run(const T* x, std::int64_t count, Sums<T>& to) {
         const std::int64_t stop = i + n * flush < count ? i + n * flush : count;
         Columns<T> columns;
         for (; i + n <= stop; i += n) columns.add(load<typename Columns<T>::V>(x + i));
-        fold(columns, to);
+        fold<T, lanes<T>>(columns, to);
     }
     for (; i < count; ++i) add_entry(x[i], to);
 }
 
 // One unit on one image into the tables.
 template <class T>
-PYABLATE_INLINE void record(const ClassMomentsParams& p, std::int64_t n, std::int64_t c,
+PYABLATE_INLINE void record(const MapMomentsParams& p, std::int64_t n, std::int64_t c,
                             const Sums<T>& map) {
-    const T mean = static_cast<T>(map.sum / static_cast<double>(p.outer * p.inner));
-    const double wide = static_cast<double>(mean);
-    const std::int64_t cell = c * p.classes + p.label[n];
     T* least = static_cast<T*>(p.least);
-    static_cast<T*>(p.pooled)[n * p.units + c] = mean;
+    const double mean = map.sum / static_cast<double>(p.outer * p.inner);
+    static_cast<T*>(p.pooled)[c * p.pooled_row + n] = static_cast<T>(mean);
+    p.active[c * p.active_row + n] = map.positive > 0;
     least[c] = map.least < least[c] ? map.least : least[c];
     p.positive[c] += map.positive;
-    p.total[cell] += wide;
-    p.square[cell] += wide * wide;
-    p.maximum[cell] = wide > p.maximum[cell] ? wide : p.maximum[cell];
-    p.active[cell] += map.positive > 0;
 }
 
 // One unit whose map is runs of consecutive entries.
 template <class T>
-PYABLATE_INLINE void read_map(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+PYABLATE_INLINE void read_map(const MapMomentsParams& p, std::int64_t n, std::int64_t c) {
     Sums<T> map;
     for (std::int64_t o = 0; o < p.outer; ++o) {
         add_run(static_cast<const T*>(p.x) + ((n * p.outer + o) * p.units + c) * p.inner, p.inner,
@@ -110,7 +117,7 @@ PYABLATE_INLINE void read_map(const ClassMomentsParams& p, std::int64_t n, std::
 
 // A vector's worth of units that lie side by side (inner = 1).
 template <class T>
-PYABLATE_INLINE void read_columns(const ClassMomentsParams& p, std::int64_t n, std::int64_t c) {
+PYABLATE_INLINE void read_columns(const MapMomentsParams& p, std::int64_t n, std::int64_t c) {
     constexpr int width = lanes<T>;
     Sums<T> maps[width];
     for (std::int64_t first = 0; first < p.outer; first += flush) {
@@ -133,7 +140,7 @@ PYABLATE_INLINE void read_columns(const ClassMomentsParams& p, std::int64_t n, s
 }
 
 template <class T>
-void run(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+void run(const MapMomentsParams& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = 0; n < p.images; ++n) {
         std::int64_t c = begin;
         if (p.inner == 1) {
@@ -146,7 +153,7 @@ void run(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
 }  // namespace
 
 // Items are units.
-void class_moments(const ClassMomentsParams& p, std::int64_t begin, std::int64_t end) {
+void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end) {
     if (p.dtype == DType::float64) {
         run<double>(p, begin, end);
     } else {
