@@ -101,6 +101,9 @@ def prune(
             check_file(path)
     if save is not None and (len(by) != 1 or len(fraction or []) != 1):
         raise ValueError("--save: expected one --by and one --fraction, which say what to remove")
+    if save is not None and save.suffix != ".pt2":
+        raise ValueError(f"--save: expected a file called *.pt2, got {str(save)!r}")
+    _check_column(column, by)
     network = network_from(model, weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
     sample = _first_images(loaded.batches)
@@ -165,6 +168,7 @@ def sensitivity(
 
     if output is not None:
         check_file(output)
+    _check_column(column, [by])
     network = network_from(model, weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
     ranking = _ranking(by, network, loaded.batches, column, "layer", seed)
@@ -241,6 +245,17 @@ def compare(
     for each in comparison_tables(found):
         out.print(each)
     say_written(out, csv, images)
+
+
+def _check_column(column: str | None, by: list[str]) -> None:
+    """Refuse a column where no ranking has any."""
+    from pyablate.compression.filters import CRITERIA
+
+    if column is not None and all(what in (*CRITERIA, "random") for what in by):
+        raise ValueError(
+            f"--column: expected beside it a --by that names a result or a table, got {column!r} "
+            f"and --by {', '.join(by)}"
+        )
 
 
 def _first_images(batches: object) -> Tensor:

@@ -203,7 +203,7 @@ def prepare(
     if intervention.kind == "resample":
         data.hold()
     budget = memory or _free(data.device) // 4
-    _keep_freed_blocks(budget)
+    keep_freed_blocks(budget)
     pair = torch.stack([sample[0], sample[-1]])  # some networks squeeze a batch of one away
     double, decisive = in_double(work, pair)
     at_a_time = images_at_a_time(double, pair.to(decisive))
@@ -463,7 +463,7 @@ def _free(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _keep_freed_blocks(budget: int) -> None:
+def keep_freed_blocks(budget: int = 8 * REUSED) -> None:
     """Let memory of one slice serve the next, instead of fetching fresh pages from the system.
 
     glibc gives large blocks back as soon as they are freed, but learns from their size: after this

@@ -94,6 +94,8 @@ def test_compare() -> None:
     [
         (["prune", "demo:alexnet", *DATA, "--by", "l3"], "--by"),
         (["prune", "demo:alexnet", *DATA, "--fraction", "2"], "--fraction"),
+        (["prune", "demo:alexnet", *DATA, "--column", "accuracy_drop"], "--column"),
+        (["sensitivity", "demo:alexnet", *DATA, "--column", "x", "--by", "random"], "--column"),
         (["sensitivity", "demo:alexnet", *DATA, "--output", "layers.txt"], "*.csv or *.json"),
         (["compare", "demo:alexnet", "demo:vgg", *DATA], "vgg_bn"),
     ],
@@ -124,7 +126,9 @@ def test_the_smaller_network_is_saved_and_read_again() -> None:
         assert "one --by and one --fraction" in out
     code, out = invoke("prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--save", "small.pth")
     assert code != 0
+    assert "--save" in out
     assert "small.pth" in out
+    assert "done" not in out, "refused before the work, not behind it"
 
 
 def test_compare_attributions() -> None:

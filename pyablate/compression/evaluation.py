@@ -16,6 +16,7 @@ from torch.nn import functional
 from pyablate.batches import Batch, Data
 from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
 from pyablate.layers import copied
+from pyablate.prepare import keep_freed_blocks
 from pyablate.result import Floats, Ints
 
 _SAMPLE = 8
@@ -116,6 +117,7 @@ def evaluate(
     ValueError
         Bad images or labels, or logits that are not finite.
     """
+    keep_freed_blocks()
     exact = exact or copied(model).double()
     size = batch_size or (64 if data.device.type == "cpu" else 256)
     margin: float | None = None

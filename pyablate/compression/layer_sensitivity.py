@@ -193,7 +193,11 @@ def _read(path: Path, run: str) -> pd.DataFrame:
         else:
             table = pd.DataFrame(json.loads(path.read_text()))
         runs = set(table["run"])
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"path: {path} holds no table of sensitivities, it has no column {error}"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"path: {path} holds no table of sensitivities: {error}") from None
     if runs - {run}:
         raise ValueError(
