@@ -141,7 +141,8 @@ PYABLATE_INLINE void read_columns(const MapMomentsParams& p, std::int64_t n, std
 
 template <class T>
 void run(const MapMomentsParams& p, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = 0; n < p.images; ++n) {
+    // The last images first: of maps that were just written they are what the caches still hold.
+    for (std::int64_t n = p.images - 1; n >= 0; --n) {
         std::int64_t c = begin;
         if (p.inner == 1) {
             for (; c + lanes<T> <= end; c += lanes<T>) read_columns<T>(p, n, c);

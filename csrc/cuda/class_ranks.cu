@@ -82,6 +82,7 @@ __device__ inline void count_class(const ClassRanksParams& p, std::int64_t u, st
 template <class T>
 __device__ inline void count_widths(const ClassRanksParams& p, std::int64_t u,
                                     const Ranked<T>* images) {
+    if (p.images == 0) return;
     const auto value = [&](std::int64_t n) {
         return static_cast<double>(from_falling_bits<T>(images[n].bits));
     };
@@ -121,7 +122,7 @@ __global__ void rank_units(const ClassRanksParams p) {
 }  // namespace
 
 void class_ranks(const ClassRanksParams& p, int device, void* stream) {
-    if (p.units * p.images == 0) return;
+    if (p.units == 0) return;
     const DeviceGuard guard(device, "class_ranks");
     const auto on = static_cast<cudaStream_t>(stream);
     const auto bytes = static_cast<std::size_t>(p.units * p.bins) * sizeof *p.widths;

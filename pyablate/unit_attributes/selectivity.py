@@ -8,6 +8,8 @@ from torch import Tensor
 from pyablate.moments import ClassRanks
 from pyablate.unit_attributes.activations import constant
 
+_CACHED = 1 << 16  # values in float64 that stay in the caches between one step and the next
+
 
 def class_selectivity(total: Tensor, least: Tensor, count: Tensor) -> Tensor:
     """Index of each class against the mean of the others, float64 ``[C, K]``.
@@ -31,11 +33,15 @@ def standardised(a: Tensor) -> Tensor:
     Pearson's r of two rows is their product then. Centred in float64: a mean far above the
     deviation would leave float32 nothing.
     """
-    wide = a.double()
-    centred = wide - wide.mean(dim=1, keepdim=True)
-    length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    centred /= torch.where(constant(a).unsqueeze(1), torch.nan, length)
-    return centred.to(a.dtype)
+    out = torch.empty(a.shape, dtype=a.dtype)
+    step = max(1, _CACHED // max(a.shape[1], 1))
+    for part, into in zip(a.split(step), out.split(step), strict=True):
+        wide = part.double()
+        wide -= wide.mean(dim=1, keepdim=True)
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide /= torch.where(constant(part).unsqueeze(1), torch.nan, length)
+        into.copy_(wide)
+    return out
 
 
 def class_correlation(units: Tensor, probabilities: Tensor) -> Tensor:
