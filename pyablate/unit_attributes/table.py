@@ -48,8 +48,8 @@ def attributes(
     """Compute properties of every unit of some layers.
 
     All attributes of activations and gradients come from one pass over the data; only concepts
-    (two passes) and what is computed on a sample of the images need more. It takes 4 bytes of host
-    memory per unit and image.
+    (two passes) and what is computed on a sample of the images need more. It takes 5 bytes of host
+    memory per unit and image, 9 in float64.
 
     Parameters
     ----------
