@@ -130,6 +130,7 @@ def test_near_ties_are_decided_in_float64() -> None:
     [
         ({"smaller": nn.Sequential(nn.Flatten(), nn.Linear(784, 3))}, ValueError, "10 classes"),
         ({"smaller": "other"}, TypeError, "smaller"),
+        ({"smaller": nn.Identity()}, TypeError, "smaller: expected logits"),
         ({"model": 3}, TypeError, "model"),
         ({"class_names": ["a"]}, ValueError, "class_names"),
         ({"fdr": 1.0}, ValueError, "fdr"),

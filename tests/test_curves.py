@@ -97,6 +97,29 @@ def test_units_are_held_at_zero_where_removal_is_something_else() -> None:
     assert curve["flops"][1] < curve["flops"][0]
 
 
+def test_what_float32_cannot_tell_is_decided_in_float64() -> None:
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.fc(self.relu(self.norm(self.conv(x))).mean((2, 3)))
+            return (inner + 1e7) - 1e7  # float32 keeps whole numbers
+
+    model = made(Cancelling)
+    pictures = images(60)
+    ranking = pa.rank(model, pictures, "random")
+    double = made(Cancelling).double()
+    double.load_state_dict(model.state_dict())
+    found, gone = sites(model, pictures), ranking.units(0.5)
+    right = silenced(double, found, pictures.double(), gone).argmax(1)
+    assert (silenced(model, found, pictures, gone).argmax(1) != right).sum() > 5
+    curve = pa.prune_curve(model, (pictures, right), ranking, fractions=[0.5], seeds=0)
+    assert curve["accuracy"][1] == 1.0
+
+
 def test_plot(shipped: Any) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

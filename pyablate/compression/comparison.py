@@ -86,7 +86,10 @@ def compare(
         images = Data(data, dtype=dtype, device=device_of(original))
         images.hold_if_read_once()
         before = evaluate(original, images, batch_size)
-        after = evaluate(other, images, batch_size)
+        try:
+            after = evaluate(other, images, batch_size)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("model:", "smaller:", 1)) from None
         if before.classes != after.classes:
             raise ValueError(
                 f"smaller: expected {before.classes} classes as of the original, "
