@@ -6,7 +6,9 @@ to wait for is noted with the line of ours that asked for it. Operations give th
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,7 +201,9 @@ class Recorder:
             self.notes.tape = None
         self.recordings += 1
         _forget(tape)
-        return lambda: self._replay(tape), change
+        replay = functools.partial(self._replay, tape)
+        weakref.finalize(replay, _forget, tape)  # its memory goes to the next recording
+        return replay, change
 
     def _replay(self, tape: list[Any]) -> None:
         self.replays += 1

@@ -96,7 +96,7 @@ def swept(setup, notes):
     note = lambda name: notes.events.append(f"job {name}")  # noqa: E731
     again, _ = sweep_one(setup, batch, note, sweep)
     check_same(again, found)
-    return again, notes.events[start:]
+    return again, notes.events[start:], sweep
 
 
 def check_same(found, expected):
@@ -138,7 +138,7 @@ def test_a_block_waits_for_its_live_pairs_and_once_per_tier(case, monkeypatch):
     setup = set_up("residual", **CASES[case])
     expected, _ = sweep_one(setup, next(setup.data.batches(IMAGES)))
     with on_device(monkeypatch) as notes:
-        found, events = swept(move(setup), notes)
+        found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     jobs = by_job(events)
     # Logits that are finite, and close; labels; predictions.
@@ -160,7 +160,7 @@ def test_the_closed_form_waits_twice(monkeypatch):
     setup = set_up("mlp", layers=["7"])
     expected, _ = sweep_one(setup, next(setup.data.batches(IMAGES)))
     with on_device(monkeypatch) as notes:
-        found, events = swept(move(setup), notes)
+        found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     waits = waits_of(by_job(events)["job " + setup.jobs[0].name])
     assert [wait.place for wait in waits] == ["Sweep.closed_form"] * 2
@@ -172,9 +172,12 @@ def test_recorded_slices_find_the_same(monkeypatch):
     with on_device(monkeypatch) as notes:
         recorder = elsewhere.Recorder(notes)
         monkeypatch.setattr(cuda_graph, "recorder", lambda _: recorder)
-        found, events = swept(move(setup), notes)
+        found, events, sweep = swept(move(setup), notes)
     check_same(found, expected)
     assert recorder.works
+    for ladder in sweep.ladders.values():  # nothing that a recording made and dropped is read
+        # All of the first block and what is doubtful of the second went to float32.
+        assert ladder.settled[torch.bfloat16] > 0.45 * sum(ladder.settled.values())
     assert recorder.recordings >= 2 * len(setup.jobs)  # in each block
     for name, own in by_job(events).items():
         slices = own.count("classify")
@@ -251,7 +254,7 @@ def test_directions_are_sent_once(monkeypatch):
     )
     expected, _ = sweep_one(setup, next(setup.data.batches(IMAGES)))
     with on_device(monkeypatch) as notes:
-        found, events = swept(move(setup), notes)
+        found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     waits = waits_of(by_job(events)["job body.2"])
     assert {wait.place for wait in waits} <= {DECIDED.place, *(wait.place for wait in EXACT)}
