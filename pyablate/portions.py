@@ -31,7 +31,7 @@ def portions(operations: int, tensor: Tensor) -> int:
     """Into how many calls to cut one of so many multiplications and additions on a tensor."""
     if tensor.device.type != "cpu":  # calls return before they are carried out
         return 1
-    return int(-(-operations * tensor.element_size() // (4 * LONGEST)))
+    return max(1, -(-operations * tensor.element_size() // (4 * LONGEST)))
 
 
 def images_at_a_time(model: nn.Module, images: Tensor) -> int:
@@ -57,7 +57,7 @@ class _Count(TorchDispatchMode):
     """Multiplications and additions of the costliest operator that runs meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
 
     def __torch_dispatch__(
