@@ -31,7 +31,7 @@ def portions(operations: int, tensor: Tensor) -> int:
     """Into how many calls to cut one of so many multiplications and additions on a tensor."""
     if tensor.device.type != "cpu":  # calls return before they are carried out
         return 1
-    return int(-(-operations * tensor.element_size() // (4 * LONGEST)))
+    return max(1, -(-operations * tensor.element_size() // (4 * LONGEST)))
 
 
 def images_at_a_time(model: nn.Module, images: Tensor) -> int:
@@ -48,7 +48,7 @@ def images_at_a_time(model: nn.Module, images: Tensor) -> int:
     with torch.no_grad(), count:
         model(images.clone())  # it may work in place
     if images.device.type != "cpu":
-        return cast(int, torch.iinfo(torch.int32).max)
+        return torch.iinfo(torch.int32).max
     longest = 4 * LONGEST // images.element_size()
     return int(max(2, longest * len(images) // max(count.most, 1)))
 
@@ -56,7 +56,9 @@ def images_at_a_time(model: nn.Module, images: Tensor) -> int:
 class _Count(TorchDispatchMode):
     """Multiplications and additions of the costliest operator that runs meanwhile."""
 
-    most = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

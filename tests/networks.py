@@ -534,11 +534,16 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def spread_logits(model: nn.Module, images: Tensor) -> None:
-    """Rescale the last linear layer so that every class has a chance on these images."""
+    """Rescale the last linear layer so that every class has a chance on these images.
+
+    Logits that are constant up to rounding stay: centred and scaled they would be noise.
+    """
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     model.eval()
     with torch.no_grad():
         logits = model(images)
-        scale = logits.std(dim=0).clamp(min=1e-6)  # a dead network has none
-        last.bias.sub_(logits.mean(dim=0)).div_(scale)
+        spread = logits.std(dim=0)
+        alive = spread > 1e-4 * logits.abs().amax(dim=0)
+        scale = torch.where(alive, spread, 1.0)
+        last.bias.sub_(torch.where(alive, logits.mean(dim=0), 0.0)).div_(scale)
         last.weight.div_(scale.unsqueeze(1))

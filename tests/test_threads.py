@@ -231,6 +231,23 @@ def test_no_call_takes_long(
     assert same(plain, short)
 
 
+def test_linear_maps_of_weights_alone_are_left_whole() -> None:
+    """As the position bias of some transformers: no image, nothing to cut."""
+
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 4))
+            self.relu, self.map, self.head = nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.relu(x.flatten(1)) + self.map(self.table))
+
+    images, labels = torch.randn(6, 4), torch.arange(6) % 3
+    result = pa.ablate(Bias(), (images, labels), progress=False)
+    assert "replay" not in result.strategy.values()
+
+
 _INTERRUPTED = """
 import signal, sys, time, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -270,7 +270,7 @@ NETWORKS = st.builds(
     ),
     hidden=st.sampled_from([0, 0, 4]),
     shared_activations=st.booleans(),
-    seed=st.integers(0, 1000),
+    seed=st.integers(0, 1_000_000),
 )
 CASES = st.builds(
     Case,

@@ -12,22 +12,21 @@ import pytest
 from budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
 from cases import CASES, Case, Checked, check
 from hypothesis import assume, given
-from parts import Network
 
 LOW = ("int8", "bfloat16")
 
 compared: list[Checked] = []
-passed: set[Network] = set()
+passed: set[int] = set()
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
 @settings_for(30)
 @given(case=CASES)
 def test_random_networks_agree_with_the_oracle(case: Case) -> None:
-    assume(case.network not in passed)  # Hypothesis likes to vary what it has drawn before
+    assume(case.network.seed not in passed)  # a variation of one before, which Hypothesis likes
     if not out_of_time():
         compared.append(check(case))
-        passed.add(case.network)
+        passed.add(case.network.seed)
 
 
 def test_the_comparisons_meant_something() -> None:
