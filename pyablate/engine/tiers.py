@@ -30,7 +30,7 @@ SAMPLE = 256
 """Pairs on which a job's low-precision error is measured, at most."""
 
 LEAST_SAMPLE = 64
-"""The same, at least; fewer open pairs than that go to full precision at once."""
+"""The same, at least; fewer pairs than that left open go to full precision at once."""
 
 SHARE = 128
 """Of so many pairs one is measured: in full precision it costs several times the others."""
@@ -147,7 +147,7 @@ class Ladder:
         prediction = torch.full((len(row),), -1, dtype=torch.int32)
         open_ = torch.arange(len(row))
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
-            if tier != self.full and len(open_) < LEAST_SAMPLE:
+            if tier not in (self.tiers[0], self.full) and len(open_) < LEAST_SAMPLE:
                 continue
             device = clean.logits.device
             rows, images = sent(row[open_], device), sent(image[open_], device)
