@@ -23,9 +23,9 @@ def classify(logits: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, tol
     ...
 def confusion_counts(prediction: torch.Tensor, label: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
     ...
-def delta_activation(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def delta_activation(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
     ...
-def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor, codes: torch.Tensor | None, code_scale: torch.Tensor | None, channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], out_size: collections.abc.Sequence[int], scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], out_size: collections.abc.Sequence[int], scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
     ...
 def delta_mean(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor, channels_last: bool, scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
     ...
@@ -43,9 +43,9 @@ def tensor_access(use_table: bool) -> str:
     """
     Read tensors by the exchange table if allowed and there; tell how they are read.
     """
-def unit_delta(delta: torch.Tensor, weight: torch.Tensor, channel: torch.Tensor, image: torch.Tensor, column: torch.Tensor, base: torch.Tensor | None, base_image: torch.Tensor, out: torch.Tensor, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def unit_delta(delta: torch.Tensor, weight: torch.Tensor, channel: torch.Tensor, image: torch.Tensor, column: torch.Tensor, base: torch.Tensor | None, base_image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], kind: int, a: float, b: float, threads: int, stream: int) -> None:
     ...
-def unit_delta_scratch(delta: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, codes: torch.Tensor | None, stride: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int]) -> int:
+def unit_delta_scratch(delta: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, codes: torch.Tensor | None, stride: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int]) -> int:
     """
     Scratch elements that one thread of unit_delta needs on the CPU.
     """

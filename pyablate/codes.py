@@ -28,18 +28,31 @@ class Codes:
         uint8 ``[P, ...]``.
     scale : Tensor
         float32 ``[P]``: the largest magnitude of the pair, divided by 127.
+    alone : bool
+        Whether they are all that is wanted: what fills them then leaves the delta itself unwritten.
     """
 
     values: Tensor
     scale: Tensor
+    alone: bool = False
 
     @classmethod
     def empty(
-        cls, shape: Sequence[int], layout: torch.memory_format, device: torch.device | str
+        cls,
+        shape: Sequence[int],
+        layout: torch.memory_format,
+        device: torch.device | str,
+        *,
+        alone: bool = False,
     ) -> Codes:
         """Memory for the codes of a delta of this shape and layout, to be filled."""
         values = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=layout)
-        return cls(values, torch.empty(shape[0], dtype=torch.float32, device=device))
+        return cls(values, torch.empty(shape[0], dtype=torch.float32, device=device), alone)
+
+    def spell(self, dtype: torch.dtype) -> Tensor:
+        """Return the delta as the codes have it."""
+        steps = self.values.float() - ZERO
+        return (steps * self.scale.reshape(-1, *[1] * (steps.ndim - 1))).to(dtype)
 
     def fill(self, delta: Tensor) -> None:
         """Encode, in plain PyTorch."""

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -209,6 +209,27 @@ class Graph:
             if node.op == "call_function" and touched and self.size(node, 1) is None:
                 changed.add(node)
         return [node for node in self.graph.nodes if node in changed]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def remembered(fact: Callable[P, T]) -> Callable[P, T]:
+    """Keep with a node, the last argument, what follows from the network alone.
+
+    The rules ask for it anew for every slice of pairs.
+    """
+    name = f"pyablate.{fact.__name__}"
+
+    @functools.wraps(fact)
+    def ask(*arguments: P.args, **named: P.kwargs) -> T:
+        node = cast(fx.Node, arguments[-1])
+        if name not in node.meta:
+            node.meta[name] = fact(*arguments, **named)
+        return cast(T, node.meta[name])
+
+    return ask
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

@@ -478,7 +478,7 @@ class Sweep:
             ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
         )
         doubt = {
-            job.name: {_name(tier): share for tier, share in ladder.doubts.items()}
+            job.name: {_name(tier): ladder.doubt(tier) for tier in ladder.doubts}
             for job, ladder in self.ladders.items()
         }
         return Effort(self.layer_seconds, settled, doubt)

@@ -94,6 +94,48 @@ def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
     assert_codes(codes, result)
 
 
+@pytest.mark.parametrize("twin", [*CPU_TWINS, "reference"])
+def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
+    torch.manual_seed(0)
+    delta, base = maps(40, 21, 6, 8, dtype=torch.bfloat16), maps(4, 21, 6, 8)
+    image = random_index(40, 4)
+    weight, channel = torch.randn(21, 3, 3, 17), torch.arange(21, dtype=torch.int32)
+    first = maps(4, 17, 6, 8)
+    column = random_index(40, 21).sort().values
+
+    def activated(codes, **out):
+        return ops.delta_activation(base, delta, image, RELU, codes=codes, **out)
+
+    def pooled(codes, **out):
+        return ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL, **out)
+
+    def convolved(codes, **out):
+        given = {"activation": RELU, "base": first, "padding": 1, "codes": codes, **out}
+        return ops.unit_delta(delta[:4], weight, channel, image, column, **given)
+
+    def run(op, *arguments, **options):
+        if twin == "reference":
+            return on_reference(op, *arguments, **options)
+        with using_twin(twin):
+            return op(*arguments, **options)
+
+    for op in (activated, pooled, convolved):
+        shape = run(op, None).shape
+        both = Codes.empty(shape, torch.channels_last, "cpu")
+        run(op, both)
+        alone = Codes.empty(shape, torch.channels_last, "cpu", alone=True)
+        out = torch.full(shape, 7.0, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        result = run(op, alone, out=out)
+        assert torch.equal(alone.values, both.values)
+        assert torch.equal(alone.scale, both.scale)
+        assert result.shape == (0,)
+        assert torch.equal(alone.spell(torch.float32), decoded(both))
+        if twin != "reference":
+            assert (out == 7.0).all()
+
+
 @pytest.mark.parametrize("twin", CPU_TWINS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_spoils_its_pair_and_no_other(twin, bad):

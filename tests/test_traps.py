@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import pyablate as pa
 from pyablate import reference
-from pyablate.engine import eight_bit, weighted
+from pyablate.engine import eight_bit, tiers, weighted
 from pyablate.engine.tiers import Ladder
 
 needs_eight_bits = pytest.mark.skipif(
@@ -52,8 +52,9 @@ class Shared(nn.Module):
 
 @needs_eight_bits
 @pytest.mark.parametrize("twice", ["branches", "sum"])
-def test_a_convolution_read_twice_is_not_overwritten(twice):
+def test_a_convolution_read_twice_is_not_overwritten(twice, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(tiers, "USELESS", 0.9)  # half of these pairs are close calls
     model, data = spread(Shared(twice)), images()
     result = pa.ablate(model, data, "relu", precision="int8", progress=False)
     assert reference.compare(result, model, data, "relu").mismatches == 0

@@ -81,18 +81,29 @@ const float* read_scale(const char* name, const std::optional<TensorView>& scale
     return scale ? read<float>({name, *scale}, DType::float32, {pairs}) : nullptr;
 }
 
-// Codes of `out`, if wanted: its shape and layout.
+// Where the sizes of a result are read: from itself, or from its codes where only they are wanted.
+const TensorView& sized(const std::optional<TensorView>& out,
+                        const std::optional<TensorView>& codes) {
+    check(out || codes, "out: expected a tensor, or codes");
+    return out ? *out : *codes;
+}
+
+void* data_of(const std::optional<TensorView>& tensor) {
+    return tensor ? tensor->data : nullptr;
+}
+
+// Codes of a result of `dtype`, if wanted: its shape and layout.
 Codes codes_of(const std::optional<TensorView>& values, const std::optional<TensorView>& scale,
-               const TensorView& out, bool channels_last) {
+               const TensorView& result, DType dtype, bool channels_last) {
     if (!values) return {};
     check(scale.has_value(), "code_scale: expected a tensor beside the codes");
     check_dtype({"codes", *values}, DType::uint8);
-    check(values->elements() == out.elements() && values->shape[0] == out.shape[0],
+    check(values->elements() == result.elements() && values->shape[0] == result.shape[0],
           "codes: expected the shape of out");
     check_dense({"codes", *values}, channels_last);
-    check(out.dtype != DType::float64 && out.device == DeviceKind::cpu,
+    check(dtype != DType::float64 && result.device == DeviceKind::cpu,
           "codes: expected float32 or bfloat16 results on a CPU");
-    read<float>({"code_scale", *scale}, DType::float32, {out.shape[0]});
+    read<float>({"code_scale", *scale}, DType::float32, {result.shape[0]});
     return {static_cast<std::uint8_t*>(values->data), static_cast<float*>(scale->data)};
 }
 
@@ -100,48 +111,52 @@ void delta_activation(const TensorView& base, const TensorView& delta,
                       const std::optional<TensorView>& scale,
                       const std::optional<TensorView>& addend,
                       const std::optional<TensorView>& addend_scale, const TensorView& image,
-                      const TensorView& out, const std::optional<TensorView>& codes,
+                      const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
                       const std::optional<TensorView>& code_scale,
                       const std::optional<TensorView>& scratch, int kind, double a, double b,
                       int threads, std::uintptr_t stream) {
     const TensorView& second = addend ? *addend : delta;
+    const TensorView& result = sized(out, codes);
     const Place place = place_of({{"delta", delta},
                                   {"base", base},
                                   {"scale", scale ? *scale : delta},
                                   {"addend", second},
                                   {"addend_scale", addend_scale ? *addend_scale : delta},
                                   {"image", image},
-                                  {"out", out},
-                                  {"codes", codes ? *codes : out},
-                                  {"code_scale", code_scale ? *code_scale : out},
-                                  {"scratch", scratch ? *scratch : out}});
+                                  {"out", result},
+                                  {"codes", codes ? *codes : result},
+                                  {"code_scale", code_scale ? *code_scale : result},
+                                  {"scratch", scratch ? *scratch : result}});
     check(delta.dims >= 1 && base.dims == delta.dims, "base: expected the dimensions of delta");
     const std::int64_t pairs = delta.shape[0], images = base.shape[0];
     const std::int64_t width = row_elements(delta);
     const bool channels_last = !is_contiguous(delta);
     check_base_dtype(base, delta.dtype);
     for (const Argument& x : {Argument{"delta", delta}, Argument{"base", base},
-                              Argument{"addend", second}, Argument{"out", out}}) {
+                              Argument{"addend", second}, Argument{"out", result}}) {
         check_dense(x, channels_last);
         check(row_elements(x.view) == width, x.name, ": expected rows like those of delta");
-        check(&x.view == &base || (x.view.dtype == delta.dtype && x.view.shape[0] == pairs), x.name,
-              ": expected the dtype and length of delta");
+        check(&x.view == &base || x.view.shape[0] == pairs, x.name,
+              ": expected the length of delta");
     }
+    check_dtype({"addend", second}, delta.dtype);
+    if (out) check_dtype({"out", *out}, delta.dtype);
+    const Codes coded = codes_of(codes, code_scale, result, delta.dtype, channels_last);
     const DeltaActivationParams params{base.data,
                                        delta.data,
                                        read_scale("scale", scale, pairs),
                                        addend ? addend->data : nullptr,
                                        read_scale("addend_scale", addend_scale, pairs),
                                        read_index({"image", image}, pairs, 0, images),
-                                       out.data,
-                                       codes_of(codes, code_scale, out, channels_last),
+                                       data_of(out),
+                                       coded,
                                        images,
                                        pairs,
                                        width,
                                        activation_of(kind, a, b),
                                        delta.dtype,
                                        base.dtype};
-    if (out.elements() == 0) return;
+    if (result.elements() == 0) return;
     if (codes) check_scratch(scratch, DType::float32, width, threads);
     const py::gil_scoped_release released;
     if (place.cuda) {
@@ -213,23 +228,24 @@ void delta_mean(const TensorView& base, const TensorView& delta,
 
 void delta_max_pool(const TensorView& base, const TensorView& delta,
                     const std::optional<TensorView>& scale, const TensorView& image,
-                    const TensorView& out, const std::optional<TensorView>& codes,
+                    const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
                     const std::optional<TensorView>& code_scale, bool channels_last,
                     const Two& kernel, const Two& stride, const Two& padding, const Two& dilation,
                     const Two& out_size, const std::optional<TensorView>& scratch, int kind,
                     double a, double b, int threads, std::uintptr_t stream) {
+    const TensorView& result = sized(out, codes);
     const Place place = place_of({{"delta", delta},
                                   {"base", base},
                                   {"scale", scale ? *scale : delta},
                                   {"image", image},
-                                  {"out", out},
-                                  {"codes", codes ? *codes : out},
-                                  {"code_scale", code_scale ? *code_scale : out},
-                                  {"scratch", scratch ? *scratch : out}});
+                                  {"out", result},
+                                  {"codes", codes ? *codes : result},
+                                  {"code_scale", code_scale ? *code_scale : result},
+                                  {"scratch", scratch ? *scratch : result}});
     const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
-    check_dtype({"out", out}, delta.dtype);
-    check_shape({"out", out}, {pairs, channels, out_size[0], out_size[1]});
-    check_dense({"out", out}, channels_last);
+    if (out) check_dtype({"out", *out}, delta.dtype);
+    check_shape({"out", result}, {pairs, channels, out_size[0], out_size[1]});
+    check_dense({"out", result}, channels_last);
     for (const std::size_t i : {0u, 1u}) {
         check(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
               "kernel, stride, dilation: expected positive numbers; padding: none below 0");
@@ -238,8 +254,8 @@ void delta_max_pool(const TensorView& base, const TensorView& delta,
                                     delta.data,
                                     read_scale("scale", scale, pairs),
                                     read_index({"image", image}, pairs, 0, images),
-                                    out.data,
-                                    codes_of(codes, code_scale, out, channels_last),
+                                    data_of(out),
+                                    codes_of(codes, code_scale, result, delta.dtype, channels_last),
                                     images,
                                     pairs,
                                     channels,
@@ -260,7 +276,7 @@ void delta_max_pool(const TensorView& base, const TensorView& delta,
                                     delta.dtype,
                                     base.dtype};
     check(is_monotone(params.activation), "activation: expected a monotone function");
-    if (out.elements() == 0) return;
+    if (result.elements() == 0) return;
     if (place.cuda) {
         const py::gil_scoped_release released;
         return cuda::delta_max_pool(params, place.index, reinterpret_cast<void*>(stream));
@@ -307,12 +323,13 @@ UnitDeltaParams unit_delta_sizes(const TensorView& delta, const TensorView& weig
 void unit_delta(const TensorView& delta, const TensorView& weight, const TensorView& channel,
                 const TensorView& image, const TensorView& column,
                 const std::optional<TensorView>& base, const TensorView& base_image,
-                const TensorView& out, const std::optional<TensorView>& codes,
+                const std::optional<TensorView>& out, const std::optional<TensorView>& codes,
                 const std::optional<TensorView>& code_scale,
                 const std::optional<TensorView>& scratch, const Two& stride, const Two& padding,
                 const Two& dilation, int kind, double a, double b, int threads,
                 std::uintptr_t stream) {
-    const TensorView& rows = base ? *base : out;
+    const TensorView& result = sized(out, codes);
+    const TensorView& rows = base ? *base : result;
     const Place place = place_of({{"delta", delta},
                                   {"weight", weight},
                                   {"channel", channel},
@@ -320,11 +337,11 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
                                   {"column", column},
                                   {"base", rows},
                                   {"base_image", base_image},
-                                  {"out", out},
-                                  {"codes", codes ? *codes : out},
-                                  {"code_scale", code_scale ? *code_scale : out},
-                                  {"scratch", scratch ? *scratch : out}});
-    UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, padding, dilation);
+                                  {"out", result},
+                                  {"codes", codes ? *codes : result},
+                                  {"code_scale", code_scale ? *code_scale : result},
+                                  {"scratch", scratch ? *scratch : result}});
+    UnitDeltaParams p = unit_delta_sizes(delta, weight, result, stride, padding, dilation);
     p.dtype = delta.dtype;
     p.activation = base ? activation_of(kind, a, b) : Activation{};
     p.base_dtype = base ? base->dtype : computing(delta.dtype);
@@ -342,12 +359,12 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
         check_dense({"base", *base}, true);
         p.base = base->data;
     }
-    check_dtype({"out", out}, delta.dtype);
-    check_shape({"out", out}, {p.pairs, p.outputs, p.out_h, p.out_w});
-    check_dense({"out", out}, true);
-    p.out = out.data;
-    p.codes = codes_of(codes, code_scale, out, true);
-    if (out.elements() == 0) return;
+    if (out) check_dtype({"out", *out}, delta.dtype);
+    check_shape({"out", result}, {p.pairs, p.outputs, p.out_h, p.out_w});
+    check_dense({"out", result}, true);
+    p.out = data_of(out);
+    p.codes = codes_of(codes, code_scale, result, delta.dtype, true);
+    if (result.elements() == 0) return;
     if (place.cuda) {
         const py::gil_scoped_release released;
         return cuda::unit_delta(p, place.index, reinterpret_cast<void*>(stream));
@@ -358,9 +375,9 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
 }
 
 std::int64_t unit_delta_scratch(const TensorView& delta, const TensorView& weight,
-                                const TensorView& out, const std::optional<TensorView>& codes,
+                                const TensorView& result, const std::optional<TensorView>& codes,
                                 const Two& stride, const Two& dilation) {
-    UnitDeltaParams p = unit_delta_sizes(delta, weight, out, stride, {0, 0}, dilation);
+    UnitDeltaParams p = unit_delta_sizes(delta, weight, result, stride, {0, 0}, dilation);
     if (codes) p.codes.values = static_cast<std::uint8_t*>(codes->data);
     return cpu::unit_delta_scratch(p).total;
 }
@@ -382,7 +399,7 @@ void define_maps(py::module_& m) {
     m.def("unit_delta", &unit_delta, "delta"_a, "weight"_a, "channel"_a, "image"_a, "column"_a,
           "base"_a, "base_image"_a, "out"_a, "codes"_a, "code_scale"_a, "scratch"_a, "stride"_a,
           "padding"_a, "dilation"_a, "kind"_a, "a"_a, "b"_a, "threads"_a, "stream"_a);
-    m.def("unit_delta_scratch", &unit_delta_scratch, "delta"_a, "weight"_a, "out"_a, "codes"_a,
+    m.def("unit_delta_scratch", &unit_delta_scratch, "delta"_a, "weight"_a, "result"_a, "codes"_a,
           "stride"_a, "dilation"_a,
           "Scratch elements that one thread of unit_delta needs on the CPU.");
 }

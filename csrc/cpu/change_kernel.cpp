@@ -187,6 +187,7 @@ void delta_activation_codes(const DeltaActivationParams& p, float* row, std::int
         blocks([&](std::int64_t start, std::int64_t count) {
             const std::int64_t at = pair * p.width + start;
             write_codes(row + start, count, inverse, p.codes.values + at);
+            if (p.out == nullptr) return;  // nobody wants the numbers themselves
             keep(nullptr, row + start, nullptr, static_cast<char*>(p.out) + at * bytes_of(p.dtype),
                  count, {});
         });

@@ -163,6 +163,7 @@ void pool_pair(const DeltaMaxPoolParams& p, ChangeRun finish, float* scratch, st
     }
     const std::int64_t row = parts * size;
     encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
+    if (p.out == nullptr) return;
     const ChangeRun keep =
         find_change_run(ActivationKind::identity, DType::float32, DType::float32, dtype_of<D>);
     keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});

@@ -234,6 +234,7 @@ struct Finish {
             if (!coded) return;
             const std::int64_t row = p.out_h * p.out_w * p.outputs;
             encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
+            if (p.out == nullptr) return;
             const ChangeRun keep = find_change_run(ActivationKind::identity, DType::float32,
                                                    DType::float32, dtype_of<D>);
             keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});

@@ -143,7 +143,7 @@ class Suffix:
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
         """As many pairs as let the widest tensor fit, by precision."""
-        return lambda dtype: max(1, slice_bytes // (self.widest * carried(dtype).itemsize))
+        return lambda dtype: usual(max(1, slice_bytes // (self.widest * carried(dtype).itemsize)))
 
     def columns(self, weight: Tensor, channel: Tensor) -> Tensor:
         """Columns ``[K, U]`` of the last layer that the units reach, laid out by unit once."""
@@ -222,8 +222,9 @@ class Sweep:
 
     def ablates(self, node: fx.Node) -> bool:
         """Whether the job acts at this node."""
-        names = {site.name for site in self.suffix.job.sites}
-        return node.target is MARKER and node.args[1] in names
+        if node.target is not MARKER:
+            return False
+        return any(node.args[1] == site.name for site in self.suffix.job.sites)
 
     def value(self, node: fx.Node) -> Channel | None:
         """Return the delta of a node, if it is on its channel and changed."""
@@ -328,7 +329,24 @@ class Sweep:
 
     def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Logit changes [P, K] of some pairs, with the dense suffix in ``dtype``."""
-        return _Slice(self, row, image, dtype).change()
+        pairs = len(row)
+        more = usual(pairs, up=True) - pairs
+        if more:
+            row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
+        change = _Slice(self, row, image, dtype).change()
+        return change if change is None else change[:pairs]
+
+    @cached_property
+    def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+        """Nodes of the dense part, what each of them reads, and what is then of no more use."""
+        nodes = self.deferred if self.suffix.job.channelwise else self.suffix.nodes
+        steps = []
+        later = {self.graph.logits}
+        for node in reversed(nodes):
+            sources = node.all_input_nodes
+            steps.append((node, sources, [source for source in sources if source not in later]))
+            later.update(sources)
+        return steps[::-1]
 
     def lowered(self, node: fx.Node, dtype: torch.dtype) -> Channel:
         """Return a channelwise delta in another precision, converted once per batch."""
@@ -353,20 +371,20 @@ class _Slice:
         self.column = row
         self.image_long = image
         self.image = image.to(torch.int32)
-        self._nodes = sweep.deferred if sweep.suffix.job.channelwise else sweep.suffix.nodes
         self._deltas: dict[fx.Node, Any] = {}
         self._spelt: dict[fx.Node, Tensor] = {}
-        self._uses: dict[fx.Node, int] = {}
 
     def change(self) -> Tensor | None:
         """Logit changes [P, K]; None if the pairs cannot change them."""
-        self._count_uses()
-        for node in self._nodes:
+        for node, sources, last in self.sweep.steps:
             if self.sweep.ablates(node):
                 self._deltas[node] = self._ablate(self._sites[str(node.args[1])], node)
-            elif any(self.raw(source) is not None for source in node.all_input_nodes):
+            elif any(self.raw(source) is not None for source in sources):
                 self._deltas[node] = rules.advance(self, node)
-            self._release(node)
+            for source in last:
+                self._deltas.pop(source, None)
+                self.codes.pop(source, None)
+                self._spelt.pop(source, None)
         change: Tensor | None = self.delta(self.graph.logits)
         return change
 
@@ -425,19 +443,15 @@ class _Slice:
         values = base if incoming is None else base + incoming
         return self.sweep.suffix.job.change(site, values, self.column, standin) - base
 
-    def _count_uses(self) -> None:
-        for node in self._nodes:
-            for source in node.all_input_nodes:
-                self._uses[source] = self._uses.get(source, 0) + 1
-        self._uses[self.graph.logits] = self._uses.get(self.graph.logits, 0) + 1
 
-    def _release(self, node: fx.Node) -> None:
-        for source in node.all_input_nodes:
-            self._uses[source] -= 1
-            if self._uses[source] == 0:
-                self._deltas.pop(source, None)
-                self.codes.pop(source, None)
-                self._spelt.pop(source, None)
+def usual(pairs: int, *, up: bool = False) -> int:
+    """Round a number of pairs to one of few: three leading bits, the others 0.
+
+    oneDNN and cuDNN prepare each convolution anew for every number of pairs that they have not met,
+    for half a millisecond or more. What is left over of a batch is filled up with a pair's copies.
+    """
+    step = 1 << max(0, pairs.bit_length() - 3)
+    return -(-pairs // step) * step if up else pairs // step * step
 
 
 def _any_position(maps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from pyablate.engine.channel import LINEAR_POOLS, SAME, SUBTRACTIONS
-from pyablate.graph import BATCH_NORM, PADS, settings
+from pyablate.graph import BATCH_NORM, PADS, remembered, settings
 from pyablate.ops import Activation
 
 aten = torch.ops.aten
@@ -59,6 +59,7 @@ LINEAR = STRUCTURE | SAME | LINEAR_POOLS | PADS | {aten.cat.default, BATCH_NORM,
 SUMS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 
 
+@remembered
 def named_activation(node: fx.Node) -> Activation | None:
     """Return our name for an activation with its settings, or None where we have none."""
     given = node.args[1:]

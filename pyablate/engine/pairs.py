@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.engine.channel import SAME
-from pyablate.graph import Graph, operands
+from pyablate.graph import Graph, operands, remembered
 from pyablate.ops import Codes
 
 
@@ -99,6 +99,7 @@ def full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
     return delta if list(delta.shape) == shape else delta.expand(shape)
 
 
+@remembered
 def readers_of(node: fx.Node) -> list[fx.Node]:
     """Nodes that compute something from a node."""
     found: list[fx.Node] = []

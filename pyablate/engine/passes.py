@@ -20,9 +20,9 @@ from pyablate.engine.pairs import (
     only_reader,
     readers_of,
 )
-from pyablate.engine.pending import Activated, FirstMap, Scaled, Sum
+from pyablate.engine.pending import Activated, Coded, FirstMap, Scaled, Sum
 from pyablate.engine.weighted import new_codes
-from pyablate.graph import CONVOLUTIONS, settings
+from pyablate.graph import CONVOLUTIONS, remembered, settings
 from pyablate.ops import Activation
 
 aten = torch.ops.aten
@@ -53,8 +53,9 @@ def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
     """Let a first convolution go on waiting where only what stands still is added to it."""
     changed = changing(pairs, node)
     raw = pairs.raw(changed[0]) if len(changed) == 1 else None
-    alike = changed[0].meta["val"].shape == node.meta["val"].shape
-    return raw if isinstance(raw, FirstMap) and alike else None
+    if not isinstance(raw, FirstMap):
+        return None
+    return raw if changed[0].meta["val"].shape == node.meta["val"].shape else None
 
 
 def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | None:
@@ -127,7 +128,7 @@ def activation(pairs: Pairs, node: fx.Node) -> Any:
     if named is None or delta is None or not pairs.plain(source):
         return difference(pairs, node)
 
-    def run() -> Tensor:
+    def run() -> Tensor | Coded:
         codes = new_codes(pairs, node, _layout(delta))
         return pending.activate(delta, pairs.base(source), pairs.image, named, codes)
 
@@ -152,6 +153,7 @@ def _pools(node: fx.Node) -> bool:
     return node.target is aten.max_pool2d.default
 
 
+@remembered
 def _averages(pairs: Pairs, node: fx.Node) -> bool:
     """Whether a node averages each map ``[H, W]`` as a whole."""
     source = node.args[0] if node.args else None
@@ -198,7 +200,8 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Any:
     if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
-    return ops.delta_max_pool(
+    codes = new_codes(pairs, node, _layout(delta))
+    result = ops.delta_max_pool(
         pairs.base(origin),
         delta.values,
         pairs.image,
@@ -209,5 +212,6 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Any:
         out_size=[int(size) for size in node.meta["val"].shape[2:]],
         activation=activation,
         scale=delta.scale,
-        codes=new_codes(pairs, node, _layout(delta)),
+        codes=codes,
     )
+    return pending.held(result, codes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from pyablate import ops
@@ -90,14 +91,40 @@ class Activated:
     source: Scaled | Sum
     node: fx.Node
     activation: Activation
-    run: Callable[[], Tensor]
+    run: Callable[[], Tensor | Coded]
 
     def spell(self) -> Tensor:
         """Do what is pending, and nothing more."""
-        return self.run()
+        result = self.run()
+        return result if isinstance(result, Tensor) else result.spell()
 
 
-Pending = Scaled | Sum | FirstMap | Activated
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A delta that only 8-bit convolutions read, and that exists as codes alone.
+
+    Attributes
+    ----------
+    codes : Codes
+        The delta.
+    dtype : torch.dtype
+        What it would be.
+    """
+
+    codes: ops.Codes
+    dtype: torch.dtype
+
+    def spell(self) -> Tensor:
+        """Do what is pending, and nothing more."""
+        return self.codes.spell(self.dtype)
+
+
+Pending = Scaled | Sum | FirstMap | Activated | Coded
+
+
+def held(result: Tensor, codes: ops.Codes | None) -> Tensor | Coded:
+    """Return what an operation has given: its result, or codes that are all there is."""
+    return Coded(codes, result.dtype) if codes is not None and codes.alone else result
 
 
 def activate(
@@ -106,12 +133,12 @@ def activate(
     image: Tensor,
     activation: Activation,
     codes: ops.Codes | None,
-) -> Tensor:
+) -> Tensor | Coded:
     """Do what is pending and the activation, in one pass."""
     if isinstance(source, FirstMap):
-        return source.run(activation=activation, base=base, codes=codes)
+        return held(source.run(activation=activation, base=base, codes=codes), codes)
     first, second = _parts(source)
-    return ops.delta_activation(
+    result = ops.delta_activation(
         base,
         first.values,
         image,
@@ -122,6 +149,7 @@ def activate(
         out=first.values if first.fresh else None,
         codes=codes,
     )
+    return held(result, codes)
 
 
 def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:

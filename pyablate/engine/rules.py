@@ -20,7 +20,16 @@ from pyablate.engine.operators import LINEAR, MATMULS, NAMED, STRUCTURE, SUMS
 from pyablate.engine.pairs import Full, Pairs, Rule, changing, difference, full_shape, linear
 from pyablate.engine.passes import activation, add, average, max_pool
 from pyablate.engine.weighted import batch_norm, convolution, fully_connected
-from pyablate.graph import BATCH_NORM, CONVOLUTIONS, PADS, Graph, function, operands, settings
+from pyablate.graph import (
+    BATCH_NORM,
+    CONVOLUTIONS,
+    PADS,
+    Graph,
+    function,
+    operands,
+    remembered,
+    settings,
+)
 
 aten = torch.ops.aten
 
@@ -28,10 +37,16 @@ aten = torch.ops.aten
 def advance(pairs: Pairs, node: fx.Node) -> Any:
     """Return the change of a node, from the changes of its inputs."""
     # Taking one of several results computes nothing: there, a full one may stand beside the others.
-    whole = node.target is not operator.getitem
+    whole = node.target is not operator.getitem and _may_read_full(node)
     if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
         return difference(pairs, node)
     return RULES.get(node.target, difference)(pairs, node)
+
+
+@remembered
+def _may_read_full(node: fx.Node) -> bool:
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    return not all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
 
 
 def _holds_full(delta: Any) -> bool:

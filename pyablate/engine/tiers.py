@@ -9,6 +9,7 @@ several times that is decided again one tier up, and what full precision leaves 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,10 +30,13 @@ SAMPLE = 256
 """Pairs on which a job's low-precision error is measured, at most."""
 
 LEAST_SAMPLE = 64
-"""The same, at least: measuring is not to cost more than the small work itself."""
+"""The same, at least; fewer pairs than that left open go to full precision at once."""
+
+SHARE = 128
+"""Of so many pairs one is measured: in full precision it costs several times the others."""
 
 SAFETY = 4.0
-"""How many times the largest error seen is still doubted."""
+"""How many times the largest error seen on :data:`SAMPLE` pairs is still doubted."""
 
 FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
 """Least share of the spread that is doubted, however small the errors seen."""
@@ -75,7 +79,8 @@ class Ladder:
         Of the dense suffix, cheapest first; the last is the model's own, to which no doubt applies
         but :data:`FULL`. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
     doubts : dict
-        Share of the change's spread within which a tier is not trusted, once measured.
+        Share of the change's spread within which a tier is not trusted, once it has been measured
+        on :data:`SAMPLE` pairs; see :meth:`doubt` for fewer.
     strategy : str
         How the pairs were settled: "delta", or "closed form" where that was all it took.
     settled : dict
@@ -97,6 +102,17 @@ class Ladder:
     def full(self) -> torch.dtype:
         """The model's own precision."""
         return self.tiers[-1]
+
+    def doubt(self, tier: torch.dtype) -> float:
+        """Share of a change's spread within which a tier is not trusted at present.
+
+        The largest of few errors says less than that of many. It grows no faster than the root of
+        their number where errors of more than s times a typical one are no more frequent than
+        1 / s^2; by that root the doubt is wider while fewer than :data:`SAMPLE` have been measured.
+        """
+        if tier not in self.doubts:
+            return FULL
+        return self.doubts[tier] * math.sqrt(max(1.0, SAMPLE / max(self.measured, 1)))
 
     def settle(
         self,
@@ -131,6 +147,8 @@ class Ladder:
         prediction = torch.full((len(row),), -1, dtype=torch.int32)
         open_ = torch.arange(len(row))
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
+            if tier not in (self.tiers[0], self.full) and len(open_) < LEAST_SAMPLE:
+                continue
             device = clean.logits.device
             rows, images = sent(row[open_], device), sent(image[open_], device)
             found = clean.prediction[images]
@@ -173,8 +191,8 @@ class Ladder:
         return True
 
     def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
-        doubt = self.doubts.get(tier, FULL)
         short = image.to(torch.int32)
+        doubt = self.doubt(tier)
         return ops.classify(clean.logits, delta, short, clean.tolerance, relative=doubt)
 
     def _calibrate(
@@ -186,22 +204,36 @@ class Ladder:
         """
         if len(self.tiers) == 1 or self.measured >= SAMPLE:
             return
-        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // 32), most)
+        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // SHARE), most)
+        useless = self._measure(change, row, image, clean, size)
+        more = min(len(row), SAMPLE, most)
+        if useless and more > size:  # not on the word of a few
+            self.measured -= min(size, self.measured)
+            useless = self._measure(change, row, image, clean, more)
+        for tier in useless:
+            logger.info("%s is too coarse here (doubt %.2g)", tier, self.doubt(tier))
+            self.tiers.remove(tier)
+
+    def _measure(
+        self, change: Change, row: Tensor, image: Tensor, clean: Known, size: int
+    ) -> list[torch.dtype]:
+        """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
         chosen = torch.linspace(0, len(row) - 1, size).long()
         row, image = (sent(of[chosen], clean.logits.device) for of in (row, image))
         exact = change(row, image, self.full)
         if exact is None:
-            return
+            return []
         self.measured += size
-        for tier in list(self.tiers[:-1]):
+        useless = []
+        for tier in self.tiers[:-1]:
             rough = change(row, image, tier)
             assert rough is not None
             worst = float(_worst_error(rough.to(exact.dtype), exact, clean.tolerance[image]))
             self.doubts[tier] = max(self.doubts.get(tier, FLOOR[tier]), SAFETY * worst)
             open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
-            if self.doubts[tier] >= 1.0 or open_ > USELESS:
-                logger.info("%s is too coarse here (error %.2g, open %.2g)", tier, worst, open_)
-                self.tiers.remove(tier)
+            if self.doubt(tier) >= 1.0 or open_ > USELESS:
+                useless.append(tier)
+        return useless
 
 
 def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pyablate.engine.channel import Channel
 from pyablate.engine.operators import SUMS, named_activation, two
 from pyablate.engine.pairs import Pairs, changing, difference, only_reader, readers_of
 from pyablate.engine.pending import FirstMap, Scaled
-from pyablate.graph import Graph, function, norm_scale, settings
+from pyablate.graph import Graph, function, norm_scale, remembered, settings
 from pyablate.ops import Codes
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ def convolution(pairs: Pairs, node: fx.Node) -> Any:
     return convolve(change, lowered, None, stride, padding, dilation, groups)
 
 
+@remembered
 def takes_codes(graph: Graph, node: fx.Node) -> bool:
     """Whether this convolution can run in 8 bits: constant filters, no groups, enough channels."""
     if node.target is not aten.conv2d.default:
@@ -80,10 +81,11 @@ def _coded_convolution(
 
 def new_codes(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Codes | None:
     """Memory for the codes of a node's delta, if an 8-bit convolution will read them."""
-    if not pairs.eight_bit or not any(takes_codes(pairs.graph, r) for r in readers_of(node)):
+    coded = [takes_codes(pairs.graph, reader) for reader in readers_of(node)]
+    if not pairs.eight_bit or not any(coded):
         return None
     shape = pairs.graph.shape(node, len(pairs.image))
-    codes = Codes.empty(shape, layout, pairs.image.device)
+    codes = Codes.empty(shape, layout, pairs.image.device, alone=all(coded))
     pairs.codes[node] = codes
     return codes
 

@@ -30,6 +30,7 @@ from pyablate.ops.dispatch import (
     context,
     ready_scales,
     twin,
+    written,
 )
 from pyablate.reference import ops as reference
 
@@ -73,7 +74,7 @@ def delta_activation(
     Tensor
         ``act(base[image] + d) - act(base[image])`` with
         ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``; ``out`` if
-        that was given.
+        that was given; nothing (``[0]``) where the codes are all that is wanted.
 
     Raises
     ------
@@ -107,13 +108,15 @@ def delta_activation(
             addend,
             scales[1],
             image.contiguous(),
-            result.detach(),
+            written(result.detach(), codes),
             *code_arguments(codes, result),
             scratch,
             *activation_arguments(activation),
             threads,
             stream,
         )
+    if written(result, codes) is None:
+        return result.new_empty(0)
     if out is None or out is result:
         return result
     return out.copy_(result)
@@ -141,10 +144,9 @@ def encode(delta: Tensor) -> Codes:
     if delta.dim() < 1:
         raise ValueError("delta: expected at least one dimension, got none")
     delta = dense(delta.detach())
-    codes = Codes.empty(delta.shape, layout_of(delta), delta.device)
+    codes = Codes.empty(delta.shape, layout_of(delta), delta.device, alone=True)
     each = torch.arange(len(delta), dtype=torch.int32, device=delta.device)
-    # The identity reads no base, and writes what stands there already.
-    delta_activation(delta, delta, each, Activation("identity"), out=delta, codes=codes)
+    delta_activation(delta, delta, each, Activation("identity"), codes=codes)  # reads no base
     return codes
 
 
@@ -268,7 +270,8 @@ def delta_max_pool(
     -------
     Tensor
         [P, C, Ho, Wo], max_pool(act(base + delta * scale)) - max_pool(act(base)), dtype and layout
-        of ``delta``; ``out`` if that was given.
+        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the codes are all that is
+        wanted.
 
     Raises
     ------
@@ -302,7 +305,7 @@ def delta_max_pool(
         return result
     core = twin(change)
     if core is None or dispatch.cannot_encode(change, codes):
-        return reference.delta_max_pool(
+        reference.delta_max_pool(
             base,
             change,
             image,
@@ -312,6 +315,7 @@ def delta_max_pool(
             codes=codes,
             **geometry,
         )
+        return result if written(result, codes) is not None else result.new_empty(0)
     if activation is not None and not activation.monotone:
         change = delta_activation(base, change, image, activation, scale=scales[0])
         base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
@@ -329,7 +333,7 @@ def delta_max_pool(
         change,
         scales[0],
         image.contiguous(),
-        result,
+        written(result, codes),
         *code_arguments(codes, result),
         layout == torch.channels_last,
         *geometry.values(),
@@ -338,4 +342,4 @@ def delta_max_pool(
         threads,
         stream,
     )
-    return result
+    return result if written(result, codes) is not None else result.new_empty(0)

@@ -68,6 +68,11 @@ def cannot_encode(like: Tensor, codes: Codes | None) -> bool:
     return codes is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
 
 
+def written(result: Tensor, codes: Codes | None) -> Tensor | None:
+    """Return where a result is to be written; None where its codes are all that is wanted."""
+    return None if codes is not None and codes.alone else result
+
+
 def code_arguments(codes: Codes | None, result: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Check memory for codes; return values and scales."""
     if codes is None:

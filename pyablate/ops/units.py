@@ -29,6 +29,7 @@ from pyablate.ops.dispatch import (
     code_arguments,
     context,
     twin,
+    written,
 )
 from pyablate.reference import ops as reference
 
@@ -149,7 +150,8 @@ def unit_delta(
     Returns
     -------
     Tensor
-        [P, O, Ho, Wo] channels_last, dtype of ``delta``; no bias. ``out`` if that was given.
+        [P, O, Ho, Wo] channels_last, dtype of ``delta``; no bias. ``out`` if that was given;
+        nothing (``[0]``) where the codes are all that is wanted.
 
     Raises
     ------
@@ -191,7 +193,7 @@ def unit_delta(
     result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
     core = twin(delta)
     if core is None or dispatch.cannot_encode(delta, codes):
-        return reference.unit_delta(
+        reference.unit_delta(
             delta,
             weight,
             channel,
@@ -204,6 +206,7 @@ def unit_delta(
             codes=codes,
             **geometry,
         )
+        return result if written(result, codes) is not None else result.new_empty(0)
     threads, stream = context(delta)
     scratch = None
     values, code_scale = code_arguments(codes, result)
@@ -220,7 +223,7 @@ def unit_delta(
         column.contiguous(),
         base,
         (image if base_image is None else base_image).contiguous(),
-        result,
+        written(result, codes),
         values,
         code_scale,
         scratch,
@@ -231,4 +234,4 @@ def unit_delta(
         threads,
         stream,
     )
-    return result
+    return result if written(result, codes) is not None else result.new_empty(0)

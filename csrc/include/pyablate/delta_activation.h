@@ -21,7 +21,7 @@ struct DeltaActivationParams {
     const void* addend;         // [P, M] or null
     const float* addend_scale;  // [P] or null: 1
     const std::int32_t* image;  // [P], in [0, N)
-    void* out;                  // [P, M]
+    void* out;                  // [P, M], or null: only the codes are wanted
     Codes codes;                // of out, for float32 and bfloat16; CPU only
     std::int64_t images, pairs, width;
     Activation activation;

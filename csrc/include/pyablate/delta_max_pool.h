@@ -22,7 +22,7 @@ struct DeltaMaxPoolParams {
     const void* delta;          // [P, ...] likewise
     const float* scale;         // [P] or null: 1
     const std::int32_t* image;  // [P], in [0, N)
-    void* out;                  // [P, C, Ho, Wo], or [P, Ho, Wo, C]
+    void* out;                  // [P, C, Ho, Wo], or [P, Ho, Wo, C]; null: only codes are wanted
     Codes codes;                // of out, for float32 and bfloat16; CPU only
     std::int64_t images, pairs, channels, height, width, out_h, out_w;
     std::int64_t kernel_h, kernel_w, stride_h, stride_w;

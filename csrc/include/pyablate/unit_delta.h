@@ -24,7 +24,7 @@ struct UnitDeltaParams {
     const std::int32_t* column;      // [P], in [0, U)
     const void* base;                // [N', Ho, Wo, O] or null: no function follows
     const std::int32_t* base_image;  // [P], in [0, N')
-    void* out;                       // [P, Ho, Wo, O]
+    void* out;                       // [P, Ho, Wo, O], or null: only the codes are wanted
     Codes codes;                     // of out, for float32 and bfloat16; CPU only
     std::int64_t delta_strides[4];
     std::int64_t images, units, height, width;
