@@ -46,19 +46,18 @@ def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
     scale, shift = norm_scale(graph, norm)
     weight = graph.constants[cast(fx.Node, conv.args[1])]
     bias = conv.args[2] if len(conv.args) > 2 else None
-    old = graph.constants[bias].double() if isinstance(bias, fx.Node) else 0.0
+    old = graph.in_double(bias) if isinstance(bias, fx.Node) else 0.0
     folded = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded.to(weight.dtype))
-    new_bias = _add_constant(
-        graph, f"{conv.name}_folded_bias", (old * scale + shift).to(weight.dtype)
-    )
+    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded, weight.dtype)
+    new_bias = _add_constant(graph, f"{conv.name}_folded_bias", old * scale + shift, weight.dtype)
     conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
 
 
-def _add_constant(graph: Graph, name: str, value: Tensor) -> fx.Node:
+def _add_constant(graph: Graph, name: str, exact: Tensor, dtype: torch.dtype) -> fx.Node:
     with graph.graph.inserting_before(graph.images):
         node = graph.graph.placeholder(name)
-    node.meta["val"] = graph.constants[node] = value
+    node.meta["val"] = graph.constants[node] = exact.to(dtype)
+    graph.unrounded[node] = exact
     return node
 
 
@@ -72,7 +71,8 @@ def fold_padding(graph: Graph) -> None:
         if not readers or None in unpadded:
             continue
         for conv, (weight, padding) in zip(readers, filter(None, unpadded), strict=True):
-            filters = _add_constant(graph, f"{conv.name}_unpadded_weight", weight)
+            dtype = graph.constants[conv.args[1]].dtype
+            filters = _add_constant(graph, f"{conv.name}_unpadded_weight", weight, dtype)
             bias, stride = settings(conv, 2, None, [1])[:2]
             conv.args = (pad.args[0], filters, bias, stride, padding, *conv.args[5:])
         graph.graph.erase_node(pad)
@@ -84,8 +84,10 @@ def _unpadded(graph: Graph, conv: fx.Node, pad: fx.Node) -> tuple[Tensor, list[i
     Padding that is wider behind than in front becomes symmetric with zeros in front of the filter.
     """
     margins = [int(m) for m in cast(list[int], pad.args[1])]
-    weight = graph.constant(conv, 1) if conv.target is aten.conv2d.default else None
-    if weight is None or len(margins) != 4 or min(margins) < 0 or conv.args[0] is not pad:
+    if conv.target is not aten.conv2d.default or graph.constant(conv, 1) is None:
+        return None
+    weight = graph.in_double(cast(fx.Node, conv.args[1]))
+    if len(margins) != 4 or min(margins) < 0 or conv.args[0] is not pad:
         return None
     stride, padding, dilation = settings(conv, 3, [1], [0], [1])[:3]
     if isinstance(padding, str):

@@ -71,6 +71,8 @@ class Graph:
         Input and output.
     constants : dict
         Values of the other placeholders.
+    unrounded : dict
+        The same in float64 where they were computed, as filters are into which batch norm went.
     layout : dict
         Where each tensor keeps its images; a list for a node that holds several.
     markers : list of fx.Node
@@ -82,6 +84,7 @@ class Graph:
     logits: fx.Node
     constants: dict[fx.Node, Tensor]
     symbol: Any
+    unrounded: dict[fx.Node, Tensor] = field(default_factory=dict)
     layout: dict[fx.Node, Any] = field(default_factory=dict)
     markers: list[fx.Node] = field(default_factory=list)
     _linear: dict[Any, tuple[int, int] | None] = field(default_factory=dict, repr=False)
@@ -178,6 +181,10 @@ class Graph:
         argument = node.args[index] if index < len(node.args) else None
         return self.constants.get(argument) if isinstance(argument, fx.Node) else None
 
+    def in_double(self, node: fx.Node) -> Tensor:
+        """Value of a placeholder in float64, as exact as it is known."""
+        return self.unrounded.get(node, self.constants[node]).double()
+
     def pick(self, node: fx.Node, value: Any, image: Tensor) -> Any:
         """Gather images from a node's value; what does not depend on images stays as it is."""
         layout = self.layout.get(node)
@@ -259,8 +266,7 @@ def function(node: fx.Node) -> Callable[..., Any]:
 def norm_scale(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
     """Float64 scale and shift per channel to which batch norm comes down in evaluation mode."""
     gamma, beta, mean, variance = (
-        graph.constants[arg].double() if isinstance(arg, fx.Node) else None
-        for arg in norm.args[1:5]
+        graph.in_double(arg) if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]
     )
     assert mean is not None
     assert variance is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import networks
 import numpy as np
@@ -15,8 +16,9 @@ from oracle import check
 from torch import nn
 
 import pyablate as pa
-from pyablate import reference
+from pyablate import prepare, reference
 from pyablate.engine import eight_bit
+from pyablate.engine.exact import Exact, exact
 from pyablate.interventions import Intervention
 
 INTERVENTIONS = ["mean", "class_mean", "constant:0.3", "resample:3", "noise:3", "direction:3"]
@@ -295,6 +297,24 @@ def test_shipped_networks(name: str, intervention: str) -> None:
     chosen = [site.label(unit) for site in found for unit in (1, site.channels - 2)]
     result = check(model, (images, labels), chosen, intervention=intervention)
     assert len(result.units) == 2 * len(found)
+
+
+@pytest.mark.parametrize("name", ["vgg_bn", "inverted_residual"])
+def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where folded filters were rounded to float32, the slow replay would decide all close calls."""
+    decides = []
+
+    def noted(*arguments: Any) -> Any:
+        decides.append(exact(*arguments))
+        return decides[-1]
+
+    monkeypatch.setattr(prepare, "exact", noted)
+    if name in pa.demo.NETWORKS:
+        model, images, labels = pa.demo.load(name, limit=4)
+    else:
+        model, images, labels = networks.network(name)
+    pa.ablate(model, (images[:4], labels[:4]), "*", audit=4, progress=False)
+    assert [type(each) for each in decides] == [Exact]
 
 
 def test_shipped_network_in_groups_across_layers() -> None:

@@ -119,7 +119,7 @@ def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:
     if graph is None or replay.dtype != torch.float64:
         return replay
     constants = {
-        node: value.double() if value.is_floating_point() else value
+        node: graph.in_double(node) if value.is_floating_point() else value
         for node, value in graph.constants.items()
         if isinstance(value, Tensor)
     }
