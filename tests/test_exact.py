@@ -301,7 +301,7 @@ def test_shipped_networks(name: str, intervention: str) -> None:
 
 @pytest.mark.parametrize("name", ["vgg_bn", "inverted_residual"])
 def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where folded filters were rounded to float32, the slow replay would decide all close calls."""
+    """Were folded filters rounded to float32, the slow replay would decide all close calls."""
     decides = []
 
     def noted(*arguments: Any) -> Any:
