@@ -22,6 +22,7 @@ from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.exact import Exact, exact
 from pyablate.engine.replay import ROWS, Replay, in_double
 from pyablate.graph import Graph
+from pyablate.heap import keep_freed_blocks
 from pyablate.interventions import Intervention
 from pyablate.layers import Site, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
@@ -42,9 +43,6 @@ SLICE = 8 << 20
 DEVICE_SLICE = 256 << 20
 """The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
 of operations. By arithmetic, not measured."""
-
-REUSED = 31 << 20
-"""Bytes of one block that, once freed, makes glibc keep blocks up to its size; at most 32 MiB."""
 
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
@@ -461,17 +459,6 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
-
-
-def keep_freed_blocks(budget: int = 8 * REUSED) -> None:
-    """Let memory of one slice serve the next, instead of fetching fresh pages from the system.
-
-    glibc gives large blocks back as soon as they are freed, but learns from their size: after this
-    one it keeps up to twice as much. Fetching pages took half of the time of fully connected layers
-    and a fifth of that of small convolutions.
-    """
-    if budget >= 8 * REUSED:
-        torch.empty(REUSED, dtype=torch.uint8)
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:

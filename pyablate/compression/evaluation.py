@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from pyablate.batches import Batch, Data
 from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
+from pyablate.heap import keep_freed_blocks
 from pyablate.layers import copied
-from pyablate.prepare import keep_freed_blocks
 from pyablate.result import Floats, Ints
 
 _SAMPLE = 8

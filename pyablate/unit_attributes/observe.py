@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
+from pyablate.heap import keep_freed_blocks
 from pyablate.layers import Site, hooked
 from pyablate.moments import MapMoments, map_moments
 from pyablate.unit_attributes.gradients import contributions, fisher, taylor
@@ -93,6 +94,7 @@ def observe(
     report : callable
         Gets the number of images done.
     """
+    keep_freed_blocks()
     watched = _Watch(sites, repeated, len(data), gradients)
     labels, probabilities = [], []
     for batch in data.batches(batch_size):
