@@ -37,13 +37,14 @@ def test_a_folded_network_has_no_norms_and_the_same_logits(name: str) -> None:
 
 
 class Shared(nn.Module):
-    """The convolution is read twice, or called twice, or normed along another axis."""
+    """The convolution is read twice, or called twice, or its maps are normed along another axis."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
         self.rows, self.across = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.narrow = nn.Linear(6, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "read twice":
@@ -53,12 +54,17 @@ class Shared(nn.Module):
             x = self.norm(self.conv(self.conv(x)))
         elif self.kind == "untraceable" and float(x.sum()) > -1e9:
             x = self.norm(self.conv(x))
+        elif self.kind == "an axis of another size":
+            return self.across(self.narrow(x[:, :2, :3, :6].reshape(-1, 6, 6))).flatten(1)
         elif self.kind == "another axis":
-            return self.across(self.rows(x[:, :2, :3, :6].reshape(len(x), 6, 6))).flatten(1)
+            return self.across(self.rows(x[:, :2, :3, :6].reshape(-1, 6, 6))).flatten(1)
         return x.flatten(1)
 
 
-@pytest.mark.parametrize("kind", ["read twice", "called twice", "untraceable", "another axis"])
+_KINDS = ["read twice", "called twice", "untraceable", "another axis", "an axis of another size"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 def test_what_cannot_be_folded_is_left(kind: str) -> None:
     torch.manual_seed(0)
     assert norms_to_fold(lively(Shared(kind)), images(4)) == []

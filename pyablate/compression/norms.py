@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,4 +98,6 @@ def _folds(weighted: nn.Module, norm: nn.Module) -> bool:
     if type(weighted) not in _WEIGHTED or not isinstance(norm, _BatchNorm) or norm.training:
         return False
     hooked = any(each._forward_hooks or each._forward_pre_hooks for each in (weighted, norm))
-    return not hooked and norm.running_mean is not None and norm.weight is not None
+    if hooked or norm.running_mean is None or norm.weight is None:
+        return False
+    return len(cast(Tensor, weighted.weight)) == norm.num_features  # else of another axis
