@@ -145,6 +145,20 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
         pa.compare(given.pop("model"), given.pop("smaller"), given.pop("data"), **given)
 
 
+def test_what_a_network_raises_itself_comes_through() -> None:
+    class Odd(ValueError):
+        def __init__(self, what: str, where: str) -> None:
+            super().__init__(f"{what} in {where}")
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise Odd("no such thing", "here")
+
+    model, pictures, labels = pa.demo.load("alexnet", limit=4)
+    with pytest.raises(Odd, match="no such thing in here"):
+        pa.compare(model, Fails(), (pictures, labels))
+
+
 def test_importance_preserved_against_spearman() -> None:
     random = np.random.default_rng(0)
     rates = random.random((12, 3)) * 0.5

@@ -89,6 +89,8 @@ def compare(
         try:
             after = evaluate(other, images, batch_size)
         except (TypeError, ValueError) as error:
+            if not str(error).startswith("model:"):
+                raise  # of the data, or from the network's own code
             raise type(error)(str(error).replace("model:", "smaller:", 1)) from None
         if before.classes != after.classes:
             raise ValueError(

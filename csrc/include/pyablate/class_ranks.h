@@ -4,12 +4,11 @@
 // and -0 equals 0. For each of them, greater and at_least are the numbers of images with greater x
 // and with x at least as great, itself included.
 //
-//   rank_sum[u, k]     = sum of greater + at_least over label[n] = k: twice the ranks, less one
-//   each gain[u, k]         = max over label[n] = k of  N h[n] - count[k] at_least[n],  h[n] =
-//   images of
-//                        class k with x at least as great; 0 for a class without images. Divided by
-//                        count[k] (N - count[k]) it is the largest difference between the shares of
-//                        the class and of the others that pass a threshold.
+//   rank_sum[u, k]     = sum of greater + at_least over label[n] = k: each twice a rank, less one
+//   gain[u, k]         = max over label[n] = k of N h[n] - count[k] at_least[n], where h[n] are the
+//                        images of class k with x at least as great; 0 for a class without images.
+//                        Divided by count[k] (N - count[k]) it is the largest difference between
+//                        the shares of the class and of the others that pass a threshold.
 //   first[u, k]        = images of class k among the first `top`
 //   quantiles[u, b, k] = images of class k with (N - at_least) B / N, rounded down, equal to b
 //   widths[u, b]       = images with (x - low) / (high - low) B, rounded down, at most B - 1, equal
