@@ -44,12 +44,14 @@ def fold_batch_norm(graph: Graph) -> None:
 
 def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
     scale, shift = norm_scale(graph, norm)
-    weight = graph.constants[cast(fx.Node, conv.args[1])]
+    weight = cast(fx.Node, conv.args[1])
+    dtype = graph.constants[weight].dtype
     bias = conv.args[2] if len(conv.args) > 2 else None
     old = graph.in_double(bias) if isinstance(bias, fx.Node) else 0.0
-    folded = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded, weight.dtype)
-    new_bias = _add_constant(graph, f"{conv.name}_folded_bias", old * scale + shift, weight.dtype)
+    filters = graph.in_double(weight)
+    folded = filters * scale.reshape(-1, *[1] * (filters.ndim - 1))
+    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded, dtype)
+    new_bias = _add_constant(graph, f"{conv.name}_folded_bias", old * scale + shift, dtype)
     conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
 
 

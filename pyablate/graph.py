@@ -107,9 +107,10 @@ class Graph:
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any], rows: int) -> Any:
         """Evaluate a node, where that would take long in several calls."""
         weight = self.constant(node, 1) if node.target in LINEAR_MAPS else None
-        source = node.all_input_nodes[0] if weight is not None else None
-        if weight is None or source is None or source in self.constants:
+        inputs = [source for source in node.all_input_nodes if source not in self.constants]
+        if weight is None or tuple(inputs) != node.args[:1]:  # a bias may have a row per image too
             return self.evaluate(node, values.__getitem__, rows)
+        source = inputs[0]
         count = portions(2 * math.prod(self.shape(node, rows)) * weight[0].numel(), weight)
         parts = [
             self.evaluate(node, {**values, source: part}.__getitem__, rows)

@@ -40,15 +40,15 @@ def images_at_a_time(model: nn.Module, images: Tensor) -> int:
     Parameters
     ----------
     model : nn.Module
-        Run once; some networks squeeze a single image away, so it takes two at least.
+        Run once on a CPU; some networks squeeze a single image away, so it takes two at least.
     images : Tensor
         ``[N, ...]``: a few, in the precision of the network.
     """
+    if images.device.type != "cpu":
+        return torch.iinfo(torch.int32).max
     count = _Count()
     with torch.no_grad(), count:
         model(images.clone())  # it may work in place
-    if images.device.type != "cpu":
-        return torch.iinfo(torch.int32).max
     longest = 4 * LONGEST // images.element_size()
     return int(max(2, longest * len(images) // max(count.most, 1)))
 

@@ -299,7 +299,30 @@ def test_shipped_networks(name: str, intervention: str) -> None:
     assert len(result.units) == 2 * len(found)
 
 
-@pytest.mark.parametrize("name", ["vgg_bn", "inverted_residual"])
+class TwoNorms(nn.Module):
+    """Both are folded into the same filters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)
+        self.norms = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norms(self.second(self.first(x).relu())).relu().mean((2, 3)))
+
+
+def two_norms() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Give the network with statistics of its own, and images."""
+    torch.manual_seed(0)
+    model = TwoNorms().eval()
+    for norm in model.norms:
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return model, torch.randn(4, 3, 9, 9), torch.arange(4)
+
+
+@pytest.mark.parametrize("name", ["vgg_bn", "inverted_residual", "two norms"])
 def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were folded filters rounded to float32, the slow replay would decide all close calls."""
     decides = []
@@ -309,7 +332,9 @@ def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch
         return decides[-1]
 
     monkeypatch.setattr(prepare, "exact", noted)
-    if name in pa.demo.NETWORKS:
+    if name == "two norms":
+        model, images, labels = two_norms()
+    elif name in pa.demo.NETWORKS:
         model, images, labels = pa.demo.load(name, limit=4)
     else:
         model, images, labels = networks.network(name)

@@ -248,6 +248,26 @@ def test_linear_maps_of_weights_alone_are_left_whole() -> None:
     assert "replay" not in result.strategy.values()
 
 
+def test_linear_maps_whose_bias_has_a_row_per_image_are_left_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 5)
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.first(x).relu(), self.weight, self.second(x))
+
+    torch.manual_seed(0)
+    data = torch.randn(12, 6), torch.arange(12) % 5
+    plain = pa.ablate(model := Rows(), data, "first", progress=False)
+    monkeypatch.setattr(portions, "LONGEST", 50)
+    assert same(plain, pa.ablate(model, data, "first", progress=False))
+    assert "replay" not in plain.strategy.values()
+
+
 _INTERRUPTED = """
 import signal, sys, time, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -208,7 +208,7 @@ class Ladder:
         useless = self._measure(change, row, image, clean, size)
         more = min(len(row), SAMPLE, most)
         if useless and more > size:  # not on the word of a few
-            self.measured -= min(size, self.measured)
+            self.measured -= size
             useless = self._measure(change, row, image, clean, more)
         for tier in useless:
             logger.info("%s is too coarse here (doubt %.2g)", tier, self.doubt(tier))
