@@ -286,6 +286,9 @@ class Course:
             )
             held.write(number, block)
         ranks.wait(lambda: self._advance(0, "waiting for other processes"))
+        if ranks.count > 1:  # others have gone on since they were last looked at
+            total = self.rows * len(held.layout.images)
+            self.report(total, total, "all processes are done")
 
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""

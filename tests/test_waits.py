@@ -17,7 +17,7 @@ import torch
 from elsewhere import DEVICE, Wait, moved, on_device, there
 
 from pyablate import interventions, prepare
-from pyablate.engine import cuda_graph
+from pyablate.engine import cuda_graph, tiers
 from pyablate.engine.ablations import Members
 from pyablate.engine.exact import Exact
 from pyablate.interventions import Intervention
@@ -146,11 +146,11 @@ def test_a_block_waits_for_its_live_pairs_and_once_per_tier(case, monkeypatch):
     assert len(jobs) == len(setup.jobs)
     for name, own in jobs.items():
         waits = waits_of(own)
-        tiers = [wait for wait in waits if wait == DECIDED]
+        decided = [wait for wait in waits if wait == DECIDED]
         exact = [wait for wait in waits if wait in EXACT]
         live = [] if "+" in name else [LIVE]  # of groups across layers all pairs are live
-        assert waits == live + tiers + exact
-        assert 1 <= len(tiers) <= 2
+        assert waits == live + decided + exact
+        assert 1 <= len(decided) <= 2
         assert len(exact) <= 1
         first = own.index(DECIDED)
         assert own[:first].count("classify") > 2  # slices, without a wait between them
@@ -167,6 +167,7 @@ def test_the_closed_form_waits_twice(monkeypatch):
 
 
 def test_recorded_slices_find_the_same(monkeypatch):
+    monkeypatch.setattr(tiers, "USELESS", 1.0)  # of so small a network much is doubtful
     setup = set_up("residual", layers=["body.2", "body.3.relu1"])
     expected, _ = sweep_one(setup, next(setup.data.batches(IMAGES)))
     with on_device(monkeypatch) as notes:
@@ -177,7 +178,7 @@ def test_recorded_slices_find_the_same(monkeypatch):
     assert recorder.works
     for ladder in sweep.ladders.values():  # nothing that a recording made and dropped is read
         # All of the first block and what is doubtful of the second went to float32.
-        assert ladder.settled[torch.bfloat16] > 0.45 * sum(ladder.settled.values())
+        assert ladder.settled[torch.bfloat16] > 0.2 * sum(ladder.settled.values())
     assert recorder.recordings >= 2 * len(setup.jobs)  # in each block
     for name, own in by_job(events).items():
         slices = own.count("classify")
