@@ -187,6 +187,18 @@ def read_begun(path: Path, run: str) -> Begun | None:
     return Begun(int(known["jobs"]), [piece], facts)
 
 
+DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # an archive with a password, or packed in a way that is not known
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading an archive from memory raises if it is none, or not a sound one."""
+
+
 def _write(
     path: Path, run: str, facts: Facts, known: dict[str, Any], arrays: dict[str, NDArray[Any]]
 ) -> None:
@@ -212,8 +224,9 @@ def _read(
     path: Path, run: str, names: Sequence[str]
 ) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
     try:
-        # Opened here: of a damaged file numpy would leave its own handle open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as packed:
+        # From memory: numpy leaves a damaged file open, and what is wrong in the archive is then no
+        # error of the disk.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as packed:
             known = json.loads(packed["known"].tobytes())
             if known["run"] != run:
                 return None
@@ -231,7 +244,7 @@ def _read(
             return known, facts, {name: packed[name] for name in names}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except DAMAGED:
         return None
 
 

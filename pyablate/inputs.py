@@ -302,10 +302,9 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
             read = {key: arrays[key] for key in arrays.files}
     except zipfile.BadZipFile as error:
         raise ValueError(f"data: {str(path)!r} is no .npz file or damaged ({error})") from None
-    except OSError:
-        raise
     except Exception as error:  # numpy raises whatever the damage leads to
-        if str(error).startswith("data:"):
+        of_the_disk = isinstance(error, OSError) and error.filename is not None
+        if of_the_disk or str(error).startswith("data:"):
             raise
         raise ValueError(f"data: cannot read {str(path)!r} ({_first_line(error)})") from None
     # numpy hands out the bytes of what is no array
@@ -333,7 +332,10 @@ def _class_names(arrays: dict[str, NDArray[Any]], name: str) -> tuple[str, ...] 
             f"data: expected class_names in {name!r} to be a list of strings, "
             f"found {names.dtype} {list(names.shape)}"
         )
-    return tuple(str(one) for one in names)
+    try:
+        return tuple(str(one) for one in names)
+    except (ValueError, SystemError) as error:  # numbers that are no characters
+        raise ValueError(f"data: class_names in {name!r} are no text: {error}") from None
 
 
 def _labels_beside(images: Path) -> Path:

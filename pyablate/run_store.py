@@ -17,8 +17,6 @@ import os
 import re
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from numpy.typing import NDArray
 
 from pyablate import store
 from pyablate.blocks import (
+    DAMAGED,
     Begun,
     Block,
     Joining,
@@ -304,7 +303,7 @@ def read_statistics(path: Path) -> dict[str, NDArray[Any]]:
         # From memory: numpy leaves a damaged file open.
         with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as held:
             return {name: held[name] for name in held}
-    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (FileNotFoundError, *DAMAGED) as error:
         raise StoreMismatch(
             f"output: {place} is damaged ({error}); take another place, or start over with "
             "--fresh (fresh=True)"

@@ -115,6 +115,14 @@ def test_npz_names_its_classes(tmp_path: Path) -> None:
     assert load_data(tmp_path / "data.npz").class_names == ("a", "bb", "c")
 
 
+def test_class_names_that_are_no_text(tmp_path: Path) -> None:
+    names = np.array(["a", "b", "c"])
+    names.view(np.uint32)[1] = 0x7FFFFFFF
+    np.savez(tmp_path / "data.npz", x=GREY, y=LABELS, class_names=names)
+    with pytest.raises(ValueError, match=r"class_names in .* are no text"):
+        load_data(tmp_path / "data.npz")
+
+
 def test_npz_with_labels_apart(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=GREY)
     np.save(tmp_path / "labels.npy", LABELS[::-1])

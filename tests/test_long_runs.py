@@ -319,6 +319,20 @@ def test_damaged_blocks_are_computed_again(
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
+def test_a_block_that_points_before_its_beginning_is_damaged(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read from the file itself this would be an error of the disk: [Errno 22] without a name."""
+    with pytest.raises(Killed):
+        run(progress=stopping(20))
+    block = min((tmp_path / "run.zarr/blocks").glob("?????????.npz"))
+    content = bytearray(block.read_bytes())
+    content[-10:-6] = (0x7FFFFFFF).to_bytes(4, "little")  # size of the archive's directory
+    block.write_bytes(content)
+    run()
+    assert "block 0 is damaged" in caplog.text
+
+
 def test_a_damaged_manifest_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(progress=stopping(14))
