@@ -131,9 +131,9 @@ def test_what_belongs_to_the_process_comes_back(tmp_path: Path) -> None:
 
     set_before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
+    works = [run_of("mlp"), run_of("residual", layers=["body.2"])]  # building them draws numbers
     try:
         before = state()
-        works = [run_of("mlp"), run_of("residual", layers=["body.2"])]
         together([*works, lambda: load_model(str(path)), lambda: load_model(str(path))])
         assert state() == before
     finally:

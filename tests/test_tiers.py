@@ -77,6 +77,32 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
     assert (torch.bfloat16 in ladder.tiers) == kept
 
 
+def test_where_few_pairs_fit_as_many_are_measured():
+    """Of large maps a slice has a few pairs: these alone would cost a tier its place."""
+    row, image = pairs(3000)
+
+    def change(row, image, dtype):
+        assert len(row) <= 4
+        return true_change(row, image, dtype)
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(change, row, image, Clean(), lambda _: 4)
+    plenty = Ladder([torch.bfloat16, torch.float32])
+    plenty.settle(true_change, row, image, Clean(), lambda _: 512)
+    assert ladder.measured == plenty.measured == 64
+    assert ladder.doubts == plenty.doubts
+    assert ladder.settled == plenty.settled
+
+
+def test_a_first_block_of_few_pairs_costs_no_tier():
+    row, image = pairs(3000)
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
+    assert ladder.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
+    ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    assert ladder.settled[torch.bfloat16] > 2000
+
+
 def test_few_open_pairs_skip_the_tier_between():
     row, image = pairs(6000)
     asked = []

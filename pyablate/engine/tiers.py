@@ -196,7 +196,7 @@ class Ladder:
         return ops.classify(clean.logits, delta, short, clean.tolerance, relative=doubt)
 
     def _calibrate(
-        self, change: Change, row: Tensor, image: Tensor, clean: Known, most: int
+        self, change: Change, row: Tensor, image: Tensor, clean: Known, at_a_time: int
     ) -> None:
         """Measure the low tiers' errors on a spread of pairs; leave out those of no use.
 
@@ -204,29 +204,45 @@ class Ladder:
         """
         if len(self.tiers) == 1 or self.measured >= SAMPLE:
             return
-        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // SHARE), most)
-        useless = self._measure(change, row, image, clean, size)
-        more = min(len(row), SAMPLE, most)
+        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // SHARE))
+        useless = self._measure(change, row, image, clean, size, at_a_time)
+        more = min(len(row), SAMPLE)
         if useless and more > size:  # not on the word of a few
             self.measured -= size
-            useless = self._measure(change, row, image, clean, more)
-        for tier in useless:
+            useless = self._measure(change, row, image, clean, more, at_a_time)
+        for tier in useless if self.measured >= LEAST_SAMPLE else []:
             logger.info("%s is too coarse here (doubt %.2g)", tier, self.doubt(tier))
             self.tiers.remove(tier)
 
     def _measure(
-        self, change: Change, row: Tensor, image: Tensor, clean: Known, size: int
+        self,
+        change: Change,
+        row: Tensor,
+        image: Tensor,
+        clean: Known,
+        size: int,
+        at_a_time: int,
     ) -> list[torch.dtype]:
         """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
         chosen = torch.linspace(0, len(row) - 1, size).long()
-        row, image = (sent(of[chosen], clean.logits.device) for of in (row, image))
-        exact = change(row, image, self.full)
+        row, image = (sent(pairs[chosen], clean.logits.device) for pairs in (row, image))
+
+        def changes(tier: torch.dtype) -> Tensor | None:
+            parts = zip(row.split(at_a_time), image.split(at_a_time), strict=True)
+            found = [
+                part.clone()  # what a recording gives stands until its next call
+                for part in (change(rows, images, tier) for rows, images in parts)
+                if part is not None
+            ]
+            return torch.cat(found) if found else None
+
+        exact = changes(self.full)
         if exact is None:
             return []
         self.measured += size
         useless = []
         for tier in self.tiers[:-1]:
-            rough = change(row, image, tier)
+            rough = changes(tier)
             assert rough is not None
             worst = float(_worst_error(rough.to(exact.dtype), exact, clean.tolerance[image]))
             self.doubts[tier] = max(self.doubts.get(tier, FLOOR[tier]), SAFETY * worst)
