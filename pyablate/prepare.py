@@ -44,6 +44,9 @@ DEVICE_SLICE = 256 << 20
 """The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
 of operations. By arithmetic, not measured."""
 
+SAME = 1e-3
+"""Share of the largest logit by which a captured network may differ from the model: rounding."""
+
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
 
@@ -343,6 +346,7 @@ def _working_copy(
     model: nn.Module, device: str | torch.device | None, *, double: bool
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     where = _device(device) if device is not None else first.device
     dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
@@ -467,6 +471,13 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
         if graph.half:
             # It rounds there itself, and differences do not: they would decide otherwise.
             raise CaptureError("parts of it compute in half precision")
+        few = sample if len(sample) > 1 else torch.cat([sample, sample])  # some squeeze one away
+        with torch.no_grad():
+            found = graph.run(few.clone(), [graph.logits])[graph.logits]
+            expected = model(few.clone())  # it may work in place
+        if not torch.allclose(found, expected, 0.0, SAME * float(expected.abs().max()), True):
+            # Marked outputs are tensors of their own; in a network they may be one and the same.
+            raise CaptureError("it works in place on a tensor that is read elsewhere too")
         return graph
     except CaptureError as error:
         logger.warning(

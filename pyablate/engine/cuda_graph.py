@@ -138,14 +138,16 @@ class CudaRecorder:
         # kept by the allocator when its graph is gone.
         pool = None if self._last is None else self._last.pool()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            run()  # libraries get their workspaces for a stream at its first use
-            # Not torch.cuda.graph, which waits for the device and empties the allocator's cache.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                change = run()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()  # libraries get their workspaces for a stream at its first use
+                # Not torch.cuda.graph, which waits for the device and empties the cache.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    change = run()
+                finally:
+                    graph.capture_end()
+        finally:
+            current.wait_stream(self._stream)
         self._last = graph
         return graph.replay, change

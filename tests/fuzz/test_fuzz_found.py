@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, check
-from parts import Act, Conv, Network
+from parts import Act, Conv, Network, Residual
 from torch import nn
 
 import pyablate as pa
@@ -35,6 +35,25 @@ def test_a_network_that_works_in_place_on_its_input_is_captured() -> None:
     model, images, labels = Case(Network(IN_PLACE, classes=4), images=8).subject()
     result = pa.ablate(model, (images, labels), progress=False)
     assert "replay" not in result.strategy.values()
+
+
+@pytest.mark.parametrize("name", ["ReLU", "Hardswish"])
+def test_a_network_that_works_in_place_on_its_own_shortcut(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The shortcut reads what the branch has changed; captured, it read what was there before."""
+    branch = Residual(inner=(Act(name, inplace=True), Conv(out=4)), operation="sub")
+    check(Case(Network((Conv(out=4), branch), classes=4, seed=3), images=24))
+    assert "works in place on a tensor that is read elsewhere" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+def test_a_compiled_network_is_taken_as_it_was() -> None:
+    model, images, labels = Case(Network((Conv(out=4), Act("ReLU")), classes=4), images=8).subject()
+    plain = pa.ablate(model, (images, labels), progress=False)
+    compiled = pa.ablate(torch.compile(model), (images, labels), progress=False)
+    assert list(compiled.units["label"]) == list(plain.units["label"])
+    assert (compiled.predictions() == plain.predictions()).all()
 
 
 def test_a_network_that_counts_its_calls_is_replayed() -> None:
