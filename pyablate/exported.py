@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pickle
@@ -23,6 +24,10 @@ from pyablate.turns import a_moment
 
 MAX_BYTES = 64 << 30
 """Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
+
+
+CHECKED = importlib.util.find_spec("torch.export.pt2_archive") is not None
+"""Whether this torch keeps programs in the kind of archive that is checked; 2.6 had another."""
 
 
 class ExportedModel(nn.Module):
@@ -72,14 +77,20 @@ def load_exported(path: Path) -> nn.Module:
     OSError
         The file is missing or unreadable.
     ValueError
-        The file is no exported program, was exported in training mode, with a fixed batch size,
-        or takes or returns other than one tensor.
+        This torch is too old, or the file is no exported program, was exported in training mode,
+        with a fixed batch size, or takes or returns other than one tensor.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: expected an exported program, found no file {str(path)!r}")
     name = str(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"model: {name!r} is no exported program (.pt2 archive)")
+    if not CHECKED:
+        raise ValueError(
+            f"model: {name!r} is not read with torch {torch.__version__}, whose archives of "
+            "exported programs are not checked here: use a newer torch, or name the network as "
+            "module:factory"
+        )
     try:
         check_archive(path, max_bytes=MAX_BYTES)
         with a_moment(), _only_tensors_unpickled(), _torch_silenced():

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyablate import demo
+from pyablate import exported as exported_program
 from pyablate.exported import original_type
 from pyablate.inputs import load_model
 
@@ -244,6 +245,7 @@ def test_library_is_asked_for_its_weights_unless_some_are_given(
 
 
 def _export(model: nn.Module, path: Path, *, dynamic: bool = True) -> Path:
+    pytest.importorskip("torch.export.pt2_archive", reason="torch 2.6 had another archive")
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its exporter
@@ -255,6 +257,15 @@ def _export(model: nn.Module, path: Path, *, dynamic: bool = True) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(demo.network("resnet"), tmp_path_factory.mktemp("exported") / "resnet.pt2")
+
+
+def test_exported_programs_of_a_torch_whose_archives_are_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported_program, "CHECKED", False)
+    zipfile.ZipFile(tmp_path / "net.pt2", "w").close()
+    with pytest.raises(ValueError, match=r"not checked here: use a newer torch"):
+        load_model(str(tmp_path / "net.pt2"))
 
 
 def test_exported_program_gives_the_same_logits_and_names(exported: Path) -> None:
