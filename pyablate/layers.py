@@ -157,7 +157,11 @@ def parse_label(
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them."""
+    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them.
+
+    Of a compiled one the network as it was.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     with a_moment():  # without hooks that another thread may have put on it
         history = {
             id(value): value.detach().clone()

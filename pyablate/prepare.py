@@ -20,7 +20,7 @@ from pyablate.engine import baseline, eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
 from pyablate.engine.exact import Exact, exact
-from pyablate.engine.replay import ROWS, Replay, in_double
+from pyablate.engine.replay import ROWS, Replay, forward, in_double
 from pyablate.graph import Graph
 from pyablate.heap import keep_freed_blocks
 from pyablate.interventions import Intervention
@@ -205,7 +205,7 @@ def prepare(
         data.hold()
     budget = memory or _free(data.device) // 4
     keep_freed_blocks(budget)
-    pair = torch.stack([sample[0], sample[-1]])  # some networks squeeze a batch of one away
+    pair = _two(sample)
     double, decisive = in_double(work, pair)
     at_a_time = images_at_a_time(double, pair.to(decisive))
     size = batch_size or _images_per_batch(graph, jobs, sample, budget)
@@ -346,7 +346,6 @@ def _working_copy(
     model: nn.Module, device: str | torch.device | None, *, double: bool
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     where = _device(device) if device is not None else first.device
     dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
@@ -377,8 +376,13 @@ def _device(device: str | torch.device) -> torch.device:
     return where
 
 
+def _two(sample: Tensor) -> Tensor:
+    """Two images even where there is one: some networks squeeze a batch of one away."""
+    return torch.stack([sample[0], sample[-1]])
+
+
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
-    sample = torch.stack([sample[0], sample[-1]])  # some networks squeeze a batch of one away
+    sample = _two(sample)
     with torch.no_grad():
         logits = model(sample)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
@@ -471,10 +475,9 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
         if graph.half:
             # It rounds there itself, and differences do not: they would decide otherwise.
             raise CaptureError("parts of it compute in half precision")
-        few = sample if len(sample) > 1 else torch.cat([sample, sample])  # some squeeze one away
         with torch.no_grad():
-            found = graph.run(few.clone(), [graph.logits])[graph.logits]
-            expected = model(few.clone())  # it may work in place
+            found = graph.run(sample, [graph.logits])[graph.logits]
+            expected = forward(model, sample)
         if not torch.allclose(found, expected, 0.0, SAME * float(expected.abs().max()), True):
             # Marked outputs are tensors of their own; in a network they may be one and the same.
             raise CaptureError("it works in place on a tensor that is read elsewhere too")

@@ -100,14 +100,7 @@ class Replay:
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair, as exactly as this replay's precision allows."""
-        parts = [
-            decision(self.logits(batch, job, rows, images))
-            for rows, images in zip(row.split(ROWS), image.split(ROWS), strict=True)
-        ]
-        return Decision(
-            torch.cat([part.prediction for part in parts]),
-            torch.cat([part.near_tie for part in parts]),
-        )
+        return decision(self.logits(batch, job, row, image))
 
 
 @dataclass(frozen=True)
