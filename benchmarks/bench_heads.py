@@ -66,7 +66,7 @@ def test_efficientnet(benchmark: Any, settings: Settings) -> None:
     measure_head(benchmark, settings, name, pooled_head(model.linear), maps)
 
 
-@pytest.mark.parametrize(("layer", "first"), [("head.2", 16), ("blocks.8", 4)])
+@pytest.mark.parametrize(("layer", "first"), [("head.2", 16), ("blocks.8", 32)])
 def test_efficientnet_from_pixels(
     benchmark: Any, settings: Settings, layer: str, first: int
 ) -> None:

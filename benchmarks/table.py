@@ -18,6 +18,7 @@ TITLES = {
     "layers": "Layers of the shipped networks",
     "networks": "Whole networks",
     "heads": "Last maps: global pooling and a linear layer",
+    "fully connected": "Fully connected layers from the last maps on",
     "efficientnet": "EfficientNet-Lite0 from its pixels on",
     "ops": "Native operations",
     "attributes": "Attributes of one forward pass",
@@ -69,6 +70,8 @@ def of_machine(found: dict[str, Any]) -> str:
         f"Python {machine['python']}; {when}; commit {commits} (+: with changes not committed); "
         f"load average up to {load:.1f}."
     )
+    if missing := {case["group"] for case in cases.values()} - TITLES.keys():
+        raise ValueError(f"no table for the cases of {', '.join(sorted(missing))}: see TITLES")
     parts = [f"### {name}", about]
     for group, title in TITLES.items():
         mine = {name: case for name, case in cases.items() if case["group"] == group}
@@ -143,7 +146,7 @@ def plot(known: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the ratios of every comparison, on a logarithmic axis."""
     import matplotlib.pyplot as plt  # only whoever writes results needs it
 
-    groups = ("layers", "networks", "heads", "efficientnet")
+    groups = ("layers", "networks", "heads", "fully connected", "efficientnet")
     found = [
         (f"{name}  against  {rival}", entry)
         for machine in known

@@ -103,9 +103,34 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
     list of Site
         Modules whose output is one floating-point tensor ``[N, ..., units, ...]``. The
         network's own output (its logits) is not a site: it holds classes.
+
+    Raises
+    ------
+    TypeError
+        ``model`` is no module, or (in part) TorchScript; see :func:`check_model`.
     """
+    check_model(model)
     with a_moment(), torch.inference_mode(False):  # whose tensors do not count their changes
         return _Survey(model, sample.clone()).sites()
+
+
+def check_model(model: object) -> None:
+    """Check that a model is a network whose layers can be seen at work.
+
+    Raises
+    ------
+    TypeError
+        It is no module, or (in part) compiled to TorchScript, where hooks do not reach.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{name} is" if name else "this is"
+            raise TypeError(
+                f"model: {what} TorchScript, whose layers cannot be reached; "
+                "give the network from which it was scripted or traced"
+            )
 
 
 def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> list[Site]:

@@ -24,7 +24,7 @@ from pyablate.engine.replay import ROWS, Replay, forward, in_double
 from pyablate.graph import Graph
 from pyablate.heap import keep_freed_blocks
 from pyablate.interventions import Intervention
-from pyablate.layers import Site, copied, parse_label, select, sites
+from pyablate.layers import Site, check_model, copied, parse_label, select, sites
 from pyablate.peaks import convolution_rate
 from pyablate.portions import LARGEST, images_at_a_time
 from pyablate.ranks import Ranks
@@ -426,8 +426,7 @@ def check_options(
     precision: str,
 ) -> None:
     """Check the arguments that need nothing else to be known."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     for name, value in (("batch_size", batch_size), ("memory", memory)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")

@@ -536,7 +536,8 @@ def randomise(model: nn.Module, seed: int) -> None:
 def spread_logits(model: nn.Module, images: Tensor) -> None:
     """Rescale the last linear layer so that every class has a chance on these images.
 
-    Logits that are constant up to rounding stay: centred and scaled they would be noise.
+    Logits that are constant up to rounding stay: centred and scaled they would be noise. So would
+    those of a last layer whose units are all at their means, if classes were not a little apart.
     """
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     model.eval()
@@ -546,4 +547,5 @@ def spread_logits(model: nn.Module, images: Tensor) -> None:
         alive = spread > 1e-4 * logits.abs().amax(dim=0)
         scale = torch.where(alive, spread, 1.0)
         last.bias.sub_(torch.where(alive, logits.mean(dim=0), 0.0)).div_(scale)
+        last.bias.add_(torch.linspace(-0.1, 0.1, len(scale)).to(last.bias))
         last.weight.div_(scale.unsqueeze(1))

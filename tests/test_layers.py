@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import networks
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.nn.utils import parametrizations
 
 import pyablate as pa
 from pyablate.layers import Site, parse_label, select, sites
+
+IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def found(name: str) -> list[Site]:
@@ -333,3 +337,15 @@ def test_looking_in_inference_mode() -> None:
     model, images, _ = networks.network("in_place")
     with torch.inference_mode():
         assert sites(model, images[:1] * 1) == found("in_place")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and still what people have on disk
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("compile_", [torch.jit.script, lambda net: torch.jit.trace(net, IMAGES)])
+def test_torchscript_is_refused(compile_: Any, whole: bool) -> None:
+    inner = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    model = compile_(inner) if whole else nn.Sequential(compile_(inner), nn.Flatten())
+    with pytest.raises(TypeError, match=f"model: {'this' if whole else '0'} is TorchScript"):
+        sites(model, IMAGES)
+    with pytest.raises(TypeError, match=r"model: .* is TorchScript"):
+        pa.ablate(model, (IMAGES, torch.zeros(2, dtype=torch.int64)))

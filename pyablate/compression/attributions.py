@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.compression.collapsed import map_site
 from pyablate.compression.ranking import check_choice
-from pyablate.layers import evaluation
+from pyablate.layers import check_model, evaluation
 from pyablate.result import Floats
 from pyablate.unit_attributes.lrp_graph import Unsupported, set_rules, traceable
 
@@ -142,8 +142,7 @@ def _parts(images: Tensor, target: Tensor, size: int) -> Iterator[tuple[Tensor, 
 
 
 def _check(model: Any, images: Any, target: Any, steps: int, batch_size: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected a tensor [N, C, H, W], got {got}")

@@ -16,7 +16,16 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from pyablate.layers import Site, copied, evaluation, hooked, parse_label, select, sites
+from pyablate.layers import (
+    Site,
+    check_model,
+    copied,
+    evaluation,
+    hooked,
+    parse_label,
+    select,
+    sites,
+)
 
 _MISSING = (
     "this needs Torch-Pruning, which knows the channels that hang together; "
@@ -100,8 +109,7 @@ class Coupling:
     """
 
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check_model(model)
         if not isinstance(sample, Tensor) or sample.ndim < 2 or len(sample) == 0:
             got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise TypeError(f"sample: expected a tensor of images [N, ...], got {got}")

@@ -16,7 +16,7 @@ from torch.nn import functional
 from pyablate.batches import Batch, Data
 from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
 from pyablate.heap import keep_freed_blocks
-from pyablate.layers import copied
+from pyablate.layers import check_model, copied
 from pyablate.result import Floats, Ints
 
 _SAMPLE = 8
@@ -150,8 +150,7 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     TypeError
         It is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     work = copied(model).to(first.device if device is None else device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyablate.layers import Site
+from pyablate.layers import Site, check_model
 from pyablate.prepare import Ready, open_up, undisturbed
 from pyablate.result import AblationResult, Ints
 
@@ -23,8 +23,7 @@ def opened(model: nn.Module, data: Any, device: str | torch.device | None = None
     ValueError, TypeError
         The model or the data cannot be used; the message says why.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     with undisturbed(), torch.inference_mode(False):
         return open_up(model, data, None, device)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
-from pyablate.layers import Site, copied, sites
+from pyablate.layers import Site, check_model, copied, sites
 from pyablate.measures import MEASURES, Measure
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
@@ -405,8 +405,7 @@ def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_model(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

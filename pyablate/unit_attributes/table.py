@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.interventions import parse
+from pyablate.layers import check_model
 from pyablate.prepare import open_up, plan_jobs, undisturbed
 from pyablate.progress import Report, reporting
 from pyablate.unit_attributes.catalog import Attribute, choose
@@ -99,7 +100,8 @@ def attributes(
         Something is asked for by name whose library is not installed.
     """
     entries = list(choose(which))
-    _check_numbers(model, bins=bins, top=top, sample=sample, batch_size=batch_size)
+    check_model(model)
+    _check_numbers(bins=bins, top=top, sample=sample, batch_size=batch_size)
     named = {which} if isinstance(which, str) else set(which)
     entries = _available(entries, named, masks is not None)
     with undisturbed(), torch.inference_mode(False):
@@ -115,9 +117,7 @@ def attributes(
     return _dataset(work)
 
 
-def _check_numbers(model: Any, **numbers: int | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+def _check_numbers(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is None and name == "batch_size":
             continue

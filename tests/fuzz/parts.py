@@ -202,7 +202,7 @@ class Pool(Part):
             return nn.AdaptiveAvgPool2d((min(self.kernel, sizes[0]), 1))
         if self.kind == "adaptive_max":
             return nn.AdaptiveMaxPool2d((1, min(self.kernel, sizes[1])))
-        padding = min(self.padding, self.kernel // 2)
+        padding = 0 if self.kind == "lp" else min(self.padding, self.kernel // 2)
         reach = (self.kernel - 1) * (self.dilation if self.kind == "max" else 1) + 1
         if min(sizes) + 2 * padding < reach:
             return None
