@@ -216,7 +216,7 @@ class Work(Protocol):
         keep: Callable[[Begun], None],
         advance: Callable[[int, str], None],
     ) -> Block:
-        """See :meth:`pyablate.run.Sweep.block`."""
+        """See :meth:`pyablate.block_sweep.BlockSweep.block`."""
 
 
 @dataclass(eq=False)

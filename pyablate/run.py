@@ -1,38 +1,31 @@
-"""The main job: capture, clean run, sweep of all units, rescue, audit, result."""
+"""The main job: check and prepare, go through the blocks of images, gather the result."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyablate import shortage
-from pyablate.batches import Batch
-from pyablate.blocks import Begun, Block, Facts, Piece
-from pyablate.checkpoint import pack_ladder
-from pyablate.engine import baseline
-from pyablate.engine.ablations import Job, stand_ins
-from pyablate.engine.delta import Clean, Suffix, needed
-from pyablate.engine.measures import Measured, Record, check_measures
-from pyablate.engine.replay import Replay, decision
-from pyablate.engine.tiers import Ladder
+from pyablate.block_sweep import BlockSweep
+from pyablate.blocks import Block
+from pyablate.engine.ablations import Job
+from pyablate.engine.measures import check_measures
 from pyablate.identity import Identity, identify, own_dtype
 from pyablate.interventions import Intervention, parse
 from pyablate.long_run import Course, check_data, hash_all, kept, shard_images
-from pyablate.measures import Accuracy, Measure
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
 from pyablate.progress import Report, reporting
 from pyablate.ranks import Ranks, own_device, taking_part
-from pyablate.result import AblationResult, Audit, Effort, Flips
+from pyablate.result import AblationResult
 from pyablate.run_store import (
     Layout,
     RunStore,
@@ -41,7 +34,6 @@ from pyablate.run_store import (
     read_statistics,
 )
 from pyablate.store import load
-from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -197,7 +189,7 @@ def ablate(
                 batch_size=batch_size or held.layout.size,
                 memory=memory or held.layout.memory,
             )
-            sweep = Sweep(setup, _audited_pairs(setup, audit, seed), recorded)
+            sweep = BlockSweep(setup, _audited_pairs(setup, audit, seed), recorded)
             with reporting(progress if ranks.first else False, unit="pairs") as report:
                 Course(
                     setup.data,
@@ -233,257 +225,6 @@ def _with_all_images(
     }
 
 
-@dataclass(eq=False)
-class Sweep:
-    """All jobs on one block of images after another, and what they took."""
-
-    setup: Setup
-    audited: np.ndarray  # int64 [A, 2]: row, image
-    measures: tuple[str, ...]
-    flips: list[Piece] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    baseline: list[np.ndarray] = field(default_factory=list)
-    audit: Audit = field(default_factory=lambda: Audit(0, 0))
-    rescued: int = 0
-    strategy: dict[str, str] = field(default_factory=dict)
-    layer_seconds: dict[str, float] = field(default_factory=dict)
-    accuracy: list[Accuracy] = field(init=False)  # one per measure
-    sums: Tensor = field(init=False)  # float64 [measure, unit, class]
-
-    def __post_init__(self) -> None:
-        setup = self.setup
-        self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
-        self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
-        self.keep = needed(self.suffixes.values())
-
-    def block(
-        self,
-        images: Batch,
-        hashed: int,
-        begun: Begun | None = None,
-        *,
-        keep: Callable[[Begun], None],
-        advance: Callable[[int, str], None],
-    ) -> Block:
-        """Do all jobs on some images.
-
-        Parameters
-        ----------
-        images : Batch
-            Consecutive ones.
-        hashed : int
-            Their hash, for the record.
-        begun : Begun, optional
-            What an earlier process found on them.
-        keep : callable
-            Takes what the first jobs have found, after each of them.
-        advance : callable
-            Takes the number of pairs just done, and the layer at work.
-        """
-        self._start(begun)
-        skipped = begun.jobs if begun else 0
-        parts = images.split(self.setup.batch_size)
-        for batch, clean in (found for part in parts for found in self._clean(part)):
-            self.labels.append(batch.labels.cpu().numpy())
-            self.baseline.append(clean.predicted.numpy())
-            for number, job in enumerate(self.setup.jobs):
-                if number >= skipped:
-                    advance(0, job.name)
-                    self._job(job, batch, clean)
-                    if len(batch) == len(images):
-                        keep(Begun(number + 1, list(self.flips), self._facts(hashed)))
-                advance(len(job.rows) * len(batch), job.name)
-            del clean  # before the next batch has its own
-        pieces = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
-        return Block(
-            labels=np.concatenate(self.labels).astype(np.int64),
-            baseline=np.concatenate(self.baseline).astype(np.int64),
-            flips=Flips.gather(self.setup.rows, pieces),
-            facts=self._facts(hashed),
-        )
-
-    def _start(self, begun: Begun | None) -> None:
-        """Forget the last block; go on from what is known of this one."""
-        shape = len(self.measures), self.setup.rows, self.setup.classes
-        self.labels, self.baseline = [], []
-        self.flips = list(begun.pieces) if begun else []
-        self.audit = begun.facts.audit if begun else Audit(0, 0)
-        self.strategy = dict(begun.facts.strategy) if begun else {}
-        self.sums = torch.zeros(shape, dtype=torch.float64)
-        self.accuracy = [Accuracy()] * len(self.measures)
-        for number, known in enumerate(begun.facts.measures.values() if begun else ()):
-            self.sums[number] = torch.from_numpy(known.change)
-            self.accuracy[number] = known.accuracy
-
-    def _facts(self, hashed: int) -> Facts:
-        return Facts(
-            hash=hashed,
-            audit=self.audit,
-            strategy=dict(self.strategy),
-            state=[pack_ladder(ladder) for ladder in self.ladders.values()],
-            measures={
-                name: Measure(sums.numpy(), accuracy)
-                for name, sums, accuracy in zip(
-                    self.measures, self.sums, self.accuracy, strict=True
-                )
-            },
-        )
-
-    def _job(self, job: Job, batch: Batch, clean: Clean) -> None:
-        start = time.perf_counter()
-        measured = self._measured(job, batch, clean)
-        flips = self._pieces(job, batch, clean, measured)
-        if flips is None:
-            for half in _halves(batch):
-                for part, known in self._clean(half):
-                    self._job(job, part, known)
-            return
-        self.flips += flips
-        spent = time.perf_counter() - start
-        self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
-        strategy = self.ladders[job].strategy if self.setup.graph else "replay"
-        self.strategy.setdefault(job.name, strategy)
-        self._audit(job, batch, clean, flips, measured)
-        if measured is not None:
-            measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
-
-    def _pieces(
-        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
-    ) -> list[Piece] | None:
-        """Return what a job changes on a batch; None where memory does not suffice."""
-        try:
-            return [
-                self._changed(job, batch, clean, row, image, prediction)
-                for row, image, prediction in self._predictions(job, batch, clean, measured)
-            ]
-        except shortage.ERRORS as error:
-            if len(batch) == 1 or not shortage.is_shortage(error):
-                raise
-        return None
-
-    def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
-        """Run the intact network, on halves of the batch where memory does not suffice."""
-        setup = self.setup
-        try:
-            if setup.graph is None:
-                clean = baseline.run_model(
-                    setup.model,
-                    setup.exact,
-                    batch,
-                    margin=setup.margin,
-                    at_a_time=setup.at_a_time,
-                )
-            else:
-                clean = baseline.run_graph(
-                    setup.graph, self.keep, setup.exact, batch, margin=setup.margin
-                )
-        except shortage.ERRORS as error:
-            if len(batch) == 1 or not shortage.is_shortage(error):
-                raise
-        else:
-            yield batch, clean
-            return
-        for half in _halves(batch):
-            yield from self._clean(half)
-
-    def _measured(self, job: Job, batch: Batch, clean: Clean) -> Measured | None:
-        if not self.measures:
-            return None
-        return Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
-
-    def _predictions(
-        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        setup = self.setup
-        record = None if measured is None else measured.record
-        if job not in self.suffixes:
-            yield from _replayed(setup, job, batch, clean, record)
-            return
-        suffix, ladder = self.suffixes[job], self.ladders[job]
-        standins = stand_ins(
-            setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
-        )
-        with torch.no_grad():
-            yield from suffix.predict(
-                clean, standins, ladder, slice_bytes=setup.slice_bytes, record=record
-            )
-
-    def _changed(
-        self,
-        job: Job,
-        batch: Batch,
-        clean: Clean,
-        row: Tensor,
-        image: Tensor,
-        prediction: Tensor,
-    ) -> Piece:
-        """Decide what is open, then keep the predictions that changed; all on the CPU."""
-        open_ = (prediction < 0).nonzero().squeeze(1)
-        if len(open_):
-            self.rescued += len(open_)
-            exact = self.setup.exact.decide(batch, job, row[open_], image[open_])
-            prediction = prediction.index_copy(0, open_, exact.prediction)
-        changed = (prediction != clean.predicted[image]).nonzero().squeeze(1)
-        return (
-            (row[changed] + job.rows.start).numpy(),
-            batch.index[image[changed]].numpy(),
-            prediction[changed].numpy(),
-        )
-
-    def _audit(
-        self,
-        job: Job,
-        batch: Batch,
-        clean: Clean,
-        flips: Sequence[Piece],
-        measured: Measured | None,
-    ) -> None:
-        """Recompute the audited pairs of this job and batch, and compare with its flips."""
-        first, last = int(batch.index[0]), int(batch.index[-1])
-        row, image = self.audited.T
-        mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
-        row, image = row[mine], image[mine]
-        if not len(row):
-            return
-        flipped = {
-            (r, i): new
-            for piece in flips
-            for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
-        }
-        intact = clean.predicted.numpy()[image - first]
-        pairs = zip(row.tolist(), image.tolist(), intact.tolist(), strict=True)
-        found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
-        replay = self.setup.replay
-        rows, images = torch.from_numpy(row - job.rows.start), torch.from_numpy(image - first)
-        logits = replay.logits(batch, job, rows, images)
-        exact = decision(logits)
-        if measured is not None:
-            used, which = images.unique(return_inverse=True)
-            before = replay.logits(batch, None, used, used)[which]
-            found_here = measured.audit(rows, images, before, logits)
-            self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
-        wrong = (exact.prediction.numpy() != found) & ~exact.near_tie.numpy()
-        self.audit = Audit(self.audit.pairs + len(found), self.audit.mismatches + int(wrong.sum()))
-
-    def effort(self) -> Effort:
-        """Sum up what the jobs took in this process."""
-        settled: dict[str, int] = {}
-        for ladder in self.ladders.values():
-            for tier, pairs in ladder.settled.items():
-                settled[_name(tier)] = settled.get(_name(tier), 0) + pairs
-        if self.rescued:
-            settled["float64"] = settled.get("float64", 0) + self.rescued
-        logger.info(
-            "the dense part settled %s pairs",
-            ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
-        )
-        doubt = {
-            job.name: {_name(tier): ladder.doubt(tier) for tier in ladder.doubts}
-            for job, ladder in self.ladders.items()
-        }
-        return Effort(self.layer_seconds, settled, doubt)
-
-
 def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:
     facts = found.facts
     hashed = {"hash": f"{facts.hash:064x}"} if hashing else {}
@@ -505,35 +246,6 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         measures=facts.measures,
         provenance={**identity, "data": {**identity["data"], **hashed}},
     )
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    """Halve a batch for which memory does not suffice."""
-    logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
-    return list(batch.split(len(batch) // 2))
-
-
-def _name(tier: torch.dtype) -> str:
-    return str(tier).removeprefix("torch.")
-
-
-def _replayed(
-    setup: Setup, job: Job, batch: Batch, clean: Clean, record: Record | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair of a job by plain replay; close calls are left open."""
-    fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
-    size = max(1, min(256, setup.at_a_time, fitting))
-    own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics, size)
-    image = torch.arange(len(batch)).repeat_interleave(len(job.members))
-    row = torch.arange(len(job.members)).repeat(len(batch))
-    for rows, images in zip(row.split(size), image.split(size), strict=True):
-        logits = own.logits(batch, job, rows, images)
-        close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))
-        prediction = decision(logits).prediction
-        if record is not None:
-            there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))
-            record(there, where, exact - clean.logits[where])
-        yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
 
 
 def _audited_pairs(setup: Setup, audit: int, seed: int) -> np.ndarray:

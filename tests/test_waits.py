@@ -17,12 +17,12 @@ import torch
 from elsewhere import DEVICE, Wait, moved, on_device, there
 
 from pyablate import interventions, prepare
+from pyablate.block_sweep import BlockSweep
 from pyablate.engine import cuda_graph, tiers
 from pyablate.engine.ablations import Members
 from pyablate.engine.exact import Exact
 from pyablate.interventions import Intervention
 from pyablate.ops import Activation, changes, decisions, units
-from pyablate.run import Sweep
 from pyablate.transfer import sent
 
 IMAGES = 24
@@ -81,7 +81,7 @@ def move(setup):
 
 def sweep_one(setup, batch, told=lambda _: None, sweep=None):
     """Sweep one batch; ``told`` hears when each job begins."""
-    sweep = sweep or Sweep(setup, np.zeros((0, 2), dtype=np.int64), ())
+    sweep = sweep or BlockSweep(setup, np.zeros((0, 2), dtype=np.int64), ())
     advance = lambda done, name: None if done else told(name)  # noqa: E731
     return sweep.block(batch, 0, keep=lambda _: None, advance=advance), sweep
 
