@@ -33,67 +33,56 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in _anchors(target), link
 
 
+def _run_page(path: Path, *shorter: tuple[str, str]) -> dict[str, object]:
+    """Run the Python of a page, made shorter by replacements; return the names it defines."""
+    code = "".join(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL))
+    for old, new in shorter:
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, object] = {}
+    exec(compile(code, path.name, "exec"), names)
+    return names
+
+
 @pytest.mark.slow
 def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (_ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
-    # A tenth of the images, so that the test is short.
-    code = blocks[0].replace("limit=1000", "limit=100")
-    assert code != blocks[0]
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    _run_page(_ROOT / "README.md", ("limit=1000", "limit=100"))  # so that the test is short
     saved = pa.load("run.zarr")
     assert len(saved.labels) == 100
     assert len(saved.units) > 100
 
 
 @pytest.mark.slow
-def test_python_in_the_page_on_statistics_runs() -> None:
-    text = (_ROOT / "docs" / "statistics.md").read_text()
-    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    short = code.replace("limit=500", "limit=100").replace("clusters=6)", "clusters=3)")
-    assert short != code
-    names: dict[str, object] = {}
-    exec(compile(short, "statistics.md", "exec"), names)
-    assert {"finer", "tests", "table", "floor", "honest", "found", "units", "broken"} <= set(names)
-
-
-def test_python_in_the_page_on_attributes_runs() -> None:
-    text = (_ROOT / "docs" / "attributes.md").read_text()
-    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    short = code.replace("limit=500", "limit=100")
-    assert short != code
-    names: dict[str, object] = {}
-    exec(compile(short, "attributes.md", "exec"), names)
-    assert {"table", "best"} <= set(names)
-
-
-@pytest.mark.slow
-def test_python_in_the_page_on_experiments_runs() -> None:
-    text = (_ROOT / "docs" / "experiments.md").read_text()
-    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    short = code.replace("limit=500", "limit=120")
-    assert short != code
-    names: dict[str, object] = {}
-    exec(compile(short, "experiments.md", "exec"), names)
-    assert {"curves", "both", "sets", "along", "control", "table"} <= set(names)
-
-
-@pytest.mark.slow
-def test_python_in_the_page_on_compression_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("page", "shorter", "defined"),
+    [
+        (
+            "statistics.md",
+            {"limit=500": "limit=100", "clusters=6)": "clusters=3)"},
+            "finer tests table floor honest found units broken",
+        ),
+        ("attributes.md", {"limit=500": "limit=100"}, "table best"),
+        ("experiments.md", {"limit=500": "limit=120"}, "curves both sets along control table"),
+        (
+            "compression.md",
+            {"limit=500": "limit=60"},
+            "measured smaller curves table comparison scores",
+        ),
+    ],
+)
+def test_python_in_a_page_runs(
+    page: str,
+    shorter: dict[str, str],
+    defined: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("torch_pruning")
-    text = (_ROOT / "docs" / "compression.md").read_text()
-    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    short = code.replace("limit=500", "limit=60")
-    assert short != code
+    if page == "compression.md":
+        pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(short, "compression.md", "exec"), names)
-    assert {"measured", "smaller", "curves", "table", "comparison", "scores"} <= set(names)
-    assert (tmp_path / "sensitivity.csv").exists()
+    assert set(defined.split()) <= set(_run_page(_ROOT / "docs" / page, *shorter.items()))
+    assert page != "compression.md" or (tmp_path / "sensitivity.csv").exists()
 
 
 _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
@@ -119,12 +108,8 @@ def test_a_page_prints_what_it_says(
 @pytest.mark.slow
 def test_python_in_the_gallery_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib").use("Agg")
-    text = (_ROOT / "docs" / "gallery.md").read_text()
-    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    short = code.replace("limit=300", "limit=60")
-    assert short != code
     monkeypatch.chdir(tmp_path)
-    exec(compile(short, "gallery.md", "exec"), {})
+    _run_page(_ROOT / "docs" / "gallery.md", ("limit=300", "limit=60"))
     assert (tmp_path / "both.png").exists()
 
 

@@ -2,6 +2,7 @@
 // it by pointer, a row or a block at a time, so that none is compiled once per function.
 #pragma once
 
+#include "pyablate/bfloat16.h"
 #include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
@@ -24,17 +25,6 @@ void encode(const float* change, std::int64_t count, std::uint8_t* codes, float*
 
 // The version for these dtypes; addend has that of delta.
 ChangeRun find_change_run(ActivationKind kind, DType base, DType delta, DType out);
-
-template <class S>
-struct ComputeOf {
-    using type = S;
-};
-template <>
-struct ComputeOf<BFloat16> {
-    using type = float;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
 
 template <class S>
 inline constexpr DType dtype_of = DType::float32;

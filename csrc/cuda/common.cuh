@@ -42,17 +42,6 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-template <class S>
-struct ComputeOf {
-    using type = S;
-};
-template <>
-struct ComputeOf<BFloat16> {
-    using type = float;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
 __device__ inline float widen(float x) {
     return x;
 }

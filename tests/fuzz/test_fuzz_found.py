@@ -73,3 +73,18 @@ def test_a_network_that_counts_its_calls_is_replayed() -> None:
     images, labels = torch.randn(6, 4), torch.arange(6) % 3
     result = pa.ablate(Counting(), (images, labels), progress=False)
     assert set(result.strategy.values()) == {"replay"}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize("large", [float("inf"), float("nan")])
+def test_logits_that_are_not_finite_are_named(strategy: str, large: float) -> None:
+    """The checks before the clean run failed first, in PyTorch's words."""
+
+    class Overflowing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(1)) + large
+
+    model = Overflowing(nn.ReLU(), nn.Linear(4, 3))
+    images, labels = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(ValueError, match="model: the logits of image 0 are NaN or infinite"):
+        pa.ablate(model, (images, labels), strategy=strategy, progress=False)

@@ -12,6 +12,18 @@ struct BFloat16 {
     std::uint16_t bits;
 };
 
+// Compute<S>: what numbers that are stored as S are computed in.
+template <class S>
+struct ComputeOf {
+    using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+    using type = float;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
 PYABLATE_HOST_DEVICE inline float to_float(BFloat16 x) {
     const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
     float value;
