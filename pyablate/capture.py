@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from pyablate import interrupts
 from pyablate.folding import channels_last, fold_batch_norm, fold_padding
 from pyablate.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
 from pyablate.layers import Site, evaluation, hooked
@@ -26,6 +27,7 @@ class CaptureError(Exception):
     """The model cannot be captured; it runs by replay instead."""
 
 
+@interrupts.remembered()
 def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True) -> Graph:
     """Export a model with its sites marked.
 
@@ -74,7 +76,9 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence torch's deprecations and its report of a failed export: ours says it in one line."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental")]
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
+    ]
     levels = [one.level for one in loggers]
     for one in loggers:
         one.setLevel(logging.CRITICAL)

@@ -335,6 +335,30 @@ def test_an_interrupt_returns_within_a_second(kind: str) -> None:
     assert seconds < max(1.0, os.getloadavg()[0])
 
 
+@pytest.mark.parametrize("becomes", ["nothing", "an error"])
+def test_an_interrupt_that_tracing_swallows_is_raised_after_it(becomes: str) -> None:
+    """As it happens in callbacks of weak references, and in torch's C++."""
+
+    class Swallowing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_exporting():
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt as interrupt:
+                    if becomes == "an error":
+                        raise RuntimeError("in other words") from interrupt
+            return super().forward(x)
+
+    model = Swallowing(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pa.ablate(model, (torch.randn(6, 4), torch.arange(6) % 3), progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _LARGE = """
 import random, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
