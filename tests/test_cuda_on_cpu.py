@@ -103,6 +103,7 @@ const bool less = a < b;
 
 
 def test_twins_equal_the_reference(tmp_path):
+    pytest.importorskip("pybind11")
     module = cuda_on_cpu.build_module(tmp_path)
     environment = {
         **os.environ,
