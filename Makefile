@@ -57,7 +57,7 @@ FUZZ_MINUTES ?= 180
 
 fuzz: build
 	@echo "seed $(SEED), $(FUZZ) random networks, $(FUZZ_MINUTES) minutes at most"
-	FUZZ=$(FUZZ) FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest -q -p no:cacheprovider \
+	FUZZ=$(FUZZ) FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 \
 	    --show-capture=no --hypothesis-seed=$(SEED) tests/fuzz $(ARGS)
 
 lint: build
