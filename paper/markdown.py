@@ -39,7 +39,9 @@ def spread(mean: float, least: float, most: float, *, digits: int = 2, scale: fl
 
 
 def interval(middle: float, low: float, high: float, *, digits: int = 2) -> str:
-    """Return a figure with its interval."""
+    """Return a figure with its interval; where there is none, the figure alone."""
+    if math.isnan(low) and math.isnan(high):
+        return number(middle, digits)
     return f"{number(middle, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 

@@ -288,6 +288,8 @@ def test_figures_as_text() -> None:
     assert markdown.spread(0.5, 0.5, 0.5) == "0.50"
     assert markdown.spread(0.5, 0.25, 0.75, digits=1, scale=100) == "50.0 (25.0 to 75.0)"
     assert markdown.interval(0.1, -0.1, 0.3) == f"0.10 [{minus}0.10, 0.30]"
+    nan = float("nan")
+    assert markdown.interval(nan, nan, nan) == "\N{EN DASH}"
     assert markdown.listed([]) == "none"
     assert markdown.listed(["a", "b", "c"]) == "a, b and c"
     assert markdown.table(["x"], [[1], [2]]).splitlines() == ["| x |", "| --- |", "| 1 |", "| 2 |"]
