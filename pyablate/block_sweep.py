@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,12 +167,12 @@ class BlockSweep:
                     setup.model,
                     setup.exact,
                     batch,
-                    margin=setup.margin,
+                    rounding=setup.rounding,
                     at_a_time=setup.at_a_time,
                 )
             else:
                 clean = baseline.run_graph(
-                    setup.graph, self.keep, setup.exact, batch, margin=setup.margin
+                    setup.graph, self.keep, setup.exact, batch, rounding=setup.rounding
                 )
         except shortage.ERRORS as error:
             if len(batch) == 1 or not shortage.is_shortage(error):
@@ -199,9 +200,17 @@ class BlockSweep:
         standins = stand_ins(
             setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
         )
+        truth = None
+        if ladder.full != torch.float64:
+            truth = functools.partial(setup.exact.logits, batch, job)
         with torch.no_grad():
             yield from suffix.predict(
-                clean, standins, ladder, slice_bytes=setup.slice_bytes, record=record
+                clean,
+                standins,
+                ladder,
+                slice_bytes=setup.slice_bytes,
+                record=record,
+                truth=truth,
             )
 
     def _changed(
@@ -301,7 +310,7 @@ def _replayed(
     row = torch.arange(len(job.members)).repeat(len(batch))
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
-        close = baseline.close_calls(logits, setup.margin * logits.abs().amax(dim=1))
+        close = baseline.close_calls(logits, setup.rounding.tolerance(logits))
         prediction = decision(logits).prediction
         if record is not None:
             there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))

@@ -46,6 +46,8 @@ def pack_ladder(ladder: Ladder) -> dict[str, Any]:
         "doubts": {
             str(tier).removeprefix("torch."): doubt for tier, doubt in ladder.doubts.items()
         },
+        "typical": ladder.typical,
+        "gain": ladder.gain,
         "measured": ladder.measured,
     }
 
@@ -72,6 +74,8 @@ def restore_ladders(
             continue
         ladder.tiers = tiers
         ladder.doubts = {_dtype(name): float(doubt) for name, doubt in known["doubts"].items()}
+        ladder.typical = [float(step) for step in known["typical"]]
+        ladder.gain = float(known["gain"])
         ladder.measured = int(known["measured"])
 
 

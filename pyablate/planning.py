@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate.batches import Batch
 from pyablate.engine import baseline, weighted
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.channel import SAME, Channel
@@ -23,6 +25,11 @@ from pyablate.result import AblationResult
 
 aten = torch.ops.aten
 _SAMPLE = 16
+
+_MORE = 256
+"""Images on which the clean run is timed, if that takes no more than :data:`_SHORT` seconds."""
+
+_SHORT = 0.2
 
 
 CALL = 30e-6
@@ -188,12 +195,32 @@ def plan(
         count = len(setup.data) if images is None else images
         peaks = _peaks(setup)
         rows = [_row(cost, count, peaks) for cost in _costs(setup)]
-        forward = _forward_flop(setup.model, setup.data.first(2).images[:1])
+        clean = count * _clean_seconds(setup, peaks)
     tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
     pairs = min((row.pop("slice") for row in rows), default=1)
-    clean = count * forward / peaks.clean / ATTAINED
     table = pd.DataFrame(rows)
     return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks)
+
+
+def _clean_seconds(setup: Setup, peaks: Peaks) -> float:
+    """Seconds of the clean run per image: measured, since operations of all kinds share it."""
+    graph = setup.graph
+    if graph is None:
+        image = setup.data.first(1).images
+        return _forward_flop(setup.model, image) / peaks.clean / ATTAINED
+    keep = needed(Suffix.of(graph, job) for job in setup.jobs)
+
+    def seconds(batch: Batch) -> float:
+        begin = time.perf_counter()
+        baseline.run_graph(graph, keep, setup.exact, batch, rounding=setup.rounding)
+        return time.perf_counter() - begin
+
+    for size in _SAMPLE, _MORE:
+        batch = setup.data.first(min(size, setup.batch_size))
+        taken = min(seconds(batch) for _ in range(3)) / len(batch)
+        if taken * _MORE > _SHORT:
+            break
+    return taken
 
 
 def _peaks(setup: Setup) -> Peaks:
@@ -269,7 +296,7 @@ def _costs(setup: Setup) -> list[_Cost]:
         return [_Cost(job, "replay", 1.0, floating=per_pair) for job in setup.jobs]
     suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
     clean = baseline.run_graph(
-        setup.graph, needed(suffixes), setup.exact, batch, margin=setup.margin
+        setup.graph, needed(suffixes), setup.exact, batch, rounding=setup.rounding
     )
     costs = []
     tier = (*setup.low, setup.data.dtype)[0]

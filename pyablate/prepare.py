@@ -94,7 +94,7 @@ class Setup:
     statistics: Mapping[Key, Statistics]
     exact: Exact | Replay
     replay: Replay
-    margin: float
+    rounding: baseline.Rounding
     low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
@@ -233,7 +233,7 @@ def prepare(
         statistics=statistics,
         exact=exact(graph, replay, ready.batch),
         replay=replay,
-        margin=baseline.rounding(work, replay, ready.batch),
+        rounding=baseline.measure_rounding(work, replay, ready.batch),
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=budget,

@@ -78,8 +78,9 @@ class Effort:
         "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
         are in none.
     doubt : dict
-        Per layer and low precision, the share of a logit change's spread within which its answer
-        was not trusted: several times the largest error measured on pairs of this run.
+        Per layer and precision, the share of a logit change's spread within which its answer was
+        not trusted: several times the largest error measured on pairs of this run. In 8 bits some
+        multiple of a pair's rounding steps was doubted besides.
     """
 
     layer_seconds: dict[str, float] = field(default_factory=dict)

@@ -78,7 +78,9 @@ def test_tensors_that_share_memory_or_repeat(name: str, memory: int | None) -> N
     agreement = pa.reference.compare(result, model, (images, labels), "relu")
     assert agreement.mismatches == 0, agreement
     assert len(expected.flips.image) > 0
-    assert result.strategy == {"relu": "delta"}
+    # Before 2.7 torch could not export complex numbers.
+    replayed = name == "complex" and torch.__version__ < "2.7"
+    assert result.strategy == {"relu": "replay" if replayed else "delta"}
 
 
 class PoolsOverUnits(nn.Module):

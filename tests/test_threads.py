@@ -341,7 +341,7 @@ def test_an_interrupt_that_tracing_swallows_is_raised_after_it(becomes: str) -> 
 
     class Swallowing(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if torch.compiler.is_exporting():
+            if torch.compiler.is_compiling():
                 try:
                     signal.raise_signal(signal.SIGINT)
                 except KeyboardInterrupt as interrupt:

@@ -3,16 +3,17 @@
 import logging
 
 import networks
+import numpy as np
 import pytest
 import torch
 from oracle import check
 from torch import nn
 
 import pyablate as pa
-from pyablate import peaks, prepare, run
+from pyablate import block_sweep, peaks, prepare
 from pyablate.engine import eight_bit
 from pyablate.engine.delta import usual
-from pyablate.engine.tiers import Ladder
+from pyablate.engine.tiers import Changed, Ladder, sample
 
 
 class Clean:
@@ -28,6 +29,10 @@ def pairs(count):
 
 
 def true_change(row, image, dtype):
+    return Changed(true_logits(row, dtype))
+
+
+def true_logits(row, dtype=torch.float32):
     """A change of its own for every row; rough in bfloat16."""
     change = torch.stack([torch.zeros(len(row)), 0.21 * torch.sin(row.float())], dim=1)
     if dtype == torch.bfloat16:
@@ -39,7 +44,7 @@ def test_doubtful_pairs_are_decided_again_in_the_next_tier():
     row, image = pairs(3000)
     ladder = Ladder([torch.bfloat16, torch.float32])
     found = ladder.settle(true_change, row, image, Clean(), lambda _: 128)
-    expected = (Clean.logits[image] + true_change(row, image, torch.float32)).argmax(1)
+    expected = (Clean.logits[image] + true_logits(row)).argmax(1)
     assert torch.equal(found.long(), expected)
     assert ladder.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
     assert 0 < ladder.settled[torch.float32] < 500
@@ -67,7 +72,7 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
     row, image = pairs(3000)
 
     def change(row, image, dtype):
-        return true_change(row, image, torch.float32) * (1 if dtype == torch.float32 else factor)
+        return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
 
     ladder = Ladder([torch.bfloat16, torch.float32])
     ladder.settle(change, row, image, Clean(), lambda _: 512)
@@ -123,7 +128,7 @@ def test_few_open_pairs_skip_the_tier_between():
     found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
     assert [dtype for dtype, _ in asked][:2] == [torch.int8, torch.bfloat16]
     assert asked[1][1] >= 64
-    expected = (Clean.logits[image] + true_change(row, image, torch.float32)).argmax(1)
+    expected = (Clean.logits[image] + true_logits(row)).argmax(1)
     assert torch.equal(found.long(), expected)
 
 
@@ -140,19 +145,26 @@ def test_a_useless_tier_is_left_out():
     row, image = pairs(300)
 
     def change(row, image, dtype):
-        exact = true_change(row, image, torch.float32)
-        return exact if dtype == torch.float32 else torch.zeros_like(exact)
+        exact = true_logits(row)
+        return Changed(exact if dtype == torch.float32 else torch.zeros_like(exact))
 
     ladder = Ladder([torch.bfloat16, torch.float32])
     found = ladder.settle(change, row, image, Clean(), lambda _: 64)
     assert ladder.tiers == [torch.float32]
-    expected = (Clean.logits[image] + change(row, image, torch.float32)).argmax(1)
+    expected = (Clean.logits[image] + change(row, image, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you can't allocate memory, sorry")])
-def test_without_memory_it_goes_on_with_fewer_pairs(error, caplog):
-    row, image = pairs(1000)
+@pytest.mark.parametrize(
+    ("tiers", "count", "first"),
+    [
+        ([torch.float32], 1000, [512, 256, 128, 64]),
+        ([torch.bfloat16, torch.float32], 16_000, [125, 62]),  # while it measures the first tier
+    ],
+)
+def test_without_memory_it_goes_on_with_fewer_pairs(error, tiers, count, first, caplog):
+    row, image = pairs(count)
     asked = []
 
     def change(row, image, dtype):
@@ -161,14 +173,107 @@ def test_without_memory_it_goes_on_with_fewer_pairs(error, caplog):
             raise error
         return true_change(row, image, dtype)
 
-    ladder = Ladder([torch.float32])
+    ladder = Ladder(list(tiers))
     with caplog.at_level(logging.WARNING, "pyablate"):
         found = ladder.settle(change, row, image, Clean(), lambda _: 512)
-    assert asked[:4] == [512, 256, 128, 64]
-    assert max(asked[4:]) == 64
+    assert asked[: len(first)] == first
+    assert max(asked[len(first) :]) == first[-1]
     assert "out of memory" in caplog.text
-    plenty = Ladder([torch.float32])
+    plenty = Ladder(list(tiers))
     assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
+
+
+def test_every_unit_has_its_turn_in_the_sample():
+    """Pairs come image by image: evenly spaced ones would show the same units each time."""
+    image, row = (
+        part.flatten() for part in torch.meshgrid(*[torch.arange(128)] * 2, indexing="ij")
+    )
+    chosen = sample(row, 128)
+    assert len(row[chosen].unique()) == 128
+    assert len(image[chosen].unique()) > 64
+    assert torch.equal(chosen, sample(row, 128))
+    assert len(sample(row[:5], 5).unique()) == 5
+
+
+class Outlier(nn.Module):
+    """One unit has a large effect on a channel of which the network makes nothing."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 32, 3, padding=1)
+        self.third, self.head = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 10)
+        with torch.no_grad():
+            self.second.weight[0] = 0
+            self.second.weight[0, 1] = times * self.second.weight[1:].abs().mean()
+            self.third.weight[:, 0] = 0
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+@pytest.mark.skipif(not eight_bit.available(), reason="this processor has no exact 8-bit products")
+@pytest.mark.parametrize("times", [100, 1000])
+def test_a_number_that_dwarfs_all_others_of_a_pair(times):
+    """In 8 bits the others are rounded to nothing, and the logits seem not to change."""
+    torch.manual_seed(0)
+    model, images = Outlier(times).eval(), torch.randn(128, 3, 8, 8)
+    networks.spread_logits(model, images)
+    labels = torch.zeros(128, dtype=torch.int64)
+    found = pa.ablate(model, (images, labels), "first", precision="int8", audit=0, progress=False)
+    exact = pa.ablate(model, (images, labels), "first", precision="fp64", audit=0, progress=False)
+    assert np.array_equal(found.predictions()[1], exact.predictions()[1])
+    assert found.effort.settled["int8"] > 0.5 * 64 * 128
+
+
+class Opposite(nn.Module):
+    """Two logits z and -z, what is left of numbers a thousand times as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 64)
+        self.head = nn.Linear(64, 2, bias=False)
+        common, own = 1e4 * torch.rand(1, 32), 0.1 * torch.randn(32, 32)
+        part = torch.randn(1, 32)
+        with torch.no_grad():
+            self.second.weight.copy_(torch.cat([own + common, common.expand(32, 32)]))
+            self.second.bias.zero_()
+            self.head.weight.copy_(torch.cat([torch.cat([part, -part], 1)] * 2))
+            self.head.weight[1].neg_()
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def exact_predictions(model, images, layer, **options):
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    options = {"audit": 0, "progress": False, **options}
+    found = pa.ablate(model, (images, labels), layer, precision="fp32", **options)
+    exact = pa.ablate(model, (images, labels), layer, precision="fp64", **options)
+    assert np.array_equal(found.baseline, exact.baseline)
+    assert np.array_equal(found.predictions(), exact.predictions())
+    return found
+
+
+def test_logits_that_cancel_are_rounded_no_better_than_others():
+    """A margin of 2 |z| is large beside the largest logit |z|, whatever its rounding."""
+    torch.manual_seed(0)
+    found = exact_predictions(Opposite().eval(), torch.randn(2000, 16), "first")
+    assert 0 < found.effort.settled["float64"] < 0.5 * 32 * 2000
+
+
+def test_large_numbers_that_cancel_behind_an_ablation():
+    """What full precision is worth there is measured: the clean run does not show it."""
+    torch.manual_seed(0)
+    common = 1e5 * torch.rand(1, 64)
+    model = nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    ).eval()
+    with torch.no_grad():
+        model[2].weight.add_(common)
+        model[4].weight.sub_(model[4].weight.mean(dim=1, keepdim=True))
+    found = exact_predictions(model, torch.randn(256, 16), "1", intervention="constant:100000")
+    assert found.effort.doubt["1"]["float32"] > 1e-3
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -190,7 +295,7 @@ def same_flips(result, expected):
 def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
     model, images, labels = networks.network("residual", 24)
     expected = pa.ablate(model, (images, labels), progress=False)
-    real, seen = run.baseline.run_graph, []
+    real, seen = block_sweep.baseline.run_graph, []
 
     def run_graph(graph, keep, exact, batch, **options):
         seen.append(len(batch))
@@ -198,7 +303,7 @@ def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, ca
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(graph, keep, exact, batch, **options)
 
-    monkeypatch.setattr(run.baseline, "run_graph", run_graph)
+    monkeypatch.setattr(block_sweep.baseline, "run_graph", run_graph)
     with caplog.at_level(logging.WARNING, "pyablate"):
         result = pa.ablate(model, (images, labels), progress=False)
     assert seen[:3] == [24, 12, 6]
@@ -212,7 +317,7 @@ def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog
     # In low precision more or fewer pairs would be measured more exactly.
     options = {"progress": False, "measures": ["loss"], "audit": 100, "precision": "fp32"}
     expected = pa.ablate(model, (images, labels), **options)
-    real = run.Suffix.predict
+    real = block_sweep.Suffix.predict
 
     def predict(self, clean, *arguments, **rest):
         for number, found in enumerate(real(self, clean, *arguments, **rest)):
@@ -220,7 +325,7 @@ def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog
             if len(clean.logits) > 7 and number == 0:
                 raise MemoryError
 
-    monkeypatch.setattr(run.Suffix, "predict", predict)
+    monkeypatch.setattr(block_sweep.Suffix, "predict", predict)
     with caplog.at_level(logging.WARNING, "pyablate"):
         result = pa.ablate(model, (images, labels), **options)
     assert "going on with 6 images" in caplog.text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyablate.batches import Batch, Data
-from pyablate.engine.baseline import MARGIN, SAFETY, close_calls
+from pyablate.engine.baseline import Rounding, close_calls
 from pyablate.heap import keep_freed_blocks
 from pyablate.layers import check_model, copied
 from pyablate.result import Floats, Ints
@@ -120,18 +120,19 @@ def evaluate(
     keep_freed_blocks()
     exact = exact or copied(model).double()
     size = batch_size or (64 if data.device.type == "cpu" else 256)
-    margin: float | None = None
+    rounding: Rounding | None = None
     parts: list[tuple[NDArray[Any], ...]] = []
     classes = 0
     with torch.no_grad():
         for batch in data.batches(size):
             logits = model(_laid_out(batch.images))
             _check_logits(logits, batch)
-            if margin is None:
-                margin = _rounding(logits, exact, batch)
+            if rounding is None:
+                few = batch.images[:_SAMPLE].to(torch.float64, copy=True)
+                rounding = Rounding.measured(logits[:_SAMPLE], exact(few))
             classes = logits.shape[1]
             logits = logits.double()
-            close = close_calls(logits, margin * logits.abs().amax(dim=1)).nonzero().squeeze(1)
+            close = close_calls(logits, rounding.tolerance(logits)).nonzero().squeeze(1)
             if len(close):
                 logits[close] = exact(batch.images[close].double())
             top = logits.softmax(dim=1).max(dim=1).values
@@ -203,11 +204,3 @@ def _check_logits(logits: Any, batch: Batch) -> None:
             f"data: label {int(batch.labels.max())} is outside the model's {logits.shape[1]} "
             f"classes (0 to {logits.shape[1] - 1})"
         )
-
-
-def _rounding(logits: Tensor, exact: Callable[[Tensor], Tensor], batch: Batch) -> float:
-    """Share of the largest logit within which this precision is not trusted, measured."""
-    true = exact(batch.images[:_SAMPLE].to(torch.float64, copy=True))
-    error = (logits[:_SAMPLE].double() - true).abs().amax(dim=1)
-    worst = float((error / true.abs().amax(dim=1).clamp(min=1e-300)).max())
-    return max(MARGIN, SAFETY * worst)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,22 +25,52 @@ SAFETY = 8.0
 """How many times the largest rounding error seen is doubted."""
 
 
-def rounding(model: nn.Module, exact: Replay, batch: Batch) -> float:
-    """Share of the largest logit within which this network's own precision is not trusted.
+@dataclass(frozen=True)
+class Rounding:
+    """How far the logits of the clean run are not trusted.
 
-    Measured on a few images against the exact replay: where logits come about by cancellation,
-    float32 can be far worse than usual.
+    Attributes
+    ----------
+    share : float
+        Of an image's largest logit.
+    least : float
+        In logits. An image whose logits all but cancel is rounded no better than others.
     """
+
+    share: float
+    least: float
+
+    @classmethod
+    def measured(cls, logits: Tensor, exact: Tensor) -> Rounding:
+        """Measure on a few images, ``[N, K]``; ``exact`` are the logits in float64.
+
+        Where logits come about by cancellation, float32 can be far worse than usual.
+        """
+        # What is not finite the clean run will name.
+        error = (logits.to(exact.dtype) - exact).abs().amax(dim=1).nan_to_num(0.0, 0.0)
+        share = float((error / exact.abs().amax(dim=1).clamp(min=1e-300)).max())
+        return cls(max(MARGIN, SAFETY * share), SAFETY * float(error.max()))
+
+    def tolerance(self, logits: Tensor) -> Tensor:
+        """Top-2 margins up to which these logits ``[N, K]`` decide nothing, ``[N]``."""
+        return (self.share * logits.abs().amax(dim=1)).clamp(min=self.least)
+
+
+def measure_rounding(model: nn.Module, exact: Replay, batch: Batch) -> Rounding:
+    """Measure how far this network's own precision is not to be trusted."""
     every = torch.arange(len(batch))
-    logits = exact.logits(batch, None, every, every)
     with torch.no_grad():
-        error = (forward(model, batch.images).cpu().to(logits.dtype) - logits).abs().amax(dim=1)
-    worst = float((error / logits.abs().amax(dim=1).clamp(min=1e-300)).max())
-    return max(MARGIN, SAFETY * worst)
+        logits = forward(model, batch.images).cpu()
+    return Rounding.measured(logits, exact.logits(batch, None, every, every))
 
 
 def run_graph(
-    graph: Graph, keep: Iterable[fx.Node], exact: Exact | Replay, batch: Batch, *, margin: float
+    graph: Graph,
+    keep: Iterable[fx.Node],
+    exact: Exact | Replay,
+    batch: Batch,
+    *,
+    rounding: Rounding,
 ) -> Clean:
     """Run a captured network and keep what the suffixes read."""
     images = batch.images
@@ -55,7 +86,7 @@ def run_graph(
             tensors = {node: graph.join(node, [p.pop(node) for p in parts]) for node in wanted}
         else:
             tensors = graph.run(images, wanted)
-    return _clean(tensors, tensors[graph.logits], exact, batch, margin)
+    return _clean(tensors, tensors[graph.logits], exact, batch, rounding)
 
 
 def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -> int:
@@ -71,12 +102,12 @@ def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -
 
 
 def run_model(
-    model: nn.Module, exact: Exact | Replay, batch: Batch, *, margin: float, at_a_time: int
+    model: nn.Module, exact: Exact | Replay, batch: Batch, *, rounding: Rounding, at_a_time: int
 ) -> Clean:
     """Run a network that was not captured, on a few images at a time."""
     with torch.no_grad():
         logits = torch.cat([forward(model, some) for some in batch.images.split(at_a_time)])
-        return _clean({}, logits, exact, batch, margin)
+        return _clean({}, logits, exact, batch, rounding)
 
 
 def _clean(
@@ -84,10 +115,10 @@ def _clean(
     logits: Tensor,
     exact: Exact | Replay,
     batch: Batch,
-    margin: float,
+    rounding: Rounding,
 ) -> Clean:
     finite = torch.isfinite(logits).all(dim=1)
-    tolerance = margin * logits.abs().amax(dim=1)
+    tolerance = rounding.tolerance(logits)
     finite, close = torch.stack([finite, close_calls(logits, tolerance)]).cpu()
     if not bool(finite.all()):
         where = int(batch.index[~finite][0])

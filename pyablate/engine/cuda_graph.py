@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyablate.engine.tiers import Change
+from pyablate.engine.tiers import Change, Changed
 
 logger = logging.getLogger("pyablate")
 
@@ -26,7 +26,7 @@ FIRST = 2
 ones find: made inside a recording, these would hold nothing before it is replayed. And recording
 costs about two slices' launches, which fewer slices do not pay back."""
 
-Run = Callable[[], Tensor | None]
+Run = Callable[[], Changed | None]
 
 
 class Recorder(Protocol):
@@ -34,7 +34,7 @@ class Recorder(Protocol):
 
     works: bool
 
-    def record(self, run: Run) -> tuple[Callable[[], None], Tensor | None]:
+    def record(self, run: Run) -> tuple[Callable[[], None], Changed | None]:
         """Return what repeats all launches of ``run``, and where their result will stand."""
 
 
@@ -48,16 +48,16 @@ class Recorded:
         int64 ``[size]``, where it reads its pairs.
     replay : callable
         Launches all of it.
-    change : Tensor or None
-        ``[size, K]``, where its logit changes stand until the next replay.
+    change : Changed or None
+        Where its logit changes stand until the next replay.
     """
 
     row: Tensor
     image: Tensor
     replay: Callable[[], None]
-    change: Tensor | None
+    change: Changed | None
 
-    def of(self, row: Tensor, image: Tensor) -> Tensor | None:
+    def of(self, row: Tensor, image: Tensor) -> Changed | None:
         """Logit changes of these pairs, as many as were recorded or fewer.
 
         Where there are fewer, pairs of an earlier slice stand behind them, and nobody reads what
@@ -66,7 +66,7 @@ class Recorded:
         self.row[: len(row)].copy_(row)
         self.image[: len(row)].copy_(image)
         self.replay()
-        return None if self.change is None else self.change[: len(row)]
+        return None if self.change is None else self.change.first(len(row))
 
 
 @dataclass(eq=False)
@@ -86,8 +86,8 @@ class Repeated:
     _seen: dict[tuple[int, torch.dtype], int] = field(default_factory=dict)
     _recorded: dict[torch.dtype, Recorded] = field(default_factory=dict)
 
-    def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Logit changes [P, K]; as of :data:`pyablate.engine.tiers.Change`."""
+    def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
+        """Logit changes; as of :data:`pyablate.engine.tiers.Change`."""
         held = self._recorded.get(dtype)
         if held is not None and len(row) <= len(held.row):
             return held.of(row, image)
@@ -131,7 +131,7 @@ class CudaRecorder:
     works: bool = True
     _last: torch.cuda.CUDAGraph | None = None
 
-    def record(self, run: Run) -> tuple[Callable[[], None], Tensor | None]:
+    def record(self, run: Run) -> tuple[Callable[[], None], Changed | None]:
         """Record what ``run`` launches; nothing in it may wait for the device."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         # The pool of the last graph, which has to be alive for that: a pool per graph would be

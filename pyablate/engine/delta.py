@@ -25,7 +25,7 @@ from pyablate.engine.cuda_graph import Repeated
 from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
-from pyablate.engine.tiers import FULL, Ladder, carried
+from pyablate.engine.tiers import FULL, Changed, Ladder, Truth, carried
 from pyablate.graph import MARKER, BatchLayout, Graph, operands
 from pyablate.layers import Site
 
@@ -110,6 +110,7 @@ class Suffix:
         *,
         slice_bytes: int,
         record: Record | None = None,
+        truth: Truth | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Predictions of every (ablation, image) that can differ from the clean run's.
 
@@ -139,7 +140,7 @@ class Suffix:
             recorder = cuda_graph.recorder(clean.logits.device)
             change = sweep.change if recorder is None else Repeated(sweep.change, recorder)
             size = self.pairs_in(slice_bytes)
-            yield row, image, ladder.settle(change, row, image, clean, size, record)
+            yield row, image, ladder.settle(change, row, image, clean, size, record, truth)
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
         """As many pairs as let the widest tensor fit, by precision."""
@@ -282,7 +283,7 @@ class Sweep:
             delta.values,
             self.suffix.columns(weight, delta.channel),
             clean.prediction,
-            clean.tolerance + FULL * reach,
+            (clean.tolerance + FULL * reach).nan_to_num(torch.inf),
         )
         differs = prediction != clean.prediction.unsqueeze(1)
         image, row = differs.nonzero(as_tuple=True)
@@ -327,14 +328,14 @@ class Sweep:
         belongs = self.suffix.job.on(alive.device).columns.mask
         return alive.float() @ belongs.t().float() > 0
 
-    def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Logit changes [P, K] of some pairs, with the dense suffix in ``dtype``."""
+    def change(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
+        """Logit changes of some pairs, with the dense suffix in ``dtype``."""
         pairs = len(row)
         more = usual(pairs, up=True) - pairs
         if more:
             row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
         change = _Slice(self, row, image, dtype).change()
-        return change if change is None else change[:pairs]
+        return change if change is None else change.first(pairs)
 
     @cached_property
     def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
@@ -367,6 +368,7 @@ class _Slice:
         self.dtype = carried(dtype)
         self.eight_bit = dtype == torch.int8
         self.codes: dict[fx.Node, Codes] = {}
+        self.steps: list[Tensor] = []
         self.graph = sweep.graph
         self.column = row
         self.image_long = image
@@ -374,8 +376,8 @@ class _Slice:
         self._deltas: dict[fx.Node, Any] = {}
         self._spelt: dict[fx.Node, Tensor] = {}
 
-    def change(self) -> Tensor | None:
-        """Logit changes [P, K]; None if the pairs cannot change them."""
+    def change(self) -> Changed | None:
+        """Logit changes; None if the pairs cannot change them."""
         for node, sources, last in self.sweep.steps:
             if self.sweep.ablates(node):
                 self._deltas[node] = self._ablate(self._sites[str(node.args[1])], node)
@@ -386,7 +388,9 @@ class _Slice:
                 self.codes.pop(source, None)
                 self._spelt.pop(source, None)
         change: Tensor | None = self.delta(self.graph.logits)
-        return change
+        if change is None:
+            return None
+        return Changed(change, torch.stack(self.steps) if self.steps else None)
 
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)

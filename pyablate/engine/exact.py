@@ -97,7 +97,7 @@ class Exact:
         for some, where, part in zip(*parts, strict=True):
             change = sweep.change(some, where, torch.float64)
             if change is not None:
-                part += change  # in place: a view
+                part += change.logits  # in place: a view
         return mine, logits
 
     def _suffix(self, job: Job) -> Suffix:

@@ -28,6 +28,7 @@ class Pairs(Protocol):
     dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
     eight_bit: bool  # whether convolutions run in 8-bit integers
     codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
+    steps: list[Tensor]  # of the codes that 8-bit convolutions have read
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job

@@ -1,16 +1,21 @@
 """Exact answers at low-precision cost: the cheapest arithmetic first, doubtful pairs again.
 
 A delta's rounding error is relative to the *change*, not to the activation, so a low-precision
-suffix settles nearly every prediction. How far its logits can be off, as a share of the spread
-of their change, is measured on pairs of the run itself; a pair whose new margin lies within
-several times that is decided again one tier up, and what full precision leaves open in float64.
+suffix settles nearly every prediction. How far its logits can be off is measured on pairs of the
+run itself; a pair whose new margin lies within several times that is decided again one tier up, and
+what full precision leaves open in float64.
+
+The error is taken for a share of the spread of the logits' change, plus, in 8 bits, for a multiple
+of the steps to which the pair's deltas were rounded. The spread alone would not do: next to one
+large number all others of a pair are rounded to nothing, and where the network makes nothing of the
+large one the logits seem not to change at all.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +31,12 @@ logger = logging.getLogger("pyablate")
 FULL = 1e-4
 """Share of a logit change's spread that rounding in float32 may reach, with much to spare."""
 
+FEW = 8
+"""Pairs on which full precision itself is measured, once per job."""
+
+SAFETY_OF_FEW = 8.0
+"""How many times the largest error seen on those is doubted."""
+
 SAMPLE = 256
 """Pairs on which a job's low-precision error is measured, at most."""
 
@@ -39,13 +50,43 @@ SAFETY = 4.0
 """How many times the largest error seen on :data:`SAMPLE` pairs is still doubted."""
 
 FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
-"""Least share of the spread that is doubted, however small the errors seen."""
+"""Least share of the spread that is doubted, however small the errors seen. In 8 bits it stays at
+that: what goes beyond is put down to the steps."""
 
 USELESS = 0.5
 """Share of open pairs above which a tier is left out: most work would be done twice."""
 
-Change = Callable[[Tensor, Tensor, torch.dtype], Tensor | None]
-"""``change(row, image, dtype)``: the logit changes [P, K] of some pairs; None if there are none."""
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """Logit changes of some pairs.
+
+    Attributes
+    ----------
+    logits : Tensor
+        ``[P, K]``.
+    steps : Tensor or None
+        float32 ``[L, P]``: the step to which the delta was rounded before each convolution in 8
+        bits, largest magnitude / 127; None where there were none.
+    """
+
+    logits: Tensor
+    steps: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.logits)
+
+    def first(self, count: int) -> Changed:
+        """Leave out the pairs from ``count`` on."""
+        return Changed(self.logits[:count], None if self.steps is None else self.steps[:, :count])
+
+
+Change = Callable[[Tensor, Tensor, torch.dtype], Changed | None]
+"""``change(row, image, dtype)``: the logit changes of some pairs; None if there are none."""
+
+Truth = Callable[[Tensor, Tensor], Tensor]
+"""``truth(row, image)``: the logits of some pairs in float64, ``[P, K]`` on the CPU."""
 
 
 class Known(Protocol):
@@ -81,6 +122,10 @@ class Ladder:
     doubts : dict
         Share of the change's spread within which a tier is not trusted, once it has been measured
         on :data:`SAMPLE` pairs; see :meth:`doubt` for fewer.
+    typical : list of float
+        Steps of the 8-bit convolutions, in order: the median of the first pairs measured.
+    gain : float
+        What is doubted besides in 8 bits, in logits, where the largest step is as typical.
     strategy : str
         How the pairs were settled: "delta", or "closed form" where that was all it took.
     settled : dict
@@ -93,6 +138,8 @@ class Ladder:
 
     tiers: list[torch.dtype]
     doubts: dict[torch.dtype, float] = field(default_factory=dict)
+    typical: list[float] = field(default_factory=list)
+    gain: float = 0.0
     strategy: str = "delta"
     settled: dict[torch.dtype, int] = field(default_factory=dict)
     measured: int = 0
@@ -110,9 +157,13 @@ class Ladder:
         their number where errors of more than s times a typical one are no more frequent than
         1 / s^2; by that root the doubt is wider while fewer than :data:`SAMPLE` have been measured.
         """
-        if tier not in self.doubts:
-            return FULL
-        return self.doubts[tier] * math.sqrt(max(1.0, SAMPLE / max(self.measured, 1)))
+        if tier == self.full:
+            return self.doubts.get(tier, FULL)
+        return self.doubts[tier] * self._widening
+
+    @property
+    def _widening(self) -> float:
+        return math.sqrt(max(1.0, SAMPLE / max(self.measured, 1)))
 
     def settle(
         self,
@@ -122,6 +173,7 @@ class Ladder:
         clean: Known,
         size: Callable[[torch.dtype], int],
         record: Record | None = None,
+        truth: Truth | None = None,
     ) -> Tensor:
         """Class of each pair, -1 where full precision leaves it open.
 
@@ -137,6 +189,8 @@ class Ladder:
             Pairs to work on at a time, by precision.
         record : callable, optional
             Told the logit changes of every tier; of a pair's, the last are the most precise.
+        truth : callable, optional
+            Measures full precision on the first pairs.
 
         Returns
         -------
@@ -144,6 +198,8 @@ class Ladder:
             int32 ``[P]``, on the CPU. One wait for the device per tier that had anything to do.
         """
         self._calibrate(change, row, image, clean, size(self.full))
+        if truth is not None and len(row) and self.full not in self.doubts:
+            self._measure_full(change, row, image, clean, truth)
         prediction = torch.full((len(row),), -1, dtype=torch.int32)
         open_ = torch.arange(len(row))
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
@@ -152,11 +208,11 @@ class Ladder:
             device = clean.logits.device
             rows, images = sent(row[open_], device), sent(image[open_], device)
             found = clean.prediction[images]
-            start = 0
-            while start < len(open_):
-                some = slice(start, start + min(size(tier), self.most))
-                if self._fill(found[some], change, rows[some], images[some], clean, tier, record):
-                    start = some.stop
+            for some, changed in self._slices(change, rows, images, tier, size(tier)):
+                if changed is not None:
+                    found[some] = self._classify(changed, images[some], clean, tier)
+                    if record is not None:
+                        record(rows[some], images[some], changed.logits)
             prediction[open_] = found.cpu()
             left = open_[prediction[open_] < 0]
             self.settled[tier] = self.settled.get(tier, 0) + len(open_) - len(left)
@@ -165,35 +221,39 @@ class Ladder:
                 break
         return prediction
 
-    def _fill(
-        self,
-        found: Tensor,
-        change: Change,
-        row: Tensor,
-        image: Tensor,
-        clean: Known,
-        tier: torch.dtype,
-        record: Record | None,
-    ) -> bool:
-        """Decide some pairs; False, and fewer at a time from now on, if memory does not suffice."""
-        try:
-            delta = change(row, image, tier)
-        except shortage.ERRORS as error:
-            if len(row) == 1 or not shortage.is_shortage(error):
-                raise
-            self.most = len(row) // 2
-            logger.warning("out of memory: going on with %d pairs at a time", self.most)
-            return False
-        if delta is not None:
-            found.copy_(self._classify(delta, image, clean, tier))
-            if record is not None:
-                record(row, image, delta)
-        return True
+    def _slices(
+        self, change: Change, row: Tensor, image: Tensor, tier: torch.dtype, size: int
+    ) -> Iterator[tuple[slice, Changed | None]]:
+        """Logit changes of some pairs at a time, of fewer from where memory does not suffice."""
+        start = 0
+        while start < len(row):
+            some = slice(start, min(len(row), start + min(size, self.most)))
+            pairs = some.stop - start
+            try:
+                changed = change(row[some], image[some], tier)
+            except shortage.ERRORS as error:
+                if pairs == 1 or not shortage.is_shortage(error):
+                    raise
+                self.most = pairs // 2
+                logger.warning("out of memory: going on with %d pairs at a time", self.most)
+                continue
+            yield some, changed
+            start = some.stop
 
-    def _classify(self, delta: Tensor, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
-        short = image.to(torch.int32)
-        doubt = self.doubt(tier)
-        return ops.classify(clean.logits, delta, short, clean.tolerance, relative=doubt)
+    def _classify(self, changed: Changed, image: Tensor, clean: Known, tier: torch.dtype) -> Tensor:
+        short, doubt = image.to(torch.int32), self.doubt(tier)
+        logits, tolerance = clean.logits, clean.tolerance
+        if changed.steps is not None:
+            slack = self.gain * self._widening * self._coarseness(changed.steps)
+            logits, tolerance = logits[image], tolerance[image] + slack.nan_to_num(torch.inf)
+            short = torch.arange(len(image), dtype=torch.int32, device=image.device)
+        return ops.classify(logits, changed.logits, short, tolerance, relative=doubt)
+
+    def _coarseness(self, steps: Tensor) -> Tensor:
+        """Largest of a pair's steps, each in units of the typical one, ``[P]``."""
+        typical = torch.tensor(self.typical, dtype=steps.dtype, device=steps.device)
+        share = steps / typical.unsqueeze(1)
+        return torch.where(steps == 0, torch.zeros_like(share), share).amax(dim=0)
 
     def _calibrate(
         self, change: Change, row: Tensor, image: Tensor, clean: Known, at_a_time: int
@@ -224,17 +284,17 @@ class Ladder:
         at_a_time: int,
     ) -> list[torch.dtype]:
         """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
-        chosen = torch.linspace(0, len(row) - 1, size).long()
+        chosen = sample(row, size)
         row, image = (sent(pairs[chosen], clean.logits.device) for pairs in (row, image))
 
-        def changes(tier: torch.dtype) -> Tensor | None:
-            parts = zip(row.split(at_a_time), image.split(at_a_time), strict=True)
+        def changes(tier: torch.dtype) -> Changed | None:
             found = [
-                part.clone()  # what a recording gives stands until its next call
-                for part in (change(rows, images, tier) for rows, images in parts)
+                # What a recording gives stands until its next call.
+                Changed(part.logits.clone(), part.steps)
+                for _, part in self._slices(change, row, image, tier, at_a_time)
                 if part is not None
             ]
-            return torch.cat(found) if found else None
+            return joined(found) if found else None
 
         exact = changes(self.full)
         if exact is None:
@@ -244,24 +304,84 @@ class Ladder:
         for tier in self.tiers[:-1]:
             rough = changes(tier)
             assert rough is not None
-            worst = float(_worst_error(rough.to(exact.dtype), exact, clean.tolerance[image]))
-            self.doubts[tier] = max(self.doubts.get(tier, FLOOR[tier]), SAFETY * worst)
+            self._learn(tier, rough, exact.logits, clean.tolerance[image])
             open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
             if self.doubt(tier) >= 1.0 or open_ > USELESS:
                 useless.append(tier)
         return useless
 
+    def _measure_full(
+        self, change: Change, row: Tensor, image: Tensor, clean: Known, truth: Truth
+    ) -> None:
+        """Measure full precision where it may be far from its best: large deltas that cancel."""
+        chosen = sample(row, min(len(row), FEW))
+        row, image = row[chosen], image[chosen]
+        exact, device = truth(row, image), clean.logits.device
+        rows, images, exact = (sent(each, device) for each in (row, image, exact))
+        slices = self._slices(change, rows, images, self.full, FEW)
+        parts = [Changed(part.logits.clone()) for _, part in slices if part is not None]
+        worst = 0.0
+        if parts:
+            delta = joined(parts).logits.double()
+            found = clean.logits[images].double() + delta
+            error, _ = _errors(found, exact, clean.tolerance[images])
+            worst = _largest_share(error, _spread(delta))
+        self.doubts[self.full] = max(FULL, SAFETY_OF_FEW * worst)
 
-def _worst_error(rough: Tensor, exact: Tensor, tolerance: Tensor) -> Tensor:
-    """Largest error of a rough logit change, as a share of its own spread; NaN counts as infinite.
+    def _learn(self, tier: torch.dtype, rough: Changed, exact: Tensor, tolerance: Tensor) -> None:
+        """Doubt a tier by the largest of its errors, none less than before."""
+        known = self.doubts.get(tier, FLOOR[tier])
+        error, spread = _errors(rough.logits.to(exact.dtype), exact, tolerance)
+        if rough.steps is None:
+            self.doubts[tier] = max(known, SAFETY * _largest_share(error, spread))
+            return
+        self.doubts[tier] = known
+        medians = [float(some.median()) if len(some) else 0.0 for some in _positive(rough.steps)]
+        before = self.typical or medians
+        self.typical = [old or new for old, new in zip(before, medians, strict=True)]
+        beyond = error - known / SAFETY * spread
+        worst = _largest_share(beyond.clamp(min=0.0), self._coarseness(rough.steps))
+        self.gain = max(self.gain, SAFETY * worst)
+
+
+def sample(row: Tensor, size: int) -> Tensor:
+    """Choose ``size`` of the pairs of these rows, int64: a random one of each equal share by row.
+
+    So that every unit has its turn, and not always with the same images. The same each time.
+    """
+    order = row.argsort(stable=True)
+    draw = torch.Generator().manual_seed(len(row))
+    place = torch.arange(size) + torch.rand(size, generator=draw, dtype=torch.float64)
+    return order[(place * (len(row) / size)).long().clamp(max=len(row) - 1)]
+
+
+def joined(parts: Sequence[Changed]) -> Changed:
+    """Put the pairs of several slices together."""
+    steps = [part.steps for part in parts if part.steps is not None]
+    logits = torch.cat([part.logits for part in parts])
+    return Changed(logits, torch.cat(steps, dim=1) if steps else None)
+
+
+def _errors(rough: Tensor, exact: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    """Errors of rough logit changes, [P], and the spreads of these; NaN counts as infinite.
 
     Errors within the tolerance are doubted anyway. Changes that are not finite in full precision
     say nothing about the rough one.
     """
     error, spread = _spread(rough - exact), _spread(rough)
     counts = ~(error <= tolerance) & torch.isfinite(exact).all(dim=1)
-    share = (error / spread).nan_to_num(torch.inf)
-    return torch.where(counts, share, torch.zeros_like(share)).amax()
+    return torch.where(counts, error.nan_to_num(torch.inf), torch.zeros_like(error)), spread
+
+
+def _largest_share(part: Tensor, whole: Tensor) -> float:
+    """Largest share of one number in another; of nothing, anything is infinite."""
+    share = (part / whole).nan_to_num(torch.inf)
+    return float(torch.where(part > 0, share, torch.zeros_like(share)).amax())
+
+
+def _positive(steps: Tensor) -> list[Tensor]:
+    """Finite steps above 0 of each convolution."""
+    return [some[(some > 0) & torch.isfinite(some)] for some in steps]
 
 
 def _spread(change: Tensor) -> Tensor:

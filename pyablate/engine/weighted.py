@@ -75,6 +75,7 @@ def _coded_convolution(
         stride, padding, dilation = (two(value) for value in geometry)
         size = list(values.shape)
         node.meta["filters"] = eight_bit.prepare(weight, (stride, padding, dilation), size)
+    pairs.steps.append(codes.scale)
     result = eight_bit.convolve(values, node.meta["filters"])
     return Scaled(result, codes.scale, fresh=len(readers_of(node)) == 1)
 
