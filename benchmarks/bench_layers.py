@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
-from measure import Job, Settings, compare
+from measure import Job, Settings, compare, planned
 from rivals import Cached, Captum
 from subjects import cut
 from torch.profiler import ProfilerActivity, profile
@@ -95,11 +94,3 @@ def dense_part(
     if gflop < 1 or not spent:
         return {}
     return {"dense_seconds": spent, "dense_share": gflop / spent / plan.gflops}
-
-
-@functools.cache
-def planned(network: str, device: str) -> pa.Plan:
-    """Plan all layers of a network for 1,000 images."""
-    model = pa.demo.network(network).to(device)
-    images, labels = pa.demo.images(16)
-    return pa.plan(model, (images.to(device), labels), images=1000)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from measure import Job, Settings, compare
+from measure import Job, Settings, compare, planned
 from rivals import Hooks
 
 import pyablate as pa
@@ -24,4 +24,7 @@ def test_network(benchmark: Any, settings: Settings, network: str) -> None:
         lambda count: [Hooks(model, (images[:count], labels[:count]), sites)],
         replace(settings, seconds=5 * settings.seconds),  # many layers, each with its fixed costs
         group="networks",
+        extra=lambda count, _: {
+            "predicted_seconds": planned(network, settings.device).seconds / 1000 * count
+        },
     )

@@ -85,6 +85,14 @@ def warm_up(device: str) -> None:
     Job(pa.demo.network("vgg_bn").to(device), pa.demo.images(2)[0].to(device), "*", audit=0).run(2)
 
 
+@functools.cache
+def planned(network: str, device: str) -> pa.Plan:
+    """Plan all layers of a shipped network for 1,000 images."""
+    model = pa.demo.network(network).to(device)
+    images, labels = pa.demo.images(256)
+    return pa.plan(model, (images.to(device), labels), images=1000)
+
+
 def must_agree(rivals: Sequence[Rival], result: pa.AblationResult) -> dict[str, Agreement]:
     """Compare every rival's answers with a result.
 
@@ -185,6 +193,8 @@ def compare(
         "call_seconds": call,
         "pairs_per_second": count * units / typical,
         "audit": asdict(result.audit),
+        "settled": result.effort.settled,
+        "doubt": result.effort.doubt,
         **extra(count, typical),
         "rivals": {
             rival.name: {

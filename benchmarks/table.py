@@ -125,19 +125,44 @@ def _summary(cases: Cases) -> list[str]:
         if case.get("peak_share") and case["strategy"] == ["delta"]
     ]
     if shares:
-        off = [
-            cases[name]["predicted_seconds"] / median(cases[name]["seconds"]) for _, name in shares
-        ]
         lines.append(
             f"Floor: all arithmetic by the plan at the measured peak of the cheapest tier would "
-            f"take {median(s for s, _ in shares):.0%} of the measured time (median). Predicted "
-            f"over measured time: median {median(off):.2f}, from {min(off):.2f} to {max(off):.2f}."
+            f"take {median(s for s, _ in shares):.0%} of the measured time (median)."
+        )
+    off = [
+        case["predicted_seconds"] / median(case["seconds"])
+        for case in cases.values()
+        if "predicted_seconds" in case
+    ]
+    if off:
+        lines.append(
+            f"Predicted over measured time: median {median(off):.2f}, from {min(off):.2f} to "
+            f"{max(off):.2f}."
         )
     dense = [case["dense_share"] for case in cases.values() if "dense_share" in case]
     if dense:
         lines.append(
             f"While they run, the dense convolutions of the cheapest tier reach a median of "
             f"{median(dense):.0%} of its measured peak, from {min(dense):.0%} to {max(dense):.0%}."
+        )
+    return [*lines, *_decided(cases)]
+
+
+def _decided(cases: Cases) -> list[str]:
+    """Return how many pairs each precision decided, and what the audits found."""
+    settled: dict[str, int] = {}
+    for case in cases.values():
+        for tier, pairs in case.get("settled", {}).items():
+            settled[tier] = settled.get(tier, 0) + pairs
+    audits = [case["audit"] for case in cases.values() if "audit" in case]
+    lines = []
+    if settled:
+        by_tier = ", ".join(f"{pairs:,} in {tier}" for tier, pairs in settled.items())
+        lines.append(f"Pairs decided by the dense part: {by_tier}.")
+    if audits:
+        lines.append(
+            f"Audited in float64: {sum(a['pairs'] for a in audits):,} pairs, "
+            f"{sum(a['mismatches'] for a in audits)} mismatches."
         )
     return lines
 
