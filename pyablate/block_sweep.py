@@ -201,7 +201,8 @@ class BlockSweep:
             setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
         )
         truth = None
-        if ladder.full != torch.float64:
+        # Deltas no larger than activations are rounded no worse than these in the clean run.
+        if setup.intervention.beyond_data and ladder.full != torch.float64:
             truth = functools.partial(setup.exact.logits, batch, job)
         with torch.no_grad():
             yield from suffix.predict(

@@ -87,6 +87,11 @@ class Intervention:
         """Whether means or variances over the data must be known first."""
         return self.kind in ("mean", "class_mean", "noise")
 
+    @property
+    def beyond_data(self) -> bool:
+        """Whether what stands in for a unit may be larger than any activation of it."""
+        return self.kind in ("constant", "noise", "direction")
+
     def matrix(self, layer: str, channels: int) -> Tensor:
         """Directions of one layer.
 
