@@ -12,7 +12,7 @@ from torch.nn import functional
 import pyablate as pa
 from pyablate import reference
 from pyablate.engine import eight_bit, tiers, weighted
-from pyablate.engine.tiers import Ladder
+from pyablate.engine.tiers import Changed, Ladder
 
 needs_eight_bits = pytest.mark.skipif(
     not eight_bit.available(), reason="this processor has no exact 8-bit products"
@@ -112,12 +112,12 @@ def test_a_change_that_is_not_a_number_hides_no_error():
         if dtype == torch.bfloat16:
             exact[:, 1] += 3.0
             exact[row == 0] = torch.nan
-        return exact
+        return Changed(exact)
 
     ladder = Ladder([torch.bfloat16, torch.float32])
     found = ladder.settle(change, row, row % 3, Clean(), lambda _: 1000)
     assert ladder.tiers == [torch.float32]
-    expected = (Clean.logits[row % 3] + change(row, row, torch.float32)).argmax(1)
+    expected = (Clean.logits[row % 3] + change(row, row, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
 
 
@@ -125,7 +125,7 @@ def test_few_pairs_are_decided_in_full_precision_until_enough_are_measured():
     ladder = Ladder([torch.bfloat16, torch.float32])
 
     def change(row, image, dtype):
-        return torch.stack([torch.zeros(len(row)), 0.3 * torch.sin(row.float())], dim=1)
+        return Changed(torch.stack([torch.zeros(len(row)), 0.3 * torch.sin(row.float())], dim=1))
 
     for start in range(0, 100, 10):
         row = torch.arange(start, start + 10)
