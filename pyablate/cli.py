@@ -35,13 +35,14 @@ from pyablate.options import (
 )
 from pyablate.shell import (
     INTERRUPTED,
-    check_file,
     error_line,
     log_to_stderr,
     network_from,
     parse_bytes,
     sample_input,
 )
+from pyablate.visible import visible
+from pyablate.writing import check_file, write_csv
 
 
 class _Shell(TyperGroup):
@@ -61,7 +62,7 @@ class _Shell(TyperGroup):
             if line is None or "--debug" in given:
                 raise
         if line:
-            typer.echo(f"pyablate: {line}", err=True)
+            typer.echo(f"pyablate: {visible(line)}", err=True)
         if line and "--json" in given:
             typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
@@ -126,7 +127,7 @@ def demo(
 
     model, images, labels = pa.demo.load(name, limit=limit)
     check_writable(output / "run.zarr")
-    check_file(output / "units.csv")
+    check_file(output / "units.csv", "--output")
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
         model,
@@ -136,7 +137,7 @@ def demo(
         progress=progress,
     )
     result.save(output / "run.zarr")
-    result.to_dataframe().to_csv(output / "units.csv", index=False)
+    write_csv(result.to_dataframe(), output / "units.csv", "--output")
     out = table.console()
     table.print_summary(out, result)
     timing = hook_loop_seconds(model, (images, labels), sites, result=result)
@@ -195,7 +196,7 @@ def plan(
     network = network_from(model, weights, None)
     sample = sample_input(model, network, data, input_shape)
     made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
-    typer.echo(made.explain())
+    typer.echo(visible(made.explain(), keep="\n"))
 
 
 for _command in (

@@ -22,7 +22,8 @@ from pyablate.options import (
     Std,
     Weights,
 )
-from pyablate.shell import InputError, check_file, images_from, log_to_stderr, network_from
+from pyablate.shell import InputError, images_from, log_to_stderr, network_from
+from pyablate.writing import check_file
 
 
 def attributes(
@@ -65,7 +66,7 @@ def attributes(
     from pyablate.store import check_writable
     from pyablate.unit_attributes.files import write_attributes
 
-    check_file(output) if output.suffix == ".csv" else check_writable(output)
+    check_file(output, "--output") if output.suffix == ".csv" else check_writable(output)
 
     network = network_from(model, weights, device)
     batches = images_from(data, labels, limit, size, mean, std, batch_size)

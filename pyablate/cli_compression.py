@@ -21,7 +21,8 @@ from pyablate.options import (
     Std,
     Weights,
 )
-from pyablate.shell import check_file, images_from, log_to_stderr, network_from, say_written
+from pyablate.shell import images_from, log_to_stderr, network_from, say_written
+from pyablate.writing import check_file, write_csv
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,9 +97,9 @@ def prune(
     from pyablate.compression.curves import FRACTIONS, prune_curve
     from pyablate.compression_table import curve_table
 
-    for path in (csv, save):
+    for option, path in (("--csv", csv), ("--save", save)):
         if path is not None:
-            check_file(path)
+            check_file(path, option)
     if save is not None and (len(by) != 1 or len(fraction or []) != 1):
         raise ValueError("--save: expected one --by and one --fraction, which say what to remove")
     if save is not None and save.suffix != ".pt2":
@@ -120,7 +121,7 @@ def prune(
         progress=progress,
     )
     if csv is not None:
-        curves.to_csv(csv, index=False)
+        write_csv(curves, csv)
     if save is not None and fraction:
         removal = remove(network, rankings[by[0]], sample, fraction=fraction[0])
         save_network(removal.model, sample, save)
@@ -167,7 +168,7 @@ def sensitivity(
     from pyablate.compression_table import sensitivity_table
 
     if output is not None:
-        check_file(output)
+        check_file(output, "--output")
     _check_column(column, [by])
     network = network_from(model, weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
@@ -225,9 +226,9 @@ def compare(
     from pyablate import table
     from pyablate.compression_table import comparison_tables
 
-    for path in (csv, images):
+    for option, path in (("--csv", csv), ("--images", images)):
         if path is not None:
-            check_file(path)
+            check_file(path, option)
     networks = network_from(model, weights, device), network_from(smaller, other_weights, device)
     loaded = images_from(data, labels, limit, size, mean, std)
     found = pa.compare(
@@ -238,9 +239,9 @@ def compare(
         device=device,
     )
     if csv is not None:
-        found.classes().to_csv(csv, index=False)
+        write_csv(found.classes(), csv)
     if images is not None:
-        found.images().to_csv(images, index=False)
+        write_csv(found.images(), images, "--images")
     out = table.console()
     for each in comparison_tables(found):
         out.print(each)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated
 
 import typer
 
 from pyablate.options import Debug
 from pyablate.shell import log_to_stderr
+
+_TITLES = {"precisions": "precisions (billions of operations per second)"}
 
 
 def doctor(
@@ -24,6 +27,8 @@ def doctor(
     Try `pyablate doctor`, `pyablate doctor --json > doctor.json`
     """
     log_to_stderr(debug)
+    if not debug:  # how the run of the self-test was done is of no interest
+        logging.getLogger("pyablate").setLevel(logging.WARNING)
     from pyablate import doctor as examination
     from pyablate import table
 
@@ -36,9 +41,9 @@ def doctor(
         out = table.console()
         for section, values in known.items():
             if values:
-                out.print(f"[bold]{section}[/bold]")
+                out.print(_TITLES.get(section, section), style="bold")
                 out.print(table.facts_table(values))
         for finding in found:
-            out.print(str(finding), markup=False)
+            out.print(str(finding))
         out.print("Something does not work." if not report["ok"] else "Everything works.")
     raise typer.Exit(0 if report["ok"] else 1)

@@ -26,13 +26,13 @@ from pyablate.options import (
 )
 from pyablate.shell import (
     InputError,
-    check_file,
     images_from,
     log_to_stderr,
     network_from,
     parse_numbers,
     say_written,
 )
+from pyablate.writing import check_file, whole, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -331,7 +331,7 @@ def _check_output(path: Path | None) -> None:
         return
     if path.suffix not in SUFFIXES:
         raise InputError(f"--output: expected a name ending in .csv or .json, got {str(path)!r}")
-    check_file(path)
+    check_file(path, "--output")
 
 
 def _finish(shown: Any, rows: pd.DataFrame, path: Path | None, audit: str) -> None:
@@ -339,9 +339,10 @@ def _finish(shown: Any, rows: pd.DataFrame, path: Path | None, audit: str) -> No
     from pyablate import table
 
     if path is not None and path.suffix == ".json":
-        rows.to_json(path, orient="records", indent=1, double_precision=15)
+        with whole(path, "--output") as fresh:
+            rows.to_json(fresh, orient="records", indent=1, double_precision=15)
     elif path is not None:
-        rows.to_csv(path, index=False)
+        write_csv(rows, path, "--output")
     out = table.console()
     out.print(shown)
     out.print(f"Audit: {audit}")

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyablate.options import Debug
-from pyablate.shell import InputError, check_file, log_to_stderr
+from pyablate.shell import InputError, log_to_stderr
+from pyablate.visible import visible
+from pyablate.writing import check_file, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_log = logging.getLogger("pyablate")
+
 KINDS = ("drops", "heat-map", "profile", "scatter", "cumulative", "prune")
 FORMATS = (".png", ".svg", ".pdf")
 _CURVES = ("cumulative", "prune")
+# Which kinds an option says something about; those not here are for all of them.
+_KINDS_OF = {
+    "layers": ("drops", "scatter"),
+    "unit": ("profile",),
+    "units": ("heat-map",),
+    "order": ("heat-map",),
+    "attributes": ("scatter",),
+    "attribute": ("scatter",),
+    "target": ("drops", "scatter"),
+    "x": _CURVES,
+    "y": _CURVES,
+}
 # No date and no version in the files: equal results give equal pictures.
 _METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def plot(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
@@ -85,18 +107,50 @@ def plot(
     log_to_stderr(debug)
     if kind not in KINDS:
         raise InputError(f"--kind: expected one of {', '.join(KINDS)}, got {kind!r}{_near(kind)}")
-    if output.suffix not in FORMATS:
+    _check_options(context, kind)
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
         expected = f"a name ending in {', '.join(FORMATS)}"
         raise InputError(f"--output: expected {expected}, got {str(output)!r}")
-    check_file(output)
+    check_file(output, "--output")
     if kind in _CURVES:
         axes = _curves(source, kind, x, y)
     elif kind == "scatter":
         axes = _scatter(source, attributes, attribute, target, layers)
     else:
         axes = _of_result(source, kind, layers, unit, units, order, target)
-    axes.figure.savefig(output, dpi=dpi, metadata=_METADATA[output.suffix])  # type: ignore[union-attr]
-    typer.echo(f"Written: {output}")
+    with whole(output, "--output") as fresh, _about_glyphs():
+        axes.figure.savefig(  # type: ignore[union-attr]
+            fresh, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix]
+        )
+    typer.echo(f"Written: {visible(str(output))}")
+
+
+def _check_options(context: typer.Context, kind: str) -> None:
+    """Refuse options of other kinds of plots, which would change nothing."""
+    for name, kinds in _KINDS_OF.items():
+        source = context.get_parameter_source(name)
+        if kind not in kinds and source is not None and source.name != "DEFAULT":
+            raise InputError(f"--{name}: is for --kind {' and '.join(kinds)}, got --kind {kind}")
+
+
+@contextmanager
+def _about_glyphs() -> Iterator[None]:
+    """Say once what the font lacks, where matplotlib warns of every character by itself."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield
+    messages = dict.fromkeys(str(each.message) for each in found)
+    lacking = [re.match(r"Glyph (\d+) ", message) for message in messages]
+    missing = "".join(chr(int(glyph[1])) for glyph in lacking if glyph)
+    for message, glyph in zip(messages, lacking, strict=True):
+        if not glyph:
+            _log.warning("%s", message)
+    if missing:
+        _log.warning(
+            "the font has no sign for %s; font.family in a matplotlibrc names another",
+            missing if len(missing) <= 20 else f"{missing[:20]} and {len(missing) - 20} more",
+        )
 
 
 def _near(kind: str) -> str:

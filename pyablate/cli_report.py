@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pyablate.options import Debug, Device, Labels, Limit, Mean, Run, SampleSpec, Size, Std, Weights
-from pyablate.shell import InputError, check_file, images_from, log_to_stderr, network_from
+from pyablate.shell import InputError, images_from, log_to_stderr, network_from
+from pyablate.writing import check_file
 
 _Tables = Annotated[
     list[Path] | None,
@@ -70,14 +72,15 @@ def report(
     --limit 2000 --curves curve.csv`
     """
     log_to_stderr(debug)
-    check_file(output)
+    _check_needed("--model", model, {"--weights": weights, "--device": device})
+    of_data = {"--labels": labels, "--limit": limit, "--size": size, "--mean": mean, "--std": std}
+    _check_needed("--data", data, of_data | {"--model": model})
+    check_file(output, "--output")
     import pyablate as pa
     from pyablate import table
     from pyablate.unit_table import read_table
 
     result = pa.load(run)
-    if model is None and weights is not None:
-        raise InputError("--weights needs --model")
     images = None if data is None else images_from(data, labels, limit, size, mean, std)
     given = {"Result": run, "Model": model, "Weights": weights, "Data": data}
     result.report(
@@ -94,3 +97,10 @@ def report(
     )
     size_in_megabytes = output.stat().st_size / 1e6
     table.console().print(f"Written: {output} ({size_in_megabytes:.1f} MB)")
+
+
+def _check_needed(option: str, given: object, others: Mapping[str, object]) -> None:
+    """Refuse options that say something about another one which is not there."""
+    for other, value in others.items():
+        if given is None and value is not None:
+            raise InputError(f"{other} needs {option}, got none")

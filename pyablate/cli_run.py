@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,13 +36,14 @@ from pyablate.options import (
 )
 from pyablate.shell import (
     EXIT_CODES,
-    check_file,
+    InputError,
     images_from,
     log_to_stderr,
     network_from,
     parse_bytes,
     parse_shard,
 )
+from pyablate.writing import check_file, write_csv
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
@@ -106,7 +108,7 @@ def run(
     budget, part = parse_bytes("--memory", memory), parse_shard(shard)
     check_place(output)
     if csv is not None:
-        check_file(csv)
+        check_file(csv, "--csv")
     distributed = started_by_torchrun()
     place = own_device(distributed, device)
     device = None if place is None else str(place)
@@ -135,7 +137,7 @@ def run(
         return
     written = [str(output)]
     if csv is not None:
-        result.to_dataframe().to_csv(csv, index=False)
+        _write_units(result, csv, output)
         written.append(str(csv))
     if as_json:
         lines.event("result", **_summary(result), written=written)
@@ -160,12 +162,16 @@ def merge(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="Where the result goes (Zarr).")
     ] = Path("run.zarr"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace the result that is at the output already.")
+    ] = False,
     csv: Csv = None,
     debug: Debug = False,
 ) -> None:
     """Join the results of all shards into that of one run, bit for bit.
 
-    Refuses shards that are missing, that overlap, or that differ in model, data or options.
+    Refuses shards that are missing, that overlap, or that differ in model, data or options; and
+    an output that exists, unless --fresh is given and it is none of the parts.
 
     Try `pyablate merge part1.zarr part2.zarr -o run.zarr`
     """
@@ -174,15 +180,28 @@ def merge(
     from pyablate import table
     from pyablate.store import check_writable
 
+    if any(os.path.realpath(part) == os.path.realpath(output) for part in parts):
+        raise InputError(f"--output: expected none of the parts, got {str(output)!r}")
+    if output.exists() and not fresh:
+        raise InputError(f"--output: {output} exists; --fresh replaces a result")
     check_writable(output)
     if csv is not None:
-        check_file(csv)
+        check_file(csv, "--csv")
     result = pa.merge(parts, output)
     if csv is not None:
-        result.to_dataframe().to_csv(csv, index=False)
+        _write_units(result, csv, output)
     out = table.console()
     table.print_summary(out, result)
     out.print(f"Written: {output}{f' and {csv}' if csv else ''}")
+
+
+def _write_units(result: AblationResult, csv: Path, output: Path) -> None:
+    """Write one row per unit; what took hours is safe if that fails, and the message says where."""
+    try:
+        write_csv(result.to_dataframe(), csv)
+    except OSError as error:
+        reason = f"{error.strerror or error}; the result is in {output}"
+        raise OSError(error.errno, reason) from error
 
 
 def _summary(result: AblationResult) -> dict[str, object]:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from pyablate.options import Csv, Debug, Run, Splits
-from pyablate.shell import check_file, log_to_stderr, say_written
+from pyablate.shell import log_to_stderr, say_written
+from pyablate.writing import check_file, write_csv
 
 
 def significance(
@@ -42,20 +43,20 @@ def significance(
     from pyablate import table
     from pyablate.statistics_table import significance_table
 
-    for path in (csv, pairs):
+    for option, path in (("--csv", csv), ("--pairs", pairs)):
         if path is not None:
-            check_file(path)
+            check_file(path, option)
     result = pa.load(run)
     tests = result.significance(fdr=fdr)
     units = result.max_class_test(splits=splits, seed=seed)
     if csv is not None:
-        units.to_csv(csv, index=False)
+        write_csv(units, csv)
     if pairs is not None:
         rows, classes = tests["significant"].to_numpy().nonzero()
         found = result.units.iloc[rows].assign(**{"class": np.array(result.class_names)[classes]})
         for name in ("lost", "gained", "drop", "p", "q"):
             found[name] = tests[name].to_numpy()[rows, classes]
-        found.to_csv(pairs, index=False)
+        write_csv(found, pairs, "--pairs")
     out = table.console()
     out.print(
         f"Pairs of unit and class whose accuracy changes, at a false discovery rate of {fdr:g}:"
@@ -115,7 +116,7 @@ def correlate(
     from pyablate.unit_table import read_table
 
     if csv is not None:
-        check_file(csv)
+        check_file(csv, "--csv")
     found = pa.correlate(
         pa.load(run),
         read_table(attributes),
@@ -127,7 +128,7 @@ def correlate(
         seed=seed,
     )
     if csv is not None:
-        found.to_csv(csv, index=False)
+        write_csv(found, csv)
     out = table.console()
     out.print(correlation_table(found))
     say_written(out, csv)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.table import Table
-from rich.text import Text
+
+from pyablate.table import cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ def curve_table(curves: pd.DataFrame) -> Table:
     for (ranking, _), rows in curves.groupby(["ranking", "fraction"], sort=False):
         mean = rows.mean(numeric_only=True)
         table.add_row(
-            Text("" if shown == ranking else str(ranking)),
+            cell("" if shown == ranking else str(ranking)),
             f"{100 * mean['fraction']:.0f} %",
             *(f"{100 * mean[name]:.2f}" for name in _ACCURACIES),
             f"{mean['loss']:.3f}",
@@ -43,12 +44,12 @@ def sensitivity_table(found: pd.DataFrame) -> Table:
     shown = ""
     for row in found.to_dict("records"):
         table.add_row(
-            Text("" if shown == row["layer"] else row["layer"]),
+            cell("" if shown == row["layer"] else row["layer"]),
             f"{100 * row['fraction']:.1f} %",
             f"{row['units']:,}",
             f"{100 * row['accuracy']:.2f}",
             f"{100 * row['accuracy_drop']:+.2f}",
-            Text(str(row["max_class"])),
+            cell(row["max_class"]),
             f"{100 * row['max_class_drop']:.2f}",
         )
         shown = row["layer"]
@@ -72,7 +73,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     table = found.classes()
     for row in table.iloc[np.argsort(-table["drop"].to_numpy(), kind="stable")].to_dict("records"):
         classes.add_row(
-            Text(str(row["class"])),
+            cell(row["class"]),
             f"{row['images']:,}",
             *(f"{100 * row[name]:.2f}" for name in ("before", "after", "drop", "excess")),
             f"{row['lost']:,}",
@@ -89,7 +90,7 @@ def _attribution_table(kept: Preservation) -> Table:
     shown = ""
     for row in kept.summary().to_dict("records"):
         table.add_row(
-            Text("" if shown == row["method"] else row["method"]),
+            cell("" if shown == row["method"] else row["method"]),
             row["figure"],
             f"{row['mean']:.4f}",
             f"{row['low']:.4f} to {row['high']:.4f}",

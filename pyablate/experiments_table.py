@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
-from rich.text import Text
+
+from pyablate.table import cell
 
 if TYPE_CHECKING:
     from pyablate.experiments import Cumulative, Pairs
@@ -31,7 +32,7 @@ def cumulative_table(found: Cumulative) -> Table:
         area = same["target_area" if target else "area"].mean()
         several = f"{order} (mean of {len(same)})" if len(same) > 1 else str(order)
         figures = [f"{100 * value:.2f}" for value in accuracy.mean("curve").to_numpy()]
-        table.add_row(Text(several), Text(str(target)), *figures, f"{area:.4f}")
+        table.add_row(cell(several), cell(target), *figures, f"{area:.4f}")
     return table
 
 
@@ -67,8 +68,8 @@ def pair_table(rows: pd.DataFrame) -> Table:
     for row in best.head(_PAIRS).to_dict("records"):
         drops = [row[name] for name in ("first_drop", "second_drop", "joint_drop", "interaction")]
         table.add_row(
-            Text(row["first"]),
-            Text(row["second"]),
+            cell(row["first"]),
+            cell(row["second"]),
             *(f"{100 * drop:+.2f}" for drop in drops),
             f"{row['more']:,}",
             f"{row['less']:,}",
@@ -85,11 +86,11 @@ def minimal_sets_table(found: pd.DataFrame) -> Table:
     for row in found.to_dict("records"):
         shares = [row[name] for name in ("baseline_accuracy", "accuracy", "others_drop")]
         table.add_row(
-            Text(str(row["class"])),
+            cell(row["class"]),
             f"{row['size']:,}",
             "yes" if row["reached"] else "no",
             *(f"{100 * share:.2f}" for share in shares),
-            Text(" ".join(row["units"])),
+            cell(" ".join(row["units"])),
         )
     return table
 
@@ -101,7 +102,7 @@ def rotation_table(found: pd.DataFrame) -> Table:
     for row in found.to_dict("records"):
         figures = ("units", "rotated", "difference", "difference_low", "difference_high")
         table.add_row(
-            Text("" if shown == row["layer"] else row["layer"]),
+            cell("" if shown == row["layer"] else row["layer"]),
             row["figure"],
             *(f"{row[name]:.4f}" for name in figures),
             f"{row['p']:.2g}",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyablate.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,21 +101,6 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shard: expected i/n with i from 1 to n, such as 2/8, got {text!r}")
     return int(match[1]), int(match[2])
-
-
-def check_file(path: Path) -> None:
-    """Fail now rather than after the run if a file cannot be written.
-
-    Raises
-    ------
-    OSError
-        The path is a folder, or its folder cannot be made or written to.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"expected a file to write to, {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written")
 
 
 def say_written(out: Console, *paths: Path | None) -> None:
@@ -216,6 +202,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"pyablate: {self.format(record)}\n")
+            message = visible(self.format(record), keep="\n")  # a traceback has lines
+            sys.stderr.write(f"pyablate: {message}\n")
         except (OSError, ValueError):
             self.handleError(record)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from pyablate.statistics import layer_rows
+from pyablate.table import cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +54,7 @@ def significance_table(result: AblationResult, tests: xr.Dataset, units: pd.Data
             figures = unit[["max_class_drop", "noise_floor", "split_half_drop"]]
             cells += [f"{100 * figure:.2f}" for figure in figures]
             cells += [_chance(unit["p"]), _chance(unit["q"])]
-            # Text: a class name may contain what rich would take for markup.
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(cell, cells))
             first = [""] * 4
         table.add_section()
     return table
@@ -82,10 +81,10 @@ def correlation_table(found: pd.DataFrame) -> Table:
         order = np.argsort(-np.abs(lines["correlation"].to_numpy()), kind="stable")  # NaN last
         for _, line in lines.iloc[order[:_TOP_ATTRIBUTES]].iterrows():
             table.add_row(
-                Text("" if shown[0] == layer else layer),
-                Text("" if shown[:2] == (layer, target) else target),
+                cell("" if shown[0] == layer else layer),
+                cell("" if shown[:2] == (layer, target) else target),
                 "" if shown == (layer, target, method) else method,
-                Text(str(line["attribute"])),
+                cell(line["attribute"]),
                 f"{line['units']:,}",
                 _signed(line["correlation"]),
                 f"{_signed(line['low'])} to {_signed(line['high'])}",

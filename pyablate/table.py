@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from pyablate.visible import visible
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType
 
     from pyablate.hook_loop import HookLoopTiming
     from pyablate.layers import Site
@@ -23,8 +28,31 @@ _PIPED_WIDTH = 120
 
 def console(*, stderr: bool = False) -> Console:
     """Make a console that does not squeeze tables into 80 columns when piped into a file."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_PIPED_WIDTH)
+    made = _Console(stderr=stderr, markup=False, highlight=False, soft_wrap=False)
+    if made.is_terminal:
+        return made
+    return _Console(stderr=stderr, markup=False, highlight=False, width=_PIPED_WIDTH)
+
+
+class _Console(Console):
+    """Lets no control characters through but rich's own, whatever was printed."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text=visible(segment.text, keep="\n"))
+
+
+def cell(name: object) -> Text:
+    """Make a cell of a table that shows a name as it is, which may hold what rich takes for markup.
+
+    Control characters are shown before the width of the column is measured.
+    """
+    return Text(visible(str(name)))
 
 
 def print_summary(out: Console, result: AblationResult) -> None:
@@ -64,8 +92,7 @@ def summary_table(result: AblationResult) -> Table:
             hurt = result.class_names[result.max_class[row]]
             drop = 100 * float(result.max_class_drop[row])
             cells = [*first, str(numbers[row]), hurt, f"{drop:.2f}"]
-            # Text: a class name may contain what rich would take for markup.
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(cell, cells))
             first = ["", "", "", ""]
         table.add_section()
     return table
@@ -108,7 +135,7 @@ def sites_table(sites: Sequence[Site], selected: Sequence[Site]) -> Table:
     for site in sites:
         shape = " x ".join(str(size) for size in site.shape)
         mark = "yes" if site.name in chosen else ""
-        table.add_row(Text(site.name), site.kind, f"{site.channels:,}", shape, mark)
+        table.add_row(cell(site.name), site.kind, f"{site.channels:,}", shape, mark)
     return table
 
 
@@ -118,7 +145,7 @@ def facts_table(facts: dict[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(Text(str(name)), Text(_fact(value)))
+        table.add_row(cell(name), cell(_fact(value)))
     return table
 
 
@@ -150,6 +177,8 @@ def _seconds(seconds: float) -> str:
 def _fact(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_fact(inner)}" for name, inner in value.items()) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "-"
     return str(value)

@@ -146,3 +146,11 @@ def test_wrong_predictions_and_slow_arithmetic_are_told(known: doctor.Facts) -> 
     slow = {"fp32": 100.0, "bf16": 20.0, "int8": 0.0}
     lines = " ".join(map(str, doctor.findings({**known, "precisions": slow})))
     assert "neither bfloat16 nor 8-bit integers are faster" in lines
+
+
+def test_it_reads_like_a_page_for_people() -> None:
+    out = CliRunner().invoke(app, ["doctor"]).output  # with standard error
+    assert "precisions (billions of operations per second)" in out
+    assert "torch-pruning" in out
+    assert "{" not in out
+    assert "settled" not in out

@@ -352,6 +352,13 @@ def test_plot_on_the_shell(here: Path, words: str) -> None:
         ("run.zarr --kind drop", "nearest: drops"),
         ("run.zarr -o run.txt", "--output: expected"),
         ("run.zarr --kind profile", "needs --unit"),
+        ("run.zarr --unit nope", "--unit: is for --kind profile, got --kind drops"),
+        ("run.zarr --kind heat-map --layers no", "--layers: is for --kind drops and scatter"),
+        ("run.zarr --kind heat-map --target gini", "--target: is for --kind drops and scatter"),
+        ("run.zarr --kind profile --unit first:2 --attribute a", "--attribute: is for --kind scat"),
+        ("run.zarr --kind profile --unit first:2 --x a", "--x: is for --kind cumulative and prune"),
+        ("run.zarr --units 20", "--units: is for --kind heat-map"),
+        ("nowhere.zarr -o new/plot.png", "nowhere.zarr"),
         ("run.zarr --kind profile --unit third:1", "no unit 'third:1'"),
         ("run.zarr --kind scatter --attribute size", "needs --attributes FILE"),
         ("run.zarr --kind prune", "expected the CSV file"),
@@ -365,3 +372,10 @@ def test_bad_input_on_the_shell(here: Path, words: str, message: str) -> None:
     assert message in found.output
     assert "Traceback" not in found.output
     assert not (here / "plot.png").exists()
+    assert not (here / "new").exists()
+
+
+def test_capitals_name_a_format_too(here: Path) -> None:
+    found = CliRunner().invoke(app, ["plot", "run.zarr", "-o", "new/H.PNG", "--dpi", "40"])
+    assert found.exit_code == 0, found.output
+    assert (here / "new" / "H.PNG").read_bytes().startswith(b"\x89PNG")

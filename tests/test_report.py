@@ -467,7 +467,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["Model", "demo:resnet"] in data["provenance"]
     for wrong, message in [
         ("report nothing.zarr", "no such result"),
-        ("report run.zarr --model demo:resnet", "data are needed"),
+        ("report run.zarr --model demo:resnet", "--model needs --data"),
         ("report run.zarr --weights w.pth", "--weights needs --model"),
         ("report run.zarr --curves nothing.csv", "no such table"),
         ("report run.zarr --data demo --limit 39", "has 40 images, these are 39"),

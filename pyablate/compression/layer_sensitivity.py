@@ -19,6 +19,7 @@ from pyablate.batches import Data
 from pyablate.compression.ranking import Ranking
 from pyablate.result import AblationResult
 from pyablate.run import ablate
+from pyablate.writing import whole, write_csv
 
 logger = logging.getLogger("pyablate")
 
@@ -211,9 +212,8 @@ def _read(path: Path, run: str) -> pd.DataFrame:
 def _write(path: Path, table: pd.DataFrame, run: str) -> None:
     """Replace the file at once, so that a killed run leaves a whole one."""
     full = table.assign(run=run)
-    partial = path.with_name(path.name + ".part")
     if path.suffix == ".csv":
-        full.to_csv(partial, index=False)
-    else:
-        partial.write_text(json.dumps(full.to_dict("records"), indent=1))
-    partial.replace(path)
+        write_csv(full, path, "path")
+        return
+    with whole(path, "path") as fresh:
+        fresh.write_text(json.dumps(full.to_dict("records"), indent=1))

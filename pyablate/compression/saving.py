@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.layers import copied
+from pyablate.writing import whole
 
 
 def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) -> None:
@@ -42,7 +43,6 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
     # A batch of one would be taken for a constant.
     batch = torch.cat([sample[:1], sample[:1]]).detach()
     dynamic = ({0: torch.export.Dim("batch")},)
-    partial = target.with_name(f".{target.stem}.part.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
         try:
@@ -51,8 +51,5 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
         except Exception as error:  # export fails in as many ways as there are networks
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ValueError(f"model: torch.export cannot capture it: {reason[0]}") from error
-        try:
-            torch.export.save(program, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(target, "path") as fresh:
+            torch.export.save(program, fresh)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, label_of, legend, new_axes
+from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, entry, label_of, legend, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> 
         across, mean = x_scale * points.mean()[x], y_scale * points.mean()[y]
         several = bool((points.size() > 1).any())
         shade = CHANCE if str(name).startswith("random") else colour
-        label = f"{name} (mean, range)" if several else str(name)
+        label = entry(f"{name} (mean, range)" if several else str(name))
         style: dict[str, Any] = {"color": shade, "linestyle": dash, "marker": marker}
         axes.plot(across, mean, markersize=3.5, label=label, **style)
         if several:

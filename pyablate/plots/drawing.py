@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pyablate.visible import visible
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,13 +79,23 @@ def new_axes(ax: Axes | None, *, width: float, height: float) -> Axes:
     return ax
 
 
+def plain(name: str) -> str:
+    """Write a name so that matplotlib draws it as it is, and no formula between its ``$``."""
+    return visible(name).replace("$", r"\$")
+
+
+def entry(name: str) -> str:
+    """Write a name for a legend, which leaves out what begins with an underscore."""
+    return plain(f" {name}" if name.startswith("_") else name)
+
+
 def label_of(name: str) -> tuple[str, float]:
     """Label of an axis, and what to multiply its numbers by."""
     if name in _POINTS:
         return f"{_POINTS[name]} (percentage points)", 100.0
     if name in _PERCENT:
         return f"{_PERCENT[name]} (%)", 100.0
-    return _PLAIN.get(name, name.replace("_", " ")), 1.0
+    return _PLAIN.get(name, plain(name.replace("_", " "))), 1.0
 
 
 def tick(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
@@ -93,7 +105,7 @@ def tick(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
         return
     size = "small" if len(names) <= 40 else "xx-small"
     how = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-    axis.set_ticks(range(len(names)), names, fontsize=size, **how)
+    axis.set_ticks(range(len(names)), [plain(name) for name in names], fontsize=size, **how)
 
 
 def legend(axes: Axes, title: str | None = None) -> None:

@@ -18,9 +18,11 @@ from pyablate.plots.drawing import (
     CLASS_DROP,
     COLOURS,
     MARKERS,
+    entry,
     label_of,
     legend,
     new_axes,
+    plain,
     tick,
 )
 from pyablate.statistics import adjusted, layer_rows, max_class_test, mcnemar
@@ -239,7 +241,7 @@ class ResultPlots:
         axes.invert_yaxis()
         axes.set_xlabel("share of the class's images (%); drop (percentage points)")
         title = f"{result.units['label'].iloc[row]}, replaced by: {result.intervention}"
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(plain(title), fontsize="medium")
         legend(axes)
         return axes
 
@@ -317,8 +319,8 @@ class ResultPlots:
                 "alpha": 0.75,
                 "linewidths": 0,
             }
-            axes.scatter(numbers[rows], scale * values[rows], label=meaning, **style)
-        axes.set(xlabel=attribute.replace("_", " "), ylabel=label)
+            axes.scatter(numbers[rows], scale * values[rows], label=entry(meaning), **style)
+        axes.set(xlabel=plain(attribute.replace("_", " ")), ylabel=label)
         legend(axes, title=f"{method}, 95 % interval")
         return axes
 
@@ -347,8 +349,8 @@ def _floors(axes: Axes, floors: Sequence[Floats]) -> None:
 
 def _name(result: AblationResult, row: int, *, with_class: bool) -> str:
     unit = result.units["unit"].iloc[row]
-    name = f"unit {unit}" if unit >= 0 else result.units["label"].iloc[row]
-    return f"{name}:\n{result.class_names[result.max_class[row]]}" if with_class else name
+    name = f"unit {unit}" if unit >= 0 else plain(result.units["label"].iloc[row])
+    return f"{name}:\n{plain(result.class_names[result.max_class[row]])}" if with_class else name
 
 
 def _chosen(result: AblationResult, units: int | Rows) -> Ints:

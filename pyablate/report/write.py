@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pyablate.report.examples import ACTIVATING, examples
 from pyablate.report.page import page
 from pyablate.report.relations import relations
 from pyablate.result import AblationResult
+from pyablate.writing import check_file, whole
 
 logger = logging.getLogger("pyablate")
 
@@ -81,12 +81,15 @@ def write_report(
     """
     if model is not None and data is None:
         raise ValueError("model: data are needed too, to see which images activate a unit most")
+    check_file(Path(path), "path")
     gathered = contents(result, title=title, fdr=fdr, provenance=provenance or {})
     gathered["attributes"] = None if attributes is None else relations(result, attributes)
     gathered["curves"] = curve_charts(curves)
     gathered["sets"] = sets_by_class(minimal_sets, result)
     gathered["examples"] = _examples(result, model, data, device)
-    _replace(Path(path), _fitting(gathered))
+    text = _fitting(gathered)
+    with whole(Path(path), "path") as fresh:
+        fresh.write_text(text, encoding="ascii")
 
 
 def _examples(
@@ -122,11 +125,3 @@ def _fitting(gathered: dict[str, Any]) -> str:
             len(text) / 1e6,
         )
     return text
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        fresh = Path(scratch) / path.name
-        fresh.write_text(text, encoding="ascii")
-        os.replace(fresh, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyablate.store import replacing
+from pyablate.writing import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,7 @@ def write_attributes(found: xr.Dataset, path: Path) -> None:
         The place cannot be written, or holds something else.
     """
     if path.suffix == ".csv":
-        to_frame(found).to_csv(path, index=False)
+        write_csv(to_frame(found), path, "output")
     elif path.suffix == ".zarr":
         marked = found.assign_attrs(pyablate_format=FORMAT)
         # Format 2: that of Zarr 3 has no settled encoding for strings.

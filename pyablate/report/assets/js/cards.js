@@ -139,7 +139,8 @@ function testTable(title, link, pairs) {
     { title: "q", numeric: true, hint: "Benjamini-Hochberg over the layer", cell: ([unit, k]) => chance(data.cells.q[cell(unit, k)]) },
     {
       title: "", cell: ([unit, k]) =>
-        isSignificant(unit, k) ? make("span", { class: "mark", title: `q \u2264 ${data.fdr}` }, "more than chance") : "",
+        isSignificant(unit, k) ? make("span", { class: classDrop(unit, k) < 0 ? "mark help" : "mark",
+          title: `q \u2264 ${data.fdr}` }, "more than chance") : "",
     },
   ];
   return table(columns, pairs);

@@ -1,0 +1,27 @@
+"""Names of layers and classes, shown without what they could do to a terminal or a picture."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters, separators of lines, what turns the direction of writing, and halves of
+# surrogate pairs, which stand for the bytes of a file name that is not valid Unicode.
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    r"""Write what cannot be seen as Python would: ``\x1b``, ``\n``, ``\udcff``.
+
+    Parameters
+    ----------
+    text : str
+        Of anybody's making.
+    keep : str
+        Characters that stay as they are, such as the ends of lines of what we say ourselves.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        character = found[0]
+        return character if character in keep else character.encode("unicode_escape").decode()
+
+    return _UNSEEN.sub(shown, text)

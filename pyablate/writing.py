@@ -1,0 +1,104 @@
+"""Files that are written for people: looked at before the work, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_STORE = ("zarr.json", ".zgroup", ".zarray")
+
+
+def check_file(path: Path, what: str = "output") -> None:
+    """Fail now rather than after the run if a file cannot be written; nothing is made yet.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file; a symbolic link stands for what it leads to.
+    what : str
+        The argument or option that names it, for the message.
+
+    Raises
+    ------
+    OSError
+        There is something else than a file, such as a folder or a device, the place is inside a
+        Zarr store, or nothing can be written there.
+    """
+    _check_kind(path, what)
+    target = Path(os.path.realpath(path))
+    for folder in target.parents:
+        if folder.suffix == ".zarr" or any((folder / name).is_file() for name in _STORE):
+            raise FileExistsError(f"{what}: expected a place outside of stores, {path} is in one")
+    standing = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not standing.is_dir():
+        raise NotADirectoryError(f"{what}: {path} cannot be written, {standing} is no folder")
+    needed = [standing, target] if target.exists() else [standing]
+    if not all(os.access(place, os.W_OK) for place in needed):
+        raise PermissionError(f"{what}: {path} cannot be written")
+
+
+def _check_kind(path: Path, what: str) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a link that leads to itself, a file taken for a folder
+        raise OSError(error.errno, f"{what}: {path} cannot be written: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{what}: expected a file to write to, {path} is a folder")
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(f"{what}: expected a file to write to, {path} is a device or a pipe")
+
+
+@contextmanager
+def whole(path: Path, what: str = "output") -> Iterator[Path]:
+    """Give a place to write a file to, and put it where it belongs once it is complete.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file; the target of a symbolic link is replaced, not the link.
+    what : str
+        The argument or option that names it, for the message.
+
+    Yields
+    ------
+    Path
+        A file of the same name in a folder beside it, which goes in any case.
+
+    Raises
+    ------
+    OSError
+        As :func:`check_file` raises; the disk is full.
+    """
+    check_file(path, what)
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pyablate.") as scratch:
+            fresh = Path(scratch) / path.name
+            yield fresh
+            os.replace(fresh, target)
+    except OSError as error:
+        reason = f"{what}: cannot write {path}: {error.strerror or error}"
+        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
+
+
+def write_csv(table: pd.DataFrame, path: Path, what: str = "--csv") -> None:
+    """Write a table without its index as CSV; names that are not valid Unicode with backslashes.
+
+    Raises
+    ------
+    OSError
+        As :func:`whole` raises.
+    """
+    with whole(path, what) as fresh:
+        table.to_csv(fresh, index=False, errors="backslashreplace")
