@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -419,7 +420,12 @@ def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, 
         raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
     if len(class_names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
-    return tuple(str(name) for name in class_names)
+    names = tuple(str(name) for name in class_names)
+    # Not an error: two of ImageNet's classes are called crane.
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        logger.warning("class_names: %s stand for more than one class", ", ".join(twice[:5]))
+    return names
 
 
 def check_options(

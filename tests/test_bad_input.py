@@ -387,3 +387,11 @@ def test_planning_checks_the_same() -> None:
                 (arguments.images, arguments.labels) if arguments.data is None else arguments.data,
                 arguments.layers,
             )
+
+
+def test_classes_of_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As two of ImageNet's are, so that it is no error."""
+    model, images, labels = networks.network("mlp", 6)
+    names = ["crane", "b", "crane", "d", "e"]
+    pa.ablate(model, (images, labels), class_names=names, progress=False)
+    assert "class_names: crane stand for more than one class" in caplog.text
