@@ -23,8 +23,8 @@ NO_ROOM = 4
 INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another run "
-    "(other model, data or options); 4 no room on the disk; 130 interrupted. After 1, 4, 130 and "
-    "after a kill, `run` goes on where it stopped when the same command is given again."
+    "(other model, data or options); 4 no room on the disk or in memory; 130 interrupted. After 1, "
+    "4, 130 and after a kill, `run` goes on where it stopped when the same command is given again."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -190,6 +190,9 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
         return "interrupted", INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `| head`
         return "", 1
+    if _out_of_memory(error):
+        text = " ".join(str(error).split())[:200]
+        return f"not enough memory{f' ({text})' if text else ''}", NO_ROOM
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         # By name and number: importing what raises them would cost every command its time.
         code = BAD_INPUT
@@ -201,6 +204,16 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
         text = str(error.strerror if ours else error)  # type: ignore[union-attr]
         return " ".join(text.split()) or type(error).__name__, code
     return None, 1
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return False  # nothing else raises it, and importing torch takes seconds
+    from pyablate.shortage import is_shortage
+
+    return is_shortage(error)
 
 
 def log_to_stderr(debug: bool = False) -> None:
