@@ -155,16 +155,24 @@ def images_from(
     )
 
 
-def sample_input(spec: str, network: nn.Module, data: str | None, shape: str | None) -> Tensor:
-    """Make one input for the network: from the data, of the shape given, or a shipped image."""
+def sample_input(
+    spec: str, network: nn.Module, data: str | None, shape: str | None, **options: str | int | None
+) -> Tensor:
+    """Make one input for the network: from the data, of the shape given, or a shipped image.
+
+    Further options are those of :func:`images_from`; they belong to the data.
+    """
     import torch
 
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given and data is None:
+        raise InputError(f"{given[0]}: expected only with --data, whose images it is about")
     if shape is not None:
         sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
         # Noise, not zeros: a constant input can hide which tensors are alive.
         sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
     elif data is not None or spec.startswith("demo:"):
-        batches = images_from(data or "demo", limit=2).batches
+        batches = images_from(data or "demo", limit=2, **options).batches  # type: ignore[arg-type]
         sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
     else:
         raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
