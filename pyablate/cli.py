@@ -7,6 +7,7 @@ that ``pyablate --help`` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,9 +67,18 @@ class _Shell(TyperGroup):
                 raise
         if line:
             typer.echo(f"pyablate: {line}", err=True)
-        if line and "--json" in given:
+        if line and "--json" in given and _speaks():
             typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _speaks() -> bool:
+    """Whether this process writes for all: the lines of the others would be a second last one."""
+    if "RANK" not in os.environ:
+        return True
+    from pyablate.ranks import is_first  # brings torch
+
+    return is_first()
 
 
 app = typer.Typer(

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 OTHER_RUN = 3
 NO_ROOM = 4
+NOT_WELL = 5
 INTERRUPTED = 130
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another run "
-    "(other model, data or options); 4 no room on the disk or in memory; 130 interrupted. After 1, "
-    "4, 130 and after a kill, `run` goes on where it stopped when the same command is given again."
+    "Exit codes, of all commands: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output "
+    "holds another run (other model, data or options); 4 no room on the disk or in memory; 5 "
+    "`doctor` found something that does not work; 130 interrupted. After 1, 4, 130 and after a "
+    "kill, `run` goes on where it stopped when the same command is given again."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -423,6 +423,19 @@ def test_bad_input_is_one_line_and_exit_code_2(here: Path, case: str) -> None:
     assert named in lines[0]
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), (None, 1)])
+def test_of_several_processes_the_first_writes_the_error(
+    here: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None, lines: int
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = _invoke("run", "net:nope", "--data", "images.npz", "--json")
+    assert code == 2
+    assert len(_error_lines(err)) == 1
+    assert len(out.splitlines()) == lines
+
+
 def test_debug_shows_the_traceback(here: Path) -> None:
     process = _process(["run", "demo:vgg_nb", "--data", "demo", "--debug"], here)
     _, err = process.communicate(timeout=120)
