@@ -7,6 +7,7 @@ that ``pyablate --help`` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +28,14 @@ from pyablate.options import (
     Debug,
     InputShape,
     Intervention,
+    Labels,
     Layers,
+    Mean,
     Memory,
     Model,
     SampleSpec,
+    Size,
+    Std,
     Weights,
 )
 from pyablate.shell import (
@@ -63,9 +68,18 @@ class _Shell(TyperGroup):
                 raise
         if line:
             typer.echo(f"pyablate: {visible(line)}", err=True)
-        if line and "--json" in given:
+        if line and "--json" in given and _speaks():
             typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _speaks() -> bool:
+    """Whether this process writes for all: the lines of the others would be a second last one."""
+    if "RANK" not in os.environ:
+        return True
+    from pyablate.ranks import is_first  # brings torch
+
+    return is_first()
 
 
 app = typer.Typer(
@@ -151,19 +165,26 @@ def layers(
     model: Model,
     weights: Weights = None,
     data: SampleSpec = None,
+    labels: Labels = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
     input_shape: InputShape = None,
     debug: Debug = False,
 ) -> None:
     """List the layers that hold units: their names, how many units, and whether `*` has them.
 
     Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`
+
+    `pyablate layers net:make --data photos/ --size 224`
     """
     log_to_stderr(debug)
     import pyablate as pa
     from pyablate import table
 
     network = network_from(model, weights, None)
-    found = pa.sites(network, sample_input(model, network, data, input_shape))
+    about = {"labels": labels, "size": size, "mean": mean, "std": std}
+    found = pa.sites(network, sample_input(model, network, data, input_shape, **about))
     try:
         selected = pa.select(found, "*")
     except ValueError:  # a network without activation modules: all its layers go by name
@@ -176,6 +197,10 @@ def plan(
     model: Model,
     weights: Weights = None,
     data: SampleSpec = None,
+    labels: Labels = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
     input_shape: InputShape = None,
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images the run would have.")
@@ -188,13 +213,16 @@ def plan(
     """Say how a run would be done and what it would cost, without running it.
 
     Try `pyablate plan demo:vgg_bn --images 10000 --memory 2GB`
+
+    `pyablate plan my_module:make_model --data photos/ --size 224 --images 10000`
     """
     log_to_stderr(debug)
     import pyablate as pa
 
     budget = parse_bytes("--memory", memory)
     network = network_from(model, weights, None)
-    sample = sample_input(model, network, data, input_shape)
+    about = {"labels": labels, "size": size, "mean": mean, "std": std}
+    sample = sample_input(model, network, data, input_shape, **about)
     made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
     typer.echo(visible(made.explain(), keep="\n"))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyablate.options import Debug
-from pyablate.shell import log_to_stderr
+from pyablate.shell import NOT_WELL, log_to_stderr
 
 _TITLES = {"precisions": "precisions (billions of operations per second)"}
 
@@ -22,7 +22,7 @@ def doctor(
 ) -> None:
     """Say what is installed and built, test it, and say what to do about what is wrong.
 
-    Ends with 1 if something does not work, with 0 if at most something could be added.
+    Ends with 5 if something does not work, with 0 if at most something could be added.
 
     Try `pyablate doctor`, `pyablate doctor --json > doctor.json`
     """
@@ -46,4 +46,4 @@ def doctor(
         for finding in found:
             out.print(str(finding))
         out.print("Something does not work." if not report["ok"] else "Everything works.")
-    raise typer.Exit(0 if report["ok"] else 1)
+    raise typer.Exit(0 if report["ok"] else NOT_WELL)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyablate.shortage import is_shortage
 from pyablate.turns import a_moment
 
 _log = logging.getLogger("pyablate")
@@ -100,6 +101,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             The file is damaged, too large, or of another size than the first one read.
         """
         path, label = self.files[index]
+        with _decoding(path):
+            return self._read(path), label
+
+    def _read(self, path: Path) -> Tensor:
         pixels = self._decode(path)
         image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1) / 255
         self._first_shape = self._first_shape or tuple(image.shape)
@@ -108,13 +113,15 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"data: expected images of one size {list(self._first_shape)}, found "
                 f"{list(image.shape)} in {str(path)!r}; give size= to scale and crop"
             )
-        return (image - self._mean) / self._std, label
+        return (image - self._mean) / self._std
 
     def _decode(self, path: Path) -> Any:
-        with self._open(path) as image, _decoding(path):
+        with self._open(path) as image:
+            if self._size is not None:
+                _check_scaled(path, *self._scaled(image))
             converted = image.convert("L" if self.channels == 1 else "RGB")
         if self._size is not None:
-            converted = self._cut_out(converted, *self._size)
+            converted = self._cut_out(converted, self._size[1])
         return np.array(converted, dtype=np.uint8)
 
     def _open(self, path: Path) -> Any:
@@ -136,10 +143,14 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"data: expected 8 bits a channel, found mode {image.mode} in {path}")
         return image
 
-    def _cut_out(self, image: Any, scale: int, crop: int) -> Any:
-        # Rounded the way torchvision's Resize and CenterCrop do, so that accuracies compare.
-        short = min(image.size)
-        width, height = (scale * side // short for side in image.size)
+    # Both round the way torchvision's Resize and CenterCrop do, so that accuracies compare.
+    def _scaled(self, image: Any) -> tuple[int, int]:
+        assert self._size is not None
+        short = max(1, min(image.size))
+        return self._size[0] * image.width // short, self._size[0] * image.height // short
+
+    def _cut_out(self, image: Any, crop: int) -> Any:
+        width, height = self._scaled(image)
         image = image.resize((width, height), _pillow().Resampling.BILINEAR)
         left, top = (round((side - crop) / 2) for side in (width, height))
         return image.crop((left, top, left + crop, top + crop))
@@ -209,9 +220,20 @@ def _decoding(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
+        if is_shortage(error):
+            raise ValueError(f"data: not enough memory to read {str(path)!r}") from None
         if str(error).startswith("data:"):
             raise
         raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
+
+
+def _check_scaled(path: Path, width: int, height: int) -> None:
+    # The sides keep their ratio, and a strip one pixel wide may be a million long.
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels after scaling "
+            f"to size=, which would make {width} x {height}"
+        )
 
 
 def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:

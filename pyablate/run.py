@@ -62,6 +62,8 @@ def ablate(
 ) -> AblationResult:
     """Ablate every unit of some layers, one at a time, on every image.
 
+    Calls from several threads of one process take turns.
+
     Parameters
     ----------
     model : nn.Module

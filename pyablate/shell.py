@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 OTHER_RUN = 3
 NO_ROOM = 4
+NOT_WELL = 5
 INTERRUPTED = 130
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output holds another run "
-    "(other model, data or options); 4 no room on the disk; 130 interrupted. After 1, 4, 130 and "
-    "after a kill, `run` goes on where it stopped when the same command is given again."
+    "Exit codes, of all commands: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output "
+    "holds another run (other model, data or options); 4 no room on the disk or in memory; 5 "
+    "`doctor` found something that does not work; 130 interrupted. After 1, 4, 130 and after a "
+    "kill, `run` goes on where it stopped when the same command is given again."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -141,16 +143,24 @@ def images_from(
     )
 
 
-def sample_input(spec: str, network: nn.Module, data: str | None, shape: str | None) -> Tensor:
-    """Make one input for the network: from the data, of the shape given, or a shipped image."""
+def sample_input(
+    spec: str, network: nn.Module, data: str | None, shape: str | None, **options: str | int | None
+) -> Tensor:
+    """Make one input for the network: from the data, of the shape given, or a shipped image.
+
+    Further options are those of :func:`images_from`; they belong to the data.
+    """
     import torch
 
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given and data is None:
+        raise InputError(f"{given[0]}: expected only with --data, whose images it is about")
     if shape is not None:
         sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
         # Noise, not zeros: a constant input can hide which tensors are alive.
         sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
     elif data is not None or spec.startswith("demo:"):
-        batches = images_from(data or "demo", limit=2).batches
+        batches = images_from(data or "demo", limit=2, **options).batches  # type: ignore[arg-type]
         sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
     else:
         raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
@@ -176,6 +186,9 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
         return "interrupted", INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `| head`
         return "", 1
+    if _out_of_memory(error):
+        text = " ".join(str(error).split())[:200]
+        return f"not enough memory{f' ({text})' if text else ''}", NO_ROOM
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         # By name and number: importing what raises them would cost every command its time.
         code = BAD_INPUT
@@ -187,6 +200,16 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
         text = str(error.strerror if ours else error)  # type: ignore[union-attr]
         return " ".join(text.split()) or type(error).__name__, code
     return None, 1
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return False  # nothing else raises it, and importing torch takes seconds
+    from pyablate.shortage import is_shortage
+
+    return is_shortage(error)
 
 
 def log_to_stderr(debug: bool = False) -> None:

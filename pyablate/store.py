@@ -15,9 +15,12 @@ import zarr
 
 from pyablate.measures import Accuracy, Measure
 from pyablate.result import AblationResult, Audit, Flips
-from pyablate.zarr_folder import check_folder
+from pyablate.zarr_folder import check_folder, check_opened
 
 FORMAT = 1
+
+# Zarr leaves out chunks of zeros; then one that was lost could not be told from one of them.
+_EVERY_CHUNK: Any = {"write_empty_chunks": True}
 
 
 def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
@@ -79,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
         raise OSError(f"{source}: an unfinished run; the command that began it goes on with it")
     if attrs.get("pyablate_format") != FORMAT:
         raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
-    check_folder(source)
+    check_folder(source, whole=True)
     try:
         return _read(source, attrs)
     except Exception as error:  # the file formats raise whatever the damage leads to
@@ -179,6 +182,7 @@ def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
 def _attributes(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such result")
+    check_opened(path)
     try:
         return dict(zarr.open_group(path, mode="r").attrs)
     except (OSError, ValueError, KeyError, TypeError):
@@ -214,10 +218,15 @@ def write(result: AblationResult, path: Path) -> None:
         "flip_prediction": ("flip", result.flips.prediction),
     }
     for name, (dimension, values) in arrays.items():
-        group.create_array(name, data=values, dimension_names=[dimension])
+        group.create_array(name, data=values, dimension_names=[dimension], config=_EVERY_CHUNK)
     for name, measure in result.measures.items():
         dimensions = ["unit", "class"]
-        group.create_array(f"{name}_change_sum", data=measure.change, dimension_names=dimensions)
+        group.create_array(
+            f"{name}_change_sum",
+            data=measure.change,
+            dimension_names=dimensions,
+            config=_EVERY_CHUNK,
+        )
 
 
 def _accuracies(result: AblationResult) -> dict[str, Any]:

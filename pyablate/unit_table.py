@@ -128,6 +128,8 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
             reason = " ".join(str(error).split())[:200]
             raise OSError(f"{path}: not a Zarr group that xarray can open: {reason}") from error
         return loaded
+    if not path.is_file():  # a named pipe would be waited for
+        raise OSError(f"{path}: expected a file or a Zarr folder")
     try:
         frame = pd.read_csv(path)
     except (ValueError, MemoryError, OverflowError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from PIL import Image
 from simulated import simulate
 from stores import contents
 from typer.testing import CliRunner
@@ -250,6 +251,24 @@ def test_plan_explains_without_running(here: Path) -> None:
     assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
 
 
+def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:
+    """Photographs come in all sizes."""
+    for number, name in enumerate(("cat", "dog")):
+        (here / "photos" / name).mkdir(parents=True)
+        Image.new("L", (30 + number, 20), 9).save(here / "photos" / name / "a.png")
+    for command in ("layers", "plan"):
+        sample = (command, "small_network:make", "--data", "photos")
+        code, _, err = _invoke(*sample)
+        assert code == 2
+        assert "give size=" in err
+        code, out, err = _invoke(*sample, "--size", "10", "--mean", "0.5", "--std", "0.25")
+        assert code == 0, err
+        assert "8 x 8" in out or command == "plan"
+        code, _, err = _invoke(*sample, "--labels", "units.csv")
+        assert code == 2
+        assert "labels: expected none with an image folder" in err
+
+
 def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> None:
     loss = np.array([[0.0, 0.9, 0.0], [0.02, 0.0, 0.5], [0.0, 0.0, 0.0]])
     simulate(loss, 0.02, 60, np.random.default_rng(0), ["a", "b", "b"]).save("planted.zarr")
@@ -385,6 +404,10 @@ _BAD_INPUT = {
     "attributes unknown": ((*_ATTRIBUTES, "--which", "acu"), "auc"),
     "attributes in another format": ((*_ATTRIBUTES, "-o", "a.json"), ".csv or .zarr"),
     "attributes over a folder": ((*_ATTRIBUTES, "-o", "notes.zarr"), "notes.zarr"),
+    "size of no data": (
+        ("plan", "small_network:make", "--input-shape", "1,8,8", "--size", "8"),
+        "--size: expected only with --data",
+    ),
     "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
 }
 
@@ -398,6 +421,19 @@ def test_bad_input_is_one_line_and_exit_code_2(here: Path, case: str) -> None:
     assert len(lines) == 1
     assert lines[0].startswith("pyablate: ")
     assert named in lines[0]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), (None, 1)])
+def test_of_several_processes_the_first_writes_the_error(
+    here: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None, lines: int
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = _invoke("run", "net:nope", "--data", "images.npz", "--json")
+    assert code == 2
+    assert len(_error_lines(err)) == 1
+    assert len(out.splitlines()) == lines
 
 
 def test_debug_shows_the_traceback(here: Path) -> None:

@@ -354,7 +354,7 @@ def test_a_store_whose_numbers_do_not_fit(store: Path, number: int) -> None:
     group = zarr.open_group(store, mode="r+")
     values = change(np.asarray(group[name][...]))  # type: ignore[index]
     del group[name]
-    group.create_array(name, data=values)
+    group.create_array(name, data=values, config={"write_empty_chunks": True})
     with pytest.raises(OSError, match=f"damaged result .*{name} does not fit"):
         pa.load(store)
 

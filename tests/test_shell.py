@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from pyablate.shell import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
 
@@ -83,6 +84,10 @@ class _UsageError(Exception):
         (BrokenPipeError(), ("", 1)),
         (_UsageError(), ("no such option", 2)),
         (ZeroDivisionError("a bug"), (None, 1)),
+        (MemoryError(), ("not enough memory", 4)),
+        (MemoryError("64 GiB\n wanted"), ("not enough memory (64 GiB wanted)", 4)),
+        (torch.OutOfMemoryError("of the GPU"), ("not enough memory (of the GPU)", 4)),
+        (RuntimeError("a bug"), (None, 1)),
     ],
 )
 def test_errors_become_one_line_and_a_code(

@@ -280,7 +280,7 @@ torch.set_num_threads(1)
 try:
     work(lambda: print("working", flush=True))
 except KeyboardInterrupt:
-    print("interrupted", flush=True)
+    print("interrupted", time.process_time(), flush=True)
 """
 
 _WORKS = {
@@ -309,8 +309,15 @@ def work(said):
 }
 
 
+def _used(process: int) -> float:
+    """Seconds of the processor that a process has had."""
+    times = psutil.Process(process).cpu_times()
+    return times.user + times.system
+
+
 @pytest.mark.parametrize("kind", _WORKS)
 def test_an_interrupt_returns_within_a_second(kind: str) -> None:
+    """Of the processor's time, which no other work on the machine can stretch."""
     source = _INTERRUPTED.replace("{work}", _WORKS[kind])
     started = subprocess.Popen(
         [sys.executable, "-c", source],
@@ -323,16 +330,17 @@ def test_an_interrupt_returns_within_a_second(kind: str) -> None:
             assert child.stdout is not None
             said = child.stdout.readline()
             time.sleep(0.7)
-            sent = time.monotonic()
+            sent, began = _used(child.pid), time.monotonic()
             child.send_signal(signal.SIGINT)
             while said == "working\n":
                 said = child.stdout.readline()
-            seconds = time.monotonic() - sent
+            waited = time.monotonic() - began
         finally:
             child.kill()
-    assert said == "interrupted\n"
-    # A busy machine serves others meanwhile.
-    assert seconds < max(1.0, os.getloadavg()[0])
+    word, _, used = said.partition(" ")
+    assert word == "interrupted"
+    assert float(used) - sent < 1.0
+    assert waited < 20.0  # whoever waits uses no processor; the other run would take 30 seconds
 
 
 @pytest.mark.parametrize("becomes", ["nothing", "an error"])
@@ -403,17 +411,12 @@ def test_interrupts_at_random_moments_of_a_large_network() -> None:
     with started as child:
         try:
             assert child.stdout is not None
-
-            def used() -> float:
-                times = psutil.Process(child.pid).cpu_times()
-                return times.user + times.system
-
             for _ in interventions:
                 assert child.stdout.readline() == "begun\n"
-                moment = used() + chance.uniform(0.0, 7.0)
-                while used() < moment:
+                moment = _used(child.pid) + chance.uniform(0.0, 7.0)
+                while _used(child.pid) < moment:
                     time.sleep(0.02)
-                sent = used()
+                sent = _used(child.pid)
                 child.send_signal(signal.SIGINT)
                 taken.append(float(child.stdout.readline()) - sent)
         finally:

@@ -186,6 +186,8 @@ def _read(path: Path, run: str) -> pd.DataFrame:
         raise ValueError(f"path: expected a file called *.csv or *.json, got {str(path)!r}")
     if not path.exists():
         return pd.DataFrame()
+    if not path.is_file():
+        raise ValueError(f"path: expected a file, got {str(path)!r}, which is none")
     # Class names and layers are text, whatever they look like.
     text = {"layer": str, "worst_class": str, "max_class": str, "run": str}
     try:

@@ -1,7 +1,7 @@
 """How many examples the fuzzers run: few and always the same in the tests, many in ``make fuzz``.
 
 ``FUZZ`` is the number of random networks (30 in the tests); the other fuzzers run in proportion.
-``FUZZ_MINUTES`` ends a nightly run early; what was not run is said.
+``FUZZ_MINUTES`` ends a nightly run early; with less than nine in ten networks compared it fails.
 """
 
 from __future__ import annotations

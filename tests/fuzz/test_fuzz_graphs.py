@@ -14,6 +14,8 @@ from cases import CASES, Case, Checked, check
 from hypothesis import assume, given
 
 LOW = ("int8", "bfloat16")
+# Some networks turn out to have no units to compare, and a night promises a number of comparisons.
+NETWORKS = 35 if NIGHTLY else 30
 
 compared: list[Checked] = []
 passed: set[int] = set()
@@ -21,7 +23,7 @@ failed: set[int] = set()  # never left out: Hypothesis makes these again, and sm
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
-@settings_for(30)
+@settings_for(NETWORKS)
 @given(case=CASES)
 def test_random_networks_agree_with_the_oracle(case: Case) -> None:
     seed = case.network.seed
@@ -37,8 +39,8 @@ def test_random_networks_agree_with_the_oracle(case: Case) -> None:
 
 def test_the_comparisons_meant_something() -> None:
     graphs = sum(one.agreement.pairs > 0 for one in compared)
-    if not graphs:
-        pytest.skip("nothing was compared: the test before did not run, or found something")
+    if failed or not (graphs or NIGHTLY):
+        pytest.skip("the test before did not run, or found something")
     pairs = sum(one.agreement.pairs for one in compared)
     ties = sum(one.agreement.near_ties for one in compared)
     settled = sum((Counter(one.settled) for one in compared), Counter())
@@ -50,6 +52,8 @@ def test_the_comparisons_meant_something() -> None:
         said += f"; settled by the dense part: {tiers}; low precision in {len(low)} networks, "
         said += f"where {rescued} pairs were left for float64"
         print(f"\ncompared: {said}", file=sys.__stderr__)
+        why = "the minutes were up (FUZZ_MINUTES)" if out_of_time() else "too few were sound"
+        assert graphs >= 0.9 * EXAMPLES, f"only {graphs} of {EXAMPLES} networks compared: {why}"
     else:
         assert graphs > 0.8 * EXAMPLES
         assert len(low) > 0.1 * EXAMPLES

@@ -41,10 +41,12 @@ def arguments(draw: st.DrawFn, command: str) -> list[str]:
 
 
 _NETWORK = """
+import torch
 from torch import nn
 
 
 def make():
+    torch.manual_seed(0)  # the parts of a run are of one network
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(3, 3))
 
@@ -85,7 +87,15 @@ SOUND = {
     "attributes": ["small_network:make", "--data", "images.npz", "--which", "weights"],
     "significance": ["run.zarr"],
     "correlate": ["run.zarr", "units.csv", "--attribute", "accuracy_drop", "--resamples", "10"],
+    "report": ["run.zarr", "-o", "report.html"],
+    "plot": ["run.zarr", "-o", "plot.svg"],
+    "merge": ["part1.zarr", "part2.zarr", "-o", "merged.zarr", "--csv", "merged.csv"],
+    "prune": ["small_network:make", "--data", "images.npz", "--by", "l1", "--fraction", "0.4"],
+    "pairs": ["small_network:make", "--data", "images.npz", "--layer", "1", "-o", "pairs.csv"],
+    "cumulative": ["small_network:make", "--data", "images.npz", "--layers", "1", "--steps", "2"],
+    "compare": ["small_network:make", "small_network:make", "--data", "images.npz"],
 }
+EXAMPLES = {"cumulative": 1, "pairs": 1, "prune": 2, "compare": 2, "report": 2, "plot": 2}
 
 
 def test_random_words(here: Path) -> None:
@@ -102,9 +112,13 @@ def test_random_words(here: Path) -> None:
 @pytest.mark.parametrize("command", SOUND)
 def test_sound_commands_with_random_options(here: Path, command: str) -> None:
     sound = SOUND[command]
+    if command == "merge":
+        for number in (1, 2):
+            part = ["--shard", f"{number}/2", "--output", f"part{number}.zarr"]
+            assert invoke(["run", "small_network:make", "--data", "images.npz", *part]) == 0
     assert invoke([command, *sound]) == 0
 
-    @settings_for(4)
+    @settings_for(EXAMPLES.get(command, 4))
     @given(st.data())
     def check(data: st.DataObject) -> None:
         changed = list(sound)
