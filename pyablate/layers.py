@@ -107,7 +107,7 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
     Raises
     ------
     TypeError
-        ``model`` is no module, or (in part) TorchScript; see :func:`check_model`.
+        ``model`` is no module, or (in part) TorchScript, where hooks do not reach.
     """
     check_model(model)
     with a_moment(), torch.inference_mode(False):  # whose tensors do not count their changes
