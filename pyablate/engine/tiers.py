@@ -73,10 +73,6 @@ class Changed:
     logits: Tensor
     steps: Tensor | None = None
 
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.logits)
-
     def first(self, count: int) -> Changed:
         """Leave out the pairs from ``count`` on."""
         return Changed(self.logits[:count], None if self.steps is None else self.steps[:, :count])
