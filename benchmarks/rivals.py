@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyablate.hook_loop import hook_loop_seconds
 from pyablate.layers import Site
-from pyablate.reference import NEAR_TIE
+from pyablate.near_tie import near_tie
 from pyablate.result import AblationResult
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
@@ -65,10 +65,7 @@ def plainly(logits: Tensor) -> Tensor:
 
 def clearly(logits: Tensor) -> Tensor:
     """Argmax, or -1 where the top two are a near tie: what is compared."""
-    top = logits.topk(2, dim=-1)
-    margin = top.values[..., 0] - top.values[..., 1]
-    tie = margin <= NEAR_TIE * logits.abs().amax(dim=-1)
-    return torch.where(tie, -1, top.indices[..., 0])
+    return torch.where(near_tie(logits), -1, logits.argmax(dim=-1))
 
 
 def agreement(found: Tensor, result: AblationResult, layer: str, units: Sequence[int]) -> Agreement:

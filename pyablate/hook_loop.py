@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.layers import Site, evaluation
+from pyablate.near_tie import near_tie
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
 
-# A prediction whose top-2 margin is below this share of the logit scale is a near tie: float32
-# may decide it either way. The same figure as in the contract of `ablate`.
-NEAR_TIE = 1e-5
 _BATCH_SIZES = (64, 128, 256, 512)
 _TRIAL_IMAGES = 512
 
@@ -237,9 +235,7 @@ def _compare(
     rows = [row_of[chosen[i][0].label(chosen[i][1])] for i in known]
     ours = np.asarray(result.predictions(rows))
     theirs = torch.stack([logits[i] for i in known]).double()
-    top = theirs.topk(2, dim=-1).values
-    scale = theirs.abs().amax(dim=-1)
-    tie = ((top[..., 0] - top[..., 1]) <= NEAR_TIE * scale).numpy()
+    tie = near_tie(theirs).numpy()
     differs = theirs.argmax(dim=-1).numpy() != ours[:, : theirs.shape[1]]
     return int((~tie).sum()), int(tie.sum()), int((differs & ~tie).sum())
 

@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from pyablate import near_tie
 from pyablate.batches import Batch, Data
 from pyablate.capture import CaptureError, capture
 from pyablate.checkpoint import unpack_statistics
@@ -409,8 +410,7 @@ def _check_independence(model: nn.Module, sample: Tensor) -> None:
 
 def _alike(found: Tensor, expected: Tensor, share: float) -> bool:
     """Whether logits agree but for a share of the largest; NaN do, the clean run names them."""
-    largest = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    return torch.allclose(found, expected, 0.0, share * largest, equal_nan=True)
+    return near_tie.disagreement(found, expected) <= share
 
 
 def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:

@@ -275,7 +275,8 @@ def test_first_class_wins_on_equality_and_near_ties_are_told() -> None:
     np.testing.assert_array_equal(reference.predictions(values), [1, 0, 0])
     np.testing.assert_array_equal(reference.near_ties(values.double()), [True, True, False])
     scaled = torch.tensor([[5.0, 5.0 - 4e-5, -7.0], [5.0, 5.0 - 4e-5, 3.0], [0.0, 0.1, 0.05]])
-    np.testing.assert_array_equal(reference.near_ties(scaled.double()), [True, True, False])
+    # What all classes share, 3 in the second row, is off the scale.
+    np.testing.assert_array_equal(reference.near_ties(scaled.double()), [True, False, False])
     assert not reference.near_ties(torch.ones(4, 1)).any()
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate import near_tie
 from pyablate.batches import Data
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.compression.evaluation import Evaluation, device_of, evaluate, prepared
@@ -147,7 +148,7 @@ class _Points:
         coupling = self.coupling
         smaller, sized, logits = without(coupling, units)
         masked = silenced(coupling.model, coupling.sites, coupling.sample, units)
-        if not (logits - masked).abs().max() <= AGREEMENT * masked.abs().max():
+        if near_tie.disagreement(logits, masked) > AGREEMENT:
             logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
             smaller = Silenced(coupling.model, coupling.sites, units)
         else:

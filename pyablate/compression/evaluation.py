@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate import near_tie
 from pyablate.batches import Batch, Data
-from pyablate.engine.baseline import Rounding, close_calls
+from pyablate.engine.baseline import Rounding, close_calls, outlying
 from pyablate.heap import keep_freed_blocks
 from pyablate.layers import check_model, copied
 from pyablate.result import Floats, Ints
 
-_SAMPLE = 8
-"""Images on which the rounding of the logits is measured."""
+_FIRST, _LATER = 8, 2
+"""Images of the first batch, and of each later one, on which the logits' rounding is measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +121,16 @@ def evaluate(
     keep_freed_blocks()
     exact = exact or copied(model).double()
     size = batch_size or (64 if data.device.type == "cpu" else 256)
-    rounding: Rounding | None = None
+    rounding = Rounding()
     parts: list[tuple[NDArray[Any], ...]] = []
     classes = 0
     with torch.no_grad():
         for batch in data.batches(size):
             logits = model(_laid_out(batch.images))
             _check_logits(logits, batch)
-            if rounding is None:
-                few = batch.images[:_SAMPLE].to(torch.float64, copy=True)
-                rounding = Rounding.measured(logits[:_SAMPLE], exact(few))
+            chosen = outlying(batch.images, _FIRST if not parts else _LATER)
+            few = batch.images[chosen].to(torch.float64, copy=True)
+            rounding |= Rounding.measured(logits[chosen], exact(few))
             classes = logits.shape[1]
             logits = logits.double()
             close = close_calls(logits, rounding.tolerance(logits)).nonzero().squeeze(1)
@@ -195,10 +196,7 @@ def _check_logits(logits: Any, batch: Batch) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model: expected logits [N, classes], got {got}")
-    finite = torch.isfinite(logits).all(dim=1).cpu()
-    if not bool(finite.all()):
-        where = int(batch.index[~finite][0])
-        raise ValueError(f"model: the logits of image {where} are NaN or infinite")
+    near_tie.check(near_tie.usable(logits).cpu(), batch.index)
     if int(batch.labels.max()) >= logits.shape[1]:
         raise ValueError(
             f"data: label {int(batch.labels.max())} is outside the model's {logits.shape[1]} "

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from pyablate import near_tie
 from pyablate.layers import copied
 
 logger = logging.getLogger("pyablate")
@@ -53,8 +54,7 @@ def norms_to_fold(model: nn.Module, sample: Tensor) -> list[tuple[str, str]]:
     fold_norms(folded, pairs)
     with torch.no_grad():
         logits, same = model(sample.clone()), folded(sample.clone())
-    near = (same - logits).abs().max() <= _AGREEMENT * logits.abs().max()
-    return pairs if bool(near) else []
+    return pairs if near_tie.disagreement(same, logits) <= _AGREEMENT else []
 
 
 def fold_norms(model: nn.Module, pairs: list[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyablate import near_tie
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.ranking import Ranking
 from pyablate.layers import Site, evaluation, hooked
@@ -112,7 +113,7 @@ def remove(
     masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
     before = size(coupling.model, coupling.sample)
     smaller, after, logits = without(coupling, gone)
-    difference = float((logits - masked).abs().max() / masked.abs().max().clamp(min=1e-30))
+    difference = near_tie.disagreement(logits, masked)
     if not difference <= AGREEMENT:
         logger.warning(
             "remove: the smaller network differs from the masked one by %.2g of the largest logit: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate import near_tie
 from pyablate.batches import Batch
 from pyablate.engine.delta import Clean
 from pyablate.engine.exact import Exact
@@ -16,7 +17,10 @@ from pyablate.graph import CONVOLUTIONS, Graph
 from pyablate.transfer import sent
 
 MARGIN = 3e-5
-"""Share of an image's largest logit that float32 rounding may reach, with much to spare."""
+"""Share of the spread of an image's logits that float32 rounding may reach, with much to spare."""
+
+ULPS = 4
+"""Units in the last place by which the competing logits are doubted at least."""
 
 CACHED = 4 << 20
 """Bytes of the widest tensor up to which the clean run takes images together."""
@@ -32,13 +36,13 @@ class Rounding:
     Attributes
     ----------
     share : float
-        Of an image's largest logit.
+        Of the largest magnitude among an image's logits that compete.
     least : float
         In logits. An image whose logits all but cancel is rounded no better than others.
     """
 
-    share: float
-    least: float
+    share: float = 0.0
+    least: float = 0.0
 
     @classmethod
     def measured(cls, logits: Tensor, exact: Tensor) -> Rounding:
@@ -47,13 +51,49 @@ class Rounding:
         Where logits come about by cancellation, float32 can be far worse than usual.
         """
         # What is not finite the clean run will name.
-        error = (logits.to(exact.dtype) - exact).abs().amax(dim=1).nan_to_num(0.0, 0.0)
-        share = float((error / exact.abs().amax(dim=1).clamp(min=1e-300)).max())
-        return cls(max(MARGIN, SAFETY * share), SAFETY * float(error.max()))
+        error = near_tie.difference(logits, exact).nan_to_num(0.0, 0.0, 0.0)
+        share = float((error / near_tie.largest(exact).clamp(min=1e-300)).max())
+        return cls(SAFETY * share, SAFETY * float(error.max()))
+
+    def __or__(self, other: Rounding) -> Rounding:
+        """Doubt what either of two does."""
+        return Rounding(max(self.share, other.share), max(self.least, other.least))
 
     def tolerance(self, logits: Tensor) -> Tensor:
         """Top-2 margins up to which these logits ``[N, K]`` decide nothing, ``[N]``."""
-        return (self.share * logits.abs().amax(dim=1)).clamp(min=self.least)
+        share = max(self.share, ULPS * torch.finfo(logits.dtype).eps)
+        by_size = share * near_tie.largest(logits)
+        return torch.maximum(by_size, MARGIN * near_tie.spread(logits)).clamp(min=self.least)
+
+
+def outlying(images: Tensor, count: int) -> Tensor:
+    """Choose ``count`` of some images: the most unusual in offset, contrast and size, and others.
+
+    What rounds worst is often a regime of its own: images of low contrast, which a normalisation
+    blows up, or far from zero. An even choice would miss a few such images among many.
+
+    Parameters
+    ----------
+    images : Tensor
+        ``[N, ...]``.
+    count : int
+        At most.
+
+    Returns
+    -------
+    Tensor
+        int64, ascending, on the CPU: positions, the same each time.
+    """
+    if len(images) <= count:
+        return torch.arange(len(images))
+    flat = images.flatten(1)
+    deviation = flat.std(dim=1, correction=0)
+    offset = flat.mean(dim=1).abs() / deviation.clamp(min=torch.finfo(flat.dtype).tiny)
+    unusual = [offset.argmax(), deviation.argmin(), flat.abs().amax(dim=1).argmax()]
+    draw = torch.Generator().manual_seed(len(images))
+    others = torch.randperm(len(images), generator=draw)[:count]
+    chosen = dict.fromkeys(torch.stack(unusual).tolist()[:count] + others.tolist())
+    return torch.tensor(sorted(list(chosen)[:count]))
 
 
 def measure_rounding(model: nn.Module, exact: Replay, batch: Batch) -> Rounding:
@@ -117,19 +157,15 @@ def _clean(
     batch: Batch,
     rounding: Rounding,
 ) -> Clean:
-    finite = torch.isfinite(logits).all(dim=1)
     tolerance = rounding.tolerance(logits)
-    finite, close = torch.stack([finite, close_calls(logits, tolerance)]).cpu()
-    if not bool(finite.all()):
-        where = int(batch.index[~finite][0])
-        raise ValueError(f"model: the logits of image {where} are NaN or infinite")
+    good, close = torch.stack([near_tie.usable(logits), close_calls(logits, tolerance)]).cpu()
+    near_tie.check(good, batch.index)
     return Clean(tensors, logits, _predict(logits, close, exact, batch), tolerance)
 
 
 def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:
     """Bool ``[N]``: rows whose top-2 margin is within ``tolerance``."""
-    top = logits.topk(2, dim=1).values
-    return top[:, 0] - top[:, 1] <= tolerance
+    return near_tie.margin(logits) <= tolerance
 
 
 def _predict(logits: Tensor, close: Tensor, exact: Exact | Replay, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyablate import near_tie
 from pyablate.batches import Batch
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, Sweep, needed
@@ -30,7 +31,7 @@ IMAGES = 32
 """Images whose float64 tensors are held at a time, fewer where these are large."""
 
 AGREE = 1e-9
-"""Share of the largest logit by which the graph may differ from the model in float64."""
+"""Share of the largest competing logit by which the graph may differ from the model in float64."""
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class Exact:
             found = [self._few(few, job, row, position) for few, position in parts]
         rows = torch.cat([where for where, _ in found])
         logits = torch.cat([logits for _, logits in found]).cpu()[rows.argsort()]
-        lost = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1)
+        lost = (~near_tie.usable(logits)).nonzero().squeeze(1)
         if len(lost):  # what is infinite inside the intact network has no difference
             logits[lost] = self.replay.logits(batch, job, row[lost], image[lost])
         return logits
@@ -131,5 +132,5 @@ def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:
     except RuntimeError as error:  # an operator with a dtype of its own
         logger.debug("the graph does not run in float64: %s", error)
         return replay
-    close = (logits - expected).abs().amax() <= AGREE * expected.abs().amax()
-    return found if logits.dtype == torch.float64 and bool(close) else replay
+    close = near_tie.disagreement(logits, expected) <= AGREE
+    return found if logits.dtype == torch.float64 and close else replay

@@ -14,18 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyablate import near_tie
 from pyablate.batches import Batch, Data
 from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
 from pyablate.layers import Site, hooked
 from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
-
-TIE = 1e-9
-"""Logits closer than this share of the largest are equal in float64; the lowest class wins."""
-
-NEAR_TIE = 1e-5
-"""A float64 pass whose top-2 margin is below this share of its largest logit decides nothing."""
 
 ROWS = 64
 
@@ -127,12 +122,10 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def decision(logits: Tensor) -> Decision:
-    """Take the best class of each row; of equal ones the first."""
-    top = logits.topk(2, dim=1).values
-    scale = logits.abs().amax(dim=1)
-    level = (top[:, 0] - TIE * scale).unsqueeze(1)
-    prediction = (logits >= level).int().argmax(dim=1).to(torch.int32)
-    return Decision(prediction, top[:, 0] - top[:, 1] < NEAR_TIE * scale)
+    """Take the best class of each row; of those that are equal but for rounding the first."""
+    level = logits.amax(dim=1) - near_tie.ROUNDING * near_tie.magnitude(logits)
+    prediction = (logits >= level.unsqueeze(1)).int().argmax(dim=1).to(torch.int32)
+    return Decision(prediction, near_tie.near_tie(logits))
 
 
 def in_double(model: nn.Module, images: Tensor) -> tuple[nn.Module, torch.dtype]:

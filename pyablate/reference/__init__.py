@@ -1,6 +1,7 @@
 """Plain PyTorch versions: the oracle of everything, and what runs without the extension."""
 
+from pyablate.near_tie import NEAR_TIE
 from pyablate.reference.agreement import Agreement, compare
-from pyablate.reference.loop import NEAR_TIE, ablate, logits, near_ties, predictions
+from pyablate.reference.loop import ablate, logits, near_ties, predictions
 
 __all__ = ["NEAR_TIE", "Agreement", "ablate", "compare", "logits", "near_ties", "predictions"]

@@ -26,7 +26,7 @@ class Agreement:
     pairs : int
         (row, image) pairs compared, the intact network's included.
     near_ties : int
-        Of these, pairs where the oracle's top-2 margin is under 1e-5 of its largest logit.
+        Of these, pairs where the oracle's prediction is a near tie: see :mod:`pyablate.near_tie`.
     mismatches : int
         Pairs that are no near tie and whose predictions differ.
     examples : tuple of str

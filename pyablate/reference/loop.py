@@ -23,13 +23,11 @@ from pyablate.batches import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.layers import Site, check_model, copied, sites
 from pyablate.measures import MEASURES, Measure
+from pyablate.near_tie import near_tie
 from pyablate.progress import Report, reporting
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult, Flips
 from pyablate.turns import a_moment
-
-NEAR_TIE = 1e-5
-"""Top-2 margin, as a share of the largest absolute logit, under which a prediction is a tie."""
 
 Change = Callable[[int, Tensor], Tensor | None]
 """Called with the number of a module's call (from 1) and its output; may return another output."""
@@ -166,13 +164,10 @@ def predictions(values: Tensor) -> np.ndarray:
 def near_ties(values: Tensor) -> np.ndarray:
     """Whether a prediction is too close to call in lower precision: ``[N, K]`` to bool ``[N]``.
 
-    True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the largest
-    absolute logit.
+    True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the scale of
+    the logits that compete; see :func:`pyablate.near_tie.competing_scale`.
     """
-    if values.shape[1] < 2:
-        return np.zeros(len(values), dtype=bool)
-    top = values.topk(2, dim=1).values
-    return (top[:, 0] - top[:, 1] < NEAR_TIE * values.abs().amax(dim=1)).numpy()
+    return np.asarray(near_tie(values).numpy())
 
 
 @dataclass(frozen=True)
