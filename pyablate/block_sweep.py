@@ -19,8 +19,10 @@ from pyablate.checkpoint import pack_ladder
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
+from pyablate.engine.exact import Exact
 from pyablate.engine.measures import Measured, Record
 from pyablate.engine.replay import Replay, decision
+from pyablate.engine.rounding import Rounding
 from pyablate.engine.tiers import Ladder
 from pyablate.measures import Accuracy, Measure
 from pyablate.prepare import Setup
@@ -28,6 +30,9 @@ from pyablate.result import Audit, Effort, Flips
 from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
+
+EXACT_IMAGES = 32
+"""Images of which all pairs are decided in float64 at a time."""
 
 
 @dataclass(eq=False)
@@ -52,6 +57,7 @@ class BlockSweep:
         self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
         self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
         self.keep = needed(self.suffixes.values())
+        self.rounding = Rounding()
 
     def block(
         self,
@@ -167,13 +173,20 @@ class BlockSweep:
                     setup.model,
                     setup.exact,
                     batch,
-                    rounding=setup.rounding,
+                    rounding=self.rounding,
                     at_a_time=setup.at_a_time,
+                    trusted=not setup.doubtful.clean,
                 )
             else:
                 clean = baseline.run_graph(
-                    setup.graph, self.keep, setup.exact, batch, rounding=setup.rounding
+                    setup.graph,
+                    self.keep,
+                    setup.exact,
+                    batch,
+                    rounding=self.rounding,
+                    trusted=not setup.doubtful.clean,
                 )
+            self.rounding = clean.rounding
         except shortage.ERRORS as error:
             if len(batch) == 1 or not shortage.is_shortage(error):
                 raise
@@ -193,16 +206,18 @@ class BlockSweep:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         setup = self.setup
         record = None if measured is None else measured.record
+        if self._irregular(job, clean) or job in setup.doubtful.jobs:
+            yield from _decided_exactly(setup, job, batch, clean, record)
+            return
         if job not in self.suffixes:
-            yield from _replayed(setup, job, batch, clean, record)
+            yield from _replayed(setup, job, batch, clean, self.rounding, record)
             return
         suffix, ladder = self.suffixes[job], self.ladders[job]
         standins = stand_ins(
             setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
         )
         truth = None
-        # Deltas no larger than activations are rounded no worse than these in the clean run.
-        if setup.intervention.beyond_data and ladder.full != torch.float64:
+        if ladder.full != torch.float64:
             truth = functools.partial(setup.exact.logits, batch, job)
         with torch.no_grad():
             yield from suffix.predict(
@@ -213,6 +228,16 @@ class BlockSweep:
                 record=record,
                 truth=truth,
             )
+
+    def _irregular(self, job: Job, clean: Clean) -> bool:
+        """Whether a job reads something of the clean run that has no difference; so from now on."""
+        exact = self.setup.exact
+        if not isinstance(exact, Exact):
+            return bool(clean.irregular)
+        if job not in exact.recomputed and clean.irregular & self.suffixes[job].reads:
+            logger.info("%s: something inside is not finite: values instead of deltas", job.name)
+            exact.recomputed.add(job)
+        return job in exact.recomputed
 
     def _changed(
         self,
@@ -300,8 +325,28 @@ def _name(tier: torch.dtype) -> str:
     return str(tier).removeprefix("torch.")
 
 
-def _replayed(
+def _decided_exactly(
     setup: Setup, job: Job, batch: Batch, clean: Clean, record: Record | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every pair of a job in float64, some images at a time."""
+    image = torch.arange(len(batch)).repeat_interleave(len(job.members))
+    row = torch.arange(len(job.members)).repeat(len(batch))
+    size = EXACT_IMAGES * len(job.members)
+    for rows, images in zip(row.split(size), image.split(size), strict=True):
+        logits = setup.exact.logits(batch, job, rows, images)
+        if record is not None:
+            there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))
+            record(there, where, exact - clean.logits[where])
+        yield rows, images, decision(logits).prediction
+
+
+def _replayed(
+    setup: Setup,
+    job: Job,
+    batch: Batch,
+    clean: Clean,
+    rounding: Rounding,
+    record: Record | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of a job by plain replay; close calls are left open."""
     fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
@@ -311,7 +356,7 @@ def _replayed(
     row = torch.arange(len(job.members)).repeat(len(batch))
     for rows, images in zip(row.split(size), image.split(size), strict=True):
         logits = own.logits(batch, job, rows, images)
-        close = baseline.close_calls(logits, setup.rounding.tolerance(logits))
+        close = baseline.close_calls(logits, rounding.tolerance(logits))
         prediction = decision(logits).prediction
         if record is not None:
             there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))

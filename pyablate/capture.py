@@ -126,6 +126,7 @@ def _read(program: torch.export.ExportedProgram) -> Graph:
         graph=program.graph,
         images=inputs[0],
         logits=outputs[0],
+        output=outputs[0],
         constants=constants,
         symbol=size.node.expr,
         markers=[node for node in program.graph.nodes if node.target is MARKER],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -35,6 +35,8 @@ MARKER = torch.ops.pyablate.site.default
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 LINEAR_MAPS = CONVOLUTIONS | {aten.linear.default}
+SOFTMAXES: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
+LOG_SOFTMAXES: frozenset[Any] = frozenset({aten.log_softmax.int, aten._log_softmax.default})
 PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
 
 
@@ -68,7 +70,9 @@ class Graph:
     graph : fx.Graph
         ATen operators; one placeholder is the images, the others are constants.
     images, logits : fx.Node
-        Input and output.
+        Input, and what predictions are taken from.
+    output : fx.Node
+        What the model returns: the logits, or a softmax of them.
     constants : dict
         Values of the other placeholders.
     unrounded : dict
@@ -82,6 +86,7 @@ class Graph:
     graph: fx.Graph
     images: fx.Node
     logits: fx.Node
+    output: fx.Node
     constants: dict[fx.Node, Tensor]
     symbol: Any
     unrounded: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -210,13 +215,34 @@ class Graph:
         return _join(layout, parts)
 
     def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
-        """Nodes whose value can change when the values of ``starts`` do, in order."""
+        """Nodes on the way to the logits whose values change with those of ``starts``, in order."""
         changed = set(starts)
+        reaching = self._reaching
         for node in self.graph.nodes:
             touched = any(source in changed for source in node.all_input_nodes)
             if node.op == "call_function" and touched and self.size(node, 1) is None:
                 changed.add(node)
-        return [node for node in self.graph.nodes if node in changed]
+        return [node for node in self.graph.nodes if node in changed and node in reaching]
+
+    @property
+    def _reaching(self) -> set[fx.Node]:
+        """Nodes that the logits follow from."""
+        found = {self.logits}
+        for node in reversed(self.graph.nodes):
+            if node in found:
+                found.update(node.all_input_nodes)
+        return found
+
+    def before_softmax(self) -> Graph:
+        """Return the same network, deciding by what goes into a softmax at its end.
+
+        The largest is the same, and a softmax of large numbers is 1 or 0 but for nothing.
+        """
+        node = self.logits
+        final = SOFTMAXES | LOG_SOFTMAXES
+        while node.target in final and cast(int, node.args[1]) % 2 == 1:
+            node = node.all_input_nodes[0]
+        return replace(self, logits=node, _linear=self._linear)
 
 
 P = ParamSpec("P")

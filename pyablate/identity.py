@@ -197,7 +197,7 @@ def _operations(graph: Graph) -> str:
             continue
         args, options = map_arg((node.args, node.kwargs), hashes.__getitem__)
         hashes[node] = _text(f"{node.op} {node.target} {args} {options}")
-    return hashes[graph.logits]
+    return hashes[graph.output]
 
 
 def _source(kind: type) -> str:

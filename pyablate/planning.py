@@ -16,6 +16,7 @@ from pyablate.engine import baseline, weighted
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.channel import SAME, Channel
 from pyablate.engine.delta import Suffix, Sweep, needed
+from pyablate.engine.rounding import Rounding
 from pyablate.engine.tiers import carried
 from pyablate.graph import CONVOLUTIONS, Graph
 from pyablate.interventions import Intervention, parse
@@ -212,7 +213,7 @@ def _clean_seconds(setup: Setup, peaks: Peaks) -> float:
 
     def seconds(batch: Batch) -> float:
         begin = time.perf_counter()
-        baseline.run_graph(graph, keep, setup.exact, batch, rounding=setup.rounding)
+        baseline.run_graph(graph, keep, setup.exact, batch, rounding=Rounding())
         return time.perf_counter() - begin
 
     for size in _SAMPLE, _MORE:
@@ -296,7 +297,7 @@ def _costs(setup: Setup) -> list[_Cost]:
         return [_Cost(job, "replay", 1.0, floating=per_pair) for job in setup.jobs]
     suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
     clean = baseline.run_graph(
-        setup.graph, needed(suffixes), setup.exact, batch, rounding=setup.rounding
+        setup.graph, needed(suffixes), setup.exact, batch, rounding=Rounding()
     )
     costs = []
     tier = (*setup.low, setup.data.dtype)[0]

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyablate import near_tie
 from pyablate.batches import Batch, Data
 from pyablate.capture import CaptureError, capture
 from pyablate.checkpoint import unpack_statistics
-from pyablate.engine import baseline, eight_bit
+from pyablate.engine import eight_bit
 from pyablate.engine.ablations import Job, Key, Statistics, calibrate
 from pyablate.engine.delta import Suffix, needed
+from pyablate.engine.discontinuous import jumps, observed_jump, steep
 from pyablate.engine.exact import Exact, exact
 from pyablate.engine.replay import ROWS, Replay, forward, in_double
 from pyablate.graph import Graph
@@ -96,7 +97,7 @@ class Setup:
     statistics: Mapping[Key, Statistics]
     exact: Exact | Replay
     replay: Replay
-    rounding: baseline.Rounding
+    doubtful: Doubtful
     low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
@@ -113,6 +114,22 @@ class Setup:
     def rows(self) -> int:
         """Number of ablations."""
         return sum(len(job.rows) for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """What no precision below float64 may decide, since errors on a sample say nothing about it.
+
+    Attributes
+    ----------
+    jobs : frozenset of Job
+        Behind their sites the network jumps, or rises as steeply as if it did.
+    clean : bool
+        The intact network does so anywhere.
+    """
+
+    jobs: frozenset[Job] = frozenset()
+    clean: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +205,7 @@ def prepare(
     memory: int | None,
     strategy: str,
     precision: str,
+    measures: Sequence[str] = (),
     measured: Mapping[str, np.ndarray] | None = None,
     ranks: Ranks | None = None,
 ) -> Setup:
@@ -224,6 +242,9 @@ def prepare(
             ranks=ranks or Ranks(),
         )
     replay = Replay(double, decisive, data, statistics, min(ROWS, at_a_time))
+    decided = exact(graph, replay, ready.batch)
+    if graph is not None and isinstance(decided, Exact) and not measures:
+        graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
     return Setup(
         model=work,
         graph=graph,
@@ -233,14 +254,41 @@ def prepare(
         class_names=ready.class_names,
         intervention=intervention,
         statistics=statistics,
-        exact=exact(graph, replay, ready.batch),
+        exact=decided,
         replay=replay,
-        rounding=baseline.measure_rounding(work, replay, ready.batch),
+        doubtful=_find_doubtful(work, graph, jobs, decided, sample),
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=budget,
         at_a_time=at_a_time,
     )
+
+
+def _find_doubtful(
+    model: nn.Module,
+    graph: Graph | None,
+    jobs: Sequence[Job],
+    decided: Exact | Replay,
+    sample: Tensor,
+) -> Doubtful:
+    """Find what only float64 may decide, and what of that has no differences."""
+    if graph is None:
+        jump = observed_jump(model, _two(sample))
+        if jump is not None:
+            logger.info("replay decides in float64, since %s jumps", jump)
+        return Doubtful(frozenset(jobs if jump else ()), clean=jump is not None)
+    abrupt = set(steep(graph, sample))
+    found: dict[Job, fx.Node] = {}
+    for job in jobs:
+        nodes = Suffix.of(graph, job).nodes
+        jumping = jumps(nodes)
+        if jumping and isinstance(decided, Exact):
+            decided.recomputed.add(job)
+        for node in [*jumping, *(node for node in nodes if node in abrupt)][:1]:
+            found[job] = node
+    for job, node in found.items():
+        logger.info("%s: decided in float64, since %s jumps or is steep", job.name, node.target)
+    return Doubtful(frozenset(found), clean=bool(abrupt or jumps(graph.after([graph.images]))))
 
 
 def plan_jobs(

@@ -162,6 +162,7 @@ def ablate(
             memory=memory,
             strategy=strategy,
             precision=precision,
+            measures=recorded,
             measured=read_statistics(place) if place is not None and goes_on else None,
             ranks=ranks,
         )

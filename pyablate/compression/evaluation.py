@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from pyablate import near_tie
 from pyablate.batches import Batch, Data
-from pyablate.engine.baseline import Rounding, close_calls, outlying
+from pyablate.engine.baseline import close_calls
+from pyablate.engine.rounding import Rounding, outlying
 from pyablate.heap import keep_freed_blocks
 from pyablate.layers import check_model, copied
 from pyablate.result import Floats, Ints

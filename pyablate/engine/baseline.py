@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,97 +11,19 @@ from torch import Tensor, fx, nn
 from pyablate import near_tie
 from pyablate.batches import Batch
 from pyablate.engine.delta import Clean
+from pyablate.engine.discontinuous import users
 from pyablate.engine.exact import Exact
 from pyablate.engine.replay import Replay, forward
-from pyablate.graph import CONVOLUTIONS, Graph
+from pyablate.engine.rounding import Rounding, outlying
+from pyablate.graph import CONVOLUTIONS, SOFTMAXES, Graph
 from pyablate.transfer import sent
 
-MARGIN = 3e-5
-"""Share of the spread of an image's logits that float32 rounding may reach, with much to spare."""
-
-ULPS = 4
-"""Units in the last place by which the competing logits are doubted at least."""
+FIRST, LATER = 8, 4
+"""Images of the first batch, and of each later one, that are watched: their logits are computed in
+float64 as well."""
 
 CACHED = 4 << 20
 """Bytes of the widest tensor up to which the clean run takes images together."""
-
-SAFETY = 8.0
-"""How many times the largest rounding error seen is doubted."""
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How far the logits of the clean run are not trusted.
-
-    Attributes
-    ----------
-    share : float
-        Of the largest magnitude among an image's logits that compete.
-    least : float
-        In logits. An image whose logits all but cancel is rounded no better than others.
-    """
-
-    share: float = 0.0
-    least: float = 0.0
-
-    @classmethod
-    def measured(cls, logits: Tensor, exact: Tensor) -> Rounding:
-        """Measure on a few images, ``[N, K]``; ``exact`` are the logits in float64.
-
-        Where logits come about by cancellation, float32 can be far worse than usual.
-        """
-        # What is not finite the clean run will name.
-        error = near_tie.difference(logits, exact).nan_to_num(0.0, 0.0, 0.0)
-        share = float((error / near_tie.largest(exact).clamp(min=1e-300)).max())
-        return cls(SAFETY * share, SAFETY * float(error.max()))
-
-    def __or__(self, other: Rounding) -> Rounding:
-        """Doubt what either of two does."""
-        return Rounding(max(self.share, other.share), max(self.least, other.least))
-
-    def tolerance(self, logits: Tensor) -> Tensor:
-        """Top-2 margins up to which these logits ``[N, K]`` decide nothing, ``[N]``."""
-        share = max(self.share, ULPS * torch.finfo(logits.dtype).eps)
-        by_size = share * near_tie.largest(logits)
-        return torch.maximum(by_size, MARGIN * near_tie.spread(logits)).clamp(min=self.least)
-
-
-def outlying(images: Tensor, count: int) -> Tensor:
-    """Choose ``count`` of some images: the most unusual in offset, contrast and size, and others.
-
-    What rounds worst is often a regime of its own: images of low contrast, which a normalisation
-    blows up, or far from zero. An even choice would miss a few such images among many.
-
-    Parameters
-    ----------
-    images : Tensor
-        ``[N, ...]``.
-    count : int
-        At most.
-
-    Returns
-    -------
-    Tensor
-        int64, ascending, on the CPU: positions, the same each time.
-    """
-    if len(images) <= count:
-        return torch.arange(len(images))
-    flat = images.flatten(1)
-    deviation = flat.std(dim=1, correction=0)
-    offset = flat.mean(dim=1).abs() / deviation.clamp(min=torch.finfo(flat.dtype).tiny)
-    unusual = [offset.argmax(), deviation.argmin(), flat.abs().amax(dim=1).argmax()]
-    draw = torch.Generator().manual_seed(len(images))
-    others = torch.randperm(len(images), generator=draw)[:count]
-    chosen = dict.fromkeys(torch.stack(unusual).tolist()[:count] + others.tolist())
-    return torch.tensor(sorted(list(chosen)[:count]))
-
-
-def measure_rounding(model: nn.Module, exact: Replay, batch: Batch) -> Rounding:
-    """Measure how far this network's own precision is not to be trusted."""
-    every = torch.arange(len(batch))
-    with torch.no_grad():
-        logits = forward(model, batch.images).cpu()
-    return Rounding.measured(logits, exact.logits(batch, None, every, every))
 
 
 def run_graph(
@@ -111,6 +33,7 @@ def run_graph(
     batch: Batch,
     *,
     rounding: Rounding,
+    trusted: bool = True,
 ) -> Clean:
     """Run a captured network and keep what the suffixes read."""
     images = batch.images
@@ -126,7 +49,7 @@ def run_graph(
             tensors = {node: graph.join(node, [p.pop(node) for p in parts]) for node in wanted}
         else:
             tensors = graph.run(images, wanted)
-    return _clean(tensors, tensors[graph.logits], exact, batch, rounding)
+    return _clean(tensors, tensors[graph.logits], exact, batch, rounding, trusted=trusted)
 
 
 def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -> int:
@@ -142,25 +65,69 @@ def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -
 
 
 def run_model(
-    model: nn.Module, exact: Exact | Replay, batch: Batch, *, rounding: Rounding, at_a_time: int
+    model: nn.Module,
+    exact: Exact | Replay,
+    batch: Batch,
+    *,
+    rounding: Rounding,
+    at_a_time: int,
+    trusted: bool = True,
 ) -> Clean:
     """Run a network that was not captured, on a few images at a time."""
     with torch.no_grad():
         logits = torch.cat([forward(model, some) for some in batch.images.split(at_a_time)])
-        return _clean({}, logits, exact, batch, rounding)
+        return _clean({}, logits, exact, batch, rounding, trusted=trusted)
 
 
 def _clean(
-    tensors: dict[fx.Node, Tensor],
+    tensors: dict[fx.Node, Any],
     logits: Tensor,
     exact: Exact | Replay,
     batch: Batch,
     rounding: Rounding,
+    *,
+    trusted: bool,
 ) -> Clean:
+    """Decide what the clean run predicts; ``trusted`` is whether its precision may decide any."""
+    watched = outlying(batch.images, LATER if rounding.known else FIRST)
+    if logits.dtype != torch.float64:
+        truth = exact.watch(batch, watched, tensors)
+        there = sent(watched, logits.device)
+        rounding |= Rounding.measured(logits[there].cpu(), truth)
     tolerance = rounding.tolerance(logits)
     good, close = torch.stack([near_tie.usable(logits), close_calls(logits, tolerance)]).cpu()
     near_tie.check(good, batch.index)
-    return Clean(tensors, logits, _predict(logits, close, exact, batch), tolerance)
+    irregular = _irregular(tensors)
+    if irregular or not trusted:
+        close.fill_(True)
+    prediction = _predict(logits, close, exact, batch)
+    return Clean(tensors, logits, prediction, tolerance, rounding, watched, irregular)
+
+
+def _irregular(tensors: Mapping[fx.Node, Any]) -> frozenset[fx.Node]:
+    """Nodes that hold NaN or infinity; minus infinity in front of a softmax is no trouble.
+
+    There it stands for what is masked, before and after.
+    """
+    parts = [
+        (node, part)
+        for node, value in tensors.items()
+        for part in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(part, Tensor) and part.is_floating_point() and part.numel()
+    ]
+    if not parts:
+        return frozenset()
+    # What is not finite makes a sum that is not; so may an overflow, which is looked at again.
+    sums = torch.stack([part.sum().float() for _, part in parts]).cpu()
+    suspects = [parts[i] for i in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist()]
+    return frozenset(node for node, part in suspects if _spoils(node, part))
+
+
+def _spoils(node: fx.Node, value: Tensor) -> bool:
+    if torch.isfinite(value).all():
+        return False
+    masked = all(user.target in SOFTMAXES for user in users(node))
+    return not masked or bool((value.isnan() | (value == torch.inf)).any())
 
 
 def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:

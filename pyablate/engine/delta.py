@@ -7,7 +7,7 @@ all on that image, spelt out by the first operator that mixes channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,9 +25,9 @@ from pyablate.engine.cuda_graph import Repeated
 from pyablate.engine.measures import Record
 from pyablate.engine.pending import Pending
 from pyablate.engine.replaced import Replaced
+from pyablate.engine.rounding import Rounding
 from pyablate.engine.tiers import FULL, Changed, Ladder, Truth, carried
 from pyablate.graph import MARKER, BatchLayout, Graph, operands
-from pyablate.layers import Site
 
 aten = torch.ops.aten
 
@@ -46,12 +46,21 @@ class Clean:
         int32 ``[N]``, exact.
     tolerance : Tensor
         ``[N]``: top-2 margins up to this are not trusted.
+    rounding : Rounding
+        What the tolerance rests on.
+    watched : Tensor
+        int64, on the CPU: positions of the images on which errors are measured first.
+    irregular : frozenset of fx.Node
+        Nodes whose tensors hold NaN or infinity, of which there are no differences.
     """
 
     tensors: Mapping[fx.Node, Any]
     logits: Tensor
     prediction: Tensor
     tolerance: Tensor
+    rounding: Rounding = field(default_factory=Rounding)
+    watched: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    irregular: frozenset[fx.Node] = frozenset()
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -140,7 +149,13 @@ class Suffix:
             recorder = cuda_graph.recorder(clean.logits.device)
             change = sweep.change if recorder is None else Repeated(sweep.change, recorder)
             size = self.pairs_in(slice_bytes)
-            yield row, image, ladder.settle(change, row, image, clean, size, record, truth)
+            yield (
+                row,
+                image,
+                ladder.settle(
+                    change, row, image, clean, size, record, truth, watched=clean.watched
+                ),
+            )
 
     def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
         """As many pairs as let the widest tensor fit, by precision."""
@@ -337,10 +352,51 @@ class Sweep:
         change = _Slice(self, row, image, dtype).change()
         return change if change is None else change.first(pairs)
 
+    def recompute(self, row: Tensor, image: Tensor) -> Tensor:
+        """Logits ``[P, K]`` of some pairs, all values computed anew behind the site.
+
+        Every operator sees the perturbed tensors themselves, in the precision of the clean run, so
+        that what is equal, infinite or NaN in a plain forward pass is so here.
+        """
+        values: dict[fx.Node, Any] = {}
+
+        def value(node: fx.Node) -> Any:
+            if node not in values:
+                return self.graph.pick(node, self.clean.tensors[node], image)
+            return values[node]
+
+        for node, sources, last in self._steps_of(self.suffix.nodes):
+            if self.ablates(node):
+                reached = sources[0] in values  # by the ablation at an earlier site
+                before = value(sources[0] if reached else node)
+                values[node] = self.ablated(node, before, row, image)
+            else:
+                values[node] = self.graph.evaluate(node, value, len(row))
+            for source in last:
+                values.pop(source, None)
+        logits: Tensor = values[self.graph.logits]
+        return logits
+
+    def ablated(self, marker: fx.Node, values: Tensor, row: Tensor, image: Tensor) -> Tensor:
+        """Replace the units of some pairs in a site's tensor ``[P, ...]``."""
+        job = self.suffix.job
+        site = next(site for site in job.sites if site.name == marker.args[1])
+        call = marker.args[2]
+        assert isinstance(call, int)
+
+        def standin(pair: Tensor, unit: Tensor) -> Tensor:
+            return self.standins.values(site, call, image[pair], unit)
+
+        return job.change(site, values, row, standin)
+
     @cached_property
     def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
         """Nodes of the dense part, what each of them reads, and what is then of no more use."""
-        nodes = self.deferred if self.suffix.job.channelwise else self.suffix.nodes
+        return self._steps_of(self.deferred if self.suffix.job.channelwise else self.suffix.nodes)
+
+    def _steps_of(
+        self, nodes: Sequence[fx.Node]
+    ) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
         steps = []
         later = {self.graph.logits}
         for node in reversed(nodes):
@@ -380,7 +436,7 @@ class _Slice:
         """Logit changes; None if the pairs cannot change them."""
         for node, sources, last in self.sweep.steps:
             if self.sweep.ablates(node):
-                self._deltas[node] = self._ablate(self._sites[str(node.args[1])], node)
+                self._deltas[node] = self._ablate(node)
             elif any(self.raw(source) is not None for source in sources):
                 self._deltas[node] = rules.advance(self, node)
             for source in last:
@@ -430,22 +486,12 @@ class _Slice:
         """(pair, column) of every unit that the pairs' groups consist of."""
         return self.sweep.suffix.job.on(self.column.device).columns.of(self.column)
 
-    @cached_property
-    def _sites(self) -> dict[str, Site]:
-        return {site.name: site for site in self.sweep.suffix.job.sites}
-
-    def _ablate(self, site: Site, marker: fx.Node) -> Any:
+    def _ablate(self, marker: fx.Node) -> Any:
         """Replace the units in the perturbed tensor, whatever has already changed in it."""
         base = self.rows(marker)
         incoming = self.delta(marker.all_input_nodes[0])
-        call = marker.args[2]
-        assert isinstance(call, int)
-
-        def standin(pair: Tensor, unit: Tensor) -> Tensor:
-            return self.sweep.standins.values(site, call, self.image_long[pair], unit)
-
         values = base if incoming is None else base + incoming
-        return self.sweep.suffix.job.change(site, values, self.column, standin) - base
+        return self.sweep.ablated(marker, values, self.column, self.image_long) - base
 
 
 def usual(pairs: int, *, up: bool = False) -> int:

@@ -7,11 +7,13 @@ nearly every unit. One float64 pass over such an image serves all of its pairs.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyablate import near_tie
 from pyablate.batches import Batch
@@ -44,10 +46,40 @@ class Exact:
         With constants in float64.
     replay : Replay
         The model itself in float64, for donors and statistics.
+    recomputed : set of Job
+        Jobs of which the perturbed values are computed instead of differences: behind them equal
+        numbers are compared, which base + (after - before) does not keep equal, or something is
+        NaN or infinite, which has no difference.
     """
 
     graph: Graph
     replay: Replay
+    recomputed: set[Job] = field(default_factory=set)
+    _watched: tuple[Tensor, dict[fx.Node, Any]] | None = None
+
+    def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
+        """Hold the clean run of a few images of a batch, which all jobs are going to read.
+
+        Parameters
+        ----------
+        batch : Batch
+            Where the images are.
+        image : Tensor
+            int64, ascending, on the CPU: their positions.
+        keep : iterable of fx.Node
+            What the jobs read.
+
+        Returns
+        -------
+        Tensor
+            Their logits, float64 on the CPU.
+        """
+        few = batch.take(image).to(torch.float64)
+        with torch.no_grad():
+            tensors = self.graph.run(few.images, {self.graph.logits, *keep})
+        self._watched = few.index, tensors
+        logits: Tensor = tensors[self.graph.logits]
+        return logits.cpu()
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair; see :meth:`pyablate.engine.replay.Replay.decide`."""
@@ -79,7 +111,7 @@ class Exact:
         rows, images = sent(row, few.device), sent(image, few.device)
         suffix = None if job is None else self._suffix(job)
         keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
-        tensors = self.graph.run(few.images, keep)
+        tensors = self._clean(few, keep)
         clean_logits: Tensor = tensors[self.graph.logits]
         logits = clean_logits[images]
         if suffix is None or job is None or self.graph.logits not in suffix.nodes:
@@ -91,15 +123,29 @@ class Exact:
             replay.model, replay.data, few, job, replay.statistics, at_a_time=replay.rows
         )
         sweep = Sweep(suffix, clean, standins)
-        if job.channelwise:
-            sweep.advance()
         size = suffix.pairs_in(SLICE)(torch.float64)
         parts = (whole.split(size) for whole in (rows, images, logits))
+        if job in self.recomputed:
+            for some, where, part in zip(*parts, strict=True):
+                part.copy_(sweep.recompute(some, where))
+            return mine, logits
+        if job.channelwise:
+            sweep.advance()
         for some, where, part in zip(*parts, strict=True):
             change = sweep.change(some, where, torch.float64)
             if change is not None:
                 part += change.logits  # in place: a view
         return mine, logits
+
+    def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Any]:
+        """Run the intact network on a few images, or take what is held of them."""
+        if self._watched is not None:
+            index, tensors = self._watched
+            place = torch.searchsorted(index, few.index).clamp(max=len(index) - 1)
+            if keep <= tensors.keys() and torch.equal(index[place], few.index):
+                place = sent(place, few.device)
+                return {node: self.graph.pick(node, tensors[node], place) for node in keep}
+        return self.graph.run(few.images, keep)
 
     def _suffix(self, job: Job) -> Suffix:
         if job not in self._suffixes:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyablate import near_tie
 from pyablate.batches import Batch, Data
@@ -92,6 +92,10 @@ class Replay:
             with hooked(self.model, job.sites, change):
                 logits: Tensor = self.model(images)
                 return logits.cpu()
+
+    def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
+        """Logits of the intact network, as :meth:`pyablate.engine.exact.Exact.watch` gives them."""
+        return self.logits(batch, None, image, image)
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
         """Class of each pair, as exactly as this replay's precision allows."""

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyablate import ops, shortage
+from pyablate import near_tie, ops, shortage
 from pyablate.engine.measures import Record
 from pyablate.transfer import sent
 
@@ -32,7 +32,7 @@ FULL = 1e-4
 """Share of a logit change's spread that rounding in float32 may reach, with much to spare."""
 
 FEW = 8
-"""Pairs on which full precision itself is measured, once per job."""
+"""Pairs of each batch on which full precision itself is measured."""
 
 SAFETY_OF_FEW = 8.0
 """How many times the largest error seen on those is doubted."""
@@ -45,6 +45,15 @@ LEAST_SAMPLE = 64
 
 SHARE = 128
 """Of so many pairs one is measured: in full precision it costs several times the others."""
+
+AGAIN = 512
+"""The same once :data:`SAMPLE` pairs have been: images of another kind may follow."""
+
+LEAST_AGAIN = 16
+"""Pairs of every batch that are measured at least."""
+
+WATCHED = 4
+"""One measured pair of so many lies on the images watched: see :func:`baseline.outlying`."""
 
 SAFETY = 4.0
 """How many times the largest error seen on :data:`SAMPLE` pairs is still doubted."""
@@ -170,6 +179,7 @@ class Ladder:
         size: Callable[[torch.dtype], int],
         record: Record | None = None,
         truth: Truth | None = None,
+        watched: Tensor | None = None,
     ) -> Tensor:
         """Class of each pair, -1 where full precision leaves it open.
 
@@ -186,16 +196,21 @@ class Ladder:
         record : callable, optional
             Told the logit changes of every tier; of a pair's, the last are the most precise.
         truth : callable, optional
-            Measures full precision on the first pairs.
+            Measures full precision on some pairs.
+        watched : Tensor, optional
+            int64, on the CPU: images of which more pairs are measured than of others, and on which
+            the truth is known.
 
         Returns
         -------
         Tensor
             int32 ``[P]``, on the CPU. One wait for the device per tier that had anything to do.
         """
-        self._calibrate(change, row, image, clean, size(self.full))
-        if truth is not None and len(row) and self.full not in self.doubts:
-            self._measure_full(change, row, image, clean, truth)
+        if watched is None:
+            watched = image[:0]
+        self._calibrate(change, row, image, clean, size(self.full), watched)
+        if truth is not None and len(row):
+            self._measure_full(change, row, image, clean, truth, watched)
         prediction = torch.full((len(row),), -1, dtype=torch.int32)
         open_ = torch.arange(len(row))
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
@@ -252,23 +267,38 @@ class Ladder:
         return torch.where(steps == 0, torch.zeros_like(share), share).amax(dim=0)
 
     def _calibrate(
-        self, change: Change, row: Tensor, image: Tensor, clean: Known, at_a_time: int
+        self,
+        change: Change,
+        row: Tensor,
+        image: Tensor,
+        clean: Known,
+        at_a_time: int,
+        watched: Tensor,
     ) -> None:
         """Measure the low tiers' errors on a spread of pairs; leave out those of no use.
 
-        Goes on from batch to batch until enough pairs have been measured.
+        Every batch is measured, since its images may be of another kind than those before; bounds
+        only grow. Few pairs will do while the bounds hold.
         """
-        if len(self.tiers) == 1 or self.measured >= SAMPLE:
+        if len(self.tiers) == 1 or not len(row):
             return
-        size = min(len(row), SAMPLE, max(LEAST_SAMPLE, len(row) // SHARE))
-        useless = self._measure(change, row, image, clean, size, at_a_time)
+        known = self.measured >= SAMPLE
+        least, share = (LEAST_AGAIN, AGAIN) if known else (LEAST_SAMPLE, SHARE)
+        size = min(len(row), SAMPLE, max(least, len(row) // share))
+        before = self._bounds
+        useless = self._measure(change, row, image, clean, size, at_a_time, watched)
         more = min(len(row), SAMPLE)
-        if useless and more > size:  # not on the word of a few
+        surprised = known and self._bounds != before
+        if (useless or surprised) and more > size:  # not on the word of a few
             self.measured -= size
-            useless = self._measure(change, row, image, clean, more, at_a_time)
+            useless = self._measure(change, row, image, clean, more, at_a_time, watched)
         for tier in useless if self.measured >= LEAST_SAMPLE else []:
-            logger.info("%s is too coarse here (doubt %.2g)", tier, self.doubt(tier))
+            logger.info("%s is too coarse here (doubt %.2g)", tier, self.doubts.get(tier, 1.0))
             self.tiers.remove(tier)
+
+    @property
+    def _bounds(self) -> tuple[float, ...]:
+        return *(self.doubts.get(tier, 0.0) for tier in self.tiers[:-1]), self.gain
 
     def _measure(
         self,
@@ -278,9 +308,10 @@ class Ladder:
         clean: Known,
         size: int,
         at_a_time: int,
+        watched: Tensor,
     ) -> list[torch.dtype]:
         """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
-        chosen = sample(row, size)
+        chosen = sample(row, size, torch.isin(image, watched))
         row, image = (sent(pairs[chosen], clean.logits.device) for pairs in (row, image))
 
         def changes(tier: torch.dtype) -> Changed | None:
@@ -298,7 +329,14 @@ class Ladder:
         self.measured += size
         useless = []
         for tier in self.tiers[:-1]:
-            rough = changes(tier)
+            try:
+                rough = changes(tier)
+            except RuntimeError as error:
+                if shortage.is_shortage(error):
+                    raise
+                logger.info("%s is left out: %s", tier, str(error).splitlines()[0])
+                useless.append(tier)
+                continue
             assert rough is not None
             self._learn(tier, rough, exact.logits, clean.tolerance[image])
             open_ = float((self._classify(rough, image, clean, tier) < 0).float().mean())
@@ -307,10 +345,21 @@ class Ladder:
         return useless
 
     def _measure_full(
-        self, change: Change, row: Tensor, image: Tensor, clean: Known, truth: Truth
+        self,
+        change: Change,
+        row: Tensor,
+        image: Tensor,
+        clean: Known,
+        truth: Truth,
+        watched: Tensor,
     ) -> None:
-        """Measure full precision where it may be far from its best: large deltas that cancel."""
-        chosen = sample(row, min(len(row), FEW))
+        """Measure full precision itself: it may be far from its best where large numbers cancel."""
+        there = torch.isin(image, watched).nonzero().squeeze(1)
+        if not len(there):
+            if self.full in self.doubts:
+                return
+            there = torch.arange(len(row))
+        chosen = there[sample(row[there], min(len(there), FEW))]
         row, image = row[chosen], image[chosen]
         exact, device = truth(row, image), clean.logits.device
         rows, images, exact = (sent(each, device) for each in (row, image, exact))
@@ -320,9 +369,10 @@ class Ladder:
         if parts:
             delta = joined(parts).logits.double()
             found = clean.logits[images].double() + delta
+            found = torch.where(near_tie.competing(exact), found, exact)
             error, _ = _errors(found, exact, clean.tolerance[images])
             worst = _largest_share(error, _spread(delta))
-        self.doubts[self.full] = max(FULL, SAFETY_OF_FEW * worst)
+        self.doubts[self.full] = max(self.doubt(self.full), SAFETY_OF_FEW * worst)
 
     def _learn(self, tier: torch.dtype, rough: Changed, exact: Tensor, tolerance: Tensor) -> None:
         """Doubt a tier by the largest of its errors, none less than before."""
@@ -340,11 +390,17 @@ class Ladder:
         self.gain = max(self.gain, SAFETY * worst)
 
 
-def sample(row: Tensor, size: int) -> Tensor:
+def sample(row: Tensor, size: int, preferred: Tensor | None = None) -> Tensor:
     """Choose ``size`` of the pairs of these rows, int64: a random one of each equal share by row.
 
-    So that every unit has its turn, and not always with the same images. The same each time.
+    So that every unit has its turn, and not always with the same images. The same each time. Some
+    of those that are ``preferred``, bool ``[P]``, are among them in any case.
     """
+    if preferred is not None and bool(preferred.any()):
+        first, rest = preferred.nonzero().squeeze(1), (~preferred).nonzero().squeeze(1)
+        few = min(len(first), max(size // WATCHED, size - len(rest)))
+        chosen = first[sample(row[first], few)], rest[sample(row[rest], size - few)]
+        return torch.cat(chosen)
     order = row.argsort(stable=True)
     draw = torch.Generator().manual_seed(len(row))
     place = torch.arange(size) + torch.rand(size, generator=draw, dtype=torch.float64)
