@@ -120,7 +120,7 @@ def ablate(
     -------
     AblationResult
         Predictions equal those of a float64 forward pass with the unit replaced, near ties
-        (top-2 margin below 1e-5 of the largest logit) apart.
+        (top-2 margin below 1e-5 of the scale of the competing logits) apart.
 
     Raises
     ------

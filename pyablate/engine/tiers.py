@@ -326,7 +326,7 @@ class Ladder:
         exact = changes(self.full)
         if exact is None:
             return []
-        self.measured += size
+        self.measured = min(SAMPLE, self.measured + size)
         useless = []
         for tier in self.tiers[:-1]:
             try:
