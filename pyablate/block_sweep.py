@@ -164,9 +164,11 @@ class BlockSweep:
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
         audited = self._audit(job, batch, clean, flips, measured)
-        if audited.wrong and self._more_careful(job, audited):
-            self._job(job, batch, clean)
-            return
+        if audited.wrong:
+            self._check_intact(batch, clean, audited)
+            if self._more_careful(job, audited):
+                self._job(job, batch, clean)
+                return
         self._take(job, flips, measured, audited)
 
     def _take(
@@ -201,16 +203,30 @@ class BlockSweep:
             how = ladder.care.describe(ladder.strategy)
             logger.warning("%s; the layer is computed again by: %s", found, how)
             return True
+        self._give_up(f"{found}, though every pair of this layer is by float64 replay already")
+        return False
+
+    def _check_intact(self, batch: Batch, clean: Clean, audited: _Audited) -> None:
+        """Look whether the clean run is at fault: no care that a job takes would mend that."""
+        image = torch.tensor(sorted({pair.image for pair in audited.wrong})) - int(batch.index[0])
+        exact = self.setup.replay.decide(batch, None, image, image)
+        found, names = clean.predicted[image], self.setup.class_names
+        wrong = ((found != exact.prediction) & ~exact.near_tie).nonzero().flatten().tolist()
+        for place in wrong[:1]:
+            self._give_up(
+                f"audit: with no unit ablated, image {int(batch.index[image[place]])} was found "
+                f"to be {names[found[place]]}, expected {names[exact.prediction[place]]}"
+            )
+
+    def _give_up(self, found: str) -> None:
+        """Say what cannot be mended, in an error if that is wanted."""
         found += (
-            ", and every pair of this layer is by float64 replay already: two passes of the same "
-            "model differ. Please report this, with the model and what `pyablate doctor --json` "
-            "prints"
+            ". Please report this, with the model and what `pyablate doctor --json` prints; the "
+            "other predictions of this run may be wrong too"
         )
         if self.on_mismatch == "error":
-            go_on = 'on_mismatch="warn" (--on-mismatch warn)'
-            raise AuditError(f"{found}; {go_on} gives what can be had in spite of it")
+            raise AuditError(f'{found}. on_mismatch="warn" (--on-mismatch warn) gives them')
         logger.error("%s", found)
-        return False
 
     def _next(self, job: Job) -> Care:
         """Find the least care above the present one that makes a difference."""
