@@ -1,7 +1,7 @@
 """All jobs on one block of images after another: clean run, deltas, rescue, audit.
 
-Where the audit finds that a job was done wrong, that is a fault of the engine: the job is done again
-one step more carefully, and with that care from there on.
+Where the audit finds that a job was done wrong, that is a fault of the engine: the job is done
+again one step more carefully, and with that care from there on.
 """
 
 from __future__ import annotations

@@ -56,6 +56,17 @@ def ablate(case: Case, **options: Any) -> pa.AblationResult:
     return pa.ablate(model, (images, labels), "*", **{**plain, **options})
 
 
+def stopping(at: int) -> Callable[[int, int, str], None]:
+    """A report that ends the process, in a manner of speaking, at a call of it."""
+    calls = iter(range(at))
+
+    def report(done: int, total: int, layer: str) -> None:
+        if next(calls, None) is None:
+            raise Killed
+
+    return report
+
+
 def mismatches(result: pa.AblationResult, case: Case) -> int:
     model, images, labels = case
     return reference.compare(result, model, (images, labels), "*").mismatches
@@ -138,14 +149,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     ablate(case, output=tmp_path / "whole.zarr")
     place, kills, ended = tmp_path / "killed.zarr", 0, False
     while not ended:
-        calls = iter(range(6))
-
-        def report(done: int, total: int, layer: str) -> None:
-            if next(calls, None) is None:
-                raise Killed
-
         try:
-            ablate(case, output=place, progress=report)
+            ablate(case, output=place, progress=stopping(6))
             ended = True
         except Killed:
             kills += 1
@@ -154,17 +159,32 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("late")
+def test_what_was_begun_with_less_care_is_begun_anew(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where one process was in the midst of a block when another one found the fault."""
+    monkeypatch.setattr(run_store, "SECONDS", 0.0)
+    break_relu(monkeypatch.setitem, torch.float32)
+    for name, calls in ("slow", 7), ("fast", 21):  # a first call, and then four for each block
+        with pytest.raises(Killed):
+            ablate(case, output=tmp_path / name, progress=stopping(calls))
+    slow, fast = (tmp_path / name / "blocks" for name in ("slow", "fast"))
+    assert len(list(fast.glob("?????????.npz"))) == 5
+    (fast / "000000001.npz").unlink()
+    (slow / "000000001.begun.npz").rename(fast / "000000001.begun.npz")
+    result = ablate(case, output=tmp_path / "fast")
+    assert mismatches(result, case) == 0
+    assert result.strategy["1"] == "delta (float64)"
+
+
+@pytest.mark.usefixtures("late")
 def test_a_block_done_in_parts_is_done_with_one_care(
     case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     break_relu(monkeypatch.setitem, torch.float32)
     place = tmp_path / "run.zarr"
-
-    def report(done: int, total: int, layer: str) -> None:
-        raise Killed
-
     with pytest.raises(Killed):
-        ablate(case, output=place, batch_size=6, progress=report)
+        ablate(case, output=place, batch_size=6, progress=stopping(0))
     result = ablate(case, output=place, batch_size=2)  # images 12 to 17 are a block
     assert mismatches(result, case) == 0
     assert result.strategy["1"] == "delta (float64)"
