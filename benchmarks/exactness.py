@@ -140,7 +140,7 @@ def missing(
             "units": len(result.units),
             "pairs": agreement.pairs,
             "near_ties": agreement.near_ties,
-            "mismatches": agreement.mismatches + result.audit.mismatches,
+            "mismatches": agreement.mismatches + result.audit.mismatches + result.audit.mended,
             "flips": len(result.flips.image),
             "seconds": round(seconds[0], 2),
             "oracle_seconds": round(seconds[1], 2),

@@ -160,7 +160,8 @@ def _ablate_something() -> dict[str, Any]:
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
         ).eval()
         data = torch.randn(8, 1, 9, 9), torch.arange(8) % 3
-    agreement = compare(ablate(model, data, layers=["*"], progress=False), model, data)
+    # Without an audit: what that finds wrong is mended, and is to be seen here.
+    agreement = compare(ablate(model, data, ["*"], audit=0, progress=False), model, data)
     return {"pairs": agreement.pairs, "mismatches": agreement.mismatches}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -279,3 +281,21 @@ def test_bad_choices_are_named(case: Case) -> None:
 def test_older_records_load() -> None:
     assert care_of([{"tiers": ["float32"]}, {"care": 2}]) == [Care.USUAL, Care.FLOAT64]
     assert Audit(**{"pairs": 3, "mismatches": 1}) == Audit(3, 1, 0)
+
+
+@pytest.mark.parametrize("care", [Care.FULL, Care.FLOAT64, Care.REPLAY])
+@pytest.mark.parametrize("intervention", ["zero", "resample", "noise", "direction"])
+def test_every_care_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, care: Care, intervention: str
+) -> None:
+    """From the first image on, on maps, in groups over layers, a few images at a time."""
+    monkeypatch.setattr("pyablate.block_sweep.Ladder", functools.partial(Ladder, care=care))
+    model, images, labels = networks.network("residual", 17)
+    layers, groups = ["body.3.relu1", "body.4.relu2"], None
+    if intervention != "direction":
+        groups = [["body.2:1", "body.4.relu1:3"], ["body.4.relu2:0", "body.4.relu2:5"]]
+    options: dict[str, Any] = {"intervention": intervention, "groups": groups}
+    result = pa.ablate(model, (images, labels), layers, memory=1 << 20, progress=False, **options)
+    assert reference.compare(result, model, (images, labels), layers, **options).mismatches == 0
+    usual = {care.describe(strategy) for strategy in ("delta", "closed form")}
+    assert set(result.strategy.values()) <= usual

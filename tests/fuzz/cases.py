@@ -175,7 +175,7 @@ def check(case: Case) -> Checked:
     result = ablate()
     agreement = reference.compare(result, model, data, layers, **options)
     assert agreement.mismatches == 0, agreement
-    assert result.audit.mismatches == 0, result.audit
+    assert result.audit.mismatches + result.audit.mended == 0, result.audit
     return Checked(agreement, result.effort.settled)
 
 
