@@ -12,6 +12,7 @@ from . import plots as plots
 from . import reference as reference
 from ._native import build_info as build_info
 from ._version import __version__ as __version__
+from .care import AuditError as AuditError
 from .clusters import cluster_images as cluster_images
 from .clusters import cluster_units as cluster_units
 from .compression import Comparison as Comparison

@@ -1,4 +1,8 @@
-"""All jobs on one block of images after another: clean run, deltas, rescue, audit."""
+"""All jobs on one block of images after another: clean run, deltas, rescue, audit.
+
+Where the audit finds that a job was done wrong, that is a fault of the engine: the job is done
+again one step more carefully, and with that care from there on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,11 +19,12 @@ from torch import Tensor
 from pyablate import shortage
 from pyablate.batches import Batch
 from pyablate.blocks import Begun, Block, Facts, Piece
+from pyablate.care import AuditError, Care, Mismatch
 from pyablate.checkpoint import pack_ladder
 from pyablate.engine import baseline
 from pyablate.engine.ablations import Job, stand_ins
 from pyablate.engine.delta import Clean, Suffix, needed
-from pyablate.engine.exact import Exact
+from pyablate.engine.exact import IMAGES, Exact
 from pyablate.engine.measures import Measured, Record
 from pyablate.engine.replay import Replay, decision
 from pyablate.engine.rounding import Rounding
@@ -31,9 +36,6 @@ from pyablate.transfer import sent
 
 logger = logging.getLogger("pyablate")
 
-EXACT_IMAGES = 32
-"""Images of which all pairs are decided in float64 at a time."""
-
 
 @dataclass(eq=False)
 class BlockSweep:
@@ -42,10 +44,14 @@ class BlockSweep:
     setup: Setup
     audited: np.ndarray  # int64 [A, 2]: row, image
     measures: tuple[str, ...]
+    on_mismatch: str = "error"
     flips: list[Piece] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
     audit: Audit = field(default_factory=lambda: Audit(0, 0))
+    done: dict[Job, Care] = field(default_factory=dict)  # on the first part of the block
+    differed: set[tuple[int, int]] = field(default_factory=set)  # row, image
+    mended: int = 0  # by an earlier process
     rescued: int = 0
     strategy: dict[str, str] = field(default_factory=dict)
     layer_seconds: dict[str, float] = field(default_factory=dict)
@@ -58,6 +64,9 @@ class BlockSweep:
         self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
         self.keep = needed(self.suffixes.values())
         self.rounding = Rounding()
+        for job in setup.doubtful.jobs:
+            exact = isinstance(setup.exact, Exact)
+            self.ladders[job].care = Care.FLOAT64 if exact else Care.REPLAY
 
     def block(
         self,
@@ -83,6 +92,21 @@ class BlockSweep:
         advance : callable
             Takes the number of pairs just done, and the layer at work.
         """
+        self.differed, self.mended = set(), begun.facts.audit.mended if begun else 0
+        block = self._once(images, hashed, begun, keep, advance)
+        while any(care < self.ladders[job].care for job, care in self.done.items()):
+            # A part of the block needed more care than those before it.
+            block = self._once(images, hashed, None, keep, advance)
+        return block
+
+    def _once(
+        self,
+        images: Batch,
+        hashed: int,
+        begun: Begun | None,
+        keep: Callable[[Begun], None],
+        advance: Callable[[int, str], None],
+    ) -> Block:
         self._start(begun)
         skipped = begun.jobs if begun else 0
         parts = images.split(self.setup.batch_size)
@@ -112,6 +136,7 @@ class BlockSweep:
         self.flips = list(begun.pieces) if begun else []
         self.audit = begun.facts.audit if begun else Audit(0, 0)
         self.strategy = dict(begun.facts.strategy) if begun else {}
+        self.done = {}
         self.sums = torch.zeros(shape, dtype=torch.float64)
         self.accuracy = [Accuracy()] * len(self.measures)
         for number, known in enumerate(begun.facts.measures.values() if begun else ()):
@@ -121,7 +146,7 @@ class BlockSweep:
     def _facts(self, hashed: int) -> Facts:
         return Facts(
             hash=hashed,
-            audit=self.audit,
+            audit=replace(self.audit, mended=self.mended + len(self.differed)),
             strategy=dict(self.strategy),
             state=[pack_ladder(ladder) for ladder in self.ladders.values()],
             measures={
@@ -141,14 +166,93 @@ class BlockSweep:
                 for part, known in self._clean(half):
                     self._job(job, part, known)
             return
-        self.flips += flips
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
-        strategy = self.ladders[job].strategy if self.setup.graph else "replay"
-        self.strategy.setdefault(job.name, strategy)
-        self._audit(job, batch, clean, flips, measured)
+        audited = self._audit(job, batch, clean, flips, measured)
+        if audited.wrong:
+            self._check_intact(batch, clean, audited)
+            if self._more_careful(job, audited):
+                self._job(job, batch, clean)
+                return
+        self._take(job, flips, measured, audited)
+
+    def _take(
+        self, job: Job, flips: list[Piece], measured: Measured | None, audited: _Audited
+    ) -> None:
+        """Keep what was found by a job on a batch."""
+        care = self.ladders[job].care
+        self.done.setdefault(job, care)
+        self.flips += flips
+        self.audit += Audit(audited.pairs, len(audited.wrong))
+        self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
+        if care or job.name not in self.strategy:  # two jobs may have one name
+            strategy = self.ladders[job].strategy if self.setup.graph else "replay"
+            self.strategy[job.name] = care.describe(strategy)
         if measured is not None:
             measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
+            pairs = zip(self.accuracy, audited.accuracy, strict=True)
+            self.accuracy = [a + b for a, b in pairs]
+
+    def _more_careful(self, job: Job, audited: _Audited) -> bool:
+        """Do a job with more care from now on; whether there is more.
+
+        Raises
+        ------
+        AuditError
+            There is none, and this is an error.
+        """
+        ladder, found = self.ladders[job], self._describe(job, audited)
+        if ladder.care < Care.REPLAY:
+            ladder.care = self._next(job)
+            self.differed.update((pair.row, pair.image) for pair in audited.wrong)
+            how = ladder.care.describe(ladder.strategy)
+            logger.warning("%s; the layer is computed again by: %s", found, how)
+            return True
+        self._give_up(f"{found}, though every pair of this layer is by float64 replay already")
+        return False
+
+    def _check_intact(self, batch: Batch, clean: Clean, audited: _Audited) -> None:
+        """Look whether the clean run is at fault: no care that a job takes would mend that."""
+        image = torch.tensor(sorted({pair.image for pair in audited.wrong})) - int(batch.index[0])
+        exact = self.setup.replay.decide(batch, None, image, image)
+        found, names = clean.predicted[image], self.setup.class_names
+        wrong = ((found != exact.prediction) & ~exact.near_tie).nonzero().flatten().tolist()
+        for place in wrong[:1]:
+            self._give_up(
+                f"audit: with no unit ablated, image {int(batch.index[image[place]])} was found "
+                f"to be {names[found[place]]}, expected {names[exact.prediction[place]]}"
+            )
+
+    def _give_up(self, found: str) -> None:
+        """Say what cannot be mended, in an error if that is wanted."""
+        found += (
+            ". Please report this, with the model and what `pyablate doctor --json` prints; the "
+            "other predictions of this run may be wrong too"
+        )
+        if self.on_mismatch == "error":
+            raise AuditError(f'{found}. on_mismatch="warn" (--on-mismatch warn) gives them')
+        logger.error("%s", found)
+
+    def _next(self, job: Job) -> Care:
+        """Find the least care above the present one that makes a difference."""
+        ladder = self.ladders[job]
+        if job not in self.suffixes:
+            return Care.REPLAY
+        if ladder.care < Care.FULL and ladder.strategy == "delta" and len(ladder.tiers) > 1:
+            return Care.FULL
+        decides = isinstance(self.setup.exact, Exact)
+        return Care.FLOAT64 if ladder.care < Care.FLOAT64 and decides else Care.REPLAY
+
+    def _describe(self, job: Job, audited: _Audited) -> str:
+        """Name the first pair that differs."""
+        pair, names = audited.wrong[0], self.setup.class_names
+        members = job.members[pair.row - job.rows.start]
+        unit = "+".join(f"{name}:{unit}" for name, unit in members)
+        return (
+            f"audit: layer {job.name}: {len(audited.wrong)} of {audited.pairs} recomputed pairs "
+            f"differ: without unit {unit}, image {pair.image} was found to be "
+            f"{names[pair.found]}, expected {names[pair.expected]}"
+        )
 
     def _pieces(
         self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
@@ -204,15 +308,19 @@ class BlockSweep:
     def _predictions(
         self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        setup = self.setup
+        setup, care = self.setup, self.ladders[job].care
         record = None if measured is None else measured.record
-        if self._irregular(job, clean) or job in setup.doubtful.jobs:
-            yield from _decided_exactly(setup, job, batch, clean, record)
+        if care >= Care.FLOAT64 or self._irregular(job, clean):
+            decides = setup.replay if care == Care.REPLAY else setup.exact
+            self.rescued += len(job.rows) * len(batch)
+            yield from _in_float64(setup, decides, job, batch, clean, record)
             return
         if job not in self.suffixes:
             yield from _replayed(setup, job, batch, clean, self.rounding, record)
             return
         suffix, ladder = self.suffixes[job], self.ladders[job]
+        if care == Care.FULL:
+            ladder.tiers = [ladder.full]
         standins = stand_ins(
             setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
         )
@@ -268,14 +376,14 @@ class BlockSweep:
         clean: Clean,
         flips: Sequence[Piece],
         measured: Measured | None,
-    ) -> None:
+    ) -> _Audited:
         """Recompute the audited pairs of this job and batch, and compare with its flips."""
         first, last = int(batch.index[0]), int(batch.index[-1])
         row, image = self.audited.T
         mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
         row, image = row[mine], image[mine]
         if not len(row):
-            return
+            return _Audited(0, [], [Accuracy()] * len(self.measures))
         flipped = {
             (r, i): new
             for piece in flips
@@ -288,13 +396,15 @@ class BlockSweep:
         rows, images = torch.from_numpy(row - job.rows.start), torch.from_numpy(image - first)
         logits = replay.logits(batch, job, rows, images)
         exact = decision(logits)
+        accuracy: Sequence[Accuracy] = []
         if measured is not None:
             used, which = images.unique(return_inverse=True)
             before = replay.logits(batch, None, used, used)[which]
-            found_here = measured.audit(rows, images, before, logits)
-            self.accuracy = [a + b for a, b in zip(self.accuracy, found_here, strict=True)]
-        wrong = (exact.prediction.numpy() != found) & ~exact.near_tie.numpy()
-        self.audit = Audit(self.audit.pairs + len(found), self.audit.mismatches + int(wrong.sum()))
+            accuracy = measured.audit(rows, images, before, logits)
+        expected = exact.prediction.numpy()
+        wrong = (expected != found) & ~exact.near_tie.numpy()
+        named = zip(*(part[wrong].tolist() for part in (row, image, found, expected)), strict=True)
+        return _Audited(len(found), [Mismatch(*pair) for pair in named], accuracy)
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""
@@ -315,6 +425,15 @@ class BlockSweep:
         return Effort(self.layer_seconds, settled, doubt)
 
 
+@dataclass(frozen=True)
+class _Audited:
+    """What the audit found on a job and a batch."""
+
+    pairs: int
+    wrong: list[Mismatch]
+    accuracy: Sequence[Accuracy]  # of each measure
+
+
 def _halves(batch: Batch) -> list[Batch]:
     """Halve a batch for which memory does not suffice."""
     logger.warning("out of memory: going on with %d images at a time", len(batch) // 2)
@@ -323,21 +442,6 @@ def _halves(batch: Batch) -> list[Batch]:
 
 def _name(tier: torch.dtype) -> str:
     return str(tier).removeprefix("torch.")
-
-
-def _decided_exactly(
-    setup: Setup, job: Job, batch: Batch, clean: Clean, record: Record | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair of a job in float64, some images at a time."""
-    image = torch.arange(len(batch)).repeat_interleave(len(job.members))
-    row = torch.arange(len(job.members)).repeat(len(batch))
-    size = EXACT_IMAGES * len(job.members)
-    for rows, images in zip(row.split(size), image.split(size), strict=True):
-        logits = setup.exact.logits(batch, job, rows, images)
-        if record is not None:
-            there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))
-            record(there, where, exact - clean.logits[where])
-        yield rows, images, decision(logits).prediction
 
 
 def _replayed(
@@ -358,7 +462,35 @@ def _replayed(
         logits = own.logits(batch, job, rows, images)
         close = baseline.close_calls(logits, rounding.tolerance(logits))
         prediction = decision(logits).prediction
-        if record is not None:
-            there, where, exact = (sent(t, batch.device) for t in (rows, images, logits.double()))
-            record(there, where, exact - clean.logits[where])
+        _tell(record, rows, images, logits, clean)
         yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
+
+
+def _in_float64(
+    setup: Setup,
+    decides: Exact | Replay,
+    job: Job,
+    batch: Batch,
+    clean: Clean,
+    record: Record | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every pair of a job decided in float64, some images at a time; nothing is left open.
+
+    The clean run is not relied on, not even for which pairs are silent.
+    """
+    units = len(job.members)
+    fitting = setup.memory // 8 // (8 * units * setup.classes)
+    for images in torch.arange(len(batch)).split(max(1, min(IMAGES, fitting))):
+        image = images.repeat_interleave(units)
+        row = torch.arange(units).repeat(len(images))
+        logits = decides.logits(batch, job, row, image)
+        _tell(record, row, image, logits, clean)
+        yield row, image, decision(logits).prediction
+
+
+def _tell(record: Record | None, row: Tensor, image: Tensor, logits: Tensor, clean: Clean) -> None:
+    """Record the logits of some pairs, all on the CPU, as changes of the clean ones."""
+    if record is not None:
+        device = clean.logits.device
+        rows, images, exact = (sent(t, device) for t in (row, image, logits.double()))
+        record(rows, images, exact - clean.logits[images])

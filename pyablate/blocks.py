@@ -56,10 +56,7 @@ class Facts:
         """Facts about the images of both."""
         return Facts(
             hash=(self.hash + other.hash) % MODULUS,
-            audit=Audit(
-                self.audit.pairs + other.audit.pairs,
-                self.audit.mismatches + other.audit.mismatches,
-            ),
+            audit=self.audit + other.audit,
             strategy=self.strategy,
             state=other.state,
             measures={

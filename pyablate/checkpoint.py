@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyablate.care import Care
 from pyablate.engine import eight_bit
 from pyablate.engine.ablations import Key, Statistics
 from pyablate.engine.tiers import Ladder
@@ -40,7 +41,7 @@ def unpack_statistics(
 
 
 def pack_ladder(ladder: Ladder) -> dict[str, Any]:
-    """Turn a calibration into JSON."""
+    """Turn a calibration, and the care taken, into JSON."""
     return {
         "tiers": [str(tier).removeprefix("torch.") for tier in ladder.tiers],
         "doubts": {
@@ -49,13 +50,25 @@ def pack_ladder(ladder: Ladder) -> dict[str, Any]:
         "typical": ladder.typical,
         "gain": ladder.gain,
         "measured": ladder.measured,
+        "care": int(ladder.care),
     }
+
+
+def care_of(state: Sequence[Mapping[str, Any]]) -> list[Care]:
+    """Return the care with which each job was done on a block."""
+    return [Care(known.get("care", Care.USUAL)) for known in state]
+
+
+def restore_care(ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]]) -> None:
+    """Take no less care than was taken on a block."""
+    for ladder, care in zip(ladders, care_of(state), strict=False):
+        ladder.care = max(ladder.care, care)
 
 
 def restore_ladders(
     ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]], *, any_tier: bool
 ) -> None:
-    """Go on with calibrations that an earlier process made.
+    """Go on with calibrations that an earlier process made, and with no less care than it.
 
     Parameters
     ----------
@@ -67,6 +80,7 @@ def restore_ladders(
         Whether tiers may be taken up that the ladders lack: which ones pay is measured anew by
         each process, and not always with the same outcome.
     """
+    restore_care(ladders, state)
     for ladder, known in zip(ladders, state, strict=False):
         tiers = [_dtype(name) for name in known["tiers"]]
         possible = _possible if any_tier else ladder.tiers.__contains__

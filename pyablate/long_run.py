@@ -6,21 +6,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from pyablate.batches import Batch, Data
-from pyablate.blocks import Begun, Block, Joining
-from pyablate.checkpoint import pack_statistics, restore_ladders
+from pyablate.blocks import Begun, Block, Facts, Joining
+from pyablate.care import Care
+from pyablate.checkpoint import care_of, pack_statistics, restore_care, restore_ladders
 from pyablate.engine.ablations import Key, Statistics
 from pyablate.engine.tiers import Ladder
 from pyablate.identity import MODULUS, Identity, differences, hash_images
 from pyablate.progress import Report
 from pyablate.ranks import Ranks
-from pyablate.result import AblationResult
+from pyablate.result import AblationResult, Audit
 from pyablate.run_store import Layout, RunStore, StoreMismatch, locked, open_store
 
 logger = logging.getLogger("pyablate")
@@ -39,6 +40,9 @@ class Held(Protocol):
 
     def read(self, number: int) -> Block | None:
         """Read one of them."""
+
+    def again(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Tell which blocks to compute again where these have to be."""
 
     def begun(self, number: int) -> Begun | None:
         """Read what is known of an unfinished one."""
@@ -70,6 +74,13 @@ class InMemory:
     def read(self, number: int) -> Block | None:
         """Give nothing: blocks are joined at once."""
         return None
+
+    def again(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Let all blocks go if any: what is joined cannot be taken apart."""
+        if not numbers:
+            return []
+        self.joined = Joining()
+        return range(len(self.layout))
 
     def begun(self, number: int) -> Begun | None:
         """Nothing is known of unfinished ones."""
@@ -244,6 +255,8 @@ class Course:
         dearer than the work itself where that is a last layer only.
     report : callable
         Where progress goes.
+    made : dict
+        What is known of the finished blocks that are this process's own.
     """
 
     data: Data
@@ -255,6 +268,7 @@ class Course:
     rows: int
     hashing: bool
     report: Report
+    made: dict[int, Facts] = field(default_factory=dict)
 
     def run(self, work: Work, layer: str) -> None:
         """Do what is not done yet; ``layer`` is the first one, for the report."""
@@ -270,13 +284,25 @@ class Course:
         self.mine = self.others = 0
         self.looked = time.monotonic()
         self._advance(0, layer)
-        for number, images in read_blocks(self.data, held.layout, todo):
-            begun = held.begun(number)
+        self._do(todo, work)
+        self._even_out(work)
+        if ranks.count > 1:  # others have gone on since they were last looked at
+            total = self.rows * len(held.layout.images)
+            self.report(total, total, "all processes are done")
+
+    def _do(self, numbers: Sequence[int], work: Work) -> None:
+        """Compute some blocks and keep them."""
+        held = self.held
+        for number, images in read_blocks(self.data, held.layout, numbers):
+            begun, before = held.begun(number), self.made.get(number)
             hashed = hash_images(images, self.dtype) if self.hashing else 0
-            if begun is not None and begun.facts.hash != hashed:
-                raise _other_images(held.layout.block(number))
+            for known in (begun.facts if begun else None, before):
+                if known is not None and known.hash != hashed:
+                    raise _other_images(held.layout.block(number))
             if begun is not None:
                 restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
+                if self._behind(begun.facts.state[: begun.jobs]):
+                    begun = None
             block = work(
                 images,
                 hashed,
@@ -284,11 +310,37 @@ class Course:
                 keep=lambda so_far, number=number: held.write_begun(number, so_far),  # type: ignore[misc]
                 advance=self._advance,
             )
+            if before is not None:
+                block = replace(block, facts=_with_mended(block.facts, before))
             held.write(number, block)
-        ranks.wait(lambda: self._advance(0, "waiting for other processes"))
-        if ranks.count > 1:  # others have gone on since they were last looked at
-            total = self.rows * len(held.layout.images)
-            self.report(total, total, "all processes are done")
+            self.made[number] = replace(block.facts, measures={})  # as large as the result
+
+    def _even_out(self, work: Work) -> None:
+        """Compute blocks again that were done with less care than later ones turned out to need.
+
+        Until the processes agree on the care of each job, and all blocks have been done with it.
+        """
+        agreed: list[int] = []
+        while True:
+            self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
+            care = self.ranks.largest([ladder.care for ladder in self.ladders])
+            if care == agreed:
+                return
+            agreed = care
+            for ladder, level in zip(self.ladders, care, strict=True):
+                ladder.care = Care(level)
+            behind = [number for number, facts in self.made.items() if self._behind(facts.state)]
+            if behind:
+                logger.warning(
+                    "%d finished blocks are computed again, with the care that others needed",
+                    len(behind),
+                )
+            self._do(self.held.again(sorted(behind)), work)
+
+    def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether any of the jobs was done with less care than is taken now."""
+        done = zip(self.ladders, care_of(state), strict=False)
+        return any(care < ladder.care for ladder, care in done)
 
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""
@@ -302,6 +354,8 @@ class Course:
                 raise _other_images(self.held.layout.block(number))
             else:
                 state = block.facts.state
+                restore_care(self.ladders, state)
+                self.made[number] = replace(block.facts, measures={})
         if state is not None:
             restore_ladders(self.ladders, state, any_tier=self.any_tier)
         return damaged
@@ -315,6 +369,12 @@ class Course:
             self.others = max(self.others, everything - self.before - self.mine)
         total = self.rows * len(self.held.layout.images)
         self.report(min(total, self.before + self.mine + self.others), total, layer)
+
+
+def _with_mended(facts: Facts, before: Facts) -> Facts:
+    """Add what was mended when the block was computed before."""
+    audit = facts.audit + Audit(0, 0, before.audit.mended)
+    return replace(facts, audit=audit)
 
 
 def _other_images(where: range) -> StoreMismatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from pyablate.blocks import Block, Facts, Joining
 from pyablate.identity import differences
 from pyablate.result import AblationResult
 from pyablate.run_store import StoreMismatch
+
+logger = logging.getLogger("pyablate")
 
 
 def merge(
@@ -58,7 +61,7 @@ def merge(
         joined.add(_block(part))
     whole = joined.block()
     _check_images(found[0][1], whole)
-    result = _whole(found[0][1], whole)
+    result = _whole(found[0][1], whole, _strategies([part for _, part in found]))
     if output is not None:
         result.save(output)
     return result
@@ -125,7 +128,22 @@ def _block(part: AblationResult) -> Block:
     return Block(part.labels, part.baseline, part.flips, facts)
 
 
-def _whole(part: AblationResult, found: Block) -> AblationResult:
+def _strategies(parts: Sequence[AblationResult]) -> dict[str, str]:
+    """Tell how each layer was computed: each way once, where an audit made some parts differ."""
+    ways = {
+        layer: list(dict.fromkeys(part.strategy.get(layer, "") for part in parts))
+        for layer in parts[0].strategy
+    }
+    for layer in (layer for layer, each in ways.items() if len(each) > 1):
+        logger.warning(
+            "parts: the audit of some found layer %s to be wrong, and it was computed again there; "
+            "the audits of the others found nothing",
+            layer,
+        )
+    return {layer: "; ".join(each) for layer, each in ways.items()}
+
+
+def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> AblationResult:
     data = {
         "images": part.provenance["data"]["images"],
         "first": 0,
@@ -138,6 +156,7 @@ def _whole(part: AblationResult, found: Block) -> AblationResult:
         baseline=found.baseline.astype(np.int64),
         flips=found.flips,
         audit=found.facts.audit,
+        strategy=strategy,
         measures=found.facts.measures,
         provenance={**part.provenance, "data": data},
     )

@@ -62,6 +62,14 @@ Measures = Annotated[
         "(largest logit minus the second), per class; may be given again.",
     ),
 ]
+OnMismatch = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What happens if audited predictions differ whatever is tried: error, or warn and "
+        "write the result all the same.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the audit and of random interventions.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the model's own if left out.")

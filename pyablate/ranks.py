@@ -74,6 +74,14 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(tensor)
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Take the largest of each of some numbers over the processes."""
+        if self.count == 1:
+            return list(numbers)
+        held = torch.tensor(list(numbers), device=_place())
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return [int(number) for number in held.tolist()]
+
     def add_hashes(self, own: int) -> int:
         """Sum hashes of images over the processes."""
         if self.count == 1:

@@ -42,10 +42,22 @@ class Audit:
         (unit, image) pairs recomputed.
     mismatches : int
         Pairs whose recomputed prediction differed, near ties apart.
+    mended : int
+        Pairs that differed at first: their layers were computed again more carefully, which
+        ``strategy`` tells, and they agreed.
     """
 
     pairs: int
     mismatches: int
+    mended: int = 0
+
+    def __add__(self, other: Audit) -> Audit:
+        """Audit of the pairs of both."""
+        return Audit(
+            self.pairs + other.pairs,
+            self.mismatches + other.mismatches,
+            self.mended + other.mended,
+        )
 
     @property
     def upper_bound(self) -> float:
@@ -59,9 +71,10 @@ class Audit:
 
     def __str__(self) -> str:
         """One line for people."""
+        mended = f"; {self.mended:,} differed at first and were mended" if self.mended else ""
         return (
             f"{self.pairs:,} pairs recomputed in float64, {self.mismatches} mismatches "
-            f"(95 % upper bound {self.upper_bound:.2%} of all pairs)"
+            f"(95 % upper bound {self.upper_bound:.2%} of all pairs){mended}"
         )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from pyablate.block_sweep import BlockSweep
 from pyablate.blocks import Block
+from pyablate.care import check_on_mismatch
 from pyablate.engine.ablations import Job
 from pyablate.engine.measures import check_measures
 from pyablate.identity import Identity, identify, own_dtype
@@ -50,6 +51,7 @@ def ablate(
     batch_size: int | None = None,
     memory: int | None = None,
     audit: int = 300,
+    on_mismatch: str = "error",
     seed: int = 0,
     strategy: str = "auto",
     precision: str = "auto",
@@ -88,7 +90,12 @@ def ablate(
     memory : int, optional
         Bytes to work in, roughly; by default a quarter of what is free.
     audit : int
-        Random (unit, image) pairs to recompute by a plain float64 forward pass.
+        Random (unit, image) pairs to recompute by a plain float64 forward pass. A layer of which
+        one differs is computed again more carefully, at last by such passes only, on all images;
+        ``result.strategy`` and ``result.audit`` tell.
+    on_mismatch : {"error", "warn"}
+        What happens if pairs differ even then: :class:`pyablate.AuditError`, or a message and a
+        result whose ``audit`` counts them.
     seed : int
         Chooses the audited pairs; also the seed of a random intervention that names none.
     strategy : {"auto", "replay"}
@@ -120,7 +127,7 @@ def ablate(
     -------
     AblationResult
         Predictions equal those of a float64 forward pass with the unit replaced, near ties
-        (top-2 margin below 1e-5 of the largest logit) apart.
+        (top-2 margin below 1e-5 of the scale of the competing logits) apart.
 
     Raises
     ------
@@ -130,6 +137,8 @@ def ablate(
         another model, data or option.
     OSError
         ``output`` cannot be written; when the disk is full, what is done is kept.
+    AuditError
+        Audited predictions differ whatever is tried; finished blocks in ``output`` are kept.
     """
     begin = time.perf_counter()
     if distributed and output is None:
@@ -142,6 +151,7 @@ def ablate(
         strategy=strategy,
         precision=precision,
     )
+    check_on_mismatch(on_mismatch)
     recorded = check_measures(measures)
     chosen = parse(intervention, seed=seed)
     place = None if output is None else Path(output)
@@ -192,7 +202,7 @@ def ablate(
                 batch_size=batch_size or held.layout.size,
                 memory=memory or held.layout.memory,
             )
-            sweep = BlockSweep(setup, _audited_pairs(setup, audit, seed), recorded)
+            sweep = BlockSweep(setup, _audited_pairs(setup, audit, seed), recorded, on_mismatch)
             with reporting(progress if ranks.first else False, unit="pairs") as report:
                 Course(
                     setup.data,
@@ -231,12 +241,6 @@ def _with_all_images(
 def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:
     facts = found.facts
     hashed = {"hash": f"{facts.hash:064x}"} if hashing else {}
-    if facts.audit.mismatches:
-        logger.error(
-            "audit: %d of %d recomputed pairs differ; please report this model",
-            facts.audit.mismatches,
-            facts.audit.pairs,
-        )
     return AblationResult(
         units=_units(setup.jobs),
         labels=found.labels,

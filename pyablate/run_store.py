@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +130,10 @@ class RunStore:
         write_block(self._file(number), block, self._run)
         self._file(number, "begun").unlink(missing_ok=True)
         self._written = time.monotonic()
+
+    def again(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Tell which blocks to compute again where these have to be: no others."""
+        return numbers
 
     def begun(self, number: int) -> Begun | None:
         """Read what is known of an unfinished block."""

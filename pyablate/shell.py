@@ -22,12 +22,14 @@ BAD_INPUT = 2
 OTHER_RUN = 3
 NO_ROOM = 4
 NOT_WELL = 5
+AUDIT = 6
 INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes, of all commands: 0 done; 1 an error nobody foresaw; 2 bad input; 3 the output "
     "holds another run (other model, data or options); 4 no room on the disk or in memory; 5 "
-    "`doctor` found something that does not work; 130 interrupted. After 1, 4, 130 and after a "
-    "kill, `run` goes on where it stopped when the same command is given again."
+    "`doctor` found something that does not work; 6 predictions that the audit recomputed differ, "
+    "whatever was tried; 130 interrupted. After 1, 4, 6, 130 and after a kill, `run` goes on where "
+    "it stopped when the same command is given again."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -189,8 +191,10 @@ def error_line(error: BaseException) -> tuple[str | None, int]:
     if _out_of_memory(error):
         text = " ".join(str(error).split())[:200]
         return f"not enough memory{f' ({text})' if text else ''}", NO_ROOM
+    # By name and number: importing what raises them would cost every command its time.
+    if type(error).__name__ == "AuditError":
+        return str(error), AUDIT
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
-        # By name and number: importing what raises them would cost every command its time.
         code = BAD_INPUT
         if type(error).__name__ == "StoreMismatch":
             code = OTHER_RUN

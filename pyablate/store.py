@@ -200,7 +200,7 @@ def write(result: AblationResult, path: Path) -> None:
             "pyablate_format": FORMAT,
             "class_names": list(result.class_names),
             "intervention": result.intervention,
-            "audit": {"pairs": result.audit.pairs, "mismatches": result.audit.mismatches},
+            "audit": _audit(result.audit),
             "strategy": result.strategy,
             "layers": layers,
             "unit_labels": list(result.units["label"]),
@@ -227,6 +227,11 @@ def write(result: AblationResult, path: Path) -> None:
             dimension_names=dimensions,
             config=_EVERY_CHUNK,
         )
+
+
+def _audit(audit: Audit) -> dict[str, int]:
+    """Attributes of the audit; what was mended only where something was."""
+    return {name: count for name, count in asdict(audit).items() if name != "mended" or count}
 
 
 def _accuracies(result: AblationResult) -> dict[str, Any]:

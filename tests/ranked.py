@@ -28,7 +28,7 @@ def ablate(place: Path, **options: Any) -> pa.AblationResult:
     return pa.ablate(model, (images, labels), "*", output=place, **options)
 
 
-def together(place: Path, count: int, *, dies: int | None = None) -> list[int]:
+def together(place: Path, count: int, *, dies: int | None = None, **options: Any) -> list[int]:
     """Run in ``count`` processes; their wait statuses. One may die after two blocks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def together(place: Path, count: int, *, dies: int | None = None) -> list[int]:
     for rank in range(count):
         child = os.fork()
         if child == 0:
-            _take_part(place, rank, count, port, dies=rank == dies)
+            _take_part(place, rank, count, port, dies=rank == dies, **options)
         children.append(child)
     statuses: dict[int, int] = {}
     while len(statuses) < count:
@@ -48,7 +48,9 @@ def together(place: Path, count: int, *, dies: int | None = None) -> list[int]:
     return [statuses[child] for child in children]
 
 
-def _take_part(place: Path, rank: int, count: int, port: int, *, dies: bool) -> None:
+def _take_part(
+    place: Path, rank: int, count: int, port: int, *, dies: bool, **options: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -60,7 +62,8 @@ def _take_part(place: Path, rank: int, count: int, port: int, *, dies: bool) -> 
     if dies:
         _die_after_two_blocks()
     try:
-        result = ablate(place, distributed=True, progress=lambda *step: seen.append(step))
+        watched = {"distributed": True, "progress": lambda *step: seen.append(step)}
+        result = ablate(place, **watched, **options)
         assert len(result.labels) == len(network()[2])
         assert bool(seen) == (rank == 0)
         assert not seen or seen[-1][0] == seen[-1][1]

@@ -381,6 +381,7 @@ _BAD_INPUT = {
     "no such device": ((*_RUN, "--device", "tpu9"), "tpu9"),
     "memory not a size": ((*_RUN, "--memory", "lots"), "lots"),
     "shard not a part": ((*_RUN, "--shard", "3/2"), "--shard"),
+    "no such choice on mismatch": ((*_RUN, "--on-mismatch", "no"), "on_mismatch"),
     "merge of nothing there": (("merge", "gone.zarr"), "gone.zarr"),
     "merge of other results": (("merge", "results/tiny.zarr"), "tiny.zarr"),
     "mean not numbers": ((*_RUN, "--mean", "grey"), "--mean"),

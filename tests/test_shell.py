@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+import pyablate as pa
 from pyablate.shell import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
 
 
@@ -88,6 +89,7 @@ class _UsageError(Exception):
         (MemoryError("64 GiB\n wanted"), ("not enough memory (64 GiB wanted)", 4)),
         (torch.OutOfMemoryError("of the GPU"), ("not enough memory (of the GPU)", 4)),
         (RuntimeError("a bug"), (None, 1)),
+        (pa.AuditError("audit: layer 1"), ("audit: layer 1", 6)),
     ],
 )
 def test_errors_become_one_line_and_a_code(

@@ -28,6 +28,8 @@ from pyablate.transfer import sent
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
 DECIDED = Wait("_to_copy", "Ladder.settle")
+FULL_MEASURED = Wait("_local_scalar_dense", "_largest_share")
+MEASURING = {"_largest_share", "Ladder._measure", "Exact.logits"}
 EXACT = {Wait("_to_copy", "Exact.logits"), Wait("_to_copy", "Replay.logits")}
 SMALL = 1 << 17
 """Bytes of memory with which a block has several slices."""
@@ -91,7 +93,7 @@ def swept(setup, notes):
     batch = next(setup.data.batches(IMAGES))
     found, sweep = sweep_one(setup, batch)
     for ladder in sweep.ladders.values():
-        ladder.measured = 1 << 20  # as after some batches: the tiers' errors are known
+        ladder.measured = tiers.SAMPLE  # as after some batches: the tiers' errors are known
     start = len(notes.events)
     note = lambda name: notes.events.append(f"job {name}")  # noqa: E731
     again, _ = sweep_one(setup, batch, note, sweep)
@@ -141,11 +143,17 @@ def test_a_block_waits_for_its_live_pairs_and_once_per_tier(case, monkeypatch):
         found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     jobs = by_job(events)
-    # Logits that are finite, and close; labels; predictions.
-    assert len(waits_of(jobs.pop("batch"))) == 3
+    # Images that are watched, their logits twice; logits that are usable, and close; sums of
+    # tensors; labels; predictions.
+    assert len(waits_of(jobs.pop("batch"))) == 7
     assert len(jobs) == len(setup.jobs)
     for name, own in jobs.items():
         waits = waits_of(own)
+        start = len(waits) - 1 - waits[::-1].index(FULL_MEASURED)
+        measuring = [wait for wait in waits[: start + 1] if wait != LIVE]
+        assert {wait.place for wait in measuring} <= MEASURING
+        assert len(measuring) == 4  # one low tier and full precision
+        waits = [wait for wait in waits if wait == LIVE] + waits[start + 1 :]
         decided = [wait for wait in waits if wait == DECIDED]
         exact = [wait for wait in waits if wait in EXACT]
         live = [] if "+" in name else [LIVE]  # of groups across layers all pairs are live
@@ -262,7 +270,8 @@ def test_directions_are_sent_once(monkeypatch):
         found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     waits = waits_of(by_job(events)["job body.2"])
-    assert {wait.place for wait in waits} <= {DECIDED.place, *(wait.place for wait in EXACT)}
+    known = {DECIDED.place, *(wait.place for wait in EXACT)}
+    assert {wait.place for wait in waits} <= known | MEASURING
 
 
 @pytest.mark.parametrize(
@@ -357,7 +366,7 @@ class TestOnCuda:
         batch = next(setup.data.batches(IMAGES))
         _, sweep = sweep_one(setup, batch)
         for ladder in sweep.ladders.values():
-            ladder.measured = 1 << 20
+            ladder.measured = tiers.SAMPLE
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
@@ -365,7 +374,7 @@ class TestOnCuda:
                 sweep_one(setup, batch, sweep=sweep)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert 0 < len(seen) <= 3 + 4 * len(setup.jobs), [str(w.message) for w in seen]
+        assert 0 < len(seen) <= 7 + 8 * len(setup.jobs), [str(w.message) for w in seen]
 
     def test_recorded_slices_find_the_same(self, monkeypatch):
         setup = set_up("residual", "cuda", layers=["body.2", "body.3.relu1"])

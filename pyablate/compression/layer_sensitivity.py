@@ -38,6 +38,7 @@ def sensitivity(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     audit: int = 100,
+    on_mismatch: str = "error",
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Ablate growing shares of one layer at a time, the others intact.
@@ -60,7 +61,7 @@ def sensitivity(
     path : str or path, optional
         A ``.csv`` or ``.json`` file that holds the table after every share. If it is there, what it
         has is not computed again; a file of another model, data or options is refused.
-    class_names, device, audit
+    class_names, device, audit, on_mismatch
         As for :func:`pyablate.ablate`.
     progress : bool, optional
         As for :func:`pyablate.ablate`.
@@ -103,6 +104,7 @@ def sensitivity(
             class_names=class_names,
             device=device,
             audit=audit,
+            on_mismatch=on_mismatch,
             progress=progress,
         )
         rows = [

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyablate import near_tie, ops, shortage
+from pyablate.care import Care
 from pyablate.engine.measures import Record
 from pyablate.transfer import sent
 
@@ -139,6 +140,8 @@ class Ladder:
         Pairs on which the doubts rest; with too few, full precision does all the work.
     most : int
         Pairs at a time for which memory has been seen to suffice.
+    care : Care
+        With which the job is done from now on.
     """
 
     tiers: list[torch.dtype]
@@ -149,6 +152,7 @@ class Ladder:
     settled: dict[torch.dtype, int] = field(default_factory=dict)
     measured: int = 0
     most: int = 1 << 30
+    care: Care = Care.USUAL
 
     @property
     def full(self) -> torch.dtype:
@@ -326,7 +330,7 @@ class Ladder:
         exact = changes(self.full)
         if exact is None:
             return []
-        self.measured += size
+        self.measured = min(SAMPLE, self.measured + size)
         useless = []
         for tier in self.tiers[:-1]:
             try:

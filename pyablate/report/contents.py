@@ -84,6 +84,7 @@ def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
         "audit": {
             "pairs": result.audit.pairs,
             "mismatches": result.audit.mismatches,
+            "mended": result.audit.mended,
             "upper_bound": result.audit.upper_bound,
         },
     }

@@ -22,7 +22,9 @@ function summarySection() {
         `${count(summary.hurt_pairs)} (unit, class) pairs stand out one by one`),
       tile(`${(100 * summary.flips / pairs).toPrecision(2)} %`, "of the predictions change", `${count(summary.flips)} flips`),
       tile(audit.pairs ? `${count(audit.mismatches)} of ${count(audit.pairs)}` : "none", "audited predictions differ",
-        audit.pairs ? `at most ${(100 * audit.upper_bound).toPrecision(2)} % of all, at 95 %` : "the run was not audited"),
+        audit.pairs
+          ? `at most ${(100 * audit.upper_bound).toPrecision(2)} % of all, at 95 %` + (audit.mended ? `; ${count(audit.mended)} differed at first and were mended` : "")
+          : "the run was not audited"),
     ),
     make("details", { class: "provenance" },
       make("summary", {}, "Where this comes from"),
