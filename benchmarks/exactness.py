@@ -1,7 +1,7 @@
 """Prove the answers: millions of (unit, image) pairs against the float64 hook loop.
 
 The networks are drawn at random from the parts of ``tests/fuzz``: masked logits, NaN inside, jumps,
-outliers and images that change their kind halfway are among them. One in fifteen is a layer of a shipped
+outliers and images that change their kind are among them. One in fifteen is a layer of a shipped
 network. Wrong predictions are printed with the code that makes their network again; there must be
 none. Near ties (``pyablate/near_tie.py``) are counted apart::
 

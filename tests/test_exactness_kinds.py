@@ -160,6 +160,14 @@ def _decided(decide: awkward.Function) -> Callable[[], nn.Module]:
     return lambda: Classifier(vectors=Threshold(decide))
 
 
+def _gate(x: Tensor) -> Tensor:
+    return torch.sigmoid(1000.0 * x)
+
+
+def _share_of_a_softmax(x: Tensor) -> Tensor:
+    return awkward.SWALLOWED["share of two"]((50.0 * x).softmax(dim=1))
+
+
 def _normalised() -> nn.Module:
     return Classifier(norm=nn.InstanceNorm2d(6))
 
@@ -168,45 +176,57 @@ def _later(regime: str) -> Callable[[Tensor], Tensor]:
     return lambda x: awkward.mixed(x, regime, "later")
 
 
+SCALE, SWALLOWED, COMPARISON, JUMP, REGIME, LACKING, CANCELLED = (
+    "1: tolerances come from the logits that compete",
+    "2: NaN and infinity inside the network have no difference",
+    "3: equal values compare as in a plain pass",
+    "4: calibration sees no jump",
+    "5: what was measured on some images does not hold for others",
+    "7: a precision that lacks an operator",
+    "values that are tiny, and matter, are lost from base + (after - before)",
+)
+
 KINDS: dict[str, Kind] = {
-    **{f"logits {n}": Kind("1: the scale of logits", _behind(n)) for n in awkward.ENDS},
     **{
-        f"close logits {name}": Kind("1, 5: the scale of logits", _behind(name), close=1e-4)
-        for name in ("offset 1e4", "offset by image", "softmax", "log_softmax", "masked -inf, softmax")
+        f"{most} {value}": Kind(SCALE, _behind(f"{most} {value}"))
+        for most in ("masked", "mostly masked")
+        for value in ("-1e9", "-1e38", "finfo.min", "-inf")
+    },
+    "masked -1e4": Kind(SCALE, _behind("masked -1e4")),
+    "additive mask": Kind(SCALE, _behind("additive mask")),
+    "masked, log_softmax": Kind(SCALE, _behind("masked, log_softmax")),
+    "offset 1e6": Kind(SCALE, _behind("offset 1e6")),
+    "offset by image": Kind(SCALE, _behind("offset by image"), close=1e-4),
+    "softmax": Kind(REGIME, _behind("softmax"), close=1e-4),
+    **{
+        name: Kind(SWALLOWED, _between(awkward.SWALLOWED[name]), intervention=intervention)
+        for name, intervention in {
+            "nanmean": "mean",
+            "masked mean": "zero",
+            "share of two": "mean",
+            "logarithm of nothing": "zero",
+            "softmax of nothing": "mean",
+        }.items()
     },
     **{
-        f"{name}, {intervention}": Kind(
-            "2: NaN and infinity that are swallowed", _between(function), intervention=intervention
-        )
-        for name, function in awkward.SWALLOWED.items()
-        for intervention in ("zero", "mean")
+        name: Kind(COMPARISON, _between(awkward.COMPARISONS[name]))
+        for name in ("peaks", "largest by kth", "all but the largest", "where equal", "sorted")
     },
-    **{
-        f"{name}": Kind("3: comparisons", _between(function))
-        for name, function in awkward.COMPARISONS.items()
-    },
-    **{
-        f"vectors: {name}": Kind("3: comparisons", _decided(awkward.COMPARISONS[name]))
-        for name in ("largest by kth", "above kth", "all but the largest", "where equal")
-    },
-    **{f"jumps: {n}": Kind("4: jumps", _between(f)) for n, f in awkward.JUMPS.items()},
-    **{f"steep: {n}": Kind("4: jumps", _between(f)) for n, f in awkward.STEEP.items()},
-    "jumps at pairs: step": Kind("4: jumps", _decided(awkward.JUMPS["step"])),
-    "jumps at pairs: sign": Kind("4: jumps", _decided(torch.sign)),
-    "jumps at pairs: rounding": Kind("4: jumps", _decided(lambda x: (x + 0.5).round())),
-    "jumps at pairs: gate": Kind("4: jumps", _decided(lambda x: torch.sigmoid(1000.0 * x))),
-    "jumps at pairs: gate low": Kind("4: jumps", _decided(lambda x: torch.sigmoid(1000.0 * x)), precision=LOW),
-    "jumps at pairs: winners": Kind("4: jumps", lambda: Classifier(vectors=Couples())),
-    "jumps at pairs: codes": Kind("4: jumps", lambda: Classifier(vectors=Nearest())),
-    "jumps at pairs: low": Kind("4: jumps", _decided(awkward.JUMPS["step"]), precision=LOW),
-    "regime: low contrast": Kind("5: regimes", _normalised, _later("low contrast"), LOW),
-    "regime: offset": Kind("5: regimes", _normalised, _later("offset")),
-    "regime: offset low": Kind("5: regimes", _normalised, _later("offset"), LOW),
-    **{
-        f"{name} {precision}": Kind("7: not in bfloat16", _between(f), precision=precision)
-        for name, f in awkward.RARE.items()
-        for precision in ("bf16", LOW)
-    },
+    "vectors above kth": Kind(COMPARISON, _decided(awkward.COMPARISONS["above kth"])),
+    "step": Kind(JUMP, _decided(awkward.JUMPS["step"])),
+    "step, low": Kind(JUMP, _decided(awkward.JUMPS["step"]), precision=LOW),
+    "sign": Kind(JUMP, _decided(torch.sign)),
+    "rounding": Kind(JUMP, _decided(lambda x: (x + 0.5).round())),
+    "gate": Kind(JUMP, _decided(_gate)),
+    "gate, low": Kind(JUMP, _decided(_gate), precision=LOW),
+    "winners": Kind(JUMP, lambda: Classifier(vectors=Couples())),
+    "codes": Kind(JUMP, lambda: Classifier(vectors=Nearest())),
+    "low contrast, low": Kind(REGIME, _normalised, _later("low contrast"), LOW),
+    "offset images": Kind(REGIME, _normalised, _later("offset")),
+    "offset images, low": Kind(REGIME, _normalised, _later("offset"), LOW),
+    "AvgPool3d, low": Kind(LACKING, _between(awkward.RARE["AvgPool3d"]), precision=LOW),
+    "LPPool3d, low": Kind(LACKING, _between(awkward.RARE["LPPool3d"]), precision=LOW),
+    "share of a hard softmax": Kind(CANCELLED, _between(_share_of_a_softmax)),
 }
 
 

@@ -306,7 +306,9 @@ def _nested(parts: SearchStrategy[Part]) -> SearchStrategy[Part]:
     )
 
 
-PARTS = st.one_of(SIMPLE, SIMPLE, SIMPLE, AWKWARD, st.recursive(_nested(SIMPLE), _nested, max_leaves=6))
+PARTS = st.one_of(
+    SIMPLE, SIMPLE, SIMPLE, AWKWARD, st.recursive(_nested(SIMPLE), _nested, max_leaves=6)
+)
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 6), st.integers(2, 8)),
