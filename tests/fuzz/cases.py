@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import awkward
 import networks
 import pytest
 import torch
@@ -16,6 +17,7 @@ from parts import (
     Arithmetic,
     AsTokens,
     Attention,
+    Awkward,
     Branches,
     Conv,
     Depthwise,
@@ -23,6 +25,7 @@ from parts import (
     Linear,
     Network,
     Norm,
+    Outlier,
     Pad,
     Part,
     Pool,
@@ -34,12 +37,12 @@ from parts import (
 from torch import Tensor, nn
 
 import pyablate as pa
-from pyablate import reference
+from pyablate import near_tie, reference
 from pyablate.engine import eight_bit
 from pyablate.interventions import Intervention
 
 MOST_ROWS = 24
-"""Units of a case, so that the hook loop of the oracle stays short."""
+"""Units of a case in the tests, so that the hook loop of the oracle stays short."""
 
 LOW = ("bf16", "int8") if eight_bit.available() else ("bf16",)
 PRECISIONS = ("auto", *LOW, *LOW, "fp32", "fp64")
@@ -65,6 +68,18 @@ class Case:
     memory: int | None = None
     double: bool = False
     strategy: str = "auto"
+    regime: tuple[str, str] = ()  # kind of image and where, for :func:`awkward.mixed`
+    rows: int = MOST_ROWS
+
+    def kinds(self) -> list[str]:
+        """What is unusual about it: kinds of operators, ends, images and weights."""
+        parts = self.network.parts_within()
+        found = {f"operator: {part.kind}" for part in parts if isinstance(part, Awkward)}
+        found |= {"outliers"} if any(isinstance(part, Outlier) for part in parts) else set()
+        found |= {"outliers"} if self.network.outlier_weights else set()
+        found |= {f"logits: {self.network.behind}"} if self.network.behind else set()
+        found |= {f"images: {', '.join(self.regime)}"} if self.regime else set()
+        return sorted(found) or ["plain"]
 
     def subject(self) -> tuple[nn.Module, Tensor, Tensor]:
         """Return the network and its images and labels."""
@@ -72,9 +87,11 @@ class Case:
         images = torch.randn(self.images, *self.network.shape, generator=generator)
         images += torch.randn(self.images, *[1] * len(self.network.shape), generator=generator)
         labels = torch.randint(self.network.classes, (self.images,), generator=generator)
+        images = awkward.mixed(images, *self.regime) if self.regime else images
         model = self.network.build()
-        networks.randomise(model, seed=self.network.seed)
+        self.network.randomise(model)
         networks.spread_logits(model, arranged(images, self.layout).float().contiguous())
+        self.network.finish(model)
         model = model.double() if self.double else model
         return model, arranged(images.double() if self.double else images, self.layout), labels
 
@@ -86,7 +103,7 @@ class Case:
         rows = 0
         for number in range(len(sites)) if self.layers is None else self.layers if sites else ():
             site = sites[number % len(sites)]
-            if site.name not in chosen and rows + site.channels <= MOST_ROWS:
+            if site.name not in chosen and rows + site.channels <= self.rows:
                 chosen.append(site.name)
                 rows += site.channels
         units = [site.label(unit) for site in sites for unit in range(site.channels)]
@@ -130,25 +147,38 @@ def arranged(images: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was compared, and how many pairs each precision had settled."""
+    """What was compared, how many pairs each precision had settled, and by which strategies."""
 
     agreement: reference.Agreement
     settled: dict[str, int]
+    strategies: tuple[str, ...] = ()
+    audit: int = 0  # mismatches that the run found itself
 
 
-def has_finite_logits(model: nn.Module, images: Tensor) -> bool:
+NOTHING = Checked(reference.Agreement(0, 0, 0), {})
+
+
+def has_usable_logits(model: nn.Module, images: Tensor) -> bool:
     """Whether a network that multiplies again and again stays within its numbers."""
     with torch.no_grad():
         own = images.to(model.head.weight.dtype).clone(memory_format=torch.contiguous_format)
-        return bool(model(own).isfinite().all())
+        return bool(near_tie.usable(model(own)).all())
 
 
 def check(case: Case) -> Checked:
     """Run engine and oracle; raise where they differ in anything but near ties."""
+    checked = compared(case)
+    assert checked.agreement.mismatches == 0, checked.agreement
+    assert checked.audit == 0, checked
+    return checked
+
+
+def compared(case: Case) -> Checked:
+    """Run engine and oracle, and count where they differ."""
     model, images, labels = case.subject()
     options = case.options(model, images)
     if options["layers"] is None and options["groups"] is None:
-        return Checked(reference.Agreement(0, 0, 0), {})  # a network without units
+        return NOTHING  # a network without units
     data: Any = (images, labels)
     if case.layout == "batches":
         data = list(zip(images.split(2), labels.split(2), strict=True))
@@ -168,15 +198,16 @@ def check(case: Case) -> Checked:
         audit=5,
         progress=False,
     )
-    if not has_finite_logits(model, images):
+    if not has_usable_logits(model, images):
         with pytest.raises(ValueError, match=r"the logits of image \d+ are NaN or infinite"):
             ablate()
-        return Checked(reference.Agreement(0, 0, 0), {})
+        return NOTHING
     result = ablate()
     agreement = reference.compare(result, model, data, layers, **options)
-    assert agreement.mismatches == 0, agreement
-    assert result.audit.mismatches + result.audit.mended == 0, result.audit
-    return Checked(agreement, result.effort.settled)
+    strategies = tuple(result.strategy.values())
+    return Checked(
+        agreement, result.effort.settled, strategies, result.audit.mismatches + result.audit.mended
+    )
 
 
 # --- strategies ---------------------------------------------------------------------------------
@@ -242,6 +273,13 @@ GATES = st.builds(
     kind=st.sampled_from("channel map scalar divide".split()),
     activation=st.sampled_from(["Sigmoid", "Hardsigmoid", "Tanh"]),
 )
+AWKWARD: SearchStrategy[Part] = st.one_of(
+    *(
+        st.builds(Awkward, kind=st.just(kind), name=st.sampled_from(sorted(operators)))
+        for kind, operators in awkward.OPERATORS.items()
+    ),
+    st.just(Awkward("jump", "codebook")),
+)
 LINEARS = st.builds(Linear, out=st.integers(2, 8), bias=st.booleans())
 ATTENTIONS = st.builds(Attention, heads=SMALL, library=st.booleans())
 SIMPLE: SearchStrategy[Part] = st.one_of(
@@ -264,32 +302,48 @@ def _nested(parts: SearchStrategy[Part]) -> SearchStrategy[Part]:
     return st.one_of(
         st.builds(Residual, _lists(parts, 4), st.sampled_from("add sub mul maximum".split())),
         st.builds(Branches, st.lists(_lists(parts, 3), min_size=2, max_size=3).map(tuple)),
+        st.builds(Outlier, st.sampled_from([100.0, 1000.0]), st.booleans(), _lists(parts, 3)),
         st.builds(AsTokens, _lists(st.one_of(ATTENTIONS, LINEARS, ACTS, NORMS, parts), 4)),
         st.builds(Repeat, _lists(parts, 3), st.integers(2, 3)),
     )
 
 
-PARTS = st.one_of(SIMPLE, SIMPLE, SIMPLE, st.recursive(_nested(SIMPLE), _nested, max_leaves=6))
+PARTS = st.one_of(
+    SIMPLE, SIMPLE, SIMPLE, AWKWARD, st.recursive(_nested(SIMPLE), _nested, max_leaves=6)
+)
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 6), st.integers(2, 8)),
     st.tuples(st.integers(2, 9)),
 )
-NETWORKS = st.builds(
-    Network,
-    parts=_lists(PARTS, 7),
-    shape=st.one_of(SHAPES, st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12))),
-    classes=st.integers(2, 5),
-    head=st.sampled_from(
-        "average maximum flatten both sum first flatten_module pool_module".split()
-    ),
-    hidden=st.sampled_from([0, 0, 4]),
-    shared_activations=st.booleans(),
-    seed=st.integers(0, 1_000_000),
+
+
+def networks_on(shapes: SearchStrategy[tuple[int, ...]]) -> SearchStrategy[Network]:
+    """Random networks for images of these shapes."""
+    return st.builds(
+        Network,
+        parts=_lists(PARTS, 7),
+        shape=shapes,
+        classes=st.integers(2, 5) | st.sampled_from([8, 10]),
+        head=st.sampled_from(
+            "average maximum flatten both sum first flatten_module pool_module".split()
+        ),
+        hidden=st.sampled_from([0, 0, 4]),
+        shared_activations=st.booleans(),
+        behind=st.sampled_from([""] * 2 * len(awkward.ENDS) + sorted(awkward.ENDS)),
+        outlier_weights=st.sampled_from([False] * 5 + [True]),
+        seed=st.integers(0, 1_000_000),
+    )
+
+
+REGIMES = st.sampled_from(
+    [()] * 30 + [(k, order) for k in awkward.REGIMES for order in ("all", "later", "rare")]
 )
 CASES = st.builds(
     Case,
-    network=NETWORKS,
+    network=networks_on(
+        SHAPES | st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12))
+    ),
     # Low precision is not trusted before it has been measured on many pairs.
     images=st.sampled_from([48, 96] * 6 + [2, 3, 5, 9]),
     layers=st.none() | st.lists(st.integers(0, 30), min_size=1, max_size=3).map(tuple),
@@ -304,4 +358,19 @@ CASES = st.builds(
     memory=st.sampled_from([None] * 7 + [1, 5_000, 1 << 20]),
     double=st.sampled_from([False] * 5 + [True]),
     strategy=st.sampled_from(["auto"] * 9 + ["replay"]),
+    regime=REGIMES,
 )
+MANY_PAIRS = st.builds(
+    Case,
+    network=networks_on(st.tuples(st.integers(1, 3), st.integers(12, 16), st.integers(12, 16))),
+    images=st.sampled_from([768, 1024, 1536]),
+    layers=st.none() | st.lists(st.integers(0, 30), min_size=2, max_size=4).map(tuple),
+    intervention=st.sampled_from(["zero", *INTERVENTIONS]),
+    precision=st.sampled_from(["auto", "auto", *PRECISIONS]),
+    layout=st.sampled_from(["plain", "plain", *LAYOUTS]),
+    batch_size=st.sampled_from([None, None, 100]),
+    double=st.sampled_from([False] * 9 + [True]),
+    regime=REGIMES,
+    rows=st.just(48),
+)
+"""Cases for ``benchmarks/exactness.py``: fewer options, as many pairs as a minute can check."""

@@ -8,9 +8,12 @@ image: ``(C, H, W)`` for maps, ``(L, C)`` for tokens, ``(F,)`` for vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import awkward
+import networks
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -353,6 +356,36 @@ class Arithmetic(Part):
 
 
 @dataclass(frozen=True)
+class Awkward(Part):
+    """An operator that small errors do not survive, or one that a precision lacks."""
+
+    kind: str = "jump"
+    name: str = "step"
+
+    def build(self, shape: Shape) -> nn.Module | None:
+        if self.name == "codebook":
+            return awkward.Codebook(shape[0])
+        return Apply(awkward.OPERATORS[self.kind][self.name])
+
+
+@dataclass(frozen=True)
+class Outlier(Part):
+    """One channel is far larger than the others, for a while or for good."""
+
+    factor: float = 1000.0
+    restored: bool = False
+    inner: tuple[Part, ...] = ()
+
+    def build(self, shape: Shape) -> nn.Module | None:
+        def scaled(x: Tensor, factor: float) -> Tensor:
+            return torch.cat([factor * x[:, :1], x[:, 1:]], dim=1)
+
+        inner, after = chain(self.inner, shape)
+        last = 1 / self.factor if self.restored and after == shape else 1.0
+        return Apply(lambda x, inner: scaled(inner(scaled(x, self.factor)), last), inner)
+
+
+@dataclass(frozen=True)
 class Attention(Part):
     heads: int = 1
     library: bool = False
@@ -426,7 +459,25 @@ class Network:
     head: str = "average"
     hidden: int = 0
     shared_activations: bool = False
+    behind: str = ""
+    outlier_weights: bool = False
     seed: int = 0
+
+    def parts_within(self) -> list[Part]:
+        """All parts, those inside others too."""
+        return list(_flattened(self.parts))
+
+    def finish(self, model: nn.Module) -> None:
+        """Do what comes behind the choice of weights and the scaling of the head."""
+        if self.behind:
+            model.add_module("behind", Apply(awkward.ENDS[self.behind]))
+
+    def randomise(self, model: nn.Module) -> None:
+        """Give it random weights."""
+        networks.randomise(model, seed=self.seed)
+        for weight in model.parameters() if self.outlier_weights else ():
+            with torch.no_grad():
+                weight.view(-1)[self.seed % weight.numel()] *= 100.0
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -464,6 +515,16 @@ class Network:
         if self.head == "pool_module" and len(shape) == 3:
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         return Apply(ends.get(self.head, ends["average"]))
+
+
+def _flattened(parts: Sequence[Any]) -> Iterator[Part]:
+    for part in parts:
+        if isinstance(part, tuple):
+            yield from _flattened(part)
+        else:
+            yield part
+            yield from _flattened(getattr(part, "inner", ()))
+            yield from _flattened(getattr(part, "parts", ()))
 
 
 def _share_activations(model: nn.Module) -> None:
