@@ -281,11 +281,10 @@ def _find_doubtful(
     found: dict[Job, fx.Node] = {}
     for job in jobs:
         nodes = Suffix.of(graph, job).nodes
-        jumping = jumps(nodes)
-        if jumping and isinstance(decided, Exact):
-            decided.recomputed.add(job)
-        for node in [*jumping, *(node for node in nodes if node in abrupt)][:1]:
+        for node in [*jumps(nodes), *(node for node in nodes if node in abrupt)][:1]:
             found[job] = node
+    if isinstance(decided, Exact):
+        decided.recomputed.update(found)
     for job, node in found.items():
         logger.info("%s: decided in float64, since %s jumps or is steep", job.name, node.target)
     return Doubtful(frozenset(found), clean=bool(abrupt or jumps(graph.after([graph.images]))))

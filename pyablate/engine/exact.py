@@ -47,9 +47,9 @@ class Exact:
     replay : Replay
         The model itself in float64, for donors and statistics.
     recomputed : set of Job
-        Jobs of which the perturbed values are computed instead of differences: behind them equal
-        numbers are compared, which base + (after - before) does not keep equal, or something is
-        NaN or infinite, which has no difference.
+        Jobs of which the perturbed values are computed instead of differences: base + (after -
+        before) is not after where numbers that are equal are compared, where something is NaN or
+        infinite, or where 1 becomes 1e-20 and counts as that.
     """
 
     graph: Graph
