@@ -338,14 +338,12 @@ class BlockSweep:
             )
 
     def _irregular(self, job: Job, clean: Clean) -> bool:
-        """Whether a job reads something of the clean run that has no difference; so from now on."""
+        """Whether the clean run holds what has no difference; then this job is done without."""
         exact = self.setup.exact
-        if not isinstance(exact, Exact):
-            return bool(clean.irregular)
-        if job not in exact.recomputed and clean.irregular & self.suffixes[job].reads:
+        if clean.irregular and isinstance(exact, Exact) and job not in exact.recomputed:
             logger.info("%s: something inside is not finite: values instead of deltas", job.name)
             exact.recomputed.add(job)
-        return job in exact.recomputed
+        return bool(clean.irregular)
 
     def _changed(
         self,

@@ -94,8 +94,16 @@ class Graph:
     markers: list[fx.Node] = field(default_factory=list)
     _linear: dict[Any, tuple[int, int] | None] = field(default_factory=dict, repr=False)
 
-    def run(self, images: Tensor, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
-        """Compute ``keep`` for a batch of images; other tensors are freed after their last use."""
+    def run(
+        self,
+        images: Tensor,
+        keep: Iterable[fx.Node],
+        look: Callable[[fx.Node, Any], None] | None = None,
+    ) -> dict[fx.Node, Any]:
+        """Compute ``keep`` for a batch of images; other tensors are freed after their last use.
+
+        ``look`` is shown every node with its value.
+        """
         wanted = set(keep)
         values: dict[fx.Node, Any] = {self.images: images}
         uses = {node: len(node.users) for node in self.graph.nodes}
@@ -103,6 +111,8 @@ class Graph:
             if node.op != "call_function":
                 continue
             values[node] = self._compute(node, values, len(images))
+            if look is not None:
+                look(node, values[node])
             for source in node.all_input_nodes:
                 uses[source] -= 1
                 if uses[source] == 0 and source not in wanted:

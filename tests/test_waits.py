@@ -143,9 +143,9 @@ def test_a_block_waits_for_its_live_pairs_and_once_per_tier(case, monkeypatch):
         found, events, _ = swept(move(setup), notes)
     check_same(found, expected)
     jobs = by_job(events)
-    # Images that are watched, their logits twice; logits that are usable, and close; sums of
-    # tensors; labels; predictions.
-    assert len(waits_of(jobs.pop("batch"))) == 7
+    # Images that are watched, their logits twice; logits that are usable, and close; labels;
+    # predictions.
+    assert len(waits_of(jobs.pop("batch"))) == 6
     assert len(jobs) == len(setup.jobs)
     for name, own in jobs.items():
         waits = waits_of(own)

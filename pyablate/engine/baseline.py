@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor, fx, nn
 from pyablate import near_tie
 from pyablate.batches import Batch
 from pyablate.engine.delta import Clean
-from pyablate.engine.discontinuous import users
+from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.exact import Exact
 from pyablate.engine.replay import Replay, forward
 from pyablate.engine.rounding import Rounding, outlying
-from pyablate.graph import CONVOLUTIONS, SOFTMAXES, Graph
+from pyablate.graph import CONVOLUTIONS, Graph
 from pyablate.transfer import sent
 
 FIRST, LATER = 8, 4
@@ -40,16 +41,24 @@ def run_graph(
     convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
     if images.ndim == 4 and convolves:
         images = images.contiguous(memory_format=torch.channels_last)
-    wanted = {graph.logits, *keep}
+    wanted, watch = {graph.logits, *keep}, _Watch()
     with torch.no_grad():
         size = _images_at_a_time(graph, images, wanted)
         if len(images) > size and all(graph.joins(node) for node in wanted):
-            parts = [graph.run(some, wanted) for some in images.split(size)]
+            parts = [graph.run(some, wanted, watch.look) for some in images.split(size)]
             # Each part is let go as soon as it is joined: all of them twice would not fit.
             tensors = {node: graph.join(node, [p.pop(node) for p in parts]) for node in wanted}
         else:
-            tensors = graph.run(images, wanted)
-    return _clean(tensors, tensors[graph.logits], exact, batch, rounding, trusted=trusted)
+            tensors = graph.run(images, wanted, watch.look)
+    return _clean(
+        tensors,
+        tensors[graph.logits],
+        exact,
+        batch,
+        rounding,
+        trusted=trusted,
+        irregular=watch.irregular,
+    )
 
 
 def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -> int:
@@ -87,6 +96,7 @@ def _clean(
     rounding: Rounding,
     *,
     trusted: bool,
+    irregular: frozenset[fx.Node] = frozenset(),
 ) -> Clean:
     """Decide what the clean run predicts; ``trusted`` is whether its precision may decide any."""
     watched = outlying(batch.images, LATER if rounding.known else FIRST)
@@ -97,37 +107,32 @@ def _clean(
     tolerance = rounding.tolerance(logits)
     good, close = torch.stack([near_tie.usable(logits), close_calls(logits, tolerance)]).cpu()
     near_tie.check(good, batch.index)
-    irregular = _irregular(tensors)
     if irregular or not trusted:
         close.fill_(True)
     prediction = _predict(logits, close, exact, batch)
     return Clean(tensors, logits, prediction, tolerance, rounding, watched, irregular)
 
 
-def _irregular(tensors: Mapping[fx.Node, Any]) -> frozenset[fx.Node]:
-    """Nodes that hold NaN or infinity; minus infinity in front of a softmax is no trouble.
+@dataclass(eq=False)
+class _Watch:
+    """Looks for NaN and infinity wherever they may come about, without a wait for the device."""
 
-    There it stands for what is masked, before and after.
-    """
-    parts = [
-        (node, part)
-        for node, value in tensors.items()
-        for part in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(part, Tensor) and part.is_floating_point() and part.numel()
-    ]
-    if not parts:
-        return frozenset()
-    # What is not finite makes a sum that is not; so may an overflow, which is looked at again.
-    sums = torch.stack([part.sum().float() for _, part in parts]).cpu()
-    suspects = [parts[i] for i in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist()]
-    return frozenset(node for node, part in suspects if _spoils(node, part))
+    sums: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
 
+    def look(self, node: fx.Node, value: Any) -> None:
+        """Take the sum of what an operator gives: finite only if all of it is."""
+        if isinstance(value, Tensor) and may_be_infinite(node):
+            self.sums.append((node, value.sum().float()))
 
-def _spoils(node: fx.Node, value: Tensor) -> bool:
-    if torch.isfinite(value).all():
-        return False
-    masked = all(user.target in SOFTMAXES for user in users(node))
-    return not masked or bool((value.isnan() | (value == torch.inf)).any())
+    @property
+    def irregular(self) -> frozenset[fx.Node]:
+        """Nodes that gave anything else than finite numbers."""
+        if not self.sums:
+            return frozenset()
+        finite = torch.isfinite(torch.stack([total for _, total in self.sums])).tolist()
+        return frozenset(
+            node for (node, _), good in zip(self.sums, finite, strict=True) if not good
+        )
 
 
 def close_calls(logits: Tensor, tolerance: Tensor) -> Tensor:

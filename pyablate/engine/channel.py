@@ -159,11 +159,17 @@ def _getitem(reader: Reader, node: fx.Node) -> Channel | None:
 def _elementwise(reader: Reader, node: fx.Node) -> Channel | None:
     """f(base + d) - f(base) for a function of one tensor and numbers."""
     delta = _only_first_changes(reader, node)
-    if delta is None or len(node.all_input_nodes) > 1:
+    if delta is None or len(node.all_input_nodes) > 1 or has_unbounded_slope(node):
         return None
     base = delta.of(reader.base(_source(node)))
     call, rest, named = function(node), node.args[1:], dict(node.kwargs)
     return delta.with_values(call(base + delta.values, *rest, **named) - call(base, *rest, **named))
+
+
+def has_unbounded_slope(node: fx.Node) -> bool:
+    """Whether pairs have to be looked at one by one; a power of 1 or more has a bounded slope."""
+    exponent = node.args[1] if node.target is aten.pow.Tensor_Scalar else 0
+    return node.target in UNBOUNDED and not (isinstance(exponent, (int, float)) and exponent >= 1)
 
 
 def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
@@ -369,6 +375,21 @@ POOLS_1D = frozenset(
 )
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
+UNBOUNDED: frozenset[Any] = frozenset(
+    {
+        aten.div.Tensor,
+        aten.log.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.log2.default,
+        aten.pow.Tensor_Scalar,
+        aten.pow.Tensor_Tensor,
+        aten.reciprocal.default,
+        aten.rsqrt.default,
+        aten.sqrt.default,
+    }
+)
+"""Functions without a bounded slope, in the second argument for a division."""
 SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
 SAME = frozenset(
     {

@@ -425,6 +425,7 @@ class _Slice:
         self.eight_bit = dtype == torch.int8
         self.codes: dict[fx.Node, Codes] = {}
         self.steps: list[Tensor] = []
+        self.lost: list[Tensor] = []
         self.graph = sweep.graph
         self.column = row
         self.image_long = image
@@ -446,7 +447,8 @@ class _Slice:
         change: Tensor | None = self.delta(self.graph.logits)
         if change is None:
             return None
-        return Changed(change, torch.stack(self.steps) if self.steps else None)
+        lost = torch.stack(self.lost).any(dim=0) if self.lost else None
+        return Changed(change, torch.stack(self.steps) if self.steps else None, lost)
 
     def raw(self, node: fx.Node) -> Any:
         delta = self._deltas.get(node)

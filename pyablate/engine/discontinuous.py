@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyablate.engine.channel import SAME
-from pyablate.graph import SOFTMAXES, Graph, settings
+from pyablate.engine.channel import SAME, has_unbounded_slope
+from pyablate.graph import SOFTMAXES, Graph, remembered, settings
 
 aten = torch.ops.aten
 
@@ -61,6 +61,8 @@ COMPARISONS: frozenset[Any] = frozenset(
     {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar}
 )
 
+EXPONENTIALS: frozenset[Any] = frozenset({aten.exp.default, aten.exp2.default})
+
 HANDED_ON: frozenset[Any] = SAME | {aten._to_copy.default, aten.to.dtype}
 """What a mask goes through on its way from a comparison to a product."""
 
@@ -100,6 +102,16 @@ def steep(graph: Graph, sample: Tensor) -> list[fx.Node]:
         for node, source in inputs.items()
         if source in values and _is_steep(node, values[source], widths[node])
     ]
+
+
+@remembered
+def may_be_infinite(node: fx.Node) -> bool:
+    """Whether an operator makes NaN or infinity of finite numbers.
+
+    Minus infinity in front of a softmax, which stands for what is masked, is no trouble.
+    """
+    makes = has_unbounded_slope(node) or node.target in SOFTMAXES or node.target in EXPONENTIALS
+    return makes and not all(user.target in SOFTMAXES for user in users(node))
 
 
 class _Watch(TorchDispatchMode):

@@ -133,8 +133,12 @@ class Exact:
             sweep.advance()
         for some, where, part in zip(*parts, strict=True):
             change = sweep.change(some, where, torch.float64)
-            if change is not None:
-                part += change.logits  # in place: a view
+            if change is None:
+                continue
+            part += change.logits  # in place: a view
+            if change.lost is not None and bool(change.lost.any()):
+                lost = change.lost
+                part[lost] = sweep.recompute(some[lost], where[lost])
         return mine, logits
 
     def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Any]:

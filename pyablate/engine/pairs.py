@@ -9,9 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel import SAME
+from pyablate.engine.channel import DIVISIONS, SAME
 from pyablate.graph import Graph, operands, remembered
 from pyablate.ops import Codes
+
+KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
+"""Shares of a change that have to be left of base + delta where relative errors count."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Pairs(Protocol):
     eight_bit: bool  # whether convolutions run in 8-bit integers
     codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
     steps: list[Tensor]  # of the codes that 8-bit convolutions have read
+    lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.tiers.Changed`
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job
@@ -87,6 +91,25 @@ def _subtract(after: Any, before: Any) -> Any:
 def changing(pairs: Pairs, node: fx.Node) -> list[fx.Node]:
     """Arguments that change; x * x names x twice."""
     return [source for source in operands(node) if pairs.raw(source) is not None]
+
+
+def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
+    """Give up pairs that all but cancel in front of a function without a bounded slope.
+
+    Of base + delta, the less is left the less is known: where 1 has become 1e-9, float32 knows no
+    digit of that, and a division or a logarithm makes as much of it as of any other number.
+    """
+    source = node.args[1] if node.target in DIVISIONS else node.args[0]
+    delta = pairs.delta(source) if isinstance(source, fx.Node) else None
+    if not isinstance(delta, Tensor) or not isinstance(source, fx.Node):
+        return
+    left = (pairs.rows(source) + delta).abs()
+    share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
+    lost = left < share * delta.abs()
+    if pairs.plain(source):
+        pairs.lost.append(lost.flatten(1).any(dim=1) if lost.ndim > 1 else lost)
+    else:
+        pairs.lost.append(lost.any().expand(len(pairs.image)))
 
 
 def linear(pairs: Pairs, node: fx.Node) -> Any:

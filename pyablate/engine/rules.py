@@ -15,9 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
+from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME, has_unbounded_slope
 from pyablate.engine.operators import LINEAR, MATMULS, NAMED, STRUCTURE, SUMS
-from pyablate.engine.pairs import Full, Pairs, Rule, changing, difference, full_shape, linear
+from pyablate.engine.pairs import (
+    Full,
+    Pairs,
+    Rule,
+    changing,
+    difference,
+    full_shape,
+    linear,
+    note_cancellation,
+)
 from pyablate.engine.passes import activation, add, average, max_pool
 from pyablate.engine.weighted import batch_norm, convolution, fully_connected
 from pyablate.graph import (
@@ -36,6 +45,8 @@ aten = torch.ops.aten
 
 def advance(pairs: Pairs, node: fx.Node) -> Any:
     """Return the change of a node, from the changes of its inputs."""
+    if has_unbounded_slope(node):
+        note_cancellation(pairs, node)
     # Taking one of several results computes nothing: there, a full one may stand beside the others.
     whole = node.target is not operator.getitem and _may_read_full(node)
     if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):

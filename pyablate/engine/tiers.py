@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -78,14 +78,19 @@ class Changed:
     steps : Tensor or None
         float32 ``[L, P]``: the step to which the delta was rounded before each convolution in 8
         bits, largest magnitude / 127; None where there were none.
+    lost : Tensor or None
+        Bool ``[P]``: pairs of which nothing is known, since an operator without a bounded slope
+        read what had all but cancelled; None where there is no such operator.
     """
 
     logits: Tensor
     steps: Tensor | None = None
+    lost: Tensor | None = None
 
     def first(self, count: int) -> Changed:
         """Leave out the pairs from ``count`` on."""
-        return Changed(self.logits[:count], None if self.steps is None else self.steps[:, :count])
+        steps = None if self.steps is None else self.steps[:, :count]
+        return Changed(self.logits[:count], steps, None if self.lost is None else self.lost[:count])
 
 
 Change = Callable[[Tensor, Tensor, torch.dtype], Changed | None]
@@ -262,7 +267,8 @@ class Ladder:
             slack = self.gain * self._widening * self._coarseness(changed.steps)
             logits, tolerance = logits[image], tolerance[image] + slack.nan_to_num(torch.inf)
             short = torch.arange(len(image), dtype=torch.int32, device=image.device)
-        return ops.classify(logits, changed.logits, short, tolerance, relative=doubt)
+        found = ops.classify(logits, changed.logits, short, tolerance, relative=doubt)
+        return found if changed.lost is None else found.masked_fill(changed.lost, -1)
 
     def _coarseness(self, steps: Tensor) -> Tensor:
         """Largest of a pair's steps, each in units of the typical one, ``[P]``."""
@@ -321,7 +327,7 @@ class Ladder:
         def changes(tier: torch.dtype) -> Changed | None:
             found = [
                 # What a recording gives stands until its next call.
-                Changed(part.logits.clone(), part.steps)
+                Changed(part.logits.clone(), part.steps, part.lost)
                 for _, part in self._slices(change, row, image, tier, at_a_time)
                 if part is not None
             ]
@@ -368,20 +374,23 @@ class Ladder:
         exact, device = truth(row, image), clean.logits.device
         rows, images, exact = (sent(each, device) for each in (row, image, exact))
         slices = self._slices(change, rows, images, self.full, FEW)
-        parts = [Changed(part.logits.clone()) for _, part in slices if part is not None]
+        parts = [
+            Changed(part.logits.clone(), lost=part.lost) for _, part in slices if part is not None
+        ]
         worst = 0.0
         if parts:
-            delta = joined(parts).logits.double()
+            rough = joined(parts)
+            delta = rough.logits.double()
             found = clean.logits[images].double() + delta
             found = torch.where(near_tie.competing(exact), found, exact)
-            error, _ = _errors(found, exact, clean.tolerance[images])
+            error, _ = _errors(replace(rough, logits=found), exact, clean.tolerance[images])
             worst = _largest_share(error, _spread(delta))
         self.doubts[self.full] = max(self.doubt(self.full), SAFETY_OF_FEW * worst)
 
     def _learn(self, tier: torch.dtype, rough: Changed, exact: Tensor, tolerance: Tensor) -> None:
         """Doubt a tier by the largest of its errors, none less than before."""
         known = self.doubts.get(tier, FLOOR[tier])
-        error, spread = _errors(rough.logits.to(exact.dtype), exact, tolerance)
+        error, spread = _errors(rough, exact, tolerance)
         if rough.steps is None:
             self.doubts[tier] = max(known, SAFETY * _largest_share(error, spread))
             return
@@ -415,17 +424,23 @@ def joined(parts: Sequence[Changed]) -> Changed:
     """Put the pairs of several slices together."""
     steps = [part.steps for part in parts if part.steps is not None]
     logits = torch.cat([part.logits for part in parts])
-    return Changed(logits, torch.cat(steps, dim=1) if steps else None)
+    lost = [part.lost for part in parts if part.lost is not None]
+    return Changed(
+        logits, torch.cat(steps, dim=1) if steps else None, torch.cat(lost) if lost else None
+    )
 
 
-def _errors(rough: Tensor, exact: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(rough: Changed, exact: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """Errors of rough logit changes, [P], and the spreads of these; NaN counts as infinite.
 
-    Errors within the tolerance are doubted anyway. Changes that are not finite in full precision
-    say nothing about the rough one.
+    Errors within the tolerance, and of pairs that are lost, are doubted anyway. Changes that are
+    not finite in full precision say nothing about the rough one.
     """
-    error, spread = _spread(rough - exact), _spread(rough)
+    logits = rough.logits.to(exact.dtype)
+    error, spread = _spread(logits - exact), _spread(logits)
     counts = ~(error <= tolerance) & torch.isfinite(exact).all(dim=1)
+    if rough.lost is not None:
+        counts &= ~rough.lost
     return torch.where(counts, error.nan_to_num(torch.inf), torch.zeros_like(error)), spread
 
 
