@@ -46,6 +46,8 @@ def merge(
     """
     if not parts:
         raise ValueError("parts: expected at least one, got none")
+    if output is not None:
+        store.check_writable(output)
     found = [(Path(path), store.load(path)) for path in parts]
     for path, part in found:
         if not part.provenance:

@@ -146,7 +146,7 @@ def ablate(
     chosen = parse(intervention, seed=seed)
     place = None if output is None else Path(output)
     if place is not None:
-        check_place(place)
+        check_place(place, fresh=fresh)
     device = own_device(distributed, device)
     with undisturbed(), taking_part(distributed, device) as ranks:
         goes_on = ranks.tell(place is not None and not fresh and has_statistics(place))
