@@ -264,7 +264,7 @@ def open_store(
     if manifest is not None:
         _compare(path, manifest["identity"], identity)
         known = Layout(layout.images, int(manifest["block"]), int(manifest["memory"]))
-        return RunStore(path, identity, known)
+        return RunStore(path, manifest["identity"], known)
     _begin(path, identity, layout, statistics)
     return RunStore(path, identity, layout)
 
