@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,20 @@ class Data:
         images = torch.as_tensor(self._source[0][0])
         return images[index.to(images.device)].to(self.device, self.dtype)
 
+    @property
+    def dataset(self) -> Any:
+        """The data set of a loader that reads it in order, by index; None for other sources."""
+        loader = self._source
+        return loader.dataset if isinstance(loader, DataLoader) and _by_index(loader) else None
+
+    def some(self, index: Sequence[int]) -> Iterator[Batch]:
+        """Hand out only these images of a :attr:`dataset`, given in ascending order."""
+        place = 0
+        for number, item in enumerate(_only(self._source, index)):  # type: ignore[arg-type]
+            images, labels = self._check(number, item)
+            yield Batch(torch.as_tensor(index[place : place + len(images)]), images, labels)
+            place += len(images)
+
     def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
         """Hand out batches of ``size`` images (the last may be smaller).
 
@@ -269,7 +283,7 @@ def _by_index(loader: DataLoader[Any]) -> bool:
     )
 
 
-def _only(loader: DataLoader[Any], part: range) -> DataLoader[Any]:
+def _only(loader: DataLoader[Any], part: Sequence[int]) -> DataLoader[Any]:
     """Return the same loader over a part of its data set."""
     return DataLoader(
         Subset(loader.dataset, part),

@@ -5,12 +5,13 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def read_begun(path: Path, run: str) -> Begun | None:
 
 
 DAMAGED = (
+    OSError,  # not of the disk, once the file is in memory: of one of the ways to pack
     ValueError,
     KeyError,
     TypeError,
@@ -212,18 +214,55 @@ def _write(
     )
     sums = {f"sum.{name}": measure.change for name, measure in facts.measures.items()}
     held: dict[str, Any] = {"known": np.frombuffer(text.encode(), np.uint8), **arrays, **sums}
+    write_arrays(path, held, np.savez_compressed)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], pack: Callable[..., None]) -> None:
+    """Write arrays with a checksum behind them, whole or not at all.
+
+    The checksums in an archive cover neither its directory nor what is read before its end.
+    """
     packed = io.BytesIO()
-    np.savez_compressed(packed, **held)
-    replace_file(path, packed.getvalue())
+    pack(packed, **arrays)
+    content = packed.getvalue()
+    replace_file(path, content + _seal(content))
+
+
+def read_arrays(content: bytes) -> Any:
+    """Open what :func:`write_arrays` has written, after comparing it with its checksum.
+
+    Raises
+    ------
+    ValueError, ...
+        It is damaged; see ``DAMAGED``.
+    """
+    inner, seal = content[:-_SEALED], content[-_SEALED:]
+    if not seal.startswith(_MARK):
+        inner = content  # written by an older version
+    elif seal != _seal(inner):
+        raise ValueError("not as it was written")
+    # From memory: numpy leaves a damaged file open, and what is wrong in the archive is then no
+    # error of the disk.
+    return np.load(io.BytesIO(inner), allow_pickle=False)
+
+
+_MARK = b"\nsha256 "
+_SEALED = len(_MARK) + 64
+
+
+def _seal(content: bytes) -> bytes:
+    return _MARK + hashlib.sha256(content).hexdigest().encode()
 
 
 def _read(
     path: Path, run: str, names: Sequence[str]
 ) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
     try:
-        # From memory: numpy leaves a damaged file open, and what is wrong in the archive is then no
-        # error of the disk.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as packed:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with read_arrays(content) as packed:
             known = json.loads(packed["known"].tobytes())
             if known["run"] != run:
                 return None
@@ -239,8 +278,6 @@ def _read(
                 measures=measures,
             )
             return known, facts, {name: packed[name] for name in names}
-    except FileNotFoundError:
-        return None
     except DAMAGED:
         return None
 

@@ -66,7 +66,7 @@ def attributes(
     from pyablate.store import check_writable
     from pyablate.unit_attributes.files import write_attributes
 
-    check_file(output, "--output") if output.suffix == ".csv" else check_writable(output)
+    check_file(output, "--output") if output.suffix == ".csv" else check_writable(output, str)
 
     network = network_from(model, weights, device)
     batches = images_from(data, labels, limit, size, mean, std, batch_size)

@@ -108,7 +108,7 @@ def run(
     from pyablate.run_store import check_place
 
     budget, part = parse_bytes("--memory", memory), parse_shard(shard)
-    check_place(output)
+    check_place(output, fresh=fresh)
     if csv is not None:
         check_file(csv, "--csv")
     distributed = started_by_torchrun()

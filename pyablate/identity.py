@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx, nn
 
-    from pyablate.batches import Batch
+    from pyablate.batches import Batch, Data
     from pyablate.graph import Graph
     from pyablate.prepare import Setup
 
@@ -89,13 +89,15 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         if there == here or (path in _READ_LATER and None in (there, here)):
             continue
         name = ".".join(path)
-        hashed = path[-1] in ("hash", "others", "structure", "weights", "directions")
+        hashed = path[-1] in _HASHES
         found.append(f"{_NAMES.get(name, name)}" + ("" if hashed else f" ({there}, now {here})"))
     return found
 
 
-_READ_LATER = [("data", "hash"), ("data", "others")]
-"""Known when all images have been read, or only while others stand in for units."""
+_READ_LATER = [("data", name) for name in ("hash", "others", "sample", "files")]
+"""Known when all images have been read, or only of shards and while others stand in for units."""
+
+_HASHES = ("hash", "others", "sample", "files", "structure", "weights", "directions")
 
 _NAMES = {
     "model.structure": "the model's structure",
@@ -105,6 +107,8 @@ _NAMES = {
     "data.count": "the number of images of the shard",
     "data.hash": "the images or labels",
     "data.others": "the images or labels",
+    "data.sample": "the images or labels of the whole data set",
+    "data.files": "the names or sizes of the image files",
     "units.count": "the number of units to ablate",
     "units.hash": "the units to ablate (layers, groups)",
     "classes.count": "the number of classes",
@@ -144,6 +148,45 @@ def hash_images(batch: Batch, dtype: torch.dtype) -> int:
         digest.update(image.data)
         total += int.from_bytes(digest.digest(), "big")
     return total % MODULUS
+
+
+def glance(data: Data, dtype: torch.dtype) -> dict[str, str] | None:
+    """Tell a whole data set without reading all of it.
+
+    Parameters
+    ----------
+    data : Data
+        All images.
+    dtype : torch.dtype
+        In which they are compared.
+
+    Returns
+    -------
+    dict or None
+        Hashes of ``SAMPLE`` images and labels spread over all, and of the names, sizes and classes
+        of all files of a folder of images. None where nothing less than all can be read (loaders
+        that shuffle, plain iterables), or all are in memory: those are hashed.
+    """
+    dataset = data.dataset
+    if dataset is None:
+        return None
+    count = len(data)
+    # One from each of equal stretches, at a place of its own: files often come in a pattern.
+    edges = np.linspace(0, count, min(SAMPLE, count) + 1).astype(np.int64)
+    draw = np.random.Generator(np.random.Philox(count)).random(len(edges) - 1)
+    index = (edges[:-1] + draw * np.diff(edges)).astype(np.int64).tolist()
+    total = sum(hash_images(batch, dtype) for batch in data.some(index)) % MODULUS
+    told = {"sample": f"{total:064x}"}
+    if hasattr(dataset, "listing"):
+        digest = hashlib.sha256()
+        for line in dataset.listing():
+            digest.update(f"{line}\n".encode(errors="surrogateescape"))
+        told["files"] = digest.hexdigest()
+    return told
+
+
+SAMPLE = 256
+"""Images by which a data set is told that would take long to read."""
 
 
 def own_dtype(model: nn.Module) -> torch.dtype:

@@ -73,6 +73,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         std: Sequence[float] | None = None,
     ) -> None:
         _pillow()  # missing, it is missed now and not at the first image
+        self._folder = folder
         self._size = None if size is None else _scale_and_crop(size)
         self.classes = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p)))
         if not self.classes:
@@ -103,6 +104,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         path, label = self.files[index]
         with _decoding(path):
             return self._read(path), label
+
+    def listing(self) -> Iterator[str]:
+        """Name each image by class and path below its folder, with the size of its file."""
+        for path, label in self.files:
+            name = path.relative_to(self._folder).as_posix()
+            yield f"{label} {path.stat().st_size} {name}"
 
     def _read(self, path: Path) -> Tensor:
         pixels = self._decode(path)

@@ -163,6 +163,7 @@ def kept(
             arrays = pack_statistics(statistics)
             opened = open_store(place, identity, layout, arrays, fresh=fresh)
             cut = (opened.layout.size, opened.layout.memory) if opened else None
+            identity = opened.identity if opened else identity  # what it was begun with
         said = ranks.tell({"identity": identity, "cut": cut})
         differing = differences(said["identity"], identity)
         if differing:
@@ -173,7 +174,7 @@ def kept(
         if said["cut"] is None:
             yield None
             return
-        held = RunStore(place, identity, Layout(layout.images, *said["cut"]))
+        held = RunStore(place, said["identity"], Layout(layout.images, *said["cut"]))
         with held.keeping():
             yield held
 

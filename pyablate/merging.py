@@ -41,7 +41,7 @@ def merge(
     Raises
     ------
     StoreMismatch
-        Parts that differ in model, data or options; a ValueError.
+        Parts that differ in model, data set or options; a ValueError.
     ValueError
         Images that are in no part or in two of them; the message names both.
     OSError
@@ -49,9 +49,11 @@ def merge(
     """
     if not parts:
         raise ValueError("parts: expected at least one, got none")
+    if output is not None:
+        store.check_writable(output)
     found = [(Path(path), store.load(path)) for path in parts]
     for path, part in found:
-        if not part.provenance:
+        if "hash" not in part.provenance.get("data", {}):
             raise ValueError(f"parts: {path} does not tell which images it has")
     found.sort(key=lambda item: (_images(item[1]).start, _images(item[1]).stop))
     _check_alike(found)
@@ -60,7 +62,7 @@ def merge(
     for _, part in found:
         joined.add(_block(part))
     whole = joined.block()
-    _check_images(found[0][1], whole)
+    _check_images(found, whole)
     result = _whole(found[0][1], whole, _strategies([part for _, part in found]))
     if output is not None:
         result.save(output)
@@ -73,22 +75,24 @@ def _images(part: AblationResult) -> range:
 
 
 def _check_alike(found: Sequence[tuple[Path, AblationResult]]) -> None:
-    first, model = found[0]
-    for path, part in found[1:]:
-        differing = differences(_work(model), _work(part))
-        if differing:
-            raise StoreMismatch(
-                f"parts: {path} is of another run than {first}; what differs: "
-                f"{', '.join(differing)}"
-            )
+    # Parts made from tensors and from a loader tell their data set differently: one of each kind.
+    models: dict[frozenset[str], tuple[Path, AblationResult]] = {}
+    for path, part in found:
+        for other, model in models.values():
+            differing = differences(_work(model), _work(part))
+            if differing:
+                raise StoreMismatch(
+                    f"parts: {path} is of another run than {other}; what differs: "
+                    f"{', '.join(differing)}"
+                )
+        models.setdefault(frozenset(_work(part)["data"]), (path, part))
 
 
 def _work(part: AblationResult) -> dict[str, Any]:
     """Say what a part was made of, its own images apart."""
-    data = {"images": part.provenance["data"]["images"]}
-    if "others" in part.provenance["data"]:
-        data["others"] = part.provenance["data"]["others"]
-    return {**part.provenance, "data": data}
+    data = part.provenance["data"]
+    told = {name: data[name] for name in ("images", *_WHOLE) if name in data}
+    return {**part.provenance, "data": told}
 
 
 def _check_whole(found: Sequence[tuple[Path, AblationResult]]) -> None:
@@ -112,10 +116,26 @@ def _check_whole(found: Sequence[tuple[Path, AblationResult]]) -> None:
         raise ValueError(f"parts: {'; '.join(problems)}")
 
 
-def _check_images(part: AblationResult, whole: Block) -> None:
-    """Compare with the images that each shard has read for their means or as donors."""
-    if part.provenance["data"].get("others") not in (None, f"{whole.facts.hash:064x}"):
-        raise StoreMismatch("parts: the shards were made with different images or labels")
+_WHOLE = ("others", "sample", "files")
+"""What tells the data set from which a part comes, all images or some."""
+
+
+def _check_images(found: Sequence[tuple[Path, AblationResult]], whole: Block) -> None:
+    """Compare what all parts have with the data set that each has seen; say what cannot be."""
+    joined = f"{whole.facts.hash:064x}"
+    for path, part in found:
+        data = part.provenance["data"]
+        if data.get("others") not in (None, joined):
+            raise StoreMismatch(
+                f"parts: {path} comes from a data set with other images or labels than those of "
+                "the parts together"
+            )
+        if len(found) > 1 and not any(name in data for name in _WHOLE):
+            logger.warning(
+                "%s: made by an older version, does not tell from which data set; that the parts "
+                "have the same was not checked",
+                path,
+            )
 
 
 def _block(part: AblationResult) -> Block:

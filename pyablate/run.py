@@ -20,7 +20,7 @@ from pyablate.blocks import Block
 from pyablate.care import check_on_mismatch
 from pyablate.engine.ablations import Job
 from pyablate.engine.measures import check_measures
-from pyablate.identity import Identity, identify, own_dtype
+from pyablate.identity import Identity, glance, identify, own_dtype
 from pyablate.interventions import Intervention, parse
 from pyablate.long_run import Course, check_data, hash_all, kept, shard_images
 from pyablate.prepare import Setup, check_options, prepare, undisturbed
@@ -156,7 +156,7 @@ def ablate(
     chosen = parse(intervention, seed=seed)
     place = None if output is None else Path(output)
     if place is not None:
-        check_place(place)
+        check_place(place, fresh=fresh)
     device = own_device(distributed, device)
     with undisturbed(), taking_part(distributed, device) as ranks:
         goes_on = ranks.tell(place is not None and not fresh and has_statistics(place))
@@ -189,7 +189,7 @@ def ablate(
             measures=recorded,
         )
         hashing = place is not None or shard is not None
-        known = _with_all_images(identity, setup, layout, dtype, ranks) if place else identity
+        known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
         with kept(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks) as held:
             if held is None and place is not None:
                 finished = load(place)
@@ -216,7 +216,9 @@ def ablate(
                     report,
                 ).run(sweep.block, setup.jobs[0].name)
             if ranks.first:
-                result = _result(setup, held.collect(), known if shard else identity, hashing)
+                if shard:  # what `merge` compares, as it was when the run began
+                    identity = held.identity if isinstance(held, RunStore) else known
+                result = _result(setup, held.collect(), identity, hashing)
                 if isinstance(held, RunStore):
                     held.finish(result)
             ranks.wait(lambda: None)
@@ -228,14 +230,15 @@ def ablate(
 def _with_all_images(
     identity: Identity, setup: Setup, layout: Layout, dtype: torch.dtype, ranks: Ranks
 ) -> Identity:
-    """Add the hash of all images where others than its own matter to an image's result."""
-    if not setup.intervention.needs_statistics and setup.intervention.kind != "resample":
-        return identity
+    """Add what tells all images, where others than its own matter to a run."""
     everything = replace(layout, images=range(len(setup.data)))
-    return {
-        **identity,
-        "data": {**identity["data"], "others": hash_all(setup.data, everything, dtype, ranks)},
-    }
+    matter = setup.intervention.needs_statistics or setup.intervention.kind == "resample"
+    if not matter and len(layout.images) == len(setup.data):
+        return identity
+    told = None if matter else glance(setup.data, dtype)
+    if told is None:
+        told = {"others": hash_all(setup.data, everything, dtype, ranks)}
+    return {**identity, "data": {**identity["data"], **told}}
 
 
 def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:

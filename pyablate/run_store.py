@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,14 +30,24 @@ from pyablate.blocks import (
     Begun,
     Block,
     Joining,
+    read_arrays,
     read_begun,
     read_block,
     replace_file,
     sync_folder,
+    write_arrays,
     write_begun,
     write_block,
 )
 from pyablate.identity import Identity, differences, fingerprint
+from pyablate.own_files import (
+    ARRAYS,
+    check_blocks,
+    check_in_the_way,
+    clear_blocks,
+    is_manifest,
+    remains,
+)
 from pyablate.result import AblationResult
 from pyablate.zarr_folder import check_folder
 
@@ -147,16 +155,18 @@ class RunStore:
 
     def finish(self, result: AblationResult) -> None:
         """Turn the folder into the result."""
+        check_in_the_way(self.path)  # what was not there when the run began
         _set_aside(self.path)  # what an attempt that was cut short had moved
         fresh = self.blocks / "result"
-        shutil.rmtree(fresh, ignore_errors=True)
+        clear_blocks(self.blocks, below="result")
         store.write(result, fresh)
         _sync(fresh)
         # zarr.json last: with it the folder is a result.
-        for entry in sorted(fresh.iterdir(), key=lambda entry: entry.name == "zarr.json"):
-            os.rename(entry, self.path / entry.name)
-            sync_folder(self.path)
-        shutil.rmtree(self.blocks)
+        for name in (*ARRAYS, "zarr.json"):
+            if (fresh / name).exists():
+                os.rename(fresh / name, self.path / name)
+                sync_folder(self.path)
+        clear_blocks(self.blocks)
 
     def collect(self) -> Block:
         """Join all blocks.
@@ -246,19 +256,19 @@ def open_store(
     OSError
         Something else is there, or the folder cannot be written.
     """
-    check_place(path)
+    check_place(path, fresh=fresh)
     blocks = path / "blocks"
     if not fresh and (path / "zarr.json").exists():
         finished = store.load(path)
         _compare(path, finished.provenance, identity)
-        if blocks.exists():  # killed while tidying up
-            shutil.rmtree(blocks)
+        if is_manifest(blocks) or (blocks.is_dir() and not os.listdir(blocks)):
+            clear_blocks(blocks)  # killed while tidying up
         return None
     manifest = None if fresh else _read_manifest(path)
     if manifest is not None:
         _compare(path, manifest["identity"], identity)
         known = Layout(layout.images, int(manifest["block"]), int(manifest["memory"]))
-        return RunStore(path, identity, known)
+        return RunStore(path, manifest["identity"], known)
     _begin(path, identity, layout, statistics)
     return RunStore(path, identity, layout)
 
@@ -270,17 +280,17 @@ def _begin(
     blocks = path / "blocks"
     manifest = {"pyablate_run": FORMAT, "identity": identity}
     manifest |= {"block": layout.size, "memory": layout.memory}
+    manifest["checksum"] = fingerprint(manifest)
     try:
         blocks.mkdir(parents=True, exist_ok=True)
         replace_file(blocks / "manifest.json", json.dumps({"pyablate_run": FORMAT}).encode())
-        (path / "zarr.json").unlink(missing_ok=True)
+        if (path / "zarr.json").exists():
+            clear_blocks(blocks, below="aside")
+            (blocks / "aside").mkdir(exist_ok=True)
+            os.rename(path / "zarr.json", blocks / "aside" / "zarr.json")
         _set_aside(path)
-        for entry in blocks.iterdir():
-            if entry.name != "manifest.json":
-                _remove(entry)
-        packed = io.BytesIO()
-        np.savez(packed, **dict(statistics))  # type: ignore[arg-type]
-        replace_file(blocks / "statistics.npz", packed.getvalue())
+        clear_blocks(blocks, keep="manifest.json")
+        write_arrays(blocks / "statistics.npz", statistics, np.savez)
         replace_file(blocks / "manifest.json", json.dumps(manifest, indent=1).encode())
         sync_folder(path)
     except OSError as error:
@@ -304,28 +314,37 @@ def read_statistics(path: Path) -> dict[str, NDArray[Any]]:
     """
     place = path / "blocks" / "statistics.npz"
     try:
-        # From memory: numpy leaves a damaged file open.
-        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as held:
+        with read_arrays(place.read_bytes()) as held:
             return {name: held[name] for name in held}
-    except (FileNotFoundError, *DAMAGED) as error:
+    except DAMAGED as error:
         raise StoreMismatch(
             f"output: {place} is damaged ({error}); take another place, or start over with "
             "--fresh (fresh=True)"
         ) from None
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, *, fresh: bool = False) -> None:
     """Refuse to write over anything but a run or its result, or through a link.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of a run.
+    fresh : bool
+        Whether what is there will be given up.
 
     Raises
     ------
     OSError
-        Something else is there, or the folder cannot be made.
+        Something else is there, or in the way, or the folder cannot be made.
     """
     if path.exists():
         if not path.is_dir() or not _is_ours(path):
             raise FileExistsError(f"output: {path} exists and is not a pyablate result")
-        check_folder(path)
+        check_folder(path, only=ARRAYS)
+        if fresh or not store.is_result(path):
+            check_in_the_way(path)
+            check_blocks(path)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"output: cannot write {path}: {there} is a file")
@@ -363,7 +382,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    if store.is_result(path) or (path / "blocks" / "manifest.json").exists():
+    if store.is_result(path) or is_manifest(path / "blocks"):
         return True
     # Killed before there was a manifest: nothing but the folders themselves.
     begun = path / "blocks" / ".manifest.json.new"
@@ -375,11 +394,16 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     place = path / "blocks" / "manifest.json"
     try:
         manifest = json.loads(place.read_text())
-        if manifest["pyablate_run"] == FORMAT and "identity" not in manifest:
+        if manifest == {"pyablate_run": FORMAT}:
             return None
+        checksum = manifest.pop("checksum", None)
+        if checksum not in (None, fingerprint(manifest)):
+            raise ValueError("not as it was written")
         sizes = int(manifest["block"]), int(manifest["memory"])
         known = isinstance(manifest["identity"], dict) and min(sizes) > 0
         if manifest["pyablate_run"] == FORMAT and known:
+            if checksum is None:
+                logger.warning("%s: without a checksum, by an older version", place)
             return dict(manifest)
     except FileNotFoundError:
         return None
@@ -403,20 +427,11 @@ def _compare(path: Path, theirs: Mapping[str, Any], ours: Identity) -> None:
 
 def _set_aside(path: Path) -> None:
     """Move the arrays of a result out of the way, each at once, and delete them."""
-    aside = path / "blocks" / "aside"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for entry in list(path.iterdir()):
-        if (entry / "zarr.json").exists():
-            os.rename(entry, aside / entry.name)
-    shutil.rmtree(aside)
-
-
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+    blocks = path / "blocks"
+    (blocks / "aside").mkdir(exist_ok=True)
+    for name in remains(path):
+        os.rename(path / name, blocks / "aside" / name)
+    clear_blocks(blocks, below="aside")
 
 
 def _sync(folder: Path) -> None:

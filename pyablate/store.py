@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,9 +15,13 @@ import numpy as np
 import pandas as pd
 import zarr
 
+from pyablate import checksums
 from pyablate.measures import Accuracy, Measure
+from pyablate.own_files import ARRAYS, check_replaceable
 from pyablate.result import AblationResult, Audit, Flips
 from pyablate.zarr_folder import check_folder, check_opened
+
+logger = logging.getLogger("pyablate")
 
 FORMAT = 1
 
@@ -28,7 +34,8 @@ def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
 
     Equal results give equal bytes. The group is written beside ``path`` and moved into place
     when it is complete, so a crash leaves either the old or the new one; an existing result is
-    replaced, anything else at ``path`` is refused.
+    replaced, anything else at ``path`` is refused, and so is a result in whose folder anything
+    else lies.
 
     Parameters
     ----------
@@ -45,8 +52,19 @@ def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
     replacing(path, lambda fresh: write(result, fresh))
 
 
-def replacing(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def replacing(
+    path: str | os.PathLike[str], write: Callable[[Path], object], kind: type = int
+) -> None:
     """Let ``write`` make a folder beside ``path``, and move it there when it is complete.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder to create.
+    write : callable
+        Makes the folder that it is given.
+    kind : type
+        Of the format of what may be replaced: a number for results, a word for other stores.
 
     Raises
     ------
@@ -54,10 +72,11 @@ def replacing(path: str | os.PathLike[str], write: Callable[[Path], object]) -> 
         As :func:`save` raises.
     """
     target = Path(path)
-    with _beside(target) as scratch:
+    with _beside(target, kind) as scratch:
         fresh = Path(scratch) / "new"
         write(fresh)
         replaced = Path(scratch) / "old"
+        _check_replaceable(target, kind)  # again: writing may have taken a while
         if target.exists():
             os.rename(target, replaced)
         try:
@@ -74,7 +93,7 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
     Raises
     ------
     OSError
-        Nothing there, or not a result of this format.
+        Nothing there, not a result of this format, or not as it was written.
     """
     source = Path(path)
     attrs = _attributes(source)
@@ -82,16 +101,25 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
         raise OSError(f"{source}: an unfinished run; the command that began it goes on with it")
     if attrs.get("pyablate_format") != FORMAT:
         raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
-    check_folder(source, whole=True)
+    check_folder(source, only=ARRAYS, whole=True)
     try:
+        if not checksums.check(source):
+            _say_unsealed(source)
         return _read(source, attrs)
     except Exception as error:  # the file formats raise whatever the damage leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise OSError(f"{source}: damaged result ({reason})") from error
 
 
+@functools.cache
+def _say_unsealed(source: Path) -> None:
+    """Say it once of each folder."""
+    logger.warning("%s: written without checksums, by an older version: damage may pass", source)
+
+
 def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
-    group = zarr.open_group(source, mode="r")
+    # Consolidated metadata are a copy that others may have put there: no checksum covers it.
+    group = zarr.open_group(source, mode="r", use_consolidated=False)
 
     def read(name: str) -> Any:
         return np.asarray(group[name][...])  # type: ignore[index]
@@ -150,27 +178,40 @@ def _within(numbers: np.ndarray, stop: int) -> bool:
     return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < stop)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:
     """Fail now rather than after an hour if a result cannot be written at ``path``.
+
+    Parameters
+    ----------
+    path, kind
+        As :func:`replacing` takes them.
 
     Raises
     ------
     OSError
         As :func:`save` would raise.
     """
-    with _beside(Path(path)):
+    with _beside(Path(path), kind):
         pass
 
 
 def is_result(path: Path) -> bool:
     """Whether a folder holds a result."""
-    return path.is_dir() and _attributes(path).get("pyablate_format") is not None
+    return path.is_dir() and isinstance(_attributes(path).get("pyablate_format"), int)
 
 
-def _beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+def _check_replaceable(target: Path, kind: type) -> None:
+    if not target.exists():
+        return
+    if not isinstance(_attributes(target).get("pyablate_format"), kind):
+        what = "result" if kind is int else "table of attributes"
+        raise FileExistsError(f"output: {target} exists and is not a pyablate {what}")
+    check_replaceable(target)
+
+
+def _beside(target: Path, kind: type) -> tempfile.TemporaryDirectory[str]:
     """Make a scratch folder on the target's disk, once the target may be replaced."""
-    if target.exists() and _attributes(target).get("pyablate_format") is None:
-        raise FileExistsError(f"output: {target} exists and is not a pyablate result")
+    _check_replaceable(target, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
@@ -227,6 +268,7 @@ def write(result: AblationResult, path: Path) -> None:
             dimension_names=dimensions,
             config=_EVERY_CHUNK,
         )
+    checksums.seal(path)
 
 
 def _audit(audit: Audit) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from pyablate import checksums
 from pyablate.result import AblationResult, Floats, Ints
 from pyablate.zarr_folder import check_folder
 
@@ -122,6 +123,7 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
 
         check_folder(path)
         try:
+            checksums.check(path)
             with xr.open_zarr(path, consolidated=False) as opened:
                 loaded: xr.Dataset = opened.load()
         except Exception as error:  # the file formats raise whatever the damage leads to

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ the fill value need not be there."""
 _METADATA = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 
 
-def check_folder(folder: Path, *, max_bytes: int = MAX_BYTES, whole: bool = False) -> None:
+def check_folder(
+    folder: Path,
+    *,
+    only: Collection[str] | None = None,
+    max_bytes: int = MAX_BYTES,
+    whole: bool = False,
+) -> None:
     """Refuse a Zarr group that leads elsewhere, would not fit, or would run what it holds.
 
     A symbolic link inside it could show any file of the machine as data; a named pipe waits for
@@ -41,6 +47,9 @@ def check_folder(folder: Path, *, max_bytes: int = MAX_BYTES, whole: bool = Fals
     ----------
     folder : Path
         Of Zarr format 2 or 3. It may itself be reached through a link.
+    only : collection of str, optional
+        The arrays that will be read. Other stores that lie in the folder may be as they like, but
+        for links.
     max_bytes : int
         Limit of one array.
     whole : bool
@@ -54,9 +63,12 @@ def check_folder(folder: Path, *, max_bytes: int = MAX_BYTES, whole: bool = Fals
     claimed = stored = 0
     described: list[Path] = []
     for place, folders, files in os.walk(folder):
+        read = only is None or place == str(folder) or _top(folder, Path(place)) in only
         for name in (*folders, *files):
             path = Path(place, name)
             _check_kind(folder, path)
+            if not read:
+                continue
             if name in _METADATA:
                 described.append(path)
             elif name in files:
@@ -64,7 +76,7 @@ def check_folder(folder: Path, *, max_bytes: int = MAX_BYTES, whole: bool = Fals
     for path in described:
         for array in _described(_metadata(folder, path)):
             claimed += _check_array(path, array, max_bytes)
-            if whole:
+            if whole and path.parent != folder:  # a group may repeat its members' metadata
                 _check_chunks(path, array)
     possible = SMALL + MAX_RATIO * stored
     if claimed > possible:
@@ -75,6 +87,10 @@ def check_folder(folder: Path, *, max_bytes: int = MAX_BYTES, whole: bool = Fals
     free = psutil.virtual_memory().available
     if claimed > max(SMALL, free):
         raise OSError(f"{folder}: its arrays take {claimed} bytes, {free} are free in memory")
+
+
+def _top(folder: Path, place: Path) -> str:
+    return place.relative_to(folder).parts[0]
 
 
 def check_opened(folder: Path) -> None:

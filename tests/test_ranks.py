@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,14 @@ import psutil
 import pytest
 import torch
 from killed import network
-from stores import contents
+from PIL import Image
+from stores import contents, unseal
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
+from pyablate import identity
 from pyablate.batches import Data
+from pyablate.inputs import load_data
 from pyablate.ranks import Ranks, own_device
 from pyablate.run_store import StoreMismatch
 
@@ -89,6 +94,164 @@ def test_shards_of_other_runs_are_named(part: Part, tmp_path: Path) -> None:
     second = part(2, 2, "mean2", intervention="mean", data=(images, labels[:20]))
     with pytest.raises(StoreMismatch, match="images or labels"):
         pa.merge([first, second])
+
+
+def _changed(what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The data of all shards with something changed in the first half."""
+    _, images, labels = network()
+    images, labels = images[:20].clone(), labels[:20].clone()
+    if what == "image":
+        images[3, 0] += 1e-3
+    if what == "label":
+        labels[3] = (labels[3] + 1) % 4
+    if what == "order":
+        images[[3, 4]] = images[[4, 3]]
+    return images, labels
+
+
+FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "pair": lambda images, labels: (images, labels),
+    "loader": lambda images, labels: DataLoader(TensorDataset(images, labels), 6),
+    "shuffled": lambda images, labels: DataLoader(
+        TensorDataset(images, labels), 6, sampler=list(range(20))
+    ),
+    "generator": lambda images, labels: zip(images.split(7), labels.split(7), strict=True),
+}
+
+
+@pytest.mark.parametrize("what", ["image", "label", "order"])
+@pytest.mark.parametrize("form", FORMS)
+def test_shards_of_another_data_set_are_refused(part: Part, form: str, what: str) -> None:
+    """Their own images are the same: the others are not, of which neither tells."""
+    _, images, labels = network()
+    first = part(1, 2, data=FORMS[form](images[:20], labels[:20]))
+    second = part(2, 2, data=FORMS[form](images[:20], labels[:20]))
+    other = part(2, 2, "other", data=FORMS[form](*_changed(what)))
+    np.testing.assert_array_equal(pa.load(second).predictions(), pa.load(other).predictions())
+    pa.merge([first, second])
+    with pytest.raises(StoreMismatch, match="images or labels"):
+        pa.merge([first, other])
+
+
+@pytest.mark.parametrize("forms", [("pair", "loader"), ("loader", "generator")])
+def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) -> None:
+    _, images, labels = network()
+    first, second = (
+        part(number, 2, data=FORMS[form](images[:20], labels[:20]))
+        for number, form in enumerate(forms, 1)
+    )
+    whole = part(1, 1, "whole")
+    np.testing.assert_array_equal(
+        pa.merge([first, second]).predictions(), pa.load(whole).predictions()
+    )
+    other = part(2, 2, "other", data=FORMS["pair"](*_changed("image")))
+    with pytest.raises(StoreMismatch, match="images or labels"):
+        pa.merge([first, other])
+
+
+def test_a_shard_reads_few_images_of_the_others(part: Part, monkeypatch: Any) -> None:
+    _, images, labels = network()
+    monkeypatch.setattr(identity, "SAMPLE", 5)
+    counting = _Counting(images[:60], labels[:60])
+    part(1, 6, data=DataLoader(counting, 10))
+    assert len([index for index in set(counting.asked) if index >= 10]) in (4, 5)
+    index: list[int] = []
+    monkeypatch.setattr(Data, "some", lambda self, given: index.extend(given) or [])
+    part(1, 6, "again", data=DataLoader(counting, 10))
+    assert [place // 12 for place in index] == [0, 1, 2, 3, 4]
+
+
+def _folder(place: Path, shade: int = 0) -> Path:
+    for number in range(12):
+        path = place / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((3, 2), 20 * number, np.uint8)
+        pixels[0, 0] += shade if number == 1 else 0
+        Image.fromarray(pixels).save(path)
+    return place
+
+
+@pytest.mark.parametrize("what", ["name", "size", "image"])
+def test_shards_of_another_folder_are_refused(
+    part: Part, tmp_path: Path, monkeypatch: Any, what: str
+) -> None:
+    # One image is read, which is not the one that differs.
+    monkeypatch.setattr(identity, "SAMPLE", 12 if what == "image" else 1)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)
+    )
+
+    def shard(number: int, name: str, place: Path) -> Path:
+        out = tmp_path / f"{name}.zarr"
+        data = load_data(place, channels=1).batches
+        pa.ablate(model, data, "*", output=out, shard=(number, 2), audit=5, progress=False)
+        return out
+
+    shutil.copytree(_folder(tmp_path / "photos"), tmp_path / "elsewhere")
+    first = shard(1, "first", tmp_path / "photos")
+    second = shard(2, "second", tmp_path / "elsewhere")
+    assert len(pa.merge([first, second]).labels) == 12
+    other = _folder(tmp_path / "other", shade=9 if what == "image" else 0)
+    if what == "name":
+        (other / "a" / "2.png").rename(other / "a" / "20.png")
+    if what == "size":
+        with open(other / "a" / "2.png", "ab") as file:
+            file.write(b"more")
+    named = "images or labels" if what == "image" else "names or sizes of the image files"
+    with pytest.raises(StoreMismatch, match=named):
+        pa.merge([first, shard(2, "third", other)])
+
+
+@pytest.mark.parametrize("form", ["pair", "loader"])
+def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, form: str) -> None:
+    _, images, labels = network()
+    data = images[:20], labels[:20]
+    whole = part(2, 2, "unbroken", data=FORMS["pair"](*data))
+
+    def stop(done: int, total: int, layer: str) -> None:
+        if done > total / 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        part(2, 2, "broken", data=FORMS["pair"](*data), progress=stop)
+    assert list(tmp_path.glob("broken.zarr/blocks/*.npz"))
+    # The form of the data may change; what was told first stays.
+    broken = part(2, 2, "broken", data=FORMS[form](*data))
+    assert contents(broken) == contents(whole)
+
+
+OLD = HERE / "data" / "stored_by_2cd4797"
+
+
+def test_older_shards_are_merged_with_a_note(tmp_path: Path, caplog: Any) -> None:
+    merged = pa.merge([OLD / "part2.zarr", OLD / "part1.zarr"], tmp_path / "run.zarr")
+    assert len(merged.labels) == 23
+    assert caplog.text.count("does not tell from which data set") == 2
+    assert pa.load(tmp_path / "run.zarr").audit == merged.audit
+
+
+def test_an_older_shard_goes_on(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    place = tmp_path / "part.zarr"
+    shutil.copytree(OLD / "unfinished_part2.zarr", place)
+    known = json.loads((place / "blocks/manifest.json").read_text())["identity"]
+    monkeypatch.setattr(identity.metadata, "version", known["versions"].__getitem__)
+    version = {"version": known["versions"]["pyablate"]}
+    monkeypatch.setattr(identity, "build_info", lambda: version)
+    monkeypatch.setattr(identity, "_structure", lambda *_: known["model"]["structure"])
+    model, images, labels = network()
+    options: dict[str, Any] = {"audit": 20, "strategy": "replay", "shard": (2, 2)}
+    seen: list[int] = []
+    pa.ablate(
+        model,
+        (images[:23], labels[:23]),
+        "*",
+        output=place,
+        progress=lambda done, total, layer: seen.append(done),
+        **options,
+    )
+    assert "damaged" not in caplog.text
+    unseal(place)
+    assert contents(place) == contents(OLD / "part2.zarr")
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
