@@ -88,8 +88,13 @@ def upward(found: Imports) -> list[str]:
         f"{module} -> {target} ({', '.join(map(str, lines))})"
         for module, targets in found.items()
         for target, lines in targets.items()
-        if ORDER.index(room(target)) > ORDER.index(room(module))
+        if _height(target) > _height(module)
     ]
+
+
+def _height(module: str) -> int:
+    name = room(module)
+    return ORDER.index(name) if name in ORDER else -1
 
 
 def circles(found: Imports) -> list[list[str]]:
