@@ -95,6 +95,7 @@ pictures: build
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
 	$(BIN)/python examples/gallery.py --output docs/images/gallery
+	$(BIN)/python tools/architecture.py docs/images/architecture.png
 
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
