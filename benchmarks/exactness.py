@@ -3,7 +3,7 @@
 The networks are drawn at random from the parts of ``tests/fuzz``: masked logits, NaN inside, jumps,
 outliers and images that change their kind are among them. One in fifteen is a layer of a shipped
 network. Wrong predictions are printed with the code that makes their network again; there must be
-none. Near ties (``pyablate/near_tie.py``) are counted apart::
+none. Near ties (``pyablate/network/near_tie.py``) are counted apart::
 
     python benchmarks/exactness.py                                 # some minutes
     python benchmarks/exactness.py --pairs 10_000_000 --seed 1     # half an hour on two cores

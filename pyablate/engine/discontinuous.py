@@ -2,7 +2,7 @@
 
 Errors that are measured on a sample of pairs say nothing about a jump that none of them crossed.
 Behind an ablation, such operators are found in the graph, and what they decide is computed in
-float64; see :mod:`pyablate.engine.exact`.
+float64; see :mod:`pyablate.engine.float64`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyablate.engine.channel import SAME, has_unbounded_slope
-from pyablate.graph import SOFTMAXES, Graph, remembered, settings
+from pyablate.engine.channel_delta import has_unbounded_slope
+from pyablate.network.aten import SAME
+from pyablate.network.graph import SOFTMAXES, Graph, remembered, settings
 
 aten = torch.ops.aten
 

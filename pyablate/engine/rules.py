@@ -2,7 +2,7 @@
 
 Two families. A *linear* node carries a delta as it carries a value, without its bias. Anything
 else is a *difference*, f(base + d) - f(base). The rules here speak about dense deltas
-``[P, ...]``, one row per pair; :mod:`pyablate.engine.channel` has those for deltas that are
+``[P, ...]``, one row per pair; :mod:`pyablate.engine.channel_delta` has those for deltas that are
 still on one channel.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME, has_unbounded_slope
-from pyablate.engine.operators import LINEAR, MATMULS, NAMED, STRUCTURE, SUMS
-from pyablate.engine.pairs import (
+from pyablate.engine.channel_delta import has_unbounded_slope
+from pyablate.engine.fused_rules import activation, add, average, max_pool
+from pyablate.engine.rule_context import (
     Full,
     Pairs,
     Rule,
@@ -27,9 +27,18 @@ from pyablate.engine.pairs import (
     linear,
     note_cancellation,
 )
-from pyablate.engine.passes import activation, add, average, max_pool
-from pyablate.engine.weighted import batch_norm, convolution, fully_connected
-from pyablate.graph import (
+from pyablate.engine.weighted_rules import batch_norm, convolution, fully_connected
+from pyablate.network.aten import (
+    DIVISIONS,
+    LINEAR,
+    LINEAR_POOLS,
+    MATMULS,
+    NAMED,
+    SAME,
+    STRUCTURE,
+    SUMS,
+)
+from pyablate.network.graph import (
     BATCH_NORM,
     CONVOLUTIONS,
     PADS,

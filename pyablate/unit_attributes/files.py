@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyablate import checksums
-from pyablate.store import replacing
-from pyablate.writing import write_csv
+from pyablate.io import checksums
+from pyablate.io.atomic import write_csv
+from pyablate.results.store import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@
 
 namespace pyablate {
 
-// The order is that of pyablate.activation.ActivationName.
+// The order is that of pyablate.ops.activations.ActivationName.
 enum class ActivationKind : int {
     identity,
     relu,
