@@ -39,9 +39,9 @@ import pyablate as pa
 from pyablate.reference import compare
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "fuzz")]
+sys.path.insert(0, str(TESTS))
 
-from cases import MANY_PAIRS, Case, Checked, compared  # noqa: E402
+from support.fuzzing.cases import MANY_PAIRS, Case, Checked, compared  # noqa: E402
 
 INTERVENTIONS = ("zero", "mean", "class_mean", "constant:0.5", "resample", "noise", "direction")
 CHUNK = 50
