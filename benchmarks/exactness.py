@@ -123,12 +123,11 @@ def parse_options() -> argparse.Namespace:
 def program() -> str:
     """Digest of the installed package, its weights and compiled module, and the parts in tests."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for folder in (Path(pa.__file__).parent, TESTS / "fuzz"):
+    for folder in (Path(pa.__file__).parent, TESTS / "support"):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".so", ".safetensors", ".gz"):
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
-    digest.update((TESTS / "awkward.py").read_bytes())
     return digest.hexdigest()[:16]
 
 
