@@ -64,9 +64,10 @@ class BlockSweep:
         self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
         self.keep = needed(self.suffixes.values())
         self.rounding = Rounding()
-        for job in setup.doubtful.jobs:
-            exact = isinstance(setup.exact, Exact)
-            self.ladders[job].care = Care.FLOAT64 if exact else Care.REPLAY
+        if setup.abrupt:
+            care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
+            for ladder in self.ladders.values():
+                ladder.care = care
 
     def block(
         self,
@@ -279,7 +280,7 @@ class BlockSweep:
                     batch,
                     rounding=self.rounding,
                     at_a_time=setup.at_a_time,
-                    trusted=not setup.doubtful.clean,
+                    trusted=not setup.abrupt,
                 )
             else:
                 clean = clean_run.run_graph(
@@ -288,7 +289,7 @@ class BlockSweep:
                     setup.exact,
                     batch,
                     rounding=self.rounding,
-                    trusted=not setup.doubtful.clean,
+                    trusted=not setup.abrupt,
                 )
             self.rounding = clean.rounding
         except out_of_memory.ERRORS as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pyablate.data.dataset import Data
 from pyablate.engine import int8_conv
@@ -68,7 +68,8 @@ class Setup:
     statistics: Mapping[Key, Statistics]
     exact: Exact | Replay
     replay: Replay
-    doubtful: Doubtful
+    abrupt: bool
+    """Whether the network jumps anywhere, or rises as steeply as if it did."""
     low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
@@ -85,22 +86,6 @@ class Setup:
     def rows(self) -> int:
         """Number of ablations."""
         return sum(len(job.rows) for job in self.jobs)
-
-
-@dataclass(frozen=True)
-class Doubtful:
-    """What no precision below float64 may decide, since errors on a sample say nothing about it.
-
-    Attributes
-    ----------
-    jobs : frozenset of Job
-        Behind their sites the network jumps, or rises as steeply as if it did.
-    clean : bool
-        The intact network does so anywhere.
-    """
-
-    jobs: frozenset[Job] = frozenset()
-    clean: bool = False
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -168,7 +153,7 @@ def prepare(
         statistics=statistics,
         exact=decided,
         replay=replay,
-        doubtful=_find_doubtful(work, graph, jobs, decided, sample),
+        abrupt=_is_abrupt(work, graph, jobs, decided, sample),
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=budget,
@@ -176,30 +161,32 @@ def prepare(
     )
 
 
-def _find_doubtful(
+def _is_abrupt(
     model: nn.Module,
     graph: Graph | None,
     jobs: Sequence[Job],
     decided: Exact | Replay,
     sample: Tensor,
-) -> Doubtful:
-    """Find what only float64 may decide, and what of that has no differences."""
+) -> bool:
+    """Find what jumps or is as good as a step; behind it values are computed, not differences.
+
+    In front of it differences are right, but not those from a clean run in low precision, which may
+    have fallen on another side of the jump.
+    """
     if graph is None:
         jump = observed_jump(model, two_images(sample))
         if jump is not None:
-            logger.info("replay decides in float64, since %s jumps", jump)
-        return Doubtful(frozenset(jobs if jump else ()), clean=jump is not None)
-    abrupt = set(steep(graph, sample))
-    found: dict[Job, fx.Node] = {}
-    for job in jobs:
-        nodes = Suffix.of(graph, job).nodes
-        for node in [*jumps(nodes), *(node for node in nodes if node in abrupt)][:1]:
-            found[job] = node
+            logger.info("all pairs are decided in float64, since %s jumps", jump)
+        return jump is not None
+    abrupt = {*steep(graph, sample), *jumps(graph.after([graph.images]))}
+    if abrupt:
+        names = ", ".join(sorted({str(node.target) for node in abrupt}))
+        logger.info("all pairs are decided in float64, since %s jumps or is steep", names)
     if isinstance(decided, Exact):
-        decided.recomputed.update(found)
-    for job, node in found.items():
-        logger.info("%s: decided in float64, since %s jumps or is steep", job.name, node.target)
-    return Doubtful(frozenset(found), clean=bool(abrupt or jumps(graph.after([graph.images]))))
+        decided.recomputed.update(
+            job for job in jobs if not abrupt.isdisjoint(Suffix.of(graph, job).nodes)
+        )
+    return bool(abrupt)
 
 
 def check_options(
