@@ -13,11 +13,6 @@ namespace {
 constexpr unsigned whole_warp = 0xffffffffu;
 
 template <class T>
-__device__ inline T infinity() {
-    return static_cast<T>(INFINITY);
-}
-
-template <class T>
 struct Top {
     T best = -infinity<T>();
     T second = -infinity<T>();

@@ -223,6 +223,7 @@ def delta_max_pool(
     """Write max_pool(act(base + delta)) - max_pool(act(base)) to ``out``."""
     rows = base[image.long()].to(compute_dtype(delta.dtype))
     after = rows + _scaled(delta, scale)
+    infinite = rows == torch.inf  # has no difference, not even behind a bounded function
     if activation is not None:
         rows, after = apply_activation(rows, activation), apply_activation(after, activation)
 
@@ -235,11 +236,11 @@ def delta_max_pool(
         z = functional.pad(z, margins, value=-torch.inf)
         return functional.max_pool2d(z, kernel, stride, 0, dilation)
 
-    before = pool(rows)
-    change = pool(after) - before
+    before, after = pool(rows), pool(after)
     # a window wholly in the padding has nothing that could change
-    change = torch.where(before == -torch.inf, torch.zeros_like(change), change)
-    out.copy_(change)
+    nothing = (before == -torch.inf) & (after == -torch.inf)
+    change = torch.where(nothing, 0.0, after - before)
+    out.copy_(torch.where(pool(infinite.to(rows.dtype)) > 0, torch.nan, change))
     if codes is not None:
         codes.fill(out)
     return out
@@ -302,9 +303,12 @@ def class_ranks(
     classes = len(count)
     values, order = torch.sort(x, dim=1, descending=True, stable=True)
     labels = label.long()[order]
-    falling = (-values).contiguous()
-    greater = torch.searchsorted(falling, falling)
-    at_least = torch.searchsorted(falling, falling, right=True)
+    nan = values.isnan()  # the first; they are equal
+    place = torch.zeros_like(order)
+    place[:, 1:] = (values[:, 1:] != values[:, :-1]) & ~nan[:, 1:]
+    place = place.cumsum(1)  # 0 for the greatest, 1 for those that come next
+    greater = torch.searchsorted(place, place)
+    at_least = torch.searchsorted(place, place, right=True)
     tables = torch.zeros(2, units, classes, dtype=torch.int64, device=x.device)
     rank_sum = tables[0].scatter_add_(1, labels, greater + at_least)
     first = tables[1].scatter_add_(1, labels[:, :top], torch.ones_like(labels[:, :top]))
@@ -316,10 +320,10 @@ def class_ranks(
         if len(hits):
             gain[:, k] = (images * hits - count[k] * passing).amax(dim=1)
     quantiles = joint_histogram((images - at_least) * bins // images, labels, bins, classes)
-    low, high = falling[:, -1:].double().neg(), falling[:, :1].double().neg()
-    place = (values.double() - low) / (high - low) * bins
-    place = torch.where(high > low, place, 0.0).long().clamp(max=bins - 1)
-    widths = joint_histogram(place, torch.zeros_like(place), bins, 1)[..., 0]
+    low, high = values[:, -1:].double(), values[:, :1].double()
+    width = ((values.double() - low) / (high - low) * bins).nan_to_num(0.0)  # 0 / 0 too
+    width = width.long().clamp(max=bins - 1)
+    widths = joint_histogram(width, torch.zeros_like(width), bins, 1)[..., 0]
     return rank_sum, gain, first.int(), quantiles, widths
 
 
