@@ -15,6 +15,7 @@ from ops_cases import (
     TWINS,
     index,
     on_device,
+    on_reference,
     random_index,
     random_maps,
     using_twin,
@@ -267,6 +268,135 @@ def test_copies_move_any_number(twin):
     expected = x[[0, 1, 1]].clone()
     expected[0, 0], expected[2, 2] = NAN, NAN
     assert torch.equal(result.view(torch.int32), expected.view(torch.int32))
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+LOWEST = float(torch.finfo(torch.float32).min)
+MASKS = [-INF, -1e4, -1e9, -1e30, -1e38, LOWEST]
+
+
+def masked_problem(mask, dtype, classes):
+    torch.manual_seed(classes)
+    logits, weight = torch.randn(9, classes).to(dtype), torch.randn(classes, 300).to(dtype)
+    masked = torch.rand(9, classes) < 0.6
+    masked[:, 0] = False
+    masked[0, 1:] = True  # one class is left
+    delta = (torch.randn(9, 300) / 2).to(dtype)
+    return logits, masked, weight, delta, torch.rand(9).to(dtype) / 4
+
+
+@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 16, 17, 18, 33, 200])
+def test_masked_classes_never_win_and_never_count(twin, dtype, classes):
+    """However low they are, the answer is that for the other classes alone."""
+    logits, masked, weight, pooled, tolerance = masked_problem(-INF, dtype, classes)
+    expected = torch.full((9, 300), -1, dtype=torch.int32)
+    for n in range(9):
+        kept = (~masked[n]).nonzero().squeeze(1)
+        found = on_reference(
+            ops.head_flips,
+            logits[n : n + 1, kept],
+            pooled[n : n + 1],
+            weight[kept],
+            index([0]),
+            tolerance[n : n + 1],
+        )[0]
+        expected[n] = torch.where(found < 0, -1, kept[found.long()].int())
+    assert (expected[0] == 0).all()
+    image = index(range(9)).repeat_interleave(300)
+    for mask in MASKS:
+        low = logits.masked_fill(masked, mask)
+        baseline = low.argmax(1).int()
+        baseline[3] = int(masked[3].int().argmax())  # not the winner, masked if any is
+        result = run(twin, ops.head_flips, low, pooled, weight, baseline, tolerance)
+        assert torch.equal(result, expected), mask
+        change = (pooled.unsqueeze(2) * weight.t()).flatten(0, 1)
+        for changed in (change, change.masked_fill(masked.repeat_interleave(300, 0), 0.0)):
+            result = run(twin, ops.classify, low, changed, image, tolerance)
+            assert torch.equal(result, expected.flatten()), mask
+
+
+@pytest.mark.parametrize("twin", ALL)
+def test_only_the_spread_of_the_change_widens_the_tolerance(twin):
+    logits = torch.tensor([[2.0, 0.0, -INF], [2.0, 0.0, LOWEST], [2.0, 0.0, -1e9]])
+    delta = torch.tensor([[-0.5, 0.0, 0.0]] * 3)
+    image, tolerance = index([0, 1, 2]), torch.full((3,), 0.1)
+    for relative, expected in [(0.0, 0), (2.7, 0), (2.9, -1)]:  # margin 1.5, spread 0.5
+        result = run(twin, ops.classify, logits, delta, image, tolerance, relative=relative)
+        assert result.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("classes", [1, 3, 17, 40])
+def test_what_is_not_finite_decides_nothing(twin, dtype, classes):
+    """A change that is not finite, at a class that is masked or not; logits that are not finite."""
+    torch.manual_seed(5)
+    logits = torch.randn(1, classes).to(dtype) + torch.arange(classes)
+    image, tolerance = index([0]), torch.zeros(1).to(dtype)
+    none = torch.zeros(1, classes).to(dtype)
+    for k in {0, classes // 2, classes - 1}:
+        for base in (float(logits[0, k]), -INF):
+            row = logits.clone()
+            row[0, k] = base
+            alone = classes == 1 and base == -INF
+            left = -1 if alone else int(row.argmax())
+            assert run(twin, ops.classify, row, none, image, tolerance).tolist() == [left]
+            for bad in (NAN, INF, -INF):
+                change = none.clone()
+                change[0, k] = bad
+                for relative in (0.0, 0.1):
+                    result = run(
+                        twin, ops.classify, row, change, image, tolerance, relative=relative
+                    )
+                    assert result.tolist() == [-1], (k, base, bad)
+        for bad in (NAN, INF):
+            row = logits.clone()
+            row[0, k] = bad
+            assert run(twin, ops.classify, row, none, image, tolerance).tolist() == [-1]
+
+
+@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("classes", [1, 3, 17, 40])
+def test_heads_decide_nothing_by_what_is_not_finite(twin, dtype, classes):
+    torch.manual_seed(6)
+    logits = (torch.randn(5, classes) + 9 * torch.arange(classes)).to(dtype)
+    logits[1, 0], logits[2, classes // 2] = NAN, INF
+    logits[3] = -INF
+    delta, weight = torch.zeros(5, 6).to(dtype), torch.rand(classes, 6).to(dtype)
+    delta[:, 1], delta[:, 2], delta[:, 3] = NAN, INF, -INF
+    weight[classes // 2, 4], weight[classes - 1, 5] = NAN, -INF
+    best = classes - 1
+    baseline, tolerance = index([best] * 5), torch.zeros(5).to(dtype)
+    result = run(twin, ops.head_flips, logits, delta, weight, baseline, tolerance)
+    expected = torch.full((5, 6), -1, dtype=torch.int32)
+    expected[[0, 4], 0] = best
+    assert torch.equal(result, expected)
+    tolerance[:] = NAN
+    result = run(twin, ops.head_flips, logits, delta, weight, baseline, tolerance)
+    assert (result == -1).all()
+
+
+@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("size", [3.4e38, 1e37, 1e30])
+def test_sums_that_overflow(twin, size):
+    torch.manual_seed(7)
+    logits = torch.randn(40, 20).clamp(-1, 1) * size
+    delta, weight = torch.randn(40, 50) * 1e19, torch.randn(20, 50) * 1e19
+    delta[:, 0], tolerance = 0.0, torch.zeros(40)
+    arguments = logits, delta, weight, logits.argmax(1).int(), tolerance
+    expected = on_reference(ops.head_flips, *arguments)
+    assert torch.equal(run(twin, ops.head_flips, *arguments), expected)
+    assert {-1} < set(expected.flatten().tolist())
+    change = torch.randn(40, 20).clamp(-1, 1) * 3e38
+    image = index(range(40))
+    for relative in (0.0, 1e-3):
+        expected = on_reference(ops.classify, logits, change, image, tolerance, relative=relative)
+        result = run(twin, ops.classify, logits, change, image, tolerance, relative=relative)
+        assert torch.equal(result, expected)
 
 
 # --- statistics -----------------------------------------------------------------------------------

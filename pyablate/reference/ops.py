@@ -71,17 +71,17 @@ def masked_copies(x: Tensor, image: Tensor, unit: Tensor, value: Tensor, *, axis
     return out
 
 
-def _decide(values: Tensor, limit: Tensor) -> Tensor:
-    """Argmax over the last axis (lowest index on equality), -1 unless the top-2 margin > limit."""
+def _decide(logits: Tensor, change: Tensor, limit: Tensor) -> Tensor:
+    """Argmax of their sum over the last axis, lowest on equality; -1 unless the margin > limit.
+
+    Logits of minus infinity never win; -1 also if a change or the largest sum is not finite.
+    """
+    values = logits + change + (change - change)  # NaN where the change is not finite
     best, index = values.max(-1)
     # max() may name any of several equal classes; the lowest is asked for
     index = (values == best.unsqueeze(-1)).to(torch.uint8).argmax(-1)
-    if values.shape[-1] > 1:
-        others = values.scatter(-1, index.unsqueeze(-1), -torch.inf)
-        margin = best - others.amax(-1)
-    else:
-        margin = torch.where(best.isnan(), best, torch.inf)
-    return torch.where(margin > limit, index, -1).to(torch.int32)
+    margin = best - values.scatter(-1, index.unsqueeze(-1), -torch.inf).amax(-1)
+    return torch.where(best.isfinite() & (margin > limit), index, -1).to(torch.int32)
 
 
 def head_flips(
@@ -92,7 +92,7 @@ def head_flips(
     out = torch.empty(delta.shape, dtype=torch.int32, device=delta.device)
     columns = weight.t()
     for n in range(delta.shape[0]):
-        out[n] = _decide(logits[n] + delta[n].unsqueeze(1) * columns, tolerance[n])
+        out[n] = _decide(logits[n], delta[n].unsqueeze(1) * columns, tolerance[n])
     return out
 
 
@@ -256,8 +256,9 @@ def classify(
 ) -> Tensor:
     """Return argmax(logits[image] + delta), -1 where the margin is too small to be trusted."""
     limit = tolerance[image.long()]
-    limit = limit + relative * (delta.amax(-1) - delta.amin(-1))
-    return _decide(logits[image.long()] + delta, limit)
+    if relative != 0:
+        limit = limit + relative * (delta.amax(-1) - delta.amin(-1))
+    return _decide(logits[image.long()], delta, limit)
 
 
 def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
