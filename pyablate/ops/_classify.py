@@ -40,7 +40,9 @@ def head_flips(
     -------
     Tensor
         int32 [N, U]: argmax over k of ``logits[n, k] + delta[n, u] * weight[k, u]``, the lowest
-        index on equality; -1 (undecided) unless the top-2 margin is above ``tolerance[n]``.
+        index on equality; -1 (undecided) unless the top-2 margin is above ``tolerance[n]``. Logits
+        of minus infinity are classes that cannot win; what else is not finite leaves its pair
+        undecided.
 
     Raises
     ------
@@ -112,7 +114,8 @@ def classify(
     -------
     Tensor
         int32 [P]: argmax of ``logits[image] + delta``, the lowest index on equality; -1 (undecided)
-        unless the top-2 margin is above the tolerance.
+        unless the top-2 margin is above the tolerance. Logits of minus infinity are classes that
+        cannot win; what else is not finite leaves its pair undecided.
 
     Raises
     ------

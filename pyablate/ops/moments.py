@@ -42,7 +42,7 @@ class MapMoments:
     active : Tensor
         uint8 ``[C, N]``, 1 where some position is above 0.
     least : Tensor
-        ``[C]``, smallest value at any position of any image, dtype of ``pooled``.
+        ``[C]``, smallest value at any position of any image, dtype of ``pooled``; NaN if one is.
     positive : Tensor
         int64 ``[C]``, positions above 0.
     """
@@ -79,7 +79,7 @@ class ClassMoments:
     ----------
     total, square, maximum : Tensor
         float64 ``[C, K]``, sum, sum of squares and maximum over the images of a class; the maximum
-        over no image is minus infinity.
+        over no image is minus infinity, over one that is NaN it is NaN.
     active_images : Tensor
         int64 ``[C, K]``, images of a class on which the unit is active.
     """
@@ -95,7 +95,7 @@ class ClassRanks:
     """What the order of N images by a unit's activation x tells about their classes.
 
     ``greater`` and ``at_least`` are, for an image, the numbers of images with greater x, and with
-    x at least as great, itself included.
+    x at least as great, itself included. NaN is greater than all numbers and equals NaN.
 
     Attributes
     ----------

@@ -71,17 +71,17 @@ def masked_copies(x: Tensor, image: Tensor, unit: Tensor, value: Tensor, *, axis
     return out
 
 
-def _decide(values: Tensor, limit: Tensor) -> Tensor:
-    """Argmax over the last axis (lowest index on equality), -1 unless the top-2 margin > limit."""
+def _decide(logits: Tensor, change: Tensor, limit: Tensor) -> Tensor:
+    """Argmax of their sum over the last axis, lowest on equality; -1 unless the margin > limit.
+
+    Logits of minus infinity never win; -1 also if a change or the largest sum is not finite.
+    """
+    values = logits + change + (change - change)  # NaN where the change is not finite
     best, index = values.max(-1)
     # max() may name any of several equal classes; the lowest is asked for
     index = (values == best.unsqueeze(-1)).to(torch.uint8).argmax(-1)
-    if values.shape[-1] > 1:
-        others = values.scatter(-1, index.unsqueeze(-1), -torch.inf)
-        margin = best - others.amax(-1)
-    else:
-        margin = torch.where(best.isnan(), best, torch.inf)
-    return torch.where(margin > limit, index, -1).to(torch.int32)
+    margin = best - values.scatter(-1, index.unsqueeze(-1), -torch.inf).amax(-1)
+    return torch.where(best.isfinite() & (margin > limit), index, -1).to(torch.int32)
 
 
 def head_flips(
@@ -92,7 +92,7 @@ def head_flips(
     out = torch.empty(delta.shape, dtype=torch.int32, device=delta.device)
     columns = weight.t()
     for n in range(delta.shape[0]):
-        out[n] = _decide(logits[n] + delta[n].unsqueeze(1) * columns, tolerance[n])
+        out[n] = _decide(logits[n], delta[n].unsqueeze(1) * columns, tolerance[n])
     return out
 
 
@@ -223,6 +223,7 @@ def delta_max_pool(
     """Write max_pool(act(base + delta)) - max_pool(act(base)) to ``out``."""
     rows = base[image.long()].to(compute_dtype(delta.dtype))
     after = rows + _scaled(delta, scale)
+    infinite = rows == torch.inf  # has no difference, not even behind a bounded function
     if activation is not None:
         rows, after = apply_activation(rows, activation), apply_activation(after, activation)
 
@@ -235,11 +236,11 @@ def delta_max_pool(
         z = functional.pad(z, margins, value=-torch.inf)
         return functional.max_pool2d(z, kernel, stride, 0, dilation)
 
-    before = pool(rows)
-    change = pool(after) - before
+    before, after = pool(rows), pool(after)
     # a window wholly in the padding has nothing that could change
-    change = torch.where(before == -torch.inf, torch.zeros_like(change), change)
-    out.copy_(change)
+    nothing = (before == -torch.inf) & (after == -torch.inf)
+    change = torch.where(nothing, 0.0, after - before)
+    out.copy_(torch.where(pool(infinite.to(rows.dtype)) > 0, torch.nan, change))
     if codes is not None:
         codes.fill(out)
     return out
@@ -255,8 +256,9 @@ def classify(
 ) -> Tensor:
     """Return argmax(logits[image] + delta), -1 where the margin is too small to be trusted."""
     limit = tolerance[image.long()]
-    limit = limit + relative * (delta.amax(-1) - delta.amin(-1))
-    return _decide(logits[image.long()] + delta, limit)
+    if relative != 0:
+        limit = limit + relative * (delta.amax(-1) - delta.amin(-1))
+    return _decide(logits[image.long()], delta, limit)
 
 
 def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -302,9 +304,12 @@ def class_ranks(
     classes = len(count)
     values, order = torch.sort(x, dim=1, descending=True, stable=True)
     labels = label.long()[order]
-    falling = (-values).contiguous()
-    greater = torch.searchsorted(falling, falling)
-    at_least = torch.searchsorted(falling, falling, right=True)
+    nan = values.isnan()  # the first; they are equal
+    place = torch.zeros_like(order)
+    place[:, 1:] = (values[:, 1:] != values[:, :-1]) & ~nan[:, 1:]
+    place = place.cumsum(1)  # 0 for the greatest, 1 for those that come next
+    greater = torch.searchsorted(place, place)
+    at_least = torch.searchsorted(place, place, right=True)
     tables = torch.zeros(2, units, classes, dtype=torch.int64, device=x.device)
     rank_sum = tables[0].scatter_add_(1, labels, greater + at_least)
     first = tables[1].scatter_add_(1, labels[:, :top], torch.ones_like(labels[:, :top]))
@@ -316,10 +321,10 @@ def class_ranks(
         if len(hits):
             gain[:, k] = (images * hits - count[k] * passing).amax(dim=1)
     quantiles = joint_histogram((images - at_least) * bins // images, labels, bins, classes)
-    low, high = falling[:, -1:].double().neg(), falling[:, :1].double().neg()
-    place = (values.double() - low) / (high - low) * bins
-    place = torch.where(high > low, place, 0.0).long().clamp(max=bins - 1)
-    widths = joint_histogram(place, torch.zeros_like(place), bins, 1)[..., 0]
+    low, high = values[:, -1:].double(), values[:, :1].double()
+    width = ((values.double() - low) / (high - low) * bins).nan_to_num(0.0)  # 0 / 0 too
+    width = width.long().clamp(max=bins - 1)
+    widths = joint_histogram(width, torch.zeros_like(width), bins, 1)[..., 0]
     return rank_sum, gain, first.int(), quantiles, widths
 
 
