@@ -99,13 +99,15 @@ def own_arrays(folder: Path, *described: Path) -> list[str]:
         sums = checksums.sealed(ours[0]) if ours else None
     except ValueError as error:
         raise FileExistsError(f"output: {folder}: {error}; {_REMEDY}") from None
-    names = [name for name in (sums or ARRAYS) if os.path.lexists(folder / name)]
+    known = dict.fromkeys([*ARRAYS, *(sums or ())])
+    names = [name for name in known if os.path.lexists(folder / name)]
     for name in names:
         inside = list(checksums.files_below(folder / name))
         other = [file for file in inside if not checksums.ARRAY_FILE.fullmatch(file)]
         if other:
             raise foreign(folder, f"{name}/{other[0]}")
-        if not ours or not inside or (sums and checksums.digest(folder / name) != sums[name]):
+        changed = sums is not None and checksums.digest(folder / name) != sums.get(name)
+        if not ours or not inside or changed:
             raise foreign(folder, name)
     return names
 
@@ -132,6 +134,8 @@ def check_blocks(path: Path) -> None:
     blocks = path / "blocks"
     if is_manifest(blocks):
         return
+    if os.path.lexists(blocks) and not blocks.is_dir():
+        raise foreign(path, "blocks")
     for name in checksums.files_below(blocks):
         if is_own_in_blocks(name) and name != ".manifest.json.new":
             raise foreign(path, f"blocks/{name}")

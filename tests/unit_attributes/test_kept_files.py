@@ -171,6 +171,24 @@ def test_what_comes_into_the_way_during_the_run_is_not_replaced(tmp_path: Path) 
     assert contents(place) == contents(tmp_path / "whole.zarr")
 
 
+@pytest.mark.parametrize("name", ["loss_change_sum", "blocks"])
+def test_what_is_in_the_way_of_another_run_is_refused(tmp_path: Path, name: str) -> None:
+    """The result that is there has no sums and no blocks."""
+    place = tmp_path / "run.zarr"
+    run(place)
+    if name == "blocks":
+        (place / name).write_text("mine")
+    else:
+        zarr.open_group(place, mode="r+").create_array(name, data=np.arange(3))
+    before = contents(place)
+    run(place)
+    calls: list[Any] = []
+    with pytest.raises(OSError, match=f"holds {name}, which pyablate did not write"):
+        run(place, fresh=True, measures=["loss"], progress=lambda *step: calls.append(step))
+    assert not calls
+    assert contents(place) == before
+
+
 @pytest.mark.parametrize("inside", ["label/notes.txt", "label/c/notes.txt", "label/mine/x"])
 def test_files_among_our_arrays_are_refused(
     tmp_path: Path, result: pa.AblationResult, inside: str
