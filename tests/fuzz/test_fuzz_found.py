@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.fuzzing.cases import Case, check
-from support.fuzzing.parts import Act, Conv, Network, Residual
+from support.fuzzing.parts import Act, Awkward, Conv, Network, Residual
 from torch import nn
 
 import pyablate as pa
@@ -45,6 +45,21 @@ def test_a_network_that_works_in_place_on_its_own_shortcut(
     branch = Residual(inner=(Act(name, inplace=True), Conv(out=4)), operation="sub")
     check(Case(Network((Conv(out=4), branch), classes=4, seed=3), images=24))
     assert "works in place on a tensor that is read elsewhere" in caplog.text
+
+
+def test_pairs_that_are_all_of_watched_images() -> None:
+    """The share of the sample that is of other images was empty."""
+    check(Case(Network((Act(),), (1, 2), 2, seed=11), images=48, precision="bf16", batch_size=3))
+
+
+def test_what_is_tiny_behind_a_hard_softmax_counts() -> None:
+    """Base + (after - before) is 0 where after is 1e-20, and the next operator divides by it."""
+    parts = (
+        Act("LeakyReLU"),
+        Awkward("steep", "hard softmax"),
+        Awkward("swallowed", "share of two"),
+    )
+    check(Case(Network(parts, (3, 7, 7), seed=3977), images=128))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own

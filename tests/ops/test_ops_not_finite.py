@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from ops_cases import (
+from support.ops_cases import (
     ACTIVATIONS,
     DTYPES,
     TWINS,
@@ -24,9 +24,9 @@ from ops_cases import (
 from torch.nn import functional
 
 from pyablate import ops
-from pyablate.codes import Codes
-from pyablate.moments import MapMoments, class_moments, class_ranks, map_moments
 from pyablate.ops import Activation
+from pyablate.ops.moments import MapMoments, class_moments, class_ranks, map_moments
+from pyablate.ops.quantized import Codes
 
 NAN, INF = float("nan"), float("inf")
 VALUES = [NAN, INF, -INF, -100.0, -3.0, -1.0, 0.0, 0.5, 1.0, 6.0, 7.0, 100.0]
