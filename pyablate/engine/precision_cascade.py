@@ -411,7 +411,7 @@ def sample(row: Tensor, size: int, preferred: Tensor | None = None) -> Tensor:
     So that every unit has its turn, and not always with the same images. The same each time. Some
     of those that are ``preferred``, bool ``[P]``, are among them in any case.
     """
-    if preferred is not None and bool(preferred.any()):
+    if preferred is not None and bool(preferred.any()) and not bool(preferred.all()):
         first, rest = preferred.nonzero().squeeze(1), (~preferred).nonzero().squeeze(1)
         few = min(len(first), max(size // WATCHED, size - len(rest)))
         chosen = first[sample(row[first], few)], rest[sample(row[rest], size - few)]
