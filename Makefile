@@ -91,10 +91,11 @@ docs: build
 
 # Equal results give equal files, so that nothing changes in git without a reason.
 pictures: build
-	$(BIN)/typer pyablate.cli utils docs --name pyablate --title 'The shell' --output docs/shell.md
+	$(BIN)/typer pyablate.cli.app utils docs --name pyablate --title 'The shell' --output docs/shell.md
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
 	$(BIN)/python examples/gallery.py --output docs/images/gallery
+	$(BIN)/python tools/architecture.py docs/images/architecture.png
 
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build

@@ -14,8 +14,8 @@ import time
 import torch
 
 import pyablate as pa
-from pyablate.compression.removal import silenced
-from pyablate.layers import sites
+from pyablate.compression._remove import silenced
+from pyablate.network.sites import sites
 
 
 def usual_loop(model, images, labels, ranking, fractions, *, batch=256):

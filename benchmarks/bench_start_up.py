@@ -15,7 +15,7 @@ from peak_memory import peak_bytes
 
 MEBIBYTE = 2**20
 REPEATS = 5
-SHELL = "from pyablate.cli import main; main()"
+SHELL = "from pyablate.cli.app import main; main()"
 CASES = {
     "python": ("pass", ()),
     "`pyablate --help`": (SHELL, ("--help",)),

@@ -3,7 +3,7 @@
 The networks are drawn at random from the parts of ``tests/fuzz``: masked logits, NaN inside, jumps,
 outliers and images that change their kind are among them. One in fifteen is a layer of a shipped
 network. Wrong predictions are printed with the code that makes their network again; there must be
-none. Near ties (``pyablate/near_tie.py``) are counted apart::
+none. Near ties (``pyablate/network/near_tie.py``) are counted apart::
 
     python benchmarks/exactness.py                                 # some minutes
     python benchmarks/exactness.py --pairs 10_000_000 --seed 1     # half an hour on two cores
@@ -39,9 +39,9 @@ import pyablate as pa
 from pyablate.reference import compare
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "fuzz")]
+sys.path.insert(0, str(TESTS))
 
-from cases import MANY_PAIRS, Case, Checked, compared  # noqa: E402
+from support.fuzzing.cases import MANY_PAIRS, Case, Checked, compared  # noqa: E402
 
 INTERVENTIONS = ("zero", "mean", "class_mean", "constant:0.5", "resample", "noise", "direction")
 CHUNK = 50
@@ -123,12 +123,11 @@ def parse_options() -> argparse.Namespace:
 def program() -> str:
     """Digest of the installed package, its weights and compiled module, and the parts in tests."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for folder in (Path(pa.__file__).parent, TESTS / "fuzz"):
+    for folder in (Path(pa.__file__).parent, TESTS / "support"):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".so", ".safetensors", ".gz"):
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
-    digest.update((TESTS / "awkward.py").read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ esac
 
 python="${VENV:-.venv}/bin/python"
 read -r -a bench_args <<<"${BENCH_ARGS:-}"
-op_tests=(tests/test_ops_*.py)
+op_tests=(tests/ops/test_ops_*.py)
 failed=()
 log=/dev/null
 

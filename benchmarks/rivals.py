@@ -19,10 +19,10 @@ import torch
 from subjects import Cut
 from torch import Tensor, nn
 
-from pyablate.hook_loop import hook_loop_seconds
-from pyablate.layers import Site
-from pyablate.near_tie import near_tie
-from pyablate.result import AblationResult
+from pyablate.network.near_tie import near_tie
+from pyablate.network.sites import Site
+from pyablate.reference.timing import hook_loop_seconds
+from pyablate.results.result import AblationResult
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 Decide = Callable[[Tensor], Tensor]

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pyablate.result import AblationResult, Audit, Flips
-from pyablate.store import load, save
+from pyablate.results.result import AblationResult, Audit, Flips
+from pyablate.results.store import load, save
 
 SHARE = 0.006
 """Flipped predictions among all pairs, as on the shipped networks."""

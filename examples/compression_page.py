@@ -14,7 +14,7 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from pyablate import bootstrap
+from pyablate.analysis import bootstrap
 
 # Hues in a fixed order (validated for colour vision deficiency); chance is grey.
 HUES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")

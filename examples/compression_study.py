@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate import compression
+from pyablate.attribution import collapsed
 
 HALF = 5000
 # Of the penalty: at 100, as in the paper, it cost over half a point of accuracy. Chosen on resnet
@@ -305,7 +306,7 @@ def judged(study: Study, network: str, make: Callable[[], Any]) -> pd.DataFrame:
 
 def _importance(study: Study, network: str, found: Any) -> dict[str, float]:
     """Rank correlations in the last layer with maps: damage per class, and unit by unit."""
-    layer = compression.collapsed.map_site(found.model, study.measuring[0][:1]).name
+    layer = collapsed.map_site(found.model, study.measuring[0][:1]).name
     before = _last_layer(study, network, layer)
     after = pa.ablate(found.model, study.measuring, layer, audit=0, progress=False)
     matching = compression.surviving(before.units["label"].tolist(), found.removed)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyablate.demo import NETWORKS, build
-from pyablate.idx import read_idx
+from pyablate.io.idx import read_idx
 
 SHIFT = 2  # pixels, in each direction
 # Peak learning rate: batch norm bears steps that throw a plain network off.

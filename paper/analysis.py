@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pyablate import AblationResult, Flips
-from pyablate.statistics import layer_rows, random_half
-from pyablate.targets import gini, unit_targets
+from pyablate.analysis.statistics import layer_rows, random_half
+from pyablate.analysis.targets import gini, unit_targets
 
 TARGETS = ("accuracy_drop", "split_half_drop", "loss_change")
 TARGET_TITLES = {

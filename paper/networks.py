@@ -84,7 +84,7 @@ class Network:
     def weights(self) -> Path:
         """File of the weights."""
         if self.seed == 0 and not self.family.reads_glyphs:
-            shipped = resources.files("pyablate") / "data" / "networks"
+            shipped = resources.files("pyablate") / "demo" / "networks"
             return Path(str(shipped)) / f"{self.family.name}.safetensors"
         return FOLDER / f"{self.name}.safetensors"
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from paper import glyphs
 from paper.analysis import TARGET_TITLES
 from pyablate import AblationResult
-from pyablate.statistics import layer_rows
+from pyablate.analysis.statistics import layer_rows
 
 mpl.use("agg")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#777777"

@@ -32,7 +32,7 @@ README = """\
 # Further networks for `make paper`
 
 Weights of the networks that [docs/paper.md](../../docs/paper.md) looks at beside those in
-`pyablate/data/networks`, whose seed is 0. Not part of the package. Licence: Apache-2.0, like the
+`pyablate/demo/networks`, whose seed is 0. Not part of the package. Licence: Apache-2.0, like the
 rest of the project. Written by `python -m paper.train`, which trains what is missing.
 
 | weights | trained on | epochs | test accuracy |

@@ -1,5 +1,5 @@
 """``python -m pyablate`` is the ``pyablate`` command."""
 
-from pyablate.cli import main
+from pyablate.cli.app import main
 
 main()

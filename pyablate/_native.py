@@ -1,7 +1,7 @@
 """The only importer of the compiled module ``pyablate._core``.
 
 Importing never fails: where the module is missing, :data:`core` is ``None`` and everything runs on
-:mod:`pyablate.reference.ops`. ``PYABLATE_NATIVE=0`` in the environment forces that.
+:mod:`pyablate.ops.reference`. ``PYABLATE_NATIVE=0`` in the environment forces that.
 """
 
 from __future__ import annotations

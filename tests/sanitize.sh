@@ -25,7 +25,7 @@ CXX=$CXX cmake -S . -B "$target/cmake" -DCMAKE_BUILD_TYPE=Debug -DPYABLATE_CUDA=
     -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" >/dev/null
 cmake --build "$target/cmake" --parallel 2 >"$target/log" 2>&1 || { cat "$target/log" >&2; exit 1; }
 
-[ $# -gt 0 ] || set -- tests/test_ops_*.py
+[ $# -gt 0 ] || set -- tests/ops/test_ops_*.py
 export PYTHONPATH="$target" OMP_NUM_THREADS=2
 export LD_PRELOAD="$runtime $undefined $standard"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1

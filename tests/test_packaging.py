@@ -19,7 +19,7 @@ assert _SPEC.loader is not None
 check_wheel = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(check_wheel)
 
-_SOURCES = {"pyablate/__init__.py", "pyablate/_core.pyi", "pyablate/data/a.txt"}
+_SOURCES = {"pyablate/__init__.py", "pyablate/_core.pyi", "pyablate/demo/a.txt"}
 _NATIVE = "pyablate/_core.cpython-312-x86_64-linux-gnu.so"
 _LICENCE = "pyablate-0.1.0.dist-info/licenses/LICENSE"
 
@@ -28,7 +28,7 @@ _LICENCE = "pyablate-0.1.0.dist-info/licenses/LICENSE"
     ("change", "fault"),
     [
         (set(), None),
-        ({"pyablate/data/a.txt"}, "missing: pyablate/data/a.txt"),
+        ({"pyablate/demo/a.txt"}, "missing: pyablate/demo/a.txt"),
         ({"tests/test_a.py"}, "not of the package: tests/test_a.py"),
         ({_NATIVE}, "expected one native module, got []"),
         ({_LICENCE}, "expected one licence, got []"),

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from simulated import simulate
+from support.simulated import simulate
 
 import pyablate as pa
 from paper import analysis, glyphs, markdown, measure, train
 from paper.networks import FAMILIES, FOLDER, Network, balanced, known
-from pyablate.targets import gini
+from pyablate.analysis.targets import gini
 
 ROOT = Path(__file__).parent.parent
 CLASSES, UNITS = 4, 12

@@ -44,7 +44,7 @@ for name, home in public.items():
 
 _HELP_OF_EVERY_COMMAND = """
 import sys
-from pyablate.cli import app
+from pyablate.cli.app import app
 commands = [command.name or command.callback.__name__ for command in app.registered_commands]
 assert "run" in commands and "compare" in commands
 for words in (["--help"], *([command.replace("_", "-"), "--help"] for command in commands)):
@@ -87,7 +87,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_help_of_every_command_imports_nothing_heavy() -> None:
     loaded = _python("-c", _HELP_OF_EVERY_COMMAND).stderr.split()
-    assert "pyablate.cli" in loaded
+    assert "pyablate.cli.app" in loaded
     assert not _HEAVY & set(loaded)
 
 

@@ -104,6 +104,10 @@ double code_inverse(std::int32_t most, float* scale) {
 }
 
 void write_codes(const float* change, std::int64_t count, double inverse, std::uint8_t* codes) {
+    if (inverse == 0) {  // nothing to tell: no change, or one that is not finite
+        __builtin_memset(codes, code_zero, static_cast<std::size_t>(count));
+        return;
+    }
     typedef std::int16_t Halves __attribute__((vector_size(2 * Floats::size)));
     typedef std::uint8_t Bytes __attribute__((vector_size(Floats::size)));
     // Adding 1.5 * 2^23 leaves no fraction bits: the rounded sum stands in the low bits.

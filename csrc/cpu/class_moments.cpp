@@ -27,7 +27,7 @@ void add_up(const ClassMomentsParams& p, std::int64_t u) {
         const double v = static_cast<double>(pooled[n]);
         total[k] += v;
         square[k] += v * v;
-        maximum[k] = v > maximum[k] ? v : maximum[k];
+        maximum[k] = v > maximum[k] || v != v ? v : maximum[k];  // NaN stays
         active_images[k] += active[n];
     }
 }

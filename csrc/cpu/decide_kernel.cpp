@@ -57,11 +57,19 @@ PYABLATE_INLINE Top<T> top_two(std::int64_t classes, F value) {
     return top;
 }
 
-// First k whose value is the best, or -1 unless the lead over the second is above the limit.
+// A logit and its change; NaN where the change is not finite.
+template <class V>
+PYABLATE_INLINE V changed(V logit, V change) {
+    return logit + change + (change - change);
+}
+
+// First k whose value is the best, or -1 unless that is finite, no value is NaN and the lead over
+// the second is above the limit.
 template <class T, class F>
 PYABLATE_INLINE std::int32_t decide(std::int64_t classes, T limit, F value) {
     const Top<T> top = top_two<T>(classes, value);
-    if (top.nan || !(top.best - top.second > limit)) return -1;
+    const bool finite = top.best - top.best == 0;
+    if (top.nan || !finite || !(top.best - top.second > limit)) return -1;
     using V = Vec<T, full_lanes<T>>;
     for (std::int64_t k = 0; k < classes; k += V::size) {
         const int n = classes - k < V::size ? static_cast<int>(classes - k) : V::size;
@@ -76,6 +84,14 @@ PYABLATE_INLINE std::int32_t decide(std::int64_t classes, T limit, F value) {
 template <class T>
 PYABLATE_INLINE T absolute(T x) {
     return x < 0 ? -x : x;
+}
+
+// The larger of two magnitudes; minus infinity, a class that cannot win, has none.
+template <class T>
+PYABLATE_INLINE T larger_magnitude(T x, T y) {
+    const T nothing = -static_cast<T>(__builtin_inf());
+    const T a = x == nothing ? 0 : absolute(x), b = y == nothing ? 0 : absolute(y);
+    return a > b ? a : b;
 }
 
 // The classes that come nearest to winning an image, the label's aside: when a unit is ablated, one
@@ -133,7 +149,7 @@ PYABLATE_INLINE std::int32_t decide_among(const Competitors<T>& near, const T* l
         return margin > 0 ? static_cast<std::int32_t>(winner)
                           : -2;  // equals: the lowest class wins
     }
-    const T least = tolerance > 0 ? tolerance : 0;
+    const T least = tolerance < 0 ? 0 : tolerance;
     const bool ahead = margin > least + guard && best - others > least;
     return ahead ? static_cast<std::int32_t>(winner) : -2;
 }
@@ -151,14 +167,18 @@ void head_flips_image(const HeadFlipsParams& p, std::int64_t n) {
     std::int32_t* out = p.out + n * p.units;
 
     const T infinity = static_cast<T>(__builtin_inf());
-    T other = -infinity, scale = 0, sum = 0;
+    T other = -infinity;
+    bool nan = false;
     for (std::int64_t k = 0; k < p.classes; ++k) {
         if (k != label && logits[k] > other) other = logits[k];
-        if (absolute(logits[k]) > scale) scale = absolute(logits[k]);
-        sum += logits[k];
+        nan = nan || logits[k] != logits[k];
     }
-    // A NaN among the logits is in their sum too, and a NaN lead settles nothing.
-    const T lead = logits[label] - other + (sum - sum);
+    if (nan) {
+        for (std::int64_t u = 0; u < p.units; ++u) out[u] = -1;
+        return;
+    }
+    const T lead = logits[label] - other;
+    const T scale = larger_magnitude(logits[label], other);
     const T epsilon = std::is_same_v<T, float> ? T(1.1920929e-7) : T(2.220446049250313e-16);
 
     const Competitors<T> near(logits, p.classes, label);
@@ -168,20 +188,20 @@ void head_flips_image(const HeadFlipsParams& p, std::int64_t n) {
         const T own = column[label];
         const T loss = d * (d > 0 ? own - high[u] : own - low[u]);  // the smaller of the two
         const T guard = 32 * epsilon * (scale + absolute(d) * largest[u]);
-        if (lead + loss > (tolerance > 0 ? tolerance : 0) + guard) {
+        if (lead + loss > (tolerance < 0 ? 0 : tolerance) + guard) {
             out[u] = label;
             continue;
         }
         const T reach = d * (d > 0 ? high[u] : low[u]);
-        out[u] =
-            decide_among(near, logits, column, label, d, reach, tolerance, guard + (sum - sum));
+        out[u] = decide_among(near, logits, column, label, d, reach, tolerance, guard);
         if (out[u] != -2) continue;
-        out[u] = decide<T>(p.classes, tolerance,
-                           [&](auto vector, std::int64_t k, int some) PYABLATE_LAMBDA_INLINE {
-                               using V = decltype(vector);
-                               return load_n<V>(logits + k, some) +
-                                      V(static_cast<double>(d)) * load_n<V>(column + k, some);
-                           });
+        out[u] =
+            decide<T>(p.classes, tolerance,
+                      [&](auto vector, std::int64_t k, int some) PYABLATE_LAMBDA_INLINE {
+                          using V = decltype(vector);
+                          return changed(load_n<V>(logits + k, some),
+                                         V(static_cast<double>(d)) * load_n<V>(column + k, some));
+                      });
     }
 }
 
@@ -199,11 +219,11 @@ void classify_pair(const ClassifyParams& p, std::int64_t pair) {
         }
         limit = limit + static_cast<T>(p.relative) * (high - low);
     }
-    p.out[pair] = decide<T>(p.classes, limit,
-                            [&](auto vector, std::int64_t k, int some) PYABLATE_LAMBDA_INLINE {
-                                using V = decltype(vector);
-                                return load_n<V>(logits + k, some) + load_n<V>(delta + k, some);
-                            });
+    p.out[pair] = decide<T>(
+        p.classes, limit, [&](auto vector, std::int64_t k, int some) PYABLATE_LAMBDA_INLINE {
+            using V = decltype(vector);
+            return changed(load_n<V>(logits + k, some), load_n<V>(delta + k, some));
+        });
 }
 
 }  // namespace

@@ -31,13 +31,17 @@ template <class V, class F>
 PYABLATE_INLINE void pool_window(F at, V& most, V& change) {
     const V nothing(-__builtin_inf());
     V top = nothing, difference = nothing;
-    at([&](V z, V) PYABLATE_LAMBDA_INLINE { top = math::at_least(z, top); });
-    at([&](V z, V d)
-           PYABLATE_LAMBDA_INLINE { difference = math::at_least((z - top) + d, difference); });
-    // still -inf: no tap inside the map, so nothing that could change
+    auto spoiled = top > top;  // nowhere
+    at([&](V z, V) PYABLATE_LAMBDA_INLINE { top = where(z > top, z, top); });
+    // still -inf: no tap inside the map, or none that could win
     const auto empty = top < V(lowest<V>);
     most = where(empty, V(0.0), top);
-    change = where(empty, V(0.0), difference);
+    at([&](V z, V d) PYABLATE_LAMBDA_INLINE {
+        const V moved = (z - most) + d;  // NaN where z, d or the maximum is, or it is infinite
+        spoiled.lanes |= moved.lanes != moved.lanes;
+        difference = where(moved > difference, moved, difference);
+    });
+    change = where(spoiled, V(__builtin_nan("")), where(empty, V(0.0), difference));
 }
 
 // One row of output: maxima and changes go to [Wo, C] (channels last) or [C, Wo].

@@ -92,6 +92,17 @@ PYABLATE_INLINE void add_run(const T* x, std::int64_t count, Sums<T>& to) {
     for (; i < count; ++i) add_entry(x[i], to);
 }
 
+// Called where a sum is NaN: that may be of infinities too.
+template <class T>
+bool has_nan(const MapMomentsParams& p, std::int64_t n, std::int64_t c) {
+    bool found = false;
+    for (std::int64_t o = 0; o < p.outer; ++o) {
+        const T* x = static_cast<const T*>(p.x) + ((n * p.outer + o) * p.units + c) * p.inner;
+        for (std::int64_t i = 0; i < p.inner; ++i) found = found || x[i] != x[i];
+    }
+    return found;
+}
+
 // One unit on one image into the tables.
 template <class T>
 PYABLATE_INLINE void record(const MapMomentsParams& p, std::int64_t n, std::int64_t c,
@@ -102,6 +113,7 @@ PYABLATE_INLINE void record(const MapMomentsParams& p, std::int64_t n, std::int6
     p.active[c * p.active_row + n] = map.positive > 0;
     least[c] = map.least < least[c] ? map.least : least[c];
     p.positive[c] += map.positive;
+    if (mean != mean && has_nan<T>(p, n, c)) least[c] = static_cast<T>(mean);
 }
 
 // One unit whose map is runs of consecutive entries.

@@ -125,7 +125,7 @@ PYABLATE_INLINE Vec<T, N> erf(Vec<T, N> x) {
         }
         const V far = V(1.0) - exp(V(0.0) - h);
         const V signed_far = where(x < V(0.0), V(0.0) - far, far);
-        return where(size < V(1.0), near, signed_far + (x - x));  // x - x: a NaN stays
+        return where(size < V(1.0), near, signed_far);
     }
 }
 

@@ -23,7 +23,7 @@ __global__ void add_up(const ClassMomentsParams p) {
             const double v = static_cast<double>(pooled[n]);
             total += v;
             square += v * v;
-            maximum = v > maximum ? v : maximum;
+            maximum = v > maximum || v != v ? v : maximum;  // NaN stays
             count += active[n];
         }
         p.total[i] = total;

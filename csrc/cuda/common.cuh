@@ -67,6 +67,11 @@ __device__ inline D not_a_number() {
     return narrow<D>(static_cast<Compute<D>>(NAN));
 }
 
+template <class T>
+__device__ inline T infinity() {
+    return static_cast<T>(INFINITY);
+}
+
 __device__ inline bool in_range(std::int64_t i, std::int64_t size) {
     return i >= 0 && i < size;
 }

@@ -13,11 +13,6 @@ namespace {
 constexpr unsigned whole_warp = 0xffffffffu;
 
 template <class T>
-__device__ inline T infinity() {
-    return static_cast<T>(INFINITY);
-}
-
-template <class T>
 struct Top {
     T best = -infinity<T>();
     T second = -infinity<T>();
@@ -64,8 +59,21 @@ __device__ std::int32_t decide(std::int64_t classes, T limit, F value) {
         other.nan = __shfl_xor_sync(whole_warp, static_cast<int>(top.nan), offset) != 0;
         top.merge(other);
     }
-    if (top.nan || !(top.best - top.second > limit)) return -1;
+    const bool finite = top.best - top.best == 0;
+    if (top.nan || !finite || !(top.best - top.second > limit)) return -1;
     return top.index;
+}
+
+// A logit and its change; NaN where the change is not finite.
+template <class T>
+__device__ inline T changed(T logit, T change) {
+    return logit + change + (change - change);
+}
+
+// A magnitude; minus infinity, a class that cannot win, has none.
+template <class T>
+__device__ inline T magnitude(T x) {
+    return x == -infinity<T>() ? T(0) : x < 0 ? -x : x;
 }
 
 template <class T>
@@ -102,16 +110,14 @@ __global__ void head_flips_kernel(const HeadFlipsParams p) {
         const T* __restrict__ delta = static_cast<const T*>(p.delta) + n * p.units;
         const T tolerance = static_cast<const T*>(p.tolerance)[n];
         const std::int32_t label = p.baseline[n];
-        T other = -infinity<T>(), scale = 0;
+        T other = -infinity<T>();
         bool nan = !in_range(label, p.classes);  // then every unit is scanned
         for (std::int64_t k = lane; k < p.classes; k += warp_threads) {
             const T x = logits[k];
             nan = nan || x != x;
             if (k != label) other = larger(other, x);
-            scale = larger(scale, x < 0 ? -x : x);
         }
         other = warp_max(other);
-        scale = warp_max(scale);
         nan = __any_sync(whole_warp, nan);
 
         if (threadIdx.x == 0) open_count = 0;
@@ -122,8 +128,9 @@ __global__ void head_flips_kernel(const HeadFlipsParams p) {
             if (!nan) {
                 const T d = delta[u], own = weight[u * p.classes + label];
                 const T loss = d * (d > 0 ? own - high[u] : own - low[u]);
-                const T guard = 32 * epsilon * (scale + (d < 0 ? -d : d) * largest[u]);
-                settled = (logits[label] - other) + loss > (tolerance > 0 ? tolerance : 0) + guard;
+                const T scale = larger(magnitude(logits[label]), magnitude(other));
+                const T guard = 32 * epsilon * (scale + magnitude(d) * largest[u]);
+                settled = (logits[label] - other) + loss > (tolerance < 0 ? 0 : tolerance) + guard;
             }
             if (settled) {
                 p.out[n * p.units + u] = label;
@@ -137,8 +144,9 @@ __global__ void head_flips_kernel(const HeadFlipsParams p) {
             const std::int64_t unit = tile % tiles * block_threads + open[i];
             const T d = delta[unit];
             const T* __restrict__ column = weight + unit * p.classes;
-            const std::int32_t decision = decide<T>(
-                p.classes, tolerance, [&](std::int64_t k) { return logits[k] + d * column[k]; });
+            const std::int32_t decision = decide<T>(p.classes, tolerance, [&](std::int64_t k) {
+                return changed(logits[k], d * column[k]);
+            });
             if (lane == 0) p.out[n * p.units + unit] = decision;
         }
         __syncthreads();
@@ -167,8 +175,8 @@ __global__ void classify_kernel(const ClassifyParams p) {
             }
             limit = limit + static_cast<T>(p.relative) * (warp_max(high) + warp_max(low));
         }
-        const std::int32_t decision =
-            decide<T>(p.classes, limit, [&](std::int64_t k) { return logits[k] + delta[k]; });
+        const std::int32_t decision = decide<T>(
+            p.classes, limit, [&](std::int64_t k) { return changed(logits[k], delta[k]); });
         if (lane == 0) p.out[pair] = decision;
     }
 }

@@ -49,20 +49,22 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
         const B* from = base + image * row;
         const D* by = delta + pair * row;
         const T scale = p.scale == nullptr ? T(1) : T(p.scale[pair]);
-        bool empty = true;
-        T most = 0, difference = 0;
+        T most = -infinity<T>();
         taps([&](std::int64_t tap) {
             const T z = widen(from[tap]);
-            most = empty || z > most ? z : most;
-            empty = false;
+            most = z > most ? z : most;
         });
-        bool first = true;
+        const bool empty = most == -infinity<T>();  // no tap inside the map, or none that could win
+        if (empty) most = 0;
+        T difference = -infinity<T>();
+        bool spoiled = false;
         taps([&](std::int64_t tap) {
             const T moved = (T(widen(from[tap])) - most) + widen(by[tap]) * scale;
-            difference = first || moved > difference ? moved : difference;
-            first = false;
+            spoiled = spoiled || moved != moved;
+            difference = moved > difference ? moved : difference;
         });
-        out[at] = narrow<D>(empty ? T(0) : change(p.activation, most, difference));
+        if (empty) difference = 0;
+        out[at] = spoiled ? not_a_number<D>() : narrow<D>(change(p.activation, most, difference));
     }
 }
 

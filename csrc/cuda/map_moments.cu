@@ -10,8 +10,9 @@ namespace {
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Lowers *address to value if that is less. The bits of numbers from 0 up order as signed integers
-// do and lie above those of all negative ones, which order in reverse as unsigned integers.
+// Lowers *address to value if that is less, or NaN. The bits of numbers from 0 up order as signed
+// integers do and lie above those of all negative ones, which order in reverse as unsigned
+// integers; a NaN with its sign set lies beyond them.
 template <class T>
 __device__ inline void lower(T* address, T value);
 
@@ -20,7 +21,8 @@ __device__ inline void lower<float>(float* address, float value) {
     if (value >= 0.0f) {
         atomicMin(reinterpret_cast<int*>(address), __float_as_int(value + 0.0f));
     } else {
-        atomicMax(reinterpret_cast<unsigned*>(address), __float_as_uint(value));
+        const unsigned bits = __float_as_uint(value) | 0x80000000u;
+        atomicMax(reinterpret_cast<unsigned*>(address), bits);
     }
 }
 
@@ -29,8 +31,8 @@ __device__ inline void lower<double>(double* address, double value) {
     if (value >= 0.0) {
         atomicMin(reinterpret_cast<long long*>(address), __double_as_longlong(value + 0.0));
     } else {
-        atomicMax(reinterpret_cast<unsigned long long*>(address),
-                  static_cast<unsigned long long>(__double_as_longlong(value)));
+        const auto bits = static_cast<unsigned long long>(__double_as_longlong(value));
+        atomicMax(reinterpret_cast<unsigned long long*>(address), bits | 0x8000000000000000u);
     }
 }
 
@@ -49,13 +51,13 @@ __global__ void read_maps(const MapMomentsParams p) {
             const std::int64_t row = (n * p.outer + i / p.inner) * p.units + c;
             const T v = static_cast<const T*>(p.x)[row * p.inner + i % p.inner];
             sum += static_cast<double>(v);
-            low = v < low ? v : low;
+            low = v < low || v != v ? v : low;
             positive += v > T(0);
         }
         for (int step = 16; step > 0; step /= 2) {
             sum += __shfl_down_sync(all_lanes, sum, step);
             const T other = __shfl_down_sync(all_lanes, low, step);
-            low = other < low ? other : low;
+            low = other < low || other != other ? other : low;
             positive += __shfl_down_sync(all_lanes, positive, step);
         }
         if (lane == 0) {

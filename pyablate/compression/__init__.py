@@ -1,20 +1,20 @@
 """What can be removed from a network, and what is lost when it is."""
 
-from pyablate.compression.attributions import attribution_maps
-from pyablate.compression.comparison import Comparison, compare, importance_preserved, surviving
+from pyablate.attribution.maps import attribution_maps
+from pyablate.comparison._compare import Comparison, compare, importance_preserved, surviving
+from pyablate.comparison._latency import latency
+from pyablate.comparison.preservation import Preservation, attributions_preserved
+from pyablate.compression._finetune import FineTuned, finetune
+from pyablate.compression._prune_curve import prune_curve
+from pyablate.compression._rank import Ranking, rank
+from pyablate.compression._remove import Removal, Size, remove, size
+from pyablate.compression._sensitivity import sensitivity
 from pyablate.compression.coupling import Coupled, couplings
-from pyablate.compression.curves import prune_curve
 from pyablate.compression.decomposition import prune_and_decompose, truncated_svd
+from pyablate.compression.export import save_network
 from pyablate.compression.filters import filter_ranking, prune_filters
-from pyablate.compression.finetuning import FineTuned, finetune
 from pyablate.compression.interchange import importance, masked
-from pyablate.compression.layer_sensitivity import sensitivity
-from pyablate.compression.preservation import Preservation, attributions_preserved
-from pyablate.compression.ranking import Ranking, rank
-from pyablate.compression.removal import Removal, Size, remove, size
-from pyablate.compression.saving import save_network
 from pyablate.compression.soft_pruning import soft_filter_pruning
-from pyablate.compression.timing import latency
 from pyablate.compression.transforms import (
     Transformed,
     block_masks,

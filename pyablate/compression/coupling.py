@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from pyablate.layers import (
+from pyablate.network.sites import (
     Site,
     check_model,
     copied,

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from pyablate.compression.filters import prune_filters
 from pyablate.compression.transforms import Transformed, float_bits, overwrite, weighted
-from pyablate.layers import copied
+from pyablate.network.sites import copied
 
 
 def truncated_svd(

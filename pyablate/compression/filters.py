@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_choice
+from pyablate.compression._rank import Ranking, rank
+from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.ranking import Ranking, check_choice, rank
-from pyablate.compression.removal import remove
 from pyablate.compression.transforms import FLOAT_BITS, Transformed
 from pyablate.unit_attributes import attributes
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from pyablate.compression._rank import Ranking
+from pyablate.compression._remove import labels_of
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.ranking import Ranking
-from pyablate.compression.removal import labels_of
 
 
 def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Tensor) -> nn.Module:

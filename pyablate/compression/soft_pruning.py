@@ -9,16 +9,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyablate.batches import Data
+from pyablate._validation import check_choice
+from pyablate.comparison.evaluation import device_of, prepared
+from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.evaluation import device_of, prepared
 from pyablate.compression.filters import BY_WEIGHTS, filter_ranking
-from pyablate.compression.ranking import check_choice
-from pyablate.compression.removal import remove
-from pyablate.compression.training import Augment, Schedule, cross_entropy, fit
+from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
 from pyablate.compression.transforms import FLOAT_BITS, Transformed
-from pyablate.prepare import undisturbed
-from pyablate.progress import Report, reporting
+from pyablate.data.dataset import Data
+from pyablate.runtime.determinism import undisturbed
+from pyablate.runtime.progress import Report, reporting
 
 
 def soft_filter_pruning(

@@ -21,8 +21,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pyablate.compression.ranking import check_choice
-from pyablate.layers import copied
+from pyablate._validation import check_choice
+from pyablate.network.sites import copied
 
 FLOAT_BITS = 32
 

@@ -2,7 +2,7 @@
 
 Errors that are measured on a sample of pairs say nothing about a jump that none of them crossed.
 Behind an ablation, such operators are found in the graph, and what they decide is computed in
-float64; see :mod:`pyablate.engine.exact`.
+float64; see :mod:`pyablate.engine.float64`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyablate.engine.channel import SAME
-from pyablate.graph import SOFTMAXES, Graph, settings
+from pyablate.engine.channel_delta import has_unbounded_slope
+from pyablate.network.aten import SAME
+from pyablate.network.graph import SOFTMAXES, Graph, remembered, settings
 
 aten = torch.ops.aten
 
@@ -61,6 +62,8 @@ COMPARISONS: frozenset[Any] = frozenset(
     {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar}
 )
 
+EXPONENTIALS: frozenset[Any] = frozenset({aten.exp.default, aten.exp2.default})
+
 HANDED_ON: frozenset[Any] = SAME | {aten._to_copy.default, aten.to.dtype}
 """What a mask goes through on its way from a comparison to a product."""
 
@@ -100,6 +103,16 @@ def steep(graph: Graph, sample: Tensor) -> list[fx.Node]:
         for node, source in inputs.items()
         if source in values and _is_steep(node, values[source], widths[node])
     ]
+
+
+@remembered
+def may_be_infinite(node: fx.Node) -> bool:
+    """Whether an operator makes NaN or infinity of finite numbers.
+
+    Minus infinity in front of a softmax, which stands for what is masked, is no trouble.
+    """
+    makes = has_unbounded_slope(node) or node.target in SOFTMAXES or node.target in EXPONENTIALS
+    return makes and not all(user.target in SOFTMAXES for user in users(node))
 
 
 class _Watch(TorchDispatchMode):

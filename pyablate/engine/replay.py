@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate import near_tie
-from pyablate.batches import Batch, Data
-from pyablate.engine.ablations import Job, Key, Statistics, stand_ins
-from pyablate.layers import Site, hooked
-from pyablate.transfer import sent
+from pyablate.data.dataset import Batch, Data
+from pyablate.engine.job import Job, Key, Statistics, stand_ins
+from pyablate.network import near_tie
+from pyablate.network.sites import Site, hooked
+from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
 
@@ -94,7 +94,7 @@ class Replay:
                 return logits.cpu()
 
     def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
-        """Logits of the intact network, as :meth:`pyablate.engine.exact.Exact.watch` gives them."""
+        """Logits of the intact network, as :meth:`Exact.watch` gives them."""
         return self.logits(batch, None, image, image)
 
     def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:

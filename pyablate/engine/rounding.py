@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyablate import near_tie
+from pyablate.network import near_tie
 
 MARGIN = 3e-5
 """Share of the spread of an image's logits that float32 rounding may reach, with much to spare."""

@@ -2,7 +2,7 @@
 
 Two families. A *linear* node carries a delta as it carries a value, without its bias. Anything
 else is a *difference*, f(base + d) - f(base). The rules here speak about dense deltas
-``[P, ...]``, one row per pair; :mod:`pyablate.engine.channel` has those for deltas that are
+``[P, ...]``, one row per pair; :mod:`pyablate.engine.channel_delta` has those for deltas that are
 still on one channel.
 """
 
@@ -15,12 +15,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
-from pyablate.engine.operators import LINEAR, MATMULS, NAMED, STRUCTURE, SUMS
-from pyablate.engine.pairs import Full, Pairs, Rule, changing, difference, full_shape, linear
-from pyablate.engine.passes import activation, add, average, max_pool
-from pyablate.engine.weighted import batch_norm, convolution, fully_connected
-from pyablate.graph import (
+from pyablate.engine.channel_delta import has_unbounded_slope
+from pyablate.engine.fused_rules import activation, add, average, max_pool
+from pyablate.engine.rule_context import (
+    Full,
+    Pairs,
+    Rule,
+    changing,
+    difference,
+    full_shape,
+    linear,
+    note_cancellation,
+)
+from pyablate.engine.weighted_rules import batch_norm, convolution, fully_connected
+from pyablate.network.aten import (
+    DIVISIONS,
+    LINEAR,
+    LINEAR_POOLS,
+    MATMULS,
+    NAMED,
+    SAME,
+    STRUCTURE,
+    SUMS,
+)
+from pyablate.network.graph import (
     BATCH_NORM,
     CONVOLUTIONS,
     PADS,
@@ -36,6 +54,8 @@ aten = torch.ops.aten
 
 def advance(pairs: Pairs, node: fx.Node) -> Any:
     """Return the change of a node, from the changes of its inputs."""
+    if has_unbounded_slope(node):
+        note_cancellation(pairs, node)
     # Taking one of several results computes nothing: there, a full one may stand beside the others.
     whole = node.target is not operator.getitem and _may_read_full(node)
     if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):

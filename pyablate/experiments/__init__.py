@@ -1,15 +1,17 @@
 """Experiments that ablate more than single units, or compare what single units do."""
 
+from pyablate.experiments._cumulative import Cumulative, cumulative
+from pyablate.experiments._minimal_sets import MinimalSets, minimal_sets
+from pyablate.experiments._pairs import Pairs, pairs
+from pyablate.experiments.accuracies import balanced_accuracy
 from pyablate.experiments.controls import RotationControl, compare_damage, rotation_control
-from pyablate.experiments.cumulative_curves import Cumulative, cumulative
-from pyablate.experiments.minimal_set_search import MinimalSets, minimal_sets
-from pyablate.experiments.pair_interactions import Pairs, pairs
 
 __all__ = [
     "Cumulative",
     "MinimalSets",
     "Pairs",
     "RotationControl",
+    "balanced_accuracy",
     "compare_damage",
     "cumulative",
     "minimal_sets",

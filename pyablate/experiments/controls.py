@@ -12,15 +12,15 @@ import pandas as pd
 from scipy import stats
 from torch import nn
 
-from pyablate import directions
-from pyablate.batches import gathered
-from pyablate.bootstrap import resample
-from pyablate.experiments.halves import check_seed
+from pyablate.analysis.bootstrap import resample
+from pyablate.analysis.statistics import layer_rows
+from pyablate.analysis.targets import gini
+from pyablate.data.dataset import gathered
+from pyablate.experiments import directions
+from pyablate.experiments.split import check_seed
 from pyablate.interventions import Intervention
-from pyablate.result import AblationResult, Floats, Ints
-from pyablate.run import ablate
-from pyablate.statistics import layer_rows
-from pyablate.targets import gini
+from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.runs._ablate import ablate
 
 FIGURES = ("gini", "split_half_drop", "max_class_drop", "accuracy_drop")
 Results = AblationResult | Sequence[AblationResult]
@@ -64,7 +64,7 @@ def compare_damage(
     -------
     pandas.DataFrame
         One row per layer and figure: ``layer`` and ``layer_second``; ``figure``: ``gini`` (see
-        :func:`pyablate.targets.gini`), ``split_half_drop``, ``max_class_drop`` (an extreme
+        :func:`pyablate.analysis.targets.gini`), ``split_half_drop``, ``max_class_drop`` (an extreme
         statistic, biased upwards), ``accuracy_drop``; for each side, after its name, the number of
         units, the mean over units (and networks) and its interval; ``difference``, first minus
         second, with its interval; ``p`` of a two-sided Mann-Whitney test between the units of one

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pyablate.experiments.units import best_first
-from pyablate.result import AblationResult, Ints
+from pyablate.results.result import AblationResult, Ints
 
 DROP, CLASS, RANDOM = "drop", "class", "random"
 BY_NAME = (DROP, CLASS, RANDOM)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyablate.layers import Site, check_model
-from pyablate.prepare import Ready, open_up, undisturbed
-from pyablate.result import AblationResult, Ints
+from pyablate.network.model_checks import Ready, open_up
+from pyablate.network.sites import Site, check_model
+from pyablate.results.result import AblationResult, Ints
+from pyablate.runtime.determinism import undisturbed
 
 
 def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:

@@ -5,15 +5,15 @@
 ``[N, ...]`` belong to the clean run and are read by image index, never copied per pair.
 
 Tensors on the CPU go to the C++ twin, tensors on a CUDA device to the CUDA twin, all others (and
-all tensors where the compiled module is missing) to ``pyablate.reference.ops``. No operation
+all tensors where the compiled module is missing) to ``pyablate.ops.reference``. No operation
 records gradients. On the CPU an index out of range raises ``ValueError``; on CUDA, where looking
 would stop the stream, such a row comes back as NaN (-1 where the result is an integer).
 """
 
-from pyablate.activation import Activation
-from pyablate.codes import Codes
-from pyablate.ops.changes import delta_activation, delta_max_pool, delta_mean, encode
-from pyablate.ops.decisions import classify, confusion_counts, head_flips
+from pyablate.ops._classify import classify, confusion_counts, head_flips
+from pyablate.ops.activations import Activation
+from pyablate.ops.elementwise import delta_activation, delta_max_pool, delta_mean, encode
+from pyablate.ops.quantized import Codes
 from pyablate.ops.units import masked_copies, unit_delta
 
 __all__ = [

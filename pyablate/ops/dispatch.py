@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from pyablate import _native
-from pyablate._arguments import check_pairs, check_shape, check_tensor
-from pyablate._layout import (
-    layout_of,
-)
-from pyablate.activation import Activation
-from pyablate.codes import Codes
+from pyablate.ops._checks import check_pairs, check_shape, check_tensor
+from pyablate.ops._layout import layout_of
+from pyablate.ops.activations import Activation
+from pyablate.ops.quantized import Codes
 
 REAL = (torch.float32, torch.float64)
 FLOATS = (*REAL, torch.bfloat16)

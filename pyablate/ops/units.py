@@ -8,21 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pyablate._arguments import (
-    check_pairs,
-    check_shape,
-    check_tensor,
-    two,
-)
-from pyablate._layout import (
-    base_rows,
-    dense,
-    empty_rows,
-    output,
-)
-from pyablate.activation import Activation
-from pyablate.codes import Codes
 from pyablate.ops import dispatch
+from pyablate.ops import reference as reference
+from pyablate.ops._checks import check_pairs, check_shape, check_tensor, two
+from pyablate.ops._layout import base_rows, dense, empty_rows, output
+from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
@@ -31,7 +21,7 @@ from pyablate.ops.dispatch import (
     twin,
     written,
 )
-from pyablate.reference import ops as reference
+from pyablate.ops.quantized import Codes
 
 
 def masked_copies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -12,11 +12,16 @@ from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, entry, label_of, le
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyablate.experiments import Cumulative
+
+class Curves(Protocol):
+    """Curves that can be had as a table."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per point."""
 
 
 def cumulative_curves(
-    curves: Cumulative | pd.DataFrame,
+    curves: Curves | pd.DataFrame,
     *,
     x: str = "removed",
     y: str = "accuracy",

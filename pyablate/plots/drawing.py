@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyablate.visible import visible
+from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,10 @@ import pandas as pd
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
-from pyablate.correlation import chosen_layers, correlate
+from pyablate.analysis.correlation import chosen_layers, correlate
+from pyablate.analysis.statistics import adjusted, layer_rows, max_class_test, mcnemar
+from pyablate.analysis.targets import unit_targets
+from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
 from pyablate.plots.drawing import (
     ABOVE,
     CHANCE,
@@ -25,9 +28,6 @@ from pyablate.plots.drawing import (
     plain,
     tick,
 )
-from pyablate.statistics import adjusted, layer_rows, max_class_test, mcnemar
-from pyablate.targets import unit_targets
-from pyablate.unit_table import aligned, attribute_columns, preferred_classes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-    from pyablate.result import AblationResult, Floats, Ints, Rows
+    from pyablate.results.result import AblationResult, Floats, Ints, Rows
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class ResultPlots:
         """Draw every unit as a dot, layer by layer, and what chance would show.
 
         Units whose drop is more than chance are blue, all others grey: by the test of
-        :func:`pyablate.statistics.max_class_test`, or for the overall accuracy by the exact McNemar
-        test over all images, both adjusted over the units of a layer. The grey band is the noise
-        floor, the largest class drop to expect of harmless units (:func:`noise_floor
-        <pyablate.statistics.noise_floor>`): 5 % to 95 % of the layer's units, with the median. The
-        overall drop of a harmless unit is 0 on average.
+        :func:`pyablate.analysis.statistics.max_class_test`, or for the overall accuracy by the
+        exact McNemar test over all images, both adjusted over the units of a layer. The grey band
+        is the noise floor, the largest class drop to expect of harmless units (:func:`noise_floor
+        <pyablate.analysis.statistics.noise_floor>`): 5 % to 95 % of the layer's units, with the
+        median. The overall drop of a harmless unit is 0 on average.
 
         Parameters
         ----------
@@ -144,7 +144,7 @@ class ResultPlots:
             ``"cluster"``, units with alike drops side by side (average linkage of the Euclidean
             distances).
         fdr : float
-            False discovery rate, see :func:`pyablate.statistics.significance`.
+            False discovery rate, see :func:`pyablate.analysis.statistics.significance`.
         limit : float, optional
             Percentage points at which the colours end; by default the largest drop or gain.
         ax : matplotlib.axes.Axes, optional
@@ -199,7 +199,8 @@ class ResultPlots:
         classes : int
             Draw at most so many, those with the largest changes; they keep their order.
         fdr : float
-            Drops with ``q`` up to this are filled, see :func:`pyablate.statistics.significance`.
+            Drops with ``q`` up to this are filled, see
+            :func:`pyablate.analysis.statistics.significance`.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
@@ -269,7 +270,7 @@ class ResultPlots:
         attribute : str
             Which.
         target : str
-            What to predict, see :func:`pyablate.targets.unit_targets`.
+            What to predict, see :func:`pyablate.analysis.targets.unit_targets`.
         layers : str or sequence of str, optional
             Names or globs; by default all.
         method : str

@@ -1,6 +1,6 @@
 """Plain PyTorch versions: the oracle of everything, and what runs without the extension."""
 
-from pyablate.near_tie import NEAR_TIE
+from pyablate.network.near_tie import NEAR_TIE
 from pyablate.reference.agreement import Agreement, compare
 from pyablate.reference.loop import ablate, logits, near_ties, predictions
 

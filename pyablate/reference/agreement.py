@@ -12,7 +12,7 @@ from torch import nn
 
 from pyablate.interventions import Intervention
 from pyablate.reference.loop import logits, near_ties, predictions
-from pyablate.result import AblationResult
+from pyablate.results.result import AblationResult
 
 _EXAMPLES = 5
 
@@ -26,7 +26,8 @@ class Agreement:
     pairs : int
         (row, image) pairs compared, the intact network's included.
     near_ties : int
-        Of these, pairs where the oracle's prediction is a near tie: see :mod:`pyablate.near_tie`.
+        Of these, pairs where the oracle's prediction is a near tie: see
+        :mod:`pyablate.network.near_tie`.
     mismatches : int
         Pairs that are no near tie and whose predictions differ.
     examples : tuple of str

@@ -1,8 +1,8 @@
 """The plain float64 hook loop: ablate a unit, run the whole network, look at the predictions.
 
 This is the oracle of the delta engine. It shares no code with it, only the definitions: which
-tensors hold units (:mod:`pyablate.layers`), what a random intervention draws
-(:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.batches`).
+tensors hold units (:mod:`pyablate.network.sites`), what a random intervention draws
+(:mod:`pyablate.interventions`), and how images are read (:mod:`pyablate.data.dataset`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from scipy import special
 from torch import Tensor, nn
 
-from pyablate.batches import Batch, Data
+from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
-from pyablate.layers import Site, check_model, copied, sites
-from pyablate.measures import MEASURES, Measure
-from pyablate.near_tie import near_tie
-from pyablate.progress import Report, reporting
+from pyablate.network.near_tie import near_tie
+from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
-from pyablate.result import AblationResult, Flips
-from pyablate.turns import a_moment
+from pyablate.results.measures import MEASURES, Measure
+from pyablate.results.result import AblationResult, Flips
+from pyablate.runtime.locks import a_moment
+from pyablate.runtime.progress import Report, reporting
 
 Change = Callable[[int, Tensor], Tensor | None]
 """Called with the number of a module's call (from 1) and its output; may return another output."""
@@ -69,9 +69,10 @@ def ablate(
     seed : int
         Seed of a random intervention that names none.
     measures : sequence of {"loss", "margin"}
-        Changes to sum up over the images of each class; see :data:`pyablate.measures.MEASURES`.
+        Changes to sum up over the images of each class; see
+        :data:`pyablate.results.measures.MEASURES`.
     progress : bool or callable, optional
-        See :func:`pyablate.progress.reporting`.
+        See :func:`pyablate.runtime.progress.reporting`.
     batch_size : int, optional
         Images per forward pass; 256 by default.
 
@@ -165,7 +166,7 @@ def near_ties(values: Tensor) -> np.ndarray:
     """Whether a prediction is too close to call in lower precision: ``[N, K]`` to bool ``[N]``.
 
     True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the scale of
-    the logits that compete; see :func:`pyablate.near_tie.competing_scale`.
+    the logits that compete; see :func:`pyablate.network.near_tie.competing_scale`.
     """
     return np.asarray(near_tie(values).numpy())
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyablate.interventions import Intervention
-from pyablate.layers import Site, parse_label, select
+from pyablate.network.sites import Site, parse_label, select
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyablate.layers import Site, hooked
-from pyablate.prepare import open_up, undisturbed
-from pyablate.result import AblationResult, Ints
+from pyablate.network.model_checks import open_up
+from pyablate.network.sites import Site, hooked
+from pyablate.results.result import AblationResult, Ints
+from pyablate.runtime.determinism import undisturbed
 
 _BATCH = 128
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyablate.result import AblationResult
+from pyablate.results.result import AblationResult
 
 
 @dataclass(frozen=True)

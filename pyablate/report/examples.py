@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyablate.report.packed import packed
-from pyablate.result import AblationResult, Ints
+from pyablate.results.result import AblationResult, Ints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def examples(result: AblationResult, activating: Ints | None, data: Any) -> dict
     -------
     dict
         ``start``, ``image`` and ``after`` (which images flip, to which class; as in
-        :class:`pyablate.result.Flips`); ``activating`` [unit, image] or None; ``shown``, ``label``
+        :class:`pyablate.Flips`); ``activating`` [unit, image] or None; ``shown``, ``label``
         and ``before`` (number, class and intact prediction of every image mentioned); ``pictures``
         (by image number, as data URIs).
 
@@ -125,7 +125,7 @@ def _pixels(
     """Images [C, H, W] that are wanted, with their numbers; checks all labels on the way."""
     import torch
 
-    from pyablate.batches import Data
+    from pyablate.data.dataset import Data
 
     source = Data(data, dtype=torch.float32, device=torch.device("cpu"))
     done = 0

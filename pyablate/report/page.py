@@ -37,7 +37,7 @@ def page(contents: dict[str, Any]) -> str:
     Parameters
     ----------
     contents : dict
-        JSON values, see :mod:`pyablate.report.contents`.
+        JSON values, see :mod:`pyablate.report.numbers`.
 
     Returns
     -------

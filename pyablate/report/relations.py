@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyablate.correlation import correlate
-from pyablate.report.contents import measures
+from pyablate.analysis.correlation import correlate
+from pyablate.analysis.unit_table import aligned, attribute_columns
+from pyablate.report.numbers import measures
 from pyablate.report.packed import packed
-from pyablate.result import AblationResult
-from pyablate.unit_table import aligned, attribute_columns
+from pyablate.results.result import AblationResult
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.engine.replay import forward
-from pyablate.layers import Site, hooked
-from pyablate.moments import ClassMoments
+from pyablate.network.sites import Site, hooked
+from pyablate.ops.moments import ClassMoments
 from pyablate.unit_attributes.observe import Observed
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyablate.batches import Data
+from pyablate.data.dataset import Data
 from pyablate.engine.replay import forward
-from pyablate.layers import Site, hooked
+from pyablate.network.sites import Site, hooked
 
 TOP = 0.005
 """Share of all positions above a unit's threshold."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyablate.store import replacing
-from pyablate.writing import write_csv
+from pyablate.io import checksums
+from pyablate.io.atomic import write_csv
+from pyablate.results.store import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ def write_attributes(found: xr.Dataset, path: Path) -> None:
     """Write attributes as CSV (one row per unit) or, with every class, as a Zarr group.
 
     The group is what ``xarray.open_zarr`` reads. An older group of attributes at ``path`` is
-    replaced.
+    replaced, unless something else lies in its folder.
 
     Raises
     ------
@@ -52,7 +53,12 @@ def write_attributes(found: xr.Dataset, path: Path) -> None:
         write_csv(to_frame(found), path, "output")
     elif path.suffix == ".zarr":
         marked = found.assign_attrs(pyablate_format=FORMAT)
-        # Format 2: that of Zarr 3 has no settled encoding for strings.
-        replacing(path, lambda fresh: marked.to_zarr(fresh, zarr_format=2, consolidated=True))
+        replacing(path, lambda fresh: _write_group(marked, fresh), str)
     else:
         raise ValueError(f"output: expected a name ending in .csv or .zarr, got {str(path)!r}")
+
+
+def _write_group(found: xr.Dataset, path: Path) -> None:
+    # Format 2: that of Zarr 3 has no settled encoding for strings.
+    found.to_zarr(path, zarr_format=2, consolidated=True)
+    checksums.seal(path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyablate.layers import Site
+from pyablate.network.sites import Site
 
 
 def contributions(

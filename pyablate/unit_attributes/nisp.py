@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from pyablate.engine.channel import DIVISIONS, LINEAR_POOLS, SAME
-from pyablate.engine.operators import STRUCTURE
-from pyablate.graph import BATCH_NORM, Graph, function, norm_scale, settings
-from pyablate.layers import Site
-from pyablate.unit_attributes.gradients import per_unit
-from pyablate.unit_attributes.wiring import (
+from pyablate.network.aten import DIVISIONS, LINEAR_POOLS, SAME, STRUCTURE
+from pyablate.network.channel_tracking import (
     ACTIVATIONS,
     ADDITIONS,
     PRODUCTS,
@@ -23,6 +19,9 @@ from pyablate.unit_attributes.wiring import (
     WEIGHTED,
     with_zeros,
 )
+from pyablate.network.graph import BATCH_NORM, Graph, function, norm_scale, settings
+from pyablate.network.sites import Site
+from pyablate.unit_attributes.gradients import per_unit
 
 aten = torch.ops.aten
 

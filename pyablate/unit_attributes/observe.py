@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyablate.batches import Batch, Data
-from pyablate.heap import keep_freed_blocks
-from pyablate.layers import Site, hooked
-from pyablate.moments import MapMoments, map_moments
+from pyablate.data.dataset import Batch, Data
+from pyablate.network.sites import Site, hooked
+from pyablate.ops.moments import MapMoments, map_moments
+from pyablate.runtime.allocator import keep_freed_blocks
 from pyablate.unit_attributes.gradients import contributions, fisher, taylor
 
 

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyablate.layers import Site
+from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
+from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
-from pyablate.unit_attributes.lrp_graph import Unsupported, set_rules, traceable
 
 logger = logging.getLogger("pyablate")
 

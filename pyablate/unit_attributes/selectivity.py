@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyablate.moments import ClassRanks
+from pyablate.ops.moments import ClassRanks
 from pyablate.unit_attributes.activations import constant
 
 _CACHED = 1 << 16  # values in float64 that stay in the caches between one step and the next

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor, fx
 
-from pyablate.graph import BATCH_NORM, CONVOLUTIONS, Graph
-from pyablate.layers import Site
-from pyablate.unit_attributes.wiring import Link, makers, readers, weighted
+from pyablate.network.channel_tracking import Link, makers, readers, weighted
+from pyablate.network.graph import BATCH_NORM, CONVOLUTIONS, Graph
+from pyablate.network.sites import Site
 
 ENERGY = 0.9
 """Share of the squared singular values that the leading ones hold."""

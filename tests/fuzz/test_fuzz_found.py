@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, check
-from parts import Act, Awkward, Conv, Network, Residual
+from support.fuzzing.cases import Case, check
+from support.fuzzing.parts import Act, Awkward, Conv, Network, Residual
 from torch import nn
 
 import pyablate as pa

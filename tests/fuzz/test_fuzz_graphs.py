@@ -9,9 +9,9 @@ import sys
 from collections import Counter
 
 import pytest
-from budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
-from cases import CASES, Case, Checked, check
 from hypothesis import assume, given
+from support.fuzzing.budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
+from support.fuzzing.cases import CASES, Case, Checked, check
 
 LOW = ("int8", "bfloat16")
 # Some networks turn out to have no units to compare, and a night promises a number of comparisons.

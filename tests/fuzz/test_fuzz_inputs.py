@@ -18,18 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from budget import settings_for
-from damage import damage
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from simulated import simulate
+from support.fuzzing.budget import settings_for
+from support.fuzzing.damage import damage
+from support.simulated import simulate
+from support.stores import unseal
 from torch import Tensor, nn
 
 import pyablate as pa
-from pyablate.inputs import load_data, load_model
-from pyablate.unit_table import read_table
+from pyablate.analysis.unit_table import read_table
+from pyablate.cli import specs
+from pyablate.cli.specs import load_data, load_model
 
 REFUSALS = (ValueError, TypeError, OSError, ImportError)  # what the shell turns into one line
 SECONDS = 20.0
@@ -130,8 +132,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _weights(path: Path, _: Path) -> object:
-    state = pa.inputs.read_state(path)  # type: ignore[attr-defined]
-    pa.inputs.load_state(Small(), state, str(path))  # type: ignore[attr-defined]
+    state = specs.read_state(path)  # type: ignore[attr-defined]
+    specs.load_state(Small(), state, str(path))  # type: ignore[attr-defined]
     return None
 
 
@@ -257,6 +259,7 @@ def _restore(sound: Path, folder: Path) -> Path:
     store = folder / "run.zarr"
     shutil.rmtree(store, ignore_errors=True)
     shutil.copytree(sound / "run.zarr", store)
+    unseal(store)  # what checksums would catch
     return store
 
 

@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import networks
 import numpy as np
 import pytest
-from budget import settings_for
-from damage import damage
 from hypothesis import given
 from hypothesis import strategies as st
+from support import networks
+from support.fuzzing.budget import settings_for
+from support.fuzzing.damage import damage
 
 import pyablate as pa
 

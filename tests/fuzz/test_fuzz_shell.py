@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from budget import settings_for
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import simulate
+from support.fuzzing.budget import settings_for
+from support.simulated import simulate
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pyablate.cli import app
+from pyablate.cli.app import app
 
 CODES = {0, 2, 3, 4}  # 1 and 130 would be an error nobody foresaw, and an interrupt
 COMMAND = get_command(app)

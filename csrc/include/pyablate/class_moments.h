@@ -1,12 +1,10 @@
 // Moments of pooled activations by unit and class, over the images with label[n] = k:
 //
-//   total, square, maximum[u, k] = sum, sum of squares and maximum of pooled[u, n]; the maximum
-//   over
-//                                  no image is minus infinity
-//   active_images[u, k]          = sum of active[u, n]
+//   total, square[u, k]  = sum and sum of squares of pooled[u, n]
+//   maximum[u, k]        = maximum of pooled[u, n]; minus infinity over no image, NaN if one is NaN
+//   active_images[u, k]  = sum of active[u, n]
 //
-// Images are added up in their order, so any number of threads gives the same bytes. NaN is no
-// maximum.
+// Images are added up in their order, so any number of threads gives the same bytes.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@
 //                        equal
 //
 // Integers, but for the place among the widths, which is computed in double: every twin gives the
-// same bytes. NaN orders by its bits, beyond the infinities; the width of what has no place is 0.
+// same bytes. NaN is greater than all numbers and equals NaN; the width of what has no place is 0.
 #pragma once
 
 #include <cstdint>
@@ -68,6 +68,7 @@ template <class T>
 PYABLATE_HOST_DEVICE inline typename Ranked<T>::Bits falling_bits(T x) {
     using Bits = typename Ranked<T>::Bits;
     constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
+    if (x != x) return 0;
     x = x + T(0);  // -0 becomes 0
     Bits bits;
     __builtin_memcpy(&bits, &x, sizeof bits);

@@ -3,7 +3,11 @@
 //   out[p] = argmax over k of  logits[image[p], k] + delta[p, k]
 //
 // the lowest k on equality, -1 unless the top-2 margin is above
-// tolerance[image[p]] + relative * (max_k delta - min_k delta). NaN anywhere gives -1.
+// tolerance[image[p]] + relative * (max_k delta - min_k delta).
+//
+// A logit of minus infinity is a class that cannot win: it has no part in the margin, and the only
+// finite one wins at any finite tolerance. -1 too if any logit or change is NaN, a change is
+// infinite, or the largest sum is: plus infinity, or minus infinity where no class can win.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,8 @@
 //   d[p, m] ~ scale[p] * (values[p, m] - 128),   scale[p] = max over m of |d[p, m]| / 127
 //
 // This is what an 8-bit convolution reads. A pair without any change has scale 0, one with a NaN or
-// an infinity has a scale that is NaN, so that nothing is decided by it.
+// an infinity has a scale that is NaN, so that nothing is decided by it; the values of either are
+// all code_zero.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,16 @@
 // A delta through an elementwise function f and a max pooling:
 //
-//   out[p] = max_pool(f(base[image[p]] + d)) - max_pool(f(base[image[p]])),   d = delta[p] *
-//   scale[p]
+//   out[p] = max_pool(f(base[image[p]] + d)) - max_pool(f(base[image[p]])),
+//   d      = delta[p] * scale[p]
 //
 // f must be monotone (ops/ applies the others beforehand), so that it comes after the maximum.
 // Per window, with  M = max base  and  r = max over taps of (base - M) + d,  the result is
 // f(M + r) - f(M). At the tap that was the maximum the bracket is exactly 0, so the error is
-// relative to the change. A window without any tap inside the map gives 0.
+// relative to the change.
+//
+// Whichever tap it is at, a NaN of base, of d or of their sum makes the window NaN, and so does a
+// maximum of plus infinity. A window whose taps are all minus infinity, or that has none inside the
+// map, gives 0 unless that makes it NaN.
 #pragma once
 
 #include <cstdint>

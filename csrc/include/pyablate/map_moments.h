@@ -6,8 +6,8 @@
 //   positive[c] += entries of x[:, :, c, :] above 0
 //
 // The rows of pooled and active are parts of longer ones: batch after batch goes into the same
-// tables. Any number of threads gives the same bytes. NaN entries are neither above 0 nor the
-// least. At least one image, unit and position.
+// tables. Any number of threads gives the same bytes. NaN entries are not above 0, and make the
+// mean and the least NaN; so does one that was NaN. At least one image, unit and position.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@
 
 namespace pyablate {
 
-// The order is that of pyablate.activation.ActivationName.
+// The order is that of pyablate.ops.activations.ActivationName.
 enum class ActivationKind : int {
     identity,
     relu,
@@ -56,10 +56,11 @@ PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
     return at_most(at_least(x, low), high);
 }
 
-// clamp(z + d) - clamp(z): from inside, the bounds seen from z are low - z and high - z.
+// clamp(z + d) - clamp(z): from inside, the bounds seen from z are low - z and high - z. z - z
+// keeps the NaN of a z that is NaN, or infinite as its bound is.
 template <class T>
 PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
-    const T inside = clamp(d, low - z, high - z);
+    const T inside = clamp(d + (z - z), low - z, high - z);
     const T outside = clamp(z + d, low, high) - clamp(z, low, high);
     return where(z > high, outside, where(z < low, outside, inside));
 }
@@ -122,9 +123,8 @@ PYABLATE_HOST_DEVICE inline T activate_change(T z, T d, T a, T b) {
     } else if constexpr (K == ActivationKind::hardtanh) {
         return math::clamp_change(z, d, a, b);
     } else if constexpr (K == ActivationKind::leaky_relu) {
-        // x = relu(x) + min(x, 0): what the first does not change, the second does
-        const T positive = math::relu_change(z, d);
-        return positive + a * (d - positive);
+        // x = max(x, 0) + min(x, 0), and the second changes as the first does upside down
+        return math::relu_change(z, d) - a * math::relu_change(T(0) - z, T(0) - d);
     } else if constexpr (K == ActivationKind::elu) {
         using std::expm1;
         const T after = expm1(math::at_most(z + d, T(0)));

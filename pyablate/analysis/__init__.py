@@ -1,0 +1,1 @@
+"""Statistics on a result: tests, targets, correlations, clusters."""

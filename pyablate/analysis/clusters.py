@@ -1,0 +1,263 @@
+"""Units that harm alike, and images that the same units break: agglomerative clusters."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from pyablate.analysis.statistics import layer_rows
+from pyablate.results.result import AblationResult, Floats, Ints, coordinates
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Metric = Literal["cosine", "correlation", "euclidean"]
+Method = Literal["average", "complete", "single", "weighted"]
+METRICS: tuple[str, ...] = get_args(Metric)
+METHODS: tuple[str, ...] = get_args(Method)
+_MOST = 10_000  # 400 MB of distances
+_BLOCK = 256
+
+
+def cluster_units(
+    result: AblationResult,
+    *,
+    layer: str | None = None,
+    clusters: int = 8,
+    fewest: int = 1,
+    metric: Metric = "cosine",
+    method: Method = "average",
+) -> xr.Dataset:
+    """Group units by their damage profile: the accuracy drop of every class.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    layer : str, optional
+        Only the units of this layer; by default all.
+    clusters : int
+        How many clusters to cut the tree into, at most.
+    fewest : int
+        Units with fewer changed images (lost + gained) stay out, and so do units all of whose drops
+        are zero: the profile of a few images is noise.
+    metric : str
+        Distance of two profiles: ``cosine`` and ``correlation`` compare their shape,
+        ``euclidean`` their size as well.
+    method : str
+        How two clusters are compared, see ``scipy.cluster.hierarchy.linkage``: ``average``,
+        ``complete``, ``single`` or ``weighted``.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``cluster`` (int64 [unit]; 0 is the largest, -1 was left out), ``position`` (int64 [unit],
+        place among the leaves of the tree, the order in which a plot looks tidy; -1 was left out),
+        ``size`` (int64 [cluster]), ``mean_drop`` (float64 [cluster, class]) and ``linkage``
+        (float64 [merge, 4], scipy's tree over the units that were not left out, in their order).
+
+    Raises
+    ------
+    ValueError
+        Unknown layer, metric or method, a number out of range, more than 10,000 units.
+    """
+    import xarray as xr  # half a second that not every caller owes
+
+    _check(clusters, fewest, method)
+    _one_of("metric", metric, METRICS)
+    rows = _rows(result, layer)
+    drops = result.class_accuracy_drop[rows][:, result.class_sizes > 0]
+    changed = (result.lost[rows] + result.gained[rows]).sum(axis=1)
+    # A profile without variation has no direction to compare.
+    spread = np.ptp(drops, axis=1) if metric == "correlation" else np.abs(drops).max(axis=1)
+    inside = np.flatnonzero((changed >= fewest) & (spread > 0))
+    _check_size("units", len(inside))
+    tree = _tree(distance.pdist(drops[inside], metric) if len(inside) > 1 else None, method)
+    label = _cut(tree, len(inside), clusters)
+    sizes = np.bincount(label)
+    means = np.full((len(sizes), result.classes), np.nan)
+    for k in range(len(sizes)):
+        means[k, result.class_sizes > 0] = drops[inside[label == k]].mean(axis=0)
+    where = coordinates(result)
+    return xr.Dataset(
+        {
+            "cluster": ("unit", _spread(label, inside, len(rows))),
+            "position": ("unit", _spread(_places(tree, len(inside)), inside, len(rows))),
+            "size": ("cluster", sizes),
+            "mean_drop": (("cluster", "class"), means),
+            "linkage": (("merge", "column"), tree),
+        },
+        coords={
+            "unit": where["unit"][rows],
+            "layer": ("unit", where["layer"][1][rows]),
+            "class": where["class"],
+        },
+        attrs={"metric": metric, "method": method},
+    )
+
+
+def cluster_images(
+    result: AblationResult,
+    *,
+    layer: str | None = None,
+    clusters: int = 8,
+    fewest: int = 1,
+    method: Method = "average",
+) -> xr.Dataset:
+    """Group images by the units that break them, that is, turn their prediction wrong.
+
+    The distance of two images is Jaccard's: one minus the units that break both over the units that
+    break either.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    layer : str, optional
+        Only the units of this layer; by default all.
+    clusters : int
+        How many clusters to cut the tree into, at most.
+    fewest : int
+        Images that fewer units break stay out (at least those that none breaks).
+    method : str
+        As for :func:`cluster_units`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``cluster`` (int64 [image]; 0 is the largest, -1 was left out), ``position`` (int64 [image],
+        place among the leaves of the tree; -1 was left out), ``label`` (int64 [image], true class),
+        ``size`` (int64 [cluster]), ``broken`` (float64 [cluster, unit], share of the cluster's
+        images that the unit breaks) and ``linkage`` (float64 [merge, 4], scipy's tree over the
+        images that were not left out, in their order).
+
+    Raises
+    ------
+    ValueError
+        Unknown layer or method, a number out of range, more than 10,000 images broken.
+    """
+    import xarray as xr
+
+    _check(clusters, fewest, method)
+    rows = _rows(result, layer)
+    breaks = _breaks(result, rows)
+    inside = np.flatnonzero(np.diff(breaks.indptr) >= fewest)
+    _check_size("images", len(inside))
+    breaks = breaks[inside]
+    tree = _tree(_jaccard(breaks) if len(inside) > 1 else None, method)
+    label = _cut(tree, len(inside), clusters)
+    sizes = np.bincount(label)
+    member = sparse.csr_array(
+        (np.ones(len(label)), (label, np.arange(len(label)))), shape=(len(sizes), len(label))
+    )
+    shares = (member @ breaks).toarray() / sizes[:, None]
+    images = len(result.labels)
+    where = coordinates(result)
+    return xr.Dataset(
+        {
+            "cluster": ("image", _spread(label, inside, images)),
+            "position": ("image", _spread(_places(tree, len(inside)), inside, images)),
+            "label": ("image", result.labels),
+            "size": ("cluster", sizes),
+            "broken": (("cluster", "unit"), shares),
+            "linkage": (("merge", "column"), tree),
+        },
+        coords={"unit": where["unit"][rows], "layer": ("unit", where["layer"][1][rows])},
+        attrs={"metric": "jaccard", "method": method},
+    )
+
+
+def _breaks(result: AblationResult, rows: Ints) -> sparse.csr_array:
+    """Ones where the unit turns a right prediction wrong, [image, row of ``rows``]."""
+    lost = result.baseline[result.flips.image] == result.labels[result.flips.image]
+    column = np.full(len(result.units), -1)
+    column[rows] = np.arange(len(rows))
+    unit = column[result.flips.row]
+    kept = lost & (unit >= 0)
+    place = result.flips.image[kept], unit[kept]
+    return sparse.csr_array((np.ones(len(place[0])), place), shape=(len(result.labels), len(rows)))
+
+
+def _jaccard(sets: sparse.csr_array) -> Floats:
+    """Condensed distances of the rows of a matrix of ones, a block of rows at a time."""
+    size = np.diff(sets.indptr)
+    pieces = []
+    for begin in range(0, len(size), _BLOCK):
+        shared = (sets[begin : begin + _BLOCK] @ sets.T).toarray()
+        for row, common in enumerate(shared, start=begin):
+            both = common[row + 1 :]
+            pieces.append(1 - both / (size[row] + size[row + 1 :] - both))
+    return np.concatenate(pieces)
+
+
+def _tree(distances: Floats | None, method: Method) -> Floats:
+    if distances is None:
+        return np.empty((0, 4))
+    # Rounding leaves a cosine distance of 0 a little below it.
+    return np.asarray(hierarchy.linkage(np.maximum(distances, 0.0), method))
+
+
+def _cut(tree: Floats, leaves: int, clusters: int) -> Ints:
+    """Cluster of each leaf, numbered by size; of equal sizes the one with the first leaf."""
+    if len(tree) == 0:
+        return np.zeros(leaves, dtype=np.int64)
+    found = hierarchy.fcluster(tree, clusters, criterion="maxclust")
+    _, first, label, size = np.unique(
+        found, return_index=True, return_inverse=True, return_counts=True
+    )
+    rank = np.empty(len(size), dtype=np.int64)
+    rank[np.lexsort((first, -size))] = np.arange(len(size))
+    return rank[label]
+
+
+def _places(tree: Floats, leaves: int) -> Ints:
+    places = np.zeros(leaves, dtype=np.int64)
+    if len(tree):
+        places[hierarchy.leaves_list(tree)] = np.arange(leaves)
+    return places
+
+
+def _spread(values: Ints, inside: NDArray[np.intp], length: int) -> Ints:
+    """Put the values at their places among -1."""
+    spread = np.full(length, -1, dtype=np.int64)
+    spread[inside] = values
+    return spread
+
+
+def _rows(result: AblationResult, layer: str | None) -> Ints:
+    if layer is None:
+        return np.arange(len(result.units))
+    rows = layer_rows(result)
+    if layer not in rows:
+        near = difflib.get_close_matches(str(layer), rows, n=3, cutoff=0.3) or list(rows)[:3]
+        raise ValueError(f"layer: the result has no layer {layer!r}; nearest: {', '.join(near)}")
+    return rows[layer]
+
+
+def _check(clusters: int, fewest: int, method: str) -> None:
+    for name, number in (("clusters", clusters), ("fewest", fewest)):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number!r}")
+    _one_of("method", method, METHODS)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3) or known[:1]
+        raise ValueError(
+            f"{name}: expected one of {', '.join(known)}, got {value!r}; nearest: {near[0]}"
+        )
+
+
+def _check_size(what: str, count: int) -> None:
+    if count > _MOST:
+        raise ValueError(
+            f"{what}: {count:,} would need too much memory, at most {_MOST:,} can be clustered; "
+            "choose a layer or a larger fewest"
+        )

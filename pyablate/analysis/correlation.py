@@ -1,0 +1,255 @@
+"""Which properties of a unit go with its importance: correlations within each layer."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from pyablate.analysis.bootstrap import METHODS, Variable, coefficients, resample, shuffled
+from pyablate.analysis.statistics import adjusted, layer_rows
+from pyablate.analysis.targets import unit_targets
+from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
+from pyablate.results.result import AblationResult, Floats
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_FEWEST = 3  # two points always lie on a line
+_FAMILY = ["layer", "target", "method"]
+_FIGURES = ["correlation", "low", "high", "p", "shuffled", "random_order"]
+_COLUMNS = (
+    "layer target attribute method units missing correlation low high p q shuffled random_order"
+).split()
+_Made = TypeVar("_Made")
+
+
+def correlate(
+    result: AblationResult,
+    table: xr.Dataset | pd.DataFrame,
+    *,
+    attributes: str | Sequence[str] | None = None,
+    targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None,
+    methods: str | Sequence[str] = METHODS,
+    layers: str | Sequence[str] | None = None,
+    preferred: str = "class_selectivity_class",
+    resamples: int = 1000,
+    shuffles: int = 200,
+    confidence: float = 0.95,
+    splits: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Correlate attributes of units with their importance, within each layer.
+
+    Layers are never pooled: attributes and drops both change from layer to layer, and pooling them
+    makes correlations that no layer has.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    table : xarray.Dataset or pandas.DataFrame
+        Attributes over the labels of the result's units (``"layer:unit"``): variables over the
+        coordinate ``unit``, or columns with the labels as index.
+    attributes : str or sequence of str, optional
+        Which; by default all floating point ones.
+    targets : str, sequence of str, or mapping of str to numbers [unit], optional
+        What to predict, see :func:`pyablate.analysis.targets.unit_targets`; by default all that can
+        be had.
+    methods : str or sequence of str
+        Of ``pearson``, ``spearman``, ``kendall`` (tau-b).
+    layers : str or sequence of str, optional
+        Names or globs; by default all.
+    preferred : str
+        Variable of the table with the preferred class of each unit (number or name), for the
+        target ``preferred_class_drop``.
+    resamples, shuffles : int
+        Random draws of the bootstrap, and of the baselines.
+    confidence : float
+        Of interval and baselines, between 0 and 1.
+    splits, seed : int
+        Random splits of the target ``split_half_drop``; seed of everything random.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per layer, target, attribute and method:
+
+        - ``units``, those that took part, and ``missing``, those left out because attribute or
+          target is not finite;
+        - ``correlation``, and ``low`` and ``high``, the percentile bootstrap interval over units;
+        - ``p``, scipy's two-sided value, and ``q``, adjusted by Benjamini-Hochberg over the
+          attributes of the same layer, target and method;
+        - ``shuffled``: the size that the correlation stays below with probability ``confidence``
+          when the attribute is shuffled among the units;
+        - ``random_order``: the same with a random order of the units in place of the attribute.
+
+        NaN for fewer than three units, and where attribute or target is constant.
+
+    Raises
+    ------
+    ValueError
+        Unknown names (the nearest is told), units missing in the table, options out of range.
+    TypeError
+        The table is of another type.
+    """
+    methods = _methods(methods)
+    for name, count in (("resamples", resamples), ("shuffles", shuffles)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count!r}")
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    frame = aligned(table, result)
+    columns = attribute_columns(frame, attributes, leave_out=[preferred])
+    wanted = unit_targets(
+        result,
+        targets,
+        preferred=preferred_classes(frame, preferred, result.class_names),
+        splits=splits,
+        seed=seed,
+    )
+    lines: list[dict[str, Any]] = []
+    for number, (layer, rows) in enumerate(chosen_layers(result, layers).items()):
+        chance = _Chance(resamples, shuffles, confidence, (seed, number))
+        for target, values in wanted.items():
+            for attribute, numbers in columns.items():
+                pair = numbers[rows], values[rows]
+                head = {"layer": layer, "target": target, "attribute": attribute}
+                lines += [head | line for line in _pair(*pair, methods, chance)]
+    found = pd.DataFrame(lines)
+    tests = found.groupby(_FAMILY, sort=False)["p"]
+    found["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
+    return found[_COLUMNS]
+
+
+class _Chance:
+    """Random draws for one layer, shared by all its attributes and targets."""
+
+    def __init__(
+        self, resamples: int, shuffles: int, confidence: float, seed: tuple[int, int]
+    ) -> None:
+        self.resamples, self.shuffles = resamples, shuffles
+        self.confidence, self.seed = confidence, seed
+        self._known: dict[Hashable, Any] = {}
+
+    def variable(self, values: Floats) -> Variable:
+        """Join values with the weights of all resamples; ready-made if they came before."""
+        weights = self._once(
+            ("weights", len(values)),
+            lambda: resample(len(values), self.resamples, np.random.default_rng(self.seed)),
+        )
+        return self._once(("values", values.tobytes()), lambda: Variable(values, weights))
+
+    def interval(self, x: Floats, y: Floats, method: str) -> tuple[float, float]:
+        """Percentile bootstrap interval of the correlation; NaN if no resample has one."""
+        found = coefficients(self.variable(x), self.variable(y), method)
+        found = found[~np.isnan(found)]
+        if not len(found):
+            return np.nan, np.nan
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(found, [tail, 1 - tail])
+        return float(low), float(high)
+
+    def bound(self, x: Floats, y: Floats, method: str) -> float:
+        """Size that the correlation of shuffled ``x`` with ``y`` seldom exceeds."""
+        if method != "pearson":
+            # Of shuffled ranks nothing matters but how many values are equal, in attributes mostly
+            # none: one answer serves many.
+            x, y = np.sort(stats.rankdata(x)), np.sort(stats.rankdata(y))
+
+        def make() -> float:
+            sizes = np.abs(shuffled(x, y, method, self._orders(len(x))))
+            return float(np.quantile(sizes, self.confidence))
+
+        return self._once(("bound", method, x.tobytes(), y.tobytes()), make)
+
+    def _orders(self, units: int) -> NDArray[np.int64]:
+        generator = np.random.default_rng((*self.seed, 1))
+        rows = np.tile(np.arange(units), (self.shuffles, 1))
+        return self._once(("orders", units), lambda: generator.permuted(rows, axis=1))
+
+    def _once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        if key not in self._known:
+            self._known[key] = make()
+        made: _Made = self._known[key]
+        return made
+
+
+def _pair(
+    attribute: Floats, target: Floats, methods: Sequence[str], chance: _Chance
+) -> list[dict[str, Any]]:
+    """All methods for one attribute and one target on the units of one layer."""
+    both = np.isfinite(attribute) & np.isfinite(target)
+    x, y = attribute[both], target[both]
+    counts = {"units": len(x), "missing": len(both) - len(x)}
+    if len(x) < _FEWEST or x.min() == x.max() or y.min() == y.max():
+        empty = dict.fromkeys(_FIGURES, np.nan)
+        return [{"method": method, **counts, **empty} for method in methods]
+    lines = []
+    for method in methods:
+        correlation, p = _scipy(chance, x, y, method)
+        low, high = chance.interval(x, y, method)
+        line = {"correlation": correlation, "low": low, "high": high, "p": p}
+        line["shuffled"] = chance.bound(x, y, method)
+        line["random_order"] = chance.bound(np.arange(len(x), dtype=np.float64), y, method)
+        lines.append({"method": method, **counts, **line})
+    return lines
+
+
+def _scipy(chance: _Chance, x: Floats, y: Floats, method: str) -> tuple[float, float]:
+    found: Any
+    if method == "pearson":
+        # Standardised, because scipy warns of values that hardly differ relative to their mean.
+        found = stats.pearsonr(chance.variable(x).standard, chance.variable(y).standard)
+    elif method == "spearman":
+        found = stats.spearmanr(x, y)
+    else:
+        found = stats.kendalltau(x, y)
+    return float(found.statistic), float(found.pvalue)
+
+
+def _methods(methods: str | Sequence[str]) -> list[str]:
+    names = [methods] if isinstance(methods, str) else list(methods)
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(str(name), METHODS, n=1) or METHODS
+            raise ValueError(
+                f"methods: expected some of {', '.join(METHODS)}, got {name!r}; "
+                f"nearest: {', '.join(near)}"
+            )
+    if not names:
+        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got none")
+    return names
+
+
+def chosen_layers(
+    result: AblationResult, patterns: str | Sequence[str] | None
+) -> dict[str, NDArray[np.int64]]:
+    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`.
+
+    Raises
+    ------
+    ValueError
+        The result has no such layer.
+    """
+    rows = layer_rows(result)
+    if patterns is None:
+        return rows
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = fnmatch.filter(rows, pattern)
+        if not matching:
+            near = difflib.get_close_matches(pattern, rows, n=3, cutoff=0.3) or list(rows)[:3]
+            raise ValueError(
+                f"layers: the result has no layer {pattern!r}; nearest: {', '.join(near)}"
+            )
+        chosen.update(matching)
+    return {layer: rows[layer] for layer in rows if layer in chosen}

@@ -1,0 +1,177 @@
+"""Figures of a unit's importance that its attributes may or may not predict."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from pyablate.results.result import AblationResult, Floats, Ints
+
+PREFERRED = "preferred_class_drop"
+TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
+# Only where a run recorded them.
+MEASURES = ("loss_change", "margin_change")
+
+
+def unit_targets(
+    result: AblationResult,
+    targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None,
+    *,
+    preferred: Ints | None = None,
+    splits: int = 10,
+    seed: int = 0,
+) -> dict[str, Floats]:
+    """Compute one number per unit for each target.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    targets : str, sequence of str, or mapping of str to numbers [unit], optional
+        ``accuracy_drop``; ``split_half_drop`` (the largest class drop without the bias of choosing
+        its class); ``preferred_class_drop`` (drop of the class that the unit prefers); ``gini`` and
+        ``entropy`` of the class drops; ``loss_change`` and ``margin_change`` where the run recorded
+        them; or any other variable of ``result.data`` over ``unit`` alone. A mapping brings numbers
+        of its own. By default all that can be had.
+    preferred : int64 [unit], optional
+        Preferred class of each unit, -1 for none.
+    splits, seed : int
+        Of :func:`pyablate.analysis.statistics.split_half_drop`.
+
+    Returns
+    -------
+    dict of str to float64 [unit]
+
+    Raises
+    ------
+    ValueError
+        Unknown target, preferred classes needed and not given, numbers of another length.
+    """
+    if isinstance(targets, Mapping):
+        return {str(name): _given(result, name, values) for name, values in targets.items()}
+    if targets is None:
+        measured = [name for name in MEASURES if name in _recorded(result)]
+        targets = [t for t in TARGETS if t != PREFERRED or preferred is not None] + measured
+    names = [targets] if isinstance(targets, str) else list(targets)
+    return {name: _target(result, name, preferred, splits, seed) for name in names}
+
+
+def preferred_class_drop(result: AblationResult, preferred: Ints) -> Floats:
+    """Accuracy drop of each unit's preferred class; NaN without one or without its images.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    preferred : int64 [unit]
+        Class numbers, -1 for none.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[unit]``.
+
+    Raises
+    ------
+    ValueError
+        A class number is out of range.
+    """
+    if preferred.max(initial=-1) >= result.classes or preferred.min(initial=0) < -1:
+        wrong = preferred[(preferred >= result.classes) | (preferred < -1)][0]
+        raise ValueError(f"preferred: expected classes 0 to {result.classes - 1}, got {wrong}")
+    drops = result.class_accuracy_drop[np.arange(len(preferred)), preferred]
+    return np.where(preferred >= 0, drops, np.nan)
+
+
+def gini(drops: Floats) -> Floats:
+    """Gini coefficient of the harm over the classes: 0 if all suffer alike, near 1 if one does.
+
+    ``sum_jk |h_j - h_k| / (2 K^2 mean(h))`` with the harm ``h = max(drop, 0)``: gains are no
+    harm, and the coefficient has no meaning below zero. The largest value is ``1 - 1/K``.
+
+    Parameters
+    ----------
+    drops : float64 [unit, class]
+        Class accuracy drops; NaN for classes that do not count.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[unit]``; NaN for a unit that harms no class.
+    """
+    harm = np.sort(_harm(drops), axis=1)
+    classes = harm.shape[1]
+    total = harm.sum(axis=1)
+    ranked = harm @ np.arange(1, classes + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        coefficient: Floats = 2 * ranked / (classes * total) - (classes + 1) / classes
+    return np.where(total > 0, coefficient, np.nan)
+
+
+def entropy(drops: Floats) -> Floats:
+    """Entropy of the harm over the classes, in nats: small if few classes suffer.
+
+    ``-sum_k s_k log s_k`` with the shares ``s = h / sum(h)`` of the harm ``h = max(drop, 0)``; from
+    0 (one class) to ``log K``.
+
+    Parameters
+    ----------
+    drops : float64 [unit, class]
+        Class accuracy drops; NaN for classes that do not count.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[unit]``; NaN for a unit that harms no class.
+    """
+    harm = _harm(drops)
+    harmful = harm.sum(axis=1) > 0
+    found = np.full(len(harm), np.nan)
+    found[harmful] = stats.entropy(harm[harmful], axis=1)
+    return found
+
+
+def _target(
+    result: AblationResult, name: str, preferred: Ints | None, splits: int, seed: int
+) -> Floats:
+    if name == PREFERRED:
+        if preferred is None:
+            raise ValueError(f"targets: {name!r} needs the preferred class of each unit")
+        return preferred_class_drop(result, preferred)
+    if name == "accuracy_drop":
+        return result.accuracy_drop
+    if name == "split_half_drop":
+        return result.split_half_drop(splits=splits, seed=seed)
+    if name in ("gini", "entropy"):
+        return (gini if name == "gini" else entropy)(result.class_accuracy_drop)
+    if name in MEASURES:
+        changes: Floats = getattr(result, name)  # says what is missing where it was not recorded
+        return changes
+    known = [*TARGETS, *_recorded(result)]
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known
+        raise ValueError(f"targets: no target {name!r}; nearest: {', '.join(near)}")
+    return result.data[name].to_numpy().astype(np.float64)
+
+
+def _recorded(result: AblationResult) -> list[str]:
+    return [str(name) for name, data in result.data.items() if data.dims == ("unit",)]
+
+
+def _given(result: AblationResult, name: str, values: ArrayLike) -> Floats:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.shape != (len(result.units),):
+        raise ValueError(
+            f"targets: expected {len(result.units)} numbers for {name!r}, one for each unit, "
+            f"got shape {numbers.shape}"
+        )
+    return numbers
+
+
+def _harm(drops: Floats) -> Floats:
+    counted = drops[:, ~np.isnan(drops).all(axis=0)]
+    return np.maximum(counted, 0.0)

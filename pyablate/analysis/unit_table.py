@@ -1,0 +1,166 @@
+"""Tables of attributes by unit label: checked, put in the order of a result, read from files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from pyablate.io import checksums
+from pyablate.io.zarr_check import check_folder
+from pyablate.results.result import AblationResult, Floats, Ints
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_LABELS = ("unit", "label")  # columns of a CSV file that may hold the unit labels
+
+
+def aligned(table: xr.Dataset | pd.DataFrame, result: AblationResult) -> pd.DataFrame:
+    """Return the variables with one value per unit, a row for each unit of the result, in order.
+
+    Parameters
+    ----------
+    table : xarray.Dataset or pandas.DataFrame
+        Over the coordinate ``unit`` or indexed by unit labels (``"layer:unit"``). Further units,
+        and variables with further dimensions, are left out.
+    result : AblationResult
+        Whose units are wanted.
+
+    Raises
+    ------
+    TypeError
+        The table is neither.
+    ValueError
+        A unit is missing or there twice.
+    """
+    frame = table_frame(table)
+    index = frame.index.astype(str)
+    twice = index[index.duplicated()]
+    if len(twice):
+        raise ValueError(f"table: unit {twice[0]!r} is there more than once")
+    labels = result.units["label"].astype(str)
+    missing = labels[~labels.isin(index)]
+    if len(missing):
+        first = str(missing.iloc[0])
+        near = difflib.get_close_matches(first, [str(name) for name in index[:10_000]], n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise ValueError(
+            f"table: {len(missing)} of {len(labels)} units of the result are missing, "
+            f"the first is {first!r}{hint}"
+        )
+    return frame.iloc[index.get_indexer(pd.Index(labels))]
+
+
+def attribute_columns(
+    frame: pd.DataFrame, names: str | Sequence[str] | None, *, leave_out: Sequence[str] = ()
+) -> dict[str, Floats]:
+    """Pick the attributes by name, or all that are floating point numbers.
+
+    Whole numbers are as a rule no attributes but numbers of units, layers or classes: they have to
+    be named.
+
+    Raises
+    ------
+    ValueError
+        No such attribute, one that is not numeric, or none at all.
+    """
+    if names is None:
+        floats = [name for name in frame if pd.api.types.is_float_dtype(frame[name])]
+        names = [str(name) for name in floats if name not in leave_out]
+        if not names:
+            raise ValueError("table: expected at least one attribute of floating point numbers")
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in frame:
+            known = [str(column) for column in frame.columns]
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known
+            raise ValueError(f"attributes: no attribute {name!r}; nearest: {', '.join(near)}")
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            raise ValueError(f"attributes: {name!r} holds no numbers but {frame[name].dtype}")
+    return {name: frame[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in names}
+
+
+def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]) -> Ints | None:
+    """Read preferred classes, numbers or class names, -1 for none; None without such a column.
+
+    Raises
+    ------
+    ValueError
+        A name that is no class.
+    """
+    if name not in frame:
+        return None
+    column = frame[name]
+    if pd.api.types.is_numeric_dtype(column):
+        return column.fillna(-1).to_numpy(dtype=np.int64)
+    number = {class_name: k for k, class_name in enumerate(class_names)}
+    named = column[column.notna()].astype(str)
+    unknown = named[~named.isin(list(number))]
+    if len(unknown):
+        raise ValueError(f"table: {unknown.iloc[0]!r} in {name!r} is no class of the result")
+    return np.asarray([number.get(str(value), -1) for value in column], dtype=np.int64)
+
+
+def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
+    """Read a table of attributes: a CSV file with a column of labels, or a Zarr group.
+
+    Raises
+    ------
+    OSError
+        Nothing there, or it cannot be read.
+    ValueError
+        No column holds unit labels.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such table of attributes")
+    if path.is_dir():
+        import xarray as xr
+
+        check_folder(path)
+        try:
+            checksums.check(path)
+            with xr.open_zarr(path, consolidated=False) as opened:
+                loaded: xr.Dataset = opened.load()
+        except Exception as error:  # the file formats raise whatever the damage leads to
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"{path}: not a Zarr group that xarray can open: {reason}") from error
+        return loaded
+    if not path.is_file():  # a named pipe would be waited for
+        raise OSError(f"{path}: expected a file or a Zarr folder")
+    try:
+        frame = pd.read_csv(path)
+    except (ValueError, MemoryError, OverflowError) as error:
+        raise OSError(f"{path}: not a CSV file: {error}") from None
+    for name in _LABELS:
+        if name in frame and not pd.api.types.is_numeric_dtype(frame[name]):
+            return frame.set_index(name)
+    raise ValueError(
+        f"{path}: expected a column 'unit' or 'label' of unit labels such as 'features.2:0', got "
+        f"{', '.join(map(repr, frame.columns))}"
+    )
+
+
+def table_frame(table: xr.Dataset | pd.DataFrame) -> pd.DataFrame:
+    """Return the variables with one value per unit, a row per unit, labels as index.
+
+    Raises
+    ------
+    TypeError
+        The table is neither an ``xarray.Dataset`` nor a ``pandas.DataFrame``.
+    ValueError
+        It has no coordinate ``unit``.
+    """
+    if isinstance(table, pd.DataFrame):
+        return table
+    if not hasattr(table, "data_vars"):
+        kind = type(table).__name__
+        raise TypeError(f"table: expected an xarray.Dataset or a pandas.DataFrame, got {kind}")
+    if "unit" not in table.coords:
+        raise ValueError("table: expected a coordinate 'unit' with the unit labels")
+    flat = {str(n): v.to_numpy() for n, v in table.data_vars.items() if v.dims == ("unit",)}
+    return pd.DataFrame(flat, index=pd.Index(table["unit"].to_numpy(), name="unit"))

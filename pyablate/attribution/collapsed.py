@@ -1,0 +1,157 @@
+"""Attribution maps of one layer, collapsed over its channels: compared, and trained to be kept.
+
+The maps and their distance are those of Park, Yang, Hwang, Yang 2020, *Attribution Preservation in
+Network Compression for Reliable Network Interpretation*, arXiv:2010.15054.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyablate.network.sites import Site, hooked, select, sites
+
+VARIANTS = ("weighted", "equal", "stochastic")
+DROPPED = 0.3
+"""Share of the original's channels that the stochastic variant leaves out."""
+
+
+def map_site(model: nn.Module, sample: Tensor, layer: str | None = None) -> Site:
+    """Find the layer whose maps are looked at.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    sample : Tensor
+        A batch of inputs, ``[N, ...]``.
+    layer : str, optional
+        Its name; by default the last activation or block with channels and positions.
+
+    Raises
+    ------
+    ValueError
+        No such layer, or none that has positions.
+    """
+    found = sites(model, sample)
+    if layer is None:
+        spatial = [site for site in select(found) if len(site.shape) > 1]
+        if not spatial:
+            raise ValueError("layer: no layer of this network has positions; there are no maps")
+        return spatial[-1]
+    chosen = select(found, layer)
+    if len(chosen) != 1 or len(chosen[0].shape) < 2:
+        shapes = ", ".join(f"{site.name} {list(site.shape)}" for site in chosen)
+        raise ValueError(f"layer: expected one layer with channels and positions, got {shapes}")
+    return chosen[0]
+
+
+def tapped(model: nn.Module, site: Site, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a network and see one layer on the way.
+
+    Returns
+    -------
+    logits : Tensor
+        ``[N, classes]``.
+    output : Tensor
+        Of the layer, as it is, part of the graph of the logits.
+
+    Raises
+    ------
+    ValueError
+        The layer runs more than once for an image.
+    """
+    seen: list[Tensor] = []
+
+    def see(_site: Site, _call: int, output: Tensor) -> Tensor:
+        seen.append(output if output.requires_grad else output.detach().requires_grad_())
+        return seen[-1].clone()  # what follows may work in place
+
+    with torch.enable_grad(), hooked(model, [site], see):
+        logits = model(images)
+    if len(seen) != 1:
+        raise ValueError(f'layer: {site.name} runs {len(seen)} times; name one call, "name@1"')
+    return logits, seen[0]
+
+
+def collapse(
+    site: Site,
+    logits: Tensor,
+    output: Tensor,
+    target: Tensor,
+    variant: str = "weighted",
+    *,
+    dropped: Tensor | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """Collapse the channels of a layer to one map per image.
+
+    Parameters
+    ----------
+    site : Site
+        The layer.
+    logits, output : Tensor
+        From ``tapped``.
+    target : Tensor
+        int64 ``[N]``, the class of each image that is explained.
+    variant : {"weighted", "equal", "stochastic"}
+        ``ReLU(sum_c w_c f_c)`` with ``w_c`` the gradient of the class's logit summed over the
+        positions of channel c; ``mean_c f_c^2``; or the first of those channels that stay.
+    dropped : Tensor, optional
+        Bool ``[N, channels]``: left out of the stochastic variant.
+    create_graph : bool
+        So that the map itself can be differentiated.
+
+    Returns
+    -------
+    Tensor
+        ``[N, 1, ...]`` with the positions of the layer.
+    """
+    channels = output.movedim(site.axis, 1)
+    if variant == "equal":
+        return channels.square().mean(1, keepdim=True)
+    chosen = logits.gather(1, target[:, None]).sum()
+    (gradient,) = torch.autograd.grad(
+        chosen, output, create_graph=create_graph, retain_graph=create_graph
+    )
+    weight = gradient.movedim(site.axis, 1).flatten(2).sum(2)
+    if dropped is not None:
+        weight = weight.masked_fill(dropped, 0)
+    return torch.einsum("nc,nc...->n...", weight, channels).relu().unsqueeze(1)
+
+
+def draw_dropped(count: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Draw which channels of which image are left out, bool ``[N, channels]``, on the CPU."""
+    return torch.rand(count, channels, generator=generator) < DROPPED
+
+
+def distances(original: Tensor, other: Tensor) -> Tensor:
+    """Mean squared difference of two maps per image, both divided by their L2 norms.
+
+    Parameters
+    ----------
+    original, other : Tensor
+        ``[N, 1, ...]``. If they have other sizes, the other's is resized to that of the original,
+        bilinear.
+
+    Returns
+    -------
+    Tensor
+        ``[N]``, ``|a/|a| - b/|b||^2`` over the number of positions. A map of zeros stays zeros.
+
+    Raises
+    ------
+    ValueError
+        Sizes differ, and they are not maps in two dimensions.
+    """
+    if other.shape != original.shape:
+        if original.ndim != 4 or other.ndim != 4:
+            raise ValueError(
+                f"layers: maps of {list(original.shape[2:])} and {list(other.shape[2:])} positions "
+                "do not compare"
+            )
+        size = (original.shape[2], original.shape[3])
+        other = functional.interpolate(other, size, mode="bilinear", align_corners=False)
+    a, b = functional.normalize(original.flatten(1)), functional.normalize(other.flatten(1))
+    return (a - b).square().mean(1)

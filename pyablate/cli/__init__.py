@@ -1,0 +1,5 @@
+"""The shell."""
+
+from pyablate.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,252 @@
+"""The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
+
+The commands of a subject are in ``cli_<subject>.py``. Torch is imported inside the commands, so
+that ``pyablate --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pyablate.cli.attributes import attributes
+from pyablate.cli.common import (
+    INTERRUPTED,
+    error_line,
+    log_to_stderr,
+    network_from,
+    parse_bytes,
+    sample_input,
+)
+from pyablate.cli.compression import compare, prune, sensitivity
+from pyablate.cli.doctor import doctor
+from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
+from pyablate.cli.options import (
+    Bar,
+    Debug,
+    InputShape,
+    Intervention,
+    Labels,
+    Layers,
+    Mean,
+    Memory,
+    Model,
+    SampleSpec,
+    Size,
+    Std,
+    Weights,
+)
+from pyablate.cli.plot import plot
+from pyablate.cli.report import report
+from pyablate.cli.run import merge, run
+from pyablate.cli.statistics import correlate, significance
+from pyablate.io.atomic import check_file, write_csv
+from pyablate.io.sanitize import visible
+
+
+class _Shell(TyperGroup):
+    """Turns every foreseeable failure into one line on standard error and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
+        options["standalone_mode"] = False
+        line: str | None
+        code: Any
+        try:
+            code = super().main(*args, **options)
+            # Newer versions of typer turn Ctrl-C into this code themselves.
+            line = "interrupted" if code == INTERRUPTED else ""
+        except BaseException as error:
+            line, code = error_line(error)
+            if line is None or "--debug" in given:
+                raise
+        if line:
+            typer.echo(f"pyablate: {visible(line)}", err=True)
+        if line and "--json" in given and _speaks():
+            typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _speaks() -> bool:
+    """Whether this process writes for all: the lines of the others would be a second last one."""
+    if "RANK" not in os.environ:
+        return True
+    from pyablate.runtime.distributed import is_first  # brings torch
+
+    return is_first()
+
+
+app = typer.Typer(
+    cls=_Shell,
+    name="pyablate",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pyablate._version import __version__
+
+        typer.echo(f"pyablate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Switch off every unit of a trained classifier, one at a time, and see which classes suffer.
+
+    Start with `pyablate demo`. Then your own network:
+
+    `pyablate layers my_module:make_model --input-shape 3,224,224`
+
+    `pyablate run my_module:make_model --weights model.safetensors --data photos/ --size 224`
+    """
+
+
+@app.command()
+def demo(
+    name: Annotated[
+        str, typer.Argument(help="alexnet, alexnet_dropout, alexnet_bn, vgg_bn or resnet.")
+    ] = "vgg_bn",
+    limit: Annotated[int, typer.Option(min=1, help="How many of the 10,000 images.")] = 2000,
+    output: Annotated[Path, typer.Option(help="Folder for run.zarr and units.csv.")] = Path("demo"),
+    progress: Bar = None,
+    debug: Debug = False,
+) -> None:
+    """Ablate every unit of a shipped network over the shipped test images.
+
+    Takes minutes at most, then times the plain hook loop on a few units for comparison.
+
+    Try `pyablate demo`, `pyablate demo resnet --limit 500 --output resnet_demo`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate.cli.tables import summary
+    from pyablate.reference.timing import hook_loop_seconds
+    from pyablate.results.store import check_writable
+
+    model, images, labels = pa.demo.load(name, limit=limit)
+    check_writable(output / "run.zarr")
+    check_file(output / "units.csv", "--output")
+    sites = pa.select(pa.sites(model, images[:1]), "*")
+    result = pa.ablate(
+        model,
+        (images, labels),
+        layers=["*"],
+        class_names=pa.demo.CLASSES,
+        progress=progress,
+    )
+    result.save(output / "run.zarr")
+    write_csv(result.to_dataframe(), output / "units.csv", "--output")
+    out = summary.console()
+    summary.print_summary(out, result)
+    timing = hook_loop_seconds(model, (images, labels), sites, result=result)
+    for line in summary.hook_loop_lines(result, timing):
+        out.print(line)
+    out.print(f"Written: {output / 'run.zarr'} and {output / 'units.csv'}")
+
+
+@app.command()
+def layers(
+    model: Model,
+    weights: Weights = None,
+    data: SampleSpec = None,
+    labels: Labels = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_shape: InputShape = None,
+    debug: Debug = False,
+) -> None:
+    """List the layers that hold units: their names, how many units, and whether `*` has them.
+
+    Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`
+
+    `pyablate layers net:make --data photos/ --size 224`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate.cli.tables import summary
+
+    network = network_from(model, weights, None)
+    about = {"labels": labels, "size": size, "mean": mean, "std": std}
+    found = pa.sites(network, sample_input(model, network, data, input_shape, **about))
+    try:
+        selected = pa.select(found, "*")
+    except ValueError:  # a network without activation modules: all its layers go by name
+        selected = []
+    summary.console().print(summary.sites_table(found, selected))
+
+
+@app.command()
+def plan(
+    model: Model,
+    weights: Weights = None,
+    data: SampleSpec = None,
+    labels: Labels = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_shape: InputShape = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Number of images the run would have.")
+    ] = None,
+    layers: Layers = ["*"],  # noqa: B006  # typer copies it
+    intervention: Intervention = "zero",
+    memory: Memory = None,
+    debug: Debug = False,
+) -> None:
+    """Say how a run would be done and what it would cost, without running it.
+
+    Try `pyablate plan demo:vgg_bn --images 10000 --memory 2GB`
+
+    `pyablate plan my_module:make_model --data photos/ --size 224 --images 10000`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+
+    budget = parse_bytes("--memory", memory)
+    network = network_from(model, weights, None)
+    about = {"labels": labels, "size": size, "mean": mean, "std": std}
+    sample = sample_input(model, network, data, input_shape, **about)
+    made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
+    typer.echo(visible(made.explain(), keep="\n"))
+
+
+for _command in (
+    run,
+    merge,
+    attributes,
+    significance,
+    correlate,
+    prune,
+    sensitivity,
+    compare,
+    cumulative,
+    pairs,
+    minimal_sets,
+    rotation,
+    plot,
+    report,
+    doctor,
+):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of the ``pyablate`` command."""
+    app(prog_name="pyablate")

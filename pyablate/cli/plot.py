@@ -1,0 +1,223 @@
+"""The shell's ``plot``."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyablate.cli.common import InputError, log_to_stderr
+from pyablate.cli.options import Debug
+from pyablate.io.atomic import check_file, whole
+from pyablate.io.sanitize import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_log = logging.getLogger("pyablate")
+
+KINDS = ("drops", "heat-map", "profile", "scatter", "cumulative", "prune")
+FORMATS = (".png", ".svg", ".pdf")
+_CURVES = ("cumulative", "prune")
+# Which kinds an option says something about; those not here are for all of them.
+_KINDS_OF = {
+    "layers": ("drops", "scatter"),
+    "unit": ("profile",),
+    "units": ("heat-map",),
+    "order": ("heat-map",),
+    "attributes": ("scatter",),
+    "attribute": ("scatter",),
+    "target": ("drops", "scatter"),
+    "x": _CURVES,
+    "y": _CURVES,
+}
+# No date and no version in the files: equal results give equal pictures.
+_METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+def plot(
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A result of `pyablate run`; for the kinds cumulative and prune the CSV file of "
+            "such curves.",
+            show_default=False,
+        ),
+    ],
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help=f"What to draw: {', '.join(KINDS)}.")
+    ] = "drops",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf file.")
+    ] = Path("plot.png"),
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="LAYER:UNIT", help="The unit of a profile.")
+    ] = None,
+    units: Annotated[int, typer.Option(min=1, help="How many units a heat map shows.")] = 20,
+    order: Annotated[
+        str, typer.Option(metavar="NAME", help="Rows of a heat map: drop, layer or cluster.")
+    ] = "drop",
+    attributes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table of attributes of a scatter plot (.csv, .zarr)."),
+    ] = None,
+    attribute: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The attribute of a scatter plot.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What drops and scatter plots show: max_class_drop, accuracy_drop, and for "
+            "scatter plots split_half_drop, gini, entropy ...",
+        ),
+    ] = None,
+    x: Annotated[str | None, typer.Option(metavar="COLUMN", help="Across, of curves.")] = None,
+    y: Annotated[str, typer.Option(metavar="COLUMN", help="Upwards, of curves.")] = "accuracy",
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch of a .png file.")] = 150,
+    debug: Debug = False,
+) -> None:
+    """Draw a finished run, or curves.
+
+    `drops`: every unit, layer by layer, with the noise floor. `heat-map`: units x classes.
+    `profile`: what one unit does to each class. `scatter`: an attribute against what the ablation
+    does. `cumulative`, `prune`: accuracy against what was removed.
+
+    Try `pyablate plot run.zarr -o drops.png`
+
+    `pyablate plot run.zarr --kind profile --unit features.2:18 -o profile.svg`
+
+    `pyablate plot run.zarr --kind scatter --attributes table.csv --attribute l1_norm`
+
+    `pyablate plot curves.csv --kind prune --x flops --y worst_class_accuracy`
+    """
+    log_to_stderr(debug)
+    if kind not in KINDS:
+        raise InputError(f"--kind: expected one of {', '.join(KINDS)}, got {kind!r}{_near(kind)}")
+    _check_options(context, kind)
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
+        expected = f"a name ending in {', '.join(FORMATS)}"
+        raise InputError(f"--output: expected {expected}, got {str(output)!r}")
+    check_file(output, "--output")
+    if kind in _CURVES:
+        axes = _curves(source, kind, x, y)
+    elif kind == "scatter":
+        axes = _scatter(source, attributes, attribute, target, layers)
+    else:
+        axes = _of_result(source, kind, layers, unit, units, order, target)
+    with whole(output, "--output") as fresh, _about_glyphs():
+        axes.figure.savefig(  # type: ignore[union-attr]
+            fresh, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix]
+        )
+    typer.echo(f"Written: {visible(str(output))}")
+
+
+def _check_options(context: typer.Context, kind: str) -> None:
+    """Refuse options of other kinds of plots, which would change nothing."""
+    for name, kinds in _KINDS_OF.items():
+        source = context.get_parameter_source(name)
+        if kind not in kinds and source is not None and source.name != "DEFAULT":
+            raise InputError(f"--{name}: is for --kind {' and '.join(kinds)}, got --kind {kind}")
+
+
+@contextmanager
+def _about_glyphs() -> Iterator[None]:
+    """Say once what the font lacks, where matplotlib warns of every character by itself."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield
+    messages = dict.fromkeys(str(each.message) for each in found)
+    lacking = [re.match(r"Glyph (\d+) ", message) for message in messages]
+    missing = "".join(chr(int(glyph[1])) for glyph in lacking if glyph)
+    for message, glyph in zip(messages, lacking, strict=True):
+        if not glyph:
+            _log.warning("%s", message)
+    if missing:
+        _log.warning(
+            "the font has no sign for %s; font.family in a matplotlibrc names another",
+            missing if len(missing) <= 20 else f"{missing[:20]} and {len(missing) - 20} more",
+        )
+
+
+def _near(kind: str) -> str:
+    near = difflib.get_close_matches(kind, KINDS, n=1)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+def _curves(source: Path, kind: str, x: str | None, y: str) -> Axes:
+    import pandas as pd
+
+    from pyablate import plots
+
+    if not source.is_file():
+        raise InputError(f"{source}: expected the CSV file of curves for --kind {kind}")
+    try:
+        table = pd.read_csv(source)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise OSError(f"{source}: not a CSV file: {error}") from None
+    _without_screen()
+    if kind == "cumulative":
+        return plots.cumulative_curves(table, x=x or "removed", y=y)
+    return plots.prune_curves(table, x=x or "fraction", y=y)
+
+
+def _scatter(
+    source: Path,
+    attributes: Path | None,
+    attribute: str | None,
+    target: str | None,
+    layers: list[str] | None,
+) -> Axes:
+    import pyablate as pa
+    from pyablate.analysis.unit_table import read_table
+
+    if attributes is None or attribute is None:
+        raise InputError("--kind scatter: needs --attributes FILE and --attribute NAME")
+    result, table = pa.load(source), read_table(attributes)
+    _without_screen()
+    return result.plot.scatter(table, attribute, target or "split_half_drop", layers=layers)
+
+
+def _of_result(
+    source: Path,
+    kind: str,
+    layers: list[str] | None,
+    unit: str | None,
+    units: int,
+    order: str,
+    target: str | None,
+) -> Axes:
+    import pyablate as pa
+
+    if kind == "profile" and unit is None:
+        raise InputError("--kind profile: needs --unit LAYER:UNIT")
+    result = pa.load(source)
+    _without_screen()
+    if kind == "profile":
+        return result.plot.profile(str(unit))
+    if kind == "heat-map":
+        return result.plot.heat_map(units, order=order)  # type: ignore[arg-type]  # checked there
+    return result.plot.drops(target or "max_class_drop", layers=layers)  # type: ignore[arg-type]
+
+
+def _without_screen() -> None:
+    """Draw into files only, whatever the machine has."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return  # the plot itself says what is missing
+    mpl.use("Agg")

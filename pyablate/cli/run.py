@@ -1,0 +1,225 @@
+"""Shell commands of a run: ``run`` and ``merge``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyablate.cli.common import (
+    EXIT_CODES,
+    InputError,
+    images_from,
+    log_to_stderr,
+    network_from,
+    parse_bytes,
+    parse_shard,
+)
+from pyablate.cli.options import (
+    AsJson,
+    Bar,
+    BatchSize,
+    Csv,
+    DataSpec,
+    Debug,
+    Device,
+    Fresh,
+    Intervention,
+    Labels,
+    Layers,
+    Limit,
+    Mean,
+    Measures,
+    Memory,
+    Model,
+    OnMismatch,
+    Output,
+    Precision,
+    Seed,
+    Shard,
+    Size,
+    Std,
+    Weights,
+)
+from pyablate.io.atomic import check_file, write_csv
+
+if TYPE_CHECKING:
+    from pyablate.results.result import AblationResult
+
+
+def run(
+    model: Model,
+    data: DataSpec,
+    weights: Weights = None,
+    labels: Labels = None,
+    limit: Limit = None,
+    layers: Layers = ["*"],  # noqa: B006  # typer copies it
+    intervention: Intervention = "zero",
+    precision: Precision = "auto",
+    measures: Measures = None,
+    on_mismatch: OnMismatch = "error",
+    seed: Seed = 0,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    output: Output = Path("run.zarr"),
+    fresh: Fresh = False,
+    shard: Shard = None,
+    csv: Csv = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    progress: Bar = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ablate every unit of the layers asked for and write the result.
+
+    Killed or interrupted, the same command goes on where it stopped and ends with the same bytes.
+    It refuses an output that holds a run with another model, data or options.
+
+    Try one of these:
+
+    `pyablate run demo:vgg_bn --data demo --limit 2000 --output run.zarr`
+
+    `pyablate run demo:resnet --data demo --layers 'stage3.*' --intervention mean --csv units.csv`
+
+    `pyablate run torchvision:resnet18 --weights resnet18.pth --data val/ --size 224
+    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --device cuda`
+
+    Several processes, on one machine or many that share a disk:
+
+    `torchrun --nproc-per-node=4 -m pyablate run demo:resnet --data demo -o run.zarr`
+
+    Machines that share nothing:
+
+    `pyablate run demo:resnet --data demo --shard 1/2 -o part1.zarr`
+
+    `pyablate merge part1.zarr part2.zarr -o run.zarr`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate.cli.tables import summary
+    from pyablate.runs.run_folder import check_place
+    from pyablate.runtime.distributed import is_first, own_device, started_by_torchrun
+    from pyablate.runtime.progress import JsonLines
+
+    budget, part = parse_bytes("--memory", memory), parse_shard(shard)
+    check_place(output, fresh=fresh)
+    if csv is not None:
+        check_file(csv, "--csv")
+    distributed = started_by_torchrun()
+    place = own_device(distributed, device)
+    device = None if place is None else str(place)
+    network = network_from(model, weights, device)
+    batches = images_from(data, labels, limit, size, mean, std, batch_size)
+    lines = JsonLines()
+    result = pa.ablate(
+        network,
+        batches.batches,
+        layers=layers,
+        intervention=intervention,
+        precision=precision,
+        measures=measures or (),
+        class_names=batches.class_names,
+        device=device,
+        batch_size=batch_size,
+        memory=budget,
+        on_mismatch=on_mismatch,
+        seed=seed,
+        progress=lines if as_json and progress is not False else progress,
+        output=output,
+        fresh=fresh,
+        shard=part,
+        distributed=distributed,
+    )
+    if not is_first():
+        return
+    written = [str(output)]
+    if csv is not None:
+        _write_units(result, csv, output)
+        written.append(str(csv))
+    if as_json:
+        lines.event("result", **_summary(result), written=written)
+        return
+    out = summary.console()
+    summary.print_summary(out, result)
+    out.print(f"Written: {' and '.join(written)}")
+
+
+run.__doc__ = f"{inspect.cleandoc(run.__doc__ or '')}\n\n{EXIT_CODES}"
+
+
+def merge(
+    parts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PART...",
+            help="Results of `pyablate run --shard`, all of them, in any order.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="Where the result goes (Zarr).")
+    ] = Path("run.zarr"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace the result that is at the output already.")
+    ] = False,
+    csv: Csv = None,
+    debug: Debug = False,
+) -> None:
+    """Join the results of all shards into that of one run, bit for bit.
+
+    Refuses shards that are missing, that overlap, or that differ in model, data or options; and
+    an output that exists, unless --fresh is given and it is none of the parts.
+
+    Try `pyablate merge part1.zarr part2.zarr -o run.zarr`
+    """
+    log_to_stderr(debug)
+    import pyablate as pa
+    from pyablate.cli.tables import summary
+    from pyablate.results.store import check_writable
+
+    if any(os.path.realpath(part) == os.path.realpath(output) for part in parts):
+        raise InputError(f"--output: expected none of the parts, got {str(output)!r}")
+    if output.exists() and not fresh:
+        raise InputError(f"--output: {output} exists; --fresh replaces a result")
+    check_writable(output)
+    if csv is not None:
+        check_file(csv, "--csv")
+    result = pa.merge(parts, output)
+    if csv is not None:
+        _write_units(result, csv, output)
+    out = summary.console()
+    summary.print_summary(out, result)
+    out.print(f"Written: {output}{f' and {csv}' if csv else ''}")
+
+
+def _write_units(result: AblationResult, csv: Path, output: Path) -> None:
+    """Write one row per unit; what took hours is safe if that fails, and the message says where."""
+    try:
+        write_csv(result.to_dataframe(), csv)
+    except OSError as error:
+        reason = f"{error.strerror or error}; the result is in {output}"
+        raise OSError(error.errno, reason) from error
+
+
+def _summary(result: AblationResult) -> dict[str, object]:
+    return {
+        "units": len(result.units),
+        "images": len(result.labels),
+        "classes": result.classes,
+        "flips": len(result.flips.image),
+        "baseline_accuracy": result.baseline_accuracy,
+        "audit": {
+            "pairs": result.audit.pairs,
+            "mismatches": result.audit.mismatches,
+            "mended": result.audit.mended,
+            "upper_bound": result.audit.upper_bound,
+        },
+        "strategy": result.strategy,
+        "seconds": round(result.seconds, 3),
+    }

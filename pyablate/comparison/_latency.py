@@ -1,0 +1,83 @@
+"""How long networks take, measured in turn in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyablate.network.sites import evaluation
+
+
+def latency(
+    networks: Mapping[str, Any], sample: Tensor, *, repeats: int = 30, warmup: int = 3
+) -> pd.DataFrame:
+    """Time a forward pass of several networks in turn, so that all meet the same machine.
+
+    Parameters
+    ----------
+    networks : mapping of str to nn.Module
+        By name, the one to compare with first, such as
+        ``{"before": model, "after": removal.model}``. They stay as they are.
+    sample : Tensor
+        The batch to time, ``[N, ...]``, in their dtype and on their device.
+    repeats : int
+        Passes of each network.
+    warmup : int
+        Passes before these, not counted.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per network: ``network``, ``milliseconds`` (median of a pass), ``low`` and ``high``
+        (quartiles), and ``speedup``: the median over the rounds of the first network's time by
+        this one's.
+
+    Raises
+    ------
+    ValueError, TypeError
+        No networks, no modules, or fewer than one repeat.
+    """
+    if not networks:
+        raise ValueError("networks: expected at least one, got none")
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            got = type(network).__name__
+            raise TypeError(f"networks: expected an nn.Module as {name!r}, got {got}")
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats, warmup: expected at least 1 and 0, got {repeats}, {warmup}")
+    seconds = np.empty((repeats, len(networks)))
+    for turn in range(-warmup, repeats):
+        for place, network in enumerate(networks.values()):
+            passed = _timed(network, sample)
+            if turn >= 0:
+                seconds[turn, place] = passed
+    low, middle, high = 1000 * np.quantile(seconds, [0.25, 0.5, 0.75], axis=0)
+    return pd.DataFrame(
+        {
+            "network": list(networks),
+            "milliseconds": middle,
+            "low": low,
+            "high": high,
+            "speedup": np.median(seconds[:, :1] / seconds, axis=0),
+        }
+    )
+
+
+def _timed(network: nn.Module, sample: Tensor) -> float:
+    with torch.inference_mode(), evaluation(network):
+        _finish(sample)
+        start = time.perf_counter()
+        network(sample)
+        _finish(sample)
+        return time.perf_counter() - start
+
+
+def _finish(sample: Tensor) -> None:
+    if sample.device.type == "cuda":
+        torch.cuda.synchronize(sample.device)

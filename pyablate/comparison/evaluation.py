@@ -1,0 +1,205 @@
+"""Predictions of one network on all images, with close calls decided in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyablate.data.dataset import Batch, Data
+from pyablate.engine.clean_run import close_calls
+from pyablate.engine.rounding import Rounding, outlying
+from pyablate.network import near_tie
+from pyablate.network.sites import check_model, copied
+from pyablate.results.result import Floats, Ints
+from pyablate.runtime.allocator import keep_freed_blocks
+
+_FIRST, _LATER = 8, 2
+"""Images of the first batch, and of each later one, on which the logits' rounding is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network says of every image.
+
+    Attributes
+    ----------
+    labels, prediction : int64 [image]
+        True and predicted class; of equal logits the first class.
+    confidence : float64 [image]
+        Probability of the predicted class.
+    losses : float64 [image]
+        Cross entropy.
+    classes : int
+        Number of classes.
+    """
+
+    labels: Ints
+    prediction: Ints
+    confidence: Floats
+    losses: Floats
+    classes: int
+
+    @cached_property
+    def right(self) -> NDArray[np.bool_]:
+        """Bool [image]: whether the prediction is right."""
+        found: NDArray[np.bool_] = self.prediction == self.labels
+        return found
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(self.right.mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.mean())
+
+    @cached_property
+    def class_accuracy(self) -> Floats:
+        """float64 [class]; NaN for a class without images."""
+        sizes = np.bincount(self.labels, minlength=self.classes)
+        hits = np.bincount(self.labels[self.right], minlength=self.classes)
+        return hits / np.where(sizes > 0, sizes, np.nan)
+
+    def calibration_error(self, bins: int = 15) -> float:
+        """Return the expected calibration error over bins of equal width.
+
+        ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo, Pleiss, Sun, Weinberger 2017, *On
+        Calibration of Modern Neural Networks*).
+
+        Raises
+        ------
+        ValueError
+            Fewer than one bin.
+        """
+        if bins < 1:
+            raise ValueError(f"bins: expected at least 1, got {bins!r}")
+        # Confidence 1 belongs to the last bin; a bin has its upper end.
+        place = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+        gap = np.bincount(place, self.right - self.confidence, minlength=bins)
+        return float(np.abs(gap).sum() / len(self.labels))
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    batch_size: int | None = None,
+    *,
+    exact: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Run a network over the data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, in the dtype and on the device of the data.
+    data : Data
+        Images and labels.
+    batch_size : int, optional
+        Images per forward pass; by default 64 on a CPU, whose caches hold no more, or 256.
+    exact : callable, optional
+        The same network in float64; by default a copy of it.
+
+    Returns
+    -------
+    Evaluation
+        Predictions are those of the network in float64, exact ties and near ties apart.
+
+    Raises
+    ------
+    ValueError
+        Bad images or labels, or logits that are not finite.
+    """
+    keep_freed_blocks()
+    exact = exact or copied(model).double()
+    size = batch_size or (64 if data.device.type == "cpu" else 256)
+    rounding = Rounding()
+    parts: list[tuple[NDArray[Any], ...]] = []
+    classes = 0
+    with torch.no_grad():
+        for batch in data.batches(size):
+            logits = model(_laid_out(batch.images))
+            _check_logits(logits, batch)
+            chosen = outlying(batch.images, _FIRST if not parts else _LATER)
+            few = batch.images[chosen].to(torch.float64, copy=True)
+            rounding |= Rounding.measured(logits[chosen], exact(few))
+            classes = logits.shape[1]
+            logits = logits.double()
+            close = close_calls(logits, rounding.tolerance(logits)).nonzero().squeeze(1)
+            if len(close):
+                logits[close] = exact(batch.images[close].double())
+            top = logits.softmax(dim=1).max(dim=1).values
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            found = (batch.labels, logits.argmax(dim=1), top, losses)
+            parts.append(tuple(each.cpu().numpy() for each in found))
+    joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Evaluation(joined[0], joined[1], joined[2], joined[3], classes)
+
+
+def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:
+    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype.
+
+    Raises
+    ------
+    TypeError
+        It is no module.
+    """
+    check_model(model)
+    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    work = copied(model).to(first.device if device is None else device)
+    work = (work.double() if dtype == torch.float64 else work.float()).eval()
+    # Convolutions of few channels are up to twice as fast with the channels last.
+    work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return work, dtype
+
+
+def prepared_pair(
+    model: nn.Module, smaller: nn.Module, device: str | torch.device | None
+) -> tuple[nn.Module, nn.Module, torch.dtype]:
+    """Copy two networks for evaluation, both in the dtype and on the device of the first.
+
+    Raises
+    ------
+    TypeError
+        One is no module.
+    """
+    original, dtype = prepared(model, device)
+    try:
+        other, _ = prepared(smaller, device_of(original))
+    except TypeError as error:
+        raise TypeError(str(error).replace("model:", "smaller:")) from None
+    return original, other.to(dtype), dtype
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer."""
+    return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """Copy a batch, since the network may work in place, with its channels last if it has maps."""
+    if images.ndim == 4:
+        return images.clone(memory_format=torch.channels_last)
+    return images.clone()
+
+
+def _check_logits(logits: Any, batch: Batch) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model: expected logits [N, classes], got {got}")
+    near_tie.check(near_tie.usable(logits).cpu(), batch.index)
+    if int(batch.labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"data: label {int(batch.labels.max())} is outside the model's {logits.shape[1]} "
+            f"classes (0 to {logits.shape[1] - 1})"
+        )

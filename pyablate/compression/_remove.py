@@ -1,0 +1,217 @@
+"""Units really taken out: a smaller network, and how much smaller it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyablate.compression._rank import Ranking
+from pyablate.compression.coupling import Coupling
+from pyablate.network import near_tie
+from pyablate.network.sites import Site, evaluation, hooked
+
+logger = logging.getLogger("pyablate")
+
+AGREEMENT = 1e-3
+"""Share of the largest logit by which masked and removed network may differ by rounding."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a network is.
+
+    Attributes
+    ----------
+    parameters : int
+        Numbers in its parameters.
+    flops : int
+        Floating point operations of one image, a multiplication with its addition being two:
+        convolutions, matrix products and attention, as ``torch.utils.flop_counter`` counts them.
+    """
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """A smaller network and what was taken out.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The smaller network, of ordinary modules, in the mode in which the original was.
+    units : tuple of str
+        Labels of all units that went, those that hang together with the named ones included.
+    before, after : Size
+        Of the original and of the smaller network.
+    difference : float
+        Largest difference on the sample between the logits of the smaller network and of the
+        original with the same units at zero, as a share of the largest of these logits. Rounding
+        only, about 1e-6, unless something behind a unit turns zero into another number.
+    """
+
+    model: nn.Module
+    units: tuple[str, ...]
+    before: Size
+    after: Size
+    difference: float
+
+    def __repr__(self) -> str:
+        """Sizes in one line."""
+        return (
+            f"Removal({len(self.units)} units; parameters {self.before.parameters:,} -> "
+            f"{self.after.parameters:,}; FLOPs {self.before.flops:,} -> {self.after.flops:,})"
+        )
+
+
+def remove(
+    model: nn.Module,
+    units: Ranking | Sequence[str],
+    sample: Tensor,
+    *,
+    fraction: float | None = None,
+) -> Removal:
+    """Take units out of a network for good.
+
+    A unit is ablated behind batch norm and activation, where it speaks; to take it out is to remove
+    its channel from everything that makes it, normalises it, adds to it and reads it. Both give the
+    same network function, which is checked on the sample.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it stays as it is.
+    units : Ranking or sequence of str
+        Labels ``"layer:unit"`` (or joined by ``+``); what hangs together with them goes too. Or a
+        ranking, of which ``fraction`` goes.
+    sample : Tensor
+        A batch of inputs, ``[N, ...]``; a few images are enough.
+    fraction : float, optional
+        With a ranking: share of its removable places that goes.
+
+    Returns
+    -------
+    Removal
+        The smaller network, the sizes of both and how well they agree.
+
+    Raises
+    ------
+    ImportError
+        Torch-Pruning is not installed.
+    ValueError, TypeError
+        Unknown units, units that cannot be removed, nothing left of a layer, or a network that
+        cannot run with fewer channels.
+    """
+    coupling = Coupling(model, sample)
+    gone = _all_coupled(coupling, labels_of(units, fraction))
+    masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
+    before = size(coupling.model, coupling.sample)
+    smaller, after, logits = without(coupling, gone)
+    difference = near_tie.disagreement(logits, masked)
+    if not difference <= AGREEMENT:
+        logger.warning(
+            "remove: the smaller network differs from the masked one by %.2g of the largest logit: "
+            "something behind a removed unit turns its zero into another number",
+            difference,
+        )
+    return Removal(smaller, gone, before, after, difference)
+
+
+def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, Tensor]:
+    """Return a network without some units, its size and its logits on the sample.
+
+    Raises
+    ------
+    ValueError
+        Nothing would be left of a layer, or the network cannot run with fewer channels.
+    """
+    try:
+        smaller = coupling.without(units)
+        return smaller, *_sized(smaller, coupling.sample)
+    except (RuntimeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            "model: the network does not run with fewer channels, sizes may be written into its "
+            f"code: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def size(model: nn.Module, sample: Tensor) -> Size:
+    """Count parameters, and FLOPs per image.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It is run once, in evaluation mode.
+    sample : Tensor
+        A batch of inputs, ``[N, ...]``.
+    """
+    return _sized(model, sample)[0]
+
+
+def _sized(model: nn.Module, sample: Tensor) -> tuple[Size, Tensor]:
+    """Size of a network, and the logits from which it was counted."""
+    with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
+        logits: Tensor = model(sample.clone())  # it may work in place
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Size(parameters, counter.get_total_flops() // len(sample)), logits
+
+
+def silenced(
+    model: nn.Module, found: Sequence[Site], images: Tensor, units: Iterable[str]
+) -> Tensor:
+    """Logits ``[N, classes]`` of a network with some units at zero, all together."""
+    by_site: dict[str, list[int]] = {}
+    for label in units:
+        name, _, unit = label.rpartition(":")
+        by_site.setdefault(name, []).append(int(unit))
+
+    def zero(site: Site, _call: int, output: Tensor) -> Tensor:
+        index = torch.tensor(by_site[site.name], device=output.device)
+        return output.index_fill(site.axis, index, 0)
+
+    chosen = [site for site in found if site.name in by_site]
+    with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
+        logits: Tensor = model(images.clone())  # it may work in place
+    return logits
+
+
+def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:
+    """Labels of single units, of a list or of what a ranking removes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Fraction and ranking do not come together, or units are no labels.
+    """
+    if isinstance(units, Ranking):
+        if fraction is None:
+            raise ValueError("fraction: expected a number from 0 to 1 beside a ranking, got None")
+        return list(units.units(fraction))
+    if fraction is not None:
+        raise ValueError(f"fraction: expected None beside units given by label, got {fraction!r}")
+    if isinstance(units, str) or not isinstance(units, Sequence):
+        raise TypeError(f'units: expected labels "layer:unit", got {type(units).__name__}')
+    for label in units:
+        if not isinstance(label, str):
+            raise TypeError(f'units: expected labels "layer:unit", got {type(label).__name__}')
+    return [one for label in units for one in label.split("+")]
+
+
+def _all_coupled(coupling: Coupling, labels: Sequence[str]) -> tuple[str, ...]:
+    """All that has to go with these units, each once."""
+    gone: dict[str, None] = {}
+    for label in labels:
+        one = coupling.find(label)
+        if one.obstacle:
+            raise ValueError(f"units: {label!r} cannot be removed: {one.obstacle}")
+        gone.update(dict.fromkeys(one.units))
+    more = len(gone) - len(set(labels))
+    if more > 0:
+        logger.info("remove: %d more units go because they hang together with these", more)
+    return tuple(gone)

@@ -1,0 +1,307 @@
+"""Images and labels from whatever the caller has, checked, in batches of the engine's size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
+
+from pyablate.runtime.host_to_device import sent
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of the data.
+
+    Attributes
+    ----------
+    index : Tensor
+        int64 ``[N]``, index of each image in the data; on the CPU.
+    images : Tensor
+        ``[N, ...]``, in the engine's dtype and on its device.
+    labels : Tensor
+        int64 ``[N]``, on the engine's device.
+    """
+
+    index: Tensor
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def device(self) -> torch.device:
+        """The engine's device."""
+        return self.images.device
+
+    def take(self, image: Tensor) -> Batch:
+        """Only the images at these positions of the batch, int64 on the CPU."""
+        there = sent(image, self.device)
+        return Batch(self.index[image], self.images[there], self.labels[there])
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most ``size`` images, in order."""
+        if len(self) <= size:
+            yield self
+            return
+        parts = (part.split(size) for part in (self.index, self.images, self.labels))
+        for index, images, labels in zip(*parts, strict=True):
+            yield Batch(index, images, labels)
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Return the same images in another dtype."""
+        return Batch(self.index, self.images.to(dtype), self.labels)
+
+
+class Data:
+    """Labelled images, read once per pass and handed out in batches of any size.
+
+    Parameters
+    ----------
+    source : pair of arrays, DataLoader or iterable of (images, labels)
+        A pair is taken whole. Anything else is iterated; batches may have any sizes.
+    dtype, device
+        What the images become.
+
+    Raises
+    ------
+    TypeError
+        Not a pair, not iterable, or items that are not (images, labels).
+    ValueError
+        Empty, lengths or image shapes that differ, labels that are not integers or are
+        negative, images with NaN or infinities; the message says where.
+    """
+
+    def __init__(self, source: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.classes: int | None = None  # labels from here on are errors, once it is known
+        self._shape: tuple[int, ...] | None = None
+        if _is_pair(source):
+            self._source: Iterable[Any] = [tuple(source)]
+        elif isinstance(source, (Tensor, np.ndarray, str, bytes, dict)) or not isinstance(
+            source, Iterable
+        ):
+            raise TypeError(
+                "data: expected (images, labels), a DataLoader or an iterable of (x, y), "
+                f"got {type(source).__name__}"
+            )
+        else:
+            self._source = source
+
+    def __len__(self) -> int:
+        """Count the images; iterates once if the source does not say."""
+        if isinstance(self._source, list):
+            return sum(len(images) for images, _ in self._raw())
+        loader = self._source
+        # A loader with the caller's own batches has no batch size, and its sampler says nothing.
+        known = isinstance(loader, DataLoader) and loader.batch_size and not loader.drop_last
+        sampler = getattr(loader, "sampler", None)
+        if known and isinstance(sampler, Sized):
+            return len(sampler)
+        self.hold()
+        return len(self)
+
+    def hold(self) -> None:
+        """Keep every image in memory, so that the data can be read again and at random."""
+        if not isinstance(self._source, list):
+            # Copies: the source may fill the same memory again and again.
+            self._source = [(images.clone(), labels.clone()) for images, labels in self._raw()]
+
+    def hold_if_read_once(self) -> None:
+        """Keep the images of a source that can be iterated only once, such as a generator."""
+        if iter(self._source) is iter(self._source):
+            self.hold()
+
+    def first(self, count: int) -> Batch:
+        """Look at the first images, ``count`` at most; they are read again later."""
+        self.hold_if_read_once()
+        for batch in self.batches(count):
+            # A copy: networks may work in place, and a batch may be a view of the caller's images.
+            return Batch(batch.index, batch.images.clone(), batch.labels)
+        raise ValueError("data: no images")
+
+    def at(self, index: Tensor) -> Tensor:
+        """Images by index, after :meth:`hold`."""
+        if not isinstance(self._source, list):
+            raise RuntimeError("hold the data before reading it at random")
+        if len(self._source) > 1:
+            self._source = [
+                (
+                    torch.cat([torch.as_tensor(images) for images, _ in self._source]),
+                    torch.cat([torch.as_tensor(labels) for _, labels in self._source]),
+                )
+            ]
+        images = torch.as_tensor(self._source[0][0])
+        return images[index.to(images.device)].to(self.device, self.dtype)
+
+    @property
+    def dataset(self) -> Any:
+        """The data set of a loader that reads it in order, by index; None for other sources."""
+        loader = self._source
+        return loader.dataset if isinstance(loader, DataLoader) and _by_index(loader) else None
+
+    def some(self, index: Sequence[int]) -> Iterator[Batch]:
+        """Hand out only these images of a :attr:`dataset`, given in ascending order."""
+        place = 0
+        for number, item in enumerate(_only(self._source, index)):  # type: ignore[arg-type]
+            images, labels = self._check(number, item)
+            yield Batch(torch.as_tensor(index[place : place + len(images)]), images, labels)
+            place += len(images)
+
+    def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
+        """Hand out batches of ``size`` images (the last may be smaller).
+
+        Parameters
+        ----------
+        size : int
+            Images per batch.
+        part : range, optional
+            Only these images. A pair of tensors, or a loader that reads a data set in order by
+            index, gives them without reading what comes before; any other source is read up to
+            their end.
+        """
+        if part is not None and len(part) == 0:
+            return
+        first = 0 if part is None else part.start
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for images, labels in self._raw() if part is None else self._part(part):
+            start = 0
+            while start < len(images):
+                room = size - sum(len(held) for held, _ in waiting)
+                stop = min(len(images), start + room)
+                waiting.append((images[start:stop], labels[start:stop]))
+                start = stop
+                if sum(len(held) for held, _ in waiting) == size:
+                    yield self._join(first, waiting)
+                    first += size
+                    waiting = []
+            if waiting and not isinstance(self._source, list):
+                # A copy: the source may fill the same memory with its next images.
+                waiting[-1] = (waiting[-1][0].clone(), waiting[-1][1].clone())
+        if waiting:
+            yield self._join(first, waiting)
+        elif first == 0:
+            raise ValueError("data: no images")
+
+    def _join(self, first: int, parts: list[tuple[Tensor, Tensor]]) -> Batch:
+        joined = parts[0][0] if len(parts) == 1 else torch.cat([images for images, _ in parts])
+        images = joined.to(self.device, self.dtype)
+        total = float(images.detach().sum())
+        if not math.isfinite(total):  # as one of them is not, or the sum overflows
+            finite = torch.isfinite(images).flatten(1).all(dim=1)
+            if not bool(finite.all()):
+                where = first + int((~finite).nonzero()[0])
+                raise ValueError(f"data: image {where} holds NaN or infinite values")
+        labels = torch.cat([labels for _, labels in parts])
+        if self.classes is not None and int(labels.max()) >= self.classes:
+            where = int((labels >= self.classes).nonzero()[0])
+            raise ValueError(
+                f"data: label {int(labels[where])} of image {first + where} is outside the "
+                f"model's {self.classes} classes (0 to {self.classes - 1})"
+            )
+        labels = sent(labels, self.device)
+        return Batch(torch.arange(first, first + len(images)), images, labels)
+
+    def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, item in enumerate(self._source):
+            yield self._check(number, item)
+
+    def _part(self, part: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Only some consecutive images, in pieces as they come."""
+        source, place = self._source, 0
+        if isinstance(source, DataLoader) and _by_index(source):
+            source, place = _only(source, part), part.start
+        for number, item in enumerate(source):
+            images, labels = self._check(number, item)
+            own = slice(max(0, part.start - place), max(0, part.stop - place))
+            place += len(images)
+            if len(images[own]):
+                yield images[own], labels[own]
+            if place >= part.stop:
+                return
+
+    def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
+            raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
+        images, labels = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(
+                f"data: batch {number}: expected images [N, ...] and labels [N], got "
+                f"{list(images.shape)} and {list(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"data: batch {number}: labels must be integers, got {labels.dtype}")
+        if len(labels) and int(labels.min()) < 0:
+            raise ValueError(f"data: batch {number}: negative label {int(labels.min())}")
+        shape = tuple(images.shape[1:])
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"data: batch {number}: images of shape {list(shape)}, but earlier ones have "
+                f"{list(self._shape or ())}"
+            )
+        self._shape = shape
+        return images, labels.to("cpu", torch.int64)
+
+
+def gathered(source: Any) -> tuple[Tensor, Tensor]:
+    """All images and labels of a source, as they are, so that they can be split.
+
+    Returns
+    -------
+    images, labels : Tensor
+        ``[N, ...]`` and int64 ``[N]``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :class:`Data` raises.
+    """
+    data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
+    parts = [part for part in data._raw() if len(part[0])]
+    if not parts:
+        raise ValueError("data: no images")
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _by_index(loader: DataLoader[Any]) -> bool:
+    """Whether a loader reads a data set in order, by index, in batches of its own making."""
+    return (
+        isinstance(loader.sampler, SequentialSampler)
+        and isinstance(loader.batch_sampler, BatchSampler)
+        and type(loader) is DataLoader
+    )
+
+
+def _only(loader: DataLoader[Any], part: Sequence[int]) -> DataLoader[Any]:
+    """Return the same loader over a part of its data set."""
+    return DataLoader(
+        Subset(loader.dataset, part),
+        loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # the caller's, or the global one, would be drawn from
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _is_pair(source: Any) -> bool:
+    return (
+        isinstance(source, (tuple, list))
+        and len(source) == 2
+        and all(isinstance(part, (Tensor, np.ndarray)) for part in source)
+    )

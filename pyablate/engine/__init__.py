@@ -1,0 +1,1 @@
+"""The delta engine: one clean run of a batch, and the differences of all ablations."""

@@ -1,0 +1,186 @@
+"""What float32 leaves open, decided in float64: the delta engine once more, on a few images.
+
+Close calls come in crowds: where the intact network hesitates between two classes, so it does for
+nearly every unit. One float64 pass over such an image serves all of its pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyablate.data.dataset import Batch
+from pyablate.engine.job import Job, stand_ins
+from pyablate.engine.replay import Decision, Replay, decision
+from pyablate.engine.suffix import Clean, Suffix, Sweep, needed
+from pyablate.network import near_tie
+from pyablate.network.graph import Graph
+from pyablate.runtime.chunking import LARGEST
+from pyablate.runtime.host_to_device import sent
+
+logger = logging.getLogger("pyablate")
+
+SLICE = 16 << 20
+"""Bytes of the widest delta of one slice of pairs."""
+
+IMAGES = 32
+"""Images whose float64 tensors are held at a time, fewer where these are large."""
+
+AGREE = 1e-9
+"""Share of the largest competing logit by which the graph may differ from the model in float64."""
+
+
+@dataclass(eq=False)
+class Exact:
+    """The captured network in float64.
+
+    Attributes
+    ----------
+    graph : Graph
+        With constants in float64.
+    replay : Replay
+        The model itself in float64, for donors and statistics.
+    recomputed : set of Job
+        Jobs of which the perturbed values are computed instead of differences: base + (after -
+        before) is not after where numbers that are equal are compared, where something is NaN or
+        infinite, or where 1 becomes 1e-20 and counts as that.
+    """
+
+    graph: Graph
+    replay: Replay
+    recomputed: set[Job] = field(default_factory=set)
+    _watched: tuple[Tensor, dict[fx.Node, Any]] | None = None
+
+    def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
+        """Hold the clean run of a few images of a batch, which all jobs are going to read.
+
+        Parameters
+        ----------
+        batch : Batch
+            Where the images are.
+        image : Tensor
+            int64, ascending, on the CPU: their positions.
+        keep : iterable of fx.Node
+            What the jobs read.
+
+        Returns
+        -------
+        Tensor
+            Their logits, float64 on the CPU.
+        """
+        few = batch.take(image).to(torch.float64)
+        with torch.no_grad():
+            tensors = self.graph.run(few.images, {self.graph.logits, *keep})
+        self._watched = few.index, tensors
+        logits: Tensor = tensors[self.graph.logits]
+        return logits.cpu()
+
+    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
+        """Class of each pair; see :meth:`pyablate.engine.replay.Replay.decide`."""
+        return decision(self.logits(batch, job, row, image))
+
+    def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
+        """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""
+        used, inverse = image.unique(return_inverse=True)
+        size = self._images
+        parts = [
+            (batch.take(some).to(torch.float64), inverse - start)
+            for start, some in zip(range(0, len(used), size), used.split(size), strict=True)
+        ]
+        with torch.no_grad():
+            found = [self._few(few, job, row, position) for few, position in parts]
+        rows = torch.cat([where for where, _ in found])
+        logits = torch.cat([logits for _, logits in found]).cpu()[rows.argsort()]
+        lost = (~near_tie.usable(logits)).nonzero().squeeze(1)
+        if len(lost):  # what is infinite inside the intact network has no difference
+            logits[lost] = self.replay.logits(batch, job, row[lost], image[lost])
+        return logits
+
+    def _few(
+        self, few: Batch, job: Job | None, row: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which pairs lie on these images (``position`` within them), and their logits."""
+        mine = ((position >= 0) & (position < len(few))).nonzero().squeeze(1)
+        row, image = row[mine], position[mine]
+        rows, images = sent(row, few.device), sent(image, few.device)
+        suffix = None if job is None else self._suffix(job)
+        keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
+        tensors = self._clean(few, keep)
+        clean_logits: Tensor = tensors[self.graph.logits]
+        logits = clean_logits[images]
+        if suffix is None or job is None or self.graph.logits not in suffix.nodes:
+            return mine, logits
+        prediction = clean_logits.argmax(dim=1).to(torch.int32)
+        clean = Clean(tensors, clean_logits, prediction, torch.zeros_like(clean_logits[:, 0]))
+        replay = self.replay
+        standins = stand_ins(
+            replay.model, replay.data, few, job, replay.statistics, at_a_time=replay.rows
+        )
+        sweep = Sweep(suffix, clean, standins)
+        size = suffix.pairs_in(SLICE)(torch.float64)
+        parts = (whole.split(size) for whole in (rows, images, logits))
+        if job in self.recomputed:
+            for some, where, part in zip(*parts, strict=True):
+                part.copy_(sweep.recompute(some, where))
+            return mine, logits
+        if job.channelwise:
+            sweep.advance()
+        for some, where, part in zip(*parts, strict=True):
+            change = sweep.change(some, where, torch.float64)
+            if change is None:
+                continue
+            part += change.logits  # in place: a view
+            if change.lost is not None and bool(change.lost.any()):
+                lost = change.lost
+                part[lost] = sweep.recompute(some[lost], where[lost])
+        return mine, logits
+
+    def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Any]:
+        """Run the intact network on a few images, or take what is held of them."""
+        if self._watched is not None:
+            index, tensors = self._watched
+            place = torch.searchsorted(index, few.index).clamp(max=len(index) - 1)
+            if keep <= tensors.keys() and torch.equal(index[place], few.index):
+                place = sent(place, few.device)
+                return {node: self.graph.pick(node, tensors[node], place) for node in keep}
+        return self.graph.run(few.images, keep)
+
+    def _suffix(self, job: Job) -> Suffix:
+        if job not in self._suffixes:
+            self._suffixes[job] = Suffix.of(self.graph, job)
+        return self._suffixes[job]
+
+    @cached_property
+    def _images(self) -> int:
+        return max(1, min(IMAGES, LARGEST // (8 * self.graph.widest)))
+
+    @cached_property
+    def _suffixes(self) -> dict[Job, Suffix]:
+        return {}
+
+
+def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:
+    """Decide by the captured network where it computes in float64 what the model does."""
+    if graph is None or replay.dtype != torch.float64:
+        return replay
+    constants = {
+        node: graph.in_double(node) if value.is_floating_point() else value
+        for node, value in graph.constants.items()
+        if isinstance(value, Tensor)
+    }
+    found = Exact(replace(graph, constants={**graph.constants, **constants}), replay)
+    every = torch.arange(len(sample))
+    expected = replay.logits(sample, None, every, every)
+    try:
+        logits = found.logits(sample, None, every, every)
+    except RuntimeError as error:  # an operator with a dtype of its own
+        logger.debug("the graph does not run in float64: %s", error)
+        return replay
+    close = near_tie.disagreement(logits, expected) <= AGREE
+    return found if logits.dtype == torch.float64 and close else replay

@@ -1,0 +1,341 @@
+"""The ablations of one run: which rows there are, and what each does to a site's tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pyablate import ops
+from pyablate.data.dataset import Batch, Data
+from pyablate.interventions import Intervention, donors, gaussian
+from pyablate.network.sites import Site, hooked
+from pyablate.runtime.host_to_device import sent
+
+Key = tuple[str, int]  # (site name, call number)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of a site's units over all images and positions.
+
+    Attributes
+    ----------
+    mean, std : Tensor
+        Float64 ``[channels]``.
+    class_mean : Tensor
+        Float64 ``[class, channels]``, over the images of each class.
+    shape : tuple of int
+        Of a unit's map; a module may be called with maps of several sizes.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_mean: Tensor
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Ablations that share their sites, and so the part of the network that they change.
+
+    Attributes
+    ----------
+    sites : tuple of Site
+        Where these ablations act.
+    rows : range
+        Their rows in the result.
+    members : tuple of tuples of (site name, unit)
+        What each of them ablates; a unit is a direction's number under ``direction``.
+    intervention : Intervention
+        What stands in.
+    grouped : bool
+        Whether these are groups that the caller named, of one unit or more.
+    """
+
+    sites: tuple[Site, ...]
+    rows: range
+    members: tuple[tuple[tuple[str, int], ...], ...]
+    intervention: Intervention
+    grouped: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people: the layers."""
+        return "+".join(site.name for site in self.sites)
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether each ablation changes whole channels of one site, each by itself."""
+        return len(self.sites) == 1 and self.intervention.kind != "direction"
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether each ablation changes one channel of one site, and nothing else there."""
+        return self.channelwise and all(len(members) == 1 for members in self.members)
+
+    @cached_property
+    def units(self) -> Tensor:
+        """int64 [column]: the unit of each ablation, or all that channelwise groups are made of."""
+        if self.single:
+            return torch.tensor([members[0][1] for members in self.members])
+        return torch.tensor(sorted({unit for members in self.members for _, unit in members}))
+
+    @cached_property
+    def belongs(self) -> Tensor:
+        """Bool [row, column]: whether a channelwise ablation changes the unit of a column."""
+        return self.masks[self.sites[0].name][:, self.units]
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the columns are all units of the site in order."""
+        return self.units.tolist() == list(range(self.sites[0].channels))
+
+    def on(self, device: torch.device) -> OnDevice:
+        """Give what lists the members on a device, sent there once."""
+        if device not in self._there:
+            self._there[device] = OnDevice(self, device)
+        return self._there[device]
+
+    @cached_property
+    def _there(self) -> dict[torch.device, OnDevice]:
+        return {}
+
+    def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
+        """Ablate: row ``row[p]`` of this job on the p-th of some images.
+
+        Parameters
+        ----------
+        site : Site
+            Which of the job's sites ``values`` belongs to.
+        values : Tensor
+            ``[P, ...]``, the site's tensor for each pair.
+        row : Tensor
+            int64 ``[P]``, position in ``members``.
+        standin : callable
+            ``standin(pair, unit)`` gives replacement maps for int64 vectors of equal length.
+
+        Returns
+        -------
+        Tensor
+            ``[P, ...]``, a new tensor.
+        """
+        if self.intervention.kind == "direction":
+            return self._project(site, values, row)
+        if self.single:
+            every = torch.arange(len(row), device=row.device)
+            unit = self.on(row.device).units[row]
+            return _masked(site, values, unit, standin(every, unit))
+        changed = values.clone()
+        view = changed.movedim(site.axis, 1)
+        pair, unit = self.on(row.device).members[site.name].of(row)
+        value = standin(pair, unit).to(values.dtype)
+        view[pair, unit] = value.expand(len(pair), *view.shape[2:])
+        return changed
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool [row, channels] of each site: which units each ablation touches."""
+        masks = {
+            site.name: torch.zeros(len(self.members), site.channels, dtype=torch.bool)
+            for site in self.sites
+        }
+        for row, members in enumerate(self.members):
+            for name, unit in members:
+                masks[name][row, unit] = True
+        return masks
+
+    def _project(self, site: Site, values: Tensor, row: Tensor) -> Tensor:
+        """Take a - (a . q) q across the units; rows without a direction here are left alone."""
+        q = self.on(values.device).axes(site, values.dtype)[row]
+        last = values.movedim(site.axis, -1)
+        along = torch.einsum("p...c,pc->p...", last, q)
+        q = q.reshape(len(row), *[1] * (last.ndim - 2), -1)
+        return (last - along.unsqueeze(-1) * q).movedim(-1, site.axis).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Units or columns of each ablation of a job.
+
+    Attributes
+    ----------
+    listed : Tensor
+        Bool ``[row, C]``, on the CPU: whether it has it.
+    device : torch.device
+        Where they are looked up.
+    """
+
+    listed: Tensor
+    device: torch.device
+
+    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """List all (pair, member) of pairs with these rows, int64 ``[P]``; some may come twice.
+
+        Their number is not known on the host, and on a device would have to be waited for: there
+        every row is filled up with its own first member, which is harmless to write again.
+        """
+        if row.device.type == "cpu":
+            pair, member = self.listed[row].nonzero(as_tuple=True)
+            return pair, member
+        member = self._padded[row]
+        pair = torch.arange(len(row), device=row.device).unsqueeze(1).expand_as(member)
+        return pair.reshape(-1), member.reshape(-1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """As :attr:`listed`, on the device."""
+        return sent(self.listed, self.device)
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        """int64 ``[row, most]``."""
+        members = [row.nonzero().squeeze(1) for row in self.listed]
+        most = max(len(own) for own in members)
+        padded = [torch.cat([own, own[:1].expand(most - len(own))]) for own in members]
+        return sent(torch.stack(padded), self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class OnDevice:
+    """What the work on a device has to know of a job's members."""
+
+    job: Job
+    device: torch.device
+    _axes: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def units(self) -> Tensor:
+        """As :attr:`Job.units`."""
+        return sent(self.job.units, self.device)
+
+    @cached_property
+    def columns(self) -> Members:
+        """Columns of each channelwise ablation."""
+        return Members(self.job.belongs, self.device)
+
+    @cached_property
+    def members(self) -> dict[str, Members]:
+        """Units of each ablation, by site; each has some at every site of its job."""
+        return {name: Members(mask, self.device) for name, mask in self.job.masks.items()}
+
+    def axes(self, site: Site, dtype: torch.dtype) -> Tensor:
+        """Direction of each row, ``[row, channels]``; zeros where a row has none here."""
+        if (site.name, dtype) not in self._axes:
+            matrix = self.job.intervention.matrix(site.name, site.channels)
+            axes = matrix.new_zeros(len(self.job.members), site.channels)
+            for number, members in enumerate(self.job.members):
+                for name, unit in members:
+                    if name == site.name:
+                        axes[number] = matrix[:, unit]
+            self._axes[site.name, dtype] = sent(axes.to(dtype), self.device)
+        return self._axes[site.name, dtype]
+
+
+PairValues = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Replacement values for one batch of images.
+
+    Attributes
+    ----------
+    intervention : Intervention
+        What stands in.
+    batch : Batch
+        The images.
+    statistics : mapping
+        Of each (site name, call), where the intervention needs them.
+    donor_maps : mapping
+        ``[N, channels, ...]`` of each (site name, call) on each image's donor, for resample.
+    """
+
+    intervention: Intervention
+    batch: Batch
+    statistics: Mapping[Key, Statistics]
+    donor_maps: Mapping[Key, Tensor]
+
+    def values(self, site: Site, call: int, image: Tensor, unit: Tensor) -> Tensor:
+        """Give replacement maps of some units on some images.
+
+        Parameters
+        ----------
+        site, call : Site, int
+            Where.
+        image, unit : Tensor
+            int64, position in the batch and unit; shapes that broadcast together.
+
+        Returns
+        -------
+        Tensor
+            Their broadcast shape, then the shape of a map or as many ones.
+        """
+        kind, key = self.intervention.kind, (site.name, call)
+        if kind == "resample":
+            return self.donor_maps[key][image, unit]
+        if kind == "noise":
+            known = self.statistics[key]
+            positions = math.prod(known.shape)
+            draw = gaussian(self.intervention.seed, site.name, self._index[image], unit, positions)
+            noise = known.mean[unit].unsqueeze(-1) + known.std[unit].unsqueeze(-1) * draw
+            return noise.reshape(*noise.shape[:-1], *known.shape)
+        if kind == "mean":
+            value = self.statistics[key].mean[unit]
+        elif kind == "class_mean":
+            value = self.statistics[key].class_mean[self.batch.labels[image], unit]
+        else:
+            shape = torch.broadcast_shapes(image.shape, unit.shape)
+            value = unit.new_full((), self.intervention.value, dtype=torch.float64).expand(shape)
+        return value.reshape(*value.shape, *[1] * (len(site.shape) - 1))
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return sent(self.batch.index, self.batch.device)
+
+
+def stand_ins(
+    model: nn.Module,
+    data: Data,
+    batch: Batch,
+    job: Job,
+    statistics: Mapping[Key, Statistics],
+    *,
+    at_a_time: int,
+) -> StandIns:
+    """Prepare the replacement values of a job's sites for one batch, ``at_a_time`` donors each."""
+    maps: dict[Key, Tensor] = {}
+    if job.intervention.kind == "resample":
+        donor = torch.from_numpy(donors(job.intervention.seed, len(data)))
+        images = data.at(donor[batch.index]).to(batch.images.dtype)
+        parts = [clean_maps(model, some, job.sites) for some in images.split(at_a_time)]
+        maps = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
+    return StandIns(job.intervention, batch, statistics, maps)
+
+
+def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[Key, Tensor]:
+    """Site tensors of a clean forward pass, units moved to axis 1."""
+    maps: dict[Key, Tensor] = {}
+
+    def keep(site: Site, call: int, output: Tensor) -> Tensor:
+        maps[site.name, call] = output.detach().movedim(site.axis, 1).clone()
+        return output
+
+    rows = len(images)
+    with hooked(model, sites, keep), torch.no_grad():
+        # At least two rows: some networks squeeze a batch of one away.
+        model(images.clone() if rows > 1 else torch.cat([images, images]))  # it may work in place
+    return {key: value[:rows] for key, value in maps.items()}
+
+
+def _masked(site: Site, values: Tensor, unit: Tensor, replacement: Tensor) -> Tensor:
+    """Copy a site's tensor with one unit of each row replaced by ``[P, ...]`` maps or ones."""
+    image = torch.arange(len(values), dtype=torch.int32, device=values.device)
+    if replacement.numel() == len(values):
+        replacement = replacement.reshape(len(values))
+    replacement = replacement.to(values.dtype)
+    return ops.masked_copies(values, image, unit.to(torch.int32), replacement, axis=site.axis)

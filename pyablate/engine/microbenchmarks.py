@@ -1,0 +1,113 @@
+"""What this machine was measured to do: the figures that plans and precisions rest on."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyablate import ops
+from pyablate.engine import int8_conv
+
+LONG_ENOUGH = 0.04
+"""Seconds that one measurement takes: several times the turn of a process on a busy machine."""
+
+
+@functools.cache
+def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) -> float:
+    """Operations per second of a 64 -> 64 channel 3 x 3 convolution, channels last.
+
+    Parameters
+    ----------
+    device : str
+        Where.
+    dtype : torch.dtype
+        Of images and weights; ``torch.int8`` for 8-bit integers.
+    alone : bool
+        On one thread of a processor. Threads wait for each other, and on a busy machine so long
+        that all arithmetic looks alike: rates that are to be compared are measured like this.
+
+    Returns
+    -------
+    float
+        The best of many short runs; 0 where the device cannot do it. Measured once.
+    """
+    x = torch.ones(64, 64, 14, 14, device=device)
+    w = torch.ones(64, 64, 3, 3, device=device)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    try:
+        with torch.no_grad(), _one_thread() if alone else nullcontext():
+            seconds = _best(_convolution(x, w, dtype), device)
+    except RuntimeError:
+        return 0.0
+    return 2.0 * x.numel() * 64 * 9 / seconds
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    if dtype != torch.int8:
+        x, w = x.to(dtype), w.to(dtype)
+        return lambda: functional.conv2d(x, w, padding=1)
+    if x.device.type != "cpu" or not int8_conv.available():
+        raise RuntimeError("no convolutions in 8-bit integers here")
+    filters = int8_conv.prepare(w, ([1, 1], [1, 1], [1, 1]), list(x.shape))
+    codes = x.to(torch.uint8)
+    return lambda: int8_conv.convolve(codes, filters)
+
+
+@functools.cache
+def unit_rate(device: str) -> float:
+    """Operations per second of the first convolution after a unit (``ops.unit_delta``)."""
+    maps = torch.ones(16, 16, 14, 14, device=device)
+    filters = torch.ones(16, 3, 3, 64, device=device)
+    channel, pair = (torch.arange(n, dtype=torch.int32, device=device) for n in (16, 256))
+    image, column = pair % 16, pair // 16
+
+    def work() -> Tensor:
+        return ops.unit_delta(maps, filters, channel, image, column, padding=1)
+
+    return 2.0 * work().numel() * 9 / _best(work, device)
+
+
+@functools.cache
+def change_rate(device: str) -> float:
+    """Bytes per second of differences read and written by ``ops.delta_activation`` in bfloat16.
+
+    They lie in a cache mostly, so this is more than memory gives.
+    """
+    delta = torch.ones(512, 4096, device=device, dtype=torch.bfloat16)
+    base = torch.ones(4, 4096, device=device)
+    image = torch.arange(512, dtype=torch.int32, device=device) // 128
+    relu = ops.Activation("relu")
+
+    def work() -> Tensor:
+        return ops.delta_activation(base, delta, image, relu, out=delta)
+
+    return 4.0 * delta.numel() / _best(work, device)
+
+
+def _best(work: Callable[[], Tensor], device: str) -> float:
+    """Seconds of the fastest of many runs: others may be at work, and a few runs hit upon them."""
+    best, end = float("inf"), time.perf_counter() + LONG_ENOUGH
+    begin = 0.0
+    while begin < end:
+        begin = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best

@@ -1,0 +1,138 @@
+"""What a delta rule may look at, and the rule that holds for every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from pyablate.network.aten import DIVISIONS, SAME
+from pyablate.network.graph import Graph, operands, remembered
+from pyablate.ops import Codes
+
+KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
+"""Shares of a change that have to be left of base + delta where relative errors count."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """A changed value itself, for tensors that have no difference: integers and booleans."""
+
+    value: Tensor
+
+
+class Pairs(Protocol):
+    """What a rule may look at: one slice of pairs."""
+
+    graph: Graph
+    dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
+    eight_bit: bool  # whether convolutions run in 8-bit integers
+    codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
+    steps: list[Tensor]  # of the codes that 8-bit convolutions have read
+    lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.precision_cascade.Changed`
+    image: Tensor  # int32 [P], position in the batch
+    image_long: Tensor  # int64 [P], the same
+    column: Tensor  # int64 [P], position in the job
+
+    def raw(self, node: fx.Node) -> Any:
+        """Return the delta of a node as held: Tensor, Channel, Pending, Full, list, or None."""
+
+    def delta(self, node: fx.Node) -> Any:
+        """Return the same with a Channel or what is pending spelt out."""
+
+    def base(self, node: fx.Node) -> Tensor:
+        """Return a tensor of the clean run, ``[N, ...]``."""
+
+    def rows(self, node: fx.Node) -> Any:
+        """Return it gathered per pair, ``[P, ...]``; constants as they are."""
+
+    def plain(self, node: fx.Node) -> bool:
+        """Whether the clean tensor has exactly one row per image, first."""
+
+
+Rule = Callable[[Pairs, fx.Node], Any]
+
+
+def difference(pairs: Pairs, node: fx.Node) -> Any:
+    """f(base + d) - f(base): right for every operator, at the price of a clean value."""
+    after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
+    before = pairs.rows(node)
+    if isinstance(after, (list, tuple)):
+        return [_subtract(a, b) for a, b in zip(after, before, strict=True)]
+    return _subtract(after, before)
+
+
+def _perturbed(pairs: Pairs, node: fx.Node) -> Any:
+    delta = pairs.delta(node)
+    if delta is None:
+        return pairs.rows(node)
+    if isinstance(delta, Full):
+        return delta.value
+    if isinstance(delta, (list, tuple)):
+        return [
+            b if d is None else d.value if isinstance(d, Full) else b + d
+            for d, b in zip(delta, pairs.rows(node), strict=True)
+        ]
+    return pairs.rows(node) + delta
+
+
+def _subtract(after: Any, before: Any) -> Any:
+    if not isinstance(after, Tensor):
+        return None
+    if not after.is_floating_point():
+        return Full(after)
+    # Masked scores are minus infinity before and after: no change, rather than NaN.
+    return torch.where(after == before, torch.zeros_like(after), after - before)
+
+
+def changing(pairs: Pairs, node: fx.Node) -> list[fx.Node]:
+    """Arguments that change; x * x names x twice."""
+    return [source for source in operands(node) if pairs.raw(source) is not None]
+
+
+def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
+    """Give up pairs that all but cancel in front of a function without a bounded slope.
+
+    Of base + delta, the less is left the less is known: where 1 has become 1e-9, float32 knows no
+    digit of that, and a division or a logarithm makes as much of it as of any other number.
+    """
+    source = node.args[1] if node.target in DIVISIONS else node.args[0]
+    delta = pairs.delta(source) if isinstance(source, fx.Node) else None
+    if not isinstance(delta, Tensor) or not isinstance(source, fx.Node):
+        return
+    left = (pairs.rows(source) + delta).abs()
+    share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
+    lost = left < share * delta.abs()
+    if pairs.plain(source):
+        pairs.lost.append(lost.flatten(1).any(dim=1) if lost.ndim > 1 else lost)
+    else:
+        pairs.lost.append(lost.any().expand(len(pairs.image)))
+
+
+def linear(pairs: Pairs, node: fx.Node) -> Any:
+    """Apply a map that is linear in its one tensor argument."""
+    return pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+
+
+def full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
+    """Broadcast as the clean operands were broadcast."""
+    shape = pairs.graph.shape(node, len(pairs.image))
+    return delta if list(delta.shape) == shape else delta.expand(shape)
+
+
+@remembered
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Nodes that compute something from a node."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += readers_of(user) if user.target in SAME else [user]
+    return found
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """Return the one node that computes something from a node, or None if there are others."""
+    readers = readers_of(node)
+    return readers[0] if len(readers) == 1 else None

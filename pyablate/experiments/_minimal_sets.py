@@ -1,0 +1,236 @@
+"""For each class, few units without which it is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from pyablate.experiments.accuracies import balanced_accuracy, class_accuracy
+from pyablate.experiments.split import split
+from pyablate.experiments.units import best_first, class_number, labels_of, opened
+from pyablate.interventions import Intervention
+from pyablate.network.sites import select
+from pyablate.results.result import AblationResult, Floats
+from pyablate.runs._ablate import ablate
+
+logger = logging.getLogger("pyablate")
+
+FIRST = 8
+"""Sizes tried in the first run; each further run doubles the size reached."""
+
+LARGEST = 64
+"""Size of a set at which the search ends, unless told otherwise."""
+
+Set = frozenset[int]
+Ablated = Callable[[Sequence[Set]], AblationResult]
+
+
+def minimal_sets(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str],
+    *,
+    classes: str | int | Sequence[str | int] | None = None,
+    chance: float | None = None,
+    largest: int | None = None,
+    prune: bool = True,
+    seed: int = 0,
+    intervention: str | Intervention = "zero",
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> MinimalSets:
+    """Find, for each class, a smallest set of units whose removal takes it to chance.
+
+    Greedy, and each step an ablation: units are added by their single drops of the class, largest
+    first, until the accuracy of the class is at most ``chance``; then, one at a time, units are put
+    back without which the class stays at chance, the one that matters least first. What is left
+    is *irreducible*: no unit of it can be put back. A smaller set of other units may exist; only
+    all subsets would tell.
+
+    The images are split at random into halves, class by class: sets are found on one half, and
+    every figure but ``chosen_accuracy`` is measured on the other.
+
+    Parameters
+    ----------
+    model, data
+        As for :func:`pyablate.ablate`; the images are held in memory.
+    layers : str or sequence of str
+        Names or globs; sets may take units from all of them.
+    classes : str, int, or sequence of these, optional
+        Names or numbers; by default all classes with images.
+    chance : float, optional
+        Accuracy of a class that counts as lost; by default 1 / number of classes.
+    largest : int, optional
+        Size up to which sets are tried; by default 64, or all units if they are fewer.
+    prune : bool
+        Whether to put units back. Each round is a run of its own.
+    seed : int
+        Of the split, and as for :func:`pyablate.ablate`.
+    intervention, class_names, **options
+        As for :func:`pyablate.ablate`; directions cannot be removed together.
+
+    Returns
+    -------
+    MinimalSets
+
+    Raises
+    ------
+    ValueError, TypeError
+        Unknown layers or classes, options out of range, and whatever :func:`pyablate.ablate`
+        raises.
+    """
+    if chance is not None and not 0 <= chance < 1:
+        raise ValueError(f"chance: expected a share from 0 to below 1, got {chance!r}")
+    if largest is not None and (not isinstance(largest, int) or largest < 1):
+        raise ValueError(f"largest: expected at least 1, got {largest!r}")
+    halves = split(data, seed=seed)
+    ready = opened(model, halves.choosing, options.get("device"))
+    units = labels_of(select(ready.sites, layers))
+    common = {"intervention": intervention, "class_names": class_names, "seed": seed, **options}
+
+    def ablated(sets: Sequence[Set]) -> AblationResult:
+        groups = [[units[unit] for unit in sorted(each)] for each in sets]
+        return ablate(model, halves.choosing, groups=groups, **common)
+
+    single = ablate(model, halves.choosing, layers, **common)
+    targets = _targets(single, classes)
+    rows = single.rows(units)
+    orders = {t: best_first(single.class_accuracy_drop[rows, t]).tolist() for t in targets}
+    level = 1 / single.classes if chance is None else chance
+    found = _grown(ablated, orders, level, min(largest or LARGEST, len(units)))
+    if prune:
+        _prune(ablated, found, level)
+    distinct = list(dict.fromkeys(each.units for each in found.values()))
+    groups = [[units[unit] for unit in sorted(each)] for each in distinct]
+    result = ablate(model, halves.measuring, groups=groups, **common)
+    place = {each: row for row, each in enumerate(distinct)}
+    lines = [
+        _line(result, target, each, place[each.units], orders[target], units)
+        for target, each in found.items()
+    ]
+    return MinimalSets(pd.DataFrame(lines), level, result)
+
+
+@dataclass(frozen=True, eq=False)
+class MinimalSets:
+    """Sets of units without which a class is lost.
+
+    Attributes
+    ----------
+    table : pandas.DataFrame
+        One row per class: ``class``; ``reached``, whether chance was reached on the half on which
+        sets are chosen (if not, the set is the most harmful one tried); ``size`` and ``units``
+        (tuple of labels, the largest single drop first); ``chosen_accuracy`` of the class on that
+        half; and on the other half ``baseline_accuracy``, ``accuracy``, ``balanced_accuracy`` of
+        the class and ``others_drop``, accuracy drop of the images of all other classes.
+    chance : float
+        Accuracy that counts as chance.
+    result : AblationResult
+        The ablations of the sets on the half on which they are measured, with their audit.
+    """
+
+    table: pd.DataFrame
+    chance: float
+    result: AblationResult
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A set for a class, and the accuracy of the class without it."""
+
+    units: Set
+    accuracy: float
+    reached: bool
+
+
+def _targets(single: AblationResult, classes: Any) -> list[int]:
+    if classes is None:
+        return np.flatnonzero(single.class_sizes > 0).tolist()
+    given = [classes] if isinstance(classes, (str, int)) else list(classes)
+    numbers = [class_number(single, each) for each in given]
+    for number in numbers:
+        if single.class_sizes[number] == 0:
+            raise ValueError(f"classes: no images of class {single.class_names[number]!r}")
+    if not numbers:
+        raise ValueError("classes: expected at least one class, got none")
+    return list(dict.fromkeys(numbers))
+
+
+def _grown(
+    ablated: Ablated, orders: Mapping[int, list[int]], level: float, largest: int
+) -> dict[int, _Found]:
+    """Add units in order until each class is at chance; sizes by rounds that double."""
+    best: dict[int, _Found] = {}
+    done, size = 0, min(FIRST, largest)
+    while True:
+        waiting = [t for t in orders if t not in best or not best[t].reached]
+        sets = {t: [frozenset(orders[t][:n]) for n in range(done + 1, size + 1)] for t in waiting}
+        accuracies = _accuracies(ablated, sets)
+        for target in waiting:
+            values = accuracies[target]
+            at = np.flatnonzero(values <= level)
+            place = int(at[0]) if len(at) else int(values.argmin())
+            here = _Found(sets[target][place], float(values[place]), bool(len(at)))
+            if target not in best or here.reached or here.accuracy < best[target].accuracy:
+                best[target] = here
+        if size == largest or all(each.reached for each in best.values()):
+            return best
+        done, size = size, min(2 * size, largest)
+
+
+def _prune(ablated: Ablated, found: dict[int, _Found], level: float) -> None:
+    """Put back units that are not needed, one for each class and round."""
+    open_ = [target for target, each in found.items() if each.reached and len(each.units) > 1]
+    while open_:
+        sets = {t: [found[t].units - {unit} for unit in sorted(found[t].units)] for t in open_}
+        accuracies = _accuracies(ablated, sets)
+        shorter = []
+        for target in open_:
+            place = int(accuracies[target].argmin())
+            accuracy = float(accuracies[target][place])
+            if accuracy <= level:
+                found[target] = _Found(sets[target][place], accuracy, reached=True)
+                if len(found[target].units) > 1:
+                    shorter.append(target)
+        logger.info("minimal sets: a unit less in %d of %d sets", len(shorter), len(open_))
+        open_ = shorter
+
+
+def _accuracies(ablated: Ablated, sets: Mapping[int, Sequence[Set]]) -> dict[int, Floats]:
+    """Accuracy of each class with each of its sets ablated; equal sets once."""
+    distinct = list(dict.fromkeys(each for several in sets.values() for each in several))
+    accuracy = class_accuracy(ablated(distinct))
+    place = {each: row for row, each in enumerate(distinct)}
+    return {
+        target: accuracy[[place[each] for each in several], target]
+        for target, several in sets.items()
+    }
+
+
+def _line(
+    result: AblationResult,
+    target: int,
+    found: _Found,
+    row: int,
+    order: Sequence[int],
+    units: Sequence[str],
+) -> dict[str, Any]:
+    others = result.class_sizes.sum() - result.class_sizes[target]
+    net = (result.lost - result.gained)[row]
+    return {
+        "class": result.class_names[target],
+        "reached": found.reached,
+        "size": len(found.units),
+        "units": tuple(units[unit] for unit in order if unit in found.units),
+        "chosen_accuracy": found.accuracy,
+        "baseline_accuracy": result.baseline_class_accuracy[target],
+        "accuracy": class_accuracy(result)[row, target],
+        "balanced_accuracy": balanced_accuracy(result)[row, target],
+        "others_drop": (net.sum() - net[target]) / others if others else np.nan,
+    }

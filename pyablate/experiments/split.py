@@ -1,0 +1,61 @@
+"""Images to choose units on, and other images to measure on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyablate.analysis.statistics import random_half
+from pyablate.data.dataset import gathered
+
+Images = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Labelled images in two parts.
+
+    Attributes
+    ----------
+    choosing, measuring : tuple of Tensor
+        Images ``[N, ...]`` and int64 labels ``[N]``.
+    """
+
+    choosing: Images
+    measuring: Images
+
+
+def split(data: Any, *, seed: int) -> Halves:
+    """Split images at random into halves, class by class.
+
+    What is chosen for its effect on some images looks better on them than it is; measured on
+    others it does not.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Data that cannot be read, a negative seed, fewer than two images.
+    """
+    check_seed(seed)
+    images, labels = gathered(data)
+    if len(labels) < 2:
+        raise ValueError(f"data: expected at least 2 images to split, got {len(labels)}")
+    classes = int(labels.max()) + 1
+    half = random_half(labels.numpy(), classes, np.random.default_rng(seed))
+    if half.all() or not half.any():  # single images of their classes, all on one side
+        half[0] = not half[0]
+    first = torch.from_numpy(half)
+    return Halves(
+        (images[first.to(images.device)], labels[first]),
+        (images[~first.to(images.device)], labels[~first]),
+    )
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")

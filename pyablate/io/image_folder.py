@@ -1,0 +1,269 @@
+"""A folder of images with one sub-folder per class, decoded while it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyablate.runtime.locks import a_moment
+from pyablate.runtime.out_of_memory import is_shortage
+
+_log = logging.getLogger("pyablate")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+# The limit above which Pillow itself suspects a decompression bomb.
+MAX_PIXELS = 89_478_485
+_GREY_MODES = ("1", "L", "LA")
+_DEEP_MODES = ("I", "F")  # more than 8 bits; Pillow would clip them
+_LOOKED_AT = 16
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """The images below `folder`, in the order of class and file name.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds one sub-folder per class; the sorted names of the sub-folders are the classes.
+    limit : int, optional
+        Number of images, taken in turn from every class, because files come sorted by class.
+    size : int or (int, int), optional
+        Scale the shorter side to `size`, then cut out the central square of `size` pixels; a pair
+        gives the two lengths apart, as in ``(256, 224)``. By default images stay as they are.
+    channels : {1, 3}, optional
+        Grey or RGB. By default as many as `mean` has entries, else RGB unless the images looked at
+        first are all grey.
+    mean, std : sequence of float, optional
+        Per channel, subtracted and divided by, after scaling to ``[0, 1]``.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names of the sub-folders.
+
+    Raises
+    ------
+    ImportError
+        Pillow is not installed.
+    OSError
+        The folder cannot be read.
+    ValueError
+        There are no sub-folders or no images, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        _pillow()  # missing, it is missed now and not at the first image
+        self._folder = folder
+        self._size = None if size is None else _scale_and_crop(size)
+        self.classes = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p)))
+        if not self.classes:
+            raise ValueError(f"data: expected one sub-folder per class in {str(folder)!r}, found 0")
+        self.files = _spread([_images(folder / name) for name in self.classes], limit)
+        if not self.files:
+            kinds = " ".join(SUFFIXES)
+            raise ValueError(f"data: expected images ({kinds}) below {str(folder)!r}, found none")
+        self._warn_of_empty_classes()
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
+        self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
+        self._mean, self._std = moments(mean, std, self.channels)
+        self._first_shape: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return image `index`, float32 ``[channels, H, W]``, and its class index.
+
+        Raises
+        ------
+        ValueError
+            The file is damaged, too large, or of another size than the first one read.
+        """
+        path, label = self.files[index]
+        with _decoding(path):
+            return self._read(path), label
+
+    def listing(self) -> Iterator[str]:
+        """Name each image by class and path below its folder, with the size of its file."""
+        for path, label in self.files:
+            name = path.relative_to(self._folder).as_posix()
+            yield f"{label} {path.stat().st_size} {name}"
+
+    def _read(self, path: Path) -> Tensor:
+        pixels = self._decode(path)
+        image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1) / 255
+        self._first_shape = self._first_shape or tuple(image.shape)
+        if tuple(image.shape) != self._first_shape:
+            raise ValueError(
+                f"data: expected images of one size {list(self._first_shape)}, found "
+                f"{list(image.shape)} in {str(path)!r}; give size= to scale and crop"
+            )
+        return (image - self._mean) / self._std
+
+    def _decode(self, path: Path) -> Any:
+        with self._open(path) as image:
+            if self._size is not None:
+                _check_scaled(path, *self._scaled(image))
+            converted = image.convert("L" if self.channels == 1 else "RGB")
+        if self._size is not None:
+            converted = self._cut_out(converted, self._size[1])
+        return np.array(converted, dtype=np.uint8)
+
+    def _open(self, path: Path) -> Any:
+        pillow = _pillow()  # no attribute: decoding processes get a pickled copy of this object
+        with _decoding(path):
+            try:
+                image = pillow.open(path)
+            except pillow.DecompressionBombError as error:
+                raise ValueError(f"data: {str(path)!r} is too large ({error})") from None
+        if image.width * image.height > MAX_PIXELS:
+            found = f"{image.width} x {image.height}"
+            image.close()
+            raise ValueError(
+                f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels, "
+                f"found {found}"
+            )
+        if image.mode.startswith(_DEEP_MODES):
+            image.close()
+            raise ValueError(f"data: expected 8 bits a channel, found mode {image.mode} in {path}")
+        return image
+
+    # Both round the way torchvision's Resize and CenterCrop do, so that accuracies compare.
+    def _scaled(self, image: Any) -> tuple[int, int]:
+        assert self._size is not None
+        short = max(1, min(image.size))
+        return self._size[0] * image.width // short, self._size[0] * image.height // short
+
+    def _cut_out(self, image: Any, crop: int) -> Any:
+        width, height = self._scaled(image)
+        image = image.resize((width, height), _pillow().Resampling.BILINEAR)
+        left, top = (round((side - crop) / 2) for side in (width, height))
+        return image.crop((left, top, left + crop, top + crop))
+
+    def _guess_channels(self) -> int:
+        for path, _ in self.files[:: max(1, len(self.files) // _LOOKED_AT)]:
+            # What is damaged is reported when its turn to be decoded comes.
+            with contextlib.suppress(ValueError), self._open(path) as image:
+                if image.mode not in _GREY_MODES:
+                    return 3
+        return 1
+
+    def _warn_of_empty_classes(self) -> None:
+        seen = {label for _, label in self.files}
+        empty = [name for label, name in enumerate(self.classes) if label not in seen]
+        if empty:
+            _log.warning(
+                "%d of the classes have no image among those read, such as %r", len(empty), empty[0]
+            )
+
+
+def image_batches(
+    images: ImageFolder, *, batch_size: int, workers: int = 0
+) -> DataLoader[tuple[Tensor, int]]:
+    """Return the images in order, in batches; drawing them leaves the global random state alone."""
+    # A loader without a generator of its own takes a seed from the global one at every pass.
+    generator = torch.Generator()
+    return DataLoader(images, batch_size, num_workers=workers, generator=generator)
+
+
+def moments(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation as float32 tensors ``[channels, 1, 1]``; 0 and 1 by default.
+
+    Raises
+    ------
+    ValueError
+        The lengths do not fit `channels`, a figure is not finite, or a deviation is not positive.
+    """
+    tensors = []
+    for name, given, default in (("mean", mean, 0.0), ("std", std, 1.0)):
+        values = torch.tensor([default] if given is None else list(given), dtype=torch.float32)
+        if values.ndim != 1 or len(values) not in (1, channels):
+            raise ValueError(f"{name}: expected 1 or {channels} figures, got {given!r}")
+        if not values.isfinite().all() or (name == "std" and (values <= 0).any()):
+            kind = "positive" if name == "std" else "finite"
+            raise ValueError(f"{name}: expected {kind} figures, got {given!r}")
+        tensors.append(values.expand(channels).reshape(-1, 1, 1))
+    return tensors[0], tensors[1]
+
+
+def _pillow() -> Any:
+    try:
+        return importlib.import_module("PIL.Image")
+    except ImportError:
+        raise ImportError("image folders need Pillow: pip install pillow") from None
+
+
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow raises about a damaged file into one error with the file's name."""
+    try:
+        # About sizes, which the header tells before any decoding, and about damaged metadata. The
+        # filters are the whole process's: threads that change them at once would mix them up.
+        with a_moment(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if is_shortage(error):
+            raise ValueError(f"data: not enough memory to read {str(path)!r}") from None
+        if str(error).startswith("data:"):
+            raise
+        raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
+
+
+def _check_scaled(path: Path, width: int, height: int) -> None:
+    # The sides keep their ratio, and a strip one pixel wide may be a million long.
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels after scaling "
+            f"to size=, which would make {width} x {height}"
+        )
+
+
+def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    good = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if not good or not 1 <= pair[1] <= pair[0]:
+        raise ValueError(f"size: expected SIZE or (SCALE, CROP) with CROP <= SCALE, got {size!r}")
+    return pair[0], pair[1]
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _spread(by_class: list[list[Path]], limit: int | None) -> list[tuple[Path, int]]:
+    labelled = [[(path, label) for path in paths] for label, paths in enumerate(by_class)]
+    in_turn = [item for item in chain(*zip_longest(*labelled)) if item is not None]
+    return sorted(in_turn[:limit], key=lambda item: (item[1], item[0]))

@@ -1,0 +1,165 @@
+"""A working copy of a model and its data, checked: they fit, images are independent."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyablate.data.dataset import Batch, Data
+from pyablate.network import near_tie
+from pyablate.network.sites import Site, copied, sites
+
+logger = logging.getLogger("pyablate")
+
+
+SAMPLE = 8
+"""Images that are looked at before the first batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model and data that fit each other.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy in evaluation mode, in float32 or float64, without gradients of weights.
+    data : Data
+        On the model's device and in its dtype; labels beyond its classes are errors.
+    batch : Batch
+        The first images.
+    sites : list of Site
+        All of them.
+    classes : int
+        Number of logits.
+    class_names : tuple of str
+        One per class.
+    """
+
+    model: nn.Module
+    data: Data
+    batch: Batch
+    sites: list[Site]
+    classes: int
+    class_names: tuple[str, ...]
+
+
+def open_up(
+    model: nn.Module,
+    source: Any,
+    class_names: Sequence[str] | None,
+    device: str | torch.device | None,
+    *,
+    double: bool = False,
+) -> Ready:
+    """Copy the model, look at the first images and check that the two fit.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The model or the data cannot be used; the message says why.
+    """
+    work, dtype, where = _working_copy(model, device, double=double)
+    data = Data(source, dtype=dtype, device=where)
+    batch = data.first(SAMPLE)
+    sample = batch.images
+    try:
+        found = sites(work, sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    classes = data.classes = _count_classes(work, sample)
+    _check_independence(work, sample)
+    return Ready(work, data, batch, found, classes, _check_names(class_names, classes))
+
+
+def _working_copy(
+    model: nn.Module, device: str | torch.device | None, *, double: bool
+) -> tuple[nn.Module, torch.dtype, torch.device]:
+    """Copy the model to work on, so that nothing can happen to the caller's."""
+    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
+    where = _device(device) if device is not None else first.device
+    dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
+    work = copied(model).to(where)
+    work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
+    for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
+        tensor.requires_grad_(False)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise ValueError(f"model: {name} holds NaN or infinite values, the first at {bad}")
+    for name, module in work.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and module.running_mean is None:
+            raise ValueError(
+                f"model: {name} normalises by the statistics of each batch, so a prediction "
+                "depends on the other images; give it running statistics"
+            )
+    return work, dtype, where
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used here: {reason}") from None
+    return where
+
+
+def two_images(sample: Tensor) -> Tensor:
+    """Two images even where there is one: some networks squeeze a batch of one away."""
+    return torch.stack([sample[0], sample[-1]])
+
+
+def _count_classes(model: nn.Module, sample: Tensor) -> int:
+    sample = two_images(sample)
+    with torch.no_grad():
+        logits = model(sample)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model: expected logits [N, classes], got {got}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
+    return logits.shape[1]
+
+
+def _check_independence(model: nn.Module, sample: Tensor) -> None:
+    """Refuse a network that lets one image's prediction depend on the others."""
+    first, second = sample[0], sample[-1]
+    with torch.no_grad():
+        alone = model(torch.stack([first, second]))[0]
+        other = model(torch.stack([first, 1.5 * second + 1.0]))[0]
+    if not alike(other, alone, 2e-3):
+        raise ValueError(
+            "model: the logits of an image change with the other images of its batch; each image "
+            "must be classified by itself"
+        )
+
+
+def alike(found: Tensor, expected: Tensor, share: float) -> bool:
+    """Whether logits agree but for a share of the largest; NaN do, the clean run names them."""
+    return near_tie.disagreement(found, expected) <= share
+
+
+def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if class_names is None:
+        return tuple(str(number) for number in range(classes))
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
+    if len(class_names) != classes:
+        raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
+    names = tuple(str(name) for name in class_names)
+    # Not an error: two of ImageNet's classes are called crane.
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        logger.warning("class_names: %s stand for more than one class", ", ".join(twice[:5]))
+    return names

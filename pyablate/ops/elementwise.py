@@ -1,0 +1,335 @@
+"""Operations on dense changes: what happens between two convolutions, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyablate.ops import dispatch
+from pyablate.ops import reference as reference
+from pyablate.ops._checks import check_shape, check_tensor, two
+from pyablate.ops._layout import base_rows, dense, layout_of, output, same_layout
+from pyablate.ops.activations import Activation
+from pyablate.ops.dispatch import (
+    FLOATS,
+    activation_arguments,
+    check_change,
+    code_arguments,
+    context,
+    ready_scales,
+    twin,
+    written,
+)
+from pyablate.ops.quantized import Codes
+
+
+def delta_activation(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    *,
+    scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    addend_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    codes: Codes | None = None,
+) -> Tensor:
+    """Carry a delta through an elementwise function.
+
+    Parameters
+    ----------
+    base : Tensor
+        ``[N, *S]``, input of the function in the clean run: bfloat16 or the dtype in which
+        ``delta`` is accumulated (float64 for float64, else float32).
+    delta : Tensor
+        ``[P, *S]``, float32, float64 or bfloat16.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+    activation : Activation
+        The function.
+    scale, addend_scale : Tensor, optional
+        float32 [P], factor of each pair's ``delta`` and ``addend``; 1 if not given.
+    addend : Tensor, optional
+        ``[P, *S]``, a second delta added to the first (residual sum), dtype of ``delta``.
+    out : Tensor, optional
+        ``[P, *S]`` to write to, dtype of ``delta``; may be ``delta`` itself.
+    codes : Codes, optional
+        Filled with the codes of the result, in the same pass.
+
+    Returns
+    -------
+    Tensor
+        ``act(base[image] + d) - act(base[image])`` with
+        ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``; ``out`` if
+        that was given; nothing (``[0]``) where the codes are all that is wanted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+    """
+    check_change(base, delta, image)
+    for name, tensor in (("addend", addend), ("out", out)):
+        if tensor is not None:
+            check_tensor(name, tensor, dtypes=(delta.dtype,), like=delta)
+            check_shape(name, tensor, tuple(delta.shape))
+    scales = ready_scales(delta, scale=scale, addend_scale=addend_scale)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    if addend is not None:
+        addend = addend.detach().contiguous(memory_format=layout)
+    core = twin(change)
+    result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
+    if core is None or dispatch.cannot_encode(change, codes):
+        reference.delta_activation(
+            base, change, image, activation, out=result, addend=addend, scales=scales, codes=codes
+        )
+    else:
+        threads, stream = context(change)
+        scratch = None if codes is None else torch.empty(threads * change[:1].numel())
+        core.delta_activation(
+            base,
+            change,
+            scales[0],
+            addend,
+            scales[1],
+            image.contiguous(),
+            written(result.detach(), codes),
+            *code_arguments(codes, result),
+            scratch,
+            *activation_arguments(activation),
+            threads,
+            stream,
+        )
+    if written(result, codes) is None:
+        return result.new_empty(0)
+    if out is None or out is result:
+        return result
+    return out.copy_(result)
+
+
+def encode(delta: Tensor) -> Codes:
+    """Write a delta in 8 bits per number.
+
+    Parameters
+    ----------
+    delta : Tensor
+        ``[P, *S]``, float32, float64 or bfloat16.
+
+    Returns
+    -------
+    Codes
+        Of the shape of ``delta``, contiguous or channels_last as it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the dtype or the number of dimensions does not fit; the message names the argument.
+    """
+    check_tensor("delta", delta, dtypes=FLOATS)
+    if delta.dim() < 1:
+        raise ValueError("delta: expected at least one dimension, got none")
+    delta = dense(delta.detach())
+    codes = Codes.empty(delta.shape, layout_of(delta), delta.device, alone=True)
+    each = torch.arange(len(delta), dtype=torch.int32, device=delta.device)
+    delta_activation(delta, delta, each, Activation("identity"), codes=codes)  # reads no base
+    return codes
+
+
+def delta_mean(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    *,
+    scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    addend_scale: Tensor | None = None,
+) -> Tensor:
+    """Carry a delta through an elementwise function and global average pooling.
+
+    Parameters
+    ----------
+    base : Tensor
+        [N, C, H, W], input of the function in the clean run: bfloat16 or the dtype in which
+        ``delta`` is accumulated (float64 for float64, else float32).
+    delta : Tensor
+        [P, C, H, W], float32, float64 or bfloat16.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+    activation : Activation
+        The function; ``Activation("identity")`` for the mean alone.
+    scale, addend, addend_scale : Tensor, optional
+        As for :func:`delta_activation`.
+
+    Returns
+    -------
+    Tensor
+        [P, C], mean over the positions of act(base[image] + d) - act(base[image]) with
+        d = delta * scale + addend * addend_scale, in the dtype of accumulation.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+    """
+    check_change(base, delta, image, dims=4)
+    if delta.shape[2] * delta.shape[3] == 0:
+        raise ValueError(f"delta: expected maps with positions, got shape {tuple(delta.shape)}")
+    if addend is not None:
+        check_tensor("addend", addend, dtypes=(delta.dtype,), like=delta)
+        check_shape("addend", addend, tuple(delta.shape))
+    scales = ready_scales(delta, scale=scale, addend_scale=addend_scale)
+    dtype = reference.compute_dtype(delta.dtype)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), dtype, layout)
+    if addend is not None:
+        addend = addend.detach().contiguous(memory_format=layout)
+    core = twin(change)
+    if core is None:
+        return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
+    channels_last = layout == torch.channels_last
+    threads, stream = context(change)
+    scratch = None
+    if change.device.type == "cpu":
+        row = delta.shape[1] if channels_last else delta.shape[2] * delta.shape[3]
+        scratch = torch.empty(threads * row, dtype=dtype)
+    out = torch.empty(delta.shape[:2], dtype=dtype, device=delta.device)
+    core.delta_mean(
+        base,
+        change,
+        scales[0],
+        addend,
+        scales[1],
+        image.contiguous(),
+        out,
+        channels_last,
+        scratch,
+        *activation_arguments(activation),
+        threads,
+        stream,
+    )
+    return out
+
+
+def delta_max_pool(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    *,
+    kernel: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    out_size: Sequence[int],
+    activation: Activation | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    codes: Codes | None = None,
+) -> Tensor:
+    """Carry a delta through max pooling, and through an elementwise function before it.
+
+    Parameters
+    ----------
+    base : Tensor
+        [N, C, H, W], input in the clean run: bfloat16 or the dtype in which ``delta`` is
+        accumulated.
+    delta : Tensor
+        [P, C, H, W], float32, float64 or bfloat16.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+    kernel, stride, padding, dilation : int or pair of int
+        Of the pooling, (height, width).
+    out_size : pair of int
+        (Ho, Wo); the caller knows whether it is rounded up (``ceil_mode``).
+    activation : Activation, optional
+        Applied before the pooling; the identity if not given.
+    scale : Tensor, optional
+        float32 [P], factor of each pair's ``delta``; 1 if not given.
+    out : Tensor, optional
+        [P, C, Ho, Wo] to write to, dtype and layout of ``delta``.
+    codes : Codes, optional
+        Filled with the codes of the result, in the same pass.
+
+    Returns
+    -------
+    Tensor
+        [P, C, Ho, Wo], max_pool(act(base + delta * scale)) - max_pool(act(base)), dtype and layout
+        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the codes are all that is
+        wanted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+    """
+    check_change(base, delta, image, dims=4)
+    geometry = {
+        "kernel": two("kernel", kernel, 1),
+        "stride": two("stride", stride, 1),
+        "padding": two("padding", padding, 0),
+        "dilation": two("dilation", dilation, 1),
+        "out_size": two("out_size", out_size, 0),
+    }
+    for i in (0, 1):
+        start = (geometry["out_size"][i] - 1) * geometry["stride"][i] - geometry["padding"][i]
+        if start >= delta.shape[2 + i] > 0:
+            raise ValueError(
+                f"out_size: the last window must start inside the maps of {tuple(delta.shape[2:])},"
+                f" got {geometry}"
+            )
+    scales = ready_scales(delta, scale=scale)
+    change = dense(delta.detach())
+    layout = layout_of(change)
+    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    shape = (*delta.shape[:2], *geometry["out_size"])
+    result = output(out, shape, delta, layout)
+    if result.numel() == 0:
+        if codes is not None:
+            codes.fill(result)
+        return result
+    core = twin(change)
+    if core is None or dispatch.cannot_encode(change, codes):
+        reference.delta_max_pool(
+            base,
+            change,
+            image,
+            activation=activation,
+            scale=scales[0],
+            out=result,
+            codes=codes,
+            **geometry,
+        )
+        return result if written(result, codes) is not None else result.new_empty(0)
+    if activation is not None and not activation.monotone:
+        change = delta_activation(base, change, image, activation, scale=scales[0])
+        base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
+        activation, scales = None, [None]
+    threads, stream = context(change)
+    scratch = None
+    if change.device.type == "cpu":
+        channels_last = layout == torch.channels_last
+        part = (shape[1] if channels_last else shape[2]) * shape[3]
+        parts = 0 if codes is None else shape[2] if channels_last else shape[1]
+        size = threads * (2 + parts) * part
+        scratch = torch.empty(size, dtype=reference.compute_dtype(delta.dtype))
+    core.delta_max_pool(
+        base,
+        change,
+        scales[0],
+        image.contiguous(),
+        written(result, codes),
+        *code_arguments(codes, result),
+        layout == torch.channels_last,
+        *geometry.values(),
+        scratch,
+        *activation_arguments(activation),
+        threads,
+        stream,
+    )
+    return result if written(result, codes) is not None else result.new_empty(0)

@@ -1,0 +1,204 @@
+"""The numbers of a report: everything that the page shows, as one tree of JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from pyablate._version import __version__
+from pyablate.analysis.clusters import cluster_units
+from pyablate.analysis.statistics import layer_rows
+from pyablate.report.packed import packed
+from pyablate.results.result import AblationResult, Floats, Ints
+
+MOST_MOVES = 300
+"""Distinct changes of prediction (true class, before, after) that a unit's card lists."""
+
+_KNOWN = ("accuracy", "accuracy_drop", "max_class_drop", "max_class")
+_MOST_CLUSTERED = 10_000  # units: pyablate.analysis.clusters holds all distances in memory
+
+
+def contents(
+    result: AblationResult,
+    *,
+    title: str,
+    fdr: float,
+    provenance: Mapping[str, object],
+) -> dict[str, Any]:
+    """Gather what follows from the result alone.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    title : str
+        Heading of the page.
+    fdr : float
+        Level of the false discovery rate.
+    provenance : mapping of str to object
+        Further lines about where the result comes from.
+
+    Returns
+    -------
+    dict
+        JSON values; arrays as :func:`pyablate.report.packed.packed` writes them. Accuracies and
+        drops are shares, the page shows points.
+    """
+    tests = result.significance(fdr=fdr)
+    significant = tests["significant"].to_numpy()
+    return {
+        "title": title,
+        "fdr": fdr,
+        "summary": _summary(result, significant),
+        "provenance": _provenance(result, provenance),
+        "classes": {
+            "name": list(result.class_names),
+            "size": packed(result.class_sizes),
+            "accuracy": packed(result.baseline_class_accuracy),
+            "position": packed(_class_positions(result)),
+        },
+        "layers": _layers(result),
+        "units": _units(result),
+        "cells": {
+            "lost": packed(result.lost),
+            "gained": packed(result.gained),
+            "p": packed(tests["p"].to_numpy()),
+            "q": packed(tests["q"].to_numpy()),
+        },
+        "moves": _moves(result),
+    }
+
+
+def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
+    hurt = significant & (result.lost > result.gained)
+    return {
+        "images": len(result.labels),
+        "intervention": result.intervention,
+        "accuracy": result.baseline_accuracy,
+        "flips": len(result.flips.image),
+        "hurt_pairs": int(hurt.sum()),
+        "audit": {
+            "pairs": result.audit.pairs,
+            "mismatches": result.audit.mismatches,
+            "mended": result.audit.mended,
+            "upper_bound": result.audit.upper_bound,
+        },
+    }
+
+
+def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[list[str]]:
+    """Lines of name and value."""
+    facts: dict[str, object] = dict(further) | _flat(result.provenance)
+    facts["Replaced by"] = result.intervention
+    for name, measure in result.measures.items():
+        facts[f"Accuracy of the {name} change"] = measure.accuracy
+    if result.seconds:
+        facts["Time of the run"] = f"{result.seconds:,.1f} s"
+    facts["Audit"] = result.audit if result.audit.pairs else "none"
+    facts["Report written by"] = f"pyablate {__version__}"
+    return [[str(name), str(value)] for name, value in facts.items()]
+
+
+def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, object]:
+    """Join the names along each branch: ``model.weights``."""
+    lines: dict[str, object] = {}
+    for name, value in tree.items():
+        path = f"{head}{name}"
+        lines |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return lines
+
+
+def _layers(result: AblationResult) -> list[dict[str, Any]]:
+    return [
+        {"name": layer, "units": len(rows), "strategy": result.strategy.get(layer, "")}
+        for layer, rows in layer_rows(result).items()
+    ]
+
+
+def _units(result: AblationResult) -> dict[str, Any]:
+    number = {layer: code for code, layer in enumerate(layer_rows(result))}
+    worst = result.max_class_test()
+    columns = {
+        "layer": np.array([number[str(layer)] for layer in result.units["layer"]], dtype=np.int64),
+        "accuracy_drop": result.accuracy_drop,
+        "max_class_drop": result.max_class_drop,
+        "max_class": result.max_class,
+        "flips": np.diff(result.flips.start),
+        "noise_floor": worst["noise_floor"].to_numpy(),
+        "split_half_drop": worst["split_half_drop"].to_numpy(),
+        "p": worst["p"].to_numpy(),
+        "q": worst["q"].to_numpy(),
+        "position": _unit_positions(result),
+    }
+    return {
+        "label": result.units["label"].astype(str).tolist(),
+        "measures": {name: packed(values) for name, values in measures(result).items()},
+    } | {name: packed(values) for name, values in columns.items()}
+
+
+def measures(result: AblationResult) -> dict[str, Floats]:
+    """Further numbers that the run recorded, one per unit, such as the change of the loss."""
+    return {
+        str(name): values.to_numpy().astype(np.float64)
+        for name, values in result.data.items()
+        if values.dims == ("unit",) and name not in _KNOWN
+    }
+
+
+def _unit_positions(result: AblationResult) -> Ints:
+    """Place of each unit among the leaves of its layer's cluster tree, those left out last."""
+    places = np.arange(len(result.units))
+    for layer, rows in layer_rows(result).items():
+        if len(rows) <= _MOST_CLUSTERED:
+            found = cluster_units(result, layer=layer)["position"].to_numpy()
+            places[rows] = np.where(found >= 0, found, len(rows))
+    return places
+
+
+def _class_positions(result: AblationResult) -> Ints:
+    """Place of each class among the leaves of a tree that joins classes hurt by the same units."""
+    profiles: Floats = np.nan_to_num(result.class_accuracy_drop.T)
+    inside = np.flatnonzero(np.abs(profiles).max(axis=1, initial=0) > 0)
+    places = np.full(result.classes, result.classes, dtype=np.int64)
+    if len(inside) < 3:
+        places[inside] = np.arange(len(inside))
+        return places
+    apart = distance.pdist(profiles[inside], "cosine")
+    # Cosine distances of parallel profiles come out a hair below zero.
+    tree = hierarchy.linkage(np.maximum(apart, 0), "average", optimal_ordering=len(inside) <= 1000)
+    places[inside[hierarchy.leaves_list(tree)]] = np.arange(len(inside))
+    return places
+
+
+def _moves(result: AblationResult) -> dict[str, Any]:
+    """Count images by true class, prediction before and after; the most frequent of each unit."""
+    k = result.classes
+    image = result.flips.image
+    after = result.flips.prediction.astype(np.int64)
+    key = (result.labels[image] * k + result.baseline[image]) * k + after
+    start, found, counts, total = [0], [], [], []
+    for row in range(len(result.units)):
+        run = slice(result.flips.start[row], result.flips.start[row + 1])
+        kind, count = np.unique(key[run], return_counts=True)
+        first = np.argsort(-count, kind="stable")[:MOST_MOVES]
+        found.append(kind[first])
+        counts.append(count[first])
+        total.append(len(kind))
+        start.append(start[-1] + len(first))
+    kinds = _joined(found)
+    return {
+        "start": packed(np.array(start)),
+        "total": packed(np.array(total, dtype=np.int64)),
+        "label": packed(kinds // (k * k)),
+        "before": packed(kinds // k % k),
+        "after": packed(kinds % k),
+        "count": packed(_joined(counts)),
+    }
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Ints:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -1,0 +1,499 @@
+"""What an ablation found: the flips, and everything that follows from them.
+
+One ablation changes few predictions, so the record is the list of *flips*: for each ablated unit
+the images whose prediction changed, and to which class. Together with the baseline predictions
+and the labels this is lossless; accuracies, confusion matrices and drops are computed from it.
+Nothing here needs torch, a model or the extension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from pyablate.results.measures import Measure
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pyablate.plots import ResultPlots
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Rows = Any
+"""A label, a number, a slice, a mask, or a sequence of labels or numbers."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How a run checked itself: random pairs recomputed by a plain float64 forward pass.
+
+    Attributes
+    ----------
+    pairs : int
+        (unit, image) pairs recomputed.
+    mismatches : int
+        Pairs whose recomputed prediction differed, near ties apart.
+    mended : int
+        Pairs that differed at first: their layers were computed again more carefully, which
+        ``strategy`` tells, and they agreed.
+    """
+
+    pairs: int
+    mismatches: int
+    mended: int = 0
+
+    def __add__(self, other: Audit) -> Audit:
+        """Audit of the pairs of both."""
+        return Audit(
+            self.pairs + other.pairs,
+            self.mismatches + other.mismatches,
+            self.mended + other.mended,
+        )
+
+    @property
+    def upper_bound(self) -> float:
+        """Largest share of wrong pairs in the run that the audit leaves plausible at 95 %.
+
+        One-sided Clopper-Pearson bound; 1 if nothing was audited.
+        """
+        if self.mismatches >= self.pairs:
+            return 1.0
+        return float(stats.beta.ppf(0.95, self.mismatches + 1, self.pairs - self.mismatches))
+
+    def __str__(self) -> str:
+        """One line for people."""
+        mended = f"; {self.mended:,} differed at first and were mended" if self.mended else ""
+        return (
+            f"{self.pairs:,} pairs recomputed in float64, {self.mismatches} mismatches "
+            f"(95 % upper bound {self.upper_bound:.2%} of all pairs){mended}"
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a run took, and how sure its cheap arithmetic was.
+
+    Attributes
+    ----------
+    layer_seconds : dict
+        Wall time of each layer's ablations, without capture, clean runs and audit.
+    settled : dict
+        Number of pairs decided by each precision of the dense part ("int8", "bfloat16",
+        "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
+        are in none.
+    doubt : dict
+        Per layer and precision, the share of a logit change's spread within which its answer was
+        not trusted: several times the largest error measured on pairs of this run. In 8 bits some
+        multiple of a pair's rounding steps was doubted besides.
+    """
+
+    layer_seconds: dict[str, float] = field(default_factory=dict)
+    settled: dict[str, int] = field(default_factory=dict)
+    doubt: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Changed predictions, one run of entries per ablated unit.
+
+    Attributes
+    ----------
+    start : int64 [unit + 1]
+        Entries of row ``u`` are ``start[u]:start[u + 1]``.
+    image : int32 [flip]
+        Image index, ascending within a row.
+    prediction : int32 [flip]
+        The new class.
+    """
+
+    start: NDArray[np.int64]
+    image: NDArray[np.int32]
+    prediction: NDArray[np.int32]
+
+    @classmethod
+    def gather(cls, units: int, pieces: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Flips:
+        """Sort pieces (row, image, new class) in any order into one record."""
+        if not pieces:
+            pieces = [([], [], [])]
+        row, image, new = (
+            np.concatenate([np.asarray(piece[i], dtype=np.int64) for piece in pieces])
+            for i in range(3)
+        )
+        order = np.lexsort((image, row))
+        start = np.zeros(units + 1, dtype=np.int64)
+        np.cumsum(np.bincount(row, minlength=units), out=start[1:])
+        return cls(start, image[order].astype(np.int32), new[order].astype(np.int32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Flips], images: Sequence[int]) -> Flips:
+        """Put records of consecutive images together.
+
+        Parameters
+        ----------
+        parts : sequence of Flips
+            All of the same rows; images numbered within each part.
+        images : sequence of int
+            Number of images of each part.
+        """
+        counts = [np.diff(part.start) for part in parts]
+        start = np.concatenate([[0], np.cumsum(np.sum(counts, axis=0), dtype=np.int64)])
+        image = np.empty(start[-1], np.int32)
+        prediction = np.empty(start[-1], np.int32)
+        cursor, first = start[:-1].copy(), 0
+        for part, count, length in zip(parts, counts, images, strict=True):
+            where = np.repeat(cursor - part.start[:-1], count) + np.arange(len(part.image))
+            image[where] = part.image + first
+            prediction[where] = part.prediction
+            cursor += count
+            first += length
+        return cls(start, image, prediction)
+
+    @cached_property
+    def row(self) -> Ints:
+        """int64 [flip]: the row of each entry."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
+
+
+@dataclass(frozen=True, eq=False)
+class AblationResult:
+    """Predictions of a network with each unit ablated, and what follows from them.
+
+    Attributes
+    ----------
+    units : pandas.DataFrame
+        One row per ablated unit (or group): ``label``, ``layer``, ``unit`` (-1 for a group).
+    labels, baseline : int64 [image]
+        True class and the intact network's prediction.
+    flips : Flips
+        Predictions that changed.
+    class_names : tuple of str
+        One name per class.
+    intervention : str
+        What stood in for the units.
+    audit : Audit
+        The run's own check.
+    strategy : dict of str to str
+        Per layer, how it was computed.
+    seconds : float
+        Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
+    effort : Effort
+        What the run took; not saved either.
+    measures : dict of str to Measure
+        Changes of the "loss" and the "margin", summed over the images of each class, with their
+        accuracy; those that the run was asked to record.
+    provenance : dict
+        Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
+        the data, where :func:`pyablate.ablate` made the result; see
+        :mod:`pyablate.runs.fingerprint`.
+    """
+
+    units: pd.DataFrame
+    labels: Ints
+    baseline: Ints
+    flips: Flips
+    class_names: tuple[str, ...]
+    intervention: str = "zero"
+    audit: Audit = field(default_factory=lambda: Audit(0, 0))
+    strategy: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    effort: Effort = field(default_factory=lambda: Effort())
+    measures: dict[str, Measure] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Size and summary in one line."""
+        return (
+            f"AblationResult({len(self.units)} units, {len(self.labels)} images, "
+            f"{self.classes} classes, {self.intervention}, "
+            f"baseline accuracy {self.baseline_accuracy:.4f}, {len(self.flips.image)} flips)"
+        )
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @cached_property
+    def class_sizes(self) -> Ints:
+        """int64 [class]: images of each class."""
+        return np.bincount(self.labels, minlength=self.classes)
+
+    @cached_property
+    def baseline_accuracy(self) -> float:
+        """Share of images that the intact network gets right."""
+        return float((self.baseline == self.labels).mean())
+
+    @cached_property
+    def baseline_class_accuracy(self) -> Floats:
+        """float64 [class]: the same within each class; NaN for a class without images."""
+        return self._shares(self._hits_by_class(self.baseline))
+
+    @cached_property
+    def lost(self) -> Ints:
+        """int64 [unit, class]: images of a class that went from right to wrong."""
+        return self._count(self.baseline[self.flips.image] == self.labels[self.flips.image])
+
+    @cached_property
+    def gained(self) -> Ints:
+        """int64 [unit, class]: images of a class that went from wrong to right."""
+        return self._count(self.flips.prediction == self.labels[self.flips.image])
+
+    @cached_property
+    def accuracy(self) -> Floats:
+        """float64 [unit]: accuracy with the unit ablated."""
+        return self.baseline_accuracy - self.accuracy_drop
+
+    @cached_property
+    def accuracy_drop(self) -> Floats:
+        """float64 [unit]: accuracy before minus after; positive means harm."""
+        net: Ints = (self.lost - self.gained).sum(axis=1)
+        return net / len(self.labels)
+
+    @cached_property
+    def class_accuracy_drop(self) -> Floats:
+        """float64 [unit, class]: drop within each class; NaN for a class without images."""
+        return self._shares(self.lost - self.gained)
+
+    @cached_property
+    def max_class_drop(self) -> Floats:
+        """float64 [unit]: largest drop over the classes.
+
+        An extreme statistic: a harmless unit with some random flips has a positive one too. See
+        :meth:`max_class_test` for what chance makes of it, :meth:`split_half_drop` for an estimate
+        without that bias.
+        """
+        largest: Floats = np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
+        return largest
+
+    @cached_property
+    def max_class(self) -> Ints:
+        """int64 [unit]: the class with the largest drop, the first on equality."""
+        where: Ints = np.nanargmax(self.class_accuracy_drop, axis=1)
+        return where
+
+    @cached_property
+    def loss_change(self) -> Floats:
+        """float64 [unit]: change of the mean cross-entropy in nats; positive means harm.
+
+        Raises
+        ------
+        ValueError
+            The run did not record it (``measures=["loss"]``); so for the three below.
+        """
+        return self._mean_change("loss")
+
+    @cached_property
+    def class_loss_change(self) -> Floats:
+        """float64 [unit, class]: the same within each class; NaN for a class without images."""
+        return self._class_change("loss")
+
+    @cached_property
+    def margin_change(self) -> Floats:
+        """float64 [unit]: change of the mean lead of the largest logit over the second largest."""
+        return self._mean_change("margin")
+
+    @cached_property
+    def class_margin_change(self) -> Floats:
+        """float64 [unit, class]: the same within each class; NaN for a class without images."""
+        return self._class_change("margin")
+
+    def rows(self, rows: Rows) -> Ints:
+        """Row numbers from a label, a number, a slice, a mask or a sequence of these.
+
+        Raises
+        ------
+        ValueError
+            No such unit.
+        """
+        if isinstance(rows, str) or (np.ndim(rows) and np.asarray(rows).dtype.kind in "UO"):
+            return np.array([self._row_of(label) for label in np.atleast_1d(rows)], dtype=np.int64)
+        try:
+            return np.atleast_1d(np.arange(len(self.units))[rows])
+        except IndexError as error:
+            raise ValueError(f"rows: {error}; the result has {len(self.units)} units") from None
+
+    def predictions(self, rows: Rows = slice(None)) -> Ints:
+        """Predicted class of every image with the units of ``rows`` ablated, one at a time.
+
+        Returns
+        -------
+        ndarray
+            int64 ``[len(rows), image]``.
+        """
+        chosen = self.rows(rows)
+        predicted = np.tile(self.baseline, (len(chosen), 1))
+        for out, row in zip(predicted, chosen, strict=True):
+            run = slice(self.flips.start[row], self.flips.start[row + 1])
+            out[self.flips.image[run]] = self.flips.prediction[run]
+        return predicted
+
+    def confusion(self, rows: Rows = slice(None)) -> Ints:
+        """Confusion matrices with the units of ``rows`` ablated.
+
+        Returns
+        -------
+        ndarray
+            int64 ``[len(rows), class, predicted]``; a single label or number gives
+            ``[class, predicted]``.
+        """
+        chosen = self.rows(rows)
+        k = self.classes
+        counts = np.empty((len(chosen), k, k), dtype=np.int64)
+        for out, predicted in zip(counts, map(self.predictions, chosen), strict=True):
+            cell = self.labels * k + predicted[0]
+            out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
+        return counts[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else counts
+
+    @cached_property
+    def data(self) -> xr.Dataset:
+        """Everything as labelled arrays over ``unit``, ``class`` and ``image``."""
+        import xarray as xr  # half a second that not every caller owes
+
+        unit, per_class = ("unit",), ("unit", "class")
+        measured: dict[str, Any] = {}
+        for name, measure in self.measures.items():
+            accuracy = {"accuracy": str(measure.accuracy)}
+            measured[f"{name}_change"] = (unit, self._mean_change(name), accuracy)
+            measured[f"class_{name}_change"] = (per_class, self._class_change(name), accuracy)
+        return xr.Dataset(
+            {
+                "label": ("image", self.labels),
+                "baseline": ("image", self.baseline),
+                "class_size": ("class", self.class_sizes),
+                "baseline_class_accuracy": ("class", self.baseline_class_accuracy),
+                "accuracy": (unit, self.accuracy),
+                "accuracy_drop": (unit, self.accuracy_drop),
+                "max_class_drop": (unit, self.max_class_drop),
+                "max_class": (unit, self.max_class),
+                "class_accuracy_drop": (per_class, self.class_accuracy_drop),
+                "lost": (per_class, self.lost),
+                "gained": (per_class, self.gained),
+                **measured,
+            },
+            coords=coordinates(self),
+            attrs={
+                "intervention": self.intervention,
+                "baseline_accuracy": self.baseline_accuracy,
+                "audit": str(self.audit),
+            },
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per unit: drops, the class hurt most, and the drop of every class.
+
+        Where recorded, also the changes of loss and margin, overall and of every class.
+        """
+        summary = pd.DataFrame(
+            {
+                "accuracy": self.accuracy,
+                "accuracy_drop": self.accuracy_drop,
+                "max_class_drop": self.max_class_drop,
+                "max_class": np.array(self.class_names, dtype=object)[self.max_class],
+                "flips": np.diff(self.flips.start),
+            }
+        )
+        per_class = [self._columns("drop", self.class_accuracy_drop)]
+        for name in self.measures:
+            summary[f"{name}_change"] = self._mean_change(name)
+            per_class.append(self._columns(f"{name} change", self._class_change(name)))
+        return pd.concat([self.units.reset_index(drop=True), summary, *per_class], axis=1)
+
+    def significance(self, *, fdr: float = 0.05) -> xr.Dataset:
+        """Test every class of every unit; see :func:`pyablate.analysis.statistics.significance`."""
+        from pyablate.analysis import statistics  # statistics knows results, not the reverse
+
+        return statistics.significance(self, fdr=fdr)
+
+    def noise_floor(self) -> Floats:
+        """float64 [unit]: see :func:`pyablate.analysis.statistics.noise_floor`."""
+        from pyablate.analysis import statistics
+
+        return statistics.noise_floor(self)
+
+    def split_half_drop(self, *, splits: int = 10, seed: int = 0) -> Floats:
+        """float64 [unit]: see :func:`pyablate.analysis.statistics.split_half_drop`."""
+        from pyablate.analysis import statistics
+
+        return statistics.split_half_drop(self, splits=splits, seed=seed)
+
+    def max_class_test(self, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
+        """One row per unit: see :func:`pyablate.analysis.statistics.max_class_test`."""
+        from pyablate.analysis import statistics
+
+        return statistics.max_class_test(self, splits=splits, seed=seed)
+
+    @property
+    def plot(self) -> ResultPlots:
+        """Pictures: ``result.plot.drops()`` and others, see :class:`pyablate.plots.ResultPlots`."""
+        from pyablate import plots
+
+        return plots.ResultPlots(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result as a Zarr group; see :func:`pyablate.results.save`."""
+        from pyablate.results import store  # the store knows results, not the reverse
+
+        store.save(self, path)
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the result as one HTML file; see :func:`pyablate.report.write_report`."""
+        from pyablate.report import write_report  # reports know results, not the reverse
+
+        write_report(self, path, **options)
+
+    def _columns(self, what: str, values: Floats) -> pd.DataFrame:
+        return pd.DataFrame(values, columns=[f"{what}: {name}" for name in self.class_names])
+
+    def _hits_by_class(self, predicted: Ints) -> Ints:
+        return np.bincount(self.labels[predicted == self.labels], minlength=self.classes)
+
+    def _count(self, of: NDArray[Any]) -> Ints:
+        """Flips that satisfy ``of``, by row and true class."""
+        cell = self.flips.row * self.classes + self.labels[self.flips.image]
+        shape = len(self.units), self.classes
+        return np.bincount(cell[of], minlength=shape[0] * shape[1]).reshape(shape)
+
+    def _shares(self, counts: Ints | Floats) -> Floats:
+        """Divide counts or sums [..., class] by the class sizes."""
+        sizes = np.where(self.class_sizes > 0, self.class_sizes, np.nan)
+        return counts / sizes
+
+    def _mean_change(self, name: str) -> Floats:
+        mean: Floats = self._measure(name).change.sum(axis=1) / len(self.labels)
+        return mean
+
+    def _class_change(self, name: str) -> Floats:
+        return self._shares(self._measure(name).change)
+
+    def _measure(self, name: str) -> Measure:
+        if name not in self.measures:
+            raise ValueError(
+                f"measures: this run recorded {', '.join(self.measures) or 'none'}, not {name!r}; "
+                f'ablate with measures=["{name}"]'
+            )
+        return self.measures[name]
+
+    def _row_of(self, label: str) -> int:
+        found = np.flatnonzero((self.units["label"] == label).to_numpy())
+        if not len(found):
+            raise ValueError(f"rows: no unit {str(label)!r} in this result")
+        return int(found[0])
+
+
+def coordinates(result: AblationResult) -> dict[str, Any]:
+    """Labels of the dimensions ``unit`` and ``class``, for an ``xarray.Dataset``."""
+    return {
+        "unit": result.units["label"].to_numpy(dtype=str),
+        "layer": ("unit", result.units["layer"].to_numpy(dtype=str)),
+        "index": ("unit", result.units["unit"].to_numpy()),
+        "class": np.array(result.class_names, dtype=str),
+    }

@@ -1,0 +1,282 @@
+"""Results on disk: one Zarr group that xarray opens, written whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from pyablate.io import checksums
+from pyablate.io.own_files import ARRAYS, check_replaceable
+from pyablate.io.zarr_check import check_folder, check_opened
+from pyablate.results.measures import Accuracy, Measure
+from pyablate.results.result import AblationResult, Audit, Flips
+
+logger = logging.getLogger("pyablate")
+
+FORMAT = 1
+
+# Zarr leaves out chunks of zeros; then one that was lost could not be told from one of them.
+_EVERY_CHUNK: Any = {"write_empty_chunks": True}
+
+
+def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
+    """Write a result as a Zarr group.
+
+    Equal results give equal bytes. The group is written beside ``path`` and moved into place
+    when it is complete, so a crash leaves either the old or the new one; an existing result is
+    replaced, anything else at ``path`` is refused, and so is a result in whose folder anything
+    else lies.
+
+    Parameters
+    ----------
+    result : AblationResult
+        What to write.
+    path : path-like
+        Folder to create, by custom ``*.zarr``.
+
+    Raises
+    ------
+    OSError
+        The place cannot be written, or holds something that is not a result.
+    """
+    replacing(path, lambda fresh: write(result, fresh))
+
+
+def replacing(
+    path: str | os.PathLike[str], write: Callable[[Path], object], kind: type = int
+) -> None:
+    """Let ``write`` make a folder beside ``path``, and move it there when it is complete.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder to create.
+    write : callable
+        Makes the folder that it is given.
+    kind : type
+        Of the format of what may be replaced: a number for results, a word for other stores.
+
+    Raises
+    ------
+    OSError
+        As :func:`save` raises.
+    """
+    target = Path(path)
+    with _beside(target, kind) as scratch:
+        fresh = Path(scratch) / "new"
+        write(fresh)
+        replaced = Path(scratch) / "old"
+        _check_replaceable(target, kind)  # again: writing may have taken a while
+        if target.exists():
+            os.rename(target, replaced)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
+
+
+def load(path: str | os.PathLike[str]) -> AblationResult:
+    """Read a result that :meth:`AblationResult.save <pyablate.AblationResult.save>` wrote.
+
+    Raises
+    ------
+    OSError
+        Nothing there, not a result of this format, or not as it was written.
+    """
+    source = Path(path)
+    attrs = _attributes(source)
+    if (source / "blocks" / "manifest.json").exists() and not attrs:
+        raise OSError(f"{source}: an unfinished run; the command that began it goes on with it")
+    if attrs.get("pyablate_format") != FORMAT:
+        raise OSError(f"{source}: not a pyablate result of format {FORMAT}")
+    check_folder(source, only=ARRAYS, whole=True)
+    try:
+        if not checksums.check(source):
+            _say_unsealed(source)
+        return _read(source, attrs)
+    except Exception as error:  # the file formats raise whatever the damage leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(f"{source}: damaged result ({reason})") from error
+
+
+@functools.cache
+def _say_unsealed(source: Path) -> None:
+    """Say it once of each folder."""
+    logger.warning("%s: written without checksums, by an older version: damage may pass", source)
+
+
+def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
+    # Consolidated metadata are a copy that others may have put there: no checksum covers it.
+    group = zarr.open_group(source, mode="r", use_consolidated=False)
+
+    def read(name: str) -> Any:
+        return np.asarray(group[name][...])  # type: ignore[index]
+
+    layers = np.array(attrs["layers"], dtype=object)
+    units = pd.DataFrame(
+        {
+            "label": attrs["unit_labels"],
+            "layer": layers[read("unit_layer")].tolist(),
+            "unit": read("unit_index").astype(np.int64),
+        }
+    )
+    labels, baseline = read("label").astype(np.int64), read("baseline").astype(np.int64)
+    flips = Flips(read("flip_start"), read("flip_image"), read("flip_prediction"))
+    _check_numbers(len(units), labels, baseline, flips, len(attrs["class_names"]))
+    return AblationResult(
+        units=units,
+        labels=labels,
+        baseline=baseline,
+        flips=flips,
+        class_names=tuple(attrs["class_names"]),
+        intervention=attrs["intervention"],
+        audit=Audit(**attrs["audit"]),
+        strategy=dict(attrs["strategy"]),
+        measures={
+            name: Measure(read(f"{name}_change_sum"), Accuracy(**accuracy))
+            for name, accuracy in attrs.get("measures", {}).items()
+        },
+        provenance=dict(attrs.get("provenance", {})),
+    )
+
+
+def _check_numbers(
+    units: int, labels: np.ndarray, baseline: np.ndarray, flips: Flips, classes: int
+) -> None:
+    """Raise ValueError where the arrays of a result do not fit each other."""
+    images, count = len(labels), len(flips.image)
+    sizes = [np.diff(flips.start), flips.start[:1], count - flips.start[-1:]]
+    for name, right in (
+        ("flip_start", len(flips.start) == units + 1 and not sizes[1].any()),
+        ("flip_start", min(sizes[0], default=0) >= 0 and not sizes[2].any()),
+        ("flip_prediction", len(flips.prediction) == count),
+        ("baseline", len(baseline) == images),
+        ("flip_image", _within(flips.image, images)),
+        ("label", images > 0 and _within(labels, classes)),
+        ("baseline", _within(baseline, classes)),
+        ("flip_prediction", _within(flips.prediction, classes)),
+    ):
+        if not right:
+            raise ValueError(f"{name} does not fit the other arrays")
+
+
+def _within(numbers: np.ndarray, stop: int) -> bool:
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        return False
+    return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < stop)
+
+
+def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:
+    """Fail now rather than after an hour if a result cannot be written at ``path``.
+
+    Parameters
+    ----------
+    path, kind
+        As :func:`replacing` takes them.
+
+    Raises
+    ------
+    OSError
+        As :func:`save` would raise.
+    """
+    with _beside(Path(path), kind):
+        pass
+
+
+def is_result(path: Path) -> bool:
+    """Whether a folder holds a result."""
+    return path.is_dir() and isinstance(_attributes(path).get("pyablate_format"), int)
+
+
+def _check_replaceable(target: Path, kind: type) -> None:
+    if not target.exists():
+        return
+    if not isinstance(_attributes(target).get("pyablate_format"), kind):
+        what = "result" if kind is int else "table of attributes"
+        raise FileExistsError(f"output: {target} exists and is not a pyablate {what}")
+    check_replaceable(target)
+
+
+def _beside(target: Path, kind: type) -> tempfile.TemporaryDirectory[str]:
+    """Make a scratch folder on the target's disk, once the target may be replaced."""
+    _check_replaceable(target, kind)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        reason = f"output: cannot write {target}: {error.strerror}"
+        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such result")
+    check_opened(path)
+    try:
+        return dict(zarr.open_group(path, mode="r").attrs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write(result: AblationResult, path: Path) -> None:
+    """Write a result's group to a new folder, in any number of steps; see :func:`save`."""
+    # Names live in the attributes: Zarr 3 has no settled encoding for strings in arrays.
+    layers = list(dict.fromkeys(result.units["layer"]))
+    number = {layer: i for i, layer in enumerate(layers)}
+    group = zarr.create_group(
+        path,
+        attributes={
+            "pyablate_format": FORMAT,
+            "class_names": list(result.class_names),
+            "intervention": result.intervention,
+            "audit": _audit(result.audit),
+            "strategy": result.strategy,
+            "layers": layers,
+            "unit_labels": list(result.units["label"]),
+            **_accuracies(result),
+            "provenance": result.provenance,
+        },
+    )
+    arrays = {
+        "unit_layer": ("unit", np.array([number[x] for x in result.units["layer"]], np.int32)),
+        "unit_index": ("unit", result.units["unit"].to_numpy(np.int32)),
+        "label": ("image", result.labels.astype(np.int32)),
+        "baseline": ("image", result.baseline.astype(np.int32)),
+        "flip_start": ("unit_bound", result.flips.start),
+        "flip_image": ("flip", result.flips.image),
+        "flip_prediction": ("flip", result.flips.prediction),
+    }
+    for name, (dimension, values) in arrays.items():
+        group.create_array(name, data=values, dimension_names=[dimension], config=_EVERY_CHUNK)
+    for name, measure in result.measures.items():
+        dimensions = ["unit", "class"]
+        group.create_array(
+            f"{name}_change_sum",
+            data=measure.change,
+            dimension_names=dimensions,
+            config=_EVERY_CHUNK,
+        )
+    checksums.seal(path)
+
+
+def _audit(audit: Audit) -> dict[str, int]:
+    """Attributes of the audit; what was mended only where something was."""
+    return {name: count for name, count in asdict(audit).items() if name != "mended" or count}
+
+
+def _accuracies(result: AblationResult) -> dict[str, Any]:
+    """Attributes of what was measured; none where nothing was."""
+    found = {name: asdict(measure.accuracy) for name, measure in result.measures.items()}
+    return {"measures": found} if found else {}

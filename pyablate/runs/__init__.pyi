@@ -1,0 +1,8 @@
+"""A run from its arguments to its result: checks, plan, blocks, checkpoints, merging."""
+
+from ._ablate import ablate as ablate
+from ._merge import merge as merge
+from ._plan import Peaks as Peaks
+from ._plan import Plan as Plan
+from ._plan import plan as plan
+from .run_folder import StoreMismatch as StoreMismatch

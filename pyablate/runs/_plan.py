@@ -1,0 +1,371 @@
+"""What a run will do and cost, layer by layer, before it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+
+from pyablate.data.dataset import Batch
+from pyablate.engine import clean_run, weighted_rules
+from pyablate.engine.channel_delta import Channel
+from pyablate.engine.job import Job, stand_ins
+from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
+from pyablate.engine.precision_cascade import carried
+from pyablate.engine.rounding import Rounding
+from pyablate.engine.suffix import Suffix, Sweep, needed
+from pyablate.interventions import Intervention, parse
+from pyablate.network.aten import SAME
+from pyablate.network.graph import CONVOLUTIONS, Graph
+from pyablate.results.result import AblationResult
+from pyablate.runs.setup import Setup, check_options, prepare
+from pyablate.runtime.determinism import undisturbed
+
+aten = torch.ops.aten
+_SAMPLE = 16
+
+_MORE = 256
+"""Images on which the clean run is timed, if that takes no more than :data:`_SHORT` seconds."""
+
+_SHORT = 0.2
+
+
+CALL = 30e-6
+"""Seconds that one operation on one slice of pairs costs beside its arithmetic, about."""
+
+
+ATTAINED = 0.5
+"""Share of the peaks that whole suffixes attained on the shipped networks, about."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine was measured to do, in operations and bytes per second.
+
+    Attributes
+    ----------
+    clean, dense, floating, unit : float
+        Convolutions in the model's precision, in the tier chosen, in its floating-point part, and
+        those of single changed maps.
+    bandwidth : float
+        Of differences through one elementwise pass.
+    """
+
+    clean: float
+    dense: float
+    floating: float
+    unit: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run would go.
+
+    Attributes
+    ----------
+    table : pandas.DataFrame
+        One row per layer: ``layer``, ``strategy``, ``units``, ``pairs`` (unit, image), ``live``
+        (share of pairs that need work at all), ``gflop`` (arithmetic; ``dense`` of it in the
+        cheapest tier), ``gbyte`` (differences read and written) and ``seconds`` (predicted).
+    images : int
+        Images that the run would see.
+    batch_size : int
+        Images per clean run.
+    slice_pairs : int
+        Pairs of the widest layer that are worked on at a time.
+    tiers : tuple of str
+        Precisions of the dense part, cheapest first; doubtful pairs go to the next.
+    clean_seconds : float
+        Predicted time of the clean runs, one per image.
+    peaks : Peaks
+        What this machine was measured to do just now.
+    """
+
+    table: pd.DataFrame
+    images: int
+    batch_size: int
+    slice_pairs: int
+    tiers: tuple[str, ...]
+    clean_seconds: float
+    peaks: Peaks
+
+    @property
+    def gflops(self) -> float:
+        """Measured rate of convolutions in the tier chosen, in 1e9 operations per second."""
+        return self.peaks.dense / 1e9
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the sweep: clean runs and all layers, without capture and audit."""
+        return float(self.table["seconds"].sum()) + self.clean_seconds
+
+    def explain(self, result: AblationResult | None = None) -> str:
+        """Lay the plan out for people.
+
+        Parameters
+        ----------
+        result : AblationResult, optional
+            Of the run that was planned: a column ``actual`` shows the seconds that it took.
+        """
+        table = self.table
+        shown = table.assign(
+            pairs=[f"{pairs:,}" for pairs in table["pairs"]],
+            live=[f"{live:.0%}" for live in table["live"]],
+            gflop=[f"{gflop:,.1f}" for gflop in table["gflop"]],
+            dense=[f"{dense:,.1f}" for dense in table["dense"]],
+            gbyte=[f"{gbyte:,.2f}" for gbyte in table["gbyte"]],
+            seconds=[f"{seconds:,.2f}" for seconds in table["seconds"]],
+        )
+        if result is not None:
+            actual = result.effort.layer_seconds
+            shown["actual"] = [
+                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in table["layer"]
+            ]
+        lines = [
+            shown.to_string(index=False),
+            f"{self.images:,} images in batches of {self.batch_size}, {self.slice_pairs:,} pairs "
+            f"at a time; dense part in {', doubtful pairs in '.join(self.tiers)}",
+            f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
+            f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
+            f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
+            f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
+            f"live share was measured on {min(_SAMPLE, self.images)} images",
+        ]
+        if result is not None:
+            spent = sum(result.effort.layer_seconds.values())
+            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str] | None = None,
+    *,
+    images: int | None = None,
+    intervention: str | Intervention = "zero",
+    groups: Sequence[Sequence[str]] | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    memory: int | None = None,
+    precision: str = "auto",
+) -> Plan:
+    """Predict what :func:`pyablate.ablate` would do with the same arguments.
+
+    Parameters
+    ----------
+    model, data, layers, intervention, groups, device, batch_size, memory, precision
+        As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
+    images : int, optional
+        Predict for this many images; by default for as many as ``data`` has.
+
+    Returns
+    -------
+    Plan
+        The first few images are swept through the part that stays on single channels, to see
+        which pairs are live; nothing else is run.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`pyablate.ablate` raises.
+    """
+    check_options(
+        model, batch_size=batch_size, memory=memory, audit=0, strategy="auto", precision=precision
+    )
+    if isinstance(data, Tensor):
+        data = (data, torch.zeros(len(data), dtype=torch.int64))
+    with undisturbed():
+        setup = prepare(
+            model,
+            data,
+            layers,
+            groups,
+            parse(intervention),
+            None,
+            device,
+            batch_size=batch_size,
+            memory=memory,
+            strategy="auto",
+            precision=precision,
+        )
+        count = len(setup.data) if images is None else images
+        peaks = _peaks(setup)
+        rows = [_row(cost, count, peaks) for cost in _costs(setup)]
+        clean = count * _clean_seconds(setup, peaks)
+    tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
+    pairs = min((row.pop("slice") for row in rows), default=1)
+    table = pd.DataFrame(rows)
+    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks)
+
+
+def _clean_seconds(setup: Setup, peaks: Peaks) -> float:
+    """Seconds of the clean run per image: measured, since operations of all kinds share it."""
+    graph = setup.graph
+    if graph is None:
+        image = setup.data.first(1).images
+        return _forward_flop(setup.model, image) / peaks.clean / ATTAINED
+    keep = needed(Suffix.of(graph, job) for job in setup.jobs)
+
+    def seconds(batch: Batch) -> float:
+        begin = time.perf_counter()
+        clean_run.run_graph(graph, keep, setup.exact, batch, rounding=Rounding())
+        return time.perf_counter() - begin
+
+    for size in _SAMPLE, _MORE:
+        batch = setup.data.first(min(size, setup.batch_size))
+        taken = min(seconds(batch) for _ in range(3)) / len(batch)
+        if taken * _MORE > _SHORT:
+            break
+    return taken
+
+
+def _peaks(setup: Setup) -> Peaks:
+    where, full = str(setup.data.device), setup.data.dtype
+    tier = (*setup.low, full)[0]
+    return Peaks(
+        clean=convolution_rate(where, full),
+        dense=convolution_rate(where, tier),
+        floating=convolution_rate(where, carried(tier)),
+        unit=unit_rate(where),
+        bandwidth=change_rate(where),
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Cost of one job: per live pair, and per image whether or not pairs are live.
+
+    Attributes
+    ----------
+    dense, floating, unit : float
+        Operations per live pair: in the cheapest tier, in its floating-point part, and on single
+        changed maps.
+    byte : float
+        Differences read and written per live pair.
+    image_byte : float
+        Bytes per image of what is done while deltas are on their channels.
+    calls : int
+        Operations per slice of pairs.
+    slice : int
+        Pairs per slice.
+    """
+
+    job: Job
+    strategy: str
+    live: float
+    dense: float = 0.0
+    floating: float = 0.0
+    unit: float = 0.0
+    byte: float = 0.0
+    image_byte: float = 0.0
+    calls: int = 0
+    slice: int = 1 << 30
+
+
+def _row(cost: _Cost, images: int, peaks: Peaks) -> dict[str, Any]:
+    pairs = len(cost.job.rows) * images
+    live = pairs * cost.live
+    gbyte = (live * cost.byte + images * cost.image_byte) / 1e9
+    at_peak = live * (
+        cost.dense / peaks.dense + cost.floating / peaks.floating + cost.unit / peaks.unit
+    )
+    at_peak += gbyte * 1e9 / peaks.bandwidth
+    seconds = at_peak / ATTAINED + cost.calls * CALL * -(-live // cost.slice)
+    return {
+        "layer": cost.job.name,
+        "strategy": cost.strategy,
+        "units": len(cost.job.rows),
+        "pairs": pairs,
+        "live": cost.live,
+        "gflop": live * (cost.dense + cost.floating + cost.unit) / 1e9,
+        "dense": live * (cost.dense or cost.floating) / 1e9,
+        "gbyte": gbyte,
+        "seconds": seconds,
+        "slice": cost.slice,
+    }
+
+
+def _costs(setup: Setup) -> list[_Cost]:
+    batch = next(iter(setup.data.batches(_SAMPLE)))
+    if setup.graph is None:
+        per_pair = _forward_flop(setup.model, batch.images[:1])
+        return [_Cost(job, "replay", 1.0, floating=per_pair) for job in setup.jobs]
+    suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
+    clean = clean_run.run_graph(
+        setup.graph, needed(suffixes), setup.exact, batch, rounding=Rounding()
+    )
+    costs = []
+    tier = (*setup.low, setup.data.dtype)[0]
+    for suffix in suffixes:
+        standins = stand_ins(
+            setup.model, setup.data, batch, suffix.job, setup.statistics, at_a_time=setup.at_a_time
+        )
+        with torch.no_grad():
+            sweep = Sweep(suffix, clean, standins)
+            costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))
+    return costs
+
+
+def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
+    job, graph = sweep.suffix.job, sweep.graph
+    image_byte = 0.0
+    if job.channelwise:
+        sweep.advance()
+        on_channel = [node for node in sweep.suffix.nodes if node in sweep.values]
+        # Each is read and written in full precision, with its clean value beside it.
+        image_byte = sum(3.0 * _size(sweep.values[node]) for node in on_channel) / images
+        if sweep.head is not None:
+            # Read a delta, write a prediction; the O(1) test leaves few classes to scan.
+            return _Cost(job, "closed form", 1.0, byte=16.0, image_byte=image_byte)
+    nodes = sweep.deferred if job.channelwise else sweep.suffix.nodes
+    live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
+    work = {"dense": 0.0, "floating": 0.0, "unit": 0.0}
+    for node in nodes:
+        single = job.single and bool(node.all_input_nodes)
+        delta = sweep.value(node.all_input_nodes[0]) if single else None
+        eight_bit = tier == torch.int8 and weighted_rules.takes_codes(graph, node)
+        kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
+        work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)
+    byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize
+    calls = sum(node.target not in SAME for node in nodes)
+    return _Cost(
+        job, "delta", live, **work, byte=byte, image_byte=image_byte, calls=calls, slice=pairs
+    )
+
+
+def _size(delta: Channel) -> int:
+    """Size of a channelwise delta, all units and images."""
+    return delta.values.numel() * delta.values.element_size()
+
+
+def _flop(graph: Graph, node: fx.Node) -> float:
+    """Multiply-adds of a convolution or a linear map for one pair, times two."""
+    if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
+        return 0.0
+    filters = graph.constant(node, 1)
+    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
+
+
+def _bytes(graph: Graph, node: fx.Node) -> float:
+    """Elements that a node between two convolutions reads and writes for one pair."""
+    if node.target in SAME or node.target in CONVOLUTIONS or node.target is aten.linear.default:
+        return 0.0
+    reads = [source for source in node.all_input_nodes if source not in graph.constants]
+    return float(graph.elements(node) + sum(graph.elements(source) for source in reads))
+
+
+def _forward_flop(model: nn.Module, image: Tensor) -> float:
+    """Arithmetic of one plain forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, rarely needed
+
+    pair = torch.cat([image, image])  # some networks squeeze a batch of one away
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pair)
+    return float(counter.get_total_flops()) / len(pair)

@@ -1,0 +1,306 @@
+"""Blocks: what a run has found on some consecutive images, in memory and as files.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyablate.results.measures import Accuracy, Measure
+from pyablate.results.result import Audit, Flips, Ints
+from pyablate.runtime.distributed import MODULUS
+
+Piece = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Changed predictions: row of the result, image of the data, new class."""
+
+_TOGETHER = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is known about some images besides their predictions.
+
+    Attributes
+    ----------
+    hash : int
+        Of the images and labels; see :func:`pyablate.runs.fingerprint.hash_images`.
+    audit : Audit
+        Of the pairs recomputed here.
+    strategy : dict
+        Per layer, how it was computed.
+    state : list
+        How far the calibration of each job had come; JSON.
+    measures : dict
+        Sums over these images.
+    """
+
+    hash: int
+    audit: Audit
+    strategy: dict[str, str] = field(default_factory=dict)
+    state: list[Any] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+
+    def __add__(self, other: Facts) -> Facts:
+        """Facts about the images of both."""
+        return Facts(
+            hash=(self.hash + other.hash) % MODULUS,
+            audit=self.audit + other.audit,
+            strategy=self.strategy,
+            state=other.state,
+            measures={
+                name: Measure(
+                    own.change + other.measures[name].change,
+                    own.accuracy + other.measures[name].accuracy,
+                )
+                for name, own in self.measures.items()
+            },
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Everything that is known about some consecutive images.
+
+    Attributes
+    ----------
+    labels, baseline : int64 [image]
+        True class and the intact network's prediction.
+    flips : Flips
+        Of all units; images are numbered within the block.
+    facts : Facts
+        The rest.
+    """
+
+    labels: Ints
+    baseline: Ints
+    flips: Flips
+    facts: Facts
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A block of which some jobs are done.
+
+    Attributes
+    ----------
+    jobs : int
+        How many, the first ones.
+    pieces : list
+        Flips found by them.
+    facts : Facts
+        The rest.
+    """
+
+    jobs: int
+    pieces: list[Piece]
+    facts: Facts
+
+
+class Joining:
+    """Puts blocks of consecutive images together, in the order in which they are added."""
+
+    def __init__(self) -> None:
+        self._held: list[Block] = []
+
+    def add(self, block: Block) -> None:
+        """Add the next one."""
+        if self._held:  # sums are as large as the result: one is enough
+            facts = self._held[0].facts + block.facts
+            self._held[0] = replace(self._held[0], facts=facts)
+            block = replace(block, facts=Facts(0, Audit(0, 0)))
+        self._held.append(block)
+        if len(self._held) > _TOGETHER:
+            self._held = [self.block()]
+
+    def block(self) -> Block:
+        """Return all of them as one."""
+        held = self._held
+        lengths = [len(block.labels) for block in held]
+        return Block(
+            labels=np.concatenate([block.labels for block in held]),
+            baseline=np.concatenate([block.baseline for block in held]),
+            flips=Flips.joined([block.flips for block in held], lengths),
+            facts=held[0].facts,
+        )
+
+
+def write_block(path: Path, block: Block, run: str) -> None:
+    """Write a block's file, whole or not at all."""
+    arrays = {
+        "labels": block.labels.astype(np.int32),
+        "baseline": block.baseline.astype(np.int32),
+        "flips": np.diff(block.flips.start).astype(np.int32),
+        "image": block.flips.image,
+        "prediction": block.flips.prediction,
+    }
+    _write(path, run, block.facts, {}, arrays)
+
+
+def read_block(path: Path, run: str) -> Block | None:
+    """Read a block's file; None if it is damaged or of another run."""
+    found = _read(path, run, ("labels", "baseline", "flips", "image", "prediction"))
+    if found is None:
+        return None
+    _, facts, arrays = found
+    start = np.concatenate([[0], np.cumsum(arrays["flips"], dtype=np.int64)])
+    return Block(
+        labels=arrays["labels"].astype(np.int64),
+        baseline=arrays["baseline"].astype(np.int64),
+        flips=Flips(start, arrays["image"], arrays["prediction"]),
+        facts=facts,
+    )
+
+
+def write_begun(path: Path, begun: Begun, run: str) -> None:
+    """Write down what the first jobs have found on a block, whole or not at all."""
+    parts = begun.pieces or [(np.zeros(0),) * 3]
+    names = ("row", "image", "prediction")
+    arrays = {
+        name: np.concatenate([piece[i] for piece in parts]).astype(np.int32)
+        for i, name in enumerate(names)
+    }
+    _write(path, run, begun.facts, {"jobs": begun.jobs}, arrays)
+
+
+def read_begun(path: Path, run: str) -> Begun | None:
+    """Read what :func:`write_begun` wrote; None if it is damaged or of another run."""
+    found = _read(path, run, ("row", "image", "prediction"))
+    if found is None:
+        return None
+    known, facts, arrays = found
+    piece = (arrays["row"], arrays["image"], arrays["prediction"])
+    return Begun(int(known["jobs"]), [piece], facts)
+
+
+DAMAGED = (
+    OSError,  # not of the disk, once the file is in memory: of one of the ways to pack
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # an archive with a password, or packed in a way that is not known
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading an archive from memory raises if it is none, or not a sound one."""
+
+
+def _write(
+    path: Path, run: str, facts: Facts, known: dict[str, Any], arrays: dict[str, NDArray[Any]]
+) -> None:
+    text = json.dumps(
+        {
+            "run": run,
+            "hash": f"{facts.hash:064x}",
+            "audit": asdict(facts.audit),
+            "strategy": facts.strategy,
+            "state": facts.state,
+            "measures": {name: asdict(one.accuracy) for name, one in facts.measures.items()},
+            **known,
+        }
+    )
+    sums = {f"sum.{name}": measure.change for name, measure in facts.measures.items()}
+    held: dict[str, Any] = {"known": np.frombuffer(text.encode(), np.uint8), **arrays, **sums}
+    write_arrays(path, held, np.savez_compressed)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], pack: Callable[..., None]) -> None:
+    """Write arrays with a checksum behind them, whole or not at all.
+
+    The checksums in an archive cover neither its directory nor what is read before its end.
+    """
+    packed = io.BytesIO()
+    pack(packed, **arrays)
+    content = packed.getvalue()
+    replace_file(path, content + _seal(content))
+
+
+def read_arrays(content: bytes) -> Any:
+    """Open what :func:`write_arrays` has written, after comparing it with its checksum.
+
+    Raises
+    ------
+    ValueError, ...
+        It is damaged; see ``DAMAGED``.
+    """
+    inner, seal = content[:-_SEALED], content[-_SEALED:]
+    if not seal.startswith(_MARK):
+        inner = content  # written by an older version
+    elif seal != _seal(inner):
+        raise ValueError("not as it was written")
+    # From memory: numpy leaves a damaged file open, and what is wrong in the archive is then no
+    # error of the disk.
+    return np.load(io.BytesIO(inner), allow_pickle=False)
+
+
+_MARK = b"\nsha256 "
+_SEALED = len(_MARK) + 64
+
+
+def _seal(content: bytes) -> bytes:
+    return _MARK + hashlib.sha256(content).hexdigest().encode()
+
+
+def _read(
+    path: Path, run: str, names: Sequence[str]
+) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with read_arrays(content) as packed:
+            known = json.loads(packed["known"].tobytes())
+            if known["run"] != run:
+                return None
+            measures = {
+                name: Measure(packed[f"sum.{name}"], Accuracy(**accuracy))
+                for name, accuracy in known["measures"].items()
+            }
+            facts = Facts(
+                hash=int(known["hash"], 16),
+                audit=Audit(**known["audit"]),
+                strategy=dict(known["strategy"]),
+                state=list(known["state"]),
+                measures=measures,
+            )
+            return known, facts, {name: packed[name] for name in names}
+    except DAMAGED:
+        return None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place at once, on the disk when this returns; a kill leaves old or new."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names of a folder's files on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,386 @@
+"""The course of a run: block after block, kept as they are finished, shared among processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pyablate.data.dataset import Batch, Data
+from pyablate.engine.care import Care
+from pyablate.engine.job import Key, Statistics
+from pyablate.engine.precision_cascade import Ladder
+from pyablate.results.result import AblationResult, Audit
+from pyablate.runs.blocks import Begun, Block, Facts, Joining
+from pyablate.runs.fingerprint import Identity, differences, hash_images
+from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
+from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_ladders
+from pyablate.runtime.distributed import MODULUS, Ranks
+from pyablate.runtime.progress import Report
+
+logger = logging.getLogger("pyablate")
+
+SECONDS = 2.0
+"""Time between two looks at what other processes have done."""
+
+
+class Held(Protocol):
+    """Where finished blocks are kept."""
+
+    layout: Layout
+
+    def done(self) -> list[int]:
+        """Numbers of the blocks that are there."""
+
+    def read(self, number: int) -> Block | None:
+        """Read one of them."""
+
+    def again(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Tell which blocks to compute again where these have to be."""
+
+    def begun(self, number: int) -> Begun | None:
+        """Read what is known of an unfinished one."""
+
+    def write(self, number: int, block: Block) -> None:
+        """Keep a block."""
+
+    def write_begun(self, number: int, begun: Begun) -> None:
+        """Keep what the first jobs have found."""
+
+    def count_images(self) -> int:
+        """Images of the blocks that are there."""
+
+    def collect(self) -> Block:
+        """Join all blocks."""
+
+
+@dataclass(eq=False)
+class InMemory:
+    """Blocks of a run without a folder: lost with the process, and always written in order."""
+
+    layout: Layout
+    joined: Joining = field(default_factory=Joining)
+
+    def done(self) -> list[int]:
+        """Nothing is there when the run begins."""
+        return []
+
+    def read(self, number: int) -> Block | None:
+        """Give nothing: blocks are joined at once."""
+        return None
+
+    def again(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Let all blocks go if any: what is joined cannot be taken apart."""
+        if not numbers:
+            return []
+        self.joined = Joining()
+        return range(len(self.layout))
+
+    def begun(self, number: int) -> Begun | None:
+        """Nothing is known of unfinished ones."""
+        return None
+
+    def write(self, number: int, block: Block) -> None:
+        """Keep a block."""
+        self.joined.add(block)
+
+    def write_begun(self, number: int, begun: Begun) -> None:
+        """Let it go."""
+
+    def count_images(self) -> int:
+        """Nobody else works on this run."""
+        return 0
+
+    def collect(self) -> Block:
+        """Give all blocks together."""
+        return self.joined.block()
+
+
+def shard_images(shard: tuple[int, int] | None, images: int) -> range:
+    """Images of shard ``(i, n)``, the i-th of n from 1 on; all of them for None.
+
+    Raises
+    ------
+    ValueError
+        No such shard, or one without images.
+    """
+    if shard is None:
+        return range(images)
+    number, count = shard
+    if not 1 <= number <= count:
+        raise ValueError(f"shard: expected i/n with i from 1 to n, got {number}/{count}")
+    part = range(images * (number - 1) // count, images * number // count)
+    if not part:
+        raise ValueError(f"shard: {number}/{count} of {images} images is empty")
+    return part
+
+
+@contextmanager
+def kept(
+    place: Path | None,
+    identity: Identity,
+    layout: Layout,
+    statistics: Mapping[Key, Statistics],
+    *,
+    fresh: bool,
+    ranks: Ranks,
+) -> Iterator[InMemory | RunStore | None]:
+    """Begin or find a run's folder, and hold it while the run is under way.
+
+    Parameters
+    ----------
+    place : Path or None
+        The folder; None keeps blocks in memory.
+    identity, layout, statistics, fresh
+        As :func:`pyablate.runs.run_folder.open_store` takes them.
+    ranks : Ranks
+        Who takes part: the first process opens the folder, all agree on what it finds.
+
+    Yields
+    ------
+    InMemory, RunStore or None
+        None if the run has finished already.
+
+    Raises
+    ------
+    StoreMismatch
+        Another run is there, or the processes have different models, data or options.
+    OSError
+        The folder cannot be written, or another process holds it.
+    """
+    if place is None:
+        yield InMemory(layout)
+        return
+    with locked(place) if ranks.first else nullcontext():
+        cut: tuple[int, int] | None = None
+        if ranks.first:
+            arrays = pack_statistics(statistics)
+            opened = open_store(place, identity, layout, arrays, fresh=fresh)
+            cut = (opened.layout.size, opened.layout.memory) if opened else None
+            identity = opened.identity if opened else identity  # what it was begun with
+        said = ranks.tell({"identity": identity, "cut": cut})
+        differing = differences(said["identity"], identity)
+        if differing:
+            raise StoreMismatch(
+                f"distributed: process {ranks.number} has another run than the first process; "
+                f"what differs: {', '.join(differing)}"
+            )
+        if said["cut"] is None:
+            yield None
+            return
+        held = RunStore(place, said["identity"], Layout(layout.images, *said["cut"]))
+        with held.keeping():
+            yield held
+
+
+def check_data(
+    data: Data, layout: Layout, result: AblationResult, dtype: torch.dtype, ranks: Ranks
+) -> None:
+    """Refuse a finished result of other images or labels.
+
+    Raises
+    ------
+    StoreMismatch
+        They differ.
+    """
+    found = hash_all(data, layout, dtype, ranks)
+    if result.provenance["data"]["hash"] != found:
+        raise StoreMismatch(
+            "output: the finished run there has other images or labels. Take another place, or "
+            "start over with --fresh (fresh=True)"
+        )
+
+
+def hash_all(data: Data, layout: Layout, dtype: torch.dtype, ranks: Ranks) -> str:
+    """Hash all images of a layout, each process its own part."""
+    numbers = ranks.part(range(len(layout)))
+    total = sum(hash_images(batch, dtype) for _, batch in read_blocks(data, layout, numbers))
+    return f"{ranks.add_hashes(total % MODULUS):064x}"
+
+
+def read_blocks(data: Data, layout: Layout, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+    """Read the images of some blocks, given in ascending order."""
+    start = 0
+    for place in range(1, len(numbers) + 1):
+        if place < len(numbers) and numbers[place] == numbers[place - 1] + 1:
+            continue
+        stretch = numbers[start:place]
+        part = range(layout.block(stretch[0]).start, layout.block(stretch[-1]).stop)
+        yield from zip(stretch, data.batches(layout.size, part), strict=True)
+        start = place
+
+
+class Work(Protocol):
+    """What is done with a block of images."""
+
+    def __call__(
+        self,
+        images: Batch,
+        hashed: int,
+        begun: Begun | None,
+        *,
+        keep: Callable[[Begun], None],
+        advance: Callable[[int, str], None],
+    ) -> Block:
+        """See :meth:`pyablate.runs.executor.BlockSweep.block`."""
+
+
+@dataclass(eq=False)
+class Course:
+    """A run's way through its blocks.
+
+    Attributes
+    ----------
+    data : Data
+        The images.
+    held : Held
+        Where blocks are kept.
+    ranks : Ranks
+        Who takes part.
+    dtype : torch.dtype
+        In which images are compared.
+    ladders : list of Ladder
+        Calibrations, one per job.
+    any_tier : bool
+        See :func:`pyablate.runs.state.restore_ladders`.
+    rows : int
+        Pairs per image.
+    hashing : bool
+        Whether the images are to be known again: of no use to a run that nobody can go on with, and
+        dearer than the work itself where that is a last layer only.
+    report : callable
+        Where progress goes.
+    made : dict
+        What is known of the finished blocks that are this process's own.
+    """
+
+    data: Data
+    held: Held
+    ranks: Ranks
+    dtype: torch.dtype
+    ladders: list[Ladder]
+    any_tier: bool
+    rows: int
+    hashing: bool
+    report: Report
+    made: dict[int, Facts] = field(default_factory=dict)
+
+    def run(self, work: Work, layer: str) -> None:
+        """Do what is not done yet; ``layer`` is the first one, for the report."""
+        held, ranks = self.held, self.ranks
+        done = ranks.tell(held.done())
+        if done:
+            logger.info("%d of %d blocks are there already: going on", len(done), len(held.layout))
+        damaged = self._check(ranks.part(done))
+        there = set(done)
+        missing = [number for number in range(len(held.layout)) if number not in there]
+        todo = sorted([*ranks.part(missing), *damaged])
+        self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
+        self.mine = self.others = 0
+        self.looked = time.monotonic()
+        self._advance(0, layer)
+        self._do(todo, work)
+        self._even_out(work)
+        if ranks.count > 1:  # others have gone on since they were last looked at
+            total = self.rows * len(held.layout.images)
+            self.report(total, total, "all processes are done")
+
+    def _do(self, numbers: Sequence[int], work: Work) -> None:
+        """Compute some blocks and keep them."""
+        held = self.held
+        for number, images in read_blocks(self.data, held.layout, numbers):
+            begun, before = held.begun(number), self.made.get(number)
+            hashed = hash_images(images, self.dtype) if self.hashing else 0
+            for known in (begun.facts if begun else None, before):
+                if known is not None and known.hash != hashed:
+                    raise _other_images(held.layout.block(number))
+            if begun is not None:
+                restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
+                if self._behind(begun.facts.state[: begun.jobs]):
+                    begun = None
+            block = work(
+                images,
+                hashed,
+                begun,
+                keep=lambda so_far, number=number: held.write_begun(number, so_far),  # type: ignore[misc]
+                advance=self._advance,
+            )
+            if before is not None:
+                block = replace(block, facts=_with_mended(block.facts, before))
+            held.write(number, block)
+            self.made[number] = replace(block.facts, measures={})  # as large as the result
+
+    def _even_out(self, work: Work) -> None:
+        """Compute blocks again that were done with less care than later ones turned out to need.
+
+        Until the processes agree on the care of each job, and all blocks have been done with it.
+        """
+        agreed: list[int] = []
+        while True:
+            self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
+            care = self.ranks.largest([ladder.care for ladder in self.ladders])
+            if care == agreed:
+                return
+            agreed = care
+            for ladder, level in zip(self.ladders, care, strict=True):
+                ladder.care = Care(level)
+            behind = [number for number, facts in self.made.items() if self._behind(facts.state)]
+            if behind:
+                logger.warning(
+                    "%d finished blocks are computed again, with the care that others needed",
+                    len(behind),
+                )
+            self._do(self.held.again(sorted(behind)), work)
+
+    def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether any of the jobs was done with less care than is taken now."""
+        done = zip(self.ladders, care_of(state), strict=False)
+        return any(care < ladder.care for ladder, care in done)
+
+    def _check(self, numbers: Sequence[int]) -> list[int]:
+        """Compare the images of finished blocks with what they were; name the damaged ones."""
+        damaged, state = [], None
+        for number, images in read_blocks(self.data, self.held.layout, numbers):
+            block = self.held.read(number)
+            if block is None:
+                logger.warning("block %d is damaged: it is computed again", number)
+                damaged.append(number)
+            elif block.facts.hash != hash_images(images, self.dtype):
+                raise _other_images(self.held.layout.block(number))
+            else:
+                state = block.facts.state
+                restore_care(self.ladders, state)
+                self.made[number] = replace(block.facts, measures={})
+        if state is not None:
+            restore_ladders(self.ladders, state, any_tier=self.any_tier)
+        return damaged
+
+    def _advance(self, pairs: int, layer: str) -> None:
+        self.mine += pairs
+        watching = self.ranks.count > 1 and self.ranks.first
+        if watching and time.monotonic() - self.looked > SECONDS:
+            self.looked = time.monotonic()
+            everything = self.rows * self.held.count_images()
+            self.others = max(self.others, everything - self.before - self.mine)
+        total = self.rows * len(self.held.layout.images)
+        self.report(min(total, self.before + self.mine + self.others), total, layer)
+
+
+def _with_mended(facts: Facts, before: Facts) -> Facts:
+    """Add what was mended when the block was computed before."""
+    audit = facts.audit + Audit(0, 0, before.audit.mended)
+    return replace(facts, audit=audit)
+
+
+def _other_images(where: range) -> StoreMismatch:
+    return StoreMismatch(
+        f"data: images {where.start} to {where.stop - 1} or their labels are not those that the "
+        "run began with. Give the same data in the same order, or start over with --fresh "
+        "(fresh=True)"
+    )

@@ -1,0 +1,281 @@
+"""Before the first batch: arguments checked, units numbered, the network copied and captured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from pyablate.data.dataset import Data
+from pyablate.engine import int8_conv
+from pyablate.engine.discontinuous import jumps, observed_jump, steep
+from pyablate.engine.float64 import Exact, exact
+from pyablate.engine.job import Job, Key, Statistics
+from pyablate.engine.microbenchmarks import convolution_rate
+from pyablate.engine.replay import ROWS, Replay, forward, in_double
+from pyablate.engine.suffix import Suffix, needed
+from pyablate.interventions import Intervention
+from pyablate.network.capture import CaptureError, capture
+from pyablate.network.graph import Graph
+from pyablate.network.model_checks import alike, open_up, two_images
+from pyablate.network.sites import Site, check_model
+from pyablate.runs.calibration import calibrate
+from pyablate.runs.job_list import plan_jobs
+from pyablate.runs.state import unpack_statistics
+from pyablate.runtime.allocator import keep_freed_blocks
+from pyablate.runtime.chunking import LARGEST, images_at_a_time
+from pyablate.runtime.distributed import Ranks
+
+logger = logging.getLogger("pyablate")
+
+PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
+
+
+SLICE = 8 << 20
+"""Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
+
+DEVICE_SLICE = 256 << 20
+"""The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
+of operations. By arithmetic, not measured."""
+
+SAME = 1e-3
+"""Share of the largest logit by which a captured network may differ from the model: rounding."""
+
+CLEAN = 32 << 20
+"""Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
+
+WORTHWHILE = 1.3
+"""Gain in speed above which a lower precision pays for checking it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that is known before the first batch."""
+
+    model: nn.Module
+    graph: Graph | None
+    jobs: list[Job]
+    data: Data
+    classes: int
+    class_names: tuple[str, ...]
+    intervention: Intervention
+    statistics: Mapping[Key, Statistics]
+    exact: Exact | Replay
+    replay: Replay
+    abrupt: bool
+    """Whether the network jumps anywhere, or rises as steeply as if it did."""
+    low: tuple[torch.dtype, ...]
+    batch_size: int
+    memory: int
+    at_a_time: int
+    """Images of one pass through the model: see :func:`images_at_a_time`."""
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of the widest delta of one slice of pairs; a few such tensors live at a time."""
+        most = SLICE if self.data.device.type == "cpu" else DEVICE_SLICE
+        return min(most, max(1, self.memory // 16))
+
+    @property
+    def rows(self) -> int:
+        """Number of ablations."""
+        return sum(len(job.rows) for job in self.jobs)
+
+
+@torch.inference_mode(False)  # in which nothing can be exported
+def prepare(
+    model: nn.Module,
+    source: Any,
+    layers: str | Sequence[str] | None,
+    groups: Sequence[Sequence[str]] | None,
+    intervention: Intervention,
+    class_names: Sequence[str] | None,
+    device: str | torch.device | None,
+    *,
+    batch_size: int | None,
+    memory: int | None,
+    strategy: str,
+    precision: str,
+    measures: Sequence[str] = (),
+    measured: Mapping[str, np.ndarray] | None = None,
+    ranks: Ranks | None = None,
+) -> Setup:
+    """Check everything that can be checked and get ready; see :func:`pyablate.ablate`.
+
+    ``measured`` are statistics that an earlier process packed, taken instead of measuring them;
+    ``ranks`` the processes that measure them together.
+    """
+    ready = open_up(model, source, class_names, device, double=precision == "fp64")
+    work, data, sample = ready.model, ready.data, ready.batch.images
+    jobs = plan_jobs(ready.sites, layers, groups, intervention)
+    marked = list({site.name: site for job in jobs for site in job.sites}.values())
+    graph = None if strategy == "replay" else _capture(work, sample, marked)
+    if intervention.needs_statistics:
+        data.hold_if_read_once()
+    if intervention.kind == "resample":
+        data.hold()
+    budget = memory or _free(data.device) // 4
+    keep_freed_blocks(budget)
+    pair = two_images(sample)
+    double, decisive = in_double(work, pair)
+    at_a_time = images_at_a_time(double, pair.to(decisive))
+    size = batch_size or _images_per_batch(graph, jobs, sample, budget)
+    statistics: Mapping[Key, Statistics] = {}
+    if intervention.needs_statistics and measured:
+        statistics = unpack_statistics(measured, data.device)
+    elif intervention.needs_statistics:
+        statistics = calibrate(
+            work,
+            data,
+            marked,
+            ready.classes,
+            batch_size=min(size, at_a_time),
+            ranks=ranks or Ranks(),
+        )
+    replay = Replay(double, decisive, data, statistics, min(ROWS, at_a_time))
+    decided = exact(graph, replay, ready.batch)
+    if graph is not None and isinstance(decided, Exact) and not measures:
+        graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
+    return Setup(
+        model=work,
+        graph=graph,
+        jobs=jobs,
+        data=data,
+        classes=ready.classes,
+        class_names=ready.class_names,
+        intervention=intervention,
+        statistics=statistics,
+        exact=decided,
+        replay=replay,
+        abrupt=_is_abrupt(work, graph, jobs, decided, sample),
+        low=_low_precisions(precision, data.dtype, data.device),
+        batch_size=size,
+        memory=budget,
+        at_a_time=at_a_time,
+    )
+
+
+def _is_abrupt(
+    model: nn.Module,
+    graph: Graph | None,
+    jobs: Sequence[Job],
+    decided: Exact | Replay,
+    sample: Tensor,
+) -> bool:
+    """Find what jumps or is as good as a step; behind it values are computed, not differences.
+
+    In front of it differences are right, but not those from a clean run in low precision, which may
+    have fallen on another side of the jump.
+    """
+    if graph is None:
+        jump = observed_jump(model, two_images(sample))
+        if jump is not None:
+            logger.info("all pairs are decided in float64, since %s jumps", jump)
+        return jump is not None
+    abrupt = {*steep(graph, sample), *jumps(graph.after([graph.images]))}
+    if abrupt:
+        names = ", ".join(sorted({str(node.target) for node in abrupt}))
+        logger.info("all pairs are decided in float64, since %s jumps or is steep", names)
+    if isinstance(decided, Exact):
+        decided.recomputed.update(
+            job for job in jobs if not abrupt.isdisjoint(Suffix.of(graph, job).nodes)
+        )
+    return bool(abrupt)
+
+
+def check_options(
+    model: Any,
+    *,
+    batch_size: int | None,
+    memory: int | None,
+    audit: int,
+    strategy: str,
+    precision: str,
+) -> None:
+    """Check the arguments that need nothing else to be known."""
+    check_model(model)
+    for name, value in (("batch_size", batch_size), ("memory", memory)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if not isinstance(audit, int) or audit < 0:
+        raise ValueError(f"audit: expected a number of pairs, 0 or more, got {audit!r}")
+    if strategy not in ("auto", "replay"):
+        raise ValueError(f'strategy: expected "auto" or "replay", got {strategy!r}')
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _low_precisions(
+    precision: str, full: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, ...]:
+    """Cheaper arithmetic for the dense suffix, cheapest first."""
+    if precision in ("fp32", "fp64") or full != torch.float32:
+        return ()
+    if precision == "int8" and (device.type != "cpu" or not int8_conv.available()):
+        raise ValueError(
+            'precision: expected a processor with 8-bit arithmetic (VNNI) for "int8", this device '
+            f'({device}) has none that is exact; "auto" takes the best there is'
+        )
+    asked = {"int8": torch.int8, "bf16": torch.bfloat16}.get(precision)
+    found: list[torch.dtype] = []
+    rate = convolution_rate(str(device), full, alone=True)
+    for dtype in (torch.bfloat16, torch.int8):
+        own = convolution_rate(str(device), dtype, alone=True)
+        worthwhile = own > WORTHWHILE * rate and precision != "bf16"
+        if dtype == asked or worthwhile:
+            found.insert(0, dtype)
+            rate = own
+    return tuple(found)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that nobody uses where the work is done."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
+    try:
+        graph = capture(model, sample, marked)
+        if graph.half:
+            # It rounds there itself, and differences do not: they would decide otherwise.
+            raise CaptureError("parts of it compute in half precision")
+        with torch.no_grad():
+            found = graph.run(sample, [graph.logits])[graph.logits]
+            expected = forward(model, sample)
+        if not alike(found, expected, SAME):
+            # Marked outputs are tensors of their own; in a network they may be one and the same.
+            raise CaptureError("it works in place on a tensor that is read elsewhere too")
+        return graph
+    except CaptureError as error:
+        logger.warning(
+            "the network cannot be captured (%s): every pair runs by replay of the whole "
+            "network, exact but slow",
+            error,
+        )
+        return None
+
+
+def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, memory: int) -> int:
+    """As many images as let the clean tensors fit into half the memory; a few hundred are plenty.
+
+    Small networks take more at a time: what a batch costs by itself would show.
+    """
+    if graph is None:
+        return 64
+    kept = needed(Suffix.of(graph, job) for job in jobs)
+    size = sample.element_size()
+    # Beside the clean tensors stand the changes of one layer's units, while on their channels: as
+    # differences, in the precision of the dense part, and on the way from one to the other.
+    units = max((graph.elements(marker) for marker in graph.markers), default=0)
+    per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size
+    widest = graph.widest * size
+    enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
+    return int(max(1, min(enough, memory // 2 // max(per_image, 1))))

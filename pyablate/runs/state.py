@@ -1,0 +1,104 @@
+"""What a run takes along besides its blocks: statistics of the units, calibration of the tiers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyablate.engine import int8_conv
+from pyablate.engine.care import Care
+from pyablate.engine.job import Key, Statistics
+from pyablate.engine.precision_cascade import Ladder
+
+
+def pack_statistics(statistics: Mapping[Key, Statistics]) -> dict[str, NDArray[Any]]:
+    """Turn statistics into named arrays."""
+    keys = [[name, call, list(known.shape)] for (name, call), known in statistics.items()]
+    arrays = {"keys": np.frombuffer(json.dumps(keys).encode(), np.uint8)}
+    for number, known in enumerate(statistics.values()):
+        for name in ("mean", "std", "class_mean"):
+            arrays[f"{name}.{number}"] = getattr(known, name).cpu().numpy()
+    return arrays
+
+
+def unpack_statistics(
+    arrays: Mapping[str, NDArray[Any]], device: torch.device
+) -> dict[Key, Statistics]:
+    """Undo :func:`pack_statistics`."""
+    found = {}
+    for number, (site, call, shape) in enumerate(json.loads(arrays["keys"].tobytes())):
+        moments = {
+            name: torch.from_numpy(arrays[f"{name}.{number}"]).to(device)
+            for name in ("mean", "std", "class_mean")
+        }
+        found[site, call] = Statistics(**moments, shape=tuple(shape))
+    return found
+
+
+def pack_ladder(ladder: Ladder) -> dict[str, Any]:
+    """Turn a calibration, and the care taken, into JSON."""
+    return {
+        "tiers": [str(tier).removeprefix("torch.") for tier in ladder.tiers],
+        "doubts": {
+            str(tier).removeprefix("torch."): doubt for tier, doubt in ladder.doubts.items()
+        },
+        "typical": ladder.typical,
+        "gain": ladder.gain,
+        "measured": ladder.measured,
+        "care": int(ladder.care),
+    }
+
+
+def care_of(state: Sequence[Mapping[str, Any]]) -> list[Care]:
+    """Return the care with which each job was done on a block."""
+    return [Care(known.get("care", Care.USUAL)) for known in state]
+
+
+def restore_care(ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]]) -> None:
+    """Take no less care than was taken on a block."""
+    for ladder, care in zip(ladders, care_of(state), strict=False):
+        ladder.care = max(ladder.care, care)
+
+
+def restore_ladders(
+    ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]], *, any_tier: bool
+) -> None:
+    """Go on with calibrations that an earlier process made, and with no less care than it.
+
+    Parameters
+    ----------
+    ladders : sequence of Ladder
+        Of the jobs; they are changed.
+    state : sequence of mapping
+        Of as many of the jobs, from the first on, as have been calibrated.
+    any_tier : bool
+        Whether tiers may be taken up that the ladders lack: which ones pay is measured anew by
+        each process, and not always with the same outcome.
+    """
+    restore_care(ladders, state)
+    for ladder, known in zip(ladders, state, strict=False):
+        tiers = [_dtype(name) for name in known["tiers"]]
+        possible = _possible if any_tier else ladder.tiers.__contains__
+        if tiers[-1] != ladder.full or not all(map(possible, tiers)):
+            continue
+        ladder.tiers = tiers
+        ladder.doubts = {_dtype(name): float(doubt) for name, doubt in known["doubts"].items()}
+        ladder.typical = [float(step) for step in known["typical"]]
+        ladder.gain = float(known["gain"])
+        ladder.measured = int(known["measured"])
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {str(t).removeprefix("torch."): t for t in _KNOWN}[name]
+
+
+_KNOWN = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _possible(tier: torch.dtype) -> bool:
+    return tier != torch.int8 or int8_conv.available()

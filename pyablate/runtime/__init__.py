@@ -1,0 +1,1 @@
+"""Process, host and device: locks, interrupts, memory, chunk sizes, processes."""

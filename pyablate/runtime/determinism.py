@@ -1,0 +1,36 @@
+"""Plain arithmetic for a run, with random generators and settings left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from pyablate.runtime.locks import a_run
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work in plain arithmetic, and leave random generators and settings as they were.
+
+    An ambient autocast or TF32 would round the clean run and all that is compared with it. All of
+    this is the whole process's: other threads wait for their turn.
+    """
+    with a_run(), _plain_arithmetic():
+        yield
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    matmul = torch.get_float32_matmul_precision()
+    tf32 = torch.backends.cudnn.allow_tf32
+    cuda = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False), cuda:
+        try:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = tf32

@@ -1,0 +1,465 @@
+"""The commands, on a small network of the user's own and on a shipped one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from PIL import Image
+from support.simulated import simulate
+from support.stores import contents
+from typer.testing import CliRunner
+
+import pyablate as pa
+from pyablate.cli.app import app
+
+_NETWORK = """
+import time
+
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )
+
+
+def sleep():
+    print("sleeping", flush=True)
+    for _ in range(600):  # a signal just before one long sleep would wait for its end
+        time.sleep(0.1)
+
+
+def explode():
+    raise ValueError("first line\\nsecond line")
+
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a network in ``small_network.py`` and ``images.npz``."""
+    (tmp_path / "small_network.py").write_text(_NETWORK)
+    draw = np.random.default_rng(0)
+    images = draw.random((12, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)
+    np.savez(tmp_path / "empty.npz", images=images[:0], labels=np.arange(0))
+    np.savez(tmp_path / "bad_labels.npz", images=images, labels=np.arange(12) - 1)
+    images[3, 0, 0] = np.nan
+    np.savez(tmp_path / "nan.npz", images=images, labels=np.arange(12) % 3)
+    tiny = simulate(np.full((3, 2), 0.5), 0.5, 4, draw, ["x"] * 3)
+    tiny.save(tmp_path / "results/tiny.zarr")
+    tiny.to_dataframe().to_csv(tmp_path / "units.csv", index=False)
+    (tmp_path / "other.csv").write_text("unit,a\ny:0,1.5\n")
+    (tmp_path / "plain.csv").write_text("a,b\n1.5,2\n")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.zarr").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("not a result")
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("small_network", None)
+    return tmp_path
+
+
+def _invoke(*arguments: str) -> tuple[int, str, str]:
+    outcome = CliRunner().invoke(app, list(arguments))
+    return outcome.exit_code, outcome.stdout, outcome.stderr
+
+
+# A shell starts what runs in the background with interrupts ignored, and children inherit that.
+_LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("pyablate", run_name="__main__", alter_sys=True)
+"""
+
+
+def _process(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _LISTENING, *arguments],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1])},
+    )
+
+
+def _error_lines(err: str) -> list[str]:
+    """Lines of standard error, without the one that says that the extension is missing."""
+    return [line for line in err.splitlines() if "native module" not in line]
+
+
+_RUN = ("run", "small_network:make", "--data", "images.npz")
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "run", "merge", "layers", "plan", "significance", "correlate", "doctor"]
+)
+def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
+    code, out, _ = _invoke("--help")
+    assert code == 0
+    assert command in out
+    code, out, _ = _invoke(command, "--help")
+    assert code == 0
+    assert "--debug" in out
+    assert f"pyablate {command}" in out  # an example
+
+
+def test_version_is_the_package_version() -> None:
+    assert _invoke("--version") == (0, f"pyablate {metadata.version('pyablate')}\n", "")
+    assert pa.__version__ == pa.build_info()["version"] == metadata.version("pyablate")
+
+
+def test_run_writes_what_the_library_finds(here: Path) -> None:
+    code, out, err = _invoke(*_RUN, "--output", "out/small.zarr", "--csv", "tables/units.csv")
+    assert code == 0, err
+    saved = pa.load("out/small.zarr")
+
+    from small_network import make  # type: ignore[import-not-found]
+
+    from pyablate.cli.specs import load_data
+
+    data = load_data("images.npz")
+    expected = pa.ablate(make().eval(), data.batches, layers=["*"], progress=False)
+    np.testing.assert_array_equal(saved.predictions(), expected.predictions())
+    assert list(saved.units["label"]) == list(expected.units["label"])
+
+    table = pd.read_csv("tables/units.csv")
+    assert len(table) == 10
+    np.testing.assert_allclose(table["accuracy_drop"], saved.accuracy_drop)
+    assert f"Baseline accuracy {100 * saved.baseline_accuracy:.2f} % on 12 images" in out
+    assert "Audit:" in out
+    assert "Time:" in out
+    assert "out/small.zarr" in out
+
+
+def test_run_takes_its_options(here: Path) -> None:
+    code, out, err = _invoke(
+        *_RUN, "--layers", "3", "--limit", "6", "--intervention", "constant:-2",
+        "--batch-size", "4", "--memory", "1GB", "--device", "cpu", "--seed", "3",
+        "--mean", "0.5", "--std", "0.25", "--no-progress",
+    )  # fmt: skip
+    assert code == 0, err
+    result = pa.load("run.zarr")
+    assert list(result.units["label"]) == [f"3:{unit}" for unit in range(6)]
+    assert len(result.labels) == 6
+    assert result.intervention == "constant:-2"
+    assert "replaced by: constant:-2" in out
+
+
+def test_run_replaces_another_run_only_when_told_to(here: Path) -> None:
+    assert _invoke(*_RUN, "--limit", "3")[0] == 0
+    code, _, err = _invoke(*_RUN, "--limit", "4")
+    assert code == 3
+    assert "the number of images (3, now 4)" in err
+    assert "--fresh" in err
+    assert len(pa.load("run.zarr").labels) == 3
+    assert _invoke(*_RUN, "--limit", "3")[0] == 0  # which is read, not done again
+    assert _invoke(*_RUN, "--limit", "4", "--fresh")[0] == 0
+    assert len(pa.load("run.zarr").labels) == 4
+    code, _, err = _invoke(*_RUN, "--output", "notes", "--fresh")
+    assert code == 2
+    assert "notes" in err
+    assert (here / "notes" / "a.txt").read_text() == "not a result"
+
+
+def test_run_for_machines(here: Path) -> None:
+    code, out, err = _invoke(*_RUN, "--json", "--batch-size", "4")
+    assert code == 0, err
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
+    assert records[0]["done"] == 0
+    assert records[-2]["done"] == records[-2]["total"] == 10 * 12
+    result = pa.load("run.zarr")
+    assert records[-1]["event"] == "result"
+    assert records[-1]["images"] == 12
+    assert records[-1]["baseline_accuracy"] == result.baseline_accuracy
+    assert records[-1]["audit"]["mismatches"] == 0
+    code, out, _ = _invoke(*_RUN, "--json", "--seed", "5")
+    assert code == 3
+    (record,) = map(json.loads, out.splitlines())
+    assert record["event"] == "error"
+    assert record["exit_code"] == 3
+    assert "options.seed (0, now 5)" in record["message"]
+
+
+def test_shards_are_merged(here: Path) -> None:
+    assert _invoke(*_RUN)[0] == 0
+    for number in (1, 2):
+        part = ("--shard", f"{number}/2", "--output", f"part{number}.zarr")
+        assert _invoke(*_RUN, *part)[0] == 0
+    code, out, err = _invoke(
+        "merge", "part2.zarr", "part1.zarr", "-o", "both.zarr", "--csv", "b.csv"
+    )
+    assert code == 0, err
+    assert "on 12 images" in out
+    assert contents(here / "both.zarr") == contents(here / "run.zarr")
+    assert len(pd.read_csv("b.csv")) == 10
+    code, _, err = _invoke("merge", "part2.zarr", "-o", "one.zarr")
+    assert code == 2
+    assert "images 0 to 5 are missing" in err
+    assert not (here / "one.zarr").exists()
+
+
+def test_layers_are_listed_with_what_the_star_selects(here: Path) -> None:
+    for sample in (("--input-shape", "1,8,8"), ("--data", "images.npz")):
+        code, out, err = _invoke("layers", "small_network:make", *sample)
+        assert code == 0, err
+        rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
+        assert rows["1"] == ["1", "activation", "4", "4", "x", "6", "x", "6", "yes"]
+        assert rows["0"][1] == "layer"
+        assert rows["0"][-1] != "yes"
+
+
+def test_layers_of_a_network_without_activations_are_listed_all_the_same(here: Path) -> None:
+    class_layer = "0"
+    code, out, err = _invoke("layers", "small_network:plain", "--input-shape", "64")
+    assert code == 0, err
+    assert class_layer not in {line.split()[0] for line in out.splitlines()[2:] if line.strip()}
+
+
+def test_a_shipped_network_needs_no_shape() -> None:
+    code, out, err = _invoke("layers", "demo:vgg_bn")
+    assert code == 0, err
+    assert "features.2" in out
+
+
+def test_plan_explains_without_running(here: Path) -> None:
+    code, out, err = _invoke(
+        "plan", "small_network:make", "--input-shape", "1,8,8", "--images", "1000"
+    )
+    assert code == 0, err
+    assert "1,000" in out or "1000" in out
+    assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
+
+
+def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:
+    """Photographs come in all sizes."""
+    for number, name in enumerate(("cat", "dog")):
+        (here / "photos" / name).mkdir(parents=True)
+        Image.new("L", (30 + number, 20), 9).save(here / "photos" / name / "a.png")
+    for command in ("layers", "plan"):
+        sample = (command, "small_network:make", "--data", "photos")
+        code, _, err = _invoke(*sample)
+        assert code == 2
+        assert "give size=" in err
+        code, out, err = _invoke(*sample, "--size", "10", "--mean", "0.5", "--std", "0.25")
+        assert code == 0, err
+        assert "8 x 8" in out or command == "plan"
+        code, _, err = _invoke(*sample, "--labels", "units.csv")
+        assert code == 2
+        assert "labels: expected none with an image folder" in err
+
+
+def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> None:
+    loss = np.array([[0.0, 0.9, 0.0], [0.02, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    simulate(loss, 0.02, 60, np.random.default_rng(0), ["a", "b", "b"]).save("planted.zarr")
+    code, out, err = _invoke(
+        "significance", "planted.zarr", "--fdr", "0.1", "--csv", "units.csv",
+        "--pairs", "pairs.csv",
+    )  # fmt: skip
+    assert code == 0, err
+    result = pa.load("planted.zarr")
+    units = pd.read_csv("units.csv")
+    pd.testing.assert_frame_equal(units, result.max_class_test(), check_dtype=False)
+    tests = result.significance(fdr=0.1)
+    pairs = pd.read_csv("pairs.csv")
+    assert list(zip(pairs["label"], pairs["class"], strict=True)) == [
+        ("a:0", "class 1"),
+        ("b:0", "class 2"),
+    ]
+    np.testing.assert_allclose(pairs["q"], tests["q"].to_numpy()[[0, 1], [1, 2]])
+    rows = [line.split() for line in out.splitlines()]
+    assert any(row[:7] == ["a", "3", "1", "0", "0", "class", "1"] for row in rows)
+    assert "false discovery rate of 0.1" in out
+    assert "Written: units.csv and pairs.csv" in " ".join(out.split())
+
+
+def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
+    assert _invoke(*_RUN)[0] == 0
+    result = pa.load("run.zarr")
+    table = pd.DataFrame({"good": result.accuracy_drop + 0.0, "number": np.arange(10.0)})
+    table.set_index(pd.Index(result.units["label"], name="unit")).to_csv("attributes.csv")
+    code, out, err = _invoke(
+        "correlate", "run.zarr", "attributes.csv", "--target", "accuracy_drop", "--layers", "3",
+        "--method", "kendall", "--resamples", "30", "--seed", "2", "--csv", "found.csv",
+    )  # fmt: skip
+    assert code == 0, err
+    expected = pa.correlate(
+        result,
+        table.set_index(result.units["label"]),
+        targets="accuracy_drop",
+        layers="3",
+        methods="kendall",
+        resamples=30,
+        seed=2,
+    )
+    found = pd.read_csv("found.csv", dtype={"layer": str})
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    assert "good" in out
+    assert "number" in out
+    assert "Written: found.csv" in out
+
+
+@pytest.mark.slow
+def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
+    code, out, err = _invoke("demo", "--limit", "64", "--output", str(tmp_path / "demo"))
+    assert code == 0, err
+    result = pa.load(tmp_path / "demo" / "run.zarr")
+    table = pd.read_csv(tmp_path / "demo" / "units.csv")
+    assert len(table) == len(result.units)
+    assert len(result.labels) == 64
+    for expected in ("Baseline accuracy", "Audit:", "0 mismatches", "Time:", "Plain hook loop"):
+        assert expected in out
+    assert "scaling" in out
+    assert " 0 of " in out.partition("Its predictions")[2]  # none differs from the hook loop
+    layers = dict.fromkeys(result.units["layer"])
+    assert all(layer in out for layer in layers)
+
+
+_CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
+_ATTRIBUTES = ("attributes", "small_network:make", "--data", "images.npz")
+
+
+def test_attributes_as_a_table(here: Path) -> None:
+    code, out, _ = _invoke(*_ATTRIBUTES, "--which", "auc", "--which", "weights", "-o", "a.csv")
+    assert code == 0
+    assert "10 units" in out
+    table = pd.read_csv("a.csv")
+    assert table["label"].tolist() == [f"1:{u}" for u in range(4)] + [f"3:{u}" for u in range(6)]
+    assert {"auc", "auc_class", "l1_norm", "bn_scale"} <= set(table.columns)
+    assert set(table["auc_class"]) <= {0, 1, 2}
+
+
+def test_attributes_as_zarr_replace_an_older_one(here: Path) -> None:
+    for which in ("weights", "auc"):
+        assert _invoke(*_ATTRIBUTES, "--which", which, "-o", "a.zarr")[0] == 0
+    found = xr.open_zarr("a.zarr", chunks=None)
+    assert found["auc_per_class"].shape == (10, 3)
+    assert "l1_norm" not in found
+    assert found["auc"].attrs["rescaling_invariant"] is True
+    assert found["unit"].to_numpy().tolist()[-1] == "3:5"
+
+
+_BAD_INPUT = {
+    "no such option": (("run", "x:y", "--dta", "demo"), "--dta"),
+    "no such command": (("rum",), "rum"),
+    "no data": (("run", "demo:vgg_bn"), "--data"),
+    "limit not a number": ((*_RUN, "--limit", "many"), "--limit"),
+    "limit of none": ((*_RUN, "--limit", "0"), "--limit"),
+    "no such network": (("run", "demo:vgg_nb", "--data", "demo"), "vgg_bn"),
+    "no such shipped network": (("demo", "vgg_nb"), "vgg_bn"),
+    "no such module": (("run", "no_such_module:make", "--data", "images.npz"), "no_such_module"),
+    "no such library": (("run", "torchvision:no_such_net", "--data", "images.npz"), "torchvision"),
+    "factory that fails": (("run", "small_network:explode", "--data", "images.npz"), "first line"),
+    "no such weights": ((*_RUN, "--weights", "gone.safetensors"), "gone.safetensors"),
+    "no such data": (("run", "small_network:make", "--data", "gone"), "gone"),
+    "empty data": (("run", "small_network:make", "--data", "empty.npz"), "empty.npz"),
+    "negative label": (("run", "small_network:make", "--data", "bad_labels.npz"), "-1"),
+    "nan image": (("run", "small_network:make", "--data", "nan.npz"), "3"),
+    "unknown layer": ((*_RUN, "--layers", "9"), "'9'"),
+    "unknown intervention": ((*_RUN, "--intervention", "zreo"), "zero"),
+    "constant not a number": ((*_RUN, "--intervention", "constant:big"), "big"),
+    "no such device": ((*_RUN, "--device", "tpu9"), "tpu9"),
+    "memory not a size": ((*_RUN, "--memory", "lots"), "lots"),
+    "shard not a part": ((*_RUN, "--shard", "3/2"), "--shard"),
+    "no such choice on mismatch": ((*_RUN, "--on-mismatch", "no"), "on_mismatch"),
+    "merge of nothing there": (("merge", "gone.zarr"), "gone.zarr"),
+    "merge of other results": (("merge", "results/tiny.zarr"), "tiny.zarr"),
+    "mean not numbers": ((*_RUN, "--mean", "grey"), "--mean"),
+    "output in a file": ((*_RUN, "--output", "images.npz/run.zarr"), "images.npz"),
+    "output over something else": ((*_RUN, "--output", "notes"), "notes"),
+    "csv over a folder": ((*_RUN, "--csv", "notes"), "notes"),
+    "layers without a sample": (("layers", "small_network:make"), "--input-shape"),
+    "shape not numbers": (("layers", "small_network:make", "--input-shape", "a"), "--input-shape"),
+    "no such run": (("significance", "gone.zarr"), "gone.zarr"),
+    "significance of something else": (("significance", "notes"), "notes"),
+    "fdr above 1": (("significance", "results/tiny.zarr", "--fdr", "5"), "fdr"),
+    "pairs over a folder": (("significance", "results/tiny.zarr", "--pairs", "notes"), "notes"),
+    "no such attributes": (("correlate", "results/tiny.zarr", "gone.csv"), "gone.csv"),
+    "attributes of no unit": (("correlate", "results/tiny.zarr", "other.csv"), "'x:0'"),
+    "attributes without labels": (("correlate", "results/tiny.zarr", "plain.csv"), "'label'"),
+    "attributes in a picture": (("correlate", "results/tiny.zarr", "images.npz"), "images.npz"),
+    "attributes in no group": (("correlate", "results/tiny.zarr", "notes"), "notes"),
+    "no such target": ((*_CORRELATE, "--target", "gin"), "gini"),
+    "no such method": ((*_CORRELATE, "--method", "pearso"), "pearson"),
+    "no such attribute": ((*_CORRELATE, "--attribute", "aa"), "'aa'"),
+    "attributes unknown": ((*_ATTRIBUTES, "--which", "acu"), "auc"),
+    "attributes in another format": ((*_ATTRIBUTES, "-o", "a.json"), ".csv or .zarr"),
+    "attributes over a folder": ((*_ATTRIBUTES, "-o", "notes.zarr"), "notes.zarr"),
+    "size of no data": (
+        ("plan", "small_network:make", "--input-shape", "1,8,8", "--size", "8"),
+        "--size: expected only with --data",
+    ),
+    "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
+}
+
+
+@pytest.mark.parametrize("case", _BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(here: Path, case: str) -> None:
+    arguments, named = _BAD_INPUT[case]
+    code, _, err = _invoke(*arguments)
+    assert code == 2
+    lines = _error_lines(err)
+    assert len(lines) == 1
+    assert lines[0].startswith("pyablate: ")
+    assert named in lines[0]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), (None, 1)])
+def test_of_several_processes_the_first_writes_the_error(
+    here: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None, lines: int
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = _invoke("run", "net:nope", "--data", "images.npz", "--json")
+    assert code == 2
+    assert len(_error_lines(err)) == 1
+    assert len(out.splitlines()) == lines
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    process = _process(["run", "demo:vgg_nb", "--data", "demo", "--debug"], here)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" in err
+    assert "ValueError" in err
+
+
+def test_a_process_ends_with_2_and_one_line(here: Path) -> None:
+    process = _process(["run", "demo:vgg_nb", "--data", "demo"], here)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert len(_error_lines(err)) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_interrupt_ends_with_130_and_one_line(here: Path) -> None:
+    process = _process(["run", "small_network:sleep", "--data", "images.npz"], here)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "sleeping\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert _error_lines(err) == ["pyablate: interrupted"]
+    assert not list(here.glob(".run.zarr*"))

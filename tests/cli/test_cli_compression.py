@@ -1,0 +1,143 @@
+"""The shell's prune, sensitivity and compare print and write what the library finds."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from support.shelled import invoke
+
+import pyablate as pa
+from pyablate.cli.specs import load_model
+
+pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+DATA = ["--data", "demo", "--limit", "40"]
+
+
+@pytest.mark.parametrize("command", ["prune", "sensitivity", "compare"])
+def test_every_command_is_in_the_help_and_has_an_example(command: str) -> None:
+    assert command in invoke("--help")[1]
+    code, out = invoke(command, "--help")
+    assert code == 0
+    assert f"pyablate {command}" in out
+
+
+def test_prune() -> None:
+    model, images, labels = pa.demo.load("alexnet", limit=40)
+    units = [f"features.1:{unit}" for unit in range(24)]
+    pd.DataFrame({"unit": units, "own": range(24)}).astype({"own": float}).to_csv("own.csv")
+    code, out = invoke(
+        "prune", "demo:alexnet", *DATA, "--by", "l2", "--by", "own.csv", "--column", "own",
+        "--fraction", "0.2", "--seeds", "1", "--csv", "curves.csv",
+    )  # fmt: skip
+    assert code == 0, out
+    found = pd.read_csv("curves.csv")
+    assert found["ranking"].unique().tolist() == ["l2", "own.csv", "random"]
+    ranking = pa.compression.filter_ranking(model, images[:2], "l2")
+    expected = pa.prune_curve(
+        model, (images, labels), ranking, fractions=[0.2], seeds=0, class_names=pa.demo.CLASSES
+    )
+    pd.testing.assert_frame_equal(found[:2], expected, check_dtype=False)
+    assert f"{100 * expected['accuracy'][1]:.2f}" in out
+    assert "Written: curves.csv" in out
+
+
+def test_prune_by_a_result() -> None:
+    model, images, labels = pa.demo.load("alexnet", limit=40)
+    pa.ablate(model, (images, labels), layers=["features.11"], audit=0).save("run.zarr")
+    code, out = invoke(
+        "prune", "demo:alexnet", *DATA, "--by", "run.zarr", "--column", "max_class_drop",
+        "--fraction", "0.01", "--seeds", "0",
+    )  # fmt: skip
+    assert code == 0, out
+    assert "run.zarr" in out
+
+
+def test_sensitivity() -> None:
+    code, out = invoke(
+        "sensitivity", "demo:alexnet", *DATA, "--fraction", "0.5", "--output", "layers.csv"
+    )
+    assert code == 0, out
+    found = pd.read_csv("layers.csv")
+    assert found["layer"].tolist()[0] == "features.1"
+    assert len(found) == 7
+    assert "classifier.3" in out
+    # The file is resumed: the table comes again, with a line on standard error.
+    code, again = invoke(
+        "sensitivity", "demo:alexnet", *DATA, "--fraction", "0.5", "--output", "layers.csv"
+    )
+    assert code == 0, again
+    assert "7 rows are in layers.csv already" in again
+    pd.testing.assert_frame_equal(pd.read_csv("layers.csv"), found)
+
+
+def test_compare() -> None:
+    code, out = invoke(
+        "compare", "demo:alexnet", "demo:vgg_bn", *DATA, "--csv", "classes.csv", "--images",
+        "images.csv",
+    )  # fmt: skip
+    assert code == 0, out
+    model, images, labels = pa.demo.load("alexnet", limit=40)
+    expected = pa.compare(
+        model, pa.demo.network("vgg_bn"), (images, labels), class_names=pa.demo.CLASSES
+    )
+    pd.testing.assert_frame_equal(pd.read_csv("classes.csv"), expected.classes())
+    assert pd.read_csv("images.csv")["image"].tolist() == expected.differing.tolist()
+    assert "Ankle boot" in out
+    assert "calibration error" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "demo:alexnet", *DATA, "--by", "l3"], "--by"),
+        (["prune", "demo:alexnet", *DATA, "--fraction", "2"], "--fraction"),
+        (["prune", "demo:alexnet", *DATA, "--column", "accuracy_drop"], "--column"),
+        (["sensitivity", "demo:alexnet", *DATA, "--column", "x", "--by", "random"], "--column"),
+        (["sensitivity", "demo:alexnet", *DATA, "--output", "layers.txt"], "*.csv or *.json"),
+        (["compare", "demo:alexnet", "demo:vgg", *DATA], "vgg_bn"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    code, out = invoke(*arguments)
+    assert code != 0
+    assert message in out
+    assert "Traceback" not in out
+
+
+def test_the_smaller_network_is_saved_and_read_again() -> None:
+    code, out = invoke(
+        "prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--seeds", "0", "--save", "small.pt2"
+    )
+    assert code == 0, out
+    assert "small.pt2" in out
+    model, images, _ = pa.demo.load("alexnet", limit=40)
+    ranking = pa.compression.filter_ranking(model, images[:2], "l1")
+    removal = pa.remove(model, ranking, images[:2], fraction=0.2)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model("small.pt2")(images), removal.model(images))
+    code, out = invoke("compare", "demo:alexnet", "small.pt2", *DATA)
+    assert code == 0, out
+    for options in (("--by", "l1", "--by", "l2", "--fraction", "0.2"), ()):
+        code, out = invoke("prune", "demo:alexnet", *DATA, *options, "--save", "two.pt2")
+        assert code != 0
+        assert "one --by and one --fraction" in out
+    code, out = invoke("prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--save", "small.pth")
+    assert code != 0
+    assert "--save" in out
+    assert "small.pth" in out
+    assert "done" not in out, "refused before the work, not behind it"
+
+
+def test_compare_attributions() -> None:
+    pytest.importorskip("captum")
+    pytest.importorskip("skimage")
+    code, out = invoke(
+        "compare", "demo:alexnet", "demo:alexnet_dropout", "--data", "demo", "--limit", "12",
+        "--attributions",
+    )  # fmt: skip
+    assert code == 0, out
+    for word in ("grad_cam", "lrp", "collapsed", "ssim"):
+        assert word in out

@@ -1,0 +1,116 @@
+"""Values, errors and messages of the command line, without running a network."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import pyablate as pa
+from pyablate.cli.common import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("4GB", 4 * 10**9),
+        ("4 gb", 4 * 10**9),
+        ("1.5G", 15 * 10**8),
+        ("512MiB", 512 * 2**20),
+        ("2KiB", 2048),
+        ("1000", 1000),
+        ("7B", 7),
+    ],
+)
+def test_sizes_are_read(text: str | None, expected: int | None) -> None:
+    assert parse_bytes("--memory", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4XB", "-1GB", "0", "0GB", "four", "1,5GB", "4IB"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"--memory: expected a size such as 4GB .*, got"):
+        parse_bytes("--memory", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "expected"),
+    [
+        (None, False, None),
+        ("0.5", False, (0.5,)),
+        ("0.5,-0.25, 1", False, (0.5, -0.25, 1.0)),
+        ("3,224,224", True, (3.0, 224.0, 224.0)),
+    ],
+)
+def test_numbers_are_read(
+    text: str | None, whole: bool, expected: tuple[float, ...] | None
+) -> None:
+    assert parse_numbers("--mean", text, whole=whole) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("", False),
+        ("a", False),
+        ("1,,2", False),
+        ("nan", False),
+        ("1,inf", False),
+        ("0,2", True),
+        ("1.5", True),
+        ("-3", True),
+    ],
+)
+def test_bad_numbers_are_refused(text: str, whole: bool) -> None:
+    with pytest.raises(InputError, match=r"--mean: expected .*numbers.* with commas between, got"):
+        parse_numbers("--mean", text, whole=whole)
+
+
+class _UsageError(Exception):
+    exit_code = 2
+
+    def format_message(self) -> str:
+        return "no such\n option"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("two\n lines"), ("two lines", 2)),
+        (TypeError(""), ("TypeError", 2)),
+        (FileNotFoundError("gone"), ("gone", 2)),
+        (ImportError("no timm"), ("no timm", 2)),
+        (KeyboardInterrupt(), ("interrupted", 130)),
+        (BrokenPipeError(), ("", 1)),
+        (_UsageError(), ("no such option", 2)),
+        (ZeroDivisionError("a bug"), (None, 1)),
+        (MemoryError(), ("not enough memory", 4)),
+        (MemoryError("64 GiB\n wanted"), ("not enough memory (64 GiB wanted)", 4)),
+        (torch.OutOfMemoryError("of the GPU"), ("not enough memory (of the GPU)", 4)),
+        (RuntimeError("a bug"), (None, 1)),
+        (pa.AuditError("audit: layer 1"), ("audit: layer 1", 6)),
+    ],
+)
+def test_errors_become_one_line_and_a_code(
+    error: BaseException, expected: tuple[str | None, int]
+) -> None:
+    assert error_line(error) == expected
+
+
+def test_messages_go_to_standard_error_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("pyablate")
+    before, level = list(logger.handlers), logger.level
+    try:
+        log_to_stderr()
+        log_to_stderr()
+        logger.info("half way")
+        logger.debug("too much")
+        log_to_stderr(debug=True)
+        logger.debug("asked for")
+    finally:
+        logger.handlers[:] = before
+        logger.setLevel(level)
+    captured = capsys.readouterr()
+    assert captured.err == "pyablate: half way\npyablate: asked for\n"
+    assert captured.out == ""

@@ -1,0 +1,116 @@
+"""What the shell prints about a result, on a result small enough to check by hand."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from pyablate.cli.tables import summary
+from pyablate.network.sites import Site
+from pyablate.reference.timing import HookLoopTiming
+from pyablate.results.result import AblationResult, Audit, Flips
+
+
+@pytest.fixture
+def result() -> AblationResult:
+    """Ten images of two classes, all right at first; seven units of one layer, one of another.
+
+    Unit k of layer "a" loses the first k images of class 0; "b" gains nothing and loses nothing.
+    """
+    labels = np.repeat([0, 1], 5)
+    lost = [0, 1, 2, 3, 4, 5, 1, 0]
+    pieces = [(np.full(n, row), np.arange(n), np.ones(n)) for row, n in enumerate(lost)]
+    units = pd.DataFrame({"layer": ["a"] * 7 + ["b"], "unit": [*range(7), 0]})
+    units["label"] = units["layer"] + ":" + units["unit"].astype(str)
+    return AblationResult(
+        units=units[["label", "layer", "unit"]],
+        labels=labels,
+        baseline=labels.copy(),
+        flips=Flips.gather(8, pieces),
+        class_names=("[red] hat", "shoe"),
+        audit=Audit(200, 0),
+        strategy={"a": "delta", "b": "replay"},
+        seconds=2.0,
+    )
+
+
+def _rendered(*printed: object) -> str:
+    out = Console(file=io.StringIO(), width=120)
+    for one in printed:
+        out.print(one)
+    return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_summary_names_the_worst_units_and_the_class_they_hurt(result: AblationResult) -> None:
+    rows = [line.split() for line in _rendered(summary.summary_table(result)).splitlines()]
+    rows = [row for row in rows if row and ("hat" in row or "shoe" in row)]
+    assert rows[0] == ["a", "7", "delta", "50.00", "(unit", "5)", "5", "[red]", "hat", "100.00"]
+    # Five of the seven units, worst first; equal drops in unit order.
+    assert [row[-4] for row in rows[:5]] == ["5", "4", "3", "2", "1"]
+    assert [row[-1] for row in rows[:5]] == ["100.00", "80.00", "60.00", "40.00", "20.00"]
+    assert len(rows) == 6
+    assert rows[5][:4] == ["b", "1", "replay", "0.00"]
+
+
+def test_summary_has_accuracy_audit_and_time(result: AblationResult) -> None:
+    out = Console(file=io.StringIO(), width=120)
+    summary.print_summary(out, result)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "Baseline accuracy 100.00 % on 10 images; 8 units" in text
+    assert "replaced by: zero" in text
+    assert "200 pairs" in text
+    assert "0 mismatches" in text
+    assert "Time: 2.0 s for 80 (unit, image) pairs" in text
+
+
+def test_ratio_says_that_it_is_scaled(result: AblationResult) -> None:
+    timing = HookLoopTiming(
+        seconds=30.0,
+        measured_seconds=1.5,
+        units_timed=2,
+        units=8,
+        images_timed=5,
+        images=10,
+        batch_size=64,
+        channels_last=True,
+        pairs_compared=9,
+        near_ties=1,
+        disagreements=0,
+    )
+    text = " ".join(summary.hook_loop_lines(result, timing))
+    assert "2 of 8 units on 5 of 10 images" in text
+    assert "scaling" in text
+    assert "15.0 times" in text
+    assert "0 of 9 differ from this run (1 near ties left out)" in text
+
+
+def test_layers_say_what_the_star_selects() -> None:
+    sites = [
+        Site("features.0", "features.0", None, 4, 1, (4, 8, 8), "layer"),
+        Site("features.1", "features.1", None, 4, 1, (4, 8, 8), "activation"),
+    ]
+    text = _rendered(summary.sites_table(sites, sites[1:]))
+    rows = [line.split() for line in text.splitlines() if "features" in line]
+    assert rows[0] == ["features.0", "layer", "4", "4", "x", "8", "x", "8"]
+    assert rows[1] == ["features.1", "activation", "4", "4", "x", "8", "x", "8", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(True, "yes"), (False, "no"), (None, "-"), ([], "-"), (["a", "b"], "a, b")]
+)
+def test_facts_are_shown_plainly(value: object, shown: str) -> None:
+    assert _rendered(summary.facts_table({"fact": value})).split(maxsplit=1)[1].strip() == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1.26, "1.3 s"), (240.0, "4.0 min"), (7200.0, "2.0 h")]
+)
+def test_times_are_readable(result: AblationResult, seconds: float, shown: str) -> None:
+    timing = HookLoopTiming(seconds, seconds, 1, 1, 1, 1, 64, False)
+    lines = summary.hook_loop_lines(result, timing)
+    assert lines[0].startswith(f"Plain hook loop on this machine: {shown}, estimated")
+    assert len(lines) == 2  # nothing was compared, nothing is said about it

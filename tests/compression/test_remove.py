@@ -1,0 +1,132 @@
+"""Units taken out: the smaller network does what the masked one does."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from support.compressible import Dense, Grouped, Mobile, Written, images, made
+from torch import nn
+
+import pyablate as pa
+from pyablate.compression._remove import size
+
+pytest.importorskip("torch_pruning")
+
+NEAR_TIE = 1e-4  # of the largest logit: the smaller network computes in float32
+
+
+@pytest.mark.parametrize("name", pa.demo.NETWORKS)
+def test_masked_and_removed_networks_agree(name: str) -> None:
+    model, pictures, classes = pa.demo.load(name, limit=200)
+    ranking = pa.rank(model, pictures[:1], "random", scope="layer", seed=3)
+    units = ranking.units(0.3)
+    masked = pa.ablate(model, (pictures, classes), groups=[units], audit=20)
+    removal = pa.remove(model, ranking, pictures[:4], fraction=0.3)
+    assert removal.units == units
+    assert removal.difference < 1e-5
+    with torch.no_grad():
+        logits = removal.model(pictures)
+    top = logits.topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > NEAR_TIE * logits.abs().max()
+    predicted = torch.from_numpy(masked.predictions(0)[0])
+    assert clear.sum() > 190
+    assert (predicted[clear] == logits.argmax(1)[clear]).all()
+    assert (predicted != torch.from_numpy(masked.baseline)).any()  # something was at stake
+
+
+@pytest.mark.parametrize("network", [Mobile, Dense])
+def test_tied_channels_are_removed_together(network: type[nn.Module]) -> None:
+    model = made(network)
+    ranking = pa.rank(model, images(), "random", scope="layer", seed=1)
+    removal = pa.remove(model, ranking, images(), fraction=0.4)
+    assert removal.difference < 1e-5
+    assert removal.after.parameters < removal.before.parameters
+    assert removal.after.flops < removal.before.flops
+    with torch.no_grad():
+        changed = (removal.model(images()) - model(images())).abs().max()
+    assert changed > 1e-2
+
+
+def test_sizes_by_hand() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5)
+    ).eval()
+    removal = pa.remove(model, ["1:1", "1:3"], images())
+    assert removal.before.parameters == 4 * 28 + 5 * 257
+    assert removal.after.parameters == 2 * 28 + 5 * 129
+    assert removal.before.flops == 2 * (64 * 4 * 27 + 5 * 256)
+    assert removal.after.flops == 2 * (64 * 2 * 27 + 5 * 128)
+    kept = model[0].weight[[0, 2]]
+    assert torch.equal(removal.model[0].weight, kept)
+    assert size(removal.model, images()) == removal.after
+
+
+def test_the_smaller_network_is_plain_and_the_model_untouched() -> None:
+    model = pa.demo.network("resnet").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.fc.bias.requires_grad_(False)
+    removal = pa.remove(model, ["stem.2:3"], pa.demo.images(2)[0])
+    assert removal.units == ("stem.2:3", "stage1.0.relu2:3", "stage1.1.relu2:3")
+    assert removal.model.get_submodule("stage1.0.conv2").out_channels == 15
+    assert removal.model.get_submodule("stage1.0.bn2").num_features == 15
+    assert removal.model.get_submodule("stage2.0.shortcut.0").in_channels == 15
+    assert type(removal.model) is type(model)
+    assert removal.model.training
+    assert not removal.model.fc.bias.requires_grad
+    assert removal.model.fc.weight.requires_grad
+    assert all(not module._forward_hooks for module in removal.model.modules())
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    assert model.training
+
+
+def test_what_turns_zero_into_something_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, logger="pyablate"):
+        removal = pa.remove(Shifted().eval(), ["relu:1"], images())
+    assert removal.difference > 1e-2
+    assert "turns its zero into another number" in caplog.text
+
+
+def _all(layer: str, count: int) -> list[str]:
+    return [f"{layer}:{unit}" for unit in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("network", "units", "message"),
+    [
+        (Mobile, _all("blocks.0.expand.2", 12), "at least one has to stay"),
+        (Mobile, ["blocks.0.expand.2:12"], "out of range"),
+        (Mobile, ["blocks.0.expand:1:2"], "no layer that holds units"),
+        (Grouped, ["first.1:0"], "in groups"),
+        (Grouped, ["classes.1:0"], "classes"),
+        (Written, ["features.1:0"], "sizes may be written into its code"),
+    ],
+)
+def test_bad_units(network: type[nn.Module], units: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pa.remove(made(network), units, images())
+
+
+def test_ranking_and_fraction_belong_together() -> None:
+    model = made(Mobile)
+    ranking = pa.rank(model, images(), "random")
+    with pytest.raises(ValueError, match="fraction"):
+        pa.remove(model, ranking, images())
+    with pytest.raises(ValueError, match="fraction"):
+        pa.remove(model, ["blocks.1:0"], images(), fraction=0.5)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        pa.remove(model, ranking, images(), fraction=1.5)
+    with pytest.raises(TypeError, match="units"):
+        pa.remove(model, "blocks.1:0", images())

@@ -1,0 +1,420 @@
+"""The ladder of precisions: what it doubts, what it reports, and what it does without memory."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from support import networks
+from support.clean import Clean
+from support.oracle import check
+from torch import nn
+
+import pyablate as pa
+from pyablate.engine import int8_conv, microbenchmarks
+from pyablate.engine.precision_cascade import Changed, Ladder, sample
+from pyablate.engine.suffix import usual
+from pyablate.runs import executor, setup
+
+
+def pairs(count):
+    return torch.arange(count), torch.arange(count) % 3
+
+
+def true_change(row, image, dtype):
+    return Changed(true_logits(row, dtype))
+
+
+def true_logits(row, dtype=torch.float32):
+    """A change of its own for every row; rough in bfloat16."""
+    change = torch.stack([torch.zeros(len(row)), 0.21 * torch.sin(row.float())], dim=1)
+    if dtype == torch.bfloat16:
+        change[:, 1] *= 1 + 0.02 * torch.cos(37.0 * row.float())
+    return change
+
+
+def test_doubtful_pairs_are_decided_again_in_the_next_tier():
+    row, image = pairs(3000)
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    found = ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    expected = (Clean.logits[image] + true_logits(row)).argmax(1)
+    assert torch.equal(found.long(), expected)
+    assert ladder.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
+    assert 0 < ladder.settled[torch.float32] < 500
+    assert ladder.settled[torch.bfloat16] + ladder.settled[torch.float32] == 3000
+
+
+def test_few_measured_pairs_are_trusted_less():
+    row, image = pairs(12_000)
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(true_change, row[:300], image[:300], Clean(), lambda _: 128)
+    assert ladder.measured == 64
+    assert ladder.doubt(torch.bfloat16) == 2 * ladder.doubts[torch.bfloat16]
+    before = ladder.doubts[torch.bfloat16]
+    for start in range(300, 12_000, 2_925):
+        some = slice(start, start + 2_925)
+        ladder.settle(true_change, row[some], image[some], Clean(), lambda _: 128)
+    assert ladder.measured == 256
+    assert ladder.doubt(torch.bfloat16) == ladder.doubts[torch.bfloat16] >= before
+    assert ladder.doubt(torch.float32) < 1e-3
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(0.79, False), (0.87, True)])
+def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
+    """The first 64 pairs double the doubt; 256 decide."""
+    row, image = pairs(3000)
+
+    def change(row, image, dtype):
+        return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(change, row, image, Clean(), lambda _: 512)
+    assert ladder.doubt(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
+    assert ladder.doubt(torch.bfloat16) > 0.5
+    assert ladder.measured == 256
+    assert (torch.bfloat16 in ladder.tiers) == kept
+
+
+def test_where_few_pairs_fit_as_many_are_measured():
+    """Of large maps a slice has a few pairs: these alone would cost a tier its place."""
+    row, image = pairs(3000)
+
+    def change(row, image, dtype):
+        assert len(row) <= 4
+        return true_change(row, image, dtype)
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(change, row, image, Clean(), lambda _: 4)
+    plenty = Ladder([torch.bfloat16, torch.float32])
+    plenty.settle(true_change, row, image, Clean(), lambda _: 512)
+    assert ladder.measured == plenty.measured == 64
+    assert ladder.doubts == plenty.doubts
+    assert ladder.settled == plenty.settled
+
+
+def test_a_first_block_of_few_pairs_costs_no_tier():
+    row, image = pairs(3000)
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    ladder.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
+    assert ladder.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
+    ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    assert ladder.settled[torch.bfloat16] > 2000
+
+
+def test_few_open_pairs_skip_the_tier_between(monkeypatch):
+    monkeypatch.setattr(Ladder, "_calibrate", lambda *_: None)
+    row, image = pairs(6000)
+    asked = []
+
+    def change(row, image, dtype):
+        asked.append((dtype, len(row)))
+        return true_change(row, image, torch.bfloat16 if dtype == torch.int8 else dtype)
+
+    tiers = [torch.int8, torch.bfloat16, torch.float32]
+    ladder = Ladder(list(tiers))
+    ladder.doubts, ladder.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
+    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    open_ = [size for dtype, size in asked if dtype == torch.float32]
+    assert [dtype for dtype, _ in asked] == [torch.int8, torch.float32]
+    assert 0 < open_[0] < 64
+    ladder.doubts = {torch.int8: 0.2, torch.bfloat16: 0.02}
+    asked.clear()
+    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    assert [dtype for dtype, _ in asked][:2] == [torch.int8, torch.bfloat16]
+    assert asked[1][1] >= 64
+    expected = (Clean.logits[image] + true_logits(row)).argmax(1)
+    assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 7, 8, 9, 10, 63, 64, 65, 334, 1000, 1337])
+def test_numbers_of_pairs_are_few(pairs):
+    down, up = usual(pairs), usual(pairs, up=True)
+    assert down <= pairs <= up <= 1.25 * pairs
+    assert usual(down) == usual(down, up=True) == down
+    assert usual(up) == up
+    assert up - down <= max(1, pairs // 4)
+
+
+def test_a_useless_tier_is_left_out():
+    row, image = pairs(300)
+
+    def change(row, image, dtype):
+        exact = true_logits(row)
+        return Changed(exact if dtype == torch.float32 else torch.zeros_like(exact))
+
+    ladder = Ladder([torch.bfloat16, torch.float32])
+    found = ladder.settle(change, row, image, Clean(), lambda _: 64)
+    assert ladder.tiers == [torch.float32]
+    expected = (Clean.logits[image] + change(row, image, torch.float32).logits).argmax(1)
+    assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you can't allocate memory, sorry")])
+@pytest.mark.parametrize(
+    ("tiers", "count", "first"),
+    [
+        ([torch.float32], 1000, [512, 256, 128, 64]),
+        ([torch.bfloat16, torch.float32], 16_000, [125, 62]),  # while it measures the first tier
+    ],
+)
+def test_without_memory_it_goes_on_with_fewer_pairs(error, tiers, count, first, caplog):
+    row, image = pairs(count)
+    asked = []
+
+    def change(row, image, dtype):
+        asked.append(len(row))
+        if len(row) > 100:
+            raise error
+        return true_change(row, image, dtype)
+
+    ladder = Ladder(list(tiers))
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        found = ladder.settle(change, row, image, Clean(), lambda _: 512)
+    assert asked[: len(first)] == first
+    assert max(asked[len(first) :]) == first[-1]
+    assert "out of memory" in caplog.text
+    plenty = Ladder(list(tiers))
+    assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
+
+
+def test_every_unit_has_its_turn_in_the_sample():
+    """Pairs come image by image: evenly spaced ones would show the same units each time."""
+    image, row = (
+        part.flatten() for part in torch.meshgrid(*[torch.arange(128)] * 2, indexing="ij")
+    )
+    chosen = sample(row, 128)
+    assert len(row[chosen].unique()) == 128
+    assert len(image[chosen].unique()) > 64
+    assert torch.equal(chosen, sample(row, 128))
+    assert len(sample(row[:5], 5).unique()) == 5
+
+
+class Outlier(nn.Module):
+    """One unit has a large effect on a channel of which the network makes nothing."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 32, 3, padding=1)
+        self.third, self.head = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 10)
+        with torch.no_grad():
+            self.second.weight[0] = 0
+            self.second.weight[0, 1] = times * self.second.weight[1:].abs().mean()
+            self.third.weight[:, 0] = 0
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+@pytest.mark.skipif(not int8_conv.available(), reason="this processor has no exact 8-bit products")
+@pytest.mark.parametrize("times", [100, 1000])
+def test_a_number_that_dwarfs_all_others_of_a_pair(times):
+    """In 8 bits the others are rounded to nothing, and the logits seem not to change."""
+    torch.manual_seed(0)
+    model, images = Outlier(times).eval(), torch.randn(128, 3, 8, 8)
+    networks.spread_logits(model, images)
+    labels = torch.zeros(128, dtype=torch.int64)
+    found = pa.ablate(model, (images, labels), "first", precision="int8", audit=0, progress=False)
+    exact = pa.ablate(model, (images, labels), "first", precision="fp64", audit=0, progress=False)
+    assert np.array_equal(found.predictions()[1], exact.predictions()[1])
+    assert found.effort.settled["int8"] > 0.5 * 64 * 128
+
+
+class Opposite(nn.Module):
+    """Two logits z and -z, what is left of numbers a thousand times as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 64)
+        self.head = nn.Linear(64, 2, bias=False)
+        common, own = 1e4 * torch.rand(1, 32), 0.1 * torch.randn(32, 32)
+        part = torch.randn(1, 32)
+        with torch.no_grad():
+            self.second.weight.copy_(torch.cat([own + common, common.expand(32, 32)]))
+            self.second.bias.zero_()
+            self.head.weight.copy_(torch.cat([torch.cat([part, -part], 1)] * 2))
+            self.head.weight[1].neg_()
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def exact_predictions(model, images, layer, **options):
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    options = {"audit": 0, "progress": False, **options}
+    found = pa.ablate(model, (images, labels), layer, precision="fp32", **options)
+    exact = pa.ablate(model, (images, labels), layer, precision="fp64", **options)
+    assert np.array_equal(found.baseline, exact.baseline)
+    assert np.array_equal(found.predictions(), exact.predictions())
+    return found
+
+
+def test_logits_that_cancel_are_rounded_no_better_than_others():
+    """A margin of 2 |z| is large beside the largest logit |z|, whatever its rounding."""
+    torch.manual_seed(0)
+    found = exact_predictions(Opposite().eval(), torch.randn(2000, 16), "first")
+    assert 0 < found.effort.settled["float64"] < 0.5 * 32 * 2000
+
+
+def test_large_numbers_that_cancel_behind_an_ablation():
+    """What full precision is worth there is measured: the clean run does not show it."""
+    torch.manual_seed(0)
+    common = 1e5 * torch.rand(1, 64)
+    model = nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    ).eval()
+    with torch.no_grad():
+        model[2].weight.add_(common)
+        model[4].weight.sub_(model[4].weight.mean(dim=1, keepdim=True))
+    found = exact_predictions(model, torch.randn(256, 16), "1", intervention="constant:100000")
+    assert found.effort.doubt["1"]["float32"] > 1e-3
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def change(row, image, dtype):
+        raise RuntimeError("shapes do not fit")
+
+    row, image = pairs(100)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        Ladder([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
+
+
+def same_flips(result, expected):
+    assert result.baseline.tolist() == expected.baseline.tolist()
+    for name in ("start", "image", "prediction"):
+        mine, theirs = (getattr(which.flips, name).tolist() for which in (result, expected))
+        assert mine == theirs
+
+
+def test_a_clean_run_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
+    model, images, labels = networks.network("residual", 24)
+    expected = pa.ablate(model, (images, labels), progress=False)
+    real, seen = executor.clean_run.run_graph, []
+
+    def run_graph(graph, keep, exact, batch, **options):
+        seen.append(len(batch))
+        if len(batch) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(graph, keep, exact, batch, **options)
+
+    monkeypatch.setattr(executor.clean_run, "run_graph", run_graph)
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        result = pa.ablate(model, (images, labels), progress=False)
+    assert seen[:3] == [24, 12, 6]
+    assert "going on with 6 images" in caplog.text
+    same_flips(result, expected)
+
+
+def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog):
+    """Also after some of its predictions were given; what it measures is not counted twice."""
+    model, images, labels = networks.network("residual", 24)
+    # In low precision more or fewer pairs would be measured more exactly.
+    options = {"progress": False, "measures": ["loss"], "audit": 100, "precision": "fp32"}
+    expected = pa.ablate(model, (images, labels), **options)
+    real = executor.Suffix.predict
+
+    def predict(self, clean, *arguments, **rest):
+        for number, found in enumerate(real(self, clean, *arguments, **rest)):
+            yield found
+            if len(clean.logits) > 7 and number == 0:
+                raise MemoryError
+
+    monkeypatch.setattr(executor.Suffix, "predict", predict)
+    with caplog.at_level(logging.WARNING, "pyablate"):
+        result = pa.ablate(model, (images, labels), **options)
+    assert "going on with 6 images" in caplog.text
+    same_flips(result, expected)
+    assert result.audit == expected.audit
+    assert result.loss_change == pytest.approx(expected.loss_change, rel=1e-4, abs=1e-6)
+
+
+def test_the_run_says_what_it_took():
+    model, images, labels = pa.demo.load("vgg_bn", limit=64)
+    result = pa.ablate(model, (images, labels), "features.9", precision="bf16", progress=False)
+    effort = result.effort
+    assert list(effort.layer_seconds) == ["features.9"]
+    assert 0 < effort.layer_seconds["features.9"] < result.seconds
+    assert effort.doubt["features.9"]["bfloat16"] >= 0.02
+    assert sum(effort.settled.values()) <= 64 * 64
+    assert effort.settled["bfloat16"] > 0.9 * 64 * 64
+
+
+def test_eight_bits_where_they_are_exact(monkeypatch):
+    model, images, labels = networks.network("residual", 4)
+    monkeypatch.setattr(int8_conv, "available", lambda: False)
+    with pytest.raises(ValueError, match=r'precision: .*VNNI.* for "int8"'):
+        pa.ablate(model, (images, labels), precision="int8", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"float32": 100, "bfloat16": 200, "int8": 400}, (torch.int8, torch.bfloat16)),
+        ({"float32": 100, "bfloat16": 50, "int8": 400}, (torch.int8,)),
+        ({"float32": 100, "bfloat16": 200, "int8": 210}, (torch.bfloat16,)),
+        ({"float32": 100, "bfloat16": 0, "int8": 0}, ()),
+    ],
+)
+def test_auto_takes_what_is_fast_here(monkeypatch, rates, expected):
+    def rate(device, dtype, *, alone):
+        assert alone  # threads that wait for each other make all arithmetic look alike
+        return float(rates[str(dtype).removeprefix("torch.")])
+
+    monkeypatch.setattr(setup, "convolution_rate", rate)
+    found = setup._low_precisions("auto", torch.float32, torch.device("cpu"))
+    assert found == expected
+
+
+@pytest.mark.skipif(not int8_conv.available(), reason="this processor has no exact 8-bit products")
+def test_eight_bit_convolution_is_right_to_its_rounding():
+    torch.manual_seed(0)
+    delta = torch.randn(40, 32, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 32, 3, 3)
+    geometry = ([2, 1], [1, 1], [1, 2])
+    filters = int8_conv.prepare(weight, geometry, list(delta.shape))
+    codes = pa.ops.encode(delta)
+    result = int8_conv.convolve(codes.values, filters).float() * codes.scale.reshape(-1, 1, 1, 1)
+    exact = nn.functional.conv2d(delta.double(), weight.double(), None, *geometry)
+    error = (result - exact).abs().amax() / exact.std()
+    assert 1e-4 < error < 0.05
+    # as many pairs as there are: the filters were prepared for 40
+    few = int8_conv.convolve(codes.values[:3], filters)
+    assert torch.equal(few, int8_conv.convolve(codes.values, filters)[:3])
+
+
+def test_peaks_are_plausible():
+    threads = torch.get_num_threads()
+    assert 1e7 < microbenchmarks.convolution_rate("cpu", torch.float32, alone=True) < 1e14
+    assert torch.get_num_threads() == threads
+    for rate in (microbenchmarks.unit_rate("cpu"), microbenchmarks.change_rate("cpu")):
+        assert 1e7 < rate < 1e14
+
+
+class Padded(nn.Module):
+    """Paddings of every kind in front of convolutions and pools, as networks from elsewhere do."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+        self.first = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.last = nn.Conv2d(8, 16, 3, stride=2)
+        self.head = nn.Linear(16, 5)
+
+    def pad(self, x, margins):
+        value = 1.5 if self.mode == "number" else None
+        mode = "constant" if self.mode == "number" else self.mode
+        return nn.functional.pad(x, margins, mode, value)
+
+    def forward(self, x):
+        x = self.first(self.pad(x, (1, 1, 1, 1))).relu()
+        x = self.depthwise(self.pad(x, (0, 1, 0, 1))).relu()  # as TensorFlow pads
+        x = self.last(self.pad(x, (1, 2, 2, 1))).relu()
+        return self.head(nn.functional.max_pool2d(self.pad(x, (1, 0, 0, 1)), 2).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["constant", "number", "reflect", "replicate", "circular"])
+def test_padding_apart_from_its_convolution(mode):
+    torch.manual_seed(0)
+    model, images = Padded(mode).eval(), torch.randn(6, 3, 12, 12)
+    check(model, (images, torch.arange(6) % 5))

@@ -1,0 +1,222 @@
+"""Codes, scales and the mean: what 8-bit convolutions read, and what follows them."""
+
+import pytest
+import torch
+from support.ops_cases import (
+    DTYPES,
+    TWINS,
+    assert_near,
+    on_device,
+    on_reference,
+    random_index,
+    using_twin,
+)
+
+from pyablate import ops
+from pyablate.ops import Activation
+from pyablate.ops.quantized import Codes
+
+RELU = Activation("relu")
+POOL = {"kernel": 2, "stride": 2, "out_size": (3, 4)}
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+CPU_TWINS = TWINS[:3]
+
+
+def maps(*shape, dtype=torch.float32, layout=torch.channels_last):
+    return torch.randn(*shape).to(dtype).contiguous(memory_format=layout)
+
+
+def decoded(codes):
+    factor = codes.scale.reshape(-1, *[1] * (codes.values.ndim - 1))
+    return factor * (codes.values.float() - 128)
+
+
+def assert_codes(codes, result):
+    """Half a step from the result, and half a unit in the last place of what is stored of it."""
+    step = codes.scale.reshape(-1, *[1] * (result.ndim - 1))
+    stored = result.float().abs() * torch.finfo(result.dtype).eps
+    assert ((decoded(codes) - result.float()).abs() <= 0.5001 * step + stored).all()
+    most = result.float().abs().flatten(1).amax(1)
+    torch.testing.assert_close(codes.scale, most / 127, rtol=0.01, atol=1e-30)
+
+
+@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 33])
+def test_codes_come_within_half_a_step(twin, layout, dtype, size):
+    torch.manual_seed(size)
+    delta, base = maps(6, size, 7, 9, dtype=dtype, layout=layout), maps(3, size, 7, 9)
+    delta[2] = 0  # no change at all
+    delta[3] *= 1e-6  # a small one keeps its digits
+    image = random_index(6, 3)
+    with using_twin(twin):
+        codes = Codes.empty(delta.shape, layout, "cpu")
+        plain = ops.delta_activation(base, delta, image, RELU)
+        result = ops.delta_activation(base, delta, image, RELU, codes=codes)
+        assert torch.equal(result, plain)
+        assert_codes(codes, result)
+        assert codes.scale[2] == 0
+        assert (codes.values[2] == 128).all()
+
+        pooled = ops.delta_max_pool(base, delta, image, activation=RELU, **POOL)
+        codes = Codes.empty(pooled.shape, layout, "cpu")
+        again = ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL)
+        assert torch.equal(again, pooled)
+        assert_codes(codes, pooled)
+
+        before = delta.clone()
+        codes = ops.encode(delta)
+        assert torch.equal(delta, before)
+        assert_codes(codes, delta)
+
+
+@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("activation", [None, RELU], ids=str)
+@pytest.mark.parametrize("kernel", [3, 7])  # 7: a single output position
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
+    torch.manual_seed(0)
+    delta, weight = maps(4, 5, 7, 7, dtype=dtype), torch.randn(5, kernel, kernel, 21)
+    channel = torch.arange(5, dtype=torch.int32)
+    image, column = random_index(40, 4), random_index(40, 5).sort().values
+    size = 8 - kernel
+    base = maps(4, 21, size, size) if activation is not None else None
+    with using_twin(twin):
+        plain = ops.unit_delta(
+            delta, weight, channel, image, column, activation=activation, base=base
+        )
+        codes = Codes.empty(plain.shape, torch.channels_last, "cpu")
+        result = ops.unit_delta(
+            delta, weight, channel, image, column, activation=activation, base=base, codes=codes
+        )
+    assert torch.equal(result, plain)
+    assert_codes(codes, result)
+
+
+@pytest.mark.parametrize("twin", [*CPU_TWINS, "reference"])
+def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
+    torch.manual_seed(0)
+    delta, base = maps(40, 21, 6, 8, dtype=torch.bfloat16), maps(4, 21, 6, 8)
+    image = random_index(40, 4)
+    weight, channel = torch.randn(21, 3, 3, 17), torch.arange(21, dtype=torch.int32)
+    first = maps(4, 17, 6, 8)
+    column = random_index(40, 21).sort().values
+
+    def activated(codes, **out):
+        return ops.delta_activation(base, delta, image, RELU, codes=codes, **out)
+
+    def pooled(codes, **out):
+        return ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL, **out)
+
+    def convolved(codes, **out):
+        given = {"activation": RELU, "base": first, "padding": 1, "codes": codes, **out}
+        return ops.unit_delta(delta[:4], weight, channel, image, column, **given)
+
+    def run(op, *arguments, **options):
+        if twin == "reference":
+            return on_reference(op, *arguments, **options)
+        with using_twin(twin):
+            return op(*arguments, **options)
+
+    for op in (activated, pooled, convolved):
+        shape = run(op, None).shape
+        both = Codes.empty(shape, torch.channels_last, "cpu")
+        run(op, both)
+        alone = Codes.empty(shape, torch.channels_last, "cpu", alone=True)
+        out = torch.full(shape, 7.0, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        result = run(op, alone, out=out)
+        assert torch.equal(alone.values, both.values)
+        assert torch.equal(alone.scale, both.scale)
+        assert result.shape == (0,)
+        assert torch.equal(alone.spell(torch.float32), decoded(both))
+        if twin != "reference":
+            assert (out == 7.0).all()
+
+
+@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_pair_and_no_other(twin, bad):
+    delta = torch.ones(3, 50)
+    delta[1, 37] = bad
+    with using_twin(twin):
+        codes = ops.encode(delta)
+    assert codes.scale.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(decoded(codes)[[0, 2]], delta[[0, 2]])
+
+
+def test_the_reference_encodes_alike():
+    torch.manual_seed(0)
+    delta = torch.randn(5, 300) * torch.tensor([1.0, 1e-3, 0.0, 1e4, 1.0]).unsqueeze(1)
+    compiled, plain = ops.encode(delta), on_reference(ops.encode, delta)
+    torch.testing.assert_close(compiled.scale, plain.scale, rtol=1e-6, atol=0)
+    # a product rounded otherwise may fall on the other side of a half
+    assert (compiled.values.int() - plain.values.int()).abs().max() <= 1
+    assert (compiled.values == plain.values).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [Activation("identity"), RELU, Activation("gelu")], ids=str)
+def test_scales_and_addends(twin, layout, dtypes, activation):
+    torch.manual_seed(0)
+    delta, addend = (maps(9, 5, 6, 8, dtype=dtypes[0], layout=layout) for _ in range(2))
+    base = maps(4, 5, 6, 8, dtype=dtypes[1], layout=layout)
+    image, scale, addend_scale = random_index(9, 4), torch.rand(9), torch.rand(9)
+    options = {"scale": scale, "addend": addend, "addend_scale": addend_scale}
+    exact = {**options, "addend": addend.double()}
+    for op in (ops.delta_activation, ops.delta_mean):
+        plain = on_reference(op, base, delta, image, activation, **options)
+        truth = on_reference(op, base.double(), delta.double(), image, activation, **exact)
+        with using_twin(twin) as device:
+            result = on_device(op, device, base, delta, image, activation, **options)
+        assert_near(result, plain, truth, "reduction")
+    with using_twin(twin) as device:
+        scaled = on_device(ops.delta_max_pool, device, base, delta, image, scale=scale, **POOL)
+    plain = on_reference(ops.delta_max_pool, base, delta, image, scale=scale, **POOL)
+    truth = on_reference(
+        ops.delta_max_pool, base.double(), delta.double(), image, scale=scale, **POOL
+    )
+    assert_near(scaled, plain, truth, "elementwise")
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 65])
+def test_mean_over_maps_of_any_size(twin, size):
+    torch.manual_seed(size)
+    image = random_index(5, 2)
+    for shape in [(3, size, 1), (size, 2, 3)]:
+        for layout in LAYOUTS:
+            delta, base = maps(5, *shape, layout=layout), maps(2, *shape, layout=layout)
+            with using_twin(twin) as device:
+                result = on_device(ops.delta_mean, device, base, delta, image, RELU)
+            rows = base[image.long()].double()
+            truth = ((rows + delta.double()).relu() - rows.relu()).mean((2, 3))
+            torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": torch.ones(3)}, r"scale: expected shape \(4,\), got \(3,\)"),
+        ({"scale": torch.ones(4).double()}, "scale: expected dtype torch.float32"),
+        ({"addend_scale": torch.ones(4, 1)}, "addend_scale: expected 1 dimensions"),
+    ],
+)
+def test_bad_scales(options, message):
+    image = torch.zeros(4, dtype=torch.int32)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.delta_activation(torch.ones(1, 2), torch.ones(4, 2), image, RELU, **options)
+
+
+def test_codes_of_another_shape_are_refused():
+    delta, image = maps(4, 3, 5, 5), torch.zeros(4, dtype=torch.int32)
+    codes = Codes.empty((4, 3, 5, 6), torch.channels_last, "cpu")
+    with pytest.raises(ValueError, match="codes: expected shape"):
+        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)
+    codes = Codes.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
+    with pytest.raises(ValueError, match="codes: expected the layout of the result"):
+        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)

@@ -1,0 +1,496 @@
+"""What is in a report: the numbers, the images, the page round them; bad input; the command."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
+from torch import nn
+from typer.testing import CliRunner
+
+import pyablate as pa
+from pyablate.cli.app import app
+from pyablate.report.activating import most_activating
+from pyablate.report.curves import curve_charts, sets_by_class
+from pyablate.report.examples import FLIPPED
+from pyablate.report.numbers import MOST_MOVES
+from pyablate.report.packed import packed
+from pyablate.results.result import AblationResult, Flips
+
+
+@pytest.fixture(scope="module")
+def result() -> AblationResult:
+    return structured(24, 5, 60, 3, AWKWARD)
+
+
+@pytest.fixture(scope="module")
+def page(result: AblationResult, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    result.report(path, attributes=attributes_of(result, 4), title="<b>T</b> {{ data }}")
+    return path.read_text("utf-8")
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ([0, 255], "Uint8Array"),
+        ([0, 256], "Uint16Array"),
+        ([65535], "Uint16Array"),
+        ([65536], "Uint32Array"),
+        ([-1, 70000], "Int32Array"),
+        ([], "Float32Array"),
+        ([0.5, float("nan"), float("-inf")], "Float32Array"),
+    ],
+)
+def test_packed_numbers_come_back(values: list[float], name: str) -> None:
+    node = packed(values)
+    assert node["type"] == name
+    np.testing.assert_array_equal(decoded(node), np.array(values, dtype=np.float32))
+    assert packed(values) == node
+
+
+def test_numbers_of_the_result(result: AblationResult, page: str) -> None:
+    data = data_of(page)
+    tests = result.significance()
+    np.testing.assert_array_equal(data["cells"]["lost"], result.lost)
+    np.testing.assert_array_equal(data["cells"]["gained"], result.gained)
+    np.testing.assert_allclose(data["cells"]["p"], tests["p"], rtol=1e-6)
+    np.testing.assert_allclose(data["cells"]["q"], tests["q"], rtol=1e-6)
+    assert data["units"]["label"] == result.units["label"].tolist()
+    for name in ("accuracy_drop", "max_class_drop"):
+        np.testing.assert_allclose(data["units"][name], getattr(result, name), rtol=1e-6)
+    np.testing.assert_allclose(data["units"]["noise_floor"], result.noise_floor(), rtol=1e-6)
+    np.testing.assert_array_equal(data["units"]["max_class"], result.max_class)
+    assert data["classes"]["name"] == list(AWKWARD)
+    assert [layer["name"] for layer in data["layers"]] == list(result.strategy)
+    hurt = tests["significant"].to_numpy() & (result.lost > result.gained)
+    assert 0 < data["summary"]["hurt_pairs"] == hurt.sum() < hurt.size
+    assert data["summary"]["audit"]["upper_bound"] == pytest.approx(result.audit.upper_bound)
+
+
+def test_changes_of_prediction_equal_a_plain_count(result: AblationResult, page: str) -> None:
+    moves = data_of(page)["moves"]
+    for row in range(len(result.units)):
+        after = result.predictions(row)[0]
+        expected: dict[tuple[int, int, int], int] = {}
+        for image in np.flatnonzero(after != result.baseline):
+            key = (int(result.labels[image]), int(result.baseline[image]), int(after[image]))
+            expected[key] = expected.get(key, 0) + 1
+        run = slice(moves["start"][row], moves["start"][row + 1])
+        columns = (moves[name][run].tolist() for name in ("label", "before", "after", "count"))
+        found = {(a, b, c): n for a, b, c, n in zip(*columns, strict=True)}
+        assert found == expected
+        assert moves["total"][row] == len(expected)
+
+
+def test_the_most_frequent_changes_are_kept() -> None:
+    classes, images = 20, 4000
+    random = np.random.default_rng(0)
+    labels = random.integers(0, classes, images)
+    new = (labels + 1 + random.integers(0, classes - 1, images)) % classes
+    flips = Flips.gather(1, [(np.zeros(images, int), np.arange(images), new)])
+    units = pd.DataFrame({"label": ["l:0"], "layer": ["l"], "unit": [0]})
+    names = tuple(map(str, range(classes)))
+    from pyablate.report.numbers import _moves
+
+    moves = decoded(_moves(AblationResult(units, labels, labels, flips, names)))
+    counts = moves["count"]
+    assert len(counts) == MOST_MOVES < moves["total"][0]
+    assert (np.diff(counts.astype(int)) <= 0).all()
+    every = np.unique(labels * classes + new, return_counts=True)[1]
+    np.testing.assert_array_equal(counts, np.sort(every)[::-1][:MOST_MOVES])
+
+
+def test_attributes_and_their_correlations(result: AblationResult, page: str) -> None:
+    found = data_of(page)["attributes"]
+    table = attributes_of(result, 4)
+    for name, values in zip(found["name"], found["values"], strict=True):
+        np.testing.assert_allclose(values, table[name], rtol=1e-6)
+    expected = pa.correlate(
+        result, table, targets="max_class_drop", methods="spearman", resamples=10
+    )
+    lines = found["correlations"]
+    where = lines["target"] == found["targets"].index("max_class_drop")
+    np.testing.assert_allclose(lines["correlation"][where], expected["correlation"], rtol=1e-6)
+    names = [found["name"][i] for i in lines["attribute"][where]]
+    assert names == expected["attribute"].tolist()
+
+
+def test_a_class_without_images_and_a_unit_without_flips() -> None:
+    labels = np.array([0, 0, 2, 2])
+    flips = Flips.gather(2, [([0], [1], [2])])
+    units = pd.DataFrame({"label": ["l:0", "l:1"], "layer": "l", "unit": [0, 1]})
+    plain = AblationResult(units, labels, labels, flips, ("a", "b", "c"))
+    from pyablate.report.numbers import contents
+
+    data = decoded(contents(plain, title="t", fdr=0.05, provenance={}))
+    assert np.isnan(data["cells"]["q"][:, 1]).all()
+    assert np.isnan(data["classes"]["accuracy"][1])
+    assert data["moves"]["start"].tolist() == [0, 1, 1]
+    assert sorted(data["classes"]["position"].tolist()) == [0, 3, 3]
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def _shaded(result: AblationResult) -> torch.Tensor:
+    """Images 100 x 60 whose grey tells their number."""
+    shade = torch.arange(len(result.labels)) / (len(result.labels) - 1)
+    return shade[:, None, None, None].expand(-1, 1, 100, 60) * 4 - 2  # as normalised ones may be
+
+
+def test_images_that_flip_and_their_pictures(result: AblationResult, tmp_path: Path) -> None:
+    images = _shaded(result)
+    result.report(tmp_path / "r.html", data=(images, torch.from_numpy(result.labels)))
+    found = data_of((tmp_path / "r.html").read_text())["examples"]
+    for row in range(len(result.units)):
+        run = slice(found["start"][row], found["start"][row + 1])
+        numbers = found["image"][run].astype(int)
+        after = result.predictions(row)[0]
+        assert len(numbers) == min(FLIPPED, (after != result.baseline).sum())
+        np.testing.assert_array_equal(found["after"][run], after[numbers])
+        assert (after[numbers] != result.baseline[numbers]).all()
+        label = result.labels[numbers]
+        worst = (result.baseline[numbers] == label) & (label == result.max_class[row])
+        assert (np.diff(worst.astype(int)) <= 0).all()  # those stand first
+    shown = found["shown"]
+    np.testing.assert_array_equal(found["label"], result.labels[shown])
+    assert set(found["pictures"]) == {str(number) for number in shown}
+    for number, uri in found["pictures"].items():
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L")
+        assert picture.size == (48, 80)
+        low, high = images[shown.min()].min(), images[shown.max()].max()
+        expected = 255 * float((images[int(number), 0, 0, 0] - low) / (high - low))
+        assert np.asarray(picture).mean() == pytest.approx(expected, abs=4)
+
+
+def test_pictures_stay_within_their_budget(
+    result: AblationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyablate.report.examples.BUDGET", 600)
+    data = (_shaded(result), torch.from_numpy(result.labels))
+    result.report(tmp_path / "r.html", data=data)
+    found = data_of((tmp_path / "r.html").read_text())["examples"]
+    assert 0 < sum(map(len, found["pictures"].values())) <= 600
+    first = result.max_class_drop.argmax()
+    run = slice(found["start"][first], found["start"][first + 1])
+    assert set(found["pictures"]) <= {str(number) for number in found["image"][run]}
+
+
+def test_pictures_give_way_in_a_large_report(
+    result: AblationResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = (_shaded(result), torch.from_numpy(result.labels))
+    place = tmp_path / "r.html"
+
+    def written() -> dict[str, Any]:
+        result.report(place, data=data)
+        return data_of(place.read_text())
+
+    whole = written()
+    pictures = list(whole["examples"]["pictures"])
+    most = place.stat().st_size - 100
+    monkeypatch.setattr("pyablate.report._write.MOST", most)
+    some = written()
+    assert place.stat().st_size <= most
+    # The last one is of the least harmful unit.
+    assert list(some["examples"]["pictures"]) == pictures[: len(some["examples"]["pictures"])]
+    assert len(some["examples"]["pictures"]) in (len(pictures) - 1, len(pictures) - 2)
+    assert "MB" not in caplog.text
+    monkeypatch.setattr("pyablate.report._write.MOST", 1000)
+    none = written()
+    assert none["examples"]["pictures"] == {}
+    assert none["units"]["label"] == whole["units"]["label"]
+    assert "a few layers at a time" in caplog.text
+
+
+class _Twice(nn.Module):
+    """A ReLU that is called twice, on maps of two sizes, and a layer of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.relu = nn.ReLU()
+        self.again = nn.Conv2d(6, 6, 1)
+        self.hidden = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.conv(x))
+        x = self.relu(self.again(x))
+        return self.out(self.hidden(x.mean(dim=(2, 3))))
+
+
+def test_most_activating_images_equal_a_plain_search() -> None:
+    torch.manual_seed(0)
+    model = _Twice()
+    images = torch.randn(129, 1, 6, 6)  # a batch and a single image
+    images[119:] = images[:10]  # equal activations: the first image stands
+    labels = torch.arange(129) % 3
+    result = pa.ablate(model, (images, labels), ["relu", "hidden.1"], audit=0)
+    found = most_activating(model, (images, labels), result, count=7)
+    sums: dict[str, torch.Tensor] = {}
+    for name in ("relu", "hidden.1"):
+
+        def hook(_m: Any, _i: Any, output: torch.Tensor, name: str = name) -> None:
+            pooled = output.flatten(2).mean(2) if output.ndim > 2 else output
+            sums[name] = sums.get(name, 0) + pooled
+
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        model.eval()(images)
+    for row, (layer, unit) in enumerate(result.units[["layer", "unit"]].itertuples(index=False)):
+        values = sums[layer][:, unit].double().numpy()
+        # The batches differ, so equal up to rounding: compare values, and the order of repeats.
+        np.testing.assert_allclose(values[found[row]], np.sort(values)[::-1][:7], atol=1e-6)
+        assert len(set(found[row])) == 7
+
+
+def test_groups_have_no_most_activating_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    data = torch.randn(10, 1, 6, 6), torch.arange(10) % 3
+    result = pa.ablate(model, data, groups=[["1:0", "1:2"]], audit=0)
+    assert (most_activating(model, data, result, count=3) == -1).all()
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_names_are_text_and_scripts_are_ours(page: str) -> None:
+    assert page.isascii()
+    found = elements(page)
+    scripts = [attributes for tag, attributes in found.tags if tag == "script"]
+    assert len(scripts) == 4
+    assert not any("src" in attributes for attributes in scripts)
+    assert "window.hurt" not in page.split('id="data"')[0]
+    assert "<b>T</b>" not in page
+    assert "&lt;b&gt;T&lt;/b&gt; {{ data }}" in page
+    assert data_of(page)["title"] == "<b>T</b> {{ data }}"
+
+
+def test_policy_allows_exactly_the_scripts_of_the_page(page: str) -> None:
+    found = elements(page)
+    policy = next(
+        a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    allowed = set(re.findall(r"'sha256-([^']+)'", policy))
+    sums = {
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in found.scripts[1:]
+    }
+    assert allowed == sums
+    assert len(sums) == 3
+    assert "default-src 'none'" in policy
+    assert not re.search(r"https?:|\*|unsafe-eval", policy)
+
+
+def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+    for tag, attributes in elements(page).tags:
+        for name in ("src", "href", "data", "action", "srcset", "poster"):
+            value = attributes.get(name) or "#"
+            assert value.startswith("#"), (tag, name, value)
+
+
+def test_equal_results_give_equal_bytes(result: AblationResult, page: str, tmp_path: Path) -> None:
+    again = replace(result)
+    again.report(
+        tmp_path / "r.html", attributes=attributes_of(result, 4), title="<b>T</b> {{ data }}"
+    )
+    assert (tmp_path / "r.html").read_text() == page
+
+
+def test_libraries_are_those_that_are_recorded() -> None:
+    vendor = resources.files("pyablate.report") / "assets" / "vendor"
+    recorded = dict(
+        re.findall(r"`(\S+\.js)`.*`([0-9a-f]{64})`", (vendor / "README.md").read_text())
+    )
+    assert set(recorded) == {"d3.min.js", "plot.umd.min.js"}
+    for name, digest in recorded.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
+
+
+def test_every_script_is_on_the_page() -> None:
+    from pyablate.report.page import SCRIPTS
+
+    folder = resources.files("pyablate.report") / "assets" / "js"
+    assert sorted(SCRIPTS) == sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_failure_leaves_the_older_report(result: AblationResult, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("older")
+    with pytest.raises(ValueError, match="curves"):
+        result.report(path, curves=pd.DataFrame({"x": [1]}))
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- curves and minimal sets ----------------------------------------------------------------------
+
+
+def test_curves_of_every_kind(tmp_path: Path) -> None:
+    prune = pd.DataFrame(
+        {
+            "ranking": ["l1", "l1", "random (layer)", "random (layer)"],
+            "seed": [-1, -1, 0, 0],
+            "fraction": [0.5, 0.0, 0.0, 0.5],
+            "accuracy": [0.4, 0.9, 0.9, np.nan],
+            "worst_class": ["a", "b", "c", "d"],
+            "flops": [5, 10, 10, 5],
+        }
+    )
+    prune.to_csv(tmp_path / "prune.csv", index=False)
+    order = pd.DataFrame(
+        {
+            "order": ["class"] * 4,
+            "repeat": 0,
+            "target": ["cat", "cat", "dog", "dog"],
+            "removed": [0, 8] * 2,
+            "kept": [8, 0] * 2,
+            "accuracy": [0.9, 0.1] * 2,
+        }
+    )
+    layer = pd.DataFrame({"layer": ["a", "b"], "fraction": 0.1, "accuracy": [0.8, 0.7]})
+    charts = curve_charts([tmp_path / "prune.csv", order, layer])
+    assert [chart["title"] for chart in charts] == ["prune.csv", "Curves 2", "Curves 3"]
+    assert charts[0]["measures"] == ["accuracy", "flops"]
+    l1, random = charts[0]["series"]
+    assert (l1["x"], l1["values"]["accuracy"]) == ([0.0, 0.5], [0.9, 0.4])
+    assert random["random"]
+    assert random["values"]["accuracy"] == [0.9, None]
+    assert [series["name"] for series in charts[1]["series"]] == ["class: cat", "class: dog"]
+    assert [series["name"] for series in charts[2]["series"]] == ["a", "b"]
+    assert curve_charts({"mine": layer})[0]["title"] == "mine"
+    json.dumps(charts, allow_nan=False)
+
+
+def test_minimal_sets_from_a_table_and_back_from_csv(
+    result: AblationResult, tmp_path: Path
+) -> None:
+    table = pd.DataFrame(
+        {
+            "class": [AWKWARD[1], AWKWARD[0]],
+            "reached": [True, False],
+            "units": [("block0.relu:0", "block1.relu:3"), ("block0.relu:1",)],
+            "accuracy": [0.1, np.nan],
+        }
+    )
+    sets = sets_by_class(table, result)
+    table.to_csv(tmp_path / "sets.csv", index=False)
+    assert sets_by_class(tmp_path / "sets.csv", result) == sets
+    assert sets[1] is not None
+    assert sets[1]["units"] == ["block0.relu:0", "block1.relu:3"]
+    assert (sets[1]["reached"], sets[1]["accuracy"]) == (True, 0.1)
+    assert sets[0] is not None
+    assert (sets[0]["reached"], sets[0]["accuracy"]) == (False, None)
+    assert sets[2:] == [None, None, None]
+    plain = table.assign(units=["block0.relu:0; block1.relu:3", "block0.relu:1"])
+    assert sets_by_class(plain, result) == sets
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pd.DataFrame({"class": ["x"], "units": ["a:0"]}), "'x' is no class"),
+        (pd.DataFrame({"units": ["a:0"]}), "expected a column 'class'"),
+        (pd.DataFrame({"class": [AWKWARD[0]], "units": ["(__import__('os'),"]}), "cannot read"),
+    ],
+)
+def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sets_by_class(table, result)
+
+
+# --- bad input, the command, and docs/report.md --------------------------------------------------
+
+
+def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path) -> None:
+    images, labels = _shaded(result), torch.from_numpy(result.labels)
+    path = tmp_path / "r.html"
+    with pytest.raises(ValueError, match="labels differ"):
+        result.report(path, data=(images, labels.flip(0)))
+    with pytest.raises(ValueError, match="has 300 images, these are 299"):
+        result.report(path, data=(images[1:], labels[:-1]))
+    twice = torch.cat([images, images]), torch.cat([labels, labels])
+    with pytest.raises(ValueError, match="these are more"):
+        result.report(path, data=twice)
+    with pytest.raises(ValueError, match=r"expected images \[N, C, H, W\]"):
+        result.report(path, data=(images.flatten(1), labels))
+    with pytest.raises(ValueError, match="data are needed"):
+        result.report(path, model=nn.Identity())
+    assert not path.exists()
+
+
+def test_another_model_is_refused(result: AblationResult, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6000, 8), nn.ReLU(), nn.Linear(8, 5))
+    data = _shaded(result), torch.from_numpy(result.labels)
+    with pytest.raises(ValueError, match=r"units of 'block0\.relu', the model does not"):
+        result.report(tmp_path / "r.html", model=model, data=data)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke
+    model, images, labels = pa.demo.load("resnet", limit=40)
+    result = pa.ablate(model, (images, labels), ["stem.2"], class_names=pa.demo.CLASSES, audit=0)
+    result.save("run.zarr")
+    attributes_of(result, 2).reset_index().to_csv("attributes.csv", index=False)
+    Path("curve.csv").write_text("layer,fraction,accuracy\na,0,0.9\na,1,0.1\n")
+    options = "--model demo:resnet --data demo --limit 40 --attributes attributes.csv"
+    done = run(app, f"report run.zarr -o out/r.html --curves curve.csv {options}".split())
+    assert done.exit_code == 0, done.output
+    assert "Written: out/r.html" in done.output
+    data = data_of(Path("out/r.html").read_text())
+    assert data["examples"]["activating"].shape == (16, 8)
+    assert data["curves"][0]["title"] == "curve.csv"
+    assert ["Model", "demo:resnet"] in data["provenance"]
+    for wrong, message in [
+        ("report nothing.zarr", "no such result"),
+        ("report run.zarr --model demo:resnet", "--model needs --data"),
+        ("report run.zarr --weights w.pth", "--weights needs --model"),
+        ("report run.zarr --curves nothing.csv", "no such table"),
+        ("report run.zarr --data demo --limit 39", "has 40 images, these are 39"),
+        ("report run.zarr --fdr 2", "fdr"),
+        ("report run.zarr -o run.zarr", "is a folder"),
+    ]:
+        failed = run(app, wrong.split())
+        assert failed.exit_code == 2, wrong
+        assert message in failed.output + failed.stderr, wrong
+
+
+def test_python_in_the_page_on_reports_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = block.replace("limit=200", "limit=40")
+    assert code != block
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "report.md", "exec"), {})
+    data = data_of(Path("report.html").read_text())
+    facts = dict(data["provenance"])
+    assert facts["Model"] == "vgg_bn"
+    assert facts["data.count"] == "40"  # what the run recorded about itself
+    assert data["examples"]["activating"].shape == (128, 8)
+    assert len(data["examples"]["pictures"]) > 8

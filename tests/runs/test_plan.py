@@ -1,0 +1,53 @@
+"""What a plan says, beside the run that was planned."""
+
+import pytest
+from support import networks
+
+import pyablate as pa
+
+
+@pytest.fixture(scope="module")
+def planned():
+    model, images, labels = pa.demo.load("alexnet", limit=128)
+    layers = ["features.4", "classifier.3"]
+    plan = pa.plan(model, (images, labels), layers)
+    # Twice, since the first run also prepares filters and fetches memory.
+    runs = [pa.ablate(model, (images, labels), layers, audit=0, progress=False) for _ in range(2)]
+    return plan, runs[1]
+
+
+def test_a_plan_has_the_strategies_of_the_run(planned):
+    plan, result = planned
+    assert dict(zip(plan.table["layer"], plan.table["strategy"], strict=True)) == result.strategy
+    assert (plan.table["pairs"] == 128 * plan.table["units"]).all()
+
+
+def test_explain_shows_what_the_layers_took(planned):
+    plan, result = planned
+    rows = {line.split()[0]: line.split() for line in plan.explain(result).splitlines()}
+    assert "actual" not in plan.explain()
+    for layer, seconds in result.effort.layer_seconds.items():
+        assert rows[layer][-1] == f"{seconds:.2f}"
+
+
+def test_a_plan_is_of_the_right_size(planned):
+    """By a wide margin: the benchmarks compare the two on an idle machine."""
+    plan, result = planned
+    actual = sum(result.effort.layer_seconds.values())
+    assert actual / 8 < plan.seconds - plan.clean_seconds < 8 * actual
+    assert plan.clean_seconds > 0
+
+
+def test_planning_for_more_images_scales(planned):
+    plan, _ = planned
+    model, images, labels = pa.demo.load("alexnet", limit=128)
+    ten = pa.plan(model, (images, labels), ["features.4"], images=1280)
+    assert ten.table["pairs"].item() == 10 * plan.table.set_index("layer")["pairs"]["features.4"]
+
+
+def test_a_network_that_is_not_captured_is_planned_by_replay(monkeypatch):
+    model, images, labels = networks.network("residual", 8)
+    monkeypatch.setattr("pyablate.runs.setup._capture", lambda *_: None)
+    plan = pa.plan(model, (images, labels))
+    assert set(plan.table["strategy"]) == {"replay"}
+    assert plan.clean_seconds > 0
