@@ -72,7 +72,7 @@ def test_what_defeats_export_is_replayed_and_says_so(
     model, images, labels = networks.network(name)
     with caplog.at_level(logging.WARNING, logger="pyablate"):
         result = check(model, (images, labels), ["*"])
-    assert set(result.strategy.values()) == {"replay"}
+    assert set(result.strategy.values()) <= {"replay", "replay (float64)"}  # routes are a jump
     assert set(result.strategy) == {"relu1", "relu2", "relu3"}
     assert any("replay" in record.message for record in caplog.records)
 
