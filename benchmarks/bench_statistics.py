@@ -14,7 +14,8 @@ import pytest
 from measure import Settings, in_turn, ratio, say, write
 from scipy import stats
 
-from pyablate.results.result import AblationResult, Flips
+from pyablate.result import AblationResult
+from pyablate.results.record import Flips
 
 UNITS, LAYERS, CLASSES, IMAGES = 26_560, 16, 1000, 50_000
 FLIPPED = 0.005  # share of the images, per unit

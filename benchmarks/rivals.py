@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site
 from pyablate.reference.timing import hook_loop_seconds
-from pyablate.results.result import AblationResult
+from pyablate.result import AblationResult
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 Decide = Callable[[Tensor], Tensor]

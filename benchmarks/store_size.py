@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pyablate.results.result import AblationResult, Audit, Flips
-from pyablate.results.store import load, save
+from pyablate.result import AblationResult, load
+from pyablate.results.record import Audit, Flips
+from pyablate.results.store import save
 
 SHARE = 0.006
 """Flipped predictions among all pairs, as on the shipped networks."""

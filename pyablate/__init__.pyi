@@ -40,10 +40,10 @@ from .interventions import Intervention as Intervention
 from .network.sites import Site as Site
 from .network.sites import select as select
 from .network.sites import sites as sites
-from .results.result import AblationResult as AblationResult
-from .results.result import Audit as Audit
-from .results.result import Flips as Flips
-from .results.store import load as load
+from .result import AblationResult as AblationResult
+from .result import load as load
+from .results.record import Audit as Audit
+from .results.record import Flips as Flips
 from .runs._ablate import ablate as ablate
 from .runs._merge import merge as merge
 from .runs._plan import Plan as Plan

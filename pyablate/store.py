@@ -1,6 +1,7 @@
 """Under this name documented in 0.1: :mod:`pyablate.results.store`."""
 
-from pyablate.results.store import load, save
+from pyablate.result import load
+from pyablate.results.store import save
 
 __all__ = [
     "load",

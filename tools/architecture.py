@@ -15,13 +15,13 @@ from pathlib import Path
 
 ORDER = tuple(
     """_version _native _validation runtime io ops data interventions network results analysis plots
-    report engine runs reference attribution comparison unit_attributes experiments compression
-    demo FORMER __init__ cli __main__""".split()
+    report result engine runs reference attribution comparison unit_attributes experiments
+    compression demo FORMER __init__ cli __main__""".split()
 )
 """Packages, and modules of the package root, each of which imports only from those before it."""
 
 FORMER = frozenset(
-    "directions measures planning progress result run_store statistics store targets".split()
+    "directions measures planning progress run_store statistics store targets".split()
 )
 """Modules of the package root that only repeat what was documented under their names in 0.1."""
 

@@ -12,7 +12,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from pyablate.analysis.statistics import layer_rows
-from pyablate.results.result import AblationResult, Floats, Ints, coordinates
+from pyablate.results.record import Floats, Ints, Record, coordinates
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,7 +26,7 @@ _BLOCK = 256
 
 
 def cluster_units(
-    result: AblationResult,
+    result: Record,
     *,
     layer: str | None = None,
     clusters: int = 8,
@@ -103,7 +103,7 @@ def cluster_units(
 
 
 def cluster_images(
-    result: AblationResult,
+    result: Record,
     *,
     layer: str | None = None,
     clusters: int = 8,
@@ -173,7 +173,7 @@ def cluster_images(
     )
 
 
-def _breaks(result: AblationResult, rows: Ints) -> sparse.csr_array:
+def _breaks(result: Record, rows: Ints) -> sparse.csr_array:
     """Ones where the unit turns a right prediction wrong, [image, row of ``rows``]."""
     lost = result.baseline[result.flips.image] == result.labels[result.flips.image]
     column = np.full(len(result.units), -1)
@@ -230,7 +230,7 @@ def _spread(values: Ints, inside: NDArray[np.intp], length: int) -> Ints:
     return spread
 
 
-def _rows(result: AblationResult, layer: str | None) -> Ints:
+def _rows(result: Record, layer: str | None) -> Ints:
     if layer is None:
         return np.arange(len(result.units))
     rows = layer_rows(result)

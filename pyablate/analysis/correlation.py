@@ -16,7 +16,7 @@ from pyablate.analysis.bootstrap import METHODS, Variable, coefficients, resampl
 from pyablate.analysis.statistics import adjusted, layer_rows
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
-from pyablate.results.result import AblationResult, Floats
+from pyablate.results.record import Floats, Record
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +31,7 @@ _Made = TypeVar("_Made")
 
 
 def correlate(
-    result: AblationResult,
+    result: Record,
     table: xr.Dataset | pd.DataFrame,
     *,
     attributes: str | Sequence[str] | None = None,
@@ -231,7 +231,7 @@ def _methods(methods: str | Sequence[str]) -> list[str]:
 
 
 def chosen_layers(
-    result: AblationResult, patterns: str | Sequence[str] | None
+    result: Record, patterns: str | Sequence[str] | None
 ) -> dict[str, NDArray[np.int64]]:
     """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`.
 

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyablate.results.result import AblationResult, Floats, Ints, coordinates
+from pyablate.results.record import Floats, Ints, Record, coordinates
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 22  # numbers worked on at a time: some tens of megabytes for each array
 
 
-def significance(result: AblationResult, *, fdr: float = 0.05) -> xr.Dataset:
+def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     """Test each class of each unit for a change of accuracy.
 
     Parameters
@@ -116,7 +116,7 @@ def adjusted(p: Floats) -> Floats:
     return q
 
 
-def max_class_test(result: AblationResult, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
+def max_class_test(result: Record, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
     """Describe the largest class accuracy drop of each unit, and what chance would make of it.
 
     Parameters
@@ -155,7 +155,7 @@ def max_class_test(result: AblationResult, *, splits: int = 10, seed: int = 0) -
     return pd.concat([result.units.reset_index(drop=True), columns], axis=1)
 
 
-def noise_floor(result: AblationResult) -> Floats:
+def noise_floor(result: Record) -> Floats:
     """Largest class accuracy drop to expect of a harmless unit with the same changed images.
 
     The exact expectation of ``max_k (2 B_k - n_k) / s_k``, where ``n_k`` counts the unit's changed
@@ -177,7 +177,7 @@ def noise_floor(result: AblationResult) -> Floats:
     return expected
 
 
-def split_half_drop(result: AblationResult, *, splits: int = 10, seed: int = 0) -> Floats:
+def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Floats:
     """Largest class accuracy drop, its class chosen on one half of the images, measured on another.
 
     The drop itself is too large because its class was chosen for it. Here the images of each class
@@ -230,7 +230,7 @@ def split_half_drop(result: AblationResult, *, splits: int = 10, seed: int = 0) 
     return total / (2 * splits)
 
 
-def layer_rows(result: AblationResult) -> dict[str, Ints]:
+def layer_rows(result: Record) -> dict[str, Ints]:
     """Rows of each layer, layers in the order of their first unit."""
     codes, layers = pd.factorize(result.units["layer"])
     return {str(layer): np.flatnonzero(codes == code) for code, layer in enumerate(layers)}
@@ -284,7 +284,7 @@ def _expected_maximum(changed: Ints, sizes: Ints) -> Floats:
     return expected
 
 
-def _max_p(result: AblationResult) -> Floats:
+def _max_p(result: Record) -> Floats:
     """Chance of a harmless unit to have, in any class, at least the largest drop observed."""
     present = result.class_sizes > 0
     sizes = result.class_sizes[present]
@@ -318,7 +318,7 @@ def random_half(labels: Ints, classes: int, generator: np.random.Generator) -> N
     return half
 
 
-def _changes(result: AblationResult, rows: slice) -> tuple[Ints, Ints, Ints]:
+def _changes(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
     """Flips of some rows that changed correctness: image, (row, class) as one number, +1 or -1."""
     run = slice(result.flips.start[rows.start], result.flips.start[rows.stop])
     image = result.flips.image[run]

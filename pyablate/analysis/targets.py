@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.analysis.statistics import split_half_drop
+from pyablate.results.record import Floats, Ints, Record
 
 PREFERRED = "preferred_class_drop"
 TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
@@ -18,7 +19,7 @@ MEASURES = ("loss_change", "margin_change")
 
 
 def unit_targets(
-    result: AblationResult,
+    result: Record,
     targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None,
     *,
     preferred: Ints | None = None,
@@ -60,7 +61,7 @@ def unit_targets(
     return {name: _target(result, name, preferred, splits, seed) for name in names}
 
 
-def preferred_class_drop(result: AblationResult, preferred: Ints) -> Floats:
+def preferred_class_drop(result: Record, preferred: Ints) -> Floats:
     """Accuracy drop of each unit's preferred class; NaN without one or without its images.
 
     Parameters
@@ -135,9 +136,7 @@ def entropy(drops: Floats) -> Floats:
     return found
 
 
-def _target(
-    result: AblationResult, name: str, preferred: Ints | None, splits: int, seed: int
-) -> Floats:
+def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed: int) -> Floats:
     if name == PREFERRED:
         if preferred is None:
             raise ValueError(f"targets: {name!r} needs the preferred class of each unit")
@@ -145,7 +144,7 @@ def _target(
     if name == "accuracy_drop":
         return result.accuracy_drop
     if name == "split_half_drop":
-        return result.split_half_drop(splits=splits, seed=seed)
+        return split_half_drop(result, splits=splits, seed=seed)
     if name in ("gini", "entropy"):
         return (gini if name == "gini" else entropy)(result.class_accuracy_drop)
     if name in MEASURES:
@@ -158,11 +157,11 @@ def _target(
     return result.data[name].to_numpy().astype(np.float64)
 
 
-def _recorded(result: AblationResult) -> list[str]:
+def _recorded(result: Record) -> list[str]:
     return [str(name) for name, data in result.data.items() if data.dims == ("unit",)]
 
 
-def _given(result: AblationResult, name: str, values: ArrayLike) -> Floats:
+def _given(result: Record, name: str, values: ArrayLike) -> Floats:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (len(result.units),):
         raise ValueError(

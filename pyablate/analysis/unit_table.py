@@ -12,7 +12,7 @@ import pandas as pd
 
 from pyablate.io import checksums
 from pyablate.io.zarr_check import check_folder
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.results.record import Floats, Ints, Record
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LABELS = ("unit", "label")  # columns of a CSV file that may hold the unit labels
 
 
-def aligned(table: xr.Dataset | pd.DataFrame, result: AblationResult) -> pd.DataFrame:
+def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
     """Return the variables with one value per unit, a row for each unit of the result, in order.
 
     Parameters

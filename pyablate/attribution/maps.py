@@ -13,7 +13,7 @@ from pyablate._validation import check_choice
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.network.sites import check_model, evaluation
-from pyablate.results.result import Floats
+from pyablate.results.record import Floats
 
 METHODS = ("grad_cam", "integrated_gradients", "lrp")
 _MISSING = "attribution maps need Captum; install it with: pip install 'pyablate[attributions]'"

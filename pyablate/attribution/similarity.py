@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyablate.results.result import Floats
+from pyablate.results.record import Floats
 
 _MISSING = "SSIM needs scikit-image; install it with: pip install 'pyablate[attributions]'"
 _WINDOW = 7

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pyablate.compression import Ranking
-    from pyablate.results.result import AblationResult
+    from pyablate.result import AblationResult
 
 By = Annotated[
     list[str],

@@ -47,7 +47,7 @@ from pyablate.cli.options import (
 from pyablate.io.atomic import check_file, write_csv
 
 if TYPE_CHECKING:
-    from pyablate.results.result import AblationResult
+    from pyablate.result import AblationResult
 
 
 def run(

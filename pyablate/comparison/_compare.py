@@ -18,7 +18,8 @@ from pyablate.attribution.maps import METHODS
 from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
 from pyablate.comparison.preservation import Preservation, preserved_between
 from pyablate.data.dataset import Data
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
 
 _FEWEST = 3  # two points always lie on a line

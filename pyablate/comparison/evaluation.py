@@ -18,7 +18,7 @@ from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
 from pyablate.network.sites import check_model, copied
-from pyablate.results.result import Floats, Ints
+from pyablate.results.record import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
 
 _FIRST, _LATER = 8, 2

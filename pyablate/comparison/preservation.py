@@ -28,7 +28,7 @@ from pyablate.attribution.maps import METHODS, attribution_maps
 from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
 from pyablate.data.dataset import Data
 from pyablate.network.sites import Site
-from pyablate.results.result import Floats, Ints
+from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
 
 logger = logging.getLogger("pyablate")

@@ -16,7 +16,8 @@ from pyablate._validation import check_choice
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import attribute_columns, table_frame
 from pyablate.compression.coupling import Coupled, Coupling
-from pyablate.results.result import AblationResult, Floats
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats
 
 if TYPE_CHECKING:
     import xarray as xr

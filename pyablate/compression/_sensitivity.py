@@ -18,7 +18,7 @@ from torch import nn
 from pyablate.compression._rank import Ranking
 from pyablate.data.dataset import Data
 from pyablate.io.atomic import whole, write_csv
-from pyablate.results.result import AblationResult
+from pyablate.result import AblationResult
 from pyablate.runs._ablate import ablate
 
 logger = logging.getLogger("pyablate")

@@ -22,7 +22,8 @@ from pyablate.experiments.split import check_seed, split
 from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pyablate.experiments.split import split
 from pyablate.experiments.units import best_first, class_number, labels_of, opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
-from pyablate.results.result import AblationResult, Floats
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats
 from pyablate.runs._ablate import ablate
 
 logger = logging.getLogger("pyablate")

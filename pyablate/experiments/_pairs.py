@@ -15,7 +15,8 @@ from pyablate.data.dataset import gathered
 from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
-from pyablate.results.result import AblationResult, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Ints
 from pyablate.runs._ablate import ablate
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats, Ints
 
 
 def class_accuracy(result: AblationResult) -> Floats:

@@ -19,7 +19,8 @@ from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
 from pyablate.experiments.split import check_seed
 from pyablate.interventions import Intervention
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
 FIGURES = ("gini", "split_half_drop", "max_class_drop", "accuracy_drop")

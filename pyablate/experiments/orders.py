@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from pyablate.experiments.units import best_first
-from pyablate.results.result import AblationResult, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Ints
 
 DROP, CLASS, RANDOM = "drop", "class", "random"
 BY_NAME = (DROP, CLASS, RANDOM)

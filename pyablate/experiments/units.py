@@ -12,7 +12,8 @@ from torch import nn
 
 from pyablate.network.model_checks import Ready, open_up
 from pyablate.network.sites import Site, check_model
-from pyablate.results.result import AblationResult, Ints
+from pyablate.result import AblationResult
+from pyablate.results.record import Ints
 from pyablate.runtime.determinism import undisturbed
 
 

@@ -12,7 +12,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from pyablate.analysis.correlation import chosen_layers, correlate
-from pyablate.analysis.statistics import adjusted, layer_rows, max_class_test, mcnemar
+from pyablate.analysis.statistics import adjusted, layer_rows, max_class_test, mcnemar, significance
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
 from pyablate.plots.drawing import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-    from pyablate.results.result import AblationResult, Floats, Ints, Rows
+    from pyablate.results.record import Floats, Ints, Record, Rows
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ResultPlots:
         What is drawn.
     """
 
-    result: AblationResult
+    result: Record
 
     def drops(
         self,
@@ -167,7 +167,7 @@ class ResultPlots:
             raise ValueError(f"limit: expected a number above 0, got {limit!r}")
         rows = _ordered(result, _chosen(result, units), order)
         drops = 100 * result.class_accuracy_drop[rows]
-        significant = result.significance(fdr=fdr)["significant"].to_numpy()[rows]
+        significant = significance(result, fdr=fdr)["significant"].to_numpy()[rows]
         width, height = 2.6 + 0.42 * result.classes, 1.6 + 0.22 * len(rows)
         axes = new_axes(ax, width=min(width, 18), height=min(height, 12))
         axes.spines[:].set_visible(False)
@@ -219,7 +219,7 @@ class ResultPlots:
         row = int(result.rows(unit)[0])
         if classes < 1:
             raise ValueError(f"classes: expected at least 1, got {classes!r}")
-        significant = result.significance(fdr=fdr)["significant"].to_numpy()[row]
+        significant = significance(result, fdr=fdr)["significant"].to_numpy()[row]
         sizes = np.maximum(result.class_sizes, 1)
         lost, gained = 100 * result.lost[row] / sizes, 100 * result.gained[row] / sizes
         present = np.flatnonzero(result.class_sizes)
@@ -326,7 +326,7 @@ class ResultPlots:
         return axes
 
 
-def _chance(result: AblationResult, drop: str) -> tuple[Floats, Floats | None]:
+def _chance(result: Record, drop: str) -> tuple[Floats, Floats | None]:
     """Return the adjusted p of each unit, float64 [unit], and the noise floor if there is one."""
     if drop == "max_class_drop":
         tests = max_class_test(result, splits=1)
@@ -348,13 +348,13 @@ def _floors(axes: Axes, floors: Sequence[Floats]) -> None:
     axes.hlines(middle, place - 0.45, place + 0.45, color=CHANCE, linewidth=1.5, zorder=0)
 
 
-def _name(result: AblationResult, row: int, *, with_class: bool) -> str:
+def _name(result: Record, row: int, *, with_class: bool) -> str:
     unit = result.units["unit"].iloc[row]
     name = f"unit {unit}" if unit >= 0 else plain(result.units["label"].iloc[row])
     return f"{name}:\n{plain(result.class_names[result.max_class[row]])}" if with_class else name
 
 
-def _chosen(result: AblationResult, units: int | Rows) -> Ints:
+def _chosen(result: Record, units: int | Rows) -> Ints:
     if isinstance(units, int | np.integer) and not isinstance(units, bool):
         if units < 1:
             raise ValueError(f"units: expected at least 1, got {units!r}")
@@ -366,7 +366,7 @@ def _chosen(result: AblationResult, units: int | Rows) -> Ints:
     return rows
 
 
-def _ordered(result: AblationResult, rows: Ints, order: str) -> Ints:
+def _ordered(result: Record, rows: Ints, order: str) -> Ints:
     if order == "drop":
         return rows[np.argsort(-result.max_class_drop[rows], kind="stable")]
     if order == "layer":

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyablate.interventions import Intervention
 from pyablate.reference.loop import logits, near_ties, predictions
-from pyablate.results.result import AblationResult
+from pyablate.result import AblationResult
 
 _EXAMPLES = 5
 

@@ -24,8 +24,9 @@ from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
+from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
-from pyablate.results.result import AblationResult, Flips
+from pyablate.results.record import Flips
 from pyablate.runtime.locks import a_moment
 from pyablate.runtime.progress import Report, reporting
 

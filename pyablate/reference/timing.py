@@ -23,7 +23,7 @@ from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation
 
 if TYPE_CHECKING:
-    from pyablate.results.result import AblationResult
+    from pyablate.result import AblationResult
 
 _BATCH_SIZES = (64, 128, 256, 512)
 _TRIAL_IMAGES = 512

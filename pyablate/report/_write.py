@@ -14,7 +14,7 @@ from pyablate.report.examples import ACTIVATING, examples
 from pyablate.report.numbers import contents
 from pyablate.report.page import page
 from pyablate.report.relations import relations
-from pyablate.results.result import AblationResult
+from pyablate.results.record import Record
 
 logger = logging.getLogger("pyablate")
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    result: AblationResult,
+    result: Record,
     path: str | os.PathLike[str],
     *,
     attributes: xr.Dataset | pd.DataFrame | None = None,
@@ -93,7 +93,7 @@ def write_report(
 
 
 def _examples(
-    result: AblationResult,
+    result: Record,
     model: nn.Module | None,
     data: Any,
     device: str | torch.device | None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import Site, hooked
-from pyablate.results.result import AblationResult, Ints
+from pyablate.results.record import Ints, Record
 from pyablate.runtime.determinism import undisturbed
 
 _BATCH = 128
@@ -21,7 +21,7 @@ _BATCH = 128
 def most_activating(
     model: nn.Module,
     data: Any,
-    result: AblationResult,
+    result: Record,
     *,
     count: int,
     device: str | torch.device | None = None,
@@ -32,7 +32,7 @@ def most_activating(
     ----------
     model, data
         Those of the run, as for :func:`pyablate.ablate`. A generator is read to its end.
-    result : AblationResult
+    result : Record
         Whose units; groups have no map of their own.
     count : int
         Images per unit, the largest A first; of equal ones the first image.
@@ -95,7 +95,7 @@ def _merged(
     return values.gather(1, order), images.gather(1, order)
 
 
-def _sites(found: Sequence[Site], result: AblationResult) -> list[Site]:
+def _sites(found: Sequence[Site], result: Record) -> list[Site]:
     known = {site.name: site for site in found}
     single = result.units[result.units["unit"] >= 0]
     sites = []

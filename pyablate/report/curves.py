@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyablate.results.result import AblationResult
+from pyablate.results.record import Record
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
     return [_chart(_title(each, number), _frame(each)) for number, each in enumerate(several, 1)]
 
 
-def sets_by_class(given: Any, result: AblationResult) -> list[dict[str, Any] | None]:
+def sets_by_class(given: Any, result: Record) -> list[dict[str, Any] | None]:
     """Arrange minimal sets by the classes of a result.
 
     Parameters
@@ -71,7 +71,7 @@ def sets_by_class(given: Any, result: AblationResult) -> list[dict[str, Any] | N
     given : MinimalSets, pandas.DataFrame, path of a CSV file, or None
         From :func:`pyablate.minimal_sets`; a table needs the columns ``class`` and ``units``
         (labels in a sequence, or in one text with spaces, commas or semicolons between).
-    result : AblationResult
+    result : Record
         Whose classes.
 
     Returns

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyablate.report.packed import packed
-from pyablate.results.result import AblationResult, Ints
+from pyablate.results.record import Ints, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +31,12 @@ _SIDE = 80  # pixels of the longer side
 _BATCH = 256
 
 
-def examples(result: AblationResult, activating: Ints | None, data: Any) -> dict[str, Any]:
+def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, Any]:
     """Choose images for the cards of the units, and draw them where data are at hand.
 
     Parameters
     ----------
-    result : AblationResult
+    result : Record
         What was ablated.
     activating : int64 [unit, image], or None
         The images that activate each unit most, -1 for none.
@@ -76,7 +76,7 @@ def examples(result: AblationResult, activating: Ints | None, data: Any) -> dict
     }
 
 
-def _chosen(result: AblationResult, row: int) -> Ints:
+def _chosen(result: Record, row: int) -> Ints:
     """Flips of a unit to show: images it makes wrong, of its most hurt class first."""
     run = np.arange(result.flips.start[row], result.flips.start[row + 1])
     image = result.flips.image[run]
@@ -88,7 +88,7 @@ def _chosen(result: AblationResult, row: int) -> Ints:
     return run[np.argsort(rank, kind="stable")[:FLIPPED]]
 
 
-def _wanted(result: AblationResult, entries: list[Ints], activating: Ints | None) -> Ints:
+def _wanted(result: Record, entries: list[Ints], activating: Ints | None) -> Ints:
     """Images to draw, each once; those of the units that matter most first."""
     parts = []
     for row in np.argsort(-result.max_class_drop, kind="stable"):
@@ -100,7 +100,7 @@ def _wanted(result: AblationResult, entries: list[Ints], activating: Ints | None
     return every[np.sort(first)][:_MOST_PICTURES]
 
 
-def _pictures(data: Any, result: AblationResult, wanted: Ints) -> dict[str, str]:
+def _pictures(data: Any, result: Record, wanted: Ints) -> dict[str, str]:
     """Pictures by image number, as many as the budget allows."""
     pixels = dict(_pixels(data, result, set(wanted.tolist())))
     if not pixels:
@@ -120,7 +120,7 @@ def _pictures(data: Any, result: AblationResult, wanted: Ints) -> dict[str, str]
 
 
 def _pixels(
-    data: Any, result: AblationResult, wanted: set[int]
+    data: Any, result: Record, wanted: set[int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Images [C, H, W] that are wanted, with their numbers; checks all labels on the way."""
     import torch

@@ -11,9 +11,9 @@ from scipy.spatial import distance
 
 from pyablate._version import __version__
 from pyablate.analysis.clusters import cluster_units
-from pyablate.analysis.statistics import layer_rows
+from pyablate.analysis.statistics import layer_rows, max_class_test, significance
 from pyablate.report.packed import packed
-from pyablate.results.result import AblationResult, Floats, Ints
+from pyablate.results.record import Floats, Ints, Record
 
 MOST_MOVES = 300
 """Distinct changes of prediction (true class, before, after) that a unit's card lists."""
@@ -23,7 +23,7 @@ _MOST_CLUSTERED = 10_000  # units: pyablate.analysis.clusters holds all distance
 
 
 def contents(
-    result: AblationResult,
+    result: Record,
     *,
     title: str,
     fdr: float,
@@ -33,7 +33,7 @@ def contents(
 
     Parameters
     ----------
-    result : AblationResult
+    result : Record
         What was ablated.
     title : str
         Heading of the page.
@@ -48,7 +48,7 @@ def contents(
         JSON values; arrays as :func:`pyablate.report.packed.packed` writes them. Accuracies and
         drops are shares, the page shows points.
     """
-    tests = result.significance(fdr=fdr)
+    tests = significance(result, fdr=fdr)
     significant = tests["significant"].to_numpy()
     return {
         "title": title,
@@ -73,7 +73,7 @@ def contents(
     }
 
 
-def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
+def _summary(result: Record, significant: np.ndarray) -> dict[str, Any]:
     hurt = significant & (result.lost > result.gained)
     return {
         "images": len(result.labels),
@@ -90,7 +90,7 @@ def _summary(result: AblationResult, significant: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _provenance(result: AblationResult, further: Mapping[str, object]) -> list[list[str]]:
+def _provenance(result: Record, further: Mapping[str, object]) -> list[list[str]]:
     """Lines of name and value."""
     facts: dict[str, object] = dict(further) | _flat(result.provenance)
     facts["Replaced by"] = result.intervention
@@ -112,16 +112,16 @@ def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, object]:
     return lines
 
 
-def _layers(result: AblationResult) -> list[dict[str, Any]]:
+def _layers(result: Record) -> list[dict[str, Any]]:
     return [
         {"name": layer, "units": len(rows), "strategy": result.strategy.get(layer, "")}
         for layer, rows in layer_rows(result).items()
     ]
 
 
-def _units(result: AblationResult) -> dict[str, Any]:
+def _units(result: Record) -> dict[str, Any]:
     number = {layer: code for code, layer in enumerate(layer_rows(result))}
-    worst = result.max_class_test()
+    worst = max_class_test(result)
     columns = {
         "layer": np.array([number[str(layer)] for layer in result.units["layer"]], dtype=np.int64),
         "accuracy_drop": result.accuracy_drop,
@@ -140,7 +140,7 @@ def _units(result: AblationResult) -> dict[str, Any]:
     } | {name: packed(values) for name, values in columns.items()}
 
 
-def measures(result: AblationResult) -> dict[str, Floats]:
+def measures(result: Record) -> dict[str, Floats]:
     """Further numbers that the run recorded, one per unit, such as the change of the loss."""
     return {
         str(name): values.to_numpy().astype(np.float64)
@@ -149,7 +149,7 @@ def measures(result: AblationResult) -> dict[str, Floats]:
     }
 
 
-def _unit_positions(result: AblationResult) -> Ints:
+def _unit_positions(result: Record) -> Ints:
     """Place of each unit among the leaves of its layer's cluster tree, those left out last."""
     places = np.arange(len(result.units))
     for layer, rows in layer_rows(result).items():
@@ -159,7 +159,7 @@ def _unit_positions(result: AblationResult) -> Ints:
     return places
 
 
-def _class_positions(result: AblationResult) -> Ints:
+def _class_positions(result: Record) -> Ints:
     """Place of each class among the leaves of a tree that joins classes hurt by the same units."""
     profiles: Floats = np.nan_to_num(result.class_accuracy_drop.T)
     inside = np.flatnonzero(np.abs(profiles).max(axis=1, initial=0) > 0)
@@ -174,7 +174,7 @@ def _class_positions(result: AblationResult) -> Ints:
     return places
 
 
-def _moves(result: AblationResult) -> dict[str, Any]:
+def _moves(result: Record) -> dict[str, Any]:
     """Count images by true class, prediction before and after; the most frequent of each unit."""
     k = result.classes
     image = result.flips.image

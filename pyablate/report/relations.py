@@ -8,7 +8,7 @@ from pyablate.analysis.correlation import correlate
 from pyablate.analysis.unit_table import aligned, attribute_columns
 from pyablate.report.numbers import measures
 from pyablate.report.packed import packed
-from pyablate.results.result import AblationResult
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,12 +18,12 @@ TARGETS = ("max_class_drop", "split_half_drop", "accuracy_drop")
 _RESAMPLES = 300
 
 
-def relations(result: AblationResult, table: xr.Dataset | pd.DataFrame) -> dict[str, Any]:
+def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any]:
     """Gather attributes and their rank correlations with the drops, layer by layer.
 
     Parameters
     ----------
-    result : AblationResult
+    result : Record
         What was ablated.
     table : xarray.Dataset or pandas.DataFrame
         As for :func:`pyablate.correlate`.

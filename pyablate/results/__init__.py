@@ -1,4 +1,4 @@
-"""What an ablation found, and how it is stored."""
+"""The record of what an ablation found, and how it is stored."""
 
 import lazy_loader
 

@@ -1,9 +1,8 @@
-"""What an ablation found, and how it is stored."""
+"""The record of what an ablation found, and how it is stored."""
 
 from .measures import MEASURES as MEASURES
-from .result import AblationResult as AblationResult
-from .result import Audit as Audit
-from .result import Effort as Effort
-from .result import Flips as Flips
-from .store import load as load
+from .record import Audit as Audit
+from .record import Effort as Effort
+from .record import Flips as Flips
+from .record import Record as Record
 from .store import save as save

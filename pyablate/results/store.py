@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,11 @@ from pyablate.io import checksums
 from pyablate.io.own_files import ARRAYS, check_replaceable
 from pyablate.io.zarr_check import check_folder, check_opened
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.result import AblationResult, Audit, Flips
+from pyablate.results.record import Audit, Flips, Record
 
 logger = logging.getLogger("pyablate")
+
+R = TypeVar("R", bound=Record)
 
 FORMAT = 1
 
@@ -29,7 +31,7 @@ FORMAT = 1
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}
 
 
-def save(result: AblationResult, path: str | os.PathLike[str]) -> None:
+def save(result: Record, path: str | os.PathLike[str]) -> None:
     """Write a result as a Zarr group.
 
     Equal results give equal bytes. The group is written beside ``path`` and moved into place
@@ -87,8 +89,8 @@ def replacing(
             raise
 
 
-def load(path: str | os.PathLike[str]) -> AblationResult:
-    """Read a result that :meth:`AblationResult.save <pyablate.AblationResult.save>` wrote.
+def read(path: str | os.PathLike[str], kind: type[R]) -> R:
+    """Read a record that :func:`save` wrote, as ``kind``; see :func:`pyablate.load`.
 
     Raises
     ------
@@ -105,7 +107,7 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
     try:
         if not checksums.check(source):
             _say_unsealed(source)
-        return _read(source, attrs)
+        return _read(source, attrs, kind)
     except Exception as error:  # the file formats raise whatever the damage leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise OSError(f"{source}: damaged result ({reason})") from error
@@ -117,25 +119,25 @@ def _say_unsealed(source: Path) -> None:
     logger.warning("%s: written without checksums, by an older version: damage may pass", source)
 
 
-def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
+def _read(source: Path, attrs: dict[str, Any], kind: type[R]) -> R:
     # Consolidated metadata are a copy that others may have put there: no checksum covers it.
     group = zarr.open_group(source, mode="r", use_consolidated=False)
 
-    def read(name: str) -> Any:
+    def array(name: str) -> Any:
         return np.asarray(group[name][...])  # type: ignore[index]
 
     layers = np.array(attrs["layers"], dtype=object)
     units = pd.DataFrame(
         {
             "label": attrs["unit_labels"],
-            "layer": layers[read("unit_layer")].tolist(),
-            "unit": read("unit_index").astype(np.int64),
+            "layer": layers[array("unit_layer")].tolist(),
+            "unit": array("unit_index").astype(np.int64),
         }
     )
-    labels, baseline = read("label").astype(np.int64), read("baseline").astype(np.int64)
-    flips = Flips(read("flip_start"), read("flip_image"), read("flip_prediction"))
+    labels, baseline = array("label").astype(np.int64), array("baseline").astype(np.int64)
+    flips = Flips(array("flip_start"), array("flip_image"), array("flip_prediction"))
     _check_numbers(len(units), labels, baseline, flips, len(attrs["class_names"]))
-    return AblationResult(
+    return kind(
         units=units,
         labels=labels,
         baseline=baseline,
@@ -145,7 +147,7 @@ def _read(source: Path, attrs: dict[str, Any]) -> AblationResult:
         audit=Audit(**attrs["audit"]),
         strategy=dict(attrs["strategy"]),
         measures={
-            name: Measure(read(f"{name}_change_sum"), Accuracy(**accuracy))
+            name: Measure(array(f"{name}_change_sum"), Accuracy(**accuracy))
             for name, accuracy in attrs.get("measures", {}).items()
         },
         provenance=dict(attrs.get("provenance", {})),
@@ -230,7 +232,7 @@ def _attributes(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write(result: AblationResult, path: Path) -> None:
+def write(result: Record, path: Path) -> None:
     """Write a result's group to a new folder, in any number of steps; see :func:`save`."""
     # Names live in the attributes: Zarr 3 has no settled encoding for strings in arrays.
     layers = list(dict.fromkeys(result.units["layer"]))
@@ -276,7 +278,7 @@ def _audit(audit: Audit) -> dict[str, int]:
     return {name: count for name, count in asdict(audit).items() if name != "mended" or count}
 
 
-def _accuracies(result: AblationResult) -> dict[str, Any]:
+def _accuracies(result: Record) -> dict[str, Any]:
     """Attributes of what was measured; none where nothing was."""
     found = {name: asdict(measure.accuracy) for name, measure in result.measures.items()}
     return {"measures": found} if found else {}

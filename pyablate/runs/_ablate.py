@@ -19,8 +19,7 @@ from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
 from pyablate.interventions import Intervention, parse
-from pyablate.results.result import AblationResult
-from pyablate.results.store import load
+from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify, own_dtype

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pyablate.result import AblationResult, load
 from pyablate.results import store
-from pyablate.results.result import AblationResult
 from pyablate.runs.blocks import Block, Facts, Joining
 from pyablate.runs.fingerprint import differences
 from pyablate.runs.run_folder import StoreMismatch
@@ -51,7 +51,7 @@ def merge(
         raise ValueError("parts: expected at least one, got none")
     if output is not None:
         store.check_writable(output)
-    found = [(Path(path), store.load(path)) for path in parts]
+    found = [(Path(path), load(path)) for path in parts]
     for path, part in found:
         if "hash" not in part.provenance.get("data", {}):
             raise ValueError(f"parts: {path} does not tell which images it has")

@@ -22,7 +22,7 @@ from pyablate.engine.suffix import Suffix, Sweep, needed
 from pyablate.interventions import Intervention, parse
 from pyablate.network.aten import SAME
 from pyablate.network.graph import CONVOLUTIONS, Graph
-from pyablate.results.result import AblationResult
+from pyablate.result import AblationResult
 from pyablate.runs.setup import Setup, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.result import Audit, Flips, Ints
+from pyablate.results.record import Audit, Flips, Ints
 from pyablate.runtime.distributed import MODULUS
 
 Piece = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]

@@ -27,7 +27,7 @@ from pyablate.engine.replay import Replay, decision
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Clean, Suffix, needed
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.result import Audit, Effort, Flips
+from pyablate.results.record import Audit, Effort, Flips
 from pyablate.runs.blocks import Begun, Block, Facts, Piece
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import pack_ladder

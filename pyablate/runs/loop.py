@@ -16,7 +16,8 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
 from pyablate.engine.job import Key, Statistics
 from pyablate.engine.precision_cascade import Ladder
-from pyablate.results.result import AblationResult, Audit
+from pyablate.result import AblationResult
+from pyablate.results.record import Audit
 from pyablate.runs.blocks import Begun, Block, Facts, Joining
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store

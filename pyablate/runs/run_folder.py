@@ -33,8 +33,8 @@ from pyablate.io.own_files import (
     remains,
 )
 from pyablate.io.zarr_check import check_folder
+from pyablate.result import AblationResult, load
 from pyablate.results import store
-from pyablate.results.result import AblationResult
 from pyablate.runs.blocks import (
     DAMAGED,
     Begun,
@@ -259,7 +259,7 @@ def open_store(
     check_place(path, fresh=fresh)
     blocks = path / "blocks"
     if not fresh and (path / "zarr.json").exists():
-        finished = store.load(path)
+        finished = load(path)
         _compare(path, finished.provenance, identity)
         if is_manifest(blocks) or (blocks.is_dir() and not os.listdir(blocks)):
             clear_blocks(blocks)  # killed while tidying up

@@ -12,7 +12,8 @@ from rich.console import Console
 from pyablate.cli.tables import summary
 from pyablate.network.sites import Site
 from pyablate.reference.timing import HookLoopTiming
-from pyablate.results.result import AblationResult, Audit, Flips
+from pyablate.result import AblationResult
+from pyablate.results.record import Audit, Flips
 
 
 @pytest.fixture

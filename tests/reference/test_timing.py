@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pyablate.network.sites import Site, select, sites
 from pyablate.reference.timing import hook_loop_seconds
-from pyablate.results.result import AblationResult, Flips
+from pyablate.result import AblationResult
+from pyablate.results.record import Flips
 
 
 def _network() -> nn.Module:

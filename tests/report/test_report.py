@@ -28,7 +28,8 @@ from pyablate.report.curves import curve_charts, sets_by_class
 from pyablate.report.examples import FLIPPED
 from pyablate.report.numbers import MOST_MOVES
 from pyablate.report.packed import packed
-from pyablate.results.result import AblationResult, Flips
+from pyablate.result import AblationResult
+from pyablate.results.record import Flips
 
 
 @pytest.fixture(scope="module")

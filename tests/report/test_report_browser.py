@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from support.report_pages import AWKWARD, attributes_of, structured
 
-from pyablate.results.result import AblationResult
+from pyablate.result import AblationResult
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import pyablate as pa
+from pyablate.result import AblationResult
 from pyablate.results import store
-from pyablate.results.result import AblationResult, Audit, Flips
+from pyablate.results.record import Audit, Flips, Record
 
 
 def made_of(
@@ -239,6 +242,20 @@ def test_repr_sums_it_up(result: AblationResult) -> None:
 # Audit
 
 
+def test_a_result_is_a_record_that_cannot_be_changed(result: AblationResult) -> None:
+    assert isinstance(result, Record)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.note = "mine"  # type: ignore[attr-defined]
+    assert typing.get_type_hints(AblationResult.__init__)["flips"] is Flips
+
+
+def test_pickled_under_the_documented_address(result: AblationResult) -> None:
+    assert AblationResult.__module__ == "pyablate.result"
+    again = pickle.loads(pickle.dumps(result))
+    assert type(again) is AblationResult
+    assert repr(again) == repr(result)
+
+
 @pytest.mark.parametrize(("pairs", "mismatches"), [(1, 0), (20, 0), (300, 0), (300, 2), (50, 49)])
 def test_upper_bound_is_clopper_pearson(pairs: int, mismatches: int) -> None:
     """At the bound, seeing so few mismatches has a probability of exactly 5 %."""
@@ -279,6 +296,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_round_trip(result: AblationResult, tmp_path: Path) -> None:
     result.save(tmp_path / "run.zarr")
     loaded = pa.load(tmp_path / "run.zarr")
+    assert type(loaded) is AblationResult
     same(result, loaded)
     assert isinstance(loaded.class_names, tuple)
     assert loaded.to_dataframe().equals(result.to_dataframe())

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyablate.results.result import AblationResult, Audit
+from pyablate.result import AblationResult
+from pyablate.results.record import Audit
 from support.simulated import simulate
 
 AWKWARD = (

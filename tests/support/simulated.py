@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from pyablate.results.result import AblationResult, Flips
+from pyablate.result import AblationResult
+from pyablate.results.record import Flips
 
 
 def from_predictions(

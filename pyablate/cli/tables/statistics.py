@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-    from pyablate.results.result import AblationResult
+    from pyablate.result import AblationResult
 
 _TOP_UNITS = 5
 _TOP_ATTRIBUTES = 3

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pyablate.network.sites import Site
     from pyablate.reference.timing import HookLoopTiming
-    from pyablate.results.result import AblationResult
+    from pyablate.result import AblationResult
 
 _TOP_UNITS = 5
 _PIPED_WIDTH = 120

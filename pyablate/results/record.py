@@ -8,7 +8,6 @@ Nothing here needs torch, a model or the extension.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,6 @@ from pyablate.results.measures import Measure
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from pyablate.plots import ResultPlots
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -164,8 +161,12 @@ class Flips:
 
 
 @dataclass(frozen=True, eq=False)
-class AblationResult:
-    """Predictions of a network with each unit ablated, and what follows from them.
+class Record:
+    """Predictions of a network with each unit ablated, and what is counted from them.
+
+    What statistics, plots, reports and stores are made from; those know the record, and the record
+    none of them. Users hold an :class:`AblationResult <pyablate.AblationResult>`, which is a record
+    with all of these as methods.
 
     Attributes
     ----------
@@ -212,7 +213,7 @@ class AblationResult:
     def __repr__(self) -> str:
         """Size and summary in one line."""
         return (
-            f"AblationResult({len(self.units)} units, {len(self.labels)} images, "
+            f"{type(self).__name__}({len(self.units)} units, {len(self.labels)} images, "
             f"{self.classes} classes, {self.intervention}, "
             f"baseline accuracy {self.baseline_accuracy:.4f}, {len(self.flips.image)} flips)"
         )
@@ -268,8 +269,8 @@ class AblationResult:
         """float64 [unit]: largest drop over the classes.
 
         An extreme statistic: a harmless unit with some random flips has a positive one too. See
-        :meth:`max_class_test` for what chance makes of it, :meth:`split_half_drop` for an estimate
-        without that bias.
+        :func:`pyablate.analysis.statistics.max_class_test` for what chance makes of it,
+        :func:`pyablate.analysis.statistics.split_half_drop` for an estimate without that bias.
         """
         largest: Floats = np.nanmax(self.class_accuracy_drop, axis=1, initial=-np.inf)
         return largest
@@ -407,49 +408,6 @@ class AblationResult:
             per_class.append(self._columns(f"{name} change", self._class_change(name)))
         return pd.concat([self.units.reset_index(drop=True), summary, *per_class], axis=1)
 
-    def significance(self, *, fdr: float = 0.05) -> xr.Dataset:
-        """Test every class of every unit; see :func:`pyablate.analysis.statistics.significance`."""
-        from pyablate.analysis import statistics  # statistics knows results, not the reverse
-
-        return statistics.significance(self, fdr=fdr)
-
-    def noise_floor(self) -> Floats:
-        """float64 [unit]: see :func:`pyablate.analysis.statistics.noise_floor`."""
-        from pyablate.analysis import statistics
-
-        return statistics.noise_floor(self)
-
-    def split_half_drop(self, *, splits: int = 10, seed: int = 0) -> Floats:
-        """float64 [unit]: see :func:`pyablate.analysis.statistics.split_half_drop`."""
-        from pyablate.analysis import statistics
-
-        return statistics.split_half_drop(self, splits=splits, seed=seed)
-
-    def max_class_test(self, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
-        """One row per unit: see :func:`pyablate.analysis.statistics.max_class_test`."""
-        from pyablate.analysis import statistics
-
-        return statistics.max_class_test(self, splits=splits, seed=seed)
-
-    @property
-    def plot(self) -> ResultPlots:
-        """Pictures: ``result.plot.drops()`` and others, see :class:`pyablate.plots.ResultPlots`."""
-        from pyablate import plots
-
-        return plots.ResultPlots(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result as a Zarr group; see :func:`pyablate.results.save`."""
-        from pyablate.results import store  # the store knows results, not the reverse
-
-        store.save(self, path)
-
-    def report(self, path: str | os.PathLike[str], **options: Any) -> None:
-        """Write the result as one HTML file; see :func:`pyablate.report.write_report`."""
-        from pyablate.report import write_report  # reports know results, not the reverse
-
-        write_report(self, path, **options)
-
     def _columns(self, what: str, values: Floats) -> pd.DataFrame:
         return pd.DataFrame(values, columns=[f"{what}: {name}" for name in self.class_names])
 
@@ -489,7 +447,7 @@ class AblationResult:
         return int(found[0])
 
 
-def coordinates(result: AblationResult) -> dict[str, Any]:
+def coordinates(result: Record) -> dict[str, Any]:
     """Labels of the dimensions ``unit`` and ``class``, for an ``xarray.Dataset``."""
     return {
         "unit": result.units["label"].to_numpy(dtype=str),
