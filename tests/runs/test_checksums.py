@@ -28,7 +28,7 @@ from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.unit_attributes.files import write_attributes
 
-OLD = Path(__file__).parent / "data" / "stored_by_2cd4797"
+OLD = Path(__file__).parents[1] / "data" / "stored_by_2cd4797"
 
 
 class Killed(BaseException):
