@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import networks
-from support.faults import audited, break_relu
+from support.faults import audited, break_relu, unmeasured
 from support.killed import network
 from support.stores import contents
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ def ablate(case: Case, **options: Any) -> pa.AblationResult:
     model, images, labels = case
     plain = {"audit": 10**9, "precision": "fp32", "progress": False, "batch_size": BATCH}
     return pa.ablate(model, (images, labels), "*", **{**plain, **options})
+
+
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ladder, "_measure_full", unmeasured)
 
 
 def stopping(at: int) -> Callable[[int, int, str], None]:
