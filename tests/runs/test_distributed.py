@@ -350,7 +350,7 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
         labels=np.tile(labels, 10),
     )
     (tmp_path / "small.py").write_text(
-        "import killed\n\ndef make():\n    import torch\n"
+        "from support import killed\n\ndef make():\n    import torch\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), *killed.network()[0])\n"
     )
     command = ["pyablate", "run", "small:make", "--data", "images.npz", "--batch-size", "2"]
