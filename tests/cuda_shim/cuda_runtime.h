@@ -3,7 +3,7 @@
 // Only what the kernels use is here; a kernel that needs more fails to compile, and the missing
 // function is added. A launch, `kernel<<<grid, block, shared, stream>>>(arguments)`, and variables
 // in shared memory are no C++: tests/support/cuda_on_cpu.py rewrites them into the calls below.
-Device // pointers are host pointers, and a launch is over when it returns.
+// Device pointers are host pointers, and a launch is over when it returns.
 #pragma once
 
 #include <math.h>
