@@ -24,7 +24,7 @@ def test_a_case_writes_its_record_and_its_table(tmp_path):
     (path,) = tmp_path.glob("*.json")
     ((_, record),) = json.loads(path.read_text())["cases"].items()
     assert record["images"] == 16
-    assert record["audit"] == {"pairs": 300, "mismatches": 0}
+    assert record["audit"] == {"pairs": 300, "mismatches": 0, "mended": 0}
     assert set(record["rivals"]) == {"cached", "closed_form"}
     page = tmp_path / "page.md"
     page.write_text("<!-- results: begin -->\n<!-- results: end -->\n")
