@@ -56,7 +56,7 @@ LEAST_AGAIN = 16
 """Pairs of every batch that are measured at least."""
 
 WATCHED = 4
-"""One measured pair of so many lies on the images watched: see :func:`baseline.outlying`."""
+"""One measured pair of so many lies on the images watched: see ``outlying`` in rounding.py."""
 
 SAFETY = 4.0
 """How many times the largest error seen on :data:`SAMPLE` pairs is still doubted."""
