@@ -32,6 +32,7 @@ HARD = 10.0
 
 STEPS: frozenset[Any] = frozenset(
     {
+        aten.angle.default,
         aten.ceil.default,
         aten.fake_quantize_per_channel_affine.default,
         aten.fake_quantize_per_tensor_affine.default,
@@ -50,7 +51,7 @@ STEPS: frozenset[Any] = frozenset(
         aten.trunc.default,
     }
 )
-"""Operators from floats to floats that jump; those to integers and booleans all do."""
+"""Operators from numbers to floats that jump; those to integers and booleans all do."""
 
 TESTS: frozenset[Any] = frozenset({aten.isnan.default, aten.isinf.default, aten.isfinite.default})
 """Their answer changes only where something is not finite, which is watched by itself."""
@@ -134,7 +135,7 @@ class _Watch(TorchDispatchMode):
             self.jumped = used[0]
         if any(map(_is_float, given)) and func not in TESTS:
             for item in _tensors(result):
-                if isinstance(item, Tensor) and not item.is_floating_point():
+                if isinstance(item, Tensor) and not _is_float(item):
                     self._decisions[id(item)] = item, str(func)
         return result
 
@@ -260,7 +261,7 @@ def _floats(node: fx.Node) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _tensors(value: Any) -> Iterable[Any]:

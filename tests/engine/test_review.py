@@ -75,13 +75,14 @@ def test_tensors_that_share_memory_or_repeat(name: str, memory: int | None) -> N
     images, labels = data(7)
     model = made(Between(SHARED[name]), images)
     result = pa.ablate(model, (images, labels), "relu", memory=memory, audit=20, progress=False)
-    expected = pa.reference.ablate(model, (images, labels), "relu", progress=False)
     agreement = pa.reference.compare(result, model, (images, labels), "relu")
     assert agreement.mismatches == 0, agreement
-    assert len(expected.flips.image) > 0
+    assert len(result.flips.image) > 0
     # Before 2.7 torch could not export complex numbers.
     replayed = name == "complex" and torch.__version__ < "2.7"
-    assert result.strategy == {"relu": "replay" if replayed else "delta"}
+    jumps = name == "a mask alone"
+    expected = "replay" if replayed else "delta (float64)" if jumps else "delta"
+    assert result.strategy == {"relu": expected}
 
 
 class PoolsOverUnits(nn.Module):

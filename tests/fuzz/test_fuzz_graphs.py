@@ -22,10 +22,6 @@ passed: set[int] = set()
 failed: set[int] = set()  # never left out: Hypothesis makes these again, and smaller
 
 
-@pytest.mark.skipif(
-    not NIGHTLY,
-    reason="make fuzz only, until networks that choose among equal numbers are told from others",
-)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
 @settings_for(NETWORKS)
 @given(case=CASES)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -147,13 +150,24 @@ def arranged(images: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was compared, how many pairs each precision had settled, and by which strategies."""
+    """What was compared, how many pairs each precision had settled, and by which strategies.
+
+    ``undefined`` counts pairs that differ, but for which the oracle itself answers otherwise once
+    its images and weights are changed by float64's own rounding: they have no one answer.
+    """
 
     agreement: reference.Agreement
     settled: dict[str, int]
     strategies: tuple[str, ...] = ()
     audit: int = 0  # mismatches that the run found itself
+    undefined: int = 0
 
+
+NUDGE = 1e-14
+"""Relative change of images and weights that tells whether a pair has one answer in float64."""
+
+NUDGES = 16
+"""How often they are changed: a choice between two equal numbers falls either way each time."""
 
 NOTHING = Checked(reference.Agreement(0, 0, 0), {})
 
@@ -204,10 +218,57 @@ def compared(case: Case) -> Checked:
         return NOTHING
     result = ablate()
     agreement = reference.compare(result, model, data, layers, **options)
-    strategies = tuple(result.strategy.values())
+    undefined = 0
+    if agreement.mismatches:
+        undefined = without_one_answer(result, model, (images, labels), layers, options)
+        left = agreement.mismatches - undefined
+        agreement = dataclasses.replace(agreement, mismatches=left)
     return Checked(
-        agreement, result.effort.settled, strategies, result.audit.mismatches + result.audit.mended
+        agreement,
+        result.effort.settled,
+        tuple(result.strategy.values()),
+        result.audit.mismatches + result.audit.mended,
+        undefined,
     )
+
+
+def without_one_answer(
+    result: pa.AblationResult,
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    layers: list[str] | None,
+    options: dict[str, Any],
+) -> int:
+    """Count pairs that differ from the oracle and whose oracle differs from itself.
+
+    A network that picks the largest of numbers which are equal but for rounding picks by rounding.
+    """
+    subjects = [(model, data), *(nudged(model, data, seed) for seed in range(NUDGES))]
+    loops = [reference.logits(one, its, layers, **options) for one, its in subjects]
+    count = 0
+    for (row, clean), *others in zip(*loops, strict=True):
+        given = result.baseline if row < 0 else result.predictions([row])[0]
+        expected = reference.predictions(clean)
+        wrong = (given != expected) & ~reference.near_ties(clean)
+        unsure = [reference.predictions(values) != expected for _, values in others]
+        count += int((wrong & np.any(unsure, axis=0)).sum())
+    return count
+
+
+def nudged(
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Change images and weights by about float64's own rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model).double()
+    images = data[0].double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 1 + NUDGE * torch.randn(weight.shape, generator=generator).double()
+        return model, (
+            images * (1 + NUDGE * torch.randn(images.shape, generator=generator)),
+            data[1],
+        )
 
 
 # --- strategies ---------------------------------------------------------------------------------
