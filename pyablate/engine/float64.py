@@ -7,7 +7,7 @@ nearly every unit. One float64 pass over such an image serves all of its pairs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.data.dataset import Batch
+from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.job import Job, stand_ins
 from pyablate.engine.replay import Decision, Replay, decision
 from pyablate.engine.suffix import Clean, Suffix, Sweep, needed
@@ -47,9 +48,9 @@ class Exact:
     replay : Replay
         The model itself in float64, for donors and statistics.
     recomputed : set of Job
-        Jobs of which the perturbed values are computed instead of differences: base + (after -
-        before) is not after where numbers that are equal are compared, where something is NaN or
-        infinite, or where 1 becomes 1e-20 and counts as that.
+        Jobs of which the perturbed values are computed instead of differences, as they are where
+        the clean run holds NaN or infinity: base + (after - before) is not after where numbers
+        that are equal are compared, or where 1 becomes 1e-20 and counts as that.
     """
 
     graph: Graph
@@ -125,7 +126,7 @@ class Exact:
         sweep = Sweep(suffix, clean, standins)
         size = suffix.pairs_in(SLICE)(torch.float64)
         parts = (whole.split(size) for whole in (rows, images, logits))
-        if job in self.recomputed:
+        if job in self.recomputed or _is_irregular(tensors):
             for some, where, part in zip(*parts, strict=True):
                 part.copy_(sweep.recompute(some, where))
             return mine, logits
@@ -163,6 +164,19 @@ class Exact:
     @cached_property
     def _suffixes(self) -> dict[Job, Suffix]:
         return {}
+
+
+def _is_irregular(tensors: Mapping[fx.Node, Any]) -> bool:
+    """Whether the clean run holds NaN, or infinity where no mask stands: no delta is right there.
+
+    The sum of what is masked by minus infinity is minus infinity.
+    """
+    return any(
+        bool(torch.isnan(total)) or (may_be_infinite(node) and not bool(torch.isfinite(total)))
+        for node, value in tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        for total in [value.sum()]
+    )
 
 
 def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:

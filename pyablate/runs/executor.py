@@ -57,6 +57,7 @@ class BlockSweep:
     layer_seconds: dict[str, float] = field(default_factory=dict)
     accuracy: list[Accuracy] = field(init=False)  # one per measure
     sums: Tensor = field(init=False)  # float64 [measure, unit, class]
+    irregular: set[Job] = field(default_factory=set)  # of which it has been told
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -311,7 +312,9 @@ class BlockSweep:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         setup, care = self.setup, self.ladders[job].care
         record = None if measured is None else measured.record
-        if care >= Care.FLOAT64 or self._irregular(job, clean):
+        if clean.irregular:
+            self._tell_irregular(job)
+        if care >= Care.FLOAT64 or clean.irregular:
             decides = setup.replay if care == Care.REPLAY else setup.exact
             self.rescued += len(job.rows) * len(batch)
             yield from _in_float64(setup, decides, job, batch, clean, record)
@@ -338,13 +341,10 @@ class BlockSweep:
                 truth=truth,
             )
 
-    def _irregular(self, job: Job, clean: Clean) -> bool:
-        """Whether the clean run holds what has no difference; then this job is done without."""
-        exact = self.setup.exact
-        if clean.irregular and isinstance(exact, Exact) and job not in exact.recomputed:
-            logger.info("%s: something inside is not finite: values instead of deltas", job.name)
-            exact.recomputed.add(job)
-        return bool(clean.irregular)
+    def _tell_irregular(self, job: Job) -> None:
+        if job not in self.irregular:
+            self.irregular.add(job)
+            logger.info("%s: something inside is not finite: float64 decides all pairs", job.name)
 
     def _changed(
         self,

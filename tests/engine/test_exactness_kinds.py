@@ -66,6 +66,13 @@ class Classifier(nn.Module):
         return self.behind(self.head(self.vectors(self.features(x))))
 
 
+class Rounded(nn.Module):
+    """A jump in front of what is ablated: all pairs are decided in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (4.0 * x).round() / 4.0
+
+
 class Threshold(nn.Module):
     """Decisions whose thresholds can be put anywhere."""
 
@@ -207,6 +214,11 @@ KINDS: dict[str, Kind] = {
             "softmax of nothing": "mean",
         }.items()
     },
+    "share of two, behind a jump": Kind(
+        SWALLOWED,
+        lambda: Classifier(awkward.SWALLOWED["share of two"], norm=Rounded()),
+        intervention="mean",
+    ),
     **{
         name: Kind(COMPARISON, _between(awkward.COMPARISONS[name]))
         for name in ("peaks", "largest by kth", "all but the largest", "where equal", "sorted")
