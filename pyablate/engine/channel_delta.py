@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +31,9 @@ from pyablate.network.graph import (
     PADS,
     Graph,
     function,
+    integers,
     norm_scale,
+    operand,
     pads_with_zeros,
     settings,
 )
@@ -119,8 +121,8 @@ class Reader(Protocol):
     def graph(self) -> Graph:
         """Return the network."""
 
-    def value(self, node: fx.Node) -> Any:
-        """Return the delta of a node: a Channel, or None if it does not change."""
+    def value(self, node: fx.Node) -> Channel | None:
+        """Return the delta of a node, or None if it does not change."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run."""
@@ -135,21 +137,13 @@ def advance(reader: Reader, node: fx.Node) -> Channel | None:
     return None if rule is None else rule(reader, node)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def _only_first_changes(reader: Reader, node: fx.Node) -> Channel | None:
     """Delta of the first argument, if it is the only one that changes."""
     if not isinstance(node.args[0], fx.Node):
         return None
     delta = reader.value(node.args[0])
     others = [source for source in node.all_input_nodes if source is not node.args[0]]
-    if not isinstance(delta, Channel) or any(reader.value(o) is not None for o in others):
-        return None
-    return delta
+    return None if any(reader.value(other) is not None for other in others) else delta
 
 
 def _same(reader: Reader, node: fx.Node) -> Channel | None:
@@ -158,7 +152,7 @@ def _same(reader: Reader, node: fx.Node) -> Channel | None:
 
 def _getitem(reader: Reader, node: fx.Node) -> Channel | None:
     """Batch norm returns a tuple whose first item is all that anyone reads."""
-    norm = _source(node)
+    norm = operand(node)
     delta = reader.value(norm)
     return delta if norm.target is BATCH_NORM and node.args[1] == 0 else None
 
@@ -168,7 +162,7 @@ def _elementwise(reader: Reader, node: fx.Node) -> Channel | None:
     delta = _only_first_changes(reader, node)
     if delta is None or len(node.all_input_nodes) > 1 or has_unbounded_slope(node):
         return None
-    base = delta.of(reader.base(_source(node)))
+    base = delta.of(reader.base(operand(node)))
     call, rest, named = function(node), node.args[1:], dict(node.kwargs)
     return delta.with_values(call(base + delta.values, *rest, **named) - call(base, *rest, **named))
 
@@ -189,7 +183,7 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
     call, rest = function(node), node.args[1:]
     if node.target in LINEAR_POOLS:
         return delta.with_values(call(delta.values, *rest, **node.kwargs))
-    base = delta.of(reader.base(_source(node)))
+    base = delta.of(reader.base(operand(node)))
     pooled = call(base + delta.values, *rest, **node.kwargs) - call(base, *rest, **node.kwargs)
     return delta.with_values(pooled)
 
@@ -197,7 +191,7 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
 def _pad(reader: Reader, node: fx.Node) -> Channel | None:
     """Pad the two axes of the maps ``[N, C, H, W]`` with zeros."""
     delta = _only_first_changes(reader, node)
-    margins = _integers(node.args[1])
+    margins = integers(node.args[1])
     if delta is None or delta.axis != 1 or delta.inner > 1 or delta.values.ndim != 4:
         return None
     if len(margins) > 4 or not pads_with_zeros(node):
@@ -224,7 +218,7 @@ def averaged_axes(node: fx.Node, channels: int, ndim: int) -> list[int] | None:
     """Axes over which a mean is taken, if they are neither the images' nor the channels'."""
     if len(node.args) < 2 or node.args[1] is None or node.kwargs:
         return None
-    axes = [axis % ndim for axis in _integers(node.args[1])]
+    axes = [axis % ndim for axis in integers(node.args[1])]
     return None if not axes or 0 in axes or channels in axes else axes
 
 
@@ -233,14 +227,14 @@ def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
     delta = _only_first_changes(reader, node)
     if delta is None:
         return None
-    rest = flattened(node, _source(node).meta["val"].shape, delta.axis, delta.inner)
+    rest = flattened(node, operand(node).meta["val"].shape, delta.axis, delta.inner)
     if rest is None:
         return None
     values = delta.values.flatten(2) if rest > 1 else delta.values.flatten(1)
     return replace(delta, values=values, inner=rest)
 
 
-def flattened(node: fx.Node, before: Sequence[Any], axis: int, inner: int) -> int | None:
+def flattened(node: fx.Node, before: Sequence[int], axis: int, inner: int) -> int | None:
     """Positions per channel after ``[N, C, *rest]`` became ``[N, C * prod(rest)]``; None if not."""
     after = node.meta["val"].shape
     rest = math.prod(int(size) for size in before[2:])
@@ -255,7 +249,7 @@ def _permute(reader: Reader, node: fx.Node) -> Channel | None:
     ndim = delta.values.ndim
     order = list(range(ndim))
     if node.target is aten.permute.default:
-        order = [dim % ndim for dim in _integers(node.args[1])]
+        order = [dim % ndim for dim in integers(node.args[1])]
     else:
         first, second = (int(dim) % ndim for dim in node.args[1:3])  # type: ignore[arg-type]
         order[first], order[second] = order[second], order[first]
@@ -300,17 +294,16 @@ def _scale(reader: Reader, node: fx.Node) -> Channel | None:
         return None
     delta = reader.value(changed[0])
     other = node.args[1] if changed[0] is node.args[0] else node.args[0]
-    if not isinstance(delta, Channel) or delta.inner > 1:
+    if delta is None or delta.inner > 1:
         return None
+    factor: Tensor | float
     if isinstance(other, fx.Node):
-        full = reader.graph.constants.get(other)
-        factor: Any = reader.base(other) if full is None else full
-        ndim = delta.values.ndim
-        factor = factor.reshape(*[1] * (ndim - factor.ndim), *factor.shape).movedim(delta.axis, 1)
-        if factor.shape[1] != 1:
-            factor = factor.index_select(1, delta.channel)
+        constants, ndim = reader.graph.constants, delta.values.ndim
+        full = constants[other] if other in constants else reader.base(other)
+        full = full.reshape(*[1] * (ndim - full.ndim), *full.shape).movedim(delta.axis, 1)
+        factor = full if full.shape[1] == 1 else full.index_select(1, delta.channel)
     else:
-        factor = other
+        factor = cast(float, other)
     values = delta.values / factor if node.target in DIVISIONS else delta.values * factor
     return delta.with_values(values) if values.shape == delta.values.shape else None
 
@@ -321,11 +314,11 @@ def _add(reader: Reader, node: fx.Node) -> Channel | None:
         return None
     first, second = (reader.value(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
-    if isinstance(first, Channel) and second is None:
+    if first is not None and second is None:
         return first if keeps_shape(first, node) else None
-    if isinstance(second, Channel) and first is None:
+    if second is not None and first is None:
         return second.with_values(sign * second.values) if keeps_shape(second, node) else None
-    if isinstance(first, Channel) and isinstance(second, Channel):
+    if first is not None and second is not None:
         same = first.channel is second.channel or torch.equal(first.channel, second.channel)
         alike = first.axis == second.axis and same
         if alike and keeps_shape(first, node) and keeps_shape(second, node):
@@ -347,15 +340,15 @@ def _cat(reader: Reader, node: fx.Node) -> Channel | None:
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
     deltas = [reader.value(part) for part in parts if isinstance(part, fx.Node)]
-    changed = [i for i, delta in enumerate(deltas) if delta is not None]
-    if len(changed) != 1 or not isinstance(deltas[changed[0]], Channel):
+    changed = [(i, delta) for i, delta in enumerate(deltas) if delta is not None]
+    if len(changed) != 1:
         return None
-    delta: Channel = deltas[changed[0]]
+    [(place, delta)] = changed
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     meta = node.meta["val"]
     if dim % meta.ndim != delta.axis or delta.inner > 1:
         return None
-    before = [part.meta["val"].shape[delta.axis] for part in parts[: changed[0]]]  # type: ignore[union-attr]
+    before = [part.meta["val"].shape[delta.axis] for part in parts[:place]]  # type: ignore[union-attr]
     channel = delta.channel + int(sum(before))
     return replace(delta, channel=channel, size=int(meta.shape[delta.axis]), whole=False)
 
@@ -365,14 +358,10 @@ def _along(vector: Tensor, values: Tensor) -> Tensor:
     return vector.reshape(1, -1, *[1] * (values.ndim - 2))
 
 
-def _integers(value: Any) -> list[int]:
-    return [int(item) for item in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
 POOLS_1D = frozenset(
     {aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.max_pool1d.default}
 )
-UNBOUNDED: frozenset[Any] = frozenset(
+UNBOUNDED: frozenset[fx.node.Target] = frozenset(
     {
         aten.div.Tensor,
         aten.log.default,
@@ -397,7 +386,7 @@ RESHAPES = frozenset(
         aten.squeeze.dim,
     }
 )
-RULES: Mapping[Any, Rule] = {
+RULES: Mapping[fx.node.Target, Rule] = {
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(LINEAR_POOLS | MAX_POOLS, _spatial),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 from pyablate.engine.channel_delta import RESHAPES, Channel, averaged_axes, flattened
 from pyablate.engine.job import Job
 from pyablate.network.aten import ELEMENTWISE, SAME
-from pyablate.network.graph import function, settings
+from pyablate.network.graph import function, integers, settings
 
 aten = torch.ops.aten
 
@@ -102,9 +101,8 @@ def _sees_no_padding(node: fx.Node) -> bool:
     if node.target is not aten.avg_pool2d.default:
         return True
     padding, ceil = settings(node, 3, 0, False)[:2]
-    numbers: Any = padding if isinstance(padding, (list, tuple)) else [padding]
     divisor = settings(node, 6, None)[0]
-    return not any(numbers) and not ceil and divisor is None and not node.kwargs
+    return not any(integers(padding)) and not ceil and divisor is None and not node.kwargs
 
 
 POOLS = frozenset(

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyablate.engine.precision_cascade import Change, Changed
+from pyablate.engine.logit_change import Change, Changed
 
 logger = logging.getLogger("pyablate")
 
@@ -87,7 +87,7 @@ class Repeated:
     _recorded: dict[torch.dtype, Recorded] = field(default_factory=dict)
 
     def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
-        """Logit changes; as of :data:`pyablate.engine.precision_cascade.Change`."""
+        """Logit changes; as of :data:`pyablate.engine.logit_change.Change`."""
         held = self._recorded.get(dtype)
         if held is not None and len(row) <= len(held.row):
             return held.of(row, image)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,12 +52,11 @@ def prepare(weight: Tensor, geometry: Geometry, size: list[int]) -> Filters:
 
 def convolve(codes: Tensor, filters: Filters) -> Tensor:
     """Convolve codes ``[P, I, H, W]``; bfloat16 ``[P, O, Ho, Wo]``, without the pairs' factors."""
-    result: Tensor = _convolve(codes, filters, torch.bfloat16)
-    return result
+    return _convolve(codes, filters, torch.bfloat16)
 
 
-def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Any:
-    return torch.ops.onednn.qconv2d_pointwise(
+def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Tensor:
+    result: Tensor = torch.ops.onednn.qconv2d_pointwise(
         codes,
         1.0,
         ZERO,
@@ -75,6 +73,7 @@ def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Any:
         [],
         "",
     )
+    return result
 
 
 @functools.cache

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch, Data
-from pyablate.engine.job import Job, Key, Statistics, stand_ins
+from pyablate.engine.job import Job
+from pyablate.engine.replacements import Key, StandIns, Statistics, donor_maps
 from pyablate.network import near_tie
 from pyablate.network.sites import Site, hooked
 from pyablate.runtime.host_to_device import sent
@@ -79,9 +80,7 @@ class Replay:
         with torch.no_grad():
             if job is None:
                 return forward(self.model, images).cpu()
-            standins = stand_ins(
-                self.model, self.data, few, job, self.statistics, at_a_time=self.rows
-            )
+            standins = self.replacements(few, job)
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
                 def standin(pair: Tensor, unit: Tensor) -> Tensor:
@@ -92,6 +91,13 @@ class Replay:
             with hooked(self.model, job.sites, change):
                 logits: Tensor = self.model(images)
                 return logits.cpu()
+
+    def replacements(self, batch: Batch, job: Job) -> StandIns:
+        """Prepare the replacement values of a job's sites for one batch."""
+        maps: dict[Key, Tensor] = {}
+        if job.intervention.kind == "resample":
+            maps = donor_maps(self.model, self.data, batch, job, at_a_time=self.rows)
+        return StandIns(job.intervention, batch, self.statistics, maps)
 
     def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
         """Logits of the intact network, as :meth:`Exact.watch` gives them."""

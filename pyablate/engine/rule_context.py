@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
+from pyablate.engine.channel_delta import Channel
+from pyablate.engine.lazy_delta import Pending
 from pyablate.network.aten import DIVISIONS, SAME
-from pyablate.network.graph import Graph, operands, remembered
+from pyablate.network.graph import Graph, Value, operands, remembered, tensor
 from pyablate.ops import Codes
 
 KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
@@ -22,6 +24,13 @@ class Full:
     """A changed value itself, for tensors that have no difference: integers and booleans."""
 
     value: Tensor
+
+
+DenseDelta = Tensor | Full | list[Tensor | Full | None] | None
+"""The change of a node, one row per pair: of several results a list; None if it does not change."""
+
+Delta = DenseDelta | Channel | Pending
+"""The same as the rules hand it on: on its channel, or with some steps yet to be done."""
 
 
 class Pairs(Protocol):
@@ -37,50 +46,50 @@ class Pairs(Protocol):
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job
 
-    def raw(self, node: fx.Node) -> Any:
-        """Return the delta of a node as held: Tensor, Channel, Pending, Full, list, or None."""
+    def raw(self, node: fx.Node) -> Delta:
+        """Return the delta of a node as held."""
 
-    def delta(self, node: fx.Node) -> Any:
-        """Return the same with a Channel or what is pending spelt out."""
+    def delta(self, node: fx.Node) -> DenseDelta:
+        """Return the same, one row per pair."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run, ``[N, ...]``."""
 
-    def rows(self, node: fx.Node) -> Any:
+    def rows(self, node: fx.Node) -> Value:
         """Return it gathered per pair, ``[P, ...]``; constants as they are."""
 
     def plain(self, node: fx.Node) -> bool:
         """Whether the clean tensor has exactly one row per image, first."""
 
 
-Rule = Callable[[Pairs, fx.Node], Any]
+Rule = Callable[[Pairs, fx.Node], Delta]
 
 
-def difference(pairs: Pairs, node: fx.Node) -> Any:
+def difference(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """f(base + d) - f(base): right for every operator, at the price of a clean value."""
     after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
     before = pairs.rows(node)
     if isinstance(after, (list, tuple)):
         return [_subtract(a, b) for a, b in zip(after, before, strict=True)]
-    return _subtract(after, before)
+    return _subtract(after, tensor(before))
 
 
-def _perturbed(pairs: Pairs, node: fx.Node) -> Any:
+def _perturbed(pairs: Pairs, node: fx.Node) -> Value:
     delta = pairs.delta(node)
     if delta is None:
         return pairs.rows(node)
     if isinstance(delta, Full):
         return delta.value
-    if isinstance(delta, (list, tuple)):
-        return [
-            b if d is None else d.value if isinstance(d, Full) else b + d
-            for d, b in zip(delta, pairs.rows(node), strict=True)
-        ]
-    return pairs.rows(node) + delta
+    if isinstance(delta, Tensor):
+        return tensor(pairs.rows(node)) + delta
+    return [
+        row if d is None else d.value if isinstance(d, Full) else row + d
+        for d, row in zip(delta, pairs.rows(node), strict=True)
+    ]
 
 
-def _subtract(after: Any, before: Any) -> Any:
-    if not isinstance(after, Tensor):
+def _subtract(after: Tensor | None, before: Tensor) -> Tensor | Full | None:
+    if after is None:
         return None
     if not after.is_floating_point():
         return Full(after)
@@ -103,7 +112,7 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
     delta = pairs.delta(source) if isinstance(source, fx.Node) else None
     if not isinstance(delta, Tensor) or not isinstance(source, fx.Node):
         return
-    left = (pairs.rows(source) + delta).abs()
+    left = (tensor(pairs.rows(source)) + delta).abs()
     share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
     lost = left < share * delta.abs()
     if pairs.plain(source):
@@ -112,9 +121,15 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
         pairs.lost.append(lost.any().expand(len(pairs.image)))
 
 
-def linear(pairs: Pairs, node: fx.Node) -> Any:
+def dense(pairs: Pairs, node: fx.Node) -> Tensor:
+    """Return the delta of a node that is a tensor and changes."""
+    return tensor(pairs.delta(node))
+
+
+def linear(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Apply a map that is linear in its one tensor argument."""
-    return pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+    change: DenseDelta = pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+    return change
 
 
 def full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The course of a run: block after block, kept as they are finished, shared among processes."""
+"""The loop over the blocks of a run, kept as they are finished, shared among processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
-from pyablate.engine.job import Key, Statistics
 from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
 from pyablate.runs.blocks import Begun, Block, Facts, Joining
@@ -232,9 +232,9 @@ class Work(Protocol):
         """See :meth:`pyablate.runs.executor.BlockSweep.block`."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Course:
-    """A run's way through its blocks.
+    """The loop over a run's blocks.
 
     Attributes
     ----------
@@ -259,6 +259,10 @@ class Course:
         Where progress goes.
     made : dict
         What is known of the finished blocks that are this process's own.
+    before, mine, others : int
+        Pairs done before, by this process, and by the others when they were last looked at.
+    looked : float
+        When that was.
     """
 
     data: Data
@@ -271,6 +275,10 @@ class Course:
     hashing: bool
     report: Report
     made: dict[int, Facts] = field(default_factory=dict)
+    before: int = field(init=False, default=0)
+    mine: int = field(init=False, default=0)
+    others: int = field(init=False, default=0)
+    looked: float = field(init=False, default_factory=time.monotonic)
 
     def run(self, work: Work, layer: str) -> None:
         """Do what is not done yet; ``layer`` is the first one, for the report."""
@@ -283,8 +291,6 @@ class Course:
         missing = [number for number in range(len(held.layout)) if number not in there]
         todo = sorted([*ranks.part(missing), *damaged])
         self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
-        self.mine = self.others = 0
-        self.looked = time.monotonic()
         self._advance(0, layer)
         self._do(todo, work)
         self._even_out(work)

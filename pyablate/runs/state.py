@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from pyablate.engine import int8_conv
 from pyablate.engine.care import Care
-from pyablate.engine.job import Key, Statistics
 from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.replacements import Key, Statistics
+
+TIERS = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+"""All precisions of the dense part, cheapest first."""
 
 
 def pack_statistics(statistics: Mapping[Key, Statistics]) -> dict[str, NDArray[Any]]:
@@ -94,10 +97,7 @@ def restore_ladders(
 
 
 def _dtype(name: str) -> torch.dtype:
-    return {str(t).removeprefix("torch."): t for t in _KNOWN}[name]
-
-
-_KNOWN = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+    return {str(t).removeprefix("torch."): t for t in TIERS}[name]
 
 
 def _possible(tier: torch.dtype) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 
 import pyablate as pa
 from pyablate.engine import int8_conv, microbenchmarks
-from pyablate.engine.precision_cascade import Changed, Ladder, sample
+from pyablate.engine.logit_change import Changed
+from pyablate.engine.precision_cascade import Ladder, sample
 from pyablate.engine.suffix import usual
 from pyablate.runs import executor, setup
 
@@ -311,15 +312,15 @@ def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog
     # In low precision more or fewer pairs would be measured more exactly.
     options = {"progress": False, "measures": ["loss"], "audit": 100, "precision": "fp32"}
     expected = pa.ablate(model, (images, labels), **options)
-    real = executor.Suffix.predict
+    real = executor.BlockSweep._by_deltas
 
-    def predict(self, clean, *arguments, **rest):
-        for number, found in enumerate(real(self, clean, *arguments, **rest)):
-            yield found
-            if len(clean.logits) > 7 and number == 0:
-                raise MemoryError
+    def by_deltas(self, job, batch, *arguments):
+        found = real(self, job, batch, *arguments)
+        if len(batch) > 7:
+            raise MemoryError
+        return found
 
-    monkeypatch.setattr(executor.Suffix, "predict", predict)
+    monkeypatch.setattr(executor.BlockSweep, "_by_deltas", by_deltas)
     with caplog.at_level(logging.WARNING, "pyablate"):
         result = pa.ablate(model, (images, labels), **options)
     assert "going on with 6 images" in caplog.text

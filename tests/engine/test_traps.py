@@ -12,7 +12,8 @@ from torch.nn import functional
 import pyablate as pa
 from pyablate import reference
 from pyablate.engine import int8_conv, precision_cascade, weighted_rules
-from pyablate.engine.precision_cascade import Changed, Ladder
+from pyablate.engine.logit_change import Changed
+from pyablate.engine.precision_cascade import Ladder
 
 needs_eight_bits = pytest.mark.skipif(
     not int8_conv.available(), reason="this processor has no exact 8-bit products"

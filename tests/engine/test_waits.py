@@ -16,7 +16,7 @@ from support import elsewhere, networks
 from support.elsewhere import DEVICE, Wait, moved, on_device, there
 
 from pyablate import interventions
-from pyablate.engine import cuda_graph, precision_cascade
+from pyablate.engine import cuda_graph, logit_change, precision_cascade
 from pyablate.engine.float64 import Exact
 from pyablate.engine.job import Members
 from pyablate.interventions import Intervention
@@ -28,8 +28,8 @@ from pyablate.runtime.host_to_device import sent
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
 DECIDED = Wait("_to_copy", "Ladder.settle")
-FULL_MEASURED = Wait("_local_scalar_dense", "_largest_share")
-MEASURING = {"_largest_share", "Ladder._measure", "Exact.logits"}
+FULL_MEASURED = Wait("_local_scalar_dense", "largest_share")
+MEASURING = {"largest_share", "Ladder._measure", "Exact.logits"}
 EXACT = {Wait("_to_copy", "Exact.logits"), Wait("_to_copy", "Replay.logits")}
 SMALL = 1 << 17
 """Bytes of memory with which a block has several slices."""
@@ -37,26 +37,21 @@ SMALL = 1 << 17
 
 def set_up(name, device=None, *, spec="zero", layers=None, groups=None, low=(torch.bfloat16,)):
     model, images, labels = networks.network(name, IMAGES)
-    setup = prepare.prepare(
-        model,
-        (images, labels),
+    options = prepare.SetupOptions(
         layers,
         groups,
         interventions.parse(spec),
-        None,
-        device,
+        device=device,
         batch_size=IMAGES,
         memory=SMALL,
-        strategy="auto",
         precision="fp32",
     )
+    setup = prepare.prepare(model, (images, labels), options)
     return dataclasses.replace(setup, low=low)
 
 
 def move(setup):
     """Put everything that a run reads on the device that is not there."""
-    for node in setup.graph.graph.nodes:  # weights that a run on the CPU has converted
-        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     setup.data.device = DEVICE
     statistics = {
         key: dataclasses.replace(
@@ -232,7 +227,7 @@ def test_fewer_pairs_than_were_recorded():
             return lambda: (calls.append(1), made.logits.copy_(run().logits)), made
 
     def change(row, image, dtype):
-        return precision_cascade.Changed((10 * row + image).unsqueeze(1).float())
+        return logit_change.Changed((10 * row + image).unsqueeze(1).float())
 
     def same(row, image):
         found, expected = repeated(row, image, torch.float32), change(row, image, None)
