@@ -12,7 +12,7 @@ from pyablate.data.dataset import Batch
 from pyablate.engine.clean import Clean
 from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.float64 import Exact
-from pyablate.engine.replay import Replay, forward
+from pyablate.engine.replay import Replay, decision, forward
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
 from pyablate.network.graph import CONVOLUTIONS, Graph, Value, tensor
@@ -144,6 +144,6 @@ def _predict(logits: Tensor, close: Tensor, exact: Exact | Replay, batch: Batch)
     prediction = logits.argmax(dim=1).to(torch.int32)
     open_ = close.nonzero().squeeze(1)
     if len(open_):
-        decided = exact.decide(batch, None, open_, open_).prediction
+        decided = decision(exact.logits(batch, None, open_, open_)).prediction
         prediction[sent(open_, logits.device)] = sent(decided, logits.device)
     return prediction

@@ -18,7 +18,7 @@ from pyablate.data.dataset import Batch
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.pair_slice import logit_change
-from pyablate.engine.replay import Decision, Replay, decision
+from pyablate.engine.replay import Replay
 from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.network import near_tie
@@ -81,10 +81,6 @@ class Exact:
             tensors = self.graph.run(few.images, {self.graph.logits, *keep})
         self._watched = few.index, tensors
         return tensor(tensors[self.graph.logits]).cpu()
-
-    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
-        """Class of each pair; see :meth:`pyablate.engine.replay.Replay.decide`."""
-        return decision(self.logits(batch, job, row, image))
 
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""

@@ -50,12 +50,8 @@ def prepare(weight: Tensor, geometry: Geometry, size: list[int]) -> Filters:
     return Filters(packed, scale, torch.zeros(len(weight), dtype=torch.int32), geometry)
 
 
-def convolve(codes: Tensor, filters: Filters) -> Tensor:
-    """Convolve codes ``[P, I, H, W]``; bfloat16 ``[P, O, Ho, Wo]``, without the pairs' factors."""
-    return _convolve(codes, filters, torch.bfloat16)
-
-
-def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Tensor:
+def convolve(codes: Tensor, filters: Filters, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Convolve codes ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
     result: Tensor = torch.ops.onednn.qconv2d_pointwise(
         codes,
         1.0,
@@ -87,7 +83,7 @@ def available() -> bool:
     weight = torch.full((16, 32, 1, 1), 1.0)
     try:
         filters = prepare(weight, ([1, 1], [0, 0], [1, 1]), list(codes.shape))
-        result = _convolve(codes, filters, torch.float32)
+        result = convolve(codes, filters, torch.float32)
     except (RuntimeError, AttributeError, TypeError):
         return False
     return bool((result - 32.0 * MOST).abs().max() < 1e-2)

@@ -103,10 +103,6 @@ class Replay:
         """Logits of the intact network, as :meth:`Exact.watch` gives them."""
         return self.logits(batch, None, image, image)
 
-    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
-        """Class of each pair, as exactly as this replay's precision allows."""
-        return decision(self.logits(batch, job, row, image))
-
 
 @dataclass(frozen=True)
 class Decision:

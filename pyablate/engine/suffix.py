@@ -64,13 +64,11 @@ class Suffix:
 
     def columns(self, weight: Tensor, channel: Tensor) -> Tensor:
         """Columns ``[K, U]`` of the last layer that the units reach, laid out by unit once."""
-        if weight.dtype not in self._columns:
-            self._columns[weight.dtype] = weight.t().index_select(0, channel).contiguous()
-        return self._columns[weight.dtype].t()
 
-    @cached_property
-    def _columns(self) -> dict[torch.dtype, Tensor]:
-        return {}
+        def lay_out() -> Tensor:
+            return weight.t().index_select(0, channel).contiguous()
+
+        return self.graph.prepared((self.job, weight.dtype), lay_out).t()
 
     @cached_property
     def widest(self) -> int:

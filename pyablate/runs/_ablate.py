@@ -23,7 +23,7 @@ from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify, own_dtype
-from pyablate.runs.loop import Course, InMemory, check_data, hash_all, kept, shard_images
+from pyablate.runs.loop import Course, Held, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
@@ -136,6 +136,18 @@ def ablate(
     """
     begin = time.perf_counter()
     options = _RunOptions(
+        setup=SetupOptions(
+            layers=layers,
+            groups=groups,
+            intervention=parse(intervention, seed=seed),
+            class_names=class_names,
+            device=own_device(distributed, device),
+            batch_size=batch_size,
+            memory=memory,
+            strategy=strategy,
+            precision=precision,
+            measures=check_measures(measures),
+        ),
         output=None if output is None else Path(output),
         audit=audit,
         on_mismatch=on_mismatch,
@@ -143,52 +155,18 @@ def ablate(
         fresh=fresh,
         shard=shard,
         distributed=distributed,
+        progress=progress,
     )
-    options.check()
-    what = SetupOptions(
-        layers,
-        groups,
-        parse(intervention, seed=seed),
-        class_names,
-        own_device(distributed, device),
-        batch_size=batch_size,
-        memory=memory,
-        strategy=strategy,
-        precision=precision,
-        measures=check_measures(measures),
-    )
-    check_options(model, what)
-    if options.output is not None:
-        check_place(options.output, fresh=fresh)
-    with undisturbed(), taking_part(distributed, what.device) as ranks:
-        setup = _capture(model, data, what, options, ranks)
-        plan = _plan(model, setup, what, options, ranks)
-        keeping = kept(
+    options.check(model)
+    with undisturbed(), taking_part(distributed, options.setup.device) as ranks:
+        setup = _capture(model, data, options, ranks)
+        plan = _plan(model, setup, options, ranks)
+        with kept(
             options.output, plan.known, plan.layout, setup.statistics, fresh=fresh, ranks=ranks
-        )
-        with keeping as held:
+        ) as held:
             if held is None:
                 return _finished(setup, plan, options, ranks)
-            setup = replace(
-                setup,
-                batch_size=batch_size or held.layout.size,
-                memory=memory or held.layout.memory,
-            )
-            sweep = BlockSweep(
-                setup, _audited_pairs(setup, audit, seed), what.measures, on_mismatch
-            )
-            with reporting(progress if ranks.first else False, unit="pairs") as report:
-                Course(
-                    data=setup.data,
-                    held=held,
-                    ranks=ranks,
-                    dtype=plan.dtype,
-                    ladders=list(sweep.ladders.values()),
-                    any_tier=precision == "auto",
-                    rows=setup.rows,
-                    hashing=plan.hashing,
-                    report=report,
-                ).run(sweep.block, setup.jobs[0].name)
+            sweep = _sweep(setup, plan, options, held, ranks)
             if ranks.first:
                 result = _collect(setup, plan, held)
             ranks.wait(lambda: None)
@@ -199,8 +177,9 @@ def ablate(
 
 @dataclass(frozen=True)
 class _RunOptions:
-    """How a run is checked and kept; see :func:`ablate`."""
+    """How a run is set up, checked and kept; see :func:`ablate`."""
 
+    setup: SetupOptions
     output: Path | None
     audit: int
     on_mismatch: str
@@ -208,14 +187,18 @@ class _RunOptions:
     fresh: bool
     shard: tuple[int, int] | None
     distributed: bool
+    progress: bool | Report | None
 
-    def check(self) -> None:
+    def check(self, model: Any) -> None:
         """Check what needs nothing else to be known."""
         if self.distributed and self.output is None:
             raise ValueError("distributed: needs output, a folder that all processes see")
+        check_options(model, self.setup)
         if not isinstance(self.audit, int) or self.audit < 0:
             raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
         check_on_mismatch(self.on_mismatch)
+        if self.output is not None:
+            check_place(self.output, fresh=self.fresh)
 
 
 @dataclass(frozen=True)
@@ -246,20 +229,16 @@ class _RunPlan:
     shard: tuple[int, int] | None
 
 
-def _capture(
-    model: nn.Module, data: Any, what: SetupOptions, options: _RunOptions, ranks: Ranks
-) -> Setup:
+def _capture(model: nn.Module, data: Any, options: _RunOptions, ranks: Ranks) -> Setup:
     """Capture the network, with the statistics of an earlier process if there are any."""
     place, measured = options.output, None
     goes_on = place is not None and not options.fresh and has_statistics(place)
     if ranks.tell(goes_on) and place is not None:
         measured = read_statistics(place)
-    return prepare(model, data, what, measured=measured, ranks=ranks)
+    return prepare(model, data, options.setup, measured=measured, ranks=ranks)
 
 
-def _plan(
-    model: nn.Module, setup: Setup, what: SetupOptions, options: _RunOptions, ranks: Ranks
-) -> _RunPlan:
+def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) -> _RunPlan:
     """Cut the images into blocks, and say what the run is."""
     images, dtype = shard_images(options.shard, len(setup.data)), own_dtype(model)
     size = min(setup.batch_size, -(-len(images) // ranks.count))
@@ -268,10 +247,10 @@ def _plan(
         setup,
         dtype=dtype,
         images=images,
-        strategy=what.strategy,
+        strategy=options.setup.strategy,
         audit=options.audit,
         seed=options.seed,
-        measures=what.measures,
+        measures=options.setup.measures,
     )
     hashing = options.output is not None or options.shard is not None
     known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
@@ -287,7 +266,37 @@ def _finished(setup: Setup, plan: _RunPlan, options: _RunOptions, ranks: Ranks) 
     return result
 
 
-def _collect(setup: Setup, plan: _RunPlan, held: InMemory | RunStore) -> AblationResult:
+def _sweep(
+    setup: Setup,
+    plan: _RunPlan,
+    options: _RunOptions,
+    held: Held,
+    ranks: Ranks,
+) -> BlockSweep:
+    """Do all jobs on all blocks, in the portions with which the run began."""
+    given = options.setup
+    setup = replace(
+        setup,
+        batch_size=given.batch_size or held.layout.size,
+        memory=given.memory or held.layout.memory,
+    )
+    audited = _audited_pairs(setup, options.audit, options.seed)
+    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch)
+    with reporting(options.progress if ranks.first else False, unit="pairs") as report:
+        loop = Course(
+            sweep=sweep,
+            held=held,
+            ranks=ranks,
+            dtype=plan.dtype,
+            any_tier=given.precision == "auto",
+            hashing=plan.hashing,
+            report=report,
+        )
+        loop.run()
+    return sweep
+
+
+def _collect(setup: Setup, plan: _RunPlan, held: Held) -> AblationResult:
     """Join the blocks to the result, and keep it where they are kept."""
     identity = plan.identity
     if plan.shard:  # what `merge` compares, as it was when the run began

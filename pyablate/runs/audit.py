@@ -89,7 +89,7 @@ class Auditor:
     def check_intact(self, batch: Batch, clean: Clean, audited: Audited) -> None:
         """Look whether the clean run is at fault: no care that a job takes would mend that."""
         image = torch.tensor(sorted({pair.image for pair in audited.wrong})) - int(batch.index[0])
-        exact = self.setup.replay.decide(batch, None, image, image)
+        exact = decision(self.setup.replay.logits(batch, None, image, image))
         found, names = clean.predicted[image], self.setup.class_names
         wrong = ((found != exact.prediction) & ~exact.near_tie).nonzero().flatten().tolist()
         for place in wrong[:1]:

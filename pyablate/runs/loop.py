@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
 from pyablate.runs.blocks import Begun, Block, Facts, Joining
+from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
 from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_ladders
@@ -29,36 +31,6 @@ logger = logging.getLogger("pyablate")
 
 SECONDS = 2.0
 """Time between two looks at what other processes have done."""
-
-
-class Held(Protocol):
-    """Where finished blocks are kept."""
-
-    layout: Layout
-
-    def done(self) -> list[int]:
-        """Numbers of the blocks that are there."""
-
-    def read(self, number: int) -> Block | None:
-        """Read one of them."""
-
-    def again(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Tell which blocks to compute again where these have to be."""
-
-    def begun(self, number: int) -> Begun | None:
-        """Read what is known of an unfinished one."""
-
-    def write(self, number: int, block: Block) -> None:
-        """Keep a block."""
-
-    def write_begun(self, number: int, begun: Begun) -> None:
-        """Keep what the first jobs have found."""
-
-    def count_images(self) -> int:
-        """Images of the blocks that are there."""
-
-    def collect(self) -> Block:
-        """Join all blocks."""
 
 
 @dataclass(eq=False)
@@ -103,6 +75,10 @@ class InMemory:
         return self.joined.block()
 
 
+Held = InMemory | RunStore
+"""Where finished blocks are kept."""
+
+
 def shard_images(shard: tuple[int, int] | None, images: int) -> range:
     """Images of shard ``(i, n)``, the i-th of n from 1 on; all of them for None.
 
@@ -131,7 +107,7 @@ def kept(
     *,
     fresh: bool,
     ranks: Ranks,
-) -> Iterator[InMemory | RunStore | None]:
+) -> Iterator[Held | None]:
     """Begin or find a run's folder, and hold it while the run is under way.
 
     Parameters
@@ -217,41 +193,22 @@ def read_blocks(data: Data, layout: Layout, numbers: Sequence[int]) -> Iterator[
         start = place
 
 
-class Work(Protocol):
-    """What is done with a block of images."""
-
-    def __call__(
-        self,
-        images: Batch,
-        hashed: int,
-        begun: Begun | None,
-        *,
-        keep: Callable[[Begun], None],
-        advance: Callable[[int, str], None],
-    ) -> Block:
-        """See :meth:`pyablate.runs.executor.BlockSweep.block`."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Course:
     """The loop over a run's blocks.
 
     Attributes
     ----------
-    data : Data
-        The images.
+    sweep : BlockSweep
+        What is done with a block.
     held : Held
         Where blocks are kept.
     ranks : Ranks
         Who takes part.
     dtype : torch.dtype
         In which images are compared.
-    ladders : list of Ladder
-        Calibrations, one per job.
     any_tier : bool
         See :func:`pyablate.runs.state.restore_ladders`.
-    rows : int
-        Pairs per image.
     hashing : bool
         Whether the images are to be known again: of no use to a run that nobody can go on with, and
         dearer than the work itself where that is a last layer only.
@@ -265,13 +222,11 @@ class Course:
         When that was.
     """
 
-    data: Data
+    sweep: BlockSweep
     held: Held
     ranks: Ranks
     dtype: torch.dtype
-    ladders: list[Ladder]
     any_tier: bool
-    rows: int
     hashing: bool
     report: Report
     made: dict[int, Facts] = field(default_factory=dict)
@@ -280,8 +235,18 @@ class Course:
     others: int = field(init=False, default=0)
     looked: float = field(init=False, default_factory=time.monotonic)
 
-    def run(self, work: Work, layer: str) -> None:
-        """Do what is not done yet; ``layer`` is the first one, for the report."""
+    @property
+    def rows(self) -> int:
+        """Pairs per image."""
+        return self.sweep.setup.rows
+
+    @property
+    def ladders(self) -> list[Ladder]:
+        """Calibrations, one per job."""
+        return list(self.sweep.ladders.values())
+
+    def run(self) -> None:
+        """Do what is not done yet."""
         held, ranks = self.held, self.ranks
         done = ranks.tell(held.done())
         if done:
@@ -291,17 +256,17 @@ class Course:
         missing = [number for number in range(len(held.layout)) if number not in there]
         todo = sorted([*ranks.part(missing), *damaged])
         self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
-        self._advance(0, layer)
-        self._do(todo, work)
-        self._even_out(work)
+        self._advance(0, self.sweep.setup.jobs[0].name)
+        self._do(todo)
+        self._even_out()
         if ranks.count > 1:  # others have gone on since they were last looked at
             total = self.rows * len(held.layout.images)
             self.report(total, total, "all processes are done")
 
-    def _do(self, numbers: Sequence[int], work: Work) -> None:
+    def _do(self, numbers: Sequence[int]) -> None:
         """Compute some blocks and keep them."""
         held = self.held
-        for number, images in read_blocks(self.data, held.layout, numbers):
+        for number, images in read_blocks(self.sweep.setup.data, held.layout, numbers):
             begun, before = held.begun(number), self.made.get(number)
             hashed = hash_images(images, self.dtype) if self.hashing else 0
             for known in (begun.facts if begun else None, before):
@@ -311,11 +276,11 @@ class Course:
                 restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
                 if self._behind(begun.facts.state[: begun.jobs]):
                     begun = None
-            block = work(
+            block = self.sweep.block(
                 images,
                 hashed,
                 begun,
-                keep=lambda so_far, number=number: held.write_begun(number, so_far),  # type: ignore[misc]
+                keep=functools.partial(held.write_begun, number),
                 advance=self._advance,
             )
             if before is not None:
@@ -323,7 +288,7 @@ class Course:
             held.write(number, block)
             self.made[number] = replace(block.facts, measures={})  # as large as the result
 
-    def _even_out(self, work: Work) -> None:
+    def _even_out(self) -> None:
         """Compute blocks again that were done with less care than later ones turned out to need.
 
         Until the processes agree on the care of each job, and all blocks have been done with it.
@@ -343,7 +308,7 @@ class Course:
                     "%d finished blocks are computed again, with the care that others needed",
                     len(behind),
                 )
-            self._do(self.held.again(sorted(behind)), work)
+            self._do(self.held.again(sorted(behind)))
 
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any of the jobs was done with less care than is taken now."""
@@ -353,7 +318,7 @@ class Course:
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""
         damaged, state = [], None
-        for number, images in read_blocks(self.data, self.held.layout, numbers):
+        for number, images in read_blocks(self.sweep.setup.data, self.held.layout, numbers):
             block = self.held.read(number)
             if block is None:
                 logger.warning("block %d is damaged: it is computed again", number)
