@@ -112,7 +112,7 @@ class _Live:
 
 
 @dataclass(eq=False)
-class Ladder:
+class PrecisionCascade:
     """Precisions of one job, from cheap to full, and float64 behind them.
 
     Attributes

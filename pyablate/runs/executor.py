@@ -27,7 +27,7 @@ from pyablate.engine.job import Job
 from pyablate.engine.logit_change import Change
 from pyablate.engine.loss_margin import Measured, Record
 from pyablate.engine.pair_slice import logit_change
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replay import decision
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Suffix, needed
@@ -37,7 +37,7 @@ from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Begun, Block, Piece
 from pyablate.runs.setup import Setup
-from pyablate.runs.state import TIERS, pack_ladder
+from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.host_to_device import sent
 
@@ -65,7 +65,7 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
-    ladders : dict
+    cascades : dict
         Precisions and care of each job.
     suffixes : dict
         What lies behind the sites of each job; empty where all is done by replay.
@@ -79,7 +79,7 @@ class BlockSweep:
     on_mismatch: str = "error"
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    ladders: dict[Job, Ladder] = field(init=False)
+    cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
     auditor: Auditor = field(init=False)
@@ -87,13 +87,15 @@ class BlockSweep:
     def __post_init__(self) -> None:
         setup = self.setup
         self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
-        self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
+        self.cascades = {
+            job: PrecisionCascade([*setup.low, setup.data.dtype]) for job in setup.jobs
+        }
         self.keep = needed(self.suffixes.values())
         self.auditor = Auditor(setup, self.audited, self.on_mismatch)
         if setup.abrupt:
             care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
-            for ladder in self.ladders.values():
-                ladder.care = care
+            for cascade in self.cascades.values():
+                cascade.care = care
 
     def block(
         self,
@@ -123,7 +125,7 @@ class BlockSweep:
         if begun is not None:
             found.go_on_from(begun)
         self._sweep(images, found, keep, advance)
-        while any(care < self.ladders[job].care for job, care in found.care.items()):
+        while any(care < self.cascades[job].care for job, care in found.care.items()):
             # A part of the block needed more care than those before it.
             found = found.start_over()
             self._sweep(images, found, keep, advance)
@@ -151,7 +153,7 @@ class BlockSweep:
 
     @property
     def _state(self) -> list[Any]:
-        return [pack_ladder(ladder) for ladder in self.ladders.values()]
+        return [pack_cascade(cascade) for cascade in self.cascades.values()]
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
@@ -206,9 +208,9 @@ class BlockSweep:
                 found.differed.update((pair.row, pair.image) for pair in audited.wrong)
                 self._job(job, batch, clean, found)
                 return
-        ladder = self.ladders[job]
-        strategy = ladder.strategy if self.setup.graph else "replay"
-        found.take(job, flips, measured, audited, care=ladder.care, strategy=strategy)
+        cascade = self.cascades[job]
+        strategy = cascade.strategy if self.setup.graph else "replay"
+        found.take(job, flips, measured, audited, care=cascade.care, strategy=strategy)
 
     def _flips(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
@@ -230,39 +232,39 @@ class BlockSweep:
         AuditError
             There is none, and this is an error.
         """
-        ladder, found = self.ladders[job], self.auditor.describe(job, audited)
-        if ladder.care == Care.REPLAY:
+        cascade, found = self.cascades[job], self.auditor.describe(job, audited)
+        if cascade.care == Care.REPLAY:
             self.auditor.give_up(
                 f"{found}, though every pair of this layer is by float64 replay already"
             )
             return False
-        ladder.care = self._next(job)
-        how = ladder.care.describe(ladder.strategy)
+        cascade.care = self._next(job)
+        how = cascade.care.describe(cascade.strategy)
         logger.warning("%s; the layer is computed again by: %s", found, how)
         return True
 
     def _next(self, job: Job) -> Care:
         """Find the least care above the present one that makes a difference."""
-        ladder = self.ladders[job]
+        cascade = self.cascades[job]
         if job not in self.suffixes:
             return Care.REPLAY
-        if ladder.care < Care.FULL and ladder.strategy == "delta" and len(ladder.tiers) > 1:
+        if cascade.care < Care.FULL and cascade.strategy == "delta" and len(cascade.tiers) > 1:
             return Care.FULL
         decides = isinstance(self.setup.exact, Exact)
-        return Care.FLOAT64 if ladder.care < Care.FLOAT64 and decides else Care.REPLAY
+        return Care.FLOAT64 if cascade.care < Care.FLOAT64 and decides else Care.REPLAY
 
     def _predictions(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
     ) -> Iterator[Predicted]:
         """Predictions of every pair that can differ from the clean run's."""
-        ladder = self.ladders[job]
-        if ladder.care >= Care.FLOAT64 or self._irregular(job, clean):
+        cascade = self.cascades[job]
+        if cascade.care >= Care.FLOAT64 or self._irregular(job, clean):
             yield from self._in_float64(job, batch, clean, record)
         elif job not in self.suffixes:
             yield from self._replayed(job, batch, clean, record)
         elif self.setup.graph and self.setup.graph.logits in self.suffixes[job].nodes:
-            if ladder.care == Care.FULL:
-                ladder.tiers = [ladder.full]
+            if cascade.care == Care.FULL:
+                cascade.tiers = [cascade.full]
             with torch.no_grad():
                 yield self._by_deltas(job, batch, clean, record)
 
@@ -280,24 +282,24 @@ class BlockSweep:
         The device is waited for where pairs are counted: those that are live, those whose
         prediction changed. What lies between is launched without a look at what came out.
         """
-        suffix, ladder = self.suffixes[job], self.ladders[job]
+        suffix, cascade = self.suffixes[job], self.cascades[job]
         size = suffix.pairs_in(self.setup.slice_bytes)
         truth = functools.partial(self.setup.exact.logits, batch, job)
         sweep = Sweep(suffix, clean, self.setup.own.replacements(batch, job))
         if job.channelwise:
             sweep.advance()
             if sweep.head is not None:
-                ladder.strategy = "closed form"
+                cascade.strategy = "closed form"
                 if record is not None:
                     sweep.record_closed_form(record, size(torch.float64))
                 row, image, prediction = sweep.closed_form()
-                return row, image, ladder.finish(row, image, prediction, truth)
+                return row, image, cascade.finish(row, image, prediction, truth)
         row, image = sweep.live_pairs()
         change: Change = functools.partial(logit_change, sweep)
         recorder = cuda_graph.recorder(clean.logits.device)
         if recorder is not None:
             change = cuda_graph.Repeated(change, recorder)
-        found = ladder.settle(change, row, image, clean, size, record=record, truth=truth)
+        found = cascade.settle(change, row, image, clean, size, record=record, truth=truth)
         return row, image, found
 
     def _in_float64(
@@ -308,12 +310,12 @@ class BlockSweep:
         The clean run is not relied on, not even for which pairs are silent.
         """
         setup, units = self.setup, len(job.members)
-        decides = setup.replay if self.ladders[job].care == Care.REPLAY else setup.exact
+        decides = setup.replay if self.cascades[job].care == Care.REPLAY else setup.exact
         fitting = setup.memory // 8 // (8 * units * setup.classes)
         for row, image in _every_pair(job, batch, units * max(1, min(IMAGES, fitting))):
             logits = decides.logits(batch, job, row, image)
             _tell(record, row, image, logits, clean)
-            self.ladders[job].count(torch.float64, len(row))
+            self.cascades[job].count(torch.float64, len(row))
             yield row, image, decision(logits).prediction
 
     def _replayed(
@@ -330,21 +332,21 @@ class BlockSweep:
             close = clean_run.close_calls(logits, self.rounding.tolerance(logits))
             _tell(record, row, image, logits, clean)
             prediction = decision(logits).prediction.masked_fill(close, -1)
-            yield row, image, self.ladders[job].finish(row, image, prediction, truth)
+            yield row, image, self.cascades[job].finish(row, image, prediction, truth)
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""
         total: Counter[torch.dtype] = Counter()
-        for ladder in self.ladders.values():
-            total.update(ladder.settled)
+        for cascade in self.cascades.values():
+            total.update(cascade.settled)
         settled = {_name(tier): total[tier] for tier in TIERS if tier in total}
         logger.info(
             "the dense part decided %s pairs",
             ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
         )
         doubt = {
-            job.name: {_name(tier): ladder.doubt(tier) for tier in ladder.doubts}
-            for job, ladder in self.ladders.items()
+            job.name: {_name(tier): cascade.doubt(tier) for tier in cascade.doubts}
+            for job, cascade in self.cascades.items()
         }
         return Effort(self.layer_seconds, settled, doubt)
 

@@ -15,7 +15,7 @@ import torch
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
@@ -23,7 +23,7 @@ from pyablate.runs.blocks import Begun, Block, Facts, Joining
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
-from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_ladders
+from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_cascades
 from pyablate.runtime.distributed import MODULUS, Ranks
 from pyablate.runtime.progress import Report
 
@@ -208,7 +208,7 @@ class Course:
     dtype : torch.dtype
         In which images are compared.
     any_tier : bool
-        See :func:`pyablate.runs.state.restore_ladders`.
+        See :func:`pyablate.runs.state.restore_cascades`.
     hashing : bool
         Whether the images are to be known again: of no use to a run that nobody can go on with, and
         dearer than the work itself where that is a last layer only.
@@ -241,9 +241,9 @@ class Course:
         return self.sweep.setup.rows
 
     @property
-    def ladders(self) -> list[Ladder]:
+    def cascades(self) -> list[PrecisionCascade]:
         """Calibrations, one per job."""
-        return list(self.sweep.ladders.values())
+        return list(self.sweep.cascades.values())
 
     def run(self) -> None:
         """Do what is not done yet."""
@@ -273,7 +273,7 @@ class Course:
                 if known is not None and known.hash != hashed:
                     raise _other_images(held.layout.block(number))
             if begun is not None:
-                restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
+                restore_cascades(self.cascades, begun.facts.state, any_tier=self.any_tier)
                 if self._behind(begun.facts.state[: begun.jobs]):
                     begun = None
             block = self.sweep.block(
@@ -296,12 +296,12 @@ class Course:
         agreed: list[int] = []
         while True:
             self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
-            care = self.ranks.largest([ladder.care for ladder in self.ladders])
+            care = self.ranks.largest([cascade.care for cascade in self.cascades])
             if care == agreed:
                 return
             agreed = care
-            for ladder, level in zip(self.ladders, care, strict=True):
-                ladder.care = Care(level)
+            for cascade, level in zip(self.cascades, care, strict=True):
+                cascade.care = Care(level)
             behind = [number for number, facts in self.made.items() if self._behind(facts.state)]
             if behind:
                 logger.warning(
@@ -312,8 +312,8 @@ class Course:
 
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any of the jobs was done with less care than is taken now."""
-        done = zip(self.ladders, care_of(state), strict=False)
-        return any(care < ladder.care for ladder, care in done)
+        done = zip(self.cascades, care_of(state), strict=False)
+        return any(care < cascade.care for cascade, care in done)
 
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""
@@ -327,10 +327,10 @@ class Course:
                 raise _other_images(self.held.layout.block(number))
             else:
                 state = block.facts.state
-                restore_care(self.ladders, state)
+                restore_care(self.cascades, state)
                 self.made[number] = replace(block.facts, measures={})
         if state is not None:
-            restore_ladders(self.ladders, state, any_tier=self.any_tier)
+            restore_cascades(self.cascades, state, any_tier=self.any_tier)
         return damaged
 
     def _advance(self, pairs: int, layer: str) -> None:

@@ -1,4 +1,4 @@
-"""The ladder of precisions: what it doubts, what it reports, and what it does without memory."""
+"""The cascade of precisions: what it doubts, what it reports, and what it does without memory."""
 
 import logging
 
@@ -13,7 +13,7 @@ from torch import nn
 import pyablate as pa
 from pyablate.engine import int8_conv, microbenchmarks
 from pyablate.engine.logit_change import Changed
-from pyablate.engine.precision_cascade import Ladder, sample
+from pyablate.engine.precision_cascade import PrecisionCascade, sample
 from pyablate.engine.suffix import usual
 from pyablate.runs import executor, setup
 
@@ -36,28 +36,28 @@ def true_logits(row, dtype=torch.float32):
 
 def test_doubtful_pairs_are_decided_again_in_the_next_tier():
     row, image = pairs(3000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    found = ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.settle(true_change, row, image, Clean(), lambda _: 128)
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
     assert torch.equal(found.long(), expected)
-    assert ladder.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
-    assert 0 < ladder.settled[torch.float32] < 500
-    assert ladder.settled[torch.bfloat16] + ladder.settled[torch.float32] == 3000
+    assert cascade.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
+    assert 0 < cascade.settled[torch.float32] < 500
+    assert cascade.settled[torch.bfloat16] + cascade.settled[torch.float32] == 3000
 
 
 def test_few_measured_pairs_are_trusted_less():
     row, image = pairs(12_000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(true_change, row[:300], image[:300], Clean(), lambda _: 128)
-    assert ladder.measured == 64
-    assert ladder.doubt(torch.bfloat16) == 2 * ladder.doubts[torch.bfloat16]
-    before = ladder.doubts[torch.bfloat16]
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.settle(true_change, row[:300], image[:300], Clean(), lambda _: 128)
+    assert cascade.measured == 64
+    assert cascade.doubt(torch.bfloat16) == 2 * cascade.doubts[torch.bfloat16]
+    before = cascade.doubts[torch.bfloat16]
     for start in range(300, 12_000, 2_925):
         some = slice(start, start + 2_925)
-        ladder.settle(true_change, row[some], image[some], Clean(), lambda _: 128)
-    assert ladder.measured == 256
-    assert ladder.doubt(torch.bfloat16) == ladder.doubts[torch.bfloat16] >= before
-    assert ladder.doubt(torch.float32) < 1e-3
+        cascade.settle(true_change, row[some], image[some], Clean(), lambda _: 128)
+    assert cascade.measured == 256
+    assert cascade.doubt(torch.bfloat16) == cascade.doubts[torch.bfloat16] >= before
+    assert cascade.doubt(torch.float32) < 1e-3
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(0.79, False), (0.87, True)])
@@ -68,12 +68,12 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
     def change(row, image, dtype):
         return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(change, row, image, Clean(), lambda _: 512)
-    assert ladder.doubt(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
-    assert ladder.doubt(torch.bfloat16) > 0.5
-    assert ladder.measured == 256
-    assert (torch.bfloat16 in ladder.tiers) == kept
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.settle(change, row, image, Clean(), lambda _: 512)
+    assert cascade.doubt(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
+    assert cascade.doubt(torch.bfloat16) > 0.5
+    assert cascade.measured == 256
+    assert (torch.bfloat16 in cascade.tiers) == kept
 
 
 def test_where_few_pairs_fit_as_many_are_measured():
@@ -84,26 +84,26 @@ def test_where_few_pairs_fit_as_many_are_measured():
         assert len(row) <= 4
         return true_change(row, image, dtype)
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(change, row, image, Clean(), lambda _: 4)
-    plenty = Ladder([torch.bfloat16, torch.float32])
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.settle(change, row, image, Clean(), lambda _: 4)
+    plenty = PrecisionCascade([torch.bfloat16, torch.float32])
     plenty.settle(true_change, row, image, Clean(), lambda _: 512)
-    assert ladder.measured == plenty.measured == 64
-    assert ladder.doubts == plenty.doubts
-    assert ladder.settled == plenty.settled
+    assert cascade.measured == plenty.measured == 64
+    assert cascade.doubts == plenty.doubts
+    assert cascade.settled == plenty.settled
 
 
 def test_a_first_block_of_few_pairs_costs_no_tier():
     row, image = pairs(3000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
-    assert ladder.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
-    ladder.settle(true_change, row, image, Clean(), lambda _: 128)
-    assert ladder.settled[torch.bfloat16] > 2000
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
+    assert cascade.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
+    cascade.settle(true_change, row, image, Clean(), lambda _: 128)
+    assert cascade.settled[torch.bfloat16] > 2000
 
 
 def test_few_open_pairs_skip_the_tier_between(monkeypatch):
-    monkeypatch.setattr(Ladder, "_calibrate", lambda *_: None)
+    monkeypatch.setattr(PrecisionCascade, "_calibrate", lambda *_: None)
     row, image = pairs(6000)
     asked = []
 
@@ -112,15 +112,15 @@ def test_few_open_pairs_skip_the_tier_between(monkeypatch):
         return true_change(row, image, torch.bfloat16 if dtype == torch.int8 else dtype)
 
     tiers = [torch.int8, torch.bfloat16, torch.float32]
-    ladder = Ladder(list(tiers))
-    ladder.doubts, ladder.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
-    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    cascade = PrecisionCascade(list(tiers))
+    cascade.doubts, cascade.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
+    found = cascade.settle(change, row, image, Clean(), lambda _: 10_000)
     open_ = [size for dtype, size in asked if dtype == torch.float32]
     assert [dtype for dtype, _ in asked] == [torch.int8, torch.float32]
     assert 0 < open_[0] < 64
-    ladder.doubts = {torch.int8: 0.2, torch.bfloat16: 0.02}
+    cascade.doubts = {torch.int8: 0.2, torch.bfloat16: 0.02}
     asked.clear()
-    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    found = cascade.settle(change, row, image, Clean(), lambda _: 10_000)
     assert [dtype for dtype, _ in asked][:2] == [torch.int8, torch.bfloat16]
     assert asked[1][1] >= 64
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
@@ -143,9 +143,9 @@ def test_a_useless_tier_is_left_out():
         exact = true_logits(row)
         return Changed(exact if dtype == torch.float32 else torch.zeros_like(exact))
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    found = ladder.settle(change, row, image, Clean(), lambda _: 64)
-    assert ladder.tiers == [torch.float32]
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.settle(change, row, image, Clean(), lambda _: 64)
+    assert cascade.tiers == [torch.float32]
     expected = (Clean.logits[image] + change(row, image, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
 
@@ -168,13 +168,13 @@ def test_without_memory_it_goes_on_with_fewer_pairs(error, tiers, count, first, 
             raise error
         return true_change(row, image, dtype)
 
-    ladder = Ladder(list(tiers))
+    cascade = PrecisionCascade(list(tiers))
     with caplog.at_level(logging.WARNING, "pyablate"):
-        found = ladder.settle(change, row, image, Clean(), lambda _: 512)
+        found = cascade.settle(change, row, image, Clean(), lambda _: 512)
     assert asked[: len(first)] == first
     assert max(asked[len(first) :]) == first[-1]
     assert "out of memory" in caplog.text
-    plenty = Ladder(list(tiers))
+    plenty = PrecisionCascade(list(tiers))
     assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
 
 
@@ -277,7 +277,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     row, image = pairs(100)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        Ladder([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
+        PrecisionCascade([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
 
 
 def same_flips(result, expected):

@@ -27,9 +27,9 @@ from pyablate.runtime.host_to_device import sent
 
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
-DECIDED = Wait("_to_copy", "Ladder.settle")
+DECIDED = Wait("_to_copy", "PrecisionCascade.settle")
 FULL_MEASURED = Wait("_local_scalar_dense", "largest_share")
-MEASURING = {"largest_share", "Ladder._measure", "Exact.logits"}
+MEASURING = {"largest_share", "PrecisionCascade._measure", "Exact.logits"}
 EXACT = {Wait("_to_copy", "Exact.logits"), Wait("_to_copy", "Replay.logits")}
 SMALL = 1 << 17
 """Bytes of memory with which a block has several slices."""
@@ -87,8 +87,8 @@ def swept(setup, notes):
     """Sweep a batch on the device; return what is found and what happened the last time."""
     batch = next(setup.data.batches(IMAGES))
     found, sweep = sweep_one(setup, batch)
-    for ladder in sweep.ladders.values():
-        ladder.measured = (
+    for cascade in sweep.cascades.values():
+        cascade.measured = (
             precision_cascade.SAMPLE
         )  # as after some batches: the tiers' errors are known
     start = len(notes.events)
@@ -181,9 +181,9 @@ def test_recorded_slices_find_the_same(monkeypatch):
         found, events, sweep = swept(move(setup), notes)
     check_same(found, expected)
     assert recorder.works
-    for ladder in sweep.ladders.values():  # nothing that a recording made and dropped is read
+    for cascade in sweep.cascades.values():  # nothing that a recording made and dropped is read
         # All of the first block and what is doubtful of the second went to float32.
-        assert ladder.settled[torch.bfloat16] > 0.2 * sum(ladder.settled.values())
+        assert cascade.settled[torch.bfloat16] > 0.2 * sum(cascade.settled.values())
     assert recorder.recordings >= 2 * len(setup.jobs)  # in each block
     for name, own in by_job(events).items():
         slices = own.count("classify")
@@ -362,8 +362,8 @@ class TestOnCuda:
         setup = set_up("residual", "cuda", layers=["body.2", "body.3"])
         batch = next(setup.data.batches(IMAGES))
         _, sweep = sweep_one(setup, batch)
-        for ladder in sweep.ladders.values():
-            ladder.measured = precision_cascade.SAMPLE
+        for cascade in sweep.cascades.values():
+            cascade.measured = precision_cascade.SAMPLE
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
