@@ -120,19 +120,19 @@ class PrecisionCascade:
     tiers : list of torch.dtype
         Of the dense suffix, cheapest first; the last is the model's own, to which no doubt applies
         but :data:`FULL`. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
-    doubts : dict
+    error_bounds : dict
         Share of the change's spread within which a tier is not trusted, once it has been measured
-        on :data:`SAMPLE` pairs; see :meth:`doubt` for fewer.
+        on :data:`SAMPLE` pairs; see :meth:`error_bound` for fewer.
     typical : list of float
         Steps of the 8-bit convolutions, in order: the median of the first pairs measured.
     gain : float
         What is added to the bound in 8 bits, in logits, where the largest step is as typical.
     strategy : str
         How the pairs were decided: "delta", or "closed form" where that was all it took.
-    settled : dict
+    classified : dict
         Pairs decided by each precision so far.
     measured : int
-        Pairs on which the doubts rest; with too few, full precision does all the work.
+        Pairs on which the bounds rest; with too few, full precision does all the work.
     most : int
         Pairs at a time for which memory has been seen to suffice.
     care : Care
@@ -140,11 +140,11 @@ class PrecisionCascade:
     """
 
     tiers: list[torch.dtype]
-    doubts: dict[torch.dtype, float] = field(default_factory=dict)
+    error_bounds: dict[torch.dtype, float] = field(default_factory=dict)
     typical: list[float] = field(default_factory=list)
     gain: float = 0.0
     strategy: str = "delta"
-    settled: dict[torch.dtype, int] = field(default_factory=dict)
+    classified: dict[torch.dtype, int] = field(default_factory=dict)
     measured: int = 0
     most: int = 1 << 30
     care: Care = Care.USUAL
@@ -154,7 +154,7 @@ class PrecisionCascade:
         """The model's own precision."""
         return self.tiers[-1]
 
-    def doubt(self, tier: torch.dtype) -> float:
+    def error_bound(self, tier: torch.dtype) -> float:
         """Share of a change's spread within which a tier is not trusted at present.
 
         The largest of few errors says less than that of many. It grows no faster than the root of
@@ -162,14 +162,14 @@ class PrecisionCascade:
         1 / s^2; by that root the bound is wider while fewer than :data:`SAMPLE` have been measured.
         """
         if tier == self.full:
-            return self.doubts.get(tier, FULL)
-        return self.doubts[tier] * self._widening
+            return self.error_bounds.get(tier, FULL)
+        return self.error_bounds[tier] * self._widening
 
     @property
     def _widening(self) -> float:
         return math.sqrt(max(1.0, SAMPLE / max(self.measured, 1)))
 
-    def settle(
+    def classify(
         self,
         change: Change,
         row: Tensor,
@@ -218,9 +218,13 @@ class PrecisionCascade:
                 found = self._decide(live, open_, tier, record)
                 prediction[open_] = found.cpu()
                 self.count(tier, int((prediction[open_] >= 0).sum()))
-        return prediction if truth is None else self.finish(row, image, prediction, truth)
+        return (
+            prediction if truth is None else self.classify_in_float64(row, image, prediction, truth)
+        )
 
-    def finish(self, row: Tensor, image: Tensor, prediction: Tensor, truth: Truth) -> Tensor:
+    def classify_in_float64(
+        self, row: Tensor, image: Tensor, prediction: Tensor, truth: Truth
+    ) -> Tensor:
         """Decide in float64 what is still -1; all on the CPU."""
         open_ = (prediction < 0).nonzero().squeeze(1)
         if not len(open_):
@@ -231,7 +235,7 @@ class PrecisionCascade:
 
     def count(self, tier: torch.dtype, pairs: int) -> None:
         """Take note of pairs that a precision has decided."""
-        self.settled[tier] = self.settled.get(tier, 0) + pairs
+        self.classified[tier] = self.classified.get(tier, 0) + pairs
 
     def _decide(
         self, live: _Live, open_: Tensor, tier: torch.dtype, record: Record | None
@@ -241,7 +245,7 @@ class PrecisionCascade:
         found = live.clean.prediction[image]
         for some, changed in self._slices(live, row, image, tier, live.size(tier)):
             if changed is not None:
-                found[some] = self._classify(changed, image[some], live.clean, tier)
+                found[some] = self._trusted(changed, image[some], live.clean, tier)
                 if record is not None:
                     record(row[some], image[some], changed.logits)
         return found
@@ -277,8 +281,8 @@ class PrecisionCascade:
         ]
         return joined(found) if found else None
 
-    def _classify(self, changed: Changed, image: Tensor, clean: Clean, tier: torch.dtype) -> Tensor:
-        short, relative = image.to(torch.int32), self.doubt(tier)
+    def _trusted(self, changed: Changed, image: Tensor, clean: Clean, tier: torch.dtype) -> Tensor:
+        short, relative = image.to(torch.int32), self.error_bound(tier)
         logits, tolerance = clean.logits, clean.tolerance
         if changed.steps is not None:
             slack = self.gain * self._widening * self._coarseness(changed.steps)
@@ -313,13 +317,13 @@ class PrecisionCascade:
             self.measured -= size
             useless = self._measure(live, more)
         for tier in useless if self.measured >= LEAST_SAMPLE else []:
-            bound = self.doubts.get(tier, 1.0)
+            bound = self.error_bounds.get(tier, 1.0)
             logger.info("%s is too coarse here (error bound %.2g)", tier, bound)
             self.tiers.remove(tier)
 
     @property
     def _bounds(self) -> tuple[float, ...]:
-        return *(self.doubts.get(tier, 0.0) for tier in self.tiers[:-1]), self.gain
+        return *(self.error_bounds.get(tier, 0.0) for tier in self.tiers[:-1]), self.gain
 
     def _measure(self, live: _Live, size: int) -> list[torch.dtype]:
         """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
@@ -341,8 +345,8 @@ class PrecisionCascade:
                 continue
             assert rough is not None
             self._learn(tier, rough, exact.logits, live.clean.tolerance[image])
-            open_ = float((self._classify(rough, image, live.clean, tier) < 0).float().mean())
-            if self.doubt(tier) >= 1.0 or open_ > USELESS:
+            open_ = float((self._trusted(rough, image, live.clean, tier) < 0).float().mean())
+            if self.error_bound(tier) >= 1.0 or open_ > USELESS:
                 useless.append(tier)
         return useless
 
@@ -350,7 +354,7 @@ class PrecisionCascade:
         """Measure full precision itself: it may be far from its best where large numbers cancel."""
         there = live.watched.nonzero().squeeze(1)
         if not len(there):
-            if self.full in self.doubts or not len(live.row):
+            if self.full in self.error_bounds or not len(live.row):
                 return
             there = torch.arange(len(live.row))
         chosen = there[sample(live.row[there], min(len(there), FEW))]
@@ -366,16 +370,16 @@ class PrecisionCascade:
             found = torch.where(near_tie.competing(exact), found, exact)
             error, _ = errors(replace(rough, logits=found), exact, clean.tolerance[image])
             worst = largest_share(error, spread(delta))
-        self.doubts[self.full] = max(self.doubt(self.full), SAFETY_OF_FEW * worst)
+        self.error_bounds[self.full] = max(self.error_bound(self.full), SAFETY_OF_FEW * worst)
 
     def _learn(self, tier: torch.dtype, rough: Changed, exact: Tensor, tolerance: Tensor) -> None:
         """Bound a tier's errors by the largest of these, and no less than before."""
-        known = self.doubts.get(tier, FLOOR[tier])
+        known = self.error_bounds.get(tier, FLOOR[tier])
         error, size = errors(rough, exact, tolerance)
         if rough.steps is None:
-            self.doubts[tier] = max(known, SAFETY * largest_share(error, size))
+            self.error_bounds[tier] = max(known, SAFETY * largest_share(error, size))
             return
-        self.doubts[tier] = known
+        self.error_bounds[tier] = known
         positive = [some[(some > 0) & torch.isfinite(some)] for some in rough.steps]
         medians = [float(some.median()) if len(some) else 0.0 for some in positive]
         before = self.typical or medians

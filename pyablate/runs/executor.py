@@ -293,13 +293,13 @@ class BlockSweep:
                 if record is not None:
                     sweep.record_closed_form(record, size(torch.float64))
                 row, image, prediction = sweep.closed_form()
-                return row, image, cascade.finish(row, image, prediction, truth)
+                return row, image, cascade.classify_in_float64(row, image, prediction, truth)
         row, image = sweep.live_pairs()
         change: Change = functools.partial(logit_change, sweep)
         recorder = cuda_graph.recorder(clean.logits.device)
         if recorder is not None:
             change = cuda_graph.Repeated(change, recorder)
-        found = cascade.settle(change, row, image, clean, size, record=record, truth=truth)
+        found = cascade.classify(change, row, image, clean, size, record=record, truth=truth)
         return row, image, found
 
     def _in_float64(
@@ -332,20 +332,20 @@ class BlockSweep:
             close = clean_run.close_calls(logits, self.rounding.tolerance(logits))
             _tell(record, row, image, logits, clean)
             prediction = decision(logits).prediction.masked_fill(close, -1)
-            yield row, image, self.cascades[job].finish(row, image, prediction, truth)
+            yield row, image, self.cascades[job].classify_in_float64(row, image, prediction, truth)
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""
         total: Counter[torch.dtype] = Counter()
         for cascade in self.cascades.values():
-            total.update(cascade.settled)
+            total.update(cascade.classified)
         settled = {_name(tier): total[tier] for tier in TIERS if tier in total}
         logger.info(
             "the dense part decided %s pairs",
             ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
         )
         doubt = {
-            job.name: {_name(tier): cascade.doubt(tier) for tier in cascade.doubts}
+            job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
             for job, cascade in self.cascades.items()
         }
         return Effort(self.layer_seconds, settled, doubt)

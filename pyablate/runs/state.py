@@ -48,7 +48,7 @@ def pack_cascade(cascade: PrecisionCascade) -> dict[str, Any]:
     return {
         "tiers": [str(tier).removeprefix("torch.") for tier in cascade.tiers],
         "doubts": {
-            str(tier).removeprefix("torch."): doubt for tier, doubt in cascade.doubts.items()
+            str(tier).removeprefix("torch."): doubt for tier, doubt in cascade.error_bounds.items()
         },
         "typical": cascade.typical,
         "gain": cascade.gain,
@@ -90,7 +90,9 @@ def restore_cascades(
         if tiers[-1] != cascade.full or not all(map(possible, tiers)):
             continue
         cascade.tiers = tiers
-        cascade.doubts = {_dtype(name): float(doubt) for name, doubt in known["doubts"].items()}
+        cascade.error_bounds = {
+            _dtype(name): float(doubt) for name, doubt in known["doubts"].items()
+        }
         cascade.typical = [float(step) for step in known["typical"]]
         cascade.gain = float(known["gain"])
         cascade.measured = int(known["measured"])

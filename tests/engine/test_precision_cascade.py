@@ -37,27 +37,27 @@ def true_logits(row, dtype=torch.float32):
 def test_doubtful_pairs_are_decided_again_in_the_next_tier():
     row, image = pairs(3000)
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    found = cascade.settle(true_change, row, image, Clean(), lambda _: 128)
+    found = cascade.classify(true_change, row, image, Clean(), lambda _: 128)
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
     assert torch.equal(found.long(), expected)
-    assert cascade.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
-    assert 0 < cascade.settled[torch.float32] < 500
-    assert cascade.settled[torch.bfloat16] + cascade.settled[torch.float32] == 3000
+    assert cascade.error_bounds[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
+    assert 0 < cascade.classified[torch.float32] < 500
+    assert cascade.classified[torch.bfloat16] + cascade.classified[torch.float32] == 3000
 
 
 def test_few_measured_pairs_are_trusted_less():
     row, image = pairs(12_000)
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    cascade.settle(true_change, row[:300], image[:300], Clean(), lambda _: 128)
+    cascade.classify(true_change, row[:300], image[:300], Clean(), lambda _: 128)
     assert cascade.measured == 64
-    assert cascade.doubt(torch.bfloat16) == 2 * cascade.doubts[torch.bfloat16]
-    before = cascade.doubts[torch.bfloat16]
+    assert cascade.error_bound(torch.bfloat16) == 2 * cascade.error_bounds[torch.bfloat16]
+    before = cascade.error_bounds[torch.bfloat16]
     for start in range(300, 12_000, 2_925):
         some = slice(start, start + 2_925)
-        cascade.settle(true_change, row[some], image[some], Clean(), lambda _: 128)
+        cascade.classify(true_change, row[some], image[some], Clean(), lambda _: 128)
     assert cascade.measured == 256
-    assert cascade.doubt(torch.bfloat16) == cascade.doubts[torch.bfloat16] >= before
-    assert cascade.doubt(torch.float32) < 1e-3
+    assert cascade.error_bound(torch.bfloat16) == cascade.error_bounds[torch.bfloat16] >= before
+    assert cascade.error_bound(torch.float32) < 1e-3
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(0.79, False), (0.87, True)])
@@ -69,9 +69,9 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
         return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
 
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    cascade.settle(change, row, image, Clean(), lambda _: 512)
-    assert cascade.doubt(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
-    assert cascade.doubt(torch.bfloat16) > 0.5
+    cascade.classify(change, row, image, Clean(), lambda _: 512)
+    assert cascade.error_bound(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
+    assert cascade.error_bound(torch.bfloat16) > 0.5
     assert cascade.measured == 256
     assert (torch.bfloat16 in cascade.tiers) == kept
 
@@ -85,21 +85,21 @@ def test_where_few_pairs_fit_as_many_are_measured():
         return true_change(row, image, dtype)
 
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    cascade.settle(change, row, image, Clean(), lambda _: 4)
+    cascade.classify(change, row, image, Clean(), lambda _: 4)
     plenty = PrecisionCascade([torch.bfloat16, torch.float32])
-    plenty.settle(true_change, row, image, Clean(), lambda _: 512)
+    plenty.classify(true_change, row, image, Clean(), lambda _: 512)
     assert cascade.measured == plenty.measured == 64
-    assert cascade.doubts == plenty.doubts
-    assert cascade.settled == plenty.settled
+    assert cascade.error_bounds == plenty.error_bounds
+    assert cascade.classified == plenty.classified
 
 
 def test_a_first_block_of_few_pairs_costs_no_tier():
     row, image = pairs(3000)
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    cascade.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
-    assert cascade.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
-    cascade.settle(true_change, row, image, Clean(), lambda _: 128)
-    assert cascade.settled[torch.bfloat16] > 2000
+    cascade.classify(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
+    assert cascade.error_bound(torch.bfloat16) > 1  # 16 times that of 256 pairs
+    cascade.classify(true_change, row, image, Clean(), lambda _: 128)
+    assert cascade.classified[torch.bfloat16] > 2000
 
 
 def test_few_open_pairs_skip_the_tier_between(monkeypatch):
@@ -113,14 +113,14 @@ def test_few_open_pairs_skip_the_tier_between(monkeypatch):
 
     tiers = [torch.int8, torch.bfloat16, torch.float32]
     cascade = PrecisionCascade(list(tiers))
-    cascade.doubts, cascade.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
-    found = cascade.settle(change, row, image, Clean(), lambda _: 10_000)
+    cascade.error_bounds, cascade.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
+    found = cascade.classify(change, row, image, Clean(), lambda _: 10_000)
     open_ = [size for dtype, size in asked if dtype == torch.float32]
     assert [dtype for dtype, _ in asked] == [torch.int8, torch.float32]
     assert 0 < open_[0] < 64
-    cascade.doubts = {torch.int8: 0.2, torch.bfloat16: 0.02}
+    cascade.error_bounds = {torch.int8: 0.2, torch.bfloat16: 0.02}
     asked.clear()
-    found = cascade.settle(change, row, image, Clean(), lambda _: 10_000)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 10_000)
     assert [dtype for dtype, _ in asked][:2] == [torch.int8, torch.bfloat16]
     assert asked[1][1] >= 64
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
@@ -144,7 +144,7 @@ def test_a_useless_tier_is_left_out():
         return Changed(exact if dtype == torch.float32 else torch.zeros_like(exact))
 
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    found = cascade.settle(change, row, image, Clean(), lambda _: 64)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 64)
     assert cascade.tiers == [torch.float32]
     expected = (Clean.logits[image] + change(row, image, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
@@ -170,12 +170,12 @@ def test_without_memory_it_goes_on_with_fewer_pairs(error, tiers, count, first, 
 
     cascade = PrecisionCascade(list(tiers))
     with caplog.at_level(logging.WARNING, "pyablate"):
-        found = cascade.settle(change, row, image, Clean(), lambda _: 512)
+        found = cascade.classify(change, row, image, Clean(), lambda _: 512)
     assert asked[: len(first)] == first
     assert max(asked[len(first) :]) == first[-1]
     assert "out of memory" in caplog.text
     plenty = PrecisionCascade(list(tiers))
-    assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
+    assert torch.equal(found, plenty.classify(true_change, row, image, Clean(), lambda _: 1000))
 
 
 def test_every_unit_has_its_turn_in_the_sample():
@@ -277,7 +277,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     row, image = pairs(100)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        PrecisionCascade([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
+        PrecisionCascade([torch.float32]).classify(change, row, image, Clean(), lambda _: 10)
 
 
 def same_flips(result, expected):

@@ -116,7 +116,7 @@ def test_a_change_that_is_not_a_number_hides_no_error():
         return Changed(exact)
 
     cascade = PrecisionCascade([torch.bfloat16, torch.float32])
-    found = cascade.settle(change, row, row % 3, Clean(), lambda _: 1000)
+    found = cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
     assert cascade.tiers == [torch.float32]
     expected = (Clean.logits[row % 3] + change(row, row, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
@@ -130,11 +130,11 @@ def test_few_pairs_are_decided_in_full_precision_until_enough_are_measured():
 
     for start in range(0, 100, 10):
         row = torch.arange(start, start + 10)
-        cascade.settle(change, row, row % 3, Clean(), lambda _: 1000)
+        cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
         if start < 50:
-            assert torch.bfloat16 not in cascade.settled
+            assert torch.bfloat16 not in cascade.classified
     assert cascade.measured == 100
-    assert cascade.settled[torch.bfloat16] > 0
+    assert cascade.classified[torch.bfloat16] > 0
 
 
 class Refilled:

@@ -27,7 +27,7 @@ from pyablate.runtime.host_to_device import sent
 
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
-DECIDED = Wait("_to_copy", "PrecisionCascade.settle")
+DECIDED = Wait("_to_copy", "PrecisionCascade.classify")
 FULL_MEASURED = Wait("_local_scalar_dense", "largest_share")
 MEASURING = {"largest_share", "PrecisionCascade._measure", "Exact.logits"}
 EXACT = {Wait("_to_copy", "Exact.logits"), Wait("_to_copy", "Replay.logits")}
@@ -183,7 +183,7 @@ def test_recorded_slices_find_the_same(monkeypatch):
     assert recorder.works
     for cascade in sweep.cascades.values():  # nothing that a recording made and dropped is read
         # All of the first block and what is doubtful of the second went to float32.
-        assert cascade.settled[torch.bfloat16] > 0.2 * sum(cascade.settled.values())
+        assert cascade.classified[torch.bfloat16] > 0.2 * sum(cascade.classified.values())
     assert recorder.recordings >= 2 * len(setup.jobs)  # in each block
     for name, own in by_job(events).items():
         slices = own.count("classify")

@@ -135,7 +135,7 @@ def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.Mon
     """One that its calibration misses."""
 
     def learn(cascade: PrecisionCascade, tier: torch.dtype, *_: object) -> None:
-        cascade.doubts[tier] = FLOOR[tier]
+        cascade.error_bounds[tier] = FLOOR[tier]
 
     monkeypatch.setattr(PrecisionCascade, "_learn", learn)
     break_relu(monkeypatch.setitem, torch.bfloat16)

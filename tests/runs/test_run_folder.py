@@ -452,11 +452,11 @@ def test_calibrations_go_on_where_they_were() -> None:
         return PrecisionCascade([torch.bfloat16, torch.float32])
 
     old = cascade()
-    old.doubts, old.measured = {torch.bfloat16: 0.25}, 256
+    old.error_bounds, old.measured = {torch.bfloat16: 0.25}, 256
     state = json.loads(json.dumps([pack_cascade(old)]))
     new = cascade()
     restore_cascades([new], state, any_tier=True)
-    assert (new.tiers, new.doubts, new.measured) == (old.tiers, old.doubts, 256)
+    assert (new.tiers, new.error_bounds, new.measured) == (old.tiers, old.error_bounds, 256)
     exact = PrecisionCascade([torch.float32])
     restore_cascades([exact], state, any_tier=False)
     assert exact.tiers == [torch.float32]  # fp32 was asked for
