@@ -81,7 +81,7 @@ class Job:
     def _there(self) -> dict[torch.device, OnDevice]:
         return {}
 
-    def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
+    def change(self, site: Site, values: Tensor, row: Tensor, replacement: PairValues) -> Tensor:
         """Ablate: row ``row[p]`` of this job on the p-th of some images.
 
         Parameters
@@ -92,8 +92,8 @@ class Job:
             ``[P, ...]``, the site's tensor for each pair.
         row : Tensor
             int64 ``[P]``, position in ``members``.
-        standin : callable
-            ``standin(pair, unit)`` gives replacement maps for int64 vectors of equal length.
+        replacement : callable
+            ``replacement(pair, unit)`` gives replacement maps for int64 vectors of equal length.
 
         Returns
         -------
@@ -105,11 +105,11 @@ class Job:
         if self.single:
             every = torch.arange(len(row), device=row.device)
             unit = self.on(row.device).units[row]
-            return _masked(site, values, unit, standin(every, unit))
+            return _masked(site, values, unit, replacement(every, unit))
         changed = values.clone()
         view = changed.movedim(site.axis, 1)
         pair, unit = self.on(row.device).members[site.name].of(row)
-        value = standin(pair, unit).to(values.dtype)
+        value = replacement(pair, unit).to(values.dtype)
         view[pair, unit] = value.expand(len(pair), *view.shape[2:])
         return changed
 
@@ -213,7 +213,7 @@ class OnDevice:
 
 
 PairValues = Callable[[Tensor, Tensor], Tensor]
-"""``standin(pair, unit)``: replacement maps for int64 vectors of equal length."""
+"""``replacement(pair, unit)``: replacement maps for int64 vectors of equal length."""
 
 
 def _masked(site: Site, values: Tensor, unit: Tensor, replacement: Tensor) -> Tensor:

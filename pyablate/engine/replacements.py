@@ -40,7 +40,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class StandIns:
+class Replacements:
     """Replacement values for one batch of images.
 
     Attributes

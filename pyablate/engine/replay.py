@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.job import Job
-from pyablate.engine.replacements import Key, StandIns, Statistics, donor_maps
+from pyablate.engine.replacements import Key, Replacements, Statistics, donor_maps
 from pyablate.network import near_tie
 from pyablate.network.sites import Site, hooked
 from pyablate.runtime.host_to_device import sent
@@ -80,24 +80,24 @@ class Replay:
         with torch.no_grad():
             if job is None:
                 return forward(self.model, images).cpu()
-            standins = self.replacements(few, job)
+            replacements = self.replacements(few, job)
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
-                def standin(pair: Tensor, unit: Tensor) -> Tensor:
-                    return standins.values(site, call, inverse[pair], unit)
+                def replacement(pair: Tensor, unit: Tensor) -> Tensor:
+                    return replacements.values(site, call, inverse[pair], unit)
 
-                return job.change(site, output, row, standin)
+                return job.change(site, output, row, replacement)
 
             with hooked(self.model, job.sites, change):
                 logits: Tensor = self.model(images)
                 return logits.cpu()
 
-    def replacements(self, batch: Batch, job: Job) -> StandIns:
+    def replacements(self, batch: Batch, job: Job) -> Replacements:
         """Prepare the replacement values of a job's sites for one batch."""
         maps: dict[Key, Tensor] = {}
         if job.intervention.kind == "resample":
             maps = donor_maps(self.model, self.data, batch, job, at_a_time=self.rows)
-        return StandIns(job.intervention, batch, self.statistics, maps)
+        return Replacements(job.intervention, batch, self.statistics, maps)
 
     def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
         """Logits of the intact network, as :meth:`Exact.watch` gives them."""

@@ -22,7 +22,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.constant_delta import Replaced
 from pyablate.engine.logit_change import FULL
 from pyablate.engine.loss_margin import Record
-from pyablate.engine.replacements import StandIns
+from pyablate.engine.replacements import Replacements
 from pyablate.engine.suffix import Suffix
 from pyablate.network.graph import MARKER, Graph, Value, operands, tensor
 
@@ -35,7 +35,7 @@ class Sweep:
 
     suffix: Suffix
     clean: Clean
-    standins: StandIns
+    replacements: Replacements
     values: dict[fx.Node, Channel] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
     replaced: dict[fx.Node, Replaced] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Sweep:
             return
         start, *rest = self.suffix.nodes
         if constant_delta.possible(self.suffix.job):
-            self.replaced[start] = self._replacement(start)
+            self.replaced[start] = self._constant(start)
         else:
             self.values[start] = self._difference(start)
         waiting: set[fx.Node] = set()
@@ -115,17 +115,17 @@ class Sweep:
         site, unit = self.suffix.job.sites[0], self._units
         base = self.base(marker)
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
-        value = self._standins(marker, image).to(base.dtype)
+        value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
         held = Channel(value, site.axis, unit, site.channels, whole=whole)
         return held.with_values(value - held.of(base))
 
-    def _replacement(self, marker: fx.Node) -> Replaced:
+    def _constant(self, marker: fx.Node) -> Replaced:
         """Take the numbers that stand in for the units."""
         site, base = self.suffix.job.sites[0], self.base(marker)
         images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
         image = torch.arange(images, device=base.device).unsqueeze(1)
-        value = self._standins(marker, image).to(base.dtype)
+        value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
         return Replaced(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
 
@@ -133,10 +133,12 @@ class Sweep:
     def _units(self) -> Tensor:
         return self.suffix.job.on(self.clean.logits.device).units
 
-    def _standins(self, marker: fx.Node, image: Tensor) -> Tensor:
+    def _replacements(self, marker: fx.Node, image: Tensor) -> Tensor:
         call = marker.args[2]
         assert isinstance(call, int)
-        return self.standins.values(self.suffix.job.sites[0], call, image, self._units.unsqueeze(0))
+        return self.replacements.values(
+            self.suffix.job.sites[0], call, image, self._units.unsqueeze(0)
+        )
 
     def closed_form(self) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs by the closed form: logits + delta * weight column."""
@@ -227,10 +229,10 @@ class Sweep:
         call = marker.args[2]
         assert isinstance(call, int)
 
-        def standin(pair: Tensor, unit: Tensor) -> Tensor:
-            return self.standins.values(site, call, image[pair], unit)
+        def replacement(pair: Tensor, unit: Tensor) -> Tensor:
+            return self.replacements.values(site, call, image[pair], unit)
 
-        return job.change(site, values, row, standin)
+        return job.change(site, values, row, replacement)
 
     @cached_property
     def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:

@@ -300,9 +300,9 @@ def _costs(setup: Setup) -> list[_Cost]:
     costs = []
     tier = (*setup.low, setup.data.dtype)[0]
     for suffix in suffixes:
-        standins = setup.own.replacements(batch, suffix.job)
+        replacements = setup.own.replacements(batch, suffix.job)
         with torch.no_grad():
-            sweep = Sweep(suffix, clean, standins)
+            sweep = Sweep(suffix, clean, replacements)
             costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))
     return costs
 
