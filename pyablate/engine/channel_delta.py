@@ -42,7 +42,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Channel:
+class ChannelDelta:
     """One changed channel per (image, column).
 
     Attributes
@@ -109,7 +109,7 @@ class Channel:
         full = full.movedim(self.axis, 1)
         return full if self.whole else full.index_select(1, self.channel)
 
-    def with_values(self, values: Tensor) -> Channel:
+    def with_values(self, values: Tensor) -> ChannelDelta:
         """Return other values on the same channels."""
         return replace(self, values=values)
 
@@ -121,23 +121,23 @@ class Reader(Protocol):
     def graph(self) -> Graph:
         """Return the network."""
 
-    def value(self, node: fx.Node) -> Channel | None:
+    def value(self, node: fx.Node) -> ChannelDelta | None:
         """Return the delta of a node, or None if it does not change."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run."""
 
 
-Rule = Callable[[Reader, fx.Node], Channel | None]
+Rule = Callable[[Reader, fx.Node], ChannelDelta | None]
 
 
-def advance(reader: Reader, node: fx.Node) -> Channel | None:
+def advance(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Carry deltas through a node, or return None where they must be spelt out."""
     rule = RULES.get(node.target)
     return None if rule is None else rule(reader, node)
 
 
-def _only_first_changes(reader: Reader, node: fx.Node) -> Channel | None:
+def _only_first_changes(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Delta of the first argument, if it is the only one that changes."""
     if not isinstance(node.args[0], fx.Node):
         return None
@@ -146,18 +146,18 @@ def _only_first_changes(reader: Reader, node: fx.Node) -> Channel | None:
     return None if any(reader.value(other) is not None for other in others) else delta
 
 
-def _same(reader: Reader, node: fx.Node) -> Channel | None:
+def _same(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     return _only_first_changes(reader, node)
 
 
-def _getitem(reader: Reader, node: fx.Node) -> Channel | None:
+def _getitem(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Batch norm returns a tuple whose first item is all that anyone reads."""
     norm = operand(node)
     delta = reader.value(norm)
     return delta if norm.target is BATCH_NORM and node.args[1] == 0 else None
 
 
-def _elementwise(reader: Reader, node: fx.Node) -> Channel | None:
+def _elementwise(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """f(base + d) - f(base) for a function of one tensor and numbers."""
     delta = _only_first_changes(reader, node)
     if delta is None or len(node.all_input_nodes) > 1 or has_unbounded_slope(node):
@@ -173,7 +173,7 @@ def has_unbounded_slope(node: fx.Node) -> bool:
     return node.target in UNBOUNDED and not (isinstance(exponent, (int, float)) and exponent >= 1)
 
 
-def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
+def _spatial(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Pool ``[N, C, *space]``: channels are independent, if the axes are just these."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
@@ -188,7 +188,7 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(pooled)
 
 
-def _pad(reader: Reader, node: fx.Node) -> Channel | None:
+def _pad(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Pad the two axes of the maps ``[N, C, H, W]`` with zeros."""
     delta = _only_first_changes(reader, node)
     margins = integers(node.args[1])
@@ -199,7 +199,7 @@ def _pad(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(aten.constant_pad_nd.default(delta.values, margins))
 
 
-def _mean(reader: Reader, node: fx.Node) -> Channel | None:
+def _mean(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Average over axes other than the channels'."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.inner > 1:
@@ -222,7 +222,7 @@ def averaged_axes(node: fx.Node, channels: int, ndim: int) -> list[int] | None:
     return None if not axes or 0 in axes or channels in axes else axes
 
 
-def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
+def _reshape(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Flatten ``[N, C, *rest]`` to ``[N, C * prod(rest)]``."""
     delta = _only_first_changes(reader, node)
     if delta is None:
@@ -242,7 +242,7 @@ def flattened(node: fx.Node, before: Sequence[int], axis: int, inner: int) -> in
     return rest if flat else None
 
 
-def _permute(reader: Reader, node: fx.Node) -> Channel | None:
+def _permute(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     delta = _only_first_changes(reader, node)
     if delta is None or delta.inner > 1:
         return None
@@ -260,7 +260,7 @@ def _permute(reader: Reader, node: fx.Node) -> Channel | None:
     return replace(delta, values=values, axis=order.index(delta.axis))
 
 
-def _batch_norm(reader: Reader, node: fx.Node) -> Channel | None:
+def _batch_norm(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
         return None
@@ -268,7 +268,7 @@ def _batch_norm(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(delta.values * _along(scale, delta.values))
 
 
-def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
+def _depthwise(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Convolve each channel by its own filter: it stays where it is."""
     delta = _only_first_changes(reader, node)
     weight = reader.graph.constant(node, 1)
@@ -285,7 +285,7 @@ def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(values)
 
 
-def _scale(reader: Reader, node: fx.Node) -> Channel | None:
+def _scale(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Multiply or divide by something that does not change."""
     if node.kwargs:
         return None
@@ -308,7 +308,7 @@ def _scale(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(values) if values.shape == delta.values.shape else None
 
 
-def _add(reader: Reader, node: fx.Node) -> Channel | None:
+def _add(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Add or subtract something that does not change, or the same channels of a second delta."""
     if node.kwargs:
         return None
@@ -326,7 +326,7 @@ def _add(reader: Reader, node: fx.Node) -> Channel | None:
     return None
 
 
-def keeps_shape(delta: Channel, node: fx.Node) -> bool:
+def keeps_shape(delta: ChannelDelta, node: fx.Node) -> bool:
     """Check that the other operand did not broadcast the delta."""
     shape = node.meta["val"].shape
     rest = [size for axis, size in enumerate(shape) if axis not in (0, delta.axis)]
@@ -335,7 +335,7 @@ def keeps_shape(delta: Channel, node: fx.Node) -> bool:
     return list(delta.values.shape[2:]) == rest and shape[delta.axis] == delta.size
 
 
-def _cat(reader: Reader, node: fx.Node) -> Channel | None:
+def _cat(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Concatenate along the channels with tensors that do not change: the numbers shift."""
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel_delta import RESHAPES, Channel, averaged_axes, flattened
+from pyablate.engine.channel_delta import RESHAPES, ChannelDelta, averaged_axes, flattened
 from pyablate.engine.job import Job
 from pyablate.network.aten import ELEMENTWISE, SAME
 from pyablate.network.graph import function, integers, settings
@@ -33,7 +33,7 @@ class Replaced:
     value : Tensor
         ``[N, U]``, or ``[1, U]`` where it is the same for all images.
     axis, channel, size, inner, whole
-        As in :class:`pyablate.engine.channel_delta.Channel`.
+        As in :class:`pyablate.engine.channel_delta.ChannelDelta`.
     """
 
     value: Tensor
@@ -43,9 +43,9 @@ class Replaced:
     inner: int = 1
     whole: bool = False
 
-    def change(self, clean: Tensor) -> Channel:
+    def change(self, clean: Tensor) -> ChannelDelta:
         """Return the number minus the clean tensor ``[N, ...]``."""
-        held = Channel(self.value, self.axis, self.channel, self.size, self.inner, self.whole)
+        held = ChannelDelta(self.value, self.axis, self.channel, self.size, self.inner, self.whole)
         base = held.of(clean)
         value = self.value.reshape(*self.value.shape, *[1] * (base.ndim - 2))
         return held.with_values(value - base)

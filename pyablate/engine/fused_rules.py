@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.engine import lazy_delta
-from pyablate.engine.channel_delta import Channel, keeps_shape
+from pyablate.engine.channel_delta import ChannelDelta, keeps_shape
 from pyablate.engine.lazy_delta import Activated, Coded, FirstMap, Scaled, Sum
 from pyablate.engine.rule_context import (
     Delta,
@@ -38,9 +38,9 @@ def add(pairs: Pairs, node: fx.Node) -> Delta:
     if sign > 0 and (waiting := _still_first(pairs, node)) is not None:
         return waiting
     first, second = (_at_least_scaled(pairs, a) for a in node.args[:2])
-    if isinstance(second, Channel) and _fit(first, second, node):
+    if isinstance(second, ChannelDelta) and _fit(first, second, node):
         return _onto(pairs, node, operand(node, 0), second, sign)
-    if isinstance(first, Channel) and sign > 0 and _fit(second, first, node):
+    if isinstance(first, ChannelDelta) and sign > 0 and _fit(second, first, node):
         return _onto(pairs, node, operand(node, 1), first, sign)
     if sign > 0 and (residual := _residual(pairs, node, first, second)) is not None:
         return residual
@@ -82,7 +82,9 @@ def _at_least_scaled(pairs: Pairs, node: fx.node.Argument) -> Delta:
     return pairs.delta(node) if isinstance(raw, (FirstMap, Sum, Activated)) else raw
 
 
-def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: float) -> Scaled:
+def _onto(
+    pairs: Pairs, node: fx.Node, source: fx.Node, channel: ChannelDelta, sign: float
+) -> Scaled:
     """Add a delta that is on its channel to the dense one of a node, in place where it may."""
     dense = _waiting(pairs.raw(source), source)
     assert dense is not None
@@ -95,7 +97,7 @@ def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: 
     return Scaled(values, scale, fresh=len(readers_of(node)) == 1)
 
 
-def _fit(dense: Delta, channel: Channel, node: fx.Node) -> bool:
+def _fit(dense: Delta, channel: ChannelDelta, node: fx.Node) -> bool:
     """Whether a dense delta can take up one on its channel: no broadcasting, no digits lost."""
     values = dense.values if isinstance(dense, Scaled) else dense
     if not isinstance(values, Tensor) or values.dtype not in FLOATS:

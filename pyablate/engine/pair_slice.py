@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.engine import rules
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import Pending
 from pyablate.engine.logit_change import Changed, carried
 from pyablate.engine.rule_context import Delta, DenseDelta
@@ -77,7 +77,7 @@ class _PairSlice:
         raw = self.raw(node)
         if isinstance(raw, Pending):
             raw = self._deltas[node] = raw.spell()
-        if not isinstance(raw, Channel):
+        if not isinstance(raw, ChannelDelta):
             return raw
         if node not in self._spelt:
             self._spelt[node] = raw.dense(self.image_long, self.column)

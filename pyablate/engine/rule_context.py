@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import Pending
 from pyablate.network.aten import DIVISIONS, SAME
 from pyablate.network.graph import Graph, Value, operands, remembered, tensor
@@ -29,7 +29,7 @@ class Full:
 DenseDelta = Tensor | Full | list[Tensor | Full | None] | None
 """The change of a node, one row per pair: of several results a list; None if it does not change."""
 
-Delta = DenseDelta | Channel | Pending
+Delta = DenseDelta | ChannelDelta | Pending
 """The same as the rules hand it on: on its channel, or with some steps yet to be done."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.engine import channel_delta as channelwise
 from pyablate.engine import constant_delta
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.clean import Clean
 from pyablate.engine.constant_delta import Replaced
 from pyablate.engine.logit_change import FULL
@@ -36,10 +36,10 @@ class Sweep:
     suffix: Suffix
     clean: Clean
     replacements: Replacements
-    values: dict[fx.Node, Channel] = field(default_factory=dict)
+    values: dict[fx.Node, ChannelDelta] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
     replaced: dict[fx.Node, Replaced] = field(default_factory=dict)
-    _lowered: dict[tuple[fx.Node, torch.dtype], Channel] = field(default_factory=dict)
+    _lowered: dict[tuple[fx.Node, torch.dtype], ChannelDelta] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -47,7 +47,7 @@ class Sweep:
         return self.suffix.graph
 
     @property
-    def head(self) -> Channel | None:
+    def head(self) -> ChannelDelta | None:
         """Input of the final linear layer, if that is all that is left and units are alone."""
         head = self.graph.logits
         if (
@@ -62,7 +62,7 @@ class Sweep:
         if any(self.changes(other) for other in others):
             return None
         delta = self.value(source)
-        fits = isinstance(delta, Channel) and delta.values.ndim == 2 and delta.axis == 1
+        fits = isinstance(delta, ChannelDelta) and delta.values.ndim == 2 and delta.axis == 1
         return delta if fits else None
 
     def advance(self) -> None:
@@ -76,7 +76,7 @@ class Sweep:
             self.values[start] = self._difference(start)
         waiting: set[fx.Node] = set()
         for node in rest:
-            delta: Channel | Replaced | None = None
+            delta: ChannelDelta | Replaced | None = None
             blocked = any(source in waiting for source in node.all_input_nodes)
             if not blocked and not self.ablates(node):
                 delta = constant_delta.advance(self.replaced, node) or channelwise.advance(
@@ -84,7 +84,7 @@ class Sweep:
                 )
             if isinstance(delta, Replaced):
                 self.replaced[node] = delta
-            elif isinstance(delta, Channel):
+            elif isinstance(delta, ChannelDelta):
                 self.values[node] = delta
             else:
                 waiting.add(node)
@@ -96,7 +96,7 @@ class Sweep:
             return False
         return any(node.args[1] == site.name for site in self.suffix.job.sites)
 
-    def value(self, node: fx.Node) -> Channel | None:
+    def value(self, node: fx.Node) -> ChannelDelta | None:
         """Return the delta of a node, if it is on its channel and changed."""
         if node not in self.values and node in self.replaced:
             self.values[node] = self.replaced[node].change(self.base(node))
@@ -110,14 +110,14 @@ class Sweep:
         """Return a tensor of the clean run."""
         return tensor(self.clean.tensors[node])
 
-    def _difference(self, marker: fx.Node) -> Channel:
+    def _difference(self, marker: fx.Node) -> ChannelDelta:
         """Take replacement minus activation, for every unit of the job and image of the batch."""
         site, unit = self.suffix.job.sites[0], self._units
         base = self.base(marker)
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
         value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
-        held = Channel(value, site.axis, unit, site.channels, whole=whole)
+        held = ChannelDelta(value, site.axis, unit, site.channels, whole=whole)
         return held.with_values(value - held.of(base))
 
     def _constant(self, marker: fx.Node) -> Replaced:
@@ -250,7 +250,7 @@ class Sweep:
             later.update(sources)
         return steps[::-1]
 
-    def lowered(self, node: fx.Node, dtype: torch.dtype) -> Channel:
+    def lowered(self, node: fx.Node, dtype: torch.dtype) -> ChannelDelta:
         """Return a channelwise delta in another precision, converted once per batch."""
         delta = self.value(node)
         assert delta is not None

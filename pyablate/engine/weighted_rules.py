@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.engine import int8_conv
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import FirstMap, Scaled
 from pyablate.engine.rule_context import (
     Delta,
@@ -61,7 +61,7 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
     stride, padding, dilation, groups = settings(node, 3, [1], [0], [1], 1)
     delta = pairs.raw(source)
     plain = groups == 1 and node.target is aten.conv2d.default
-    if isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1 and plain:
+    if isinstance(delta, ChannelDelta) and delta.axis == 1 and delta.inner == 1 and plain:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
     if pairs.eight_bit and takes_codes(pairs.graph, node):
         return _coded_convolution(pairs, node, weight, (stride, padding, dilation))
@@ -125,7 +125,7 @@ def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
 
 
 def _first_convolution(
-    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, geometry: _Geometry
+    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, geometry: _Geometry
 ) -> Tensor | FirstMap:
     """Convolve one input channel per pair: 1/C of the work."""
     filters = _by_input(pairs.graph, node, weight.permute(1, 2, 3, 0))
@@ -146,7 +146,7 @@ def fully_connected(pairs: Pairs, node: fx.Node) -> DenseDelta:
     if weight is None or changing(pairs, node) != [source]:  # a bias may have a row per image
         return difference(pairs, node)
     lowered = _weight(pairs, node, weight)
-    if isinstance(delta, Channel) and delta.axis == source.meta["val"].ndim - 1:
+    if isinstance(delta, ChannelDelta) and delta.axis == source.meta["val"].ndim - 1:
         return _first_linear(pairs, node, delta, weight, lowered.dtype)
     change = dense(pairs, source).to(lowered.dtype)
     runs = _runs(pairs, change, lowered) if pairs.plain(node) else None
@@ -180,7 +180,7 @@ def _active_columns(change: Tensor, rows: Tensor) -> Tensor:
 
 
 def _first_linear(
-    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, dtype: torch.dtype
+    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Only the columns of the changed channel count: a convolution over its entries."""
     blocks = weight.unflatten(1, (1, delta.size, delta.inner))  # [O, 1, C, inner]
@@ -200,7 +200,7 @@ def _by_input(graph: Graph, node: fx.Node, filters: Tensor) -> Tensor:
 
 def _single_channel(
     pairs: Pairs,
-    delta: Channel,
+    delta: ChannelDelta,
     maps: Tensor,
     filters: Tensor,
     geometry: _Geometry = (1, 0, 1),

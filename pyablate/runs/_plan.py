@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
 from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
@@ -334,7 +334,7 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     )
 
 
-def _size(delta: Channel) -> int:
+def _size(delta: ChannelDelta) -> int:
     """Size of a channelwise delta, all units and images."""
     return delta.values.numel() * delta.values.element_size()
 
