@@ -25,7 +25,7 @@ CONSTANT = frozenset({"zero", "constant", "mean", "class_mean"})
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ConstantDelta:
     """One replaced channel per (image, column), the same number at all its positions.
 
     Attributes
@@ -68,7 +68,7 @@ def reaches(job: Job, nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def advance(held: Mapping[fx.Node, Replaced], node: fx.Node) -> Replaced | None:
+def advance(held: Mapping[fx.Node, ConstantDelta], node: fx.Node) -> ConstantDelta | None:
     """Carry replaced units through a node, or return None where maps are needed."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or source not in held or len(node.all_input_nodes) > 1:
@@ -91,7 +91,7 @@ def advance(held: Mapping[fx.Node, Replaced], node: fx.Node) -> Replaced | None:
     return unit if pools and source.meta["val"].ndim == 4 and _sees_no_padding(node) else None
 
 
-def _reshape(unit: Replaced, source: fx.Node, node: fx.Node) -> Replaced | None:
+def _reshape(unit: ConstantDelta, source: fx.Node, node: fx.Node) -> ConstantDelta | None:
     inner = flattened(node, source.meta["val"].shape, unit.axis, unit.inner)
     return None if inner is None else replace(unit, inner=inner)
 

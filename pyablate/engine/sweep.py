@@ -19,7 +19,7 @@ from pyablate.engine import channel_delta as channelwise
 from pyablate.engine import constant_delta
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.clean import Clean
-from pyablate.engine.constant_delta import Replaced
+from pyablate.engine.constant_delta import ConstantDelta
 from pyablate.engine.logit_change import FULL
 from pyablate.engine.loss_margin import Record
 from pyablate.engine.replacements import Replacements
@@ -38,7 +38,7 @@ class Sweep:
     replacements: Replacements
     values: dict[fx.Node, ChannelDelta] = field(default_factory=dict)
     deferred: list[fx.Node] = field(default_factory=list)
-    replaced: dict[fx.Node, Replaced] = field(default_factory=dict)
+    replaced: dict[fx.Node, ConstantDelta] = field(default_factory=dict)
     _lowered: dict[tuple[fx.Node, torch.dtype], ChannelDelta] = field(default_factory=dict)
 
     @property
@@ -76,13 +76,13 @@ class Sweep:
             self.values[start] = self._difference(start)
         waiting: set[fx.Node] = set()
         for node in rest:
-            delta: ChannelDelta | Replaced | None = None
+            delta: ChannelDelta | ConstantDelta | None = None
             blocked = any(source in waiting for source in node.all_input_nodes)
             if not blocked and not self.ablates(node):
                 delta = constant_delta.advance(self.replaced, node) or channelwise.advance(
                     self, node
                 )
-            if isinstance(delta, Replaced):
+            if isinstance(delta, ConstantDelta):
                 self.replaced[node] = delta
             elif isinstance(delta, ChannelDelta):
                 self.values[node] = delta
@@ -120,14 +120,14 @@ class Sweep:
         held = ChannelDelta(value, site.axis, unit, site.channels, whole=whole)
         return held.with_values(value - held.of(base))
 
-    def _constant(self, marker: fx.Node) -> Replaced:
+    def _constant(self, marker: fx.Node) -> ConstantDelta:
         """Take the numbers that stand in for the units."""
         site, base = self.suffix.job.sites[0], self.base(marker)
         images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
         image = torch.arange(images, device=base.device).unsqueeze(1)
         value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
-        return Replaced(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
+        return ConstantDelta(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
 
     @property
     def _units(self) -> Tensor:
