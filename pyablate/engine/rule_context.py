@@ -20,13 +20,13 @@ KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
 
 
 @dataclass(frozen=True)
-class Full:
+class Recomputed:
     """A changed value itself, for tensors that have no difference: integers and booleans."""
 
     value: Tensor
 
 
-DenseDelta = Tensor | Full | list[Tensor | Full | None] | None
+DenseDelta = Tensor | Recomputed | list[Tensor | Recomputed | None] | None
 """The change of a node, one row per pair: of several results a list; None if it does not change."""
 
 Delta = DenseDelta | ChannelDelta | Pending
@@ -78,21 +78,21 @@ def _perturbed(pairs: Pairs, node: fx.Node) -> Value:
     delta = pairs.delta(node)
     if delta is None:
         return pairs.rows(node)
-    if isinstance(delta, Full):
+    if isinstance(delta, Recomputed):
         return delta.value
     if isinstance(delta, Tensor):
         return tensor(pairs.rows(node)) + delta
     return [
-        row if d is None else d.value if isinstance(d, Full) else row + d
+        row if d is None else d.value if isinstance(d, Recomputed) else row + d
         for d, row in zip(delta, pairs.rows(node), strict=True)
     ]
 
 
-def _subtract(after: Tensor | None, before: Tensor) -> Tensor | Full | None:
+def _subtract(after: Tensor | None, before: Tensor) -> Tensor | Recomputed | None:
     if after is None:
         return None
     if not after.is_floating_point():
-        return Full(after)
+        return Recomputed(after)
     # Masked scores are minus infinity before and after: no change, rather than NaN.
     return torch.where(after == before, torch.zeros_like(after), after - before)
 

@@ -20,8 +20,8 @@ from pyablate.engine.fused_rules import activation, add, average, max_pool
 from pyablate.engine.rule_context import (
     Delta,
     DenseDelta,
-    Full,
     Pairs,
+    Recomputed,
     Rule,
     changing,
     dense,
@@ -61,22 +61,22 @@ def advance(pairs: Pairs, node: fx.Node) -> Delta:
     """Return the change of a node, from the changes of its inputs."""
     if has_unbounded_slope(node):
         note_cancellation(pairs, node)
-    # Taking one of several results computes nothing: there, a full one may stand beside the others.
-    whole = node.target is not operator.getitem and _may_read_full(node)
-    if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
+    # Taking one of several results computes nothing: there, a recomputed one may stand beside the others.
+    whole = node.target is not operator.getitem and _may_read_recomputed(node)
+    if whole and any(_holds_recomputed(pairs.raw(source)) for source in node.all_input_nodes):
         return difference(pairs, node)
     return RULES.get(node.target, difference)(pairs, node)
 
 
 @remembered
-def _may_read_full(node: fx.Node) -> bool:
+def _may_read_recomputed(node: fx.Node) -> bool:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     return not all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
 
 
-def _holds_full(delta: Delta) -> bool:
+def _holds_recomputed(delta: Delta) -> bool:
     items = delta if isinstance(delta, (list, tuple)) else [delta]
-    return any(isinstance(item, Full) for item in items)
+    return any(isinstance(item, Recomputed) for item in items)
 
 
 def reads_base(graph: Graph, node: fx.Node) -> bool:
