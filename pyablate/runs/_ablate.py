@@ -23,7 +23,7 @@ from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify, own_dtype
-from pyablate.runs.loop import Course, Held, check_data, hash_all, kept, shard_images
+from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
@@ -283,7 +283,7 @@ def _sweep(
     audited = _audited_pairs(setup, options.audit, options.seed)
     sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch)
     with reporting(options.progress if ranks.first else False, unit="pairs") as report:
-        loop = Course(
+        loop = RunLoop(
             sweep=sweep,
             held=held,
             ranks=ranks,

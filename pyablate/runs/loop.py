@@ -194,7 +194,7 @@ def read_blocks(data: Data, layout: Layout, numbers: Sequence[int]) -> Iterator[
 
 
 @dataclass(eq=False, kw_only=True)
-class Course:
+class RunLoop:
     """The loop over a run's blocks.
 
     Attributes
