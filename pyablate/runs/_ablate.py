@@ -322,8 +322,8 @@ def _with_all_images(
 
 
 def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:
-    facts = found.facts
-    hashed = {"hash": f"{facts.hash:064x}"} if hashing else {}
+    metadata = found.metadata
+    hashed = {"hash": f"{metadata.hash:064x}"} if hashing else {}
     return AblationResult(
         units=_units(setup.jobs),
         labels=found.labels,
@@ -331,9 +331,9 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         flips=found.flips,
         class_names=setup.class_names,
         intervention=str(setup.intervention),
-        audit=facts.audit,
-        strategy=facts.strategy,
-        measures=facts.measures,
+        audit=metadata.audit,
+        strategy=metadata.strategy,
+        measures=metadata.measures,
         provenance={**identity, "data": {**identity["data"], **hashed}},
     )
 

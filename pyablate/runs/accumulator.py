@@ -17,7 +17,7 @@ from pyablate.engine.loss_margin import Measured
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips
 from pyablate.runs.audit import Audited
-from pyablate.runs.blocks import Begun, Block, Facts, Piece
+from pyablate.runs.blocks import Begun, Block, BlockMetadata, Piece
 from pyablate.runs.setup import Setup
 
 
@@ -65,10 +65,10 @@ class BlockAccumulator:
 
     def go_on_from(self, begun: Begun) -> None:
         """Take over what an earlier process has found."""
-        self.skipped, self.mended = begun.jobs, begun.facts.audit.mended
+        self.skipped, self.mended = begun.jobs, begun.metadata.audit.mended
         self.flips = list(begun.pieces)
-        self.audit, self.strategy = begun.facts.audit, dict(begun.facts.strategy)
-        for number, known in enumerate(begun.facts.measures.values()):
+        self.audit, self.strategy = begun.metadata.audit, dict(begun.metadata.strategy)
+        for number, known in enumerate(begun.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
             self.accuracy[number] = known.accuracy
 
@@ -98,10 +98,10 @@ class BlockAccumulator:
             pairs = zip(self.accuracy, audited.accuracy, strict=True)
             self.accuracy = [a + b for a, b in pairs]
 
-    def facts(self, state: list[Any]) -> Facts:
+    def metadata(self, state: list[Any]) -> BlockMetadata:
         """Return all but the predictions; ``state`` is that of the calibration."""
         measures = zip(self.measures, self.sums, self.accuracy, strict=True)
-        return Facts(
+        return BlockMetadata(
             hash=self.hashed,
             audit=replace(self.audit, mended=self.mended + len(self.differed)),
             strategy=dict(self.strategy),
@@ -111,7 +111,7 @@ class BlockAccumulator:
 
     def begun(self, jobs: int, state: list[Any]) -> Begun:
         """Return what the first jobs have found."""
-        return Begun(jobs, list(self.flips), self.facts(state))
+        return Begun(jobs, list(self.flips), self.metadata(state))
 
     def block(self, images: Batch, state: list[Any]) -> Block:
         """Return the finished block."""
@@ -120,7 +120,7 @@ class BlockAccumulator:
             labels=_joined(self.labels),
             baseline=_joined(self.baseline),
             flips=Flips.gather(self.setup.rows, pieces),
-            facts=self.facts(state),
+            metadata=self.metadata(state),
         )
 
 

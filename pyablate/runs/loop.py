@@ -19,7 +19,7 @@ from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
-from pyablate.runs.blocks import Begun, Block, Facts, Joining
+from pyablate.runs.blocks import Begun, Block, BlockMetadata, Joining
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
@@ -229,7 +229,7 @@ class RunLoop:
     any_tier: bool
     hashing: bool
     report: Report
-    made: dict[int, Facts] = field(default_factory=dict)
+    made: dict[int, BlockMetadata] = field(default_factory=dict)
     before: int = field(init=False, default=0)
     mine: int = field(init=False, default=0)
     others: int = field(init=False, default=0)
@@ -269,12 +269,12 @@ class RunLoop:
         for number, images in read_blocks(self.sweep.setup.data, held.layout, numbers):
             begun, before = held.begun(number), self.made.get(number)
             hashed = hash_images(images, self.dtype) if self.hashing else 0
-            for known in (begun.facts if begun else None, before):
+            for known in (begun.metadata if begun else None, before):
                 if known is not None and known.hash != hashed:
                     raise _other_images(held.layout.block(number))
             if begun is not None:
-                restore_cascades(self.cascades, begun.facts.state, any_tier=self.any_tier)
-                if self._behind(begun.facts.state[: begun.jobs]):
+                restore_cascades(self.cascades, begun.metadata.state, any_tier=self.any_tier)
+                if self._behind(begun.metadata.state[: begun.jobs]):
                     begun = None
             block = self.sweep.block(
                 images,
@@ -284,9 +284,9 @@ class RunLoop:
                 advance=self._advance,
             )
             if before is not None:
-                block = replace(block, facts=_with_mended(block.facts, before))
+                block = replace(block, metadata=_with_mended(block.metadata, before))
             held.write(number, block)
-            self.made[number] = replace(block.facts, measures={})  # as large as the result
+            self.made[number] = replace(block.metadata, measures={})  # as large as the result
 
     def _even_out(self) -> None:
         """Compute blocks again that were done with less care than later ones turned out to need.
@@ -302,7 +302,9 @@ class RunLoop:
             agreed = care
             for cascade, level in zip(self.cascades, care, strict=True):
                 cascade.care = Care(level)
-            behind = [number for number, facts in self.made.items() if self._behind(facts.state)]
+            behind = [
+                number for number, metadata in self.made.items() if self._behind(metadata.state)
+            ]
             if behind:
                 logger.warning(
                     "%d finished blocks are computed again, with the care that others needed",
@@ -323,12 +325,12 @@ class RunLoop:
             if block is None:
                 logger.warning("block %d is damaged: it is computed again", number)
                 damaged.append(number)
-            elif block.facts.hash != hash_images(images, self.dtype):
+            elif block.metadata.hash != hash_images(images, self.dtype):
                 raise _other_images(self.held.layout.block(number))
             else:
-                state = block.facts.state
+                state = block.metadata.state
                 restore_care(self.cascades, state)
-                self.made[number] = replace(block.facts, measures={})
+                self.made[number] = replace(block.metadata, measures={})
         if state is not None:
             restore_cascades(self.cascades, state, any_tier=self.any_tier)
         return damaged
@@ -344,10 +346,10 @@ class RunLoop:
         self.report(min(total, self.before + self.mine + self.others), total, layer)
 
 
-def _with_mended(facts: Facts, before: Facts) -> Facts:
+def _with_mended(metadata: BlockMetadata, before: BlockMetadata) -> BlockMetadata:
     """Add what was mended when the block was computed before."""
-    audit = facts.audit + Audit(0, 0, before.audit.mended)
-    return replace(facts, audit=audit)
+    audit = metadata.audit + Audit(0, 0, before.audit.mended)
+    return replace(metadata, audit=audit)
 
 
 def _other_images(where: range) -> StoreMismatch:

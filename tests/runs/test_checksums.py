@@ -140,14 +140,17 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
         found = readers[path.name[9:]](path, fingerprint.fingerprint(known))
         if found is None:
             return None
-        known_facts = vars(found.facts) | {
-            name: (one.change.tolist(), one.accuracy) for name, one in found.facts.measures.items()
+        known_metadata = vars(found.metadata) | {
+            name: (one.change.tolist(), one.accuracy)
+            for name, one in found.metadata.measures.items()
         }
-        known_facts.pop("measures")
+        known_metadata.pop("measures")
         if isinstance(found, blocks.Begun):
-            return repr((found.jobs, [[x.tolist() for x in y] for y in found.pieces], known_facts))
+            return repr(
+                (found.jobs, [[x.tolist() for x in y] for y in found.pieces], known_metadata)
+            )
         arrays = [found.labels, found.baseline, *vars(found.flips).values()]
-        return repr(([array.tolist() for array in arrays], known_facts))
+        return repr(([array.tolist() for array in arrays], known_metadata))
 
     expected = {folder / name: read(folder / name) for name in names}
     assert None not in expected.values()

@@ -486,8 +486,8 @@ def test_joining_is_the_same_in_any_grouping(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(7):
         pieces = [(draw.integers(6, size=9), draw.permutation(20)[:9], draw.integers(3, size=9))]
         labels = draw.integers(3, size=20)
-        facts = blocks.Facts(int(draw.integers(1 << 60)), pa.Audit(2, 1))
-        parts.append(blocks.Block(labels, labels, pa.Flips.gather(6, pieces), facts))
+        metadata = blocks.BlockMetadata(int(draw.integers(1 << 60)), pa.Audit(2, 1))
+        parts.append(blocks.Block(labels, labels, pa.Flips.gather(6, pieces), metadata))
     expected = pa.Flips.gather(
         6,
         [
@@ -504,5 +504,5 @@ def test_joining_is_the_same_in_any_grouping(monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(found.flips.start, expected.start)
         np.testing.assert_array_equal(found.flips.image, expected.image)
         np.testing.assert_array_equal(found.flips.prediction, expected.prediction)
-        assert found.facts.audit == pa.Audit(14, 7)
-        assert found.facts.hash == sum(part.facts.hash for part in parts)
+        assert found.metadata.audit == pa.Audit(14, 7)
+        assert found.metadata.hash == sum(part.metadata.hash for part in parts)
