@@ -17,7 +17,7 @@ from pyablate.engine.loss_margin import Measured
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips
 from pyablate.runs.audit import Audited
-from pyablate.runs.blocks import Begun, Block, BlockMetadata, Piece
+from pyablate.runs.blocks import Block, BlockMetadata, PartialBlock, Piece
 from pyablate.runs.setup import Setup
 
 
@@ -63,12 +63,12 @@ class BlockAccumulator:
         self.sums = torch.zeros(shape, dtype=torch.float64)
         self.accuracy = [Accuracy()] * len(self.measures)
 
-    def go_on_from(self, begun: Begun) -> None:
+    def go_on_from(self, partial: PartialBlock) -> None:
         """Take over what an earlier process has found."""
-        self.skipped, self.mended = begun.jobs, begun.metadata.audit.mended
-        self.flips = list(begun.pieces)
-        self.audit, self.strategy = begun.metadata.audit, dict(begun.metadata.strategy)
-        for number, known in enumerate(begun.metadata.measures.values()):
+        self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
+        self.flips = list(partial.pieces)
+        self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
+        for number, known in enumerate(partial.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
             self.accuracy[number] = known.accuracy
 
@@ -109,9 +109,9 @@ class BlockAccumulator:
             measures={name: Measure(sums.numpy(), accuracy) for name, sums, accuracy in measures},
         )
 
-    def begun(self, jobs: int, state: list[Any]) -> Begun:
+    def partial(self, jobs: int, state: list[Any]) -> PartialBlock:
         """Return what the first jobs have found."""
-        return Begun(jobs, list(self.flips), self.metadata(state))
+        return PartialBlock(jobs, list(self.flips), self.metadata(state))
 
     def block(self, images: Batch, state: list[Any]) -> Block:
         """Return the finished block."""

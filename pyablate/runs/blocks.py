@@ -91,7 +91,7 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class PartialBlock:
     """A block of which some jobs are done.
 
     Attributes
@@ -164,25 +164,25 @@ def read_block(path: Path, run: str) -> Block | None:
     )
 
 
-def write_begun(path: Path, begun: Begun, run: str) -> None:
+def write_partial(path: Path, partial: PartialBlock, run: str) -> None:
     """Write down what the first jobs have found on a block, whole or not at all."""
-    parts = begun.pieces or [(np.zeros(0),) * 3]
+    parts = partial.pieces or [(np.zeros(0),) * 3]
     names = ("row", "image", "prediction")
     arrays = {
         name: np.concatenate([piece[i] for piece in parts]).astype(np.int32)
         for i, name in enumerate(names)
     }
-    _write(path, run, begun.metadata, {"jobs": begun.jobs}, arrays)
+    _write(path, run, partial.metadata, {"jobs": partial.jobs}, arrays)
 
 
-def read_begun(path: Path, run: str) -> Begun | None:
-    """Read what :func:`write_begun` wrote; None if it is damaged or of another run."""
+def read_partial(path: Path, run: str) -> PartialBlock | None:
+    """Read what :func:`write_partial` wrote; None if it is damaged or of another run."""
     found = _read(path, run, ("row", "image", "prediction"))
     if found is None:
         return None
     known, metadata, arrays = found
     piece = (arrays["row"], arrays["image"], arrays["prediction"])
-    return Begun(int(known["jobs"]), [piece], metadata)
+    return PartialBlock(int(known["jobs"]), [piece], metadata)
 
 
 DAMAGED = (

@@ -35,7 +35,7 @@ from pyablate.engine.sweep import Sweep
 from pyablate.results.record import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
-from pyablate.runs.blocks import Begun, Block, Piece
+from pyablate.runs.blocks import Block, PartialBlock, Piece
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
@@ -101,9 +101,9 @@ class BlockSweep:
         self,
         images: Batch,
         hashed: int,
-        begun: Begun | None = None,
+        partial: PartialBlock | None = None,
         *,
-        keep: Callable[[Begun], None],
+        keep: Callable[[PartialBlock], None],
         advance: Callable[[int, str], None],
     ) -> Block:
         """Do all jobs on some images.
@@ -114,7 +114,7 @@ class BlockSweep:
             Consecutive ones.
         hashed : int
             Their hash, for the record.
-        begun : Begun, optional
+        partial : PartialBlock, optional
             What an earlier process found on them.
         keep : callable
             Takes what the first jobs have found, after each of them.
@@ -122,8 +122,8 @@ class BlockSweep:
             Takes the number of pairs just done, and the layer at work.
         """
         found = BlockAccumulator(self.setup, self.measures, hashed)
-        if begun is not None:
-            found.go_on_from(begun)
+        if partial is not None:
+            found.go_on_from(partial)
         self._sweep(images, found, keep, advance)
         while any(care < self.cascades[job].care for job, care in found.care.items()):
             # A part of the block needed more care than those before it.
@@ -135,7 +135,7 @@ class BlockSweep:
         self,
         images: Batch,
         found: BlockAccumulator,
-        keep: Callable[[Begun], None],
+        keep: Callable[[PartialBlock], None],
         advance: Callable[[int, str], None],
     ) -> None:
         parts = images.split(self.setup.batch_size)
@@ -147,7 +147,7 @@ class BlockSweep:
                     advance(0, job.name)
                     self._job(job, batch, clean, found)
                     if len(batch) == len(images):
-                        keep(found.begun(number + 1, self._state))
+                        keep(found.partial(number + 1, self._state))
                 advance(len(job.rows) * len(batch), job.name)
             del clean  # before the next batch has its own
 

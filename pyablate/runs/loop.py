@@ -19,7 +19,7 @@ from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
-from pyablate.runs.blocks import Begun, Block, BlockMetadata, Joining
+from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
@@ -55,7 +55,7 @@ class InMemory:
         self.joined = Joining()
         return range(len(self.layout))
 
-    def begun(self, number: int) -> Begun | None:
+    def partial(self, number: int) -> PartialBlock | None:
         """Nothing is known of unfinished ones."""
         return None
 
@@ -63,7 +63,7 @@ class InMemory:
         """Keep a block."""
         self.joined.add(block)
 
-    def write_begun(self, number: int, begun: Begun) -> None:
+    def write_partial(self, number: int, partial: PartialBlock) -> None:
         """Let it go."""
 
     def count_images(self) -> int:
@@ -140,7 +140,7 @@ def kept(
             arrays = pack_statistics(statistics)
             opened = open_store(place, identity, layout, arrays, fresh=fresh)
             cut = (opened.layout.size, opened.layout.memory) if opened else None
-            identity = opened.identity if opened else identity  # what it was begun with
+            identity = opened.identity if opened else identity  # what it was partial with
         said = ranks.tell({"identity": identity, "cut": cut})
         differing = differences(said["identity"], identity)
         if differing:
@@ -267,20 +267,20 @@ class RunLoop:
         """Compute some blocks and keep them."""
         held = self.held
         for number, images in read_blocks(self.sweep.setup.data, held.layout, numbers):
-            begun, before = held.begun(number), self.made.get(number)
+            partial, before = held.partial(number), self.made.get(number)
             hashed = hash_images(images, self.dtype) if self.hashing else 0
-            for known in (begun.metadata if begun else None, before):
+            for known in (partial.metadata if partial else None, before):
                 if known is not None and known.hash != hashed:
                     raise _other_images(held.layout.block(number))
-            if begun is not None:
-                restore_cascades(self.cascades, begun.metadata.state, any_tier=self.any_tier)
-                if self._behind(begun.metadata.state[: begun.jobs]):
-                    begun = None
+            if partial is not None:
+                restore_cascades(self.cascades, partial.metadata.state, any_tier=self.any_tier)
+                if self._behind(partial.metadata.state[: partial.jobs]):
+                    partial = None
             block = self.sweep.block(
                 images,
                 hashed,
-                begun,
-                keep=functools.partial(held.write_begun, number),
+                partial,
+                keep=functools.partial(held.write_partial, number),
                 advance=self._advance,
             )
             if before is not None:

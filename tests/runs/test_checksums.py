@@ -132,7 +132,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
         run(tmp_path / "run.zarr", stop_at=6)
     folder = tmp_path / "run.zarr/blocks"
     known = json.loads((folder / "manifest.json").read_text())["identity"]
-    readers = {".begun.npz": blocks.read_begun, ".npz": blocks.read_block}
+    readers = {".begun.npz": blocks.read_partial, ".npz": blocks.read_block}
     names = sorted(path.name for path in folder.glob("0*.npz"))
     assert [name[9:] for name in names] == [".npz", ".begun.npz"]
 
@@ -145,7 +145,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
             for name, one in found.metadata.measures.items()
         }
         known_metadata.pop("measures")
-        if isinstance(found, blocks.Begun):
+        if isinstance(found, blocks.PartialBlock):
             return repr(
                 (found.jobs, [[x.tolist() for x in y] for y in found.pieces], known_metadata)
             )
