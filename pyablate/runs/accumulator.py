@@ -17,7 +17,7 @@ from pyablate.engine.loss_margin import Measured
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips
 from pyablate.runs.audit import Audited
-from pyablate.runs.blocks import Block, BlockMetadata, PartialBlock, Piece
+from pyablate.runs.blocks import Block, BlockMetadata, FlipChunk, PartialBlock
 from pyablate.runs.setup import Setup
 
 
@@ -49,7 +49,7 @@ class BlockAccumulator:
     differed: set[tuple[int, int]] = field(default_factory=set)
     mended: int = 0
     skipped: int = 0  # jobs that an earlier process has done
-    flips: list[Piece] = field(default_factory=list)
+    flips: list[FlipChunk] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
     audit: Audit = field(default_factory=lambda: Audit(0, 0))
@@ -66,7 +66,7 @@ class BlockAccumulator:
     def go_on_from(self, partial: PartialBlock) -> None:
         """Take over what an earlier process has found."""
         self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
-        self.flips = list(partial.pieces)
+        self.flips = list(partial.chunks)
         self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
         for number, known in enumerate(partial.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
@@ -79,7 +79,7 @@ class BlockAccumulator:
     def take(
         self,
         job: Job,
-        flips: list[Piece],
+        flips: list[FlipChunk],
         measured: Measured | None,
         audited: Audited,
         *,
@@ -115,11 +115,11 @@ class BlockAccumulator:
 
     def block(self, images: Batch, state: list[Any]) -> Block:
         """Return the finished block."""
-        pieces = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
+        chunks = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
         return Block(
             labels=_joined(self.labels),
             baseline=_joined(self.baseline),
-            flips=Flips.gather(self.setup.rows, pieces),
+            flips=Flips.gather(self.setup.rows, chunks),
             metadata=self.metadata(state),
         )
 

@@ -16,7 +16,7 @@ from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import Measured
 from pyablate.engine.replay import decision
 from pyablate.results.measures import Accuracy
-from pyablate.runs.blocks import Piece
+from pyablate.runs.blocks import FlipChunk
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")
@@ -54,7 +54,7 @@ class Auditor:
         job: Job,
         batch: Batch,
         clean: Clean,
-        flips: Sequence[Piece],
+        flips: Sequence[FlipChunk],
         measured: Measured | None,
     ) -> Audited:
         """Recompute the audited pairs of this job and batch, and compare with its flips."""
@@ -66,8 +66,8 @@ class Auditor:
             return Audited(0, [], [Accuracy()] * (0 if measured is None else len(measured.names)))
         flipped = {
             (r, i): new
-            for piece in flips
-            for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
+            for chunk in flips
+            for r, i, new in zip(*(part.tolist() for part in chunk), strict=True)
         }
         intact = clean.predicted.numpy()[image - first]
         pairs = zip(row.tolist(), image.tolist(), intact.tolist(), strict=True)

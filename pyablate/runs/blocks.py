@@ -23,7 +23,7 @@ from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Ints
 from pyablate.runtime.distributed import MODULUS
 
-Piece = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+FlipChunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Changed predictions: row of the result, image of the data, new class."""
 
 _TOGETHER = 1000
@@ -98,14 +98,14 @@ class PartialBlock:
     ----------
     jobs : int
         How many, the first ones.
-    pieces : list
+    chunks : list
         Flips found by them.
     metadata : BlockMetadata
         The rest.
     """
 
     jobs: int
-    pieces: list[Piece]
+    chunks: list[FlipChunk]
     metadata: BlockMetadata
 
 
@@ -166,10 +166,10 @@ def read_block(path: Path, run: str) -> Block | None:
 
 def write_partial(path: Path, partial: PartialBlock, run: str) -> None:
     """Write down what the first jobs have found on a block, whole or not at all."""
-    parts = partial.pieces or [(np.zeros(0),) * 3]
+    parts = partial.chunks or [(np.zeros(0),) * 3]
     names = ("row", "image", "prediction")
     arrays = {
-        name: np.concatenate([piece[i] for piece in parts]).astype(np.int32)
+        name: np.concatenate([chunk[i] for chunk in parts]).astype(np.int32)
         for i, name in enumerate(names)
     }
     _write(path, run, partial.metadata, {"jobs": partial.jobs}, arrays)
@@ -181,8 +181,8 @@ def read_partial(path: Path, run: str) -> PartialBlock | None:
     if found is None:
         return None
     known, metadata, arrays = found
-    piece = (arrays["row"], arrays["image"], arrays["prediction"])
-    return PartialBlock(int(known["jobs"]), [piece], metadata)
+    chunk = (arrays["row"], arrays["image"], arrays["prediction"])
+    return PartialBlock(int(known["jobs"]), [chunk], metadata)
 
 
 DAMAGED = (

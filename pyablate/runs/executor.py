@@ -35,7 +35,7 @@ from pyablate.engine.sweep import Sweep
 from pyablate.results.record import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
-from pyablate.runs.blocks import Block, PartialBlock, Piece
+from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
@@ -214,7 +214,7 @@ class BlockSweep:
 
     def _flips(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
-    ) -> list[Piece] | None:
+    ) -> list[FlipChunk] | None:
         """Return what a job changes on a batch; None where memory does not suffice."""
         try:
             predicted = self._predictions(job, batch, clean, record)
@@ -353,7 +353,7 @@ class BlockSweep:
 
 def _changed(
     job: Job, batch: Batch, clean: Clean, row: Tensor, image: Tensor, prediction: Tensor
-) -> Piece:
+) -> FlipChunk:
     """Keep the predictions that changed; all on the CPU."""
     changed = (prediction != clean.predicted[image]).nonzero().squeeze(1)
     return (

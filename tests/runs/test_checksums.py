@@ -147,7 +147,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
         known_metadata.pop("measures")
         if isinstance(found, blocks.PartialBlock):
             return repr(
-                (found.jobs, [[x.tolist() for x in y] for y in found.pieces], known_metadata)
+                (found.jobs, [[x.tolist() for x in y] for y in found.chunks], known_metadata)
             )
         arrays = [found.labels, found.baseline, *vars(found.flips).values()]
         return repr(([array.tolist() for array in arrays], known_metadata))
