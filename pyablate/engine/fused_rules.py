@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.engine import lazy_delta
 from pyablate.engine.channel_delta import ChannelDelta, keeps_shape
-from pyablate.engine.lazy_delta import Activated, Coded, FirstMap, Scaled, Sum
+from pyablate.engine.lazy_delta import Activated, FirstMap, QuantizedDelta, Scaled, Sum
 from pyablate.engine.rule_context import (
     Delta,
     Pairs,
@@ -22,7 +22,7 @@ from pyablate.engine.rule_context import (
     only_reader,
     readers_of,
 )
-from pyablate.engine.weighted_rules import new_codes
+from pyablate.engine.weighted_rules import new_quantized
 from pyablate.network.aten import FLOATS, NAMED, SUBTRACTIONS, named_activation, two
 from pyablate.network.graph import CONVOLUTIONS, operand, remembered, settings, tensor
 from pyablate.ops import Activation
@@ -91,7 +91,9 @@ def _onto(
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_full((1,), sign)
     if scale is not None:
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # codes of nothing but zeros
+        scale = torch.where(
+            scale == 0, torch.ones_like(scale), scale
+        )  # quantized values of nothing but zeros
         factor = sign / scale
     channel.add_to(values, pairs.image_long, pairs.column, factor)
     return Scaled(values, scale, fresh=len(readers_of(node)) == 1)
@@ -133,9 +135,9 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
     if named is None or delta is None or not pairs.plain(source):
         return difference(pairs, node)
 
-    def run() -> Tensor | Coded:
-        codes = new_codes(pairs, node, _layout(delta))
-        return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, codes)
+    def run() -> Tensor | QuantizedDelta:
+        quantized = new_quantized(pairs, node, _layout(delta))
+        return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, quantized)
 
     reader = only_reader(node)
     pooled = reader is not None and _pools(reader) and named.monotone
@@ -204,7 +206,7 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Delta:
     if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
-    codes = new_codes(pairs, node, _layout(delta))
+    quantized = new_quantized(pairs, node, _layout(delta))
     result = ops.delta_max_pool(
         pairs.base(origin),
         delta.values,
@@ -216,6 +218,6 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Delta:
         out_size=[int(size) for size in node.meta["val"].shape[2:]],
         activation=activation,
         scale=delta.scale,
-        codes=codes,
+        quantized=quantized,
     )
-    return lazy_delta.held(result, codes)
+    return lazy_delta.held(result, quantized)

@@ -1,6 +1,6 @@
 """Convolutions in 8-bit integers: oneDNN, by PyTorch's quantised operators.
 
-A pair's delta comes as codes with a factor of its own (:class:`pyablate.ops.quantized.Codes`); a
+A pair's delta comes as quantized values with a factor of its own (:class:`pyablate.ops.quantized.Quantized`); a
 filter has one factor per output channel. Sums are exact integers, so all of the error is in the two
 roundings.
 """
@@ -50,10 +50,10 @@ def prepare(weight: Tensor, geometry: Geometry, size: list[int]) -> Filters:
     return Filters(packed, scale, torch.zeros(len(weight), dtype=torch.int32), geometry)
 
 
-def convolve(codes: Tensor, filters: Filters, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Convolve codes ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
+def convolve(quantized: Tensor, filters: Filters, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Convolve quantized values ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
     result: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        codes,
+        quantized,
         1.0,
         ZERO,
         filters.packed,
@@ -78,12 +78,12 @@ def available() -> bool:
 
     Processors without VNNI add pairs of products in 16 bits, which the largest ones do not fit.
     """
-    codes = torch.full((1, 32, 4, 4), ZERO + MOST, dtype=torch.uint8)
-    codes = codes.contiguous(memory_format=torch.channels_last)
+    quantized = torch.full((1, 32, 4, 4), ZERO + MOST, dtype=torch.uint8)
+    quantized = quantized.contiguous(memory_format=torch.channels_last)
     weight = torch.full((16, 32, 1, 1), 1.0)
     try:
-        filters = prepare(weight, ([1, 1], [0, 0], [1, 1]), list(codes.shape))
-        result = convolve(codes, filters, torch.float32)
+        filters = prepare(weight, ([1, 1], [0, 0], [1, 1]), list(quantized.shape))
+        result = convolve(quantized, filters, torch.float32)
     except (RuntimeError, AttributeError, TypeError):
         return False
     return bool((result - 32.0 * MOST).abs().max() < 1e-2)

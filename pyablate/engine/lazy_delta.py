@@ -62,7 +62,7 @@ class FirstMap:
     Attributes
     ----------
     run : callable
-        :func:`pyablate.ops.unit_delta` but for activation, base and codes.
+        :func:`pyablate.ops.unit_delta` but for activation, base and quantized values.
     """
 
     run: Callable[..., Tensor]
@@ -91,7 +91,7 @@ class Activated:
     source: Scaled | Sum
     node: fx.Node
     activation: Activation
-    run: Callable[[], Tensor | Coded]
+    run: Callable[[], Tensor | QuantizedDelta]
 
     def spell(self) -> Tensor:
         """Do what is pending, and nothing more."""
@@ -100,31 +100,35 @@ class Activated:
 
 
 @dataclass(frozen=True, eq=False)
-class Coded:
-    """A delta that only 8-bit convolutions read, and that exists as codes alone.
+class QuantizedDelta:
+    """A delta that only 8-bit convolutions read, and that exists as quantized values alone.
 
     Attributes
     ----------
-    codes : Codes
+    quantized : Quantized
         The delta.
     dtype : torch.dtype
         What it would be.
     """
 
-    codes: ops.Codes
+    quantized: ops.Quantized
     dtype: torch.dtype
 
     def spell(self) -> Tensor:
         """Do what is pending, and nothing more."""
-        return self.codes.spell(self.dtype)
+        return self.quantized.spell(self.dtype)
 
 
-Pending = Scaled | Sum | FirstMap | Activated | Coded
+Pending = Scaled | Sum | FirstMap | Activated | QuantizedDelta
 
 
-def held(result: Tensor, codes: ops.Codes | None) -> Tensor | Coded:
-    """Return what an operation has given: its result, or codes that are all there is."""
-    return Coded(codes, result.dtype) if codes is not None and codes.alone else result
+def held(result: Tensor, quantized: ops.Quantized | None) -> Tensor | QuantizedDelta:
+    """Return what an operation has given: its result, or quantized values that are all there is."""
+    return (
+        QuantizedDelta(quantized, result.dtype)
+        if quantized is not None and quantized.alone
+        else result
+    )
 
 
 def activate(
@@ -132,11 +136,11 @@ def activate(
     base: Tensor,
     image: Tensor,
     activation: Activation,
-    codes: ops.Codes | None,
-) -> Tensor | Coded:
+    quantized: ops.Quantized | None,
+) -> Tensor | QuantizedDelta:
     """Do what is pending and the activation, in one pass."""
     if isinstance(source, FirstMap):
-        return held(source.run(activation=activation, base=base, codes=codes), codes)
+        return held(source.run(activation=activation, base=base, quantized=quantized), quantized)
     first, second = _parts(source)
     result = ops.delta_activation(
         base,
@@ -147,9 +151,9 @@ def activate(
         addend=None if second is None else second.values,
         addend_scale=None if second is None else second.scale,
         out=first.values if first.fresh else None,
-        codes=codes,
+        quantized=quantized,
     )
-    return held(result, codes)
+    return held(result, quantized)
 
 
 def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:

@@ -15,7 +15,7 @@ from pyablate.engine.rule_context import Delta, DenseDelta
 from pyablate.engine.suffix import usual
 from pyablate.engine.sweep import Sweep
 from pyablate.network.graph import BatchLayout, Value, tensor
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 
 def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
@@ -35,7 +35,7 @@ class _PairSlice:
         self.sweep = sweep
         self.dtype = carried(dtype)
         self.eight_bit = dtype == torch.int8
-        self.codes: dict[fx.Node, Codes] = {}
+        self.quantized: dict[fx.Node, Quantized] = {}
         self.steps: list[Tensor] = []
         self.lost: list[Tensor] = []
         self.graph = sweep.graph
@@ -54,7 +54,7 @@ class _PairSlice:
                 self._deltas[node] = rules.advance(self, node)
             for source in last:
                 self._deltas.pop(source, None)
-                self.codes.pop(source, None)
+                self.quantized.pop(source, None)
                 self._spelt.pop(source, None)
         change = self.delta(self.graph.logits)
         if change is None:

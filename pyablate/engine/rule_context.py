@@ -13,7 +13,7 @@ from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import Pending
 from pyablate.network.aten import DIVISIONS, SAME
 from pyablate.network.graph import Graph, Value, operands, remembered, tensor
-from pyablate.ops import Codes
+from pyablate.ops import Quantized
 
 KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
 """Shares of a change that have to be left of base + delta where relative errors count."""
@@ -39,8 +39,8 @@ class Pairs(Protocol):
     graph: Graph
     dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
     eight_bit: bool  # whether convolutions run in 8-bit integers
-    codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
-    steps: list[Tensor]  # of the codes that 8-bit convolutions have read
+    quantized: dict[fx.Node, Quantized]  # of deltas that an 8-bit convolution will read
+    steps: list[Tensor]  # of the quantized values that 8-bit convolutions have read
     lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.precision_cascade.Changed`
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same

@@ -93,8 +93,8 @@ def reads_base(graph: Graph, node: fx.Node) -> bool:
 
 def _same(pairs: Pairs, node: fx.Node) -> Delta:
     source = node.all_input_nodes[0]
-    if source in pairs.codes:
-        pairs.codes[node] = pairs.codes[source]
+    if source in pairs.quantized:
+        pairs.quantized[node] = pairs.quantized[source]
     return pairs.raw(source)
 
 

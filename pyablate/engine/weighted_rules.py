@@ -31,7 +31,7 @@ from pyablate.network.graph import (
     settings,
     tensor,
 )
-from pyablate.ops import Codes
+from pyablate.ops import Quantized
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ MOST_ACTIVE = 0.75
 
 
 def convolution(pairs: Pairs, node: fx.Node) -> Delta:
-    """Convolve: one channel, codes, or dense."""
+    """Convolve: one channel, quantized values, or dense."""
     source = operand(node)
     weight = pairs.graph.constant(node, 1)
     if weight is None or pairs.raw(source) is None:
@@ -63,15 +63,15 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
     plain = groups == 1 and node.target is aten.conv2d.default
     if isinstance(delta, ChannelDelta) and delta.axis == 1 and delta.inner == 1 and plain:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
-    if pairs.eight_bit and takes_codes(pairs.graph, node):
-        return _coded_convolution(pairs, node, weight, (stride, padding, dilation))
+    if pairs.eight_bit and takes_quantized(pairs.graph, node):
+        return _quantized_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = dense(pairs, source).to(lowered.dtype)
     return tensor(convolve(change, lowered, None, stride, padding, dilation, groups))
 
 
 @remembered
-def takes_codes(graph: Graph, node: fx.Node) -> bool:
+def takes_quantized(graph: Graph, node: fx.Node) -> bool:
     """Whether this convolution can run in 8 bits: constant filters, no groups, enough channels."""
     if node.target is not aten.conv2d.default:
         return False
@@ -82,31 +82,33 @@ def takes_codes(graph: Graph, node: fx.Node) -> bool:
     return weight.shape[1] >= LEAST_CHANNELS
 
 
-def _coded_convolution(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: _Geometry) -> Scaled:
+def _quantized_convolution(
+    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: _Geometry
+) -> Scaled:
     source = operand(node)
-    codes = pairs.codes.get(source)
-    if codes is None:
-        codes = pairs.codes[source] = ops.encode(dense(pairs, source))
-    values = codes.values.contiguous(memory_format=torch.channels_last)
+    quantized = pairs.quantized.get(source)
+    if quantized is None:
+        quantized = pairs.quantized[source] = ops.encode(dense(pairs, source))
+    values = quantized.values.contiguous(memory_format=torch.channels_last)
 
     def prepare() -> int8_conv.Filters:
         stride, padding, dilation = (two(value) for value in geometry)
         return int8_conv.prepare(weight, (stride, padding, dilation), list(values.shape))
 
-    pairs.steps.append(codes.scale)
+    pairs.steps.append(quantized.scale)
     result = int8_conv.convolve(values, pairs.graph.prepared((node, torch.int8), prepare))
-    return Scaled(result, codes.scale, fresh=len(readers_of(node)) == 1)
+    return Scaled(result, quantized.scale, fresh=len(readers_of(node)) == 1)
 
 
-def new_codes(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Codes | None:
-    """Memory for the codes of a node's delta, if an 8-bit convolution will read them."""
-    coded = [takes_codes(pairs.graph, reader) for reader in readers_of(node)]
+def new_quantized(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Quantized | None:
+    """Memory for the quantized values of a node's delta, if an 8-bit convolution will read them."""
+    coded = [takes_quantized(pairs.graph, reader) for reader in readers_of(node)]
     if not pairs.eight_bit or not any(coded):
         return None
     shape = pairs.graph.shape(node, len(pairs.image))
-    codes = Codes.empty(shape, layout, pairs.image.device, alone=all(coded))
-    pairs.codes[node] = codes
-    return codes
+    quantized = Quantized.empty(shape, layout, pairs.image.device, alone=all(coded))
+    pairs.quantized[node] = quantized
+    return quantized
 
 
 def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def _single_channel(
     *,
     activation: ops.Activation | None = None,
     base: Tensor | None = None,
-    codes: Codes | None = None,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """Convolve each pair's one changed map ``[H, W]`` of ``maps`` ``[N, U, H, W]``."""
     stride, padding, dilation = geometry
@@ -222,7 +224,7 @@ def _single_channel(
         dilation=dilation,
         activation=activation,
         base=base,
-        codes=codes,
+        quantized=quantized,
     )
 
 

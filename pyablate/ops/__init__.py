@@ -13,12 +13,12 @@ would stop the stream, such a row comes back as NaN (-1 where the result is an i
 from pyablate.ops._classify import classify, confusion_counts, head_flips
 from pyablate.ops.activations import Activation
 from pyablate.ops.elementwise import delta_activation, delta_max_pool, delta_mean, encode
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 from pyablate.ops.units import masked_copies, unit_delta
 
 __all__ = [
     "Activation",
-    "Codes",
+    "Quantized",
     "classify",
     "confusion_counts",
     "delta_activation",

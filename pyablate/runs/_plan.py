@@ -324,7 +324,7 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     for node in nodes:
         single = job.single and bool(node.all_input_nodes)
         delta = sweep.value(node.all_input_nodes[0]) if single else None
-        eight_bit = tier == torch.int8 and weighted_rules.takes_codes(graph, node)
+        eight_bit = tier == torch.int8 and weighted_rules.takes_quantized(graph, node)
         kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
         work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)
     byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize

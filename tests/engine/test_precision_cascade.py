@@ -373,14 +373,16 @@ def test_eight_bit_convolution_is_right_to_its_rounding():
     weight = torch.randn(24, 32, 3, 3)
     geometry = ([2, 1], [1, 1], [1, 2])
     filters = int8_conv.prepare(weight, geometry, list(delta.shape))
-    codes = pa.ops.encode(delta)
-    result = int8_conv.convolve(codes.values, filters).float() * codes.scale.reshape(-1, 1, 1, 1)
+    quantized = pa.ops.encode(delta)
+    result = int8_conv.convolve(quantized.values, filters).float() * quantized.scale.reshape(
+        -1, 1, 1, 1
+    )
     exact = nn.functional.conv2d(delta.double(), weight.double(), None, *geometry)
     error = (result - exact).abs().amax() / exact.std()
     assert 1e-4 < error < 0.05
     # as many pairs as there are: the filters were prepared for 40
-    few = int8_conv.convolve(codes.values[:3], filters)
-    assert torch.equal(few, int8_conv.convolve(codes.values, filters)[:3])
+    few = int8_conv.convolve(quantized.values[:3], filters)
+    assert torch.equal(few, int8_conv.convolve(quantized.values, filters)[:3])
 
 
 def test_peaks_are_plausible():

@@ -26,7 +26,7 @@ from torch.nn import functional
 from pyablate import ops
 from pyablate.ops import Activation
 from pyablate.ops.moments import MapMoments, class_moments, class_ranks, map_moments
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 NAN, INF = float("nan"), float("inf")
 VALUES = [NAN, INF, -INF, -100.0, -3.0, -1.0, 0.0, 0.5, 1.0, 6.0, 7.0, 100.0]
@@ -240,7 +240,7 @@ def test_the_first_convolution(twin, kernel, bad):
     assert_same(result, functional.hardtanh(rows + plain) - functional.hardtanh(rows), 1e-4)
 
 
-@pytest.mark.parametrize("twin", ALL[:-1])  # CUDA has no codes
+@pytest.mark.parametrize("twin", ALL[:-1])  # CUDA has no quantized values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
 def test_codes_of_a_spoiled_pair_are_all_alike(twin, dtype, bad):
@@ -249,16 +249,16 @@ def test_codes_of_a_spoiled_pair_are_all_alike(twin, dtype, bad):
     for size in (1, 17, 5000):
         delta, base = torch.randn(4, size, 2, 1).to(dtype), torch.randn(4, size, 2, 1)
         delta[1, size // 2], delta[2] = bad, 0.0
-        codes = Codes.empty(delta.shape, torch.contiguous_format, "cpu")
-        result = run(twin, ops.delta_activation, base, delta, image, relu, codes=codes)
+        quantized = Quantized.empty(delta.shape, torch.contiguous_format, "cpu")
+        result = run(twin, ops.delta_activation, base, delta, image, relu, quantized=quantized)
         assert result.isfinite().flatten(1).all(1).tolist() == [True, False, True, True]
-        assert codes.scale.isnan().tolist() == [False, True, False, False]
-        assert (codes.values[1:3] == 128).all()
-        assert (codes.values[[0, 3]] != 128).any()
-        window = {"kernel": (1, 1), "stride": 1, "out_size": (2, 1), "codes": codes}
+        assert quantized.scale.isnan().tolist() == [False, True, False, False]
+        assert (quantized.values[1:3] == 128).all()
+        assert (quantized.values[[0, 3]] != 128).any()
+        window = {"kernel": (1, 1), "stride": 1, "out_size": (2, 1), "quantized": quantized}
         run(twin, ops.delta_max_pool, base, delta, image, **window)
-        assert codes.scale.isnan().tolist() == [False, True, False, False]
-        assert (codes.values[1:3] == 128).all()
+        assert quantized.scale.isnan().tolist() == [False, True, False, False]
+        assert (quantized.values[1:3] == 128).all()
 
 
 @pytest.mark.parametrize("twin", ALL)

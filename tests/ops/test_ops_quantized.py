@@ -1,4 +1,4 @@
-"""Codes, scales and the mean: what 8-bit convolutions read, and what follows them."""
+"""Quantized values, scales and the mean: what 8-bit convolutions read, and what follows them."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from support.ops_cases import (
 
 from pyablate import ops
 from pyablate.ops import Activation
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 RELU = Activation("relu")
 POOL = {"kernel": 2, "stride": 2, "out_size": (3, 4)}
@@ -26,18 +26,18 @@ def maps(*shape, dtype=torch.float32, layout=torch.channels_last):
     return torch.randn(*shape).to(dtype).contiguous(memory_format=layout)
 
 
-def decoded(codes):
-    factor = codes.scale.reshape(-1, *[1] * (codes.values.ndim - 1))
-    return factor * (codes.values.float() - 128)
+def decoded(quantized):
+    factor = quantized.scale.reshape(-1, *[1] * (quantized.values.ndim - 1))
+    return factor * (quantized.values.float() - 128)
 
 
-def assert_codes(codes, result):
+def assert_codes(quantized, result):
     """Half a step from the result, and half a unit in the last place of what is stored of it."""
-    step = codes.scale.reshape(-1, *[1] * (result.ndim - 1))
+    step = quantized.scale.reshape(-1, *[1] * (result.ndim - 1))
     stored = result.float().abs() * torch.finfo(result.dtype).eps
-    assert ((decoded(codes) - result.float()).abs() <= 0.5001 * step + stored).all()
+    assert ((decoded(quantized) - result.float()).abs() <= 0.5001 * step + stored).all()
     most = result.float().abs().flatten(1).amax(1)
-    torch.testing.assert_close(codes.scale, most / 127, rtol=0.01, atol=1e-30)
+    torch.testing.assert_close(quantized.scale, most / 127, rtol=0.01, atol=1e-30)
 
 
 @pytest.mark.parametrize("twin", CPU_TWINS)
@@ -51,24 +51,24 @@ def test_codes_come_within_half_a_step(twin, layout, dtype, size):
     delta[3] *= 1e-6  # a small one keeps its digits
     image = random_index(6, 3)
     with using_twin(twin):
-        codes = Codes.empty(delta.shape, layout, "cpu")
+        quantized = Quantized.empty(delta.shape, layout, "cpu")
         plain = ops.delta_activation(base, delta, image, RELU)
-        result = ops.delta_activation(base, delta, image, RELU, codes=codes)
+        result = ops.delta_activation(base, delta, image, RELU, quantized=quantized)
         assert torch.equal(result, plain)
-        assert_codes(codes, result)
-        assert codes.scale[2] == 0
-        assert (codes.values[2] == 128).all()
+        assert_codes(quantized, result)
+        assert quantized.scale[2] == 0
+        assert (quantized.values[2] == 128).all()
 
         pooled = ops.delta_max_pool(base, delta, image, activation=RELU, **POOL)
-        codes = Codes.empty(pooled.shape, layout, "cpu")
-        again = ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL)
+        quantized = Quantized.empty(pooled.shape, layout, "cpu")
+        again = ops.delta_max_pool(base, delta, image, activation=RELU, quantized=quantized, **POOL)
         assert torch.equal(again, pooled)
-        assert_codes(codes, pooled)
+        assert_codes(quantized, pooled)
 
         before = delta.clone()
-        codes = ops.encode(delta)
+        quantized = ops.encode(delta)
         assert torch.equal(delta, before)
-        assert_codes(codes, delta)
+        assert_codes(quantized, delta)
 
 
 @pytest.mark.parametrize("twin", CPU_TWINS)
@@ -86,12 +86,19 @@ def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
         plain = ops.unit_delta(
             delta, weight, channel, image, column, activation=activation, base=base
         )
-        codes = Codes.empty(plain.shape, torch.channels_last, "cpu")
+        quantized = Quantized.empty(plain.shape, torch.channels_last, "cpu")
         result = ops.unit_delta(
-            delta, weight, channel, image, column, activation=activation, base=base, codes=codes
+            delta,
+            weight,
+            channel,
+            image,
+            column,
+            activation=activation,
+            base=base,
+            quantized=quantized,
         )
     assert torch.equal(result, plain)
-    assert_codes(codes, result)
+    assert_codes(quantized, result)
 
 
 @pytest.mark.parametrize("twin", [*CPU_TWINS, "reference"])
@@ -103,14 +110,16 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
     first = maps(4, 17, 6, 8)
     column = random_index(40, 21).sort().values
 
-    def activated(codes, **out):
-        return ops.delta_activation(base, delta, image, RELU, codes=codes, **out)
+    def activated(quantized, **out):
+        return ops.delta_activation(base, delta, image, RELU, quantized=quantized, **out)
 
-    def pooled(codes, **out):
-        return ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL, **out)
+    def pooled(quantized, **out):
+        return ops.delta_max_pool(
+            base, delta, image, activation=RELU, quantized=quantized, **POOL, **out
+        )
 
-    def convolved(codes, **out):
-        given = {"activation": RELU, "base": first, "padding": 1, "codes": codes, **out}
+    def convolved(quantized, **out):
+        given = {"activation": RELU, "base": first, "padding": 1, "quantized": quantized, **out}
         return ops.unit_delta(delta[:4], weight, channel, image, column, **given)
 
     def run(op, *arguments, **options):
@@ -121,9 +130,9 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
 
     for op in (activated, pooled, convolved):
         shape = run(op, None).shape
-        both = Codes.empty(shape, torch.channels_last, "cpu")
+        both = Quantized.empty(shape, torch.channels_last, "cpu")
         run(op, both)
-        alone = Codes.empty(shape, torch.channels_last, "cpu", alone=True)
+        alone = Quantized.empty(shape, torch.channels_last, "cpu", alone=True)
         out = torch.full(shape, 7.0, dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
         )
@@ -142,9 +151,9 @@ def test_what_is_not_finite_spoils_its_pair_and_no_other(twin, bad):
     delta = torch.ones(3, 50)
     delta[1, 37] = bad
     with using_twin(twin):
-        codes = ops.encode(delta)
-    assert codes.scale.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(decoded(codes)[[0, 2]], delta[[0, 2]])
+        quantized = ops.encode(delta)
+    assert quantized.scale.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(decoded(quantized)[[0, 2]], delta[[0, 2]])
 
 
 def test_the_reference_encodes_alike():
@@ -214,9 +223,9 @@ def test_bad_scales(options, message):
 
 def test_codes_of_another_shape_are_refused():
     delta, image = maps(4, 3, 5, 5), torch.zeros(4, dtype=torch.int32)
-    codes = Codes.empty((4, 3, 5, 6), torch.channels_last, "cpu")
-    with pytest.raises(ValueError, match="codes: expected shape"):
-        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)
-    codes = Codes.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
-    with pytest.raises(ValueError, match="codes: expected the layout of the result"):
-        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)
+    quantized = Quantized.empty((4, 3, 5, 6), torch.channels_last, "cpu")
+    with pytest.raises(ValueError, match="quantized: expected shape"):
+        ops.delta_activation(delta[:1], delta, image, RELU, quantized=quantized)
+    quantized = Quantized.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
+    with pytest.raises(ValueError, match="quantized: expected the layout of the result"):
+        ops.delta_activation(delta[:1], delta, image, RELU, quantized=quantized)

@@ -83,7 +83,7 @@ def using_twin(name: str) -> Iterator[torch.device]:
     if name == "cuda":
         if CUDA_ON_CPU is not None:
             with pytest.MonkeyPatch.context() as patch:  # ops sees tensors of the CPU
-                patch.setattr(dispatch, "cannot_encode", lambda _, codes: codes is not None)
+                patch.setattr(dispatch, "cannot_encode", lambda _, quantized: quantized is not None)
                 yield torch.device("cpu")
             return
         if not CORE.has_cuda:
