@@ -1,4 +1,4 @@
-"""Where an operation runs, and what every twin is told."""
+"""Where an operation runs, and what every backend is told."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REAL = (torch.float32, torch.float64)
 FLOATS = (*REAL, torch.bfloat16)
 
 
-def twin(tensor: Tensor) -> Any:
-    """Return the compiled module if it has a twin for the tensor's device, else None."""
+def backend(tensor: Tensor) -> Any:
+    """Return the compiled module if it has a backend for the tensor's device, else None."""
     core = _native.core
     if core is None or tensor.device.type == "cpu":
         return core
@@ -33,7 +33,7 @@ def context(tensor: Tensor) -> tuple[int, int]:
 
 
 def activation_arguments(activation: Activation | None) -> tuple[int, float, float]:
-    """Return number and settings of an activation as the twins know it; 0 is none."""
+    """Return number and settings of an activation as the backends know it; 0 is none."""
     if activation is None:
         return 0, 0.0, 0.0
     return activation.code, activation.a, activation.b
@@ -62,7 +62,7 @@ def ready_scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
 
 
 def cannot_encode(like: Tensor, quantized: Quantized | None) -> bool:
-    """Whether quantized values are wanted that the compiled twins do not write."""
+    """Whether quantized values are wanted that the compiled backends do not write."""
     return quantized is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
 
 

@@ -15,11 +15,11 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
+    backend,
     check_change,
     context,
     quantized_arguments,
     ready_scales,
-    twin,
     written,
 )
 from pyablate.ops.quantized import Quantized
@@ -82,7 +82,7 @@ def delta_activation(
     base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = twin(change)
+    core = backend(change)
     result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
     if core is None or dispatch.cannot_encode(change, quantized):
         reference.delta_activation(
@@ -199,7 +199,7 @@ def delta_mean(
     base = base_rows(base.detach(), dtype, layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = twin(change)
+    core = backend(change)
     if core is None:
         return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
     channels_last = layout == torch.channels_last
@@ -302,7 +302,7 @@ def delta_max_pool(
         if quantized is not None:
             quantized.fill(result)
         return result
-    core = twin(change)
+    core = backend(change)
     if core is None or dispatch.cannot_encode(change, quantized):
         reference.delta_max_pool(
             base,

@@ -1,6 +1,6 @@
 """The native operations in plain PyTorch.
 
-They are the oracle of the compiled twins and the path taken where the compiled module is missing or
+They are the oracle of the compiled backends and the path taken where the compiled module is missing or
 does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents each
 operation; shapes are repeated here only where a formula needs them.
 """
@@ -88,7 +88,7 @@ def head_flips(
     logits: Tensor, delta: Tensor, weight: Tensor, baseline: Tensor, tolerance: Tensor
 ) -> Tensor:
     """Decide every (image, unit) by scanning all classes; no shortcut is needed for the answer."""
-    del baseline  # only the shortcut of the compiled twins reads it
+    del baseline  # only the shortcut of the compiled backends reads it
     out = torch.empty(delta.shape, dtype=torch.int32, device=delta.device)
     columns = weight.t()
     for n in range(delta.shape[0]):

@@ -16,9 +16,9 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
+    backend,
     context,
     quantized_arguments,
-    twin,
     written,
 )
 from pyablate.ops.quantized import Quantized
@@ -67,7 +67,7 @@ def masked_copies(
         )
     value = value.to(x.dtype)
     x = dense(x.detach())
-    core = twin(x)
+    core = backend(x)
     if core is None:
         return reference.masked_copies(x, image, unit, value.detach(), axis=axis)
     out = empty_rows(x, pairs)
@@ -181,7 +181,7 @@ def unit_delta(
     delta = delta.detach()
     weight = weight.detach().to(dtype).contiguous()
     result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
-    core = twin(delta)
+    core = backend(delta)
     if core is None or dispatch.cannot_encode(delta, quantized):
         reference.unit_delta(
             delta,

@@ -331,7 +331,7 @@ class NoKernels:
 def test_native_operations_do_not_wait(monkeypatch):
     """The functions round the kernels, which the tests above take for one launch."""
     for module in (elementwise, _classify, units):
-        monkeypatch.setattr(module, "twin", lambda _: NoKernels())
+        monkeypatch.setattr(module, "backend", lambda _: NoKernels())
         monkeypatch.setattr(module, "context", lambda _: (1, 0))
     maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
     pair = there(torch.zeros(5, dtype=torch.int32))

@@ -1,7 +1,7 @@
-"""The CUDA twins on the CPU, under AddressSanitizer, and the shim that lets them run there.
+"""The CUDA backends on the CPU, under AddressSanitizer, and the shim that lets them run there.
 
 The tests of the native operations, those marked ``cuda``, run in a process of their own, whose
-extension has the CUDA twins behind CPU tensors. This finds wrong indexing, missing barriers and
+extension has the CUDA backends behind CPU tensors. This finds wrong indexing, missing barriers and
 access out of bounds. It does not replace a GPU: see docs/cuda.md.
 """
 

@@ -40,17 +40,17 @@ def assert_codes(quantized, result):
     torch.testing.assert_close(quantized.scale, most / 127, rtol=0.01, atol=1e-30)
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 33])
-def test_codes_come_within_half_a_step(twin, layout, dtype, size):
+def test_codes_come_within_half_a_step(backend, layout, dtype, size):
     torch.manual_seed(size)
     delta, base = maps(6, size, 7, 9, dtype=dtype, layout=layout), maps(3, size, 7, 9)
     delta[2] = 0  # no change at all
     delta[3] *= 1e-6  # a small one keeps its digits
     image = random_index(6, 3)
-    with using_twin(twin):
+    with using_twin(backend):
         quantized = Quantized.empty(delta.shape, layout, "cpu")
         plain = ops.delta_activation(base, delta, image, RELU)
         result = ops.delta_activation(base, delta, image, RELU, quantized=quantized)
@@ -71,18 +71,18 @@ def test_codes_come_within_half_a_step(twin, layout, dtype, size):
         assert_codes(quantized, delta)
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("activation", [None, RELU], ids=str)
 @pytest.mark.parametrize("kernel", [3, 7])  # 7: a single output position
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
+def test_codes_of_the_first_convolution(backend, activation, kernel, dtype):
     torch.manual_seed(0)
     delta, weight = maps(4, 5, 7, 7, dtype=dtype), torch.randn(5, kernel, kernel, 21)
     channel = torch.arange(5, dtype=torch.int32)
     image, column = random_index(40, 4), random_index(40, 5).sort().values
     size = 8 - kernel
     base = maps(4, 21, size, size) if activation is not None else None
-    with using_twin(twin):
+    with using_twin(backend):
         plain = ops.unit_delta(
             delta, weight, channel, image, column, activation=activation, base=base
         )
@@ -101,8 +101,8 @@ def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
     assert_codes(quantized, result)
 
 
-@pytest.mark.parametrize("twin", [*CPU_TWINS, "reference"])
-def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
+@pytest.mark.parametrize("backend", [*CPU_TWINS, "reference"])
+def test_codes_alone_are_the_same_and_nothing_else_is_written(backend):
     torch.manual_seed(0)
     delta, base = maps(40, 21, 6, 8, dtype=torch.bfloat16), maps(4, 21, 6, 8)
     image = random_index(40, 4)
@@ -123,9 +123,9 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
         return ops.unit_delta(delta[:4], weight, channel, image, column, **given)
 
     def run(op, *arguments, **options):
-        if twin == "reference":
+        if backend == "reference":
             return on_reference(op, *arguments, **options)
-        with using_twin(twin):
+        with using_twin(backend):
             return op(*arguments, **options)
 
     for op in (activated, pooled, convolved):
@@ -141,16 +141,16 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
         assert torch.equal(alone.scale, both.scale)
         assert result.shape == (0,)
         assert torch.equal(alone.spell(torch.float32), decoded(both))
-        if twin != "reference":
+        if backend != "reference":
             assert (out == 7.0).all()
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_pair_and_no_other(twin, bad):
+def test_what_is_not_finite_spoils_its_pair_and_no_other(backend, bad):
     delta = torch.ones(3, 50)
     delta[1, 37] = bad
-    with using_twin(twin):
+    with using_twin(backend):
         quantized = ops.encode(delta)
     assert quantized.scale.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(decoded(quantized)[[0, 2]], delta[[0, 2]])
@@ -166,11 +166,11 @@ def test_the_reference_encodes_alike():
     assert (compiled.values == plain.values).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [Activation("identity"), RELU, Activation("gelu")], ids=str)
-def test_scales_and_addends(twin, layout, dtypes, activation):
+def test_scales_and_addends(backend, layout, dtypes, activation):
     torch.manual_seed(0)
     delta, addend = (maps(9, 5, 6, 8, dtype=dtypes[0], layout=layout) for _ in range(2))
     base = maps(4, 5, 6, 8, dtype=dtypes[1], layout=layout)
@@ -180,10 +180,10 @@ def test_scales_and_addends(twin, layout, dtypes, activation):
     for op in (ops.delta_activation, ops.delta_mean):
         plain = on_reference(op, base, delta, image, activation, **options)
         truth = on_reference(op, base.double(), delta.double(), image, activation, **exact)
-        with using_twin(twin) as device:
+        with using_twin(backend) as device:
             result = on_device(op, device, base, delta, image, activation, **options)
         assert_near(result, plain, truth, "reduction")
-    with using_twin(twin) as device:
+    with using_twin(backend) as device:
         scaled = on_device(ops.delta_max_pool, device, base, delta, image, scale=scale, **POOL)
     plain = on_reference(ops.delta_max_pool, base, delta, image, scale=scale, **POOL)
     truth = on_reference(
@@ -192,15 +192,15 @@ def test_scales_and_addends(twin, layout, dtypes, activation):
     assert_near(scaled, plain, truth, "elementwise")
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 65])
-def test_mean_over_maps_of_any_size(twin, size):
+def test_mean_over_maps_of_any_size(backend, size):
     torch.manual_seed(size)
     image = random_index(5, 2)
     for shape in [(3, size, 1), (size, 2, 3)]:
         for layout in LAYOUTS:
             delta, base = maps(5, *shape, layout=layout), maps(2, *shape, layout=layout)
-            with using_twin(twin) as device:
+            with using_twin(backend) as device:
                 result = on_device(ops.delta_mean, device, base, delta, image, RELU)
             rows = base[image.long()].double()
             truth = ((rows + delta.double()).relu() - rows.relu()).mean((2, 3))
