@@ -18,7 +18,7 @@ class Care(IntEnum):
     """The cheapest arithmetic first, doubtful pairs again; see :mod:`precision_cascade`."""
 
     FULL = 1
-    """No pair settled in less than the network's own precision."""
+    """No pair decided in less than the network's own precision."""
 
     FLOAT64 = 2
     """Every pair on differences in float64; see :mod:`pyablate.engine.float64`."""

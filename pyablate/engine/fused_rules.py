@@ -91,9 +91,7 @@ def _onto(
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_full((1,), sign)
     if scale is not None:
-        scale = torch.where(
-            scale == 0, torch.ones_like(scale), scale
-        )  # quantized values of nothing but zeros
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of nothing but zeros
         factor = sign / scale
     channel.add_to(values, pairs.image_long, pairs.column, factor)
     return Scaled(values, scale, fresh=len(readers_of(node)) == 1)

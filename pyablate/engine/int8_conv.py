@@ -1,8 +1,8 @@
 """Convolutions in 8-bit integers: oneDNN, by PyTorch's quantised operators.
 
-A pair's delta comes as quantized values with a factor of its own (:class:`pyablate.ops.quantized.Quantized`); a
-filter has one factor per output channel. Sums are exact integers, so all of the error is in the two
-roundings.
+A pair's delta comes as quantized values with a factor of its own
+(:class:`pyablate.ops.quantized.Quantized`); a filter has one factor per output channel. Sums are
+exact integers, so all of the error is in the two roundings.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def prepare(weight: Tensor, geometry: Geometry, size: list[int]) -> Filters:
 
 
 def convolve(quantized: Tensor, filters: Filters, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Convolve quantized values ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
+    """Convolve values ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
     result: Tensor = torch.ops.onednn.qconv2d_pointwise(
         quantized,
         1.0,

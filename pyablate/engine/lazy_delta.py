@@ -124,11 +124,9 @@ Pending = Scaled | Sum | FirstMap | Activated | QuantizedDelta
 
 def held(result: Tensor, quantized: ops.Quantized | None) -> Tensor | QuantizedDelta:
     """Return what an operation has given: its result, or quantized values that are all there is."""
-    return (
-        QuantizedDelta(quantized, result.dtype)
-        if quantized is not None and quantized.alone
-        else result
-    )
+    if quantized is None or not quantized.alone:
+        return result
+    return QuantizedDelta(quantized, result.dtype)
 
 
 def activate(

@@ -118,8 +118,8 @@ class PrecisionCascade:
     Attributes
     ----------
     tiers : list of torch.dtype
-        Of the dense suffix, cheapest first; the last is the model's own, to which no doubt applies
-        but :data:`FULL`. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
+        Of the dense suffix, cheapest first; the last is the model's own, bounded by :data:`FULL`
+        at least. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
     error_bounds : dict
         Share of the change's spread within which a tier is not trusted, once it has been measured
         on :data:`SAMPLE` pairs; see :meth:`error_bound` for fewer.

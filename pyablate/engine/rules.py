@@ -61,7 +61,7 @@ def advance(pairs: Pairs, node: fx.Node) -> Delta:
     """Return the change of a node, from the changes of its inputs."""
     if has_unbounded_slope(node):
         note_cancellation(pairs, node)
-    # Taking one of several results computes nothing: there, a recomputed one may stand beside the others.
+    # Taking one of several results computes nothing: a recomputed one may stand beside the others.
     whole = node.target is not operator.getitem and _may_read_recomputed(node)
     if whole and any(_holds_recomputed(pairs.raw(source)) for source in node.all_input_nodes):
         return difference(pairs, node)

@@ -4,8 +4,8 @@
 ``[P, ...]``, the change that an ablation makes to a tensor of the clean run. Base tensors
 ``[N, ...]`` belong to the clean run and are read by image index, never copied per pair.
 
-Tensors on the CPU go to the C++ backend, tensors on a CUDA device to the CUDA backend, all others (and
-all tensors where the compiled module is missing) to ``pyablate.ops.reference``. No operation
+Tensors on the CPU go to the C++ backend, tensors on a CUDA device to the CUDA backend, all others
+(and all tensors where the compiled module is missing) to ``pyablate.ops.reference``. No operation
 records gradients. On the CPU an index out of range raises ``ValueError``; on CUDA, where looking
 would stop the stream, such a row comes back as NaN (-1 where the result is an integer).
 """

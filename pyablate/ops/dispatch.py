@@ -67,7 +67,7 @@ def cannot_encode(like: Tensor, quantized: Quantized | None) -> bool:
 
 
 def written(result: Tensor, quantized: Quantized | None) -> Tensor | None:
-    """Return where a result is to be written; None where its quantized values are all that is wanted."""
+    """Return where a result goes; None where its quantized values are all that is wanted."""
     return None if quantized is not None and quantized.alone else result
 
 

@@ -269,8 +269,8 @@ def delta_max_pool(
     -------
     Tensor
         [P, C, Ho, Wo], max_pool(act(base + delta * scale)) - max_pool(act(base)), dtype and layout
-        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the quantized values are all that is
-        wanted.
+        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the quantized values are
+        all that is wanted.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """The native operations in plain PyTorch.
 
-They are the oracle of the compiled backends and the path taken where the compiled module is missing or
-does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents each
-operation; shapes are repeated here only where a formula needs them.
+They are the oracle of the compiled backends and the path taken where the compiled module is missing
+or does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents
+each operation; shapes are repeated here only where a formula needs them.
 """
 
 from __future__ import annotations

@@ -339,16 +339,16 @@ class BlockSweep:
         total: Counter[torch.dtype] = Counter()
         for cascade in self.cascades.values():
             total.update(cascade.classified)
-        settled = {_name(tier): total[tier] for tier in TIERS if tier in total}
+        decided = {_name(tier): total[tier] for tier in TIERS if tier in total}
         logger.info(
             "the dense part decided %s pairs",
-            ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
+            ", ".join(f"{pairs} in {tier}" for tier, pairs in decided.items()) or "no",
         )
-        doubt = {
+        bounds = {
             job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
             for job, cascade in self.cascades.items()
         }
-        return Effort(self.layer_seconds, settled, doubt)
+        return Effort(self.layer_seconds, decided, bounds)
 
 
 def _changed(

@@ -48,7 +48,7 @@ def pack_cascade(cascade: PrecisionCascade) -> dict[str, Any]:
     return {
         "tiers": [str(tier).removeprefix("torch.") for tier in cascade.tiers],
         "doubts": {
-            str(tier).removeprefix("torch."): doubt for tier, doubt in cascade.error_bounds.items()
+            str(tier).removeprefix("torch."): bound for tier, bound in cascade.error_bounds.items()
         },
         "typical": cascade.typical,
         "gain": cascade.gain,
@@ -91,7 +91,7 @@ def restore_cascades(
             continue
         cascade.tiers = tiers
         cascade.error_bounds = {
-            _dtype(name): float(doubt) for name, doubt in known["doubts"].items()
+            _dtype(name): float(bound) for name, bound in known["doubts"].items()
         }
         cascade.typical = [float(step) for step in known["typical"]]
         cascade.gain = float(known["gain"])

@@ -218,7 +218,7 @@ def test_a_number_that_dwarfs_all_others_of_a_pair(times):
     found = pa.ablate(model, (images, labels), "first", precision="int8", audit=0, progress=False)
     exact = pa.ablate(model, (images, labels), "first", precision="fp64", audit=0, progress=False)
     assert np.array_equal(found.predictions()[1], exact.predictions()[1])
-    assert found.effort.settled["int8"] > 0.5 * 64 * 128
+    assert found.effort.pairs_by_precision["int8"] > 0.5 * 64 * 128
 
 
 class Opposite(nn.Module):
@@ -254,7 +254,7 @@ def test_logits_that_cancel_are_rounded_no_better_than_others():
     """A margin of 2 |z| is large beside the largest logit |z|, whatever its rounding."""
     torch.manual_seed(0)
     found = exact_predictions(Opposite().eval(), torch.randn(2000, 16), "first")
-    assert 0 < found.effort.settled["float64"] < 0.5 * 32 * 2000
+    assert 0 < found.effort.pairs_by_precision["float64"] < 0.5 * 32 * 2000
 
 
 def test_large_numbers_that_cancel_behind_an_ablation():
@@ -268,7 +268,7 @@ def test_large_numbers_that_cancel_behind_an_ablation():
         model[2].weight.add_(common)
         model[4].weight.sub_(model[4].weight.mean(dim=1, keepdim=True))
     found = exact_predictions(model, torch.randn(256, 16), "1", intervention="constant:100000")
-    assert found.effort.doubt["1"]["float32"] > 1e-3
+    assert found.effort.error_bounds["1"]["float32"] > 1e-3
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -335,9 +335,9 @@ def test_the_run_says_what_it_took():
     effort = result.effort
     assert list(effort.layer_seconds) == ["features.9"]
     assert 0 < effort.layer_seconds["features.9"] < result.seconds
-    assert effort.doubt["features.9"]["bfloat16"] >= 0.02
-    assert sum(effort.settled.values()) <= 64 * 64
-    assert effort.settled["bfloat16"] > 0.9 * 64 * 64
+    assert effort.error_bounds["features.9"]["bfloat16"] >= 0.02
+    assert sum(effort.pairs_by_precision.values()) <= 64 * 64
+    assert effort.pairs_by_precision["bfloat16"] > 0.9 * 64 * 64
 
 
 def test_eight_bits_where_they_are_exact(monkeypatch):

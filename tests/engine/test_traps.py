@@ -59,8 +59,10 @@ def test_a_convolution_read_twice_is_not_overwritten(twice, monkeypatch):
     model, data = spread(Shared(twice)), images()
     result = pa.ablate(model, data, "relu", precision="int8", progress=False)
     assert reference.compare(result, model, data, "relu").mismatches == 0
-    assert result.effort.doubt["relu"]["int8"] < 0.6  # garbage was off by more than the change
-    assert result.effort.settled["int8"] > 100
+    assert (
+        result.effort.error_bounds["relu"]["int8"] < 0.6
+    )  # garbage was off by more than the change
+    assert result.effort.pairs_by_precision["int8"] > 100
 
 
 class Flattened(nn.Module):

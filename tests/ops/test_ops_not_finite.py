@@ -1,7 +1,7 @@
 """NaN and infinity: each backend gives what PyTorch's own layers give; decisions are left open.
 
-Pooling has one exception: a window whose largest base is plus infinity is NaN in every backend, also
-behind a bounded function, where PyTorch's difference would be finite.
+Pooling has one exception: a window whose largest base is plus infinity is NaN in every backend,
+also behind a bounded function, where PyTorch's difference would be finite.
 """
 
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
-"""Compiles the CUDA backends as C++ for the CPU, under sanitizers, against the headers in cuda_shim/.
+"""Compiles the CUDA backend as C++ for the CPU, under sanitizers, with the headers in cuda_shim/.
 
-A backend's source is compiled as it is but for what is no C++: launches and shared memory become calls
+Its sources are compiled as they are but for what is no C++: launches and shared memory become calls
 of the shim. Line numbers stay, and reports name the ``.cu`` file.
 """
 
@@ -81,7 +81,7 @@ def build_module(folder: Path) -> Path:
     jobs = {path: SANITIZE for path in sorted(csrc.glob("cuda/*.cu"))}
     bindings = set(csrc.glob("bindings/*.cpp")) - {
         csrc / "bindings" / "torch_view.cpp"
-    }  # in backends
+    }  # in twins.cpp
     for path in (*sorted(bindings), SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
         jobs[path] = [*python, "-O0", "-g0"]
     jobs[SHIM / "threads.cpp"] = ["-O2"]
