@@ -146,10 +146,6 @@ def _only_first_changes(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     return None if any(reader.value(other) is not None for other in others) else delta
 
 
-def _same(reader: Reader, node: fx.Node) -> ChannelDelta | None:
-    return _only_first_changes(reader, node)
-
-
 def _getitem(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Batch norm returns a tuple whose first item is all that anyone reads."""
     norm = operand(node)
@@ -387,7 +383,7 @@ RESHAPES = frozenset(
     }
 )
 RULES: Mapping[fx.node.Target, Rule] = {
-    **dict.fromkeys(SAME, _same),
+    **dict.fromkeys(SAME, _only_first_changes),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(LINEAR_POOLS | MAX_POOLS, _spatial),
     **dict.fromkeys(CONVOLUTIONS, _depthwise),

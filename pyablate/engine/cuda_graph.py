@@ -1,4 +1,4 @@
-"""All slices of a block by the launches of one: the dense suffix as a CUDA graph.
+"""The dense suffix as a CUDA graph: one launch for each slice of pairs.
 
 Where maps are small or a network is deep, the host takes longer to launch the operations of a slice
 than the device to do them. All full slices of a block do the same on other pairs; so one of them is

@@ -1,7 +1,7 @@
 """The last tier: the delta engine in float64, on the few images that have pairs left open.
 
-Close calls come in crowds: where the intact network hesitates between two classes, so it does for
-nearly every unit. One float64 pass over such an image serves all of its pairs.
+Where the intact network hesitates between two classes, it does so for nearly every unit: one
+float64 pass over such an image serves all of its pairs.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
         return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, quantized)
 
     reader = only_reader(node)
-    pooled = reader is not None and _pools(reader) and named.monotone
+    pooled = reader is not None and reader.target is aten.max_pool2d.default and named.monotone
     averaged = reader is not None and _averages(pairs, reader)
     if (pooled or averaged) and not isinstance(delta, FirstMap):
         return Activated(delta, source, named, run)
@@ -152,10 +152,6 @@ def _layout(delta: Scaled | Sum | FirstMap) -> torch.memory_format:
     values = (delta.first if isinstance(delta, Sum) else delta).values
     last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last and not values.is_contiguous() else torch.contiguous_format
-
-
-def _pools(node: fx.Node) -> bool:
-    return node.target is aten.max_pool2d.default
 
 
 @remembered

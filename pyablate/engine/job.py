@@ -28,7 +28,7 @@ class Job:
     members : tuple of tuples of (site name, unit)
         What each of them ablates; a unit is a direction's number under ``direction``.
     intervention : Intervention
-        What stands in.
+        What replaces the units.
     grouped : bool
         Whether these are groups that the caller named, of one unit or more.
     """

@@ -1,8 +1,8 @@
-"""Deltas that are not spelt out yet, so that one pass over memory does all that follows.
+"""Lazy deltas: scale, residual sum and activation awaiting one fused operation.
 
 Between two convolutions a change is scaled, added to that of a shortcut, activated, pooled and
-encoded. Each of these values says what is still to be done; the operator that cannot wait, or the
-native operation that does several steps at once, does it.
+quantized. Each of these values says what is still to be done; the next operator that needs a plain
+tensor, or the native operation that does several steps in one pass, does it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Scaled:
     fresh: bool = False
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         if self.scale is None:
             return self.values
         factor = self.scale.reshape(-1, *[1] * (self.values.ndim - 1)).to(self.values.dtype)
@@ -51,7 +51,7 @@ class Sum:
     second: Scaled
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         return self.first.spell() + self.second.spell()
 
 
@@ -68,7 +68,7 @@ class FirstMap:
     run: Callable[..., Tensor]
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         return self.run()
 
 
@@ -94,7 +94,7 @@ class Activated:
     run: Callable[[], Tensor | QuantizedDelta]
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         result = self.run()
         return result if isinstance(result, Tensor) else result.spell()
 
@@ -115,7 +115,7 @@ class QuantizedDelta:
     dtype: torch.dtype
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         return self.quantized.spell(self.dtype)
 
 

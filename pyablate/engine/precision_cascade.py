@@ -1,4 +1,4 @@
-"""Exact answers at low-precision cost: the cheapest arithmetic first, doubtful pairs again.
+"""The precision cascade: the cheapest arithmetic first, pairs within its error bound again.
 
 A delta's rounding error is relative to the *change*, not to the activation, so a low-precision
 suffix decides nearly every prediction. How far its logits can be off is measured on pairs of the
@@ -47,7 +47,7 @@ FEW = 8
 """Pairs of each batch on which full precision itself is measured."""
 
 SAFETY_OF_FEW = 8.0
-"""How many times the largest error seen on those is doubted."""
+"""Full precision's bound is so many times the largest error seen on those."""
 
 SAMPLE = 256
 """Pairs on which a job's low-precision error is measured, at most."""
@@ -68,11 +68,11 @@ WATCHED = 4
 """One measured pair of so many lies on the images watched: see ``outlying`` in rounding.py."""
 
 SAFETY = 4.0
-"""How many times the largest error seen on :data:`SAMPLE` pairs is still doubted."""
+"""A tier's bound is so many times the largest error seen on :data:`SAMPLE` pairs."""
 
 FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
-"""Least share of the spread that is doubted, however small the errors seen. In 8 bits it stays at
-that: what goes beyond is put down to the steps."""
+"""Least bounds, as shares of the spread, however small the errors seen. In 8 bits it stays at that:
+what goes beyond is attributed to the steps."""
 
 USELESS = 0.5
 """Share of open pairs above which a tier is left out: most work would be done twice."""

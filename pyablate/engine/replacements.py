@@ -46,7 +46,7 @@ class Replacements:
     Attributes
     ----------
     intervention : Intervention
-        What stands in.
+        What replaces the units.
     batch : Batch
         The images.
     statistics : mapping

@@ -121,7 +121,7 @@ class Sweep:
         return held.with_values(value - held.of(base))
 
     def _constant(self, marker: fx.Node) -> ConstantDelta:
-        """Take the numbers that stand in for the units."""
+        """Take the numbers that replace the units."""
         site, base = self.suffix.job.sites[0], self.base(marker)
         images = base.shape[0] if self.suffix.job.intervention.kind == "class_mean" else 1
         image = torch.arange(images, device=base.device).unsqueeze(1)

@@ -102,11 +102,11 @@ def _quantized_convolution(
 
 def new_quantized(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Quantized | None:
     """Memory for the quantized values of a node's delta, if an 8-bit convolution will read them."""
-    coded = [takes_quantized(pairs.graph, reader) for reader in readers_of(node)]
-    if not pairs.eight_bit or not any(coded):
+    reads = [takes_quantized(pairs.graph, reader) for reader in readers_of(node)]
+    if not pairs.eight_bit or not any(reads):
         return None
     shape = pairs.graph.shape(node, len(pairs.image))
-    quantized = Quantized.empty(shape, layout, pairs.image.device, alone=all(coded))
+    quantized = Quantized.empty(shape, layout, pairs.image.device, alone=all(reads))
     pairs.quantized[node] = quantized
     return quantized
 
@@ -131,7 +131,6 @@ def _first_convolution(
 ) -> Tensor | FirstMap:
     """Convolve one input channel per pair: 1/C of the work."""
     filters = _by_input(pairs.graph, node, weight.permute(1, 2, 3, 0))
-
     run = functools.partial(_single_channel, pairs, delta, delta.values, filters, geometry)
     reader = only_reader(node)
     if reader is not None and reader.target in SUMS:

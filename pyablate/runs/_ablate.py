@@ -71,7 +71,7 @@ def ablate(
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
     intervention : str or Intervention
-        What stands in for a unit; see :func:`pyablate.interventions.parse`.
+        The replacement of a unit; see :func:`pyablate.interventions.parse`.
     groups : sequence of sequences of str, optional
         Units ``"layer:unit"`` to ablate together, one row of the result per group, after the
         rows of ``layers``.

@@ -1,4 +1,4 @@
-"""What a run takes along besides its blocks: statistics of the units, calibration of the tiers."""
+"""Statistics of the units and calibration of the tiers, as a run stores them."""
 
 from __future__ import annotations
 
