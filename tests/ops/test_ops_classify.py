@@ -13,7 +13,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -68,7 +68,7 @@ def test_head_flips_equals_reference(backend, dtype, classes):
     baseline, tolerance = logits.argmax(1).int(), torch.rand(9).to(dtype) / 4
     baseline[3] = (baseline[3] + 1) % classes  # not the winner: nothing may be taken for settled
     expected = on_reference(ops.head_flips, logits, delta, weight, baseline, tolerance)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.head_flips, device, logits, delta, weight, baseline, tolerance)
     assert torch.equal(result, expected)
     assert classes < 3 or len(expected.unique()) > 2
@@ -85,7 +85,7 @@ def test_head_flips_is_right_at_the_very_tolerance(backend):
     tolerance = (top[..., 0] - top[..., 1])[:, 0] * (1 + torch.randint(-3, 4, (500,)) * 1e-7)
     baseline = logits.argmax(1).int()
     expected = on_reference(ops.head_flips, logits, delta, weight, baseline, tolerance)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.head_flips, device, logits, delta, weight, baseline, tolerance)
     assert torch.equal(result, expected)
     assert {True, False} == set((expected[:, 0] == -1).tolist())
@@ -98,7 +98,7 @@ def test_classify_equals_reference(backend, dtype, classes):
     torch.manual_seed(classes)
     logits, delta = torch.randn(7, classes).to(dtype), torch.randn(311, classes).to(dtype)
     image, tolerance = random_index(311, 7), torch.rand(7).to(dtype) / 3
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         for relative in (0.0, 0.03):
             expected = on_reference(
                 ops.classify, logits, delta, image, tolerance, relative=relative
@@ -115,7 +115,7 @@ def test_ties_take_the_lowest_class_and_nan_decides_nothing(backend):
     logits[1, [5, 39]] = 1.0
     logits[2, 17] = torch.nan
     delta, image = torch.zeros(3, 40), index([0, 1, 2])
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         loose = on_device(ops.classify, device, logits, delta, image, torch.full((3,), -1.0))
         strict = on_device(ops.classify, device, logits, delta, image, torch.zeros(3))
         flips = on_device(
@@ -141,7 +141,7 @@ def test_decisions_of_any_layout(backend, layout):
     weight, pooled = arrange(torch.randn(9, 6)), arrange(torch.randn(5, 6))
     baseline, image = logits.argmax(1).int(), random_index(8, 5)
     tolerance = torch.full((10,), 0.1)[::2]
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         for op, arguments in [
             (ops.classify, (logits, delta, image, tolerance)),
             (ops.head_flips, (logits, pooled, weight, baseline, tolerance)),
@@ -176,7 +176,7 @@ def test_confusion_counts(backend, units, images, classes):
     assert torch.equal(on_reference(ops.confusion_counts, prediction, label, classes), expected)
     strided = torch.full((images, units), -7, dtype=torch.int32)
     strided[:] = prediction.t()
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         for rows in (prediction, strided.t()):
             result = on_device(ops.confusion_counts, device, rows, label, classes)
             assert torch.equal(result, expected)

@@ -15,7 +15,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 from torch.nn import functional
 
@@ -40,7 +40,7 @@ def test_activation_matches_float64(backend, activation, dtypes):
     base = (3 * torch.randn(4, 3, 5, 7)).to(dtypes[1])
     image = random_index(9, 4)
     plain = on_reference(ops.delta_activation, base, delta, image, activation)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, image, activation)
     truth = activation_truth(base, delta, image, activation)
     assert_near(result, plain, truth, "elementwise")
@@ -51,7 +51,7 @@ def test_activation_matches_float64(backend, activation, dtypes):
 def test_activation_of_any_size_writes_all_and_only_its_output(backend, size):
     torch.manual_seed(size)
     delta, base, image = torch.randn(3, size), torch.randn(2, size), index([1, 0, 1])
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         memory = torch.full((5, size), 77.0, device=device)
         out = memory[1:4]
         returned = ops.delta_activation(
@@ -76,7 +76,7 @@ def test_activation_of_any_layout(backend, layout, base_layout, shape):
     base = LAYOUTS[base_layout](torch.randn(3, *shape[1:]))
     image = random_index(6, 3)
     truth = activation_truth(base, delta, image, Activation("silu"), addend)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(
             ops.delta_activation, device, base, delta, image, Activation("silu"), addend=addend
         )
@@ -104,7 +104,7 @@ def test_activation_of_any_layout(backend, layout, base_layout, shape):
 def test_small_changes_of_large_activations_keep_their_precision(backend, activation):
     delta = torch.full((1, 40), 1.0e-4)
     base = torch.full((1, 40), 700.0)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, index([0]), activation)
     assert torch.equal(result, delta)  # forming 700.0001 in float32 would be 22 % off
 
@@ -114,7 +114,7 @@ def test_small_changes_of_large_activations_keep_their_precision(backend, activa
 def test_no_change_stays_exactly_none(backend, activation):
     torch.manual_seed(8)
     base, delta = 3 * torch.randn(5, 199), torch.zeros(5, 199)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         for rows in (base, base.double(), base.bfloat16()):
             change = delta.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
             result = on_device(
@@ -131,7 +131,7 @@ def test_extreme_values_saturate_and_nan_stays(backend, activation):
     )
     base = values.repeat(2, 2)
     delta = torch.stack([values.repeat_interleave(2), values.flip(0).repeat_interleave(2)])
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, index([0, 1]), activation)
         bad = on_device(
             ops.delta_activation, device, base, delta * torch.nan, index([0, 1]), activation
@@ -209,7 +209,7 @@ def test_pool_matches_float64(backend, channels_last, window, dtypes):
         plain = on_reference(
             pool, torch.device("cpu"), base, delta, image, window, out_size, activation
         )
-        with using_twin(backend) as device:
+        with using_backend(backend) as device:
             result = pool(device, base, delta, image, window, out_size, activation)
         assert result.is_contiguous(memory_format=layout)
         assert_near(result, plain, truth, "elementwise")
@@ -222,7 +222,7 @@ def test_pool_window_outside_the_map_changes_nothing(backend, channels_last):
     base = torch.randn(1, 2, 1, 1).contiguous(memory_format=layout)
     delta = torch.ones(1, 2, 1, 1).contiguous(memory_format=layout)
     window = {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 2}
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = pool(device, base, delta, index([0]), window, (1, 1))
     assert torch.equal(result, torch.zeros(1, 2, 1, 1))
 

@@ -11,7 +11,7 @@ from support.ops_cases import (
     on_device,
     on_reference,
     random_index,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -43,7 +43,7 @@ def test_matches_plain_indexing(backend, layout, axis):
         assert torch.equal(
             on_reference(ops.masked_copies, x, image, unit, value, axis=axis), expected
         )
-        with using_twin(backend) as device:
+        with using_backend(backend) as device:
             result = on_device(ops.masked_copies, device, x, image, unit, value, axis=axis)
             assert torch.equal(result, expected)
             last = on_device(ops.masked_copies, device, x, image, unit, value, axis=axis - 4)
@@ -59,7 +59,7 @@ def test_any_dtype_and_dimensions(backend, dtype, shape):
     x = torch.arange(3 * 33 * 40)[: torch.Size(shape).numel()].view(shape).to(dtype)
     image, unit = random_index(7, 3), random_index(7, shape[1], low=-1)
     value = torch.arange(7).to(dtype)
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.masked_copies, device, x, image, unit, value)
     assert torch.equal(result, copies_one_by_one(x, image, unit, value, 1))
 

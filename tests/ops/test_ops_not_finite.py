@@ -18,7 +18,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
     without_native,
 )
 from torch.nn import functional
@@ -57,7 +57,7 @@ LAYERS = {
 @contextmanager
 def using(backend):
     if backend != "reference":
-        with using_twin(backend) as device:
+        with using_backend(backend) as device:
             yield device
         return
     with without_native():

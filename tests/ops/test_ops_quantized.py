@@ -9,7 +9,7 @@ from support.ops_cases import (
     on_device,
     on_reference,
     random_index,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -50,7 +50,7 @@ def test_codes_come_within_half_a_step(backend, layout, dtype, size):
     delta[2] = 0  # no change at all
     delta[3] *= 1e-6  # a small one keeps its digits
     image = random_index(6, 3)
-    with using_twin(backend):
+    with using_backend(backend):
         quantized = Quantized.empty(delta.shape, layout, "cpu")
         plain = ops.delta_activation(base, delta, image, RELU)
         result = ops.delta_activation(base, delta, image, RELU, quantized=quantized)
@@ -82,7 +82,7 @@ def test_codes_of_the_first_convolution(backend, activation, kernel, dtype):
     image, column = random_index(40, 4), random_index(40, 5).sort().values
     size = 8 - kernel
     base = maps(4, 21, size, size) if activation is not None else None
-    with using_twin(backend):
+    with using_backend(backend):
         plain = ops.unit_delta(
             delta, weight, channel, image, column, activation=activation, base=base
         )
@@ -125,7 +125,7 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(backend):
     def run(op, *arguments, **options):
         if backend == "reference":
             return on_reference(op, *arguments, **options)
-        with using_twin(backend):
+        with using_backend(backend):
             return op(*arguments, **options)
 
     for op in (activated, pooled, convolved):
@@ -150,7 +150,7 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(backend):
 def test_what_is_not_finite_spoils_its_pair_and_no_other(backend, bad):
     delta = torch.ones(3, 50)
     delta[1, 37] = bad
-    with using_twin(backend):
+    with using_backend(backend):
         quantized = ops.encode(delta)
     assert quantized.scale.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(decoded(quantized)[[0, 2]], delta[[0, 2]])
@@ -180,10 +180,10 @@ def test_scales_and_addends(backend, layout, dtypes, activation):
     for op in (ops.delta_activation, ops.delta_mean):
         plain = on_reference(op, base, delta, image, activation, **options)
         truth = on_reference(op, base.double(), delta.double(), image, activation, **exact)
-        with using_twin(backend) as device:
+        with using_backend(backend) as device:
             result = on_device(op, device, base, delta, image, activation, **options)
         assert_near(result, plain, truth, "reduction")
-    with using_twin(backend) as device:
+    with using_backend(backend) as device:
         scaled = on_device(ops.delta_max_pool, device, base, delta, image, scale=scale, **POOL)
     plain = on_reference(ops.delta_max_pool, base, delta, image, scale=scale, **POOL)
     truth = on_reference(
@@ -200,7 +200,7 @@ def test_mean_over_maps_of_any_size(backend, size):
     for shape in [(3, size, 1), (size, 2, 3)]:
         for layout in LAYOUTS:
             delta, base = maps(5, *shape, layout=layout), maps(2, *shape, layout=layout)
-            with using_twin(backend) as device:
+            with using_backend(backend) as device:
                 result = on_device(ops.delta_mean, device, base, delta, image, RELU)
             rows = base[image.long()].double()
             truth = ((rows + delta.double()).relu() - rows.relu()).mean((2, 3))

@@ -73,7 +73,7 @@ TWINS = [
 
 
 @contextmanager
-def using_twin(name: str) -> Iterator[torch.device]:
+def using_backend(name: str) -> Iterator[torch.device]:
     """Use the kernels of one instruction set or of CUDA; skip, with the reason, if they are not.
 
     In a process whose CUDA backends run on the CPU, only the backend "cuda" can be asked for.
