@@ -102,7 +102,7 @@ const bool less = a < b;
     assert cuda_on_cpu.to_cpp(source, "x.cu") == expected
 
 
-def test_twins_equal_the_reference(tmp_path):
+def test_backends_equal_the_reference(tmp_path):
     pytest.importorskip("pybind11")
     module = cuda_on_cpu.build_module(tmp_path)
     environment = {

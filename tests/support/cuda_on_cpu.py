@@ -79,9 +79,8 @@ def build_module(folder: Path) -> Path:
     csrc = ROOT / "csrc"
     # Only the kernels are instrumented: the bindings compile faster without, the threads run so.
     jobs = {path: SANITIZE for path in sorted(csrc.glob("cuda/*.cu"))}
-    bindings = set(csrc.glob("bindings/*.cpp")) - {
-        csrc / "bindings" / "torch_view.cpp"
-    }  # in twins.cpp
+    shimmed = {csrc / "bindings" / "torch_view.cpp"}  # in twins.cpp
+    bindings = set(csrc.glob("bindings/*.cpp")) - shimmed
     for path in (*sorted(bindings), SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
         jobs[path] = [*python, "-O0", "-g0"]
     jobs[SHIM / "threads.cpp"] = ["-O2"]
