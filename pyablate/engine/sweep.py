@@ -50,19 +50,14 @@ class Sweep:
     def head(self) -> ChannelDelta | None:
         """Input of the final linear layer, if that is all that is left and units are alone."""
         head = self.graph.logits
-        if (
-            not self.suffix.job.single
-            or self.deferred != [head]
-            or head.target is not aten.linear.default
-        ):
-            return None
-        if self.graph.constant(head, 1) is None:
+        linear = head.target is aten.linear.default and self.graph.constant(head, 1) is not None
+        if not (self.suffix.job.single and self.deferred == [head] and linear):
             return None
         source, *others = operands(head)
         if any(self.changes(other) for other in others):
             return None
         delta = self.value(source)
-        fits = isinstance(delta, ChannelDelta) and delta.values.ndim == 2 and delta.axis == 1
+        fits = delta is not None and delta.values.ndim == 2 and delta.axis == 1
         return delta if fits else None
 
     def advance(self) -> None:

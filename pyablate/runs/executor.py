@@ -266,7 +266,8 @@ class BlockSweep:
             if cascade.care == Care.FULL:
                 cascade.tiers = [cascade.full]
             with torch.no_grad():
-                yield self._by_deltas(job, batch, clean, record)
+                found = self._by_deltas(job, batch, clean, record)
+            yield found
 
     def _irregular(self, job: Job, clean: Clean) -> bool:
         """Whether the clean run holds what has no difference; then this job is done without."""
