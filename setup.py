@@ -3,7 +3,7 @@
 Environment variables:
 
 ``PYABLATE_CUDA``
-    ``AUTO`` (default: compile the CUDA twins if nvcc works), ``ON`` or ``OFF``.
+    ``AUTO`` (default: compile the CUDA backends if nvcc works), ``ON`` or ``OFF``.
 ``PYABLATE_EXTENSION``
     ``OFF`` leaves the native module out; everything then runs on the PyTorch reference.
 ``PYABLATE_SANITIZE``

@@ -87,7 +87,7 @@ def dense_part(
     if operation is None or settings.device != "cpu" or layer.startswith("classifier"):
         return {}
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        settled = job.run(count)[0].effort.settled
+        settled = job.run(count)[0].effort.pairs_by_precision
     if settled.get(plan.tiers[0], 0) < sum(settled.values()) / 2:
         return {}  # found too coarse for this layer
     spent = sum(e.self_cpu_time_total for e in seen.key_averages() if e.key == operation) / 1e6

@@ -235,7 +235,10 @@ def compared_shipped(task: Shipped) -> Checked:
     agreement = compare(result, model, data, layers, **options)
     strategies = tuple(result.strategy.values())
     return Checked(
-        agreement, result.effort.settled, strategies, result.audit.mismatches + result.audit.mended
+        agreement,
+        result.effort.pairs_by_precision,
+        strategies,
+        result.audit.mismatches + result.audit.mended,
     )
 
 

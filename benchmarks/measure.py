@@ -194,8 +194,8 @@ def compare(
         "call_seconds": call,
         "pairs_per_second": count * units / typical,
         "audit": asdict(result.audit),
-        "settled": result.effort.settled,
-        "doubt": result.effort.doubt,
+        "settled": result.effort.pairs_by_precision,
+        "doubt": result.effort.error_bounds,
         **extra(count, typical),
         "rivals": {
             rival.name: {

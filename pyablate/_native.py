@@ -45,7 +45,7 @@ def build_info() -> dict[str, Any]:
     -------
     dict
         ``version`` (of the package), ``native`` (bool: is the compiled module loaded), ``why_not``
-        (str or None), ``compiler`` (str or None), ``cuda`` (bool: were the CUDA twins compiled),
+        (str or None), ``compiler`` (str or None), ``cuda`` (bool: were the CUDA backends compiled),
         ``cuda_architectures`` (str or None), ``cuda_toolkit`` (str or None), ``cpu_isa`` (the
         instruction set in use: ``"baseline"``, ``"avx2"`` or ``"avx512"``; None without the module)
         and ``sanitizers`` (str or None).

@@ -1,5 +1,5 @@
 // What the bindings of the operations share, and what adds them to the module. Each function of
-// Python: validate, leave the GIL, hand over to the twin of the tensors' device. Outputs and
+// Python: validate, leave the GIL, hand over to the backend of the tensors' device. Outputs and
 // scratch come from Python.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What all CUDA twins share: errors, the device guard, element types.
+// What all CUDA backends share: errors, the device guard, element types.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// The CUDA twins of a build without CUDA: they say what is missing and how to get it.
+// The CUDA backends of a build without CUDA: they say what is missing and how to get it.
 #include <stdexcept>
 #include <string>
 

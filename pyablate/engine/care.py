@@ -15,10 +15,10 @@ class Care(IntEnum):
     """Ways to compute the same predictions, each more careful than the one before it."""
 
     USUAL = 0
-    """The cheapest arithmetic first, doubtful pairs again; see :mod:`precision_cascade`."""
+    """The whole precision cascade; see :mod:`pyablate.engine.precision_cascade`."""
 
     FULL = 1
-    """No pair settled in less than the network's own precision."""
+    """No pair decided in less than the network's own precision."""
 
     FLOAT64 = 2
     """Every pair on differences in float64; see :mod:`pyablate.engine.float64`."""

@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +31,9 @@ from pyablate.network.graph import (
     PADS,
     Graph,
     function,
+    integers,
     norm_scale,
+    operand,
     pads_with_zeros,
     settings,
 )
@@ -40,7 +42,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Channel:
+class ChannelDelta:
     """One changed channel per (image, column).
 
     Attributes
@@ -107,7 +109,7 @@ class Channel:
         full = full.movedim(self.axis, 1)
         return full if self.whole else full.index_select(1, self.channel)
 
-    def with_values(self, values: Tensor) -> Channel:
+    def with_values(self, values: Tensor) -> ChannelDelta:
         """Return other values on the same channels."""
         return replace(self, values=values)
 
@@ -119,56 +121,44 @@ class Reader(Protocol):
     def graph(self) -> Graph:
         """Return the network."""
 
-    def value(self, node: fx.Node) -> Any:
-        """Return the delta of a node: a Channel, or None if it does not change."""
+    def value(self, node: fx.Node) -> ChannelDelta | None:
+        """Return the delta of a node, or None if it does not change."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run."""
 
 
-Rule = Callable[[Reader, fx.Node], Channel | None]
+Rule = Callable[[Reader, fx.Node], ChannelDelta | None]
 
 
-def advance(reader: Reader, node: fx.Node) -> Channel | None:
+def advance(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Carry deltas through a node, or return None where they must be spelt out."""
     rule = RULES.get(node.target)
     return None if rule is None else rule(reader, node)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
-def _only_first_changes(reader: Reader, node: fx.Node) -> Channel | None:
+def _only_first_changes(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Delta of the first argument, if it is the only one that changes."""
     if not isinstance(node.args[0], fx.Node):
         return None
     delta = reader.value(node.args[0])
     others = [source for source in node.all_input_nodes if source is not node.args[0]]
-    if not isinstance(delta, Channel) or any(reader.value(o) is not None for o in others):
-        return None
-    return delta
+    return None if any(reader.value(other) is not None for other in others) else delta
 
 
-def _same(reader: Reader, node: fx.Node) -> Channel | None:
-    return _only_first_changes(reader, node)
-
-
-def _getitem(reader: Reader, node: fx.Node) -> Channel | None:
+def _getitem(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Batch norm returns a tuple whose first item is all that anyone reads."""
-    norm = _source(node)
+    norm = operand(node)
     delta = reader.value(norm)
     return delta if norm.target is BATCH_NORM and node.args[1] == 0 else None
 
 
-def _elementwise(reader: Reader, node: fx.Node) -> Channel | None:
+def _elementwise(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """f(base + d) - f(base) for a function of one tensor and numbers."""
     delta = _only_first_changes(reader, node)
     if delta is None or len(node.all_input_nodes) > 1 or has_unbounded_slope(node):
         return None
-    base = delta.of(reader.base(_source(node)))
+    base = delta.of(reader.base(operand(node)))
     call, rest, named = function(node), node.args[1:], dict(node.kwargs)
     return delta.with_values(call(base + delta.values, *rest, **named) - call(base, *rest, **named))
 
@@ -179,7 +169,7 @@ def has_unbounded_slope(node: fx.Node) -> bool:
     return node.target in UNBOUNDED and not (isinstance(exponent, (int, float)) and exponent >= 1)
 
 
-def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
+def _spatial(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Pool ``[N, C, *space]``: channels are independent, if the axes are just these."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
@@ -189,15 +179,15 @@ def _spatial(reader: Reader, node: fx.Node) -> Channel | None:
     call, rest = function(node), node.args[1:]
     if node.target in LINEAR_POOLS:
         return delta.with_values(call(delta.values, *rest, **node.kwargs))
-    base = delta.of(reader.base(_source(node)))
+    base = delta.of(reader.base(operand(node)))
     pooled = call(base + delta.values, *rest, **node.kwargs) - call(base, *rest, **node.kwargs)
     return delta.with_values(pooled)
 
 
-def _pad(reader: Reader, node: fx.Node) -> Channel | None:
+def _pad(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Pad the two axes of the maps ``[N, C, H, W]`` with zeros."""
     delta = _only_first_changes(reader, node)
-    margins = _integers(node.args[1])
+    margins = integers(node.args[1])
     if delta is None or delta.axis != 1 or delta.inner > 1 or delta.values.ndim != 4:
         return None
     if len(margins) > 4 or not pads_with_zeros(node):
@@ -205,7 +195,7 @@ def _pad(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(aten.constant_pad_nd.default(delta.values, margins))
 
 
-def _mean(reader: Reader, node: fx.Node) -> Channel | None:
+def _mean(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Average over axes other than the channels'."""
     delta = _only_first_changes(reader, node)
     if delta is None or delta.inner > 1:
@@ -224,23 +214,23 @@ def averaged_axes(node: fx.Node, channels: int, ndim: int) -> list[int] | None:
     """Axes over which a mean is taken, if they are neither the images' nor the channels'."""
     if len(node.args) < 2 or node.args[1] is None or node.kwargs:
         return None
-    axes = [axis % ndim for axis in _integers(node.args[1])]
+    axes = [axis % ndim for axis in integers(node.args[1])]
     return None if not axes or 0 in axes or channels in axes else axes
 
 
-def _reshape(reader: Reader, node: fx.Node) -> Channel | None:
+def _reshape(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Flatten ``[N, C, *rest]`` to ``[N, C * prod(rest)]``."""
     delta = _only_first_changes(reader, node)
     if delta is None:
         return None
-    rest = flattened(node, _source(node).meta["val"].shape, delta.axis, delta.inner)
+    rest = flattened(node, operand(node).meta["val"].shape, delta.axis, delta.inner)
     if rest is None:
         return None
     values = delta.values.flatten(2) if rest > 1 else delta.values.flatten(1)
     return replace(delta, values=values, inner=rest)
 
 
-def flattened(node: fx.Node, before: Sequence[Any], axis: int, inner: int) -> int | None:
+def flattened(node: fx.Node, before: Sequence[int], axis: int, inner: int) -> int | None:
     """Positions per channel after ``[N, C, *rest]`` became ``[N, C * prod(rest)]``; None if not."""
     after = node.meta["val"].shape
     rest = math.prod(int(size) for size in before[2:])
@@ -248,14 +238,14 @@ def flattened(node: fx.Node, before: Sequence[Any], axis: int, inner: int) -> in
     return rest if flat else None
 
 
-def _permute(reader: Reader, node: fx.Node) -> Channel | None:
+def _permute(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     delta = _only_first_changes(reader, node)
     if delta is None or delta.inner > 1:
         return None
     ndim = delta.values.ndim
     order = list(range(ndim))
     if node.target is aten.permute.default:
-        order = [dim % ndim for dim in _integers(node.args[1])]
+        order = [dim % ndim for dim in integers(node.args[1])]
     else:
         first, second = (int(dim) % ndim for dim in node.args[1:3])  # type: ignore[arg-type]
         order[first], order[second] = order[second], order[first]
@@ -266,7 +256,7 @@ def _permute(reader: Reader, node: fx.Node) -> Channel | None:
     return replace(delta, values=values, axis=order.index(delta.axis))
 
 
-def _batch_norm(reader: Reader, node: fx.Node) -> Channel | None:
+def _batch_norm(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     delta = _only_first_changes(reader, node)
     if delta is None or delta.axis != 1 or delta.inner > 1:
         return None
@@ -274,7 +264,7 @@ def _batch_norm(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(delta.values * _along(scale, delta.values))
 
 
-def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
+def _depthwise(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Convolve each channel by its own filter: it stays where it is."""
     delta = _only_first_changes(reader, node)
     weight = reader.graph.constant(node, 1)
@@ -291,7 +281,7 @@ def _depthwise(reader: Reader, node: fx.Node) -> Channel | None:
     return delta.with_values(values)
 
 
-def _scale(reader: Reader, node: fx.Node) -> Channel | None:
+def _scale(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Multiply or divide by something that does not change."""
     if node.kwargs:
         return None
@@ -300,32 +290,31 @@ def _scale(reader: Reader, node: fx.Node) -> Channel | None:
         return None
     delta = reader.value(changed[0])
     other = node.args[1] if changed[0] is node.args[0] else node.args[0]
-    if not isinstance(delta, Channel) or delta.inner > 1:
+    if delta is None or delta.inner > 1:
         return None
+    factor: Tensor | float
     if isinstance(other, fx.Node):
-        full = reader.graph.constants.get(other)
-        factor: Any = reader.base(other) if full is None else full
-        ndim = delta.values.ndim
-        factor = factor.reshape(*[1] * (ndim - factor.ndim), *factor.shape).movedim(delta.axis, 1)
-        if factor.shape[1] != 1:
-            factor = factor.index_select(1, delta.channel)
+        constants, ndim = reader.graph.constants, delta.values.ndim
+        full = constants[other] if other in constants else reader.base(other)
+        full = full.reshape(*[1] * (ndim - full.ndim), *full.shape).movedim(delta.axis, 1)
+        factor = full if full.shape[1] == 1 else full.index_select(1, delta.channel)
     else:
-        factor = other
+        factor = cast(float, other)
     values = delta.values / factor if node.target in DIVISIONS else delta.values * factor
     return delta.with_values(values) if values.shape == delta.values.shape else None
 
 
-def _add(reader: Reader, node: fx.Node) -> Channel | None:
+def _add(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Add or subtract something that does not change, or the same channels of a second delta."""
     if node.kwargs:
         return None
     first, second = (reader.value(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
-    if isinstance(first, Channel) and second is None:
+    if first is not None and second is None:
         return first if keeps_shape(first, node) else None
-    if isinstance(second, Channel) and first is None:
+    if second is not None and first is None:
         return second.with_values(sign * second.values) if keeps_shape(second, node) else None
-    if isinstance(first, Channel) and isinstance(second, Channel):
+    if first is not None and second is not None:
         same = first.channel is second.channel or torch.equal(first.channel, second.channel)
         alike = first.axis == second.axis and same
         if alike and keeps_shape(first, node) and keeps_shape(second, node):
@@ -333,7 +322,7 @@ def _add(reader: Reader, node: fx.Node) -> Channel | None:
     return None
 
 
-def keeps_shape(delta: Channel, node: fx.Node) -> bool:
+def keeps_shape(delta: ChannelDelta, node: fx.Node) -> bool:
     """Check that the other operand did not broadcast the delta."""
     shape = node.meta["val"].shape
     rest = [size for axis, size in enumerate(shape) if axis not in (0, delta.axis)]
@@ -342,20 +331,20 @@ def keeps_shape(delta: Channel, node: fx.Node) -> bool:
     return list(delta.values.shape[2:]) == rest and shape[delta.axis] == delta.size
 
 
-def _cat(reader: Reader, node: fx.Node) -> Channel | None:
+def _cat(reader: Reader, node: fx.Node) -> ChannelDelta | None:
     """Concatenate along the channels with tensors that do not change: the numbers shift."""
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
     deltas = [reader.value(part) for part in parts if isinstance(part, fx.Node)]
-    changed = [i for i, delta in enumerate(deltas) if delta is not None]
-    if len(changed) != 1 or not isinstance(deltas[changed[0]], Channel):
+    changed = [(i, delta) for i, delta in enumerate(deltas) if delta is not None]
+    if len(changed) != 1:
         return None
-    delta: Channel = deltas[changed[0]]
+    [(place, delta)] = changed
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     meta = node.meta["val"]
     if dim % meta.ndim != delta.axis or delta.inner > 1:
         return None
-    before = [part.meta["val"].shape[delta.axis] for part in parts[: changed[0]]]  # type: ignore[union-attr]
+    before = [part.meta["val"].shape[delta.axis] for part in parts[:place]]  # type: ignore[union-attr]
     channel = delta.channel + int(sum(before))
     return replace(delta, channel=channel, size=int(meta.shape[delta.axis]), whole=False)
 
@@ -365,14 +354,10 @@ def _along(vector: Tensor, values: Tensor) -> Tensor:
     return vector.reshape(1, -1, *[1] * (values.ndim - 2))
 
 
-def _integers(value: Any) -> list[int]:
-    return [int(item) for item in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
 POOLS_1D = frozenset(
     {aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.max_pool1d.default}
 )
-UNBOUNDED: frozenset[Any] = frozenset(
+UNBOUNDED: frozenset[fx.node.Target] = frozenset(
     {
         aten.div.Tensor,
         aten.log.default,
@@ -397,8 +382,8 @@ RESHAPES = frozenset(
         aten.squeeze.dim,
     }
 )
-RULES: Mapping[Any, Rule] = {
-    **dict.fromkeys(SAME, _same),
+RULES: Mapping[fx.node.Target, Rule] = {
+    **dict.fromkeys(SAME, _only_first_changes),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(LINEAR_POOLS | MAX_POOLS, _spatial),
     **dict.fromkeys(CONVOLUTIONS, _depthwise),

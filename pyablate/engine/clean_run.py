@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch
+from pyablate.engine.clean import Clean
 from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.float64 import Exact
-from pyablate.engine.replay import Replay, forward
+from pyablate.engine.replay import Replay, decision, forward
 from pyablate.engine.rounding import Rounding, outlying
-from pyablate.engine.suffix import Clean
 from pyablate.network import near_tie
-from pyablate.network.graph import CONVOLUTIONS, Graph
+from pyablate.network.graph import CONVOLUTIONS, Graph, Value, tensor
 from pyablate.runtime.host_to_device import sent
 
 FIRST, LATER = 8, 4
@@ -52,7 +51,7 @@ def run_graph(
             tensors = graph.run(images, wanted, watch.look)
     return _clean(
         tensors,
-        tensors[graph.logits],
+        tensor(tensors[graph.logits]),
         exact,
         batch,
         rounding,
@@ -89,7 +88,7 @@ def run_model(
 
 
 def _clean(
-    tensors: dict[fx.Node, Any],
+    tensors: dict[fx.Node, Value],
     logits: Tensor,
     exact: Exact | Replay,
     batch: Batch,
@@ -119,7 +118,7 @@ class _Watch:
 
     sums: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
 
-    def look(self, node: fx.Node, value: Any) -> None:
+    def look(self, node: fx.Node, value: Value) -> None:
         """Take the sum of what an operator gives: finite only if all of it is."""
         if isinstance(value, Tensor) and may_be_infinite(node):
             self.sums.append((node, value.sum().float()))
@@ -145,6 +144,6 @@ def _predict(logits: Tensor, close: Tensor, exact: Exact | Replay, batch: Batch)
     prediction = logits.argmax(dim=1).to(torch.int32)
     open_ = close.nonzero().squeeze(1)
     if len(open_):
-        decided = exact.decide(batch, None, open_, open_).prediction
+        decided = decision(exact.logits(batch, None, open_, open_)).prediction
         prediction[sent(open_, logits.device)] = sent(decided, logits.device)
     return prediction

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pyablate.engine.channel_delta import RESHAPES, Channel, averaged_axes, flattened
+from pyablate.engine.channel_delta import RESHAPES, ChannelDelta, averaged_axes, flattened
 from pyablate.engine.job import Job
 from pyablate.network.aten import ELEMENTWISE, SAME
-from pyablate.network.graph import function, settings
+from pyablate.network.graph import function, integers, settings
 
 aten = torch.ops.aten
 
@@ -26,7 +25,7 @@ CONSTANT = frozenset({"zero", "constant", "mean", "class_mean"})
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ConstantDelta:
     """One replaced channel per (image, column), the same number at all its positions.
 
     Attributes
@@ -34,7 +33,7 @@ class Replaced:
     value : Tensor
         ``[N, U]``, or ``[1, U]`` where it is the same for all images.
     axis, channel, size, inner, whole
-        As in :class:`pyablate.engine.channel_delta.Channel`.
+        As in :class:`pyablate.engine.channel_delta.ChannelDelta`.
     """
 
     value: Tensor
@@ -44,9 +43,9 @@ class Replaced:
     inner: int = 1
     whole: bool = False
 
-    def change(self, clean: Tensor) -> Channel:
+    def change(self, clean: Tensor) -> ChannelDelta:
         """Return the number minus the clean tensor ``[N, ...]``."""
-        held = Channel(self.value, self.axis, self.channel, self.size, self.inner, self.whole)
+        held = ChannelDelta(self.value, self.axis, self.channel, self.size, self.inner, self.whole)
         base = held.of(clean)
         value = self.value.reshape(*self.value.shape, *[1] * (base.ndim - 2))
         return held.with_values(value - base)
@@ -69,7 +68,7 @@ def reaches(job: Job, nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def advance(held: Mapping[fx.Node, Replaced], node: fx.Node) -> Replaced | None:
+def advance(held: Mapping[fx.Node, ConstantDelta], node: fx.Node) -> ConstantDelta | None:
     """Carry replaced units through a node, or return None where maps are needed."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or source not in held or len(node.all_input_nodes) > 1:
@@ -92,7 +91,7 @@ def advance(held: Mapping[fx.Node, Replaced], node: fx.Node) -> Replaced | None:
     return unit if pools and source.meta["val"].ndim == 4 and _sees_no_padding(node) else None
 
 
-def _reshape(unit: Replaced, source: fx.Node, node: fx.Node) -> Replaced | None:
+def _reshape(unit: ConstantDelta, source: fx.Node, node: fx.Node) -> ConstantDelta | None:
     inner = flattened(node, source.meta["val"].shape, unit.axis, unit.inner)
     return None if inner is None else replace(unit, inner=inner)
 
@@ -102,9 +101,8 @@ def _sees_no_padding(node: fx.Node) -> bool:
     if node.target is not aten.avg_pool2d.default:
         return True
     padding, ceil = settings(node, 3, 0, False)[:2]
-    numbers: Any = padding if isinstance(padding, (list, tuple)) else [padding]
     divisor = settings(node, 6, None)[0]
-    return not any(numbers) and not ceil and divisor is None and not node.kwargs
+    return not any(integers(padding)) and not ceil and divisor is None and not node.kwargs
 
 
 POOLS = frozenset(

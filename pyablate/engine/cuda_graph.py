@@ -1,4 +1,4 @@
-"""All slices of a block by the launches of one: the dense suffix as a CUDA graph.
+"""The dense suffix as a CUDA graph: one launch for each slice of pairs.
 
 Where maps are small or a network is deep, the host takes longer to launch the operations of a slice
 than the device to do them. All full slices of a block do the same on other pairs; so one of them is
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyablate.engine.precision_cascade import Change, Changed
+from pyablate.engine.logit_change import Change, Changed
 
 logger = logging.getLogger("pyablate")
 
@@ -87,7 +87,7 @@ class Repeated:
     _recorded: dict[torch.dtype, Recorded] = field(default_factory=dict)
 
     def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
-        """Logit changes; as of :data:`pyablate.engine.precision_cascade.Change`."""
+        """Logit changes; as of :data:`pyablate.engine.logit_change.Change`."""
         held = self._recorded.get(dtype)
         if held is not None and len(row) <= len(held.row):
             return held.of(row, image)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument, Target
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyablate.engine.channel_delta import has_unbounded_slope
 from pyablate.network.aten import SAME
-from pyablate.network.graph import SOFTMAXES, Graph, remembered, settings
+from pyablate.network.graph import SOFTMAXES, Graph, remembered, settings, tensor
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ not, an error counts for many times its size."""
 HARD = 10.0
 """The same for the lead of the largest entry that goes into a softmax, in nats."""
 
-STEPS: frozenset[Any] = frozenset(
+STEPS: frozenset[Target] = frozenset(
     {
         aten.angle.default,
         aten.ceil.default,
@@ -53,22 +54,24 @@ STEPS: frozenset[Any] = frozenset(
 )
 """Operators from numbers to floats that jump; those to integers and booleans all do."""
 
-TESTS: frozenset[Any] = frozenset({aten.isnan.default, aten.isinf.default, aten.isfinite.default})
+TESTS: frozenset[Target] = frozenset(
+    {aten.isnan.default, aten.isinf.default, aten.isfinite.default}
+)
 """Their answer changes only where something is not finite, which is watched by itself."""
 
 MASKED = 1e8
 """Magnitude from which on an entry is a mask and says nothing of the others' size."""
 
-COMPARISONS: frozenset[Any] = frozenset(
+COMPARISONS: frozenset[Target] = frozenset(
     {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar}
 )
 
-EXPONENTIALS: frozenset[Any] = frozenset({aten.exp.default, aten.exp2.default})
+EXPONENTIALS: frozenset[Target] = frozenset({aten.exp.default, aten.exp2.default})
 
-HANDED_ON: frozenset[Any] = SAME | {aten._to_copy.default, aten.to.dtype}
+HANDED_ON: frozenset[Target] = SAME | {aten._to_copy.default, aten.to.dtype}
 """What a mask goes through on its way from a comparison to a product."""
 
-WIDTHS: Mapping[Any, float] = {
+WIDTHS: Mapping[Target, float] = {
     aten.sigmoid.default: 1.0,
     aten.tanh.default: 1.0,
     aten.erf.default: 1.0,
@@ -102,7 +105,7 @@ def steep(graph: Graph, sample: Tensor) -> list[fx.Node]:
     return [
         node
         for node, source in inputs.items()
-        if source in values and _is_steep(node, values[source], widths[node])
+        if source in values and _is_steep(node, tensor(values[source]), widths[node])
     ]
 
 
@@ -124,8 +127,14 @@ class _Watch(TorchDispatchMode):
         self.jumped: str | None = None
         self._decisions: dict[int, tuple[Tensor, str]] = {}  # tensors held: an id is used again
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [item for item in _tensors(args) if isinstance(item, Tensor)]
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = list(_tensors(args))
         used = [self._decisions[id(item)][1] for item in given if id(item) in self._decisions]
         result = func(*args, **(kwargs or {}))
         steps = func in STEPS or (kwargs or {}).get("rounding_mode") is not None
@@ -135,7 +144,7 @@ class _Watch(TorchDispatchMode):
             self.jumped = used[0]
         if any(map(_is_float, given)) and func not in TESTS:
             for item in _tensors(result):
-                if isinstance(item, Tensor) and not _is_float(item):
+                if not _is_float(item):
                     self._decisions[id(item)] = item, str(func)
         return result
 
@@ -169,7 +178,7 @@ def _selects_continuously(node: fx.Node) -> bool:
     return all(_vanishes(user, node, x) for user in users(node))
 
 
-def _vanishes(user: fx.Node, mask: fx.Node, x: Any) -> bool:
+def _vanishes(user: fx.Node, mask: fx.Node, x: Argument) -> bool:
     """Whether what a mask selects at a node is 0 where ``x`` is, on either side."""
     if user.target is aten.mul.Tensor:
         return any(_is_multiple(other, x) for other in user.args if _origin(other) is not mask)
@@ -182,7 +191,7 @@ def _vanishes(user: fx.Node, mask: fx.Node, x: Any) -> bool:
     return False
 
 
-def _is_multiple(value: Any, x: Any) -> bool:
+def _is_multiple(value: Argument, x: Argument) -> bool:
     value = _origin(value)
     if value is x:
         return True
@@ -195,7 +204,7 @@ def _is_multiple(value: Any, x: Any) -> bool:
     return False
 
 
-def _is_zero(value: Any) -> bool:
+def _is_zero(value: Argument) -> bool:
     if not isinstance(value, fx.Node):
         return bool(value == 0)
     if value.target in (aten.zeros_like.default, aten.zeros.default):
@@ -205,7 +214,7 @@ def _is_zero(value: Any) -> bool:
     return value.target in (aten.full.default, aten.full_like.default) and _is_zero(value.args[1])
 
 
-def _origin(value: Any) -> Any:
+def _origin(value: Argument) -> Argument:
     """Follow a value back through what only hands it on, conversions of masks included."""
     while isinstance(value, fx.Node) and value.target in HANDED_ON:
         value = value.args[0]
@@ -260,13 +269,13 @@ def _floats(node: fx.Node) -> bool:
     return any(_is_float(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _tensors(value: Any) -> Iterable[Any]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    else:
+    elif isinstance(value, Tensor):
         yield value

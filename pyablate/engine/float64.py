@@ -1,7 +1,7 @@
-"""What float32 leaves open, decided in float64: the delta engine once more, on a few images.
+"""The last tier: the delta engine in float64, on the few images that have pairs left open.
 
-Close calls come in crowds: where the intact network hesitates between two classes, so it does for
-nearly every unit. One float64 pass over such an image serves all of its pairs.
+Where the intact network hesitates between two classes, it does so for nearly every unit: one
+float64 pass over such an image serves all of its pairs.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pyablate.data.dataset import Batch
+from pyablate.engine.clean import Clean
 from pyablate.engine.discontinuous import may_be_infinite
-from pyablate.engine.job import Job, stand_ins
-from pyablate.engine.replay import Decision, Replay, decision
-from pyablate.engine.suffix import Clean, Suffix, Sweep, needed
+from pyablate.engine.job import Job
+from pyablate.engine.pair_slice import logit_change
+from pyablate.engine.replay import Replay
+from pyablate.engine.suffix import Suffix
+from pyablate.engine.sweep import Sweep
 from pyablate.network import near_tie
-from pyablate.network.graph import Graph
+from pyablate.network.graph import Graph, Value, tensor
 from pyablate.runtime.chunking import LARGEST
 from pyablate.runtime.host_to_device import sent
 
@@ -56,7 +58,7 @@ class Exact:
     graph: Graph
     replay: Replay
     recomputed: set[Job] = field(default_factory=set)
-    _watched: tuple[Tensor, dict[fx.Node, Any]] | None = None
+    _watched: tuple[Tensor, dict[fx.Node, Value]] | None = None
 
     def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
         """Hold the clean run of a few images of a batch, which all jobs are going to read.
@@ -79,12 +81,7 @@ class Exact:
         with torch.no_grad():
             tensors = self.graph.run(few.images, {self.graph.logits, *keep})
         self._watched = few.index, tensors
-        logits: Tensor = tensors[self.graph.logits]
-        return logits.cpu()
-
-    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
-        """Class of each pair; see :meth:`pyablate.engine.replay.Replay.decide`."""
-        return decision(self.logits(batch, job, row, image))
+        return tensor(tensors[self.graph.logits]).cpu()
 
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair, float64 ``[P, K]``; as of :class:`pyablate.engine.replay.Replay`."""
@@ -108,41 +105,38 @@ class Exact:
     ) -> tuple[Tensor, Tensor]:
         """Which pairs lie on these images (``position`` within them), and their logits."""
         mine = ((position >= 0) & (position < len(few))).nonzero().squeeze(1)
-        row, image = row[mine], position[mine]
-        rows, images = sent(row, few.device), sent(image, few.device)
+        rows, images = sent(row[mine], few.device), sent(position[mine], few.device)
         suffix = None if job is None else self._suffix(job)
-        keep = {self.graph.logits} if suffix is None else {self.graph.logits, *needed([suffix])}
-        tensors = self._clean(few, keep)
-        clean_logits: Tensor = tensors[self.graph.logits]
+        tensors = self._clean(few, {self.graph.logits, *(suffix.reads if suffix else ())})
+        clean_logits = tensor(tensors[self.graph.logits])
         logits = clean_logits[images]
-        if suffix is None or job is None or self.graph.logits not in suffix.nodes:
-            return mine, logits
-        prediction = clean_logits.argmax(dim=1).to(torch.int32)
-        clean = Clean(tensors, clean_logits, prediction, torch.zeros_like(clean_logits[:, 0]))
-        replay = self.replay
-        standins = stand_ins(
-            replay.model, replay.data, few, job, replay.statistics, at_a_time=replay.rows
-        )
-        sweep = Sweep(suffix, clean, standins)
-        size = suffix.pairs_in(SLICE)(torch.float64)
-        parts = (whole.split(size) for whole in (rows, images, logits))
-        if job in self.recomputed or _is_irregular(tensors):
-            for some, where, part in zip(*parts, strict=True):
-                part.copy_(sweep.recompute(some, where))
-            return mine, logits
+        if suffix is not None and self.graph.logits in suffix.nodes:
+            prediction = clean_logits.argmax(dim=1).to(torch.int32)
+            clean = Clean(tensors, clean_logits, prediction, torch.zeros_like(clean_logits[:, 0]))
+            sweep = Sweep(suffix, clean, self.replay.replacements(few, suffix.job))
+            self._ablate(sweep, rows, images, logits)
+        return mine, logits
+
+    def _ablate(self, sweep: Sweep, row: Tensor, image: Tensor, logits: Tensor) -> None:
+        """Change the clean logits ``[P, K]`` of some pairs to those without their units."""
+        job, size = sweep.suffix.job, sweep.suffix.pairs_in(SLICE)(torch.float64)
+        parts = zip(*(whole.split(size) for whole in (row, image, logits)), strict=True)
+        if job in self.recomputed or _is_irregular(sweep.clean.tensors):
+            for rows, images, part in parts:
+                part.copy_(sweep.recompute(rows, images))
+            return
         if job.channelwise:
             sweep.advance()
-        for some, where, part in zip(*parts, strict=True):
-            change = sweep.change(some, where, torch.float64)
+        for rows, images, part in parts:
+            change = logit_change(sweep, rows, images, torch.float64)
             if change is None:
                 continue
             part += change.logits  # in place: a view
             if change.lost is not None and bool(change.lost.any()):
                 lost = change.lost
-                part[lost] = sweep.recompute(some[lost], where[lost])
-        return mine, logits
+                part[lost] = sweep.recompute(rows[lost], images[lost])
 
-    def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Any]:
+    def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Value]:
         """Run the intact network on a few images, or take what is held of them."""
         if self._watched is not None:
             index, tensors = self._watched
@@ -166,7 +160,7 @@ class Exact:
         return {}
 
 
-def _is_irregular(tensors: Mapping[fx.Node, Any]) -> bool:
+def _is_irregular(tensors: Mapping[fx.Node, Value]) -> bool:
     """Whether the clean run holds NaN, or infinity where no mask stands: no delta is right there.
 
     The sum of what is masked by minus infinity is minus infinity.

@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.engine import lazy_delta
-from pyablate.engine.channel_delta import Channel, keeps_shape
-from pyablate.engine.lazy_delta import Activated, Coded, FirstMap, Scaled, Sum
+from pyablate.engine.channel_delta import ChannelDelta, keeps_shape
+from pyablate.engine.lazy_delta import Activated, FirstMap, QuantizedDelta, Scaled, Sum
 from pyablate.engine.rule_context import (
+    Delta,
     Pairs,
     changing,
+    dense,
     difference,
     full_shape,
     linear,
     only_reader,
     readers_of,
 )
-from pyablate.engine.weighted_rules import new_codes
+from pyablate.engine.weighted_rules import new_quantized
 from pyablate.network.aten import FLOATS, NAMED, SUBTRACTIONS, named_activation, two
-from pyablate.network.graph import CONVOLUTIONS, remembered, settings
+from pyablate.network.graph import CONVOLUTIONS, operand, remembered, settings, tensor
 from pyablate.ops import Activation
 
 aten = torch.ops.aten
 
 
-def add(pairs: Pairs, node: fx.Node) -> Any:
+def add(pairs: Pairs, node: fx.Node) -> Delta:
     """Add or subtract: deltas add up, what stands still drops out."""
     if node.kwargs:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
     if sign > 0 and (waiting := _still_first(pairs, node)) is not None:
         return waiting
-    first, second = (_at_least_scaled(pairs, a) for a in cast(list[fx.Node], node.args[:2]))
-    if isinstance(second, Channel) and _fit(first, second, node):
-        return _onto(pairs, node, cast(fx.Node, node.args[0]), second, sign)
-    if isinstance(first, Channel) and sign > 0 and _fit(second, first, node):
-        return _onto(pairs, node, cast(fx.Node, node.args[1]), first, sign)
+    first, second = (_at_least_scaled(pairs, a) for a in node.args[:2])
+    if isinstance(second, ChannelDelta) and _fit(first, second, node):
+        return _onto(pairs, node, operand(node, 0), second, sign)
+    if isinstance(first, ChannelDelta) and sign > 0 and _fit(second, first, node):
+        return _onto(pairs, node, operand(node, 1), first, sign)
     if sign > 0 and (residual := _residual(pairs, node, first, second)) is not None:
         return residual
     left, right = (pairs.delta(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-    if right is not None and sign < 0:
-        right = -right
-    total: Any = left if right is None else right if left is None else left + right
-    return full_shape(pairs, node, total)
+    if right is None:
+        return full_shape(pairs, node, tensor(left))
+    other = -tensor(right) if sign < 0 else tensor(right)
+    return full_shape(pairs, node, other if left is None else tensor(left) + other)
 
 
 def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
@@ -58,7 +60,7 @@ def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
     return raw if changed[0].meta["val"].shape == node.meta["val"].shape else None
 
 
-def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | None:
+def _residual(pairs: Pairs, node: fx.Node, first: Delta, second: Delta) -> Sum | None:
     """Let a sum of two dense deltas wait for the activation that alone reads it."""
     if node.args[0] is node.args[1]:
         return None
@@ -72,26 +74,30 @@ def _residual(pairs: Pairs, node: fx.Node, first: Any, second: Any) -> Sum | Non
     return Sum(left, right) if alike and pairs.plain(node) else None
 
 
-def _at_least_scaled(pairs: Pairs, node: fx.Node) -> Any:
+def _at_least_scaled(pairs: Pairs, node: fx.node.Argument) -> Delta:
     """Return a delta as held, but with all pending work done that is more than a factor."""
-    raw = pairs.raw(node) if isinstance(node, fx.Node) else None
+    if not isinstance(node, fx.Node):
+        return None
+    raw = pairs.raw(node)
     return pairs.delta(node) if isinstance(raw, (FirstMap, Sum, Activated)) else raw
 
 
-def _onto(pairs: Pairs, node: fx.Node, source: fx.Node, channel: Channel, sign: float) -> Scaled:
+def _onto(
+    pairs: Pairs, node: fx.Node, source: fx.Node, channel: ChannelDelta, sign: float
+) -> Scaled:
     """Add a delta that is on its channel to the dense one of a node, in place where it may."""
     dense = _waiting(pairs.raw(source), source)
     assert dense is not None
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_full((1,), sign)
     if scale is not None:
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # codes of nothing but zeros
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of nothing but zeros
         factor = sign / scale
     channel.add_to(values, pairs.image_long, pairs.column, factor)
     return Scaled(values, scale, fresh=len(readers_of(node)) == 1)
 
 
-def _fit(dense: Any, channel: Channel, node: fx.Node) -> bool:
+def _fit(dense: Delta, channel: ChannelDelta, node: fx.Node) -> bool:
     """Whether a dense delta can take up one on its channel: no broadcasting, no digits lost."""
     values = dense.values if isinstance(dense, Scaled) else dense
     if not isinstance(values, Tensor) or values.dtype not in FLOATS:
@@ -101,15 +107,15 @@ def _fit(dense: Any, channel: Channel, node: fx.Node) -> bool:
     return alike and wide and keeps_shape(channel, node)
 
 
-def _waiting(delta: Any, source: Any = None) -> Scaled | None:
+def _waiting(delta: Delta, source: fx.node.Argument = None) -> Scaled | None:
     """Return a dense delta as one that may be scaled; ``source`` is the node it comes from."""
     if isinstance(delta, Scaled):
         return delta
     if not isinstance(delta, Tensor) or delta.dtype not in FLOATS:
         return None
     # Results may go where a fresh delta stands that nobody else reads: views share memory.
-    convolved = isinstance(source, fx.Node) and source.target in CONVOLUTIONS
-    return Scaled(delta, fresh=convolved and len(source.users) == 1 and _is_dense(delta))
+    node = source if isinstance(source, fx.Node) and source.target in CONVOLUTIONS else None
+    return Scaled(delta, fresh=node is not None and len(node.users) == 1 and _is_dense(delta))
 
 
 def _is_dense(delta: Tensor) -> bool:
@@ -118,22 +124,21 @@ def _is_dense(delta: Tensor) -> bool:
     return delta.ndim == 4 and delta.is_contiguous(memory_format=torch.channels_last)
 
 
-def activation(pairs: Pairs, node: fx.Node) -> Any:
+def activation(pairs: Pairs, node: fx.Node) -> Delta:
     """Activate, or wait for the pooling that alone reads it."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(node)
     named = named_activation(node)
     raw = pairs.raw(source)
     delta = raw if isinstance(raw, (FirstMap, Sum)) else _waiting(raw, source)
     if named is None or delta is None or not pairs.plain(source):
         return difference(pairs, node)
 
-    def run() -> Tensor | Coded:
-        codes = new_codes(pairs, node, _layout(delta))
-        return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, codes)
+    def run() -> Tensor | QuantizedDelta:
+        quantized = new_quantized(pairs, node, _layout(delta))
+        return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, quantized)
 
     reader = only_reader(node)
-    pooled = reader is not None and _pools(reader) and named.monotone
+    pooled = reader is not None and reader.target is aten.max_pool2d.default and named.monotone
     averaged = reader is not None and _averages(pairs, reader)
     if (pooled or averaged) and not isinstance(delta, FirstMap):
         return Activated(delta, source, named, run)
@@ -149,16 +154,12 @@ def _layout(delta: Scaled | Sum | FirstMap) -> torch.memory_format:
     return torch.channels_last if last and not values.is_contiguous() else torch.contiguous_format
 
 
-def _pools(node: fx.Node) -> bool:
-    return node.target is aten.max_pool2d.default
-
-
 @remembered
 def _averages(pairs: Pairs, node: fx.Node) -> bool:
     """Whether a node averages each map ``[H, W]`` as a whole."""
     source = node.args[0] if node.args else None
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    if not isinstance(value, Tensor) or value.ndim != 4 or not pairs.plain(cast(fx.Node, source)):
+    if not isinstance(value, Tensor) or value.ndim != 4 or not pairs.plain(operand(node)):
         return False
     if node.target is aten.adaptive_avg_pool2d.default:
         return two(node.args[1]) == [1, 1]
@@ -168,9 +169,9 @@ def _averages(pairs: Pairs, node: fx.Node) -> bool:
     return isinstance(dims, (list, tuple)) and sorted(cast(int, d) % 4 for d in dims) == [2, 3]
 
 
-def average(pairs: Pairs, node: fx.Node) -> Any:
+def average(pairs: Pairs, node: fx.Node) -> Delta:
     """Pool globally, with the activation before it."""
-    source = cast(fx.Node, node.args[0])
+    source = operand(node)
     raw = pairs.raw(source)
     if not isinstance(raw, (Activated, Scaled, Tensor)) or not _averages(pairs, node):
         return linear(pairs, node)
@@ -186,21 +187,20 @@ def average(pairs: Pairs, node: fx.Node) -> Any:
     return result.reshape(pairs.graph.shape(node, len(pairs.image)))
 
 
-def max_pool(pairs: Pairs, node: fx.Node) -> Any:
+def max_pool(pairs: Pairs, node: fx.Node) -> Delta:
     """Pool, with the activation before it."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(node)
     raw = pairs.raw(source)
     activation, origin = None, source
     delta = _waiting(raw)
     if isinstance(raw, Activated) and isinstance(raw.source, Scaled):
         delta, origin, activation = raw.source, raw.node, raw.activation
     elif isinstance(raw, Activated):
-        delta = Scaled(pairs.delta(source))
+        delta = Scaled(dense(pairs, source))
     if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
-    codes = new_codes(pairs, node, _layout(delta))
+    quantized = new_quantized(pairs, node, _layout(delta))
     result = ops.delta_max_pool(
         pairs.base(origin),
         delta.values,
@@ -212,6 +212,6 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Any:
         out_size=[int(size) for size in node.meta["val"].shape[2:]],
         activation=activation,
         scale=delta.scale,
-        codes=codes,
+        quantized=quantized,
     )
-    return lazy_delta.held(result, codes)
+    return lazy_delta.held(result, quantized)

@@ -1,15 +1,14 @@
 """Convolutions in 8-bit integers: oneDNN, by PyTorch's quantised operators.
 
-A pair's delta comes as codes with a factor of its own (:class:`pyablate.ops.quantized.Codes`); a
-filter has one factor per output channel. Sums are exact integers, so all of the error is in the two
-roundings.
+A pair's delta comes as quantized values with a factor of its own
+(:class:`pyablate.ops.quantized.Quantized`); a filter has one factor per output channel. Sums are
+exact integers, so all of the error is in the two roundings.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +50,10 @@ def prepare(weight: Tensor, geometry: Geometry, size: list[int]) -> Filters:
     return Filters(packed, scale, torch.zeros(len(weight), dtype=torch.int32), geometry)
 
 
-def convolve(codes: Tensor, filters: Filters) -> Tensor:
-    """Convolve codes ``[P, I, H, W]``; bfloat16 ``[P, O, Ho, Wo]``, without the pairs' factors."""
-    result: Tensor = _convolve(codes, filters, torch.bfloat16)
-    return result
-
-
-def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Any:
-    return torch.ops.onednn.qconv2d_pointwise(
-        codes,
+def convolve(quantized: Tensor, filters: Filters, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Convolve values ``[P, I, H, W]``; ``[P, O, Ho, Wo]``, without the pairs' factors."""
+    result: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        quantized,
         1.0,
         ZERO,
         filters.packed,
@@ -75,6 +69,7 @@ def _convolve(codes: Tensor, filters: Filters, dtype: torch.dtype) -> Any:
         [],
         "",
     )
+    return result
 
 
 @functools.cache
@@ -83,12 +78,12 @@ def available() -> bool:
 
     Processors without VNNI add pairs of products in 16 bits, which the largest ones do not fit.
     """
-    codes = torch.full((1, 32, 4, 4), ZERO + MOST, dtype=torch.uint8)
-    codes = codes.contiguous(memory_format=torch.channels_last)
+    quantized = torch.full((1, 32, 4, 4), ZERO + MOST, dtype=torch.uint8)
+    quantized = quantized.contiguous(memory_format=torch.channels_last)
     weight = torch.full((16, 32, 1, 1), 1.0)
     try:
-        filters = prepare(weight, ([1, 1], [0, 0], [1, 1]), list(codes.shape))
-        result = _convolve(codes, filters, torch.float32)
+        filters = prepare(weight, ([1, 1], [0, 0], [1, 1]), list(quantized.shape))
+        result = convolve(quantized, filters, torch.float32)
     except (RuntimeError, AttributeError, TypeError):
         return False
     return bool((result - 32.0 * MOST).abs().max() < 1e-2)

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyablate import ops
-from pyablate.data.dataset import Batch, Data
-from pyablate.interventions import Intervention, donors, gaussian
-from pyablate.network.sites import Site, hooked
+from pyablate.interventions import Intervention
+from pyablate.network.sites import Site
 from pyablate.runtime.host_to_device import sent
-
-Key = tuple[str, int]  # (site name, call number)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Moments of a site's units over all images and positions.
-
-    Attributes
-    ----------
-    mean, std : Tensor
-        Float64 ``[channels]``.
-    class_mean : Tensor
-        Float64 ``[class, channels]``, over the images of each class.
-    shape : tuple of int
-        Of a unit's map; a module may be called with maps of several sizes.
-    """
-
-    mean: Tensor
-    std: Tensor
-    class_mean: Tensor
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +28,7 @@ class Job:
     members : tuple of tuples of (site name, unit)
         What each of them ablates; a unit is a direction's number under ``direction``.
     intervention : Intervention
-        What stands in.
+        What replaces the units.
     grouped : bool
         Whether these are groups that the caller named, of one unit or more.
     """
@@ -105,7 +81,7 @@ class Job:
     def _there(self) -> dict[torch.device, OnDevice]:
         return {}
 
-    def change(self, site: Site, values: Tensor, row: Tensor, standin: PairValues) -> Tensor:
+    def change(self, site: Site, values: Tensor, row: Tensor, replacement: PairValues) -> Tensor:
         """Ablate: row ``row[p]`` of this job on the p-th of some images.
 
         Parameters
@@ -116,8 +92,8 @@ class Job:
             ``[P, ...]``, the site's tensor for each pair.
         row : Tensor
             int64 ``[P]``, position in ``members``.
-        standin : callable
-            ``standin(pair, unit)`` gives replacement maps for int64 vectors of equal length.
+        replacement : callable
+            ``replacement(pair, unit)`` gives replacement maps for int64 vectors of equal length.
 
         Returns
         -------
@@ -129,11 +105,11 @@ class Job:
         if self.single:
             every = torch.arange(len(row), device=row.device)
             unit = self.on(row.device).units[row]
-            return _masked(site, values, unit, standin(every, unit))
+            return _masked(site, values, unit, replacement(every, unit))
         changed = values.clone()
         view = changed.movedim(site.axis, 1)
         pair, unit = self.on(row.device).members[site.name].of(row)
-        value = standin(pair, unit).to(values.dtype)
+        value = replacement(pair, unit).to(values.dtype)
         view[pair, unit] = value.expand(len(pair), *view.shape[2:])
         return changed
 
@@ -237,99 +213,7 @@ class OnDevice:
 
 
 PairValues = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class StandIns:
-    """Replacement values for one batch of images.
-
-    Attributes
-    ----------
-    intervention : Intervention
-        What stands in.
-    batch : Batch
-        The images.
-    statistics : mapping
-        Of each (site name, call), where the intervention needs them.
-    donor_maps : mapping
-        ``[N, channels, ...]`` of each (site name, call) on each image's donor, for resample.
-    """
-
-    intervention: Intervention
-    batch: Batch
-    statistics: Mapping[Key, Statistics]
-    donor_maps: Mapping[Key, Tensor]
-
-    def values(self, site: Site, call: int, image: Tensor, unit: Tensor) -> Tensor:
-        """Give replacement maps of some units on some images.
-
-        Parameters
-        ----------
-        site, call : Site, int
-            Where.
-        image, unit : Tensor
-            int64, position in the batch and unit; shapes that broadcast together.
-
-        Returns
-        -------
-        Tensor
-            Their broadcast shape, then the shape of a map or as many ones.
-        """
-        kind, key = self.intervention.kind, (site.name, call)
-        if kind == "resample":
-            return self.donor_maps[key][image, unit]
-        if kind == "noise":
-            known = self.statistics[key]
-            positions = math.prod(known.shape)
-            draw = gaussian(self.intervention.seed, site.name, self._index[image], unit, positions)
-            noise = known.mean[unit].unsqueeze(-1) + known.std[unit].unsqueeze(-1) * draw
-            return noise.reshape(*noise.shape[:-1], *known.shape)
-        if kind == "mean":
-            value = self.statistics[key].mean[unit]
-        elif kind == "class_mean":
-            value = self.statistics[key].class_mean[self.batch.labels[image], unit]
-        else:
-            shape = torch.broadcast_shapes(image.shape, unit.shape)
-            value = unit.new_full((), self.intervention.value, dtype=torch.float64).expand(shape)
-        return value.reshape(*value.shape, *[1] * (len(site.shape) - 1))
-
-    @cached_property
-    def _index(self) -> Tensor:
-        return sent(self.batch.index, self.batch.device)
-
-
-def stand_ins(
-    model: nn.Module,
-    data: Data,
-    batch: Batch,
-    job: Job,
-    statistics: Mapping[Key, Statistics],
-    *,
-    at_a_time: int,
-) -> StandIns:
-    """Prepare the replacement values of a job's sites for one batch, ``at_a_time`` donors each."""
-    maps: dict[Key, Tensor] = {}
-    if job.intervention.kind == "resample":
-        donor = torch.from_numpy(donors(job.intervention.seed, len(data)))
-        images = data.at(donor[batch.index]).to(batch.images.dtype)
-        parts = [clean_maps(model, some, job.sites) for some in images.split(at_a_time)]
-        maps = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
-    return StandIns(job.intervention, batch, statistics, maps)
-
-
-def clean_maps(model: nn.Module, images: Tensor, sites: Sequence[Site]) -> dict[Key, Tensor]:
-    """Site tensors of a clean forward pass, units moved to axis 1."""
-    maps: dict[Key, Tensor] = {}
-
-    def keep(site: Site, call: int, output: Tensor) -> Tensor:
-        maps[site.name, call] = output.detach().movedim(site.axis, 1).clone()
-        return output
-
-    rows = len(images)
-    with hooked(model, sites, keep), torch.no_grad():
-        # At least two rows: some networks squeeze a batch of one away.
-        model(images.clone() if rows > 1 else torch.cat([images, images]))  # it may work in place
-    return {key: value[:rows] for key, value in maps.items()}
+"""``replacement(pair, unit)``: replacement maps for int64 vectors of equal length."""
 
 
 def _masked(site: Site, values: Tensor, unit: Tensor, replacement: Tensor) -> Tensor:

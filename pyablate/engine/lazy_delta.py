@@ -1,8 +1,8 @@
-"""Deltas that are not spelt out yet, so that one pass over memory does all that follows.
+"""Lazy deltas: scale, residual sum and activation awaiting one fused operation.
 
 Between two convolutions a change is scaled, added to that of a shortcut, activated, pooled and
-encoded. Each of these values says what is still to be done; the operator that cannot wait, or the
-native operation that does several steps at once, does it.
+quantized. Each of these values says what is still to be done; the next operator that needs a plain
+tensor, or the native operation that does several steps in one pass, does it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Scaled:
     fresh: bool = False
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         if self.scale is None:
             return self.values
         factor = self.scale.reshape(-1, *[1] * (self.values.ndim - 1)).to(self.values.dtype)
@@ -51,7 +51,7 @@ class Sum:
     second: Scaled
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         return self.first.spell() + self.second.spell()
 
 
@@ -62,13 +62,13 @@ class FirstMap:
     Attributes
     ----------
     run : callable
-        :func:`pyablate.ops.unit_delta` but for activation, base and codes.
+        :func:`pyablate.ops.unit_delta` but for activation, base and quantized values.
     """
 
     run: Callable[..., Tensor]
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         return self.run()
 
 
@@ -91,40 +91,42 @@ class Activated:
     source: Scaled | Sum
     node: fx.Node
     activation: Activation
-    run: Callable[[], Tensor | Coded]
+    run: Callable[[], Tensor | QuantizedDelta]
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
+        """Return the plain tensor."""
         result = self.run()
         return result if isinstance(result, Tensor) else result.spell()
 
 
 @dataclass(frozen=True, eq=False)
-class Coded:
-    """A delta that only 8-bit convolutions read, and that exists as codes alone.
+class QuantizedDelta:
+    """A delta that only 8-bit convolutions read, and that exists as quantized values alone.
 
     Attributes
     ----------
-    codes : Codes
+    quantized : Quantized
         The delta.
     dtype : torch.dtype
         What it would be.
     """
 
-    codes: ops.Codes
+    quantized: ops.Quantized
     dtype: torch.dtype
 
     def spell(self) -> Tensor:
-        """Do what is pending, and nothing more."""
-        return self.codes.spell(self.dtype)
+        """Return the plain tensor."""
+        return self.quantized.spell(self.dtype)
 
 
-Pending = Scaled | Sum | FirstMap | Activated | Coded
+Pending = Scaled | Sum | FirstMap | Activated | QuantizedDelta
 
 
-def held(result: Tensor, codes: ops.Codes | None) -> Tensor | Coded:
-    """Return what an operation has given: its result, or codes that are all there is."""
-    return Coded(codes, result.dtype) if codes is not None and codes.alone else result
+def held(result: Tensor, quantized: ops.Quantized | None) -> Tensor | QuantizedDelta:
+    """Return what an operation has given: its result, or quantized values that are all there is."""
+    if quantized is None or not quantized.alone:
+        return result
+    return QuantizedDelta(quantized, result.dtype)
 
 
 def activate(
@@ -132,11 +134,11 @@ def activate(
     base: Tensor,
     image: Tensor,
     activation: Activation,
-    codes: ops.Codes | None,
-) -> Tensor | Coded:
+    quantized: ops.Quantized | None,
+) -> Tensor | QuantizedDelta:
     """Do what is pending and the activation, in one pass."""
     if isinstance(source, FirstMap):
-        return held(source.run(activation=activation, base=base, codes=codes), codes)
+        return held(source.run(activation=activation, base=base, quantized=quantized), quantized)
     first, second = _parts(source)
     result = ops.delta_activation(
         base,
@@ -147,9 +149,9 @@ def activate(
         addend=None if second is None else second.values,
         addend_scale=None if second is None else second.scale,
         out=first.values if first.fresh else None,
-        codes=codes,
+        quantized=quantized,
     )
-    return held(result, codes)
+    return held(result, quantized)
 
 
 def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:

@@ -65,8 +65,8 @@ def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tenso
     if x.device.type != "cpu" or not int8_conv.available():
         raise RuntimeError("no convolutions in 8-bit integers here")
     filters = int8_conv.prepare(w, ([1, 1], [1, 1], [1, 1]), list(x.shape))
-    codes = x.to(torch.uint8)
-    return lambda: int8_conv.convolve(codes, filters)
+    quantized = x.to(torch.uint8)
+    return lambda: int8_conv.convolve(quantized, filters)
 
 
 @functools.cache

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch, Data
-from pyablate.engine.job import Job, Key, Statistics, stand_ins
+from pyablate.engine.job import Job
+from pyablate.engine.replacements import Key, Replacements, Statistics, donor_maps
 from pyablate.network import near_tie
 from pyablate.network.sites import Site, hooked
 from pyablate.runtime.host_to_device import sent
@@ -79,27 +80,28 @@ class Replay:
         with torch.no_grad():
             if job is None:
                 return forward(self.model, images).cpu()
-            standins = stand_ins(
-                self.model, self.data, few, job, self.statistics, at_a_time=self.rows
-            )
+            replacements = self.replacements(few, job)
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
-                def standin(pair: Tensor, unit: Tensor) -> Tensor:
-                    return standins.values(site, call, inverse[pair], unit)
+                def replacement(pair: Tensor, unit: Tensor) -> Tensor:
+                    return replacements.values(site, call, inverse[pair], unit)
 
-                return job.change(site, output, row, standin)
+                return job.change(site, output, row, replacement)
 
             with hooked(self.model, job.sites, change):
                 logits: Tensor = self.model(images)
                 return logits.cpu()
 
+    def replacements(self, batch: Batch, job: Job) -> Replacements:
+        """Prepare the replacement values of a job's sites for one batch."""
+        maps: dict[Key, Tensor] = {}
+        if job.intervention.kind == "resample":
+            maps = donor_maps(self.model, self.data, batch, job, at_a_time=self.rows)
+        return Replacements(job.intervention, batch, self.statistics, maps)
+
     def watch(self, batch: Batch, image: Tensor, keep: Iterable[fx.Node]) -> Tensor:
         """Logits of the intact network, as :meth:`Exact.watch` gives them."""
         return self.logits(batch, None, image, image)
-
-    def decide(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Decision:
-        """Class of each pair, as exactly as this replay's precision allows."""
-        return decision(self.logits(batch, job, row, image))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far the logits of the clean run are not to be trusted, measured on images of every batch."""
+"""Error bounds of the clean run's logits, measured on images of every batch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MARGIN = 3e-5
 """Share of the spread of an image's logits that float32 rounding may reach, with much to spare."""
 
 ULPS = 4
-"""Units in the last place by which the competing logits are doubted at least."""
+"""Least error bound of the competing logits, in units in the last place."""
 
 SAFETY = 8.0
-"""How many times the largest rounding error seen is doubted."""
+"""The bound is so many times the largest rounding error seen."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How far the logits of the clean run are not trusted.
+    """Error bound of the clean run's logits.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Rounding:
         return self != Rounding()
 
     def __or__(self, other: Rounding) -> Rounding:
-        """Doubt what either of two does."""
+        """Return the larger of two bounds."""
         return Rounding(max(self.share, other.share), max(self.least, other.least))
 
     def tolerance(self, logits: Tensor) -> Tensor:

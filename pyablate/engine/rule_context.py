@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
+from pyablate.engine.channel_delta import ChannelDelta
+from pyablate.engine.lazy_delta import Pending
 from pyablate.network.aten import DIVISIONS, SAME
-from pyablate.network.graph import Graph, operands, remembered
-from pyablate.ops import Codes
+from pyablate.network.graph import Graph, Value, operands, remembered, tensor
+from pyablate.ops import Quantized
 
 KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
 """Shares of a change that have to be left of base + delta where relative errors count."""
 
 
 @dataclass(frozen=True)
-class Full:
+class Recomputed:
     """A changed value itself, for tensors that have no difference: integers and booleans."""
 
     value: Tensor
+
+
+DenseDelta = Tensor | Recomputed | list[Tensor | Recomputed | None] | None
+"""The change of a node, one row per pair: of several results a list; None if it does not change."""
+
+Delta = DenseDelta | ChannelDelta | Pending
+"""The same as the rules hand it on: on its channel, or with some steps yet to be done."""
 
 
 class Pairs(Protocol):
@@ -30,60 +39,60 @@ class Pairs(Protocol):
     graph: Graph
     dtype: torch.dtype  # of dense arithmetic; other operators keep what they get or widen it
     eight_bit: bool  # whether convolutions run in 8-bit integers
-    codes: dict[fx.Node, Codes]  # of deltas that an 8-bit convolution will read
-    steps: list[Tensor]  # of the codes that 8-bit convolutions have read
+    quantized: dict[fx.Node, Quantized]  # of deltas that an 8-bit convolution will read
+    steps: list[Tensor]  # of the quantized values that 8-bit convolutions have read
     lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.precision_cascade.Changed`
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job
 
-    def raw(self, node: fx.Node) -> Any:
-        """Return the delta of a node as held: Tensor, Channel, Pending, Full, list, or None."""
+    def raw(self, node: fx.Node) -> Delta:
+        """Return the delta of a node as held."""
 
-    def delta(self, node: fx.Node) -> Any:
-        """Return the same with a Channel or what is pending spelt out."""
+    def delta(self, node: fx.Node) -> DenseDelta:
+        """Return the same, one row per pair."""
 
     def base(self, node: fx.Node) -> Tensor:
         """Return a tensor of the clean run, ``[N, ...]``."""
 
-    def rows(self, node: fx.Node) -> Any:
+    def rows(self, node: fx.Node) -> Value:
         """Return it gathered per pair, ``[P, ...]``; constants as they are."""
 
     def plain(self, node: fx.Node) -> bool:
         """Whether the clean tensor has exactly one row per image, first."""
 
 
-Rule = Callable[[Pairs, fx.Node], Any]
+Rule = Callable[[Pairs, fx.Node], Delta]
 
 
-def difference(pairs: Pairs, node: fx.Node) -> Any:
+def difference(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """f(base + d) - f(base): right for every operator, at the price of a clean value."""
     after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
     before = pairs.rows(node)
     if isinstance(after, (list, tuple)):
         return [_subtract(a, b) for a, b in zip(after, before, strict=True)]
-    return _subtract(after, before)
+    return _subtract(after, tensor(before))
 
 
-def _perturbed(pairs: Pairs, node: fx.Node) -> Any:
+def _perturbed(pairs: Pairs, node: fx.Node) -> Value:
     delta = pairs.delta(node)
     if delta is None:
         return pairs.rows(node)
-    if isinstance(delta, Full):
+    if isinstance(delta, Recomputed):
         return delta.value
-    if isinstance(delta, (list, tuple)):
-        return [
-            b if d is None else d.value if isinstance(d, Full) else b + d
-            for d, b in zip(delta, pairs.rows(node), strict=True)
-        ]
-    return pairs.rows(node) + delta
+    if isinstance(delta, Tensor):
+        return tensor(pairs.rows(node)) + delta
+    return [
+        row if d is None else d.value if isinstance(d, Recomputed) else row + d
+        for d, row in zip(delta, pairs.rows(node), strict=True)
+    ]
 
 
-def _subtract(after: Any, before: Any) -> Any:
-    if not isinstance(after, Tensor):
+def _subtract(after: Tensor | None, before: Tensor) -> Tensor | Recomputed | None:
+    if after is None:
         return None
     if not after.is_floating_point():
-        return Full(after)
+        return Recomputed(after)
     # Masked scores are minus infinity before and after: no change, rather than NaN.
     return torch.where(after == before, torch.zeros_like(after), after - before)
 
@@ -103,7 +112,7 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
     delta = pairs.delta(source) if isinstance(source, fx.Node) else None
     if not isinstance(delta, Tensor) or not isinstance(source, fx.Node):
         return
-    left = (pairs.rows(source) + delta).abs()
+    left = (tensor(pairs.rows(source)) + delta).abs()
     share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
     lost = left < share * delta.abs()
     if pairs.plain(source):
@@ -112,9 +121,15 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
         pairs.lost.append(lost.any().expand(len(pairs.image)))
 
 
-def linear(pairs: Pairs, node: fx.Node) -> Any:
+def dense(pairs: Pairs, node: fx.Node) -> Tensor:
+    """Return the delta of a node that is a tensor and changes."""
+    return tensor(pairs.delta(node))
+
+
+def linear(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Apply a map that is linear in its one tensor argument."""
-    return pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+    change: DenseDelta = pairs.graph.evaluate(node, pairs.delta, len(pairs.image))
+    return change
 
 
 def full_shape(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:

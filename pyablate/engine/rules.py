@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +18,13 @@ from torch import Tensor, fx
 from pyablate.engine.channel_delta import has_unbounded_slope
 from pyablate.engine.fused_rules import activation, add, average, max_pool
 from pyablate.engine.rule_context import (
-    Full,
+    Delta,
+    DenseDelta,
     Pairs,
+    Recomputed,
     Rule,
     changing,
+    dense,
     difference,
     full_shape,
     linear,
@@ -43,35 +46,37 @@ from pyablate.network.graph import (
     CONVOLUTIONS,
     PADS,
     Graph,
+    Value,
     function,
     operands,
     remembered,
     settings,
+    tensor,
 )
 
 aten = torch.ops.aten
 
 
-def advance(pairs: Pairs, node: fx.Node) -> Any:
+def advance(pairs: Pairs, node: fx.Node) -> Delta:
     """Return the change of a node, from the changes of its inputs."""
     if has_unbounded_slope(node):
         note_cancellation(pairs, node)
-    # Taking one of several results computes nothing: there, a full one may stand beside the others.
-    whole = node.target is not operator.getitem and _may_read_full(node)
-    if whole and any(_holds_full(pairs.raw(source)) for source in node.all_input_nodes):
+    # Taking one of several results computes nothing: a recomputed one may stand beside the others.
+    whole = node.target is not operator.getitem and _may_read_recomputed(node)
+    if whole and any(_holds_recomputed(pairs.raw(source)) for source in node.all_input_nodes):
         return difference(pairs, node)
     return RULES.get(node.target, difference)(pairs, node)
 
 
 @remembered
-def _may_read_full(node: fx.Node) -> bool:
+def _may_read_recomputed(node: fx.Node) -> bool:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     return not all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
 
 
-def _holds_full(delta: Any) -> bool:
+def _holds_recomputed(delta: Delta) -> bool:
     items = delta if isinstance(delta, (list, tuple)) else [delta]
-    return any(isinstance(item, Full) for item in items)
+    return any(isinstance(item, Recomputed) for item in items)
 
 
 def reads_base(graph: Graph, node: fx.Node) -> bool:
@@ -86,18 +91,20 @@ def reads_base(graph: Graph, node: fx.Node) -> bool:
     return node.target not in LINEAR
 
 
-def _same(pairs: Pairs, node: fx.Node) -> Any:
+def _same(pairs: Pairs, node: fx.Node) -> Delta:
     source = node.all_input_nodes[0]
-    if source in pairs.codes:
-        pairs.codes[node] = pairs.codes[source]
+    if source in pairs.quantized:
+        pairs.quantized[node] = pairs.quantized[source]
     return pairs.raw(source)
 
 
-def _getitem(pairs: Pairs, node: fx.Node) -> Any:
-    return pairs.delta(node.all_input_nodes[0])[node.args[1]]
+def _getitem(pairs: Pairs, node: fx.Node) -> Delta:
+    several = pairs.delta(node.all_input_nodes[0])
+    assert isinstance(several, (list, tuple))
+    return several[cast(int, node.args[1])]
 
 
-def _bilinear(pairs: Pairs, node: fx.Node) -> Any:
+def _bilinear(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Multiply: linear while one factor stands still."""
     changed = changing(pairs, node)
     if len(changed) > 1 or node.kwargs:
@@ -105,52 +112,53 @@ def _bilinear(pairs: Pairs, node: fx.Node) -> Any:
     if node.target in DIVISIONS and changed[0] is not node.args[0]:
         return difference(pairs, node)
 
-    def value(source: fx.Node) -> Any:
-        return pairs.delta(source) if source is changed[0] else pairs.rows(source)
+    def value(source: fx.Node) -> Value:
+        return dense(pairs, source) if source is changed[0] else pairs.rows(source)
 
     return full_shape(pairs, node, pairs.graph.evaluate(node, value, len(pairs.image)))
 
 
-def _cat(pairs: Pairs, node: fx.Node) -> Any:
+def _cat(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Join deltas, with zeros for what stands still."""
     parts = [
-        delta if (delta := pairs.delta(part)) is not None else torch.zeros_like(pairs.rows(part))
+        torch.zeros_like(tensor(pairs.rows(part))) if delta is None else tensor(delta)
         for part in cast(list[fx.Node], node.args[0])  # the same tensor may come twice
+        for delta in [pairs.delta(part)]
     ]
     if not all(part.is_floating_point() for part in parts):
         return difference(pairs, node)
-    return function(node)(parts, *node.args[1:], **node.kwargs)
+    return tensor(function(node)(parts, *node.args[1:], **node.kwargs))
 
 
-def _matmul(pairs: Pairs, node: fx.Node) -> Any:
+def _matmul(pairs: Pairs, node: fx.Node) -> DenseDelta:
     changed = changing(pairs, node)
     if len(changed) > 1:
         return difference(pairs, node)
 
-    def value(source: fx.Node) -> Any:
-        rows = pairs.rows(source)
-        return pairs.delta(source).to(rows.dtype) if source is changed[0] else rows
+    def value(source: fx.Node) -> Tensor:
+        rows = tensor(pairs.rows(source))
+        return dense(pairs, source).to(rows.dtype) if source is changed[0] else rows
 
-    return pairs.graph.evaluate(node, value, len(pairs.image))
+    return tensor(pairs.graph.evaluate(node, value, len(pairs.image)))
 
 
-def _addmm(pairs: Pairs, node: fx.Node) -> Any:
+def _addmm(pairs: Pairs, node: fx.Node) -> DenseDelta:
     bias, left, right = operands(node)
     if node.kwargs or pairs.raw(bias) is not None or pairs.raw(right) is not None:
         return difference(pairs, node)
-    weight = pairs.rows(right)
-    return pairs.delta(left).to(weight.dtype) @ weight
+    weight = tensor(pairs.rows(right))
+    return dense(pairs, left).to(weight.dtype) @ weight
 
 
-def _pad(pairs: Pairs, node: fx.Node) -> Any:
+def _pad(pairs: Pairs, node: fx.Node) -> Tensor:
     """Pad: a constant border does not change, so its delta is 0; one of copies is linear."""
-    delta = pairs.delta(node.all_input_nodes[0])
+    delta = dense(pairs, node.all_input_nodes[0])
     constant = node.target is aten.constant_pad_nd.default
     mode = "constant" if constant else settings(node, 2, "constant")[0]
-    return aten.pad.default(delta, node.args[1], mode)
+    return tensor(aten.pad.default(delta, node.args[1], mode))
 
 
-RULES: Mapping[Any, Rule] = {
+RULES: Mapping[fx.node.Target, Rule] = {
     **dict.fromkeys(STRUCTURE | LINEAR_POOLS, linear),
     **dict.fromkeys((aten.adaptive_avg_pool2d.default, aten.mean.dim), average),
     **dict.fromkeys(SAME, _same),

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import functools
 
 import torch
 from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.engine import int8_conv
-from pyablate.engine.channel_delta import Channel
+from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import FirstMap, Scaled
-from pyablate.engine.rule_context import Pairs, changing, difference, only_reader, readers_of
+from pyablate.engine.rule_context import (
+    Delta,
+    DenseDelta,
+    Pairs,
+    changing,
+    dense,
+    difference,
+    only_reader,
+    readers_of,
+)
 from pyablate.network.aten import SUMS, named_activation, two
-from pyablate.network.graph import Graph, function, norm_scale, remembered, settings
-from pyablate.ops import Codes
+from pyablate.network.graph import (
+    Graph,
+    function,
+    norm_scale,
+    operand,
+    remembered,
+    settings,
+    tensor,
+)
+from pyablate.ops import Quantized
 
 aten = torch.ops.aten
 
+_Setting = int | list[int]
+_Geometry = tuple[_Setting, _Setting, _Setting]
+"""Stride, padding and dilation as an operator was given them."""
 
 LEAST_CHANNELS = 16
 """Input channels below which an 8-bit convolution is no faster than one in bfloat16."""
@@ -32,27 +52,26 @@ MOST_ACTIVE = 0.75
 """Share of columns that change above which all are multiplied."""
 
 
-def convolution(pairs: Pairs, node: fx.Node) -> Any:
-    """Convolve: one channel, codes, or dense."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+def convolution(pairs: Pairs, node: fx.Node) -> Delta:
+    """Convolve: one channel, quantized values, or dense."""
+    source = operand(node)
     weight = pairs.graph.constant(node, 1)
     if weight is None or pairs.raw(source) is None:
         return difference(pairs, node)
     stride, padding, dilation, groups = settings(node, 3, [1], [0], [1], 1)
     delta = pairs.raw(source)
-    single = isinstance(delta, Channel) and delta.axis == 1 and delta.inner == 1
-    if single and groups == 1 and node.target is aten.conv2d.default:
+    plain = groups == 1 and node.target is aten.conv2d.default
+    if isinstance(delta, ChannelDelta) and delta.axis == 1 and delta.inner == 1 and plain:
         return _first_convolution(pairs, node, delta, weight, (stride, padding, dilation))
-    if pairs.eight_bit and takes_codes(pairs.graph, node):
-        return _coded_convolution(pairs, node, weight, (stride, padding, dilation))
+    if pairs.eight_bit and takes_quantized(pairs.graph, node):
+        return _quantized_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
-    change = pairs.delta(source).to(lowered.dtype)
-    return convolve(change, lowered, None, stride, padding, dilation, groups)
+    change = dense(pairs, source).to(lowered.dtype)
+    return tensor(convolve(change, lowered, None, stride, padding, dilation, groups))
 
 
 @remembered
-def takes_codes(graph: Graph, node: fx.Node) -> bool:
+def takes_quantized(graph: Graph, node: fx.Node) -> bool:
     """Whether this convolution can run in 8 bits: constant filters, no groups, enough channels."""
     if node.target is not aten.conv2d.default:
         return False
@@ -63,58 +82,56 @@ def takes_codes(graph: Graph, node: fx.Node) -> bool:
     return weight.shape[1] >= LEAST_CHANNELS
 
 
-def _coded_convolution(
-    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[Any, Any, Any]
+def _quantized_convolution(
+    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: _Geometry
 ) -> Scaled:
-    source = cast(fx.Node, node.args[0])
-    codes = pairs.codes.get(source)
-    if codes is None:
-        codes = pairs.codes[source] = ops.encode(pairs.delta(source))
-    values = codes.values.contiguous(memory_format=torch.channels_last)
-    if "filters" not in node.meta:
+    source = operand(node)
+    quantized = pairs.quantized.get(source)
+    if quantized is None:
+        quantized = pairs.quantized[source] = ops.encode(dense(pairs, source))
+    values = quantized.values.contiguous(memory_format=torch.channels_last)
+
+    def prepare() -> int8_conv.Filters:
         stride, padding, dilation = (two(value) for value in geometry)
-        size = list(values.shape)
-        node.meta["filters"] = int8_conv.prepare(weight, (stride, padding, dilation), size)
-    pairs.steps.append(codes.scale)
-    result = int8_conv.convolve(values, node.meta["filters"])
-    return Scaled(result, codes.scale, fresh=len(readers_of(node)) == 1)
+        return int8_conv.prepare(weight, (stride, padding, dilation), list(values.shape))
+
+    pairs.steps.append(quantized.scale)
+    result = int8_conv.convolve(values, pairs.graph.prepared((node, torch.int8), prepare))
+    return Scaled(result, quantized.scale, fresh=len(readers_of(node)) == 1)
 
 
-def new_codes(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Codes | None:
-    """Memory for the codes of a node's delta, if an 8-bit convolution will read them."""
-    coded = [takes_codes(pairs.graph, reader) for reader in readers_of(node)]
-    if not pairs.eight_bit or not any(coded):
+def new_quantized(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Quantized | None:
+    """Memory for the quantized values of a node's delta, if an 8-bit convolution will read them."""
+    reads = [takes_quantized(pairs.graph, reader) for reader in readers_of(node)]
+    if not pairs.eight_bit or not any(reads):
         return None
     shape = pairs.graph.shape(node, len(pairs.image))
-    codes = Codes.empty(shape, layout, pairs.image.device, alone=all(coded))
-    pairs.codes[node] = codes
-    return codes
+    quantized = Quantized.empty(shape, layout, pairs.image.device, alone=all(reads))
+    pairs.quantized[node] = quantized
+    return quantized
 
 
 def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
     """Weights in the precision of the dense arithmetic, converted once."""
     if pairs.dtype == weight.dtype:
         return weight
-    held: dict[torch.dtype, Tensor] = node.meta.setdefault("weight", {})
-    if pairs.dtype not in held:
+
+    def lower() -> Tensor:
+        exact = weight
         if node is pairs.graph.logits:
             # What all logits share decides nothing, and must not cost their difference digits.
-            weight = weight.double() - weight.double().mean(dim=0)
-        held[pairs.dtype] = weight.to(pairs.dtype)
-    return held[pairs.dtype]
+            exact = weight.double() - weight.double().mean(dim=0)
+        return exact.to(pairs.dtype)
+
+    return pairs.graph.prepared((node, pairs.dtype), lower)
 
 
 def _first_convolution(
-    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, geometry: tuple[Any, Any, Any]
+    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, geometry: _Geometry
 ) -> Tensor | FirstMap:
     """Convolve one input channel per pair: 1/C of the work."""
-    stride, padding, dilation = geometry
-    filters = _by_input(node, weight.permute(1, 2, 3, 0))
-
-    def run(**fused: Any) -> Tensor:
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        return _single_channel(pairs, delta, delta.values, filters, **geometry, **fused)
-
+    filters = _by_input(pairs.graph, node, weight.permute(1, 2, 3, 0))
+    run = functools.partial(_single_channel, pairs, delta, delta.values, filters, geometry)
     reader = only_reader(node)
     if reader is not None and reader.target in SUMS:
         reader = only_reader(reader)  # with a shortcut that mostly stands still
@@ -122,22 +139,21 @@ def _first_convolution(
     return FirstMap(run) if waits else run()
 
 
-def fully_connected(pairs: Pairs, node: fx.Node) -> Any:
+def fully_connected(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Multiply by the weights: the columns of one channel, those that change, or all."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(node)
     weight = pairs.graph.constant(node, 1)
     delta = pairs.raw(source)
     if weight is None or changing(pairs, node) != [source]:  # a bias may have a row per image
         return difference(pairs, node)
-    dense = _weight(pairs, node, weight)
-    if isinstance(delta, Channel) and delta.axis == source.meta["val"].ndim - 1:
-        return _first_linear(pairs, node, delta, weight, dense.dtype)
-    change = pairs.delta(source).to(dense.dtype)
-    runs = _runs(pairs, change, dense) if pairs.plain(node) else None
+    lowered = _weight(pairs, node, weight)
+    if isinstance(delta, ChannelDelta) and delta.axis == source.meta["val"].ndim - 1:
+        return _first_linear(pairs, node, delta, weight, lowered.dtype)
+    change = dense(pairs, source).to(lowered.dtype)
+    runs = _runs(pairs, change, lowered) if pairs.plain(node) else None
     if runs is None:
-        return aten.linear.default(change, dense)
-    rows = _by_input(node, dense.t())
+        return tensor(aten.linear.default(change, lowered))
+    rows = _by_input(pairs.graph, node, lowered.t())
     return torch.cat([_active_columns(run, rows) for run in change.split(runs)])
 
 
@@ -165,11 +181,11 @@ def _active_columns(change: Tensor, rows: Tensor) -> Tensor:
 
 
 def _first_linear(
-    pairs: Pairs, node: fx.Node, delta: Channel, weight: Tensor, dtype: torch.dtype
+    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Only the columns of the changed channel count: a convolution over its entries."""
     blocks = weight.unflatten(1, (1, delta.size, delta.inner))  # [O, 1, C, inner]
-    filters = _by_input(node, blocks.permute(2, 1, 3, 0))
+    filters = _by_input(pairs.graph, node, blocks.permute(2, 1, 3, 0))
     values = delta.values.to(dtype)  # [N, U, inner], or [N, U, *rest] with one entry per position
     maps = values.reshape(*values.shape[:2], 1, -1)
     out = _single_channel(pairs, delta, maps, filters).permute(0, 2, 3, 1)
@@ -177,28 +193,44 @@ def _first_linear(
     return out.reshape(len(out), *rest, len(weight))
 
 
-def _by_input(node: fx.Node, filters: Tensor) -> Tensor:
+def _by_input(graph: Graph, node: fx.Node, filters: Tensor) -> Tensor:
     """Lay filters out by input channel, ``[I, kh, kw, O]``, once."""
-    held: dict[Any, Tensor] = node.meta.setdefault("by_input", {})
-    key = (filters.dtype, filters.shape)  # a linear map may be seen by maps or by single numbers
-    if key not in held:
-        held[key] = filters.contiguous()
-    return held[key]
+    # A linear map may be seen by maps or by single numbers.
+    return graph.prepared((node, filters.dtype, filters.shape), filters.contiguous)
 
 
 def _single_channel(
-    pairs: Pairs, delta: Channel, maps: Tensor, filters: Tensor, **geometry: Any
+    pairs: Pairs,
+    delta: ChannelDelta,
+    maps: Tensor,
+    filters: Tensor,
+    geometry: _Geometry = (1, 0, 1),
+    *,
+    activation: ops.Activation | None = None,
+    base: Tensor | None = None,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """Convolve each pair's one changed map ``[H, W]`` of ``maps`` ``[N, U, H, W]``."""
-    channel, column = delta.channel.to(torch.int32), pairs.column.to(torch.int32)
-    return ops.unit_delta(maps, filters, channel, pairs.image, column, **geometry)
+    stride, padding, dilation = geometry
+    return ops.unit_delta(
+        maps,
+        filters,
+        delta.channel.to(torch.int32),
+        pairs.image,
+        pairs.column.to(torch.int32),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        base=base,
+        quantized=quantized,
+    )
 
 
-def batch_norm(pairs: Pairs, node: fx.Node) -> Any:
+def batch_norm(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Scale; the shift drops out."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(node)
     scale = norm_scale(pairs.graph, node)[0]
-    delta = pairs.delta(source)
+    delta = dense(pairs, source)
     shape = (1, -1, *[1] * (delta.ndim - 2))
     return [delta * scale.to(delta.dtype).reshape(shape), None, None]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate.engine.job import clean_maps
+from pyablate.engine.replacements import clean_maps
 from pyablate.experiments.units import opened
 from pyablate.interventions import random_rotation
 from pyablate.network.capture import capture

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
-from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
+from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_batch_norm, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.runtime import interrupts
@@ -150,7 +150,7 @@ def _layouts(graph: Graph, pair: Tensor) -> dict[fx.Node, Any]:
     for node in nodes:
         metas, before, after = node.meta["val"], values[node], swapped[node]
         if isinstance(metas, Tensor):
-            found[node] = _layout(graph, node, metas, before, after, swap)
+            found[node] = _layout(graph, node, metas, tensor(before), tensor(after), swap)
         else:
             items = zip(metas, before, after, strict=True)
             found[node] = [_layout(graph, node, *item, swap) for item in items]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -38,6 +38,12 @@ LINEAR_MAPS = CONVOLUTIONS | {aten.linear.default}
 SOFTMAXES: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
 LOG_SOFTMAXES: frozenset[Any] = frozenset({aten.log_softmax.int, aten._log_softmax.default})
 PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+
+Value = Tensor | list[Tensor] | tuple[Tensor, ...]
+"""What a node gives: a tensor, or several of an operator with several results."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,23 @@ class Graph:
     layout: dict[fx.Node, Any] = field(default_factory=dict)
     markers: list[fx.Node] = field(default_factory=list)
     _linear: dict[Any, tuple[int, int] | None] = field(default_factory=dict, repr=False)
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` gives, made once: weights in another precision or layout.
+
+        Not shared with a copy of this graph, whose constants may be others.
+        """
+        if key not in self._prepared:
+            self._prepared[key] = make()
+        return cast(T, self._prepared[key])
 
     def run(
         self,
         images: Tensor,
         keep: Iterable[fx.Node],
         look: Callable[[fx.Node, Any], None] | None = None,
-    ) -> dict[fx.Node, Any]:
+    ) -> dict[fx.Node, Value]:
         """Compute ``keep`` for a batch of images; other tensors are freed after their last use.
 
         ``look`` is shown every node with its value.
@@ -201,7 +217,7 @@ class Graph:
         """Value of a placeholder in float64, as exact as it is known."""
         return self.unrounded.get(node, self.constants[node]).double()
 
-    def pick(self, node: fx.Node, value: Any, image: Tensor) -> Any:
+    def pick(self, node: fx.Node, value: Value, image: Tensor) -> Value:
         """Gather images from a node's value; what does not depend on images stays as it is."""
         layout = self.layout.get(node)
         if isinstance(value, (list, tuple)):
@@ -215,14 +231,14 @@ class Graph:
         layouts = layout if isinstance(layout, list) else [layout]
         return all(one is None or (one.outer == 1 and one.inner == 1) for one in layouts)
 
-    def join(self, node: fx.Node, parts: Sequence[Any]) -> Any:
+    def join(self, node: fx.Node, parts: Sequence[Value]) -> Value:
         """Value of a node for a batch, from those for its parts, where :meth:`joins` allows it."""
         layout = self.layout.get(node)
         if isinstance(parts[0], (list, tuple)):
             layouts = layout if isinstance(layout, list) else [layout] * len(parts[0])
             items = zip(layouts, zip(*parts, strict=True), strict=True)
             return [_join(one, item) for one, item in items]
-        return _join(layout, parts)
+        return _join(layout, [tensor(part) for part in parts])
 
     def after(self, starts: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes on the way to the logits whose values change with those of ``starts``, in order."""
@@ -255,10 +271,6 @@ class Graph:
         return replace(self, logits=node, _linear=self._linear)
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
 def remembered(fact: Callable[P, T]) -> Callable[P, T]:
     """Keep with a node, the last argument, what follows from the network alone.
 
@@ -279,6 +291,24 @@ def remembered(fact: Callable[P, T]) -> Callable[P, T]:
 def operands(node: fx.Node) -> list[fx.Node]:
     """Tensor arguments of a node, by position; for operators that take nothing else there."""
     return [argument for argument in node.args if isinstance(argument, fx.Node)]
+
+
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """Return an argument of a node that is a tensor."""
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def tensor(value: object) -> Tensor:
+    """Return a value where it has to be a single tensor."""
+    assert isinstance(value, Tensor)
+    return value
+
+
+def integers(value: object) -> list[int]:
+    """Return a setting that is one number or several."""
+    return [int(item) for item in value] if isinstance(value, (list, tuple)) else [cast(int, value)]
 
 
 def settings(node: fx.Node, start: int, *defaults: Any) -> list[Any]:
@@ -327,7 +357,7 @@ def _pick(layout: BatchLayout | None, value: Tensor, image: Tensor) -> Tensor:
     return value if layout is None else layout.pick(value, image)
 
 
-def _join(layout: BatchLayout | None, parts: Sequence[Any]) -> Any:
+def _join(layout: BatchLayout | None, parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if layout is None else torch.cat(list(parts), dim=layout.axis)
 
 

@@ -4,8 +4,8 @@
 ``[P, ...]``, the change that an ablation makes to a tensor of the clean run. Base tensors
 ``[N, ...]`` belong to the clean run and are read by image index, never copied per pair.
 
-Tensors on the CPU go to the C++ twin, tensors on a CUDA device to the CUDA twin, all others (and
-all tensors where the compiled module is missing) to ``pyablate.ops.reference``. No operation
+Tensors on the CPU go to the C++ backend, tensors on a CUDA device to the CUDA backend, all others
+(and all tensors where the compiled module is missing) to ``pyablate.ops.reference``. No operation
 records gradients. On the CPU an index out of range raises ``ValueError``; on CUDA, where looking
 would stop the stream, such a row comes back as NaN (-1 where the result is an integer).
 """
@@ -13,12 +13,12 @@ would stop the stream, such a row comes back as NaN (-1 where the result is an i
 from pyablate.ops._classify import classify, confusion_counts, head_flips
 from pyablate.ops.activations import Activation
 from pyablate.ops.elementwise import delta_activation, delta_max_pool, delta_mean, encode
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 from pyablate.ops.units import masked_copies, unit_delta
 
 __all__ = [
     "Activation",
-    "Codes",
+    "Quantized",
     "classify",
     "confusion_counts",
     "delta_activation",

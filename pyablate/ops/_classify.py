@@ -10,8 +10,8 @@ from pyablate.ops._checks import check_classes, check_pairs, check_range, check_
 from pyablate.ops._layout import wider
 from pyablate.ops.dispatch import (
     FLOATS,
+    backend,
     context,
-    twin,
 )
 
 
@@ -64,7 +64,7 @@ def head_flips(
     dtype = wider(logits, delta, weight)
     logits, delta, tolerance = (t.detach().to(dtype) for t in (logits, delta, tolerance))
     weight = weight.detach().to(dtype)
-    core = twin(logits)
+    core = backend(logits)
     if core is None:
         return reference.head_flips(logits, delta, weight, baseline, tolerance)
     # The scan of one unit's classes wants [U, K]; no copy where weight is a view of such a tensor
@@ -132,7 +132,7 @@ def classify(
     check_shape("tolerance", tolerance, (images,))
     dtype = wider(logits, delta)
     logits, delta, tolerance = (t.detach().to(dtype) for t in (logits, delta, tolerance))
-    core = twin(logits)
+    core = backend(logits)
     if core is None:
         return reference.classify(logits, delta, image, tolerance, relative=relative)
     out = torch.empty(pairs, dtype=torch.int32, device=logits.device)
@@ -177,7 +177,7 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     units, images = prediction.shape
     check_shape("label", label, (images,))
     check_range("prediction", prediction, 0, classes)
-    core = twin(prediction)
+    core = backend(prediction)
     if core is None:
         return reference.confusion_counts(prediction, label, classes)
     out = torch.empty(units, classes, classes, dtype=torch.int32, device=prediction.device)

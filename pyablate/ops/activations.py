@@ -54,7 +54,7 @@ class Activation:
 
     @property
     def code(self) -> int:
-        """The number under which the compiled twins know the function."""
+        """The number under which the compiled backends know the function."""
         return _ACTIVATIONS.index(self.name)
 
     @property

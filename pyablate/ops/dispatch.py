@@ -1,4 +1,4 @@
-"""Where an operation runs, and what every twin is told."""
+"""Where an operation runs, and what every backend is told."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pyablate import _native
 from pyablate.ops._checks import check_pairs, check_shape, check_tensor
 from pyablate.ops._layout import layout_of
 from pyablate.ops.activations import Activation
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 REAL = (torch.float32, torch.float64)
 FLOATS = (*REAL, torch.bfloat16)
 
 
-def twin(tensor: Tensor) -> Any:
-    """Return the compiled module if it has a twin for the tensor's device, else None."""
+def backend(tensor: Tensor) -> Any:
+    """Return the compiled module if it has a backend for the tensor's device, else None."""
     core = _native.core
     if core is None or tensor.device.type == "cpu":
         return core
@@ -33,7 +33,7 @@ def context(tensor: Tensor) -> tuple[int, int]:
 
 
 def activation_arguments(activation: Activation | None) -> tuple[int, float, float]:
-    """Return number and settings of an activation as the twins know it; 0 is none."""
+    """Return number and settings of an activation as the backends know it; 0 is none."""
     if activation is None:
         return 0, 0.0, 0.0
     return activation.code, activation.a, activation.b
@@ -61,22 +61,24 @@ def ready_scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
     return ready
 
 
-def cannot_encode(like: Tensor, codes: Codes | None) -> bool:
-    """Whether codes are wanted that the compiled twins do not write."""
-    return codes is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
+def cannot_encode(like: Tensor, quantized: Quantized | None) -> bool:
+    """Whether quantized values are wanted that the compiled backends do not write."""
+    return quantized is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
 
 
-def written(result: Tensor, codes: Codes | None) -> Tensor | None:
-    """Return where a result is to be written; None where its codes are all that is wanted."""
-    return None if codes is not None and codes.alone else result
+def written(result: Tensor, quantized: Quantized | None) -> Tensor | None:
+    """Return where a result goes; None where its quantized values are all that is wanted."""
+    return None if quantized is not None and quantized.alone else result
 
 
-def code_arguments(codes: Codes | None, result: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Check memory for codes; return values and scales."""
-    if codes is None:
+def quantized_arguments(
+    quantized: Quantized | None, result: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check memory for quantized values; return values and scales."""
+    if quantized is None:
         return None, None
-    check_tensor("codes", codes.values, dtypes=(torch.uint8,), like=result)
-    check_shape("codes", codes.values, tuple(result.shape))
-    if not codes.values.is_contiguous(memory_format=layout_of(result)):
-        raise ValueError(f"codes: expected the layout of the result, {layout_of(result)}")
-    return codes.values, codes.scale
+    check_tensor("quantized", quantized.values, dtypes=(torch.uint8,), like=result)
+    check_shape("quantized", quantized.values, tuple(result.shape))
+    if not quantized.values.is_contiguous(memory_format=layout_of(result)):
+        raise ValueError(f"quantized: expected the layout of the result, {layout_of(result)}")
+    return quantized.values, quantized.scale

@@ -15,14 +15,14 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
+    backend,
     check_change,
-    code_arguments,
     context,
+    quantized_arguments,
     ready_scales,
-    twin,
     written,
 )
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 
 def delta_activation(
@@ -35,7 +35,7 @@ def delta_activation(
     addend: Tensor | None = None,
     addend_scale: Tensor | None = None,
     out: Tensor | None = None,
-    codes: Codes | None = None,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """Carry a delta through an elementwise function.
 
@@ -56,15 +56,15 @@ def delta_activation(
         ``[P, *S]``, a second delta added to the first (residual sum), dtype of ``delta``.
     out : Tensor, optional
         ``[P, *S]`` to write to, dtype of ``delta``; may be ``delta`` itself.
-    codes : Codes, optional
-        Filled with the codes of the result, in the same pass.
+    quantized : Quantized, optional
+        Filled with the quantized values of the result, in the same pass.
 
     Returns
     -------
     Tensor
         ``act(base[image] + d) - act(base[image])`` with
         ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``; ``out`` if
-        that was given; nothing (``[0]``) where the codes are all that is wanted.
+        that was given; nothing (``[0]``) where the quantized values are all that is wanted.
 
     Raises
     ------
@@ -82,15 +82,22 @@ def delta_activation(
     base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = twin(change)
+    core = backend(change)
     result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
-    if core is None or dispatch.cannot_encode(change, codes):
+    if core is None or dispatch.cannot_encode(change, quantized):
         reference.delta_activation(
-            base, change, image, activation, out=result, addend=addend, scales=scales, codes=codes
+            base,
+            change,
+            image,
+            activation,
+            out=result,
+            addend=addend,
+            scales=scales,
+            quantized=quantized,
         )
     else:
         threads, stream = context(change)
-        scratch = None if codes is None else torch.empty(threads * change[:1].numel())
+        scratch = None if quantized is None else torch.empty(threads * change[:1].numel())
         core.delta_activation(
             base,
             change,
@@ -98,21 +105,21 @@ def delta_activation(
             addend,
             scales[1],
             image.contiguous(),
-            written(result.detach(), codes),
-            *code_arguments(codes, result),
+            written(result.detach(), quantized),
+            *quantized_arguments(quantized, result),
             scratch,
             *activation_arguments(activation),
             threads,
             stream,
         )
-    if written(result, codes) is None:
+    if written(result, quantized) is None:
         return result.new_empty(0)
     if out is None or out is result:
         return result
     return out.copy_(result)
 
 
-def encode(delta: Tensor) -> Codes:
+def encode(delta: Tensor) -> Quantized:
     """Write a delta in 8 bits per number.
 
     Parameters
@@ -122,7 +129,7 @@ def encode(delta: Tensor) -> Codes:
 
     Returns
     -------
-    Codes
+    Quantized
         Of the shape of ``delta``, contiguous or channels_last as it is.
 
     Raises
@@ -134,10 +141,12 @@ def encode(delta: Tensor) -> Codes:
     if delta.dim() < 1:
         raise ValueError("delta: expected at least one dimension, got none")
     delta = dense(delta.detach())
-    codes = Codes.empty(delta.shape, layout_of(delta), delta.device, alone=True)
+    quantized = Quantized.empty(delta.shape, layout_of(delta), delta.device, alone=True)
     each = torch.arange(len(delta), dtype=torch.int32, device=delta.device)
-    delta_activation(delta, delta, each, Activation("identity"), codes=codes)  # reads no base
-    return codes
+    delta_activation(
+        delta, delta, each, Activation("identity"), quantized=quantized
+    )  # reads no base
+    return quantized
 
 
 def delta_mean(
@@ -190,7 +199,7 @@ def delta_mean(
     base = base_rows(base.detach(), dtype, layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = twin(change)
+    core = backend(change)
     if core is None:
         return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
     channels_last = layout == torch.channels_last
@@ -230,7 +239,7 @@ def delta_max_pool(
     activation: Activation | None = None,
     scale: Tensor | None = None,
     out: Tensor | None = None,
-    codes: Codes | None = None,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """Carry a delta through max pooling, and through an elementwise function before it.
 
@@ -253,15 +262,15 @@ def delta_max_pool(
         float32 [P], factor of each pair's ``delta``; 1 if not given.
     out : Tensor, optional
         [P, C, Ho, Wo] to write to, dtype and layout of ``delta``.
-    codes : Codes, optional
-        Filled with the codes of the result, in the same pass.
+    quantized : Quantized, optional
+        Filled with the quantized values of the result, in the same pass.
 
     Returns
     -------
     Tensor
         [P, C, Ho, Wo], max_pool(act(base + delta * scale)) - max_pool(act(base)), dtype and layout
-        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the codes are all that is
-        wanted.
+        of ``delta``; ``out`` if that was given; nothing (``[0]``) where the quantized values are
+        all that is wanted.
 
     Raises
     ------
@@ -290,11 +299,11 @@ def delta_max_pool(
     shape = (*delta.shape[:2], *geometry["out_size"])
     result = output(out, shape, delta, layout)
     if result.numel() == 0:
-        if codes is not None:
-            codes.fill(result)
+        if quantized is not None:
+            quantized.fill(result)
         return result
-    core = twin(change)
-    if core is None or dispatch.cannot_encode(change, codes):
+    core = backend(change)
+    if core is None or dispatch.cannot_encode(change, quantized):
         reference.delta_max_pool(
             base,
             change,
@@ -302,10 +311,10 @@ def delta_max_pool(
             activation=activation,
             scale=scales[0],
             out=result,
-            codes=codes,
+            quantized=quantized,
             **geometry,
         )
-        return result if written(result, codes) is not None else result.new_empty(0)
+        return result if written(result, quantized) is not None else result.new_empty(0)
     if activation is not None and not activation.monotone:
         change = delta_activation(base, change, image, activation, scale=scales[0])
         base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
@@ -315,7 +324,7 @@ def delta_max_pool(
     if change.device.type == "cpu":
         channels_last = layout == torch.channels_last
         part = (shape[1] if channels_last else shape[2]) * shape[3]
-        parts = 0 if codes is None else shape[2] if channels_last else shape[1]
+        parts = 0 if quantized is None else shape[2] if channels_last else shape[1]
         size = threads * (2 + parts) * part
         scratch = torch.empty(size, dtype=reference.compute_dtype(delta.dtype))
     core.delta_max_pool(
@@ -323,8 +332,8 @@ def delta_max_pool(
         change,
         scales[0],
         image.contiguous(),
-        written(result, codes),
-        *code_arguments(codes, result),
+        written(result, quantized),
+        *quantized_arguments(quantized, result),
         layout == torch.channels_last,
         *geometry.values(),
         scratch,
@@ -332,4 +341,4 @@ def delta_max_pool(
         threads,
         stream,
     )
-    return result if written(result, codes) is not None else result.new_empty(0)
+    return result if written(result, quantized) is not None else result.new_empty(0)

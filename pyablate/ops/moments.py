@@ -16,7 +16,7 @@ from torch import Tensor
 from pyablate.ops import reference as reference
 from pyablate.ops._checks import check_classes, check_pairs, check_shape, check_tensor
 from pyablate.ops._layout import dense
-from pyablate.ops.dispatch import FLOATS, REAL, context, twin
+from pyablate.ops.dispatch import FLOATS, REAL, backend, context
 
 __all__ = [
     "ClassMoments",
@@ -154,7 +154,7 @@ def map_moments(x: Tensor, into: MapMoments, *, axis: int = 1) -> None:
     check_tensor("into", into.pooled, dims=2, dtypes=(dtype,), like=x)
     check_shape("into", into.pooled, (units, len(x)))
     x = dense(x.detach().to(dtype))
-    core = twin(x)
+    core = backend(x)
     if core is None:
         reference.map_moments(x, axis, into.pooled, into.active, into.least, into.positive)
         return
@@ -189,7 +189,7 @@ def class_moments(pooled: Tensor, active: Tensor, label: Tensor, classes: int) -
     check_shape("active", active, tuple(pooled.shape))
     _check_labels(pooled, label, classes)
     pooled = pooled.detach().contiguous()
-    core = twin(pooled)
+    core = backend(pooled)
     if core is None:
         return ClassMoments(*reference.class_moments(pooled, active, label, classes))
     dtypes = (torch.float64, torch.float64, torch.float64, torch.int64)
@@ -226,7 +226,7 @@ def class_ranks(x: Tensor, label: Tensor, classes: int, *, bins: int, top: int) 
         raise ValueError(f"top: expected a number of images, got {top}")
     x = x.detach().contiguous()
     count = torch.bincount(label, minlength=classes)
-    core = twin(x)
+    core = backend(x)
     if core is None:
         return ClassRanks(*reference.class_ranks(x, label, count, bins, top))
     units, threads = len(x), context(x)[0]

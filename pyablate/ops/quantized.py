@@ -12,11 +12,11 @@ ZERO = 128
 """The code of 0."""
 
 MOST = 127
-"""Codes reach from ``ZERO - MOST`` to ``ZERO + MOST``."""
+"""Quantized values reach from ``ZERO - MOST`` to ``ZERO + MOST``."""
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class Quantized:
     """A delta ``[P, ...]`` as 8-bit numbers with a factor per pair, so that small ones keep digits.
 
     The delta is about ``scale[p] * (values[p] - 128)``; the error is at most half the factor. A
@@ -44,13 +44,13 @@ class Codes:
         device: torch.device | str,
         *,
         alone: bool = False,
-    ) -> Codes:
-        """Memory for the codes of a delta of this shape and layout, to be filled."""
+    ) -> Quantized:
+        """Memory for the quantized values of a delta of this shape and layout, to be filled."""
         values = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=layout)
         return cls(values, torch.empty(shape[0], dtype=torch.float32, device=device), alone)
 
     def spell(self, dtype: torch.dtype) -> Tensor:
-        """Return the delta as the codes have it."""
+        """Return the delta as the quantized values have it."""
         steps = self.values.float() - ZERO
         return (steps * self.scale.reshape(-1, *[1] * (steps.ndim - 1))).to(dtype)
 

@@ -1,8 +1,8 @@
 """The native operations in plain PyTorch.
 
-They are the oracle of the compiled twins and the path taken where the compiled module is missing or
-does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents each
-operation; shapes are repeated here only where a formula needs them.
+They are the oracle of the compiled backends and the path taken where the compiled module is missing
+or does not know the device. Arguments have been checked by :mod:`pyablate.ops`, which documents
+each operation; shapes are repeated here only where a formula needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyablate.ops.activations import Activation
-    from pyablate.ops.quantized import Codes
+    from pyablate.ops.quantized import Quantized
 
 _UNFOLD_ELEMENTS = 1 << 24  # unit_delta unfolds its maps in pieces of at most this many elements
 
@@ -88,7 +88,7 @@ def head_flips(
     logits: Tensor, delta: Tensor, weight: Tensor, baseline: Tensor, tolerance: Tensor
 ) -> Tensor:
     """Decide every (image, unit) by scanning all classes; no shortcut is needed for the answer."""
-    del baseline  # only the shortcut of the compiled twins reads it
+    del baseline  # only the shortcut of the compiled backends reads it
     out = torch.empty(delta.shape, dtype=torch.int32, device=delta.device)
     columns = weight.t()
     for n in range(delta.shape[0]):
@@ -110,7 +110,7 @@ def unit_delta(
     base: Tensor | None,
     base_image: Tensor | None,
     out: Tensor,
-    codes: Codes | None,
+    quantized: Quantized | None,
 ) -> Tensor:
     """Convolve single maps with the filters of their input channel, by unfolding; fill ``out``."""
     dtype = compute_dtype(delta.dtype)
@@ -134,8 +134,8 @@ def unit_delta(
                 rows, activation
             )
         out[some] = result
-    if codes is not None:
-        codes.fill(out)
+    if quantized is not None:
+        quantized.fill(out)
     return out
 
 
@@ -163,13 +163,13 @@ def delta_activation(
     out: Tensor,
     addend: Tensor | None,
     scales: Sequence[Tensor | None],
-    codes: Codes | None,
+    quantized: Quantized | None,
 ) -> Tensor:
     """Write act(base[image] + d) - act(base[image]) to ``out``; d is the sum of both deltas."""
     change = _sum(delta, addend, scales)
     out.copy_(_activation_change(base[image.long()].to(change.dtype), change, activation))
-    if codes is not None:
-        codes.fill(out)
+    if quantized is not None:
+        quantized.fill(out)
     return out
 
 
@@ -218,7 +218,7 @@ def delta_max_pool(
     activation: Activation | None,
     scale: Tensor | None,
     out: Tensor,
-    codes: Codes | None,
+    quantized: Quantized | None,
 ) -> Tensor:
     """Write max_pool(act(base + delta)) - max_pool(act(base)) to ``out``."""
     rows = base[image.long()].to(compute_dtype(delta.dtype))
@@ -241,8 +241,8 @@ def delta_max_pool(
     nothing = (before == -torch.inf) & (after == -torch.inf)
     change = torch.where(nothing, 0.0, after - before)
     out.copy_(torch.where(pool(infinite.to(rows.dtype)) > 0, torch.nan, change))
-    if codes is not None:
-        codes.fill(out)
+    if quantized is not None:
+        quantized.fill(out)
     return out
 
 

@@ -16,12 +16,12 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
-    code_arguments,
+    backend,
     context,
-    twin,
+    quantized_arguments,
     written,
 )
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 
 def masked_copies(
@@ -67,7 +67,7 @@ def masked_copies(
         )
     value = value.to(x.dtype)
     x = dense(x.detach())
-    core = twin(x)
+    core = backend(x)
     if core is None:
         return reference.masked_copies(x, image, unit, value.detach(), axis=axis)
     out = empty_rows(x, pairs)
@@ -106,7 +106,7 @@ def unit_delta(
     base: Tensor | None = None,
     base_image: Tensor | None = None,
     out: Tensor | None = None,
-    codes: Codes | None = None,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """Convolve each pair's single changed map: the first convolution after the unit.
 
@@ -134,14 +134,14 @@ def unit_delta(
     out : Tensor, optional
         [P, O, Ho, Wo] channels_last to write to, dtype of ``delta``. Fresh memory costs more than
         the convolution where a result is larger than the allocator keeps at hand (32 MB).
-    codes : Codes, optional
-        Filled with the codes of the result, in the same pass.
+    quantized : Quantized, optional
+        Filled with the quantized values of the result, in the same pass.
 
     Returns
     -------
     Tensor
         [P, O, Ho, Wo] channels_last, dtype of ``delta``; no bias. ``out`` if that was given;
-        nothing (``[0]``) where the codes are all that is wanted.
+        nothing (``[0]``) where the quantized values are all that is wanted.
 
     Raises
     ------
@@ -181,8 +181,8 @@ def unit_delta(
     delta = delta.detach()
     weight = weight.detach().to(dtype).contiguous()
     result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
-    core = twin(delta)
-    if core is None or dispatch.cannot_encode(delta, codes):
+    core = backend(delta)
+    if core is None or dispatch.cannot_encode(delta, quantized):
         reference.unit_delta(
             delta,
             weight,
@@ -193,13 +193,13 @@ def unit_delta(
             base=base,
             base_image=base_image,
             out=result,
-            codes=codes,
+            quantized=quantized,
             **geometry,
         )
-        return result if written(result, codes) is not None else result.new_empty(0)
+        return result if written(result, quantized) is not None else result.new_empty(0)
     threads, stream = context(delta)
     scratch = None
-    values, code_scale = code_arguments(codes, result)
+    values, code_scale = quantized_arguments(quantized, result)
     if delta.device.type == "cpu":
         size_per_thread = core.unit_delta_scratch(
             delta, weight, result, values, geometry["stride"], geometry["dilation"]
@@ -213,7 +213,7 @@ def unit_delta(
         column.contiguous(),
         base,
         (image if base_image is None else base_image).contiguous(),
-        written(result, codes),
+        written(result, quantized),
         values,
         code_scale,
         scratch,
@@ -224,4 +224,4 @@ def unit_delta(
         threads,
         stream,
     )
-    return result if written(result, codes) is not None else result.new_empty(0)
+    return result if written(result, quantized) is not None else result.new_empty(0)

@@ -8,6 +8,7 @@ Nothing here needs torch, a model or the extension.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,25 +78,42 @@ class Audit:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a run took, and how sure its cheap arithmetic was.
+    """What a run took, and how exact its cheap arithmetic was.
 
     Attributes
     ----------
     layer_seconds : dict
         Wall time of each layer's ablations, without capture, clean runs and audit.
-    settled : dict
+    pairs_by_precision : dict
         Number of pairs decided by each precision of the dense part ("int8", "bfloat16",
         "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
         are in none.
-    doubt : dict
+    error_bounds : dict
         Per layer and precision, the share of a logit change's spread within which its answer was
         not trusted: several times the largest error measured on pairs of this run. In 8 bits some
-        multiple of a pair's rounding steps was doubted besides.
+        multiple of a pair's rounding steps is added to that.
     """
 
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    settled: dict[str, int] = field(default_factory=dict)
-    doubt: dict[str, dict[str, float]] = field(default_factory=dict)
+    pairs_by_precision: dict[str, int] = field(default_factory=dict)
+    error_bounds: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def settled(self) -> dict[str, int]:
+        """Former name of :attr:`pairs_by_precision`; deprecated."""
+        _warn_renamed("settled", "pairs_by_precision")
+        return self.pairs_by_precision
+
+    @property
+    def doubt(self) -> dict[str, dict[str, float]]:
+        """Former name of :attr:`error_bounds`; deprecated."""
+        _warn_renamed("doubt", "error_bounds")
+        return self.error_bounds
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    message = f"Effort.{old} is now Effort.{new}; the old name will go"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)

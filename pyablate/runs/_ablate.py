@@ -1,4 +1,4 @@
-"""The main job: check and prepare, go through the blocks of images, gather the result."""
+"""The main job: check, capture, plan, sweep the blocks of images, collect the result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify, own_dtype
-from pyablate.runs.loop import Course, check_data, hash_all, kept, shard_images
+from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
-from pyablate.runs.setup import Setup, check_options, prepare
+from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
 from pyablate.runtime.progress import Report, reporting
@@ -71,7 +71,7 @@ def ablate(
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
     intervention : str or Intervention
-        What stands in for a unit; see :func:`pyablate.interventions.parse`.
+        The replacement of a unit; see :func:`pyablate.interventions.parse`.
     groups : sequence of sequences of str, optional
         Units ``"layer:unit"`` to ablate together, one row of the result per group, after the
         rows of ``layers``.
@@ -135,90 +135,176 @@ def ablate(
         Audited predictions differ whatever is tried; finished blocks in ``output`` are kept.
     """
     begin = time.perf_counter()
-    if distributed and output is None:
-        raise ValueError("distributed: needs output, a folder that all processes see")
-    check_options(
-        model,
-        batch_size=batch_size,
-        memory=memory,
-        audit=audit,
-        strategy=strategy,
-        precision=precision,
-    )
-    check_on_mismatch(on_mismatch)
-    recorded = check_measures(measures)
-    chosen = parse(intervention, seed=seed)
-    place = None if output is None else Path(output)
-    if place is not None:
-        check_place(place, fresh=fresh)
-    device = own_device(distributed, device)
-    with undisturbed(), taking_part(distributed, device) as ranks:
-        goes_on = ranks.tell(place is not None and not fresh and has_statistics(place))
-        setup = prepare(
-            model,
-            data,
-            layers,
-            groups,
-            chosen,
-            class_names,
-            device,
+    options = _RunOptions(
+        setup=SetupOptions(
+            layers=layers,
+            groups=groups,
+            intervention=parse(intervention, seed=seed),
+            class_names=class_names,
+            device=own_device(distributed, device),
             batch_size=batch_size,
             memory=memory,
             strategy=strategy,
             precision=precision,
-            measures=recorded,
-            measured=read_statistics(place) if place is not None and goes_on else None,
-            ranks=ranks,
-        )
-        images, dtype = shard_images(shard, len(setup.data)), own_dtype(model)
-        size = min(setup.batch_size, -(-len(images) // ranks.count))
-        layout = Layout(images, size, setup.memory)
-        identity = identify(
-            setup,
-            dtype=dtype,
-            images=images,
-            strategy=strategy,
-            audit=audit,
-            seed=seed,
-            measures=recorded,
-        )
-        hashing = place is not None or shard is not None
-        known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
-        with kept(place, known, layout, setup.statistics, fresh=fresh, ranks=ranks) as held:
-            if held is None and place is not None:
-                finished = load(place)
-                check_data(setup.data, layout, finished, dtype, ranks)
-                logger.info("%s has finished already", place)
-                return finished
-            assert held is not None
-            setup = replace(
-                setup,
-                batch_size=batch_size or held.layout.size,
-                memory=memory or held.layout.memory,
-            )
-            sweep = BlockSweep(setup, _audited_pairs(setup, audit, seed), recorded, on_mismatch)
-            with reporting(progress if ranks.first else False, unit="pairs") as report:
-                Course(
-                    setup.data,
-                    held,
-                    ranks,
-                    dtype,
-                    list(sweep.ladders.values()),
-                    precision == "auto",
-                    setup.rows,
-                    hashing,
-                    report,
-                ).run(sweep.block, setup.jobs[0].name)
+            measures=check_measures(measures),
+        ),
+        output=None if output is None else Path(output),
+        audit=audit,
+        on_mismatch=on_mismatch,
+        seed=seed,
+        fresh=fresh,
+        shard=shard,
+        distributed=distributed,
+        progress=progress,
+    )
+    options.check(model)
+    with undisturbed(), taking_part(distributed, options.setup.device) as ranks:
+        setup = _capture(model, data, options, ranks)
+        plan = _plan(model, setup, options, ranks)
+        with kept(
+            options.output, plan.known, plan.layout, setup.statistics, fresh=fresh, ranks=ranks
+        ) as held:
+            if held is None:
+                return _finished(setup, plan, options, ranks)
+            sweep = _sweep(setup, plan, options, held, ranks)
             if ranks.first:
-                if shard:  # what `merge` compares, as it was when the run began
-                    identity = held.identity if isinstance(held, RunStore) else known
-                result = _result(setup, held.collect(), identity, hashing)
-                if isinstance(held, RunStore):
-                    held.finish(result)
+                result = _collect(setup, plan, held)
             ranks.wait(lambda: None)
-        if place is not None and not ranks.first:
-            result = load(place)
+        if options.output is not None and not ranks.first:
+            result = load(options.output)
     return replace(result, seconds=time.perf_counter() - begin, effort=sweep.effort())
+
+
+@dataclass(frozen=True)
+class _RunOptions:
+    """How a run is set up, checked and kept; see :func:`ablate`."""
+
+    setup: SetupOptions
+    output: Path | None
+    audit: int
+    on_mismatch: str
+    seed: int
+    fresh: bool
+    shard: tuple[int, int] | None
+    distributed: bool
+    progress: bool | Report | None
+
+    def check(self, model: Any) -> None:
+        """Check what needs nothing else to be known."""
+        if self.distributed and self.output is None:
+            raise ValueError("distributed: needs output, a folder that all processes see")
+        check_options(model, self.setup)
+        if not isinstance(self.audit, int) or self.audit < 0:
+            raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
+        check_on_mismatch(self.on_mismatch)
+        if self.output is not None:
+            check_place(self.output, fresh=self.fresh)
+
+
+@dataclass(frozen=True)
+class _RunPlan:
+    """Which images a run does, in what portions, and what tells it from others.
+
+    Attributes
+    ----------
+    layout : Layout
+        Images, and how they are cut into blocks.
+    identity : dict
+        What the result was computed from.
+    known : dict
+        The same, with what tells all images where others than its own matter.
+    dtype : torch.dtype
+        In which images are compared.
+    hashing : bool
+        Whether the images are to be known again.
+    shard : (int, int), optional
+        See :func:`ablate`.
+    """
+
+    layout: Layout
+    identity: Identity
+    known: Identity
+    dtype: torch.dtype
+    hashing: bool
+    shard: tuple[int, int] | None
+
+
+def _capture(model: nn.Module, data: Any, options: _RunOptions, ranks: Ranks) -> Setup:
+    """Capture the network, with the statistics of an earlier process if there are any."""
+    place, measured = options.output, None
+    goes_on = place is not None and not options.fresh and has_statistics(place)
+    if ranks.tell(goes_on) and place is not None:
+        measured = read_statistics(place)
+    return prepare(model, data, options.setup, measured=measured, ranks=ranks)
+
+
+def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) -> _RunPlan:
+    """Cut the images into blocks, and say what the run is."""
+    images, dtype = shard_images(options.shard, len(setup.data)), own_dtype(model)
+    size = min(setup.batch_size, -(-len(images) // ranks.count))
+    layout = Layout(images, size, setup.memory)
+    identity = identify(
+        setup,
+        dtype=dtype,
+        images=images,
+        strategy=options.setup.strategy,
+        audit=options.audit,
+        seed=options.seed,
+        measures=options.setup.measures,
+    )
+    hashing = options.output is not None or options.shard is not None
+    known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
+    return _RunPlan(layout, identity, known, dtype, hashing, options.shard)
+
+
+def _finished(setup: Setup, plan: _RunPlan, options: _RunOptions, ranks: Ranks) -> AblationResult:
+    """Read the result of a run that has finished already."""
+    assert options.output is not None
+    result = load(options.output)
+    check_data(setup.data, plan.layout, result, plan.dtype, ranks)
+    logger.info("%s has finished already", options.output)
+    return result
+
+
+def _sweep(
+    setup: Setup,
+    plan: _RunPlan,
+    options: _RunOptions,
+    held: Held,
+    ranks: Ranks,
+) -> BlockSweep:
+    """Do all jobs on all blocks, in the portions with which the run began."""
+    given = options.setup
+    setup = replace(
+        setup,
+        batch_size=given.batch_size or held.layout.size,
+        memory=given.memory or held.layout.memory,
+    )
+    audited = _audited_pairs(setup, options.audit, options.seed)
+    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch)
+    with reporting(options.progress if ranks.first else False, unit="pairs") as report:
+        loop = RunLoop(
+            sweep=sweep,
+            held=held,
+            ranks=ranks,
+            dtype=plan.dtype,
+            any_tier=given.precision == "auto",
+            hashing=plan.hashing,
+            report=report,
+        )
+        loop.run()
+    return sweep
+
+
+def _collect(setup: Setup, plan: _RunPlan, held: Held) -> AblationResult:
+    """Join the blocks to the result, and keep it where they are kept."""
+    identity = plan.identity
+    if plan.shard:  # what `merge` compares, as it was when the run began
+        identity = held.identity if isinstance(held, RunStore) else plan.known
+    result = _result(setup, held.collect(), identity, plan.hashing)
+    if isinstance(held, RunStore):
+        held.finish(result)
+    return result
 
 
 def _with_all_images(
@@ -236,8 +322,8 @@ def _with_all_images(
 
 
 def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> AblationResult:
-    facts = found.facts
-    hashed = {"hash": f"{facts.hash:064x}"} if hashing else {}
+    metadata = found.metadata
+    hashed = {"hash": f"{metadata.hash:064x}"} if hashing else {}
     return AblationResult(
         units=_units(setup.jobs),
         labels=found.labels,
@@ -245,9 +331,9 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         flips=found.flips,
         class_names=setup.class_names,
         intervention=str(setup.intervention),
-        audit=facts.audit,
-        strategy=facts.strategy,
-        measures=facts.measures,
+        audit=metadata.audit,
+        strategy=metadata.strategy,
+        measures=metadata.measures,
         provenance={**identity, "data": {**identity["data"], **hashed}},
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pyablate.result import AblationResult, load
 from pyablate.results import store
-from pyablate.runs.blocks import Block, Facts, Joining
+from pyablate.runs.blocks import Block, BlockMetadata, Joining
 from pyablate.runs.fingerprint import differences
 from pyablate.runs.run_folder import StoreMismatch
 
@@ -122,7 +122,7 @@ _WHOLE = ("others", "sample", "files")
 
 def _check_images(found: Sequence[tuple[Path, AblationResult]], whole: Block) -> None:
     """Compare what all parts have with the data set that each has seen; say what cannot be."""
-    joined = f"{whole.facts.hash:064x}"
+    joined = f"{whole.metadata.hash:064x}"
     for path, part in found:
         data = part.provenance["data"]
         if data.get("others") not in (None, joined):
@@ -139,13 +139,13 @@ def _check_images(found: Sequence[tuple[Path, AblationResult]], whole: Block) ->
 
 
 def _block(part: AblationResult) -> Block:
-    facts = Facts(
+    metadata = BlockMetadata(
         hash=int(part.provenance["data"]["hash"], 16),
         audit=part.audit,
         strategy=part.strategy,
         measures=part.measures,
     )
-    return Block(part.labels, part.baseline, part.flips, facts)
+    return Block(part.labels, part.baseline, part.flips, metadata)
 
 
 def _strategies(parts: Sequence[AblationResult]) -> dict[str, str]:
@@ -168,15 +168,15 @@ def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> Abla
         "images": part.provenance["data"]["images"],
         "first": 0,
         "count": len(found.labels),
-        "hash": f"{found.facts.hash:064x}",
+        "hash": f"{found.metadata.hash:064x}",
     }
     return replace(
         part,
         labels=found.labels.astype(np.int64),
         baseline=found.baseline.astype(np.int64),
         flips=found.flips,
-        audit=found.facts.audit,
+        audit=found.metadata.audit,
         strategy=strategy,
-        measures=found.facts.measures,
+        measures=found.metadata.measures,
         provenance={**part.provenance, "data": data},
     )

@@ -13,17 +13,18 @@ from torch import Tensor, fx, nn
 
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
-from pyablate.engine.channel_delta import Channel
-from pyablate.engine.job import Job, stand_ins
+from pyablate.engine.channel_delta import ChannelDelta
+from pyablate.engine.job import Job
+from pyablate.engine.logit_change import carried
 from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
-from pyablate.engine.precision_cascade import carried
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Suffix, Sweep, needed
+from pyablate.engine.suffix import Suffix, needed
+from pyablate.engine.sweep import Sweep
 from pyablate.interventions import Intervention, parse
 from pyablate.network.aten import SAME
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
-from pyablate.runs.setup import Setup, check_options, prepare
+from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 
 aten = torch.ops.aten
@@ -176,25 +177,20 @@ def plan(
     ValueError, TypeError
         As :func:`pyablate.ablate` raises.
     """
-    check_options(
-        model, batch_size=batch_size, memory=memory, audit=0, strategy="auto", precision=precision
+    options = SetupOptions(
+        layers,
+        groups,
+        parse(intervention),
+        device=device,
+        batch_size=batch_size,
+        memory=memory,
+        precision=precision,
     )
+    check_options(model, options)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
     with undisturbed():
-        setup = prepare(
-            model,
-            data,
-            layers,
-            groups,
-            parse(intervention),
-            None,
-            device,
-            batch_size=batch_size,
-            memory=memory,
-            strategy="auto",
-            precision=precision,
-        )
+        setup = prepare(model, data, options)
         count = len(setup.data) if images is None else images
         peaks = _peaks(setup)
         rows = [_row(cost, count, peaks) for cost in _costs(setup)]
@@ -304,11 +300,9 @@ def _costs(setup: Setup) -> list[_Cost]:
     costs = []
     tier = (*setup.low, setup.data.dtype)[0]
     for suffix in suffixes:
-        standins = stand_ins(
-            setup.model, setup.data, batch, suffix.job, setup.statistics, at_a_time=setup.at_a_time
-        )
+        replacements = setup.own.replacements(batch, suffix.job)
         with torch.no_grad():
-            sweep = Sweep(suffix, clean, standins)
+            sweep = Sweep(suffix, clean, replacements)
             costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))
     return costs
 
@@ -330,7 +324,7 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     for node in nodes:
         single = job.single and bool(node.all_input_nodes)
         delta = sweep.value(node.all_input_nodes[0]) if single else None
-        eight_bit = tier == torch.int8 and weighted_rules.takes_codes(graph, node)
+        eight_bit = tier == torch.int8 and weighted_rules.takes_quantized(graph, node)
         kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
         work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)
     byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize
@@ -340,7 +334,7 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
     )
 
 
-def _size(delta: Channel) -> int:
+def _size(delta: ChannelDelta) -> int:
     """Size of a channelwise delta, all units and images."""
     return delta.values.numel() * delta.values.element_size()
 

@@ -23,14 +23,14 @@ from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Ints
 from pyablate.runtime.distributed import MODULUS
 
-Piece = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+FlipChunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Changed predictions: row of the result, image of the data, new class."""
 
 _TOGETHER = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Facts:
+class BlockMetadata:
     """What is known about some images besides their predictions.
 
     Attributes
@@ -53,9 +53,9 @@ class Facts:
     state: list[Any] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
 
-    def __add__(self, other: Facts) -> Facts:
-        """Facts about the images of both."""
-        return Facts(
+    def __add__(self, other: BlockMetadata) -> BlockMetadata:
+        """BlockMetadata about the images of both."""
+        return BlockMetadata(
             hash=(self.hash + other.hash) % MODULUS,
             audit=self.audit + other.audit,
             strategy=self.strategy,
@@ -80,33 +80,33 @@ class Block:
         True class and the intact network's prediction.
     flips : Flips
         Of all units; images are numbered within the block.
-    facts : Facts
+    metadata : BlockMetadata
         The rest.
     """
 
     labels: Ints
     baseline: Ints
     flips: Flips
-    facts: Facts
+    metadata: BlockMetadata
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class PartialBlock:
     """A block of which some jobs are done.
 
     Attributes
     ----------
     jobs : int
         How many, the first ones.
-    pieces : list
+    chunks : list
         Flips found by them.
-    facts : Facts
+    metadata : BlockMetadata
         The rest.
     """
 
     jobs: int
-    pieces: list[Piece]
-    facts: Facts
+    chunks: list[FlipChunk]
+    metadata: BlockMetadata
 
 
 class Joining:
@@ -118,9 +118,9 @@ class Joining:
     def add(self, block: Block) -> None:
         """Add the next one."""
         if self._held:  # sums are as large as the result: one is enough
-            facts = self._held[0].facts + block.facts
-            self._held[0] = replace(self._held[0], facts=facts)
-            block = replace(block, facts=Facts(0, Audit(0, 0)))
+            metadata = self._held[0].metadata + block.metadata
+            self._held[0] = replace(self._held[0], metadata=metadata)
+            block = replace(block, metadata=BlockMetadata(0, Audit(0, 0)))
         self._held.append(block)
         if len(self._held) > _TOGETHER:
             self._held = [self.block()]
@@ -133,7 +133,7 @@ class Joining:
             labels=np.concatenate([block.labels for block in held]),
             baseline=np.concatenate([block.baseline for block in held]),
             flips=Flips.joined([block.flips for block in held], lengths),
-            facts=held[0].facts,
+            metadata=held[0].metadata,
         )
 
 
@@ -146,7 +146,7 @@ def write_block(path: Path, block: Block, run: str) -> None:
         "image": block.flips.image,
         "prediction": block.flips.prediction,
     }
-    _write(path, run, block.facts, {}, arrays)
+    _write(path, run, block.metadata, {}, arrays)
 
 
 def read_block(path: Path, run: str) -> Block | None:
@@ -154,35 +154,35 @@ def read_block(path: Path, run: str) -> Block | None:
     found = _read(path, run, ("labels", "baseline", "flips", "image", "prediction"))
     if found is None:
         return None
-    _, facts, arrays = found
+    _, metadata, arrays = found
     start = np.concatenate([[0], np.cumsum(arrays["flips"], dtype=np.int64)])
     return Block(
         labels=arrays["labels"].astype(np.int64),
         baseline=arrays["baseline"].astype(np.int64),
         flips=Flips(start, arrays["image"], arrays["prediction"]),
-        facts=facts,
+        metadata=metadata,
     )
 
 
-def write_begun(path: Path, begun: Begun, run: str) -> None:
+def write_partial(path: Path, partial: PartialBlock, run: str) -> None:
     """Write down what the first jobs have found on a block, whole or not at all."""
-    parts = begun.pieces or [(np.zeros(0),) * 3]
+    parts = partial.chunks or [(np.zeros(0),) * 3]
     names = ("row", "image", "prediction")
     arrays = {
-        name: np.concatenate([piece[i] for piece in parts]).astype(np.int32)
+        name: np.concatenate([chunk[i] for chunk in parts]).astype(np.int32)
         for i, name in enumerate(names)
     }
-    _write(path, run, begun.facts, {"jobs": begun.jobs}, arrays)
+    _write(path, run, partial.metadata, {"jobs": partial.jobs}, arrays)
 
 
-def read_begun(path: Path, run: str) -> Begun | None:
-    """Read what :func:`write_begun` wrote; None if it is damaged or of another run."""
+def read_partial(path: Path, run: str) -> PartialBlock | None:
+    """Read what :func:`write_partial` wrote; None if it is damaged or of another run."""
     found = _read(path, run, ("row", "image", "prediction"))
     if found is None:
         return None
-    known, facts, arrays = found
-    piece = (arrays["row"], arrays["image"], arrays["prediction"])
-    return Begun(int(known["jobs"]), [piece], facts)
+    known, metadata, arrays = found
+    chunk = (arrays["row"], arrays["image"], arrays["prediction"])
+    return PartialBlock(int(known["jobs"]), [chunk], metadata)
 
 
 DAMAGED = (
@@ -199,20 +199,24 @@ DAMAGED = (
 
 
 def _write(
-    path: Path, run: str, facts: Facts, known: dict[str, Any], arrays: dict[str, NDArray[Any]]
+    path: Path,
+    run: str,
+    metadata: BlockMetadata,
+    known: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
 ) -> None:
     text = json.dumps(
         {
             "run": run,
-            "hash": f"{facts.hash:064x}",
-            "audit": asdict(facts.audit),
-            "strategy": facts.strategy,
-            "state": facts.state,
-            "measures": {name: asdict(one.accuracy) for name, one in facts.measures.items()},
+            "hash": f"{metadata.hash:064x}",
+            "audit": asdict(metadata.audit),
+            "strategy": metadata.strategy,
+            "state": metadata.state,
+            "measures": {name: asdict(one.accuracy) for name, one in metadata.measures.items()},
             **known,
         }
     )
-    sums = {f"sum.{name}": measure.change for name, measure in facts.measures.items()}
+    sums = {f"sum.{name}": measure.change for name, measure in metadata.measures.items()}
     held: dict[str, Any] = {"known": np.frombuffer(text.encode(), np.uint8), **arrays, **sums}
     write_arrays(path, held, np.savez_compressed)
 
@@ -256,7 +260,7 @@ def _seal(content: bytes) -> bytes:
 
 def _read(
     path: Path, run: str, names: Sequence[str]
-) -> tuple[dict[str, Any], Facts, dict[str, NDArray[Any]]] | None:
+) -> tuple[dict[str, Any], BlockMetadata, dict[str, NDArray[Any]]] | None:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -270,14 +274,14 @@ def _read(
                 name: Measure(packed[f"sum.{name}"], Accuracy(**accuracy))
                 for name, accuracy in known["measures"].items()
             }
-            facts = Facts(
+            metadata = BlockMetadata(
                 hash=int(known["hash"], 16),
                 audit=Audit(**known["audit"]),
                 strategy=dict(known["strategy"]),
                 state=list(known["state"]),
                 measures=measures,
             )
-            return known, facts, {name: packed[name] for name in names}
+            return known, metadata, {name: packed[name] for name in names}
     except DAMAGED:
         return None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.data.dataset import Data
-from pyablate.engine.job import Key, Statistics, clean_maps
+from pyablate.engine.replacements import Key, Statistics, clean_maps
 from pyablate.network.sites import Site
 from pyablate.runtime.distributed import Ranks
 

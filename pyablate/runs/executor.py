@@ -1,4 +1,4 @@
-"""All jobs on one block of images after another: clean run, deltas, rescue, audit.
+"""All jobs on one block of images after another: clean run, predictions, audit.
 
 Where the audit finds that a job was done wrong, that is a fault of the engine: the job is done
 again one step more carefully, and with that care from there on.
@@ -9,74 +9,104 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyablate.data.dataset import Batch
-from pyablate.engine import clean_run
-from pyablate.engine.care import AuditError, Care, Mismatch
+from pyablate.engine import clean_run, cuda_graph
+from pyablate.engine.care import Care
+from pyablate.engine.clean import Clean
 from pyablate.engine.float64 import IMAGES, Exact
-from pyablate.engine.job import Job, stand_ins
+from pyablate.engine.job import Job
+from pyablate.engine.logit_change import Change
 from pyablate.engine.loss_margin import Measured, Record
-from pyablate.engine.precision_cascade import Ladder
-from pyablate.engine.replay import Replay, decision
+from pyablate.engine.pair_slice import logit_change
+from pyablate.engine.precision_cascade import PrecisionCascade
+from pyablate.engine.replay import decision
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Clean, Suffix, needed
-from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.record import Audit, Effort, Flips
-from pyablate.runs.blocks import Begun, Block, Facts, Piece
+from pyablate.engine.suffix import Suffix, needed
+from pyablate.engine.sweep import Sweep
+from pyablate.results.record import Effort
+from pyablate.runs.accumulator import BlockAccumulator
+from pyablate.runs.audit import Audited, Auditor
+from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
 from pyablate.runs.setup import Setup
-from pyablate.runs.state import pack_ladder
+from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
 
+Predicted = tuple[Tensor, Tensor, Tensor]
+"""Row in the job, position in the batch, class: int64, int64 and int32 ``[P]``, on the CPU."""
+
 
 @dataclass(eq=False)
 class BlockSweep:
-    """All jobs on one block of images after another, and what they took."""
+    """All jobs on one block of images after another, and what they took.
+
+    Attributes
+    ----------
+    setup : Setup
+        The run.
+    audited : ndarray
+        int64 ``[A, 2]``: row and image of the pairs to recompute.
+    measures : tuple of str
+        What is recorded besides predictions.
+    on_mismatch : str
+        See :func:`pyablate.ablate`.
+    rounding : Rounding
+        How far the clean run has been seen to be off.
+    layer_seconds : dict
+        Time of each layer's ablations.
+    irregular : set of Job
+        Of which it has been told that something inside is not finite.
+    cascades : dict
+        Precisions and care of each job.
+    suffixes : dict
+        What lies behind the sites of each job; empty where all is done by replay.
+    keep : set of fx.Node
+        Clean tensors that they read.
+    """
 
     setup: Setup
-    audited: np.ndarray  # int64 [A, 2]: row, image
+    audited: np.ndarray
     measures: tuple[str, ...]
     on_mismatch: str = "error"
-    flips: list[Piece] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    baseline: list[np.ndarray] = field(default_factory=list)
-    audit: Audit = field(default_factory=lambda: Audit(0, 0))
-    done: dict[Job, Care] = field(default_factory=dict)  # on the first part of the block
-    differed: set[tuple[int, int]] = field(default_factory=set)  # row, image
-    mended: int = 0  # by an earlier process
-    rescued: int = 0
-    strategy: dict[str, str] = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    accuracy: list[Accuracy] = field(init=False)  # one per measure
-    sums: Tensor = field(init=False)  # float64 [measure, unit, class]
-    irregular: set[Job] = field(default_factory=set)  # of which it has been told
+    irregular: set[Job] = field(default_factory=set)
+    cascades: dict[Job, PrecisionCascade] = field(init=False)
+    suffixes: dict[Job, Suffix] = field(init=False)
+    keep: set[fx.Node] = field(init=False)
+    auditor: Auditor = field(init=False)
 
     def __post_init__(self) -> None:
         setup = self.setup
         self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
-        self.ladders = {job: Ladder([*setup.low, setup.data.dtype]) for job in setup.jobs}
+        self.cascades = {
+            job: PrecisionCascade([*setup.low, setup.data.dtype]) for job in setup.jobs
+        }
         self.keep = needed(self.suffixes.values())
-        self.rounding = Rounding()
+        self.auditor = Auditor(setup, self.audited, self.on_mismatch)
         if setup.abrupt:
             care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
-            for ladder in self.ladders.values():
-                ladder.care = care
+            for cascade in self.cascades.values():
+                cascade.care = care
 
     def block(
         self,
         images: Batch,
         hashed: int,
-        begun: Begun | None = None,
+        partial: PartialBlock | None = None,
         *,
-        keep: Callable[[Begun], None],
+        keep: Callable[[PartialBlock], None],
         advance: Callable[[int, str], None],
     ) -> Block:
         """Do all jobs on some images.
@@ -87,188 +117,46 @@ class BlockSweep:
             Consecutive ones.
         hashed : int
             Their hash, for the record.
-        begun : Begun, optional
+        partial : PartialBlock, optional
             What an earlier process found on them.
         keep : callable
             Takes what the first jobs have found, after each of them.
         advance : callable
             Takes the number of pairs just done, and the layer at work.
         """
-        self.differed, self.mended = set(), begun.facts.audit.mended if begun else 0
-        block = self._once(images, hashed, begun, keep, advance)
-        while any(care < self.ladders[job].care for job, care in self.done.items()):
+        found = BlockAccumulator(self.setup, self.measures, hashed)
+        if partial is not None:
+            found.go_on_from(partial)
+        self._sweep(images, found, keep, advance)
+        while any(care < self.cascades[job].care for job, care in found.care.items()):
             # A part of the block needed more care than those before it.
-            block = self._once(images, hashed, None, keep, advance)
-        return block
+            found = found.start_over()
+            self._sweep(images, found, keep, advance)
+        return found.block(images, self._state)
 
-    def _once(
+    def _sweep(
         self,
         images: Batch,
-        hashed: int,
-        begun: Begun | None,
-        keep: Callable[[Begun], None],
+        found: BlockAccumulator,
+        keep: Callable[[PartialBlock], None],
         advance: Callable[[int, str], None],
-    ) -> Block:
-        self._start(begun)
-        skipped = begun.jobs if begun else 0
+    ) -> None:
         parts = images.split(self.setup.batch_size)
-        for batch, clean in (found for part in parts for found in self._clean(part)):
-            self.labels.append(batch.labels.cpu().numpy())
-            self.baseline.append(clean.predicted.numpy())
+        for batch, clean in (run for part in parts for run in self._clean(part)):
+            found.labels.append(batch.labels.cpu().numpy())
+            found.baseline.append(clean.predicted.numpy())
             for number, job in enumerate(self.setup.jobs):
-                if number >= skipped:
+                if number >= found.skipped:
                     advance(0, job.name)
-                    self._job(job, batch, clean)
+                    self._job(job, batch, clean, found)
                     if len(batch) == len(images):
-                        keep(Begun(number + 1, list(self.flips), self._facts(hashed)))
+                        keep(found.partial(number + 1, self._state))
                 advance(len(job.rows) * len(batch), job.name)
             del clean  # before the next batch has its own
-        pieces = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
-        return Block(
-            labels=np.concatenate(self.labels).astype(np.int64),
-            baseline=np.concatenate(self.baseline).astype(np.int64),
-            flips=Flips.gather(self.setup.rows, pieces),
-            facts=self._facts(hashed),
-        )
 
-    def _start(self, begun: Begun | None) -> None:
-        """Forget the last block; go on from what is known of this one."""
-        shape = len(self.measures), self.setup.rows, self.setup.classes
-        self.labels, self.baseline = [], []
-        self.flips = list(begun.pieces) if begun else []
-        self.audit = begun.facts.audit if begun else Audit(0, 0)
-        self.strategy = dict(begun.facts.strategy) if begun else {}
-        self.done = {}
-        self.sums = torch.zeros(shape, dtype=torch.float64)
-        self.accuracy = [Accuracy()] * len(self.measures)
-        for number, known in enumerate(begun.facts.measures.values() if begun else ()):
-            self.sums[number] = torch.from_numpy(known.change)
-            self.accuracy[number] = known.accuracy
-
-    def _facts(self, hashed: int) -> Facts:
-        return Facts(
-            hash=hashed,
-            audit=replace(self.audit, mended=self.mended + len(self.differed)),
-            strategy=dict(self.strategy),
-            state=[pack_ladder(ladder) for ladder in self.ladders.values()],
-            measures={
-                name: Measure(sums.numpy(), accuracy)
-                for name, sums, accuracy in zip(
-                    self.measures, self.sums, self.accuracy, strict=True
-                )
-            },
-        )
-
-    def _job(self, job: Job, batch: Batch, clean: Clean) -> None:
-        start = time.perf_counter()
-        measured = self._measured(job, batch, clean)
-        flips = self._pieces(job, batch, clean, measured)
-        if flips is None:
-            for half in _halves(batch):
-                for part, known in self._clean(half):
-                    self._job(job, part, known)
-            return
-        spent = time.perf_counter() - start
-        self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
-        audited = self._audit(job, batch, clean, flips, measured)
-        if audited.wrong:
-            self._check_intact(batch, clean, audited)
-            if self._more_careful(job, audited):
-                self._job(job, batch, clean)
-                return
-        self._take(job, flips, measured, audited)
-
-    def _take(
-        self, job: Job, flips: list[Piece], measured: Measured | None, audited: _Audited
-    ) -> None:
-        """Keep what was found by a job on a batch."""
-        care = self.ladders[job].care
-        self.done.setdefault(job, care)
-        self.flips += flips
-        self.audit += Audit(audited.pairs, len(audited.wrong))
-        self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
-        if care or job.name not in self.strategy:  # two jobs may have one name
-            strategy = self.ladders[job].strategy if self.setup.graph else "replay"
-            self.strategy[job.name] = care.describe(strategy)
-        if measured is not None:
-            measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
-            pairs = zip(self.accuracy, audited.accuracy, strict=True)
-            self.accuracy = [a + b for a, b in pairs]
-
-    def _more_careful(self, job: Job, audited: _Audited) -> bool:
-        """Do a job with more care from now on; whether there is more.
-
-        Raises
-        ------
-        AuditError
-            There is none, and this is an error.
-        """
-        ladder, found = self.ladders[job], self._describe(job, audited)
-        if ladder.care < Care.REPLAY:
-            ladder.care = self._next(job)
-            self.differed.update((pair.row, pair.image) for pair in audited.wrong)
-            how = ladder.care.describe(ladder.strategy)
-            logger.warning("%s; the layer is computed again by: %s", found, how)
-            return True
-        self._give_up(f"{found}, though every pair of this layer is by float64 replay already")
-        return False
-
-    def _check_intact(self, batch: Batch, clean: Clean, audited: _Audited) -> None:
-        """Look whether the clean run is at fault: no care that a job takes would mend that."""
-        image = torch.tensor(sorted({pair.image for pair in audited.wrong})) - int(batch.index[0])
-        exact = self.setup.replay.decide(batch, None, image, image)
-        found, names = clean.predicted[image], self.setup.class_names
-        wrong = ((found != exact.prediction) & ~exact.near_tie).nonzero().flatten().tolist()
-        for place in wrong[:1]:
-            self._give_up(
-                f"audit: with no unit ablated, image {int(batch.index[image[place]])} was found "
-                f"to be {names[found[place]]}, expected {names[exact.prediction[place]]}"
-            )
-
-    def _give_up(self, found: str) -> None:
-        """Say what cannot be mended, in an error if that is wanted."""
-        found += (
-            ". Please report this, with the model and what `pyablate doctor --json` prints; the "
-            "other predictions of this run may be wrong too"
-        )
-        if self.on_mismatch == "error":
-            raise AuditError(f'{found}. on_mismatch="warn" (--on-mismatch warn) gives them')
-        logger.error("%s", found)
-
-    def _next(self, job: Job) -> Care:
-        """Find the least care above the present one that makes a difference."""
-        ladder = self.ladders[job]
-        if job not in self.suffixes:
-            return Care.REPLAY
-        if ladder.care < Care.FULL and ladder.strategy == "delta" and len(ladder.tiers) > 1:
-            return Care.FULL
-        decides = isinstance(self.setup.exact, Exact)
-        return Care.FLOAT64 if ladder.care < Care.FLOAT64 and decides else Care.REPLAY
-
-    def _describe(self, job: Job, audited: _Audited) -> str:
-        """Name the first pair that differs."""
-        pair, names = audited.wrong[0], self.setup.class_names
-        members = job.members[pair.row - job.rows.start]
-        unit = "+".join(f"{name}:{unit}" for name, unit in members)
-        return (
-            f"audit: layer {job.name}: {len(audited.wrong)} of {audited.pairs} recomputed pairs "
-            f"differ: without unit {unit}, image {pair.image} was found to be "
-            f"{names[pair.found]}, expected {names[pair.expected]}"
-        )
-
-    def _pieces(
-        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
-    ) -> list[Piece] | None:
-        """Return what a job changes on a batch; None where memory does not suffice."""
-        try:
-            return [
-                self._changed(job, batch, clean, row, image, prediction)
-                for row, image, prediction in self._predictions(job, batch, clean, measured)
-            ]
-        except out_of_memory.ERRORS as error:
-            if len(batch) == 1 or not out_of_memory.is_shortage(error):
-                raise
-        return None
+    @property
+    def _state(self) -> list[Any]:
+        return [pack_cascade(cascade) for cascade in self.cascades.values()]
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
@@ -302,135 +190,180 @@ class BlockSweep:
         for half in _halves(batch):
             yield from self._clean(half)
 
-    def _measured(self, job: Job, batch: Batch, clean: Clean) -> Measured | None:
-        if not self.measures:
-            return None
-        return Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
+    def _job(self, job: Job, batch: Batch, clean: Clean, found: BlockAccumulator) -> None:
+        """Do a job on a batch, again with more care where the audit finds it wrong."""
+        start = time.perf_counter()
+        measured = None
+        if self.measures:
+            measured = Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
+        flips = self._flips(job, batch, clean, None if measured is None else measured.record)
+        if flips is None:
+            for half in _halves(batch):
+                for part, known in self._clean(half):
+                    self._job(job, part, known, found)
+            return
+        spent = time.perf_counter() - start
+        self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
+        audited = self.auditor.check(job, batch, clean, flips, measured)
+        if audited.wrong:
+            self.auditor.check_intact(batch, clean, audited)
+            if self._more_careful(job, audited):
+                found.differed.update((pair.row, pair.image) for pair in audited.wrong)
+                self._job(job, batch, clean, found)
+                return
+        cascade = self.cascades[job]
+        strategy = cascade.strategy if self.setup.graph else "replay"
+        found.take(job, flips, measured, audited, care=cascade.care, strategy=strategy)
+
+    def _flips(
+        self, job: Job, batch: Batch, clean: Clean, record: Record | None
+    ) -> list[FlipChunk] | None:
+        """Return what a job changes on a batch; None where memory does not suffice."""
+        try:
+            predicted = self._predictions(job, batch, clean, record)
+            return [_changed(job, batch, clean, *some) for some in predicted]
+        except out_of_memory.ERRORS as error:
+            if len(batch) == 1 or not out_of_memory.is_shortage(error):
+                raise
+        return None
+
+    def _more_careful(self, job: Job, audited: Audited) -> bool:
+        """Do a job with more care from now on; whether there is more.
+
+        Raises
+        ------
+        AuditError
+            There is none, and this is an error.
+        """
+        cascade, found = self.cascades[job], self.auditor.describe(job, audited)
+        if cascade.care == Care.REPLAY:
+            self.auditor.give_up(
+                f"{found}, though every pair of this layer is by float64 replay already"
+            )
+            return False
+        cascade.care = self._next(job)
+        how = cascade.care.describe(cascade.strategy)
+        logger.warning("%s; the layer is computed again by: %s", found, how)
+        return True
+
+    def _next(self, job: Job) -> Care:
+        """Find the least care above the present one that makes a difference."""
+        cascade = self.cascades[job]
+        if job not in self.suffixes:
+            return Care.REPLAY
+        if cascade.care < Care.FULL and cascade.strategy == "delta" and len(cascade.tiers) > 1:
+            return Care.FULL
+        decides = isinstance(self.setup.exact, Exact)
+        return Care.FLOAT64 if cascade.care < Care.FLOAT64 and decides else Care.REPLAY
 
     def _predictions(
-        self, job: Job, batch: Batch, clean: Clean, measured: Measured | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        setup, care = self.setup, self.ladders[job].care
-        record = None if measured is None else measured.record
+        self, job: Job, batch: Batch, clean: Clean, record: Record | None
+    ) -> Iterator[Predicted]:
+        """Predictions of every pair that can differ from the clean run's."""
+        cascade = self.cascades[job]
         if clean.irregular:
             self._tell_irregular(job)
-        if care >= Care.FLOAT64 or clean.irregular:
-            decides = setup.replay if care == Care.REPLAY else setup.exact
-            self.rescued += len(job.rows) * len(batch)
-            yield from _in_float64(setup, decides, job, batch, clean, record)
-            return
-        if job not in self.suffixes:
-            yield from _replayed(setup, job, batch, clean, self.rounding, record)
-            return
-        suffix, ladder = self.suffixes[job], self.ladders[job]
-        if care == Care.FULL:
-            ladder.tiers = [ladder.full]
-        standins = stand_ins(
-            setup.model, setup.data, batch, job, setup.statistics, at_a_time=setup.at_a_time
-        )
-        truth = None
-        if ladder.full != torch.float64:
-            truth = functools.partial(setup.exact.logits, batch, job)
-        with torch.no_grad():
-            yield from suffix.predict(
-                clean,
-                standins,
-                ladder,
-                slice_bytes=setup.slice_bytes,
-                record=record,
-                truth=truth,
-            )
+        if cascade.care >= Care.FLOAT64 or clean.irregular:
+            yield from self._in_float64(job, batch, clean, record)
+        elif job not in self.suffixes:
+            yield from self._replayed(job, batch, clean, record)
+        elif self.setup.graph and self.setup.graph.logits in self.suffixes[job].nodes:
+            if cascade.care == Care.FULL:
+                cascade.tiers = [cascade.full]
+            with torch.no_grad():
+                found = self._by_deltas(job, batch, clean, record)
+            yield found
 
     def _tell_irregular(self, job: Job) -> None:
         if job not in self.irregular:
             self.irregular.add(job)
             logger.info("%s: something inside is not finite: float64 decides all pairs", job.name)
 
-    def _changed(
-        self,
-        job: Job,
-        batch: Batch,
-        clean: Clean,
-        row: Tensor,
-        image: Tensor,
-        prediction: Tensor,
-    ) -> Piece:
-        """Decide what is open, then keep the predictions that changed; all on the CPU."""
-        open_ = (prediction < 0).nonzero().squeeze(1)
-        if len(open_):
-            self.rescued += len(open_)
-            exact = self.setup.exact.decide(batch, job, row[open_], image[open_])
-            prediction = prediction.index_copy(0, open_, exact.prediction)
-        changed = (prediction != clean.predicted[image]).nonzero().squeeze(1)
-        return (
-            (row[changed] + job.rows.start).numpy(),
-            batch.index[image[changed]].numpy(),
-            prediction[changed].numpy(),
-        )
+    def _by_deltas(self, job: Job, batch: Batch, clean: Clean, record: Record | None) -> Predicted:
+        """By the closed form or tier after tier, at last in float64.
 
-    def _audit(
-        self,
-        job: Job,
-        batch: Batch,
-        clean: Clean,
-        flips: Sequence[Piece],
-        measured: Measured | None,
-    ) -> _Audited:
-        """Recompute the audited pairs of this job and batch, and compare with its flips."""
-        first, last = int(batch.index[0]), int(batch.index[-1])
-        row, image = self.audited.T
-        mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
-        row, image = row[mine], image[mine]
-        if not len(row):
-            return _Audited(0, [], [Accuracy()] * len(self.measures))
-        flipped = {
-            (r, i): new
-            for piece in flips
-            for r, i, new in zip(*(part.tolist() for part in piece), strict=True)
-        }
-        intact = clean.predicted.numpy()[image - first]
-        pairs = zip(row.tolist(), image.tolist(), intact.tolist(), strict=True)
-        found = np.array([flipped.get((r, i), same) for r, i, same in pairs])
-        replay = self.setup.replay
-        rows, images = torch.from_numpy(row - job.rows.start), torch.from_numpy(image - first)
-        logits = replay.logits(batch, job, rows, images)
-        exact = decision(logits)
-        accuracy: Sequence[Accuracy] = []
-        if measured is not None:
-            used, which = images.unique(return_inverse=True)
-            before = replay.logits(batch, None, used, used)[which]
-            accuracy = measured.audit(rows, images, before, logits)
-        expected = exact.prediction.numpy()
-        wrong = (expected != found) & ~exact.near_tie.numpy()
-        named = zip(*(part[wrong].tolist() for part in (row, image, found, expected)), strict=True)
-        return _Audited(len(found), [Mismatch(*pair) for pair in named], accuracy)
+        The device is waited for where pairs are counted: those that are live, those whose
+        prediction changed. What lies between is launched without a look at what came out.
+        """
+        suffix, cascade = self.suffixes[job], self.cascades[job]
+        size = suffix.pairs_in(self.setup.slice_bytes)
+        truth = functools.partial(self.setup.exact.logits, batch, job)
+        sweep = Sweep(suffix, clean, self.setup.own.replacements(batch, job))
+        if job.channelwise:
+            sweep.advance()
+            if sweep.head is not None:
+                cascade.strategy = "closed form"
+                if record is not None:
+                    sweep.record_closed_form(record, size(torch.float64))
+                row, image, prediction = sweep.closed_form()
+                return row, image, cascade.classify_in_float64(row, image, prediction, truth)
+        row, image = sweep.live_pairs()
+        change: Change = functools.partial(logit_change, sweep)
+        recorder = cuda_graph.recorder(clean.logits.device)
+        if recorder is not None:
+            change = cuda_graph.Repeated(change, recorder)
+        found = cascade.classify(change, row, image, clean, size, record=record, truth=truth)
+        return row, image, found
+
+    def _in_float64(
+        self, job: Job, batch: Batch, clean: Clean, record: Record | None
+    ) -> Iterator[Predicted]:
+        """Every pair in float64, some images at a time.
+
+        The clean run is not relied on, not even for which pairs are silent.
+        """
+        setup, units = self.setup, len(job.members)
+        decides = setup.replay if self.cascades[job].care == Care.REPLAY else setup.exact
+        fitting = setup.memory // 8 // (8 * units * setup.classes)
+        for row, image in _every_pair(job, batch, units * max(1, min(IMAGES, fitting))):
+            logits = decides.logits(batch, job, row, image)
+            _tell(record, row, image, logits, clean)
+            self.cascades[job].count(torch.float64, len(row))
+            yield row, image, decision(logits).prediction
+
+    def _replayed(
+        self, job: Job, batch: Batch, clean: Clean, record: Record | None
+    ) -> Iterator[Predicted]:
+        """Every pair by replay in the model's own precision, close calls in float64."""
+        setup = self.setup
+        fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
+        size = max(1, min(256, setup.at_a_time, fitting))
+        own = replace(setup.own, rows=size)
+        truth = functools.partial(setup.exact.logits, batch, job)
+        for row, image in _every_pair(job, batch, size):
+            logits = own.logits(batch, job, row, image)
+            close = clean_run.close_calls(logits, self.rounding.tolerance(logits))
+            _tell(record, row, image, logits, clean)
+            prediction = decision(logits).prediction.masked_fill(close, -1)
+            yield row, image, self.cascades[job].classify_in_float64(row, image, prediction, truth)
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""
-        settled: dict[str, int] = {}
-        for ladder in self.ladders.values():
-            for tier, pairs in ladder.settled.items():
-                settled[_name(tier)] = settled.get(_name(tier), 0) + pairs
-        if self.rescued:
-            settled["float64"] = settled.get("float64", 0) + self.rescued
+        total: Counter[torch.dtype] = Counter()
+        for cascade in self.cascades.values():
+            total.update(cascade.classified)
+        decided = {_name(tier): total[tier] for tier in TIERS if tier in total}
         logger.info(
-            "the dense part settled %s pairs",
-            ", ".join(f"{pairs} in {tier}" for tier, pairs in settled.items()) or "no",
+            "the dense part decided %s pairs",
+            ", ".join(f"{pairs} in {tier}" for tier, pairs in decided.items()) or "no",
         )
-        doubt = {
-            job.name: {_name(tier): ladder.doubt(tier) for tier in ladder.doubts}
-            for job, ladder in self.ladders.items()
+        bounds = {
+            job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
+            for job, cascade in self.cascades.items()
         }
-        return Effort(self.layer_seconds, settled, doubt)
+        return Effort(self.layer_seconds, decided, bounds)
 
 
-@dataclass(frozen=True)
-class _Audited:
-    """What the audit found on a job and a batch."""
-
-    pairs: int
-    wrong: list[Mismatch]
-    accuracy: Sequence[Accuracy]  # of each measure
+def _changed(
+    job: Job, batch: Batch, clean: Clean, row: Tensor, image: Tensor, prediction: Tensor
+) -> FlipChunk:
+    """Keep the predictions that changed; all on the CPU."""
+    changed = (prediction != clean.predicted[image]).nonzero().squeeze(1)
+    return (
+        (row[changed] + job.rows.start).numpy(),
+        batch.index[image[changed]].numpy(),
+        prediction[changed].numpy(),
+    )
 
 
 def _halves(batch: Batch) -> list[Batch]:
@@ -443,48 +376,11 @@ def _name(tier: torch.dtype) -> str:
     return str(tier).removeprefix("torch.")
 
 
-def _replayed(
-    setup: Setup,
-    job: Job,
-    batch: Batch,
-    clean: Clean,
-    rounding: Rounding,
-    record: Record | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair of a job by plain replay; close calls are left open."""
-    fitting = setup.memory // 4 // max(1, batch.images[0].numel() * 1024)
-    size = max(1, min(256, setup.at_a_time, fitting))
-    own = Replay(setup.model, batch.images.dtype, setup.data, setup.statistics, size)
+def _every_pair(job: Job, batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs (row, image), image by image, ``size`` at a time."""
     image = torch.arange(len(batch)).repeat_interleave(len(job.members))
     row = torch.arange(len(job.members)).repeat(len(batch))
-    for rows, images in zip(row.split(size), image.split(size), strict=True):
-        logits = own.logits(batch, job, rows, images)
-        close = clean_run.close_calls(logits, rounding.tolerance(logits))
-        prediction = decision(logits).prediction
-        _tell(record, rows, images, logits, clean)
-        yield rows, images, torch.where(close, torch.full_like(prediction, -1), prediction)
-
-
-def _in_float64(
-    setup: Setup,
-    decides: Exact | Replay,
-    job: Job,
-    batch: Batch,
-    clean: Clean,
-    record: Record | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair of a job decided in float64, some images at a time; nothing is left open.
-
-    The clean run is not relied on, not even for which pairs are silent.
-    """
-    units = len(job.members)
-    fitting = setup.memory // 8 // (8 * units * setup.classes)
-    for images in torch.arange(len(batch)).split(max(1, min(IMAGES, fitting))):
-        image = images.repeat_interleave(units)
-        row = torch.arange(units).repeat(len(images))
-        logits = decides.logits(batch, job, row, image)
-        _tell(record, row, image, logits, clean)
-        yield row, image, decision(logits).prediction
+    yield from zip(row.split(size), image.split(size), strict=True)
 
 
 def _tell(record: Record | None, row: Tensor, image: Tensor, logits: Tensor, clean: Clean) -> None:

@@ -1,27 +1,29 @@
-"""The course of a run: block after block, kept as they are finished, shared among processes."""
+"""The loop over the blocks of a run, kept as they are finished, shared among processes."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
-from pyablate.engine.job import Key, Statistics
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
+from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
-from pyablate.runs.blocks import Begun, Block, Facts, Joining
+from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
+from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
-from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_ladders
+from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_cascades
 from pyablate.runtime.distributed import MODULUS, Ranks
 from pyablate.runtime.progress import Report
 
@@ -29,36 +31,6 @@ logger = logging.getLogger("pyablate")
 
 SECONDS = 2.0
 """Time between two looks at what other processes have done."""
-
-
-class Held(Protocol):
-    """Where finished blocks are kept."""
-
-    layout: Layout
-
-    def done(self) -> list[int]:
-        """Numbers of the blocks that are there."""
-
-    def read(self, number: int) -> Block | None:
-        """Read one of them."""
-
-    def again(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Tell which blocks to compute again where these have to be."""
-
-    def begun(self, number: int) -> Begun | None:
-        """Read what is known of an unfinished one."""
-
-    def write(self, number: int, block: Block) -> None:
-        """Keep a block."""
-
-    def write_begun(self, number: int, begun: Begun) -> None:
-        """Keep what the first jobs have found."""
-
-    def count_images(self) -> int:
-        """Images of the blocks that are there."""
-
-    def collect(self) -> Block:
-        """Join all blocks."""
 
 
 @dataclass(eq=False)
@@ -83,7 +55,7 @@ class InMemory:
         self.joined = Joining()
         return range(len(self.layout))
 
-    def begun(self, number: int) -> Begun | None:
+    def partial(self, number: int) -> PartialBlock | None:
         """Nothing is known of unfinished ones."""
         return None
 
@@ -91,7 +63,7 @@ class InMemory:
         """Keep a block."""
         self.joined.add(block)
 
-    def write_begun(self, number: int, begun: Begun) -> None:
+    def write_partial(self, number: int, partial: PartialBlock) -> None:
         """Let it go."""
 
     def count_images(self) -> int:
@@ -101,6 +73,10 @@ class InMemory:
     def collect(self) -> Block:
         """Give all blocks together."""
         return self.joined.block()
+
+
+Held = InMemory | RunStore
+"""Where finished blocks are kept."""
 
 
 def shard_images(shard: tuple[int, int] | None, images: int) -> range:
@@ -131,7 +107,7 @@ def kept(
     *,
     fresh: bool,
     ranks: Ranks,
-) -> Iterator[InMemory | RunStore | None]:
+) -> Iterator[Held | None]:
     """Begin or find a run's folder, and hold it while the run is under way.
 
     Parameters
@@ -164,7 +140,7 @@ def kept(
             arrays = pack_statistics(statistics)
             opened = open_store(place, identity, layout, arrays, fresh=fresh)
             cut = (opened.layout.size, opened.layout.memory) if opened else None
-            identity = opened.identity if opened else identity  # what it was begun with
+            identity = opened.identity if opened else identity  # what it was partial with
         said = ranks.tell({"identity": identity, "cut": cut})
         differing = differences(said["identity"], identity)
         if differing:
@@ -217,41 +193,22 @@ def read_blocks(data: Data, layout: Layout, numbers: Sequence[int]) -> Iterator[
         start = place
 
 
-class Work(Protocol):
-    """What is done with a block of images."""
-
-    def __call__(
-        self,
-        images: Batch,
-        hashed: int,
-        begun: Begun | None,
-        *,
-        keep: Callable[[Begun], None],
-        advance: Callable[[int, str], None],
-    ) -> Block:
-        """See :meth:`pyablate.runs.executor.BlockSweep.block`."""
-
-
-@dataclass(eq=False)
-class Course:
-    """A run's way through its blocks.
+@dataclass(eq=False, kw_only=True)
+class RunLoop:
+    """The loop over a run's blocks.
 
     Attributes
     ----------
-    data : Data
-        The images.
+    sweep : BlockSweep
+        What is done with a block.
     held : Held
         Where blocks are kept.
     ranks : Ranks
         Who takes part.
     dtype : torch.dtype
         In which images are compared.
-    ladders : list of Ladder
-        Calibrations, one per job.
     any_tier : bool
-        See :func:`pyablate.runs.state.restore_ladders`.
-    rows : int
-        Pairs per image.
+        See :func:`pyablate.runs.state.restore_cascades`.
     hashing : bool
         Whether the images are to be known again: of no use to a run that nobody can go on with, and
         dearer than the work itself where that is a last layer only.
@@ -259,21 +216,37 @@ class Course:
         Where progress goes.
     made : dict
         What is known of the finished blocks that are this process's own.
+    before, mine, others : int
+        Pairs done before, by this process, and by the others when they were last looked at.
+    looked : float
+        When that was.
     """
 
-    data: Data
+    sweep: BlockSweep
     held: Held
     ranks: Ranks
     dtype: torch.dtype
-    ladders: list[Ladder]
     any_tier: bool
-    rows: int
     hashing: bool
     report: Report
-    made: dict[int, Facts] = field(default_factory=dict)
+    made: dict[int, BlockMetadata] = field(default_factory=dict)
+    before: int = field(init=False, default=0)
+    mine: int = field(init=False, default=0)
+    others: int = field(init=False, default=0)
+    looked: float = field(init=False, default_factory=time.monotonic)
 
-    def run(self, work: Work, layer: str) -> None:
-        """Do what is not done yet; ``layer`` is the first one, for the report."""
+    @property
+    def rows(self) -> int:
+        """Pairs per image."""
+        return self.sweep.setup.rows
+
+    @property
+    def cascades(self) -> list[PrecisionCascade]:
+        """Calibrations, one per job."""
+        return list(self.sweep.cascades.values())
+
+    def run(self) -> None:
+        """Do what is not done yet."""
         held, ranks = self.held, self.ranks
         done = ranks.tell(held.done())
         if done:
@@ -283,41 +256,39 @@ class Course:
         missing = [number for number in range(len(held.layout)) if number not in there]
         todo = sorted([*ranks.part(missing), *damaged])
         self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
-        self.mine = self.others = 0
-        self.looked = time.monotonic()
-        self._advance(0, layer)
-        self._do(todo, work)
-        self._even_out(work)
+        self._advance(0, self.sweep.setup.jobs[0].name)
+        self._do(todo)
+        self._even_out()
         if ranks.count > 1:  # others have gone on since they were last looked at
             total = self.rows * len(held.layout.images)
             self.report(total, total, "all processes are done")
 
-    def _do(self, numbers: Sequence[int], work: Work) -> None:
+    def _do(self, numbers: Sequence[int]) -> None:
         """Compute some blocks and keep them."""
         held = self.held
-        for number, images in read_blocks(self.data, held.layout, numbers):
-            begun, before = held.begun(number), self.made.get(number)
+        for number, images in read_blocks(self.sweep.setup.data, held.layout, numbers):
+            partial, before = held.partial(number), self.made.get(number)
             hashed = hash_images(images, self.dtype) if self.hashing else 0
-            for known in (begun.facts if begun else None, before):
+            for known in (partial.metadata if partial else None, before):
                 if known is not None and known.hash != hashed:
                     raise _other_images(held.layout.block(number))
-            if begun is not None:
-                restore_ladders(self.ladders, begun.facts.state, any_tier=self.any_tier)
-                if self._behind(begun.facts.state[: begun.jobs]):
-                    begun = None
-            block = work(
+            if partial is not None:
+                restore_cascades(self.cascades, partial.metadata.state, any_tier=self.any_tier)
+                if self._behind(partial.metadata.state[: partial.jobs]):
+                    partial = None
+            block = self.sweep.block(
                 images,
                 hashed,
-                begun,
-                keep=lambda so_far, number=number: held.write_begun(number, so_far),  # type: ignore[misc]
+                partial,
+                keep=functools.partial(held.write_partial, number),
                 advance=self._advance,
             )
             if before is not None:
-                block = replace(block, facts=_with_mended(block.facts, before))
+                block = replace(block, metadata=_with_mended(block.metadata, before))
             held.write(number, block)
-            self.made[number] = replace(block.facts, measures={})  # as large as the result
+            self.made[number] = replace(block.metadata, measures={})  # as large as the result
 
-    def _even_out(self, work: Work) -> None:
+    def _even_out(self) -> None:
         """Compute blocks again that were done with less care than later ones turned out to need.
 
         Until the processes agree on the care of each job, and all blocks have been done with it.
@@ -325,41 +296,43 @@ class Course:
         agreed: list[int] = []
         while True:
             self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
-            care = self.ranks.largest([ladder.care for ladder in self.ladders])
+            care = self.ranks.largest([cascade.care for cascade in self.cascades])
             if care == agreed:
                 return
             agreed = care
-            for ladder, level in zip(self.ladders, care, strict=True):
-                ladder.care = Care(level)
-            behind = [number for number, facts in self.made.items() if self._behind(facts.state)]
+            for cascade, level in zip(self.cascades, care, strict=True):
+                cascade.care = Care(level)
+            behind = [
+                number for number, metadata in self.made.items() if self._behind(metadata.state)
+            ]
             if behind:
                 logger.warning(
                     "%d finished blocks are computed again, with the care that others needed",
                     len(behind),
                 )
-            self._do(self.held.again(sorted(behind)), work)
+            self._do(self.held.again(sorted(behind)))
 
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any of the jobs was done with less care than is taken now."""
-        done = zip(self.ladders, care_of(state), strict=False)
-        return any(care < ladder.care for ladder, care in done)
+        done = zip(self.cascades, care_of(state), strict=False)
+        return any(care < cascade.care for cascade, care in done)
 
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""
         damaged, state = [], None
-        for number, images in read_blocks(self.data, self.held.layout, numbers):
+        for number, images in read_blocks(self.sweep.setup.data, self.held.layout, numbers):
             block = self.held.read(number)
             if block is None:
                 logger.warning("block %d is damaged: it is computed again", number)
                 damaged.append(number)
-            elif block.facts.hash != hash_images(images, self.dtype):
+            elif block.metadata.hash != hash_images(images, self.dtype):
                 raise _other_images(self.held.layout.block(number))
             else:
-                state = block.facts.state
-                restore_care(self.ladders, state)
-                self.made[number] = replace(block.facts, measures={})
+                state = block.metadata.state
+                restore_care(self.cascades, state)
+                self.made[number] = replace(block.metadata, measures={})
         if state is not None:
-            restore_ladders(self.ladders, state, any_tier=self.any_tier)
+            restore_cascades(self.cascades, state, any_tier=self.any_tier)
         return damaged
 
     def _advance(self, pairs: int, layer: str) -> None:
@@ -373,10 +346,10 @@ class Course:
         self.report(min(total, self.before + self.mine + self.others), total, layer)
 
 
-def _with_mended(facts: Facts, before: Facts) -> Facts:
+def _with_mended(metadata: BlockMetadata, before: BlockMetadata) -> BlockMetadata:
     """Add what was mended when the block was computed before."""
-    audit = facts.audit + Audit(0, 0, before.audit.mended)
-    return replace(facts, audit=audit)
+    audit = metadata.audit + Audit(0, 0, before.audit.mended)
+    return replace(metadata, audit=audit)
 
 
 def _other_images(where: range) -> StoreMismatch:

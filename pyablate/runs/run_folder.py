@@ -37,17 +37,17 @@ from pyablate.result import AblationResult, load
 from pyablate.results import store
 from pyablate.runs.blocks import (
     DAMAGED,
-    Begun,
     Block,
     Joining,
+    PartialBlock,
     read_arrays,
-    read_begun,
     read_block,
+    read_partial,
     replace_file,
     sync_folder,
     write_arrays,
-    write_begun,
     write_block,
+    write_partial,
 )
 from pyablate.runs.fingerprint import Identity, differences, fingerprint
 
@@ -143,14 +143,14 @@ class RunStore:
         """Tell which blocks to compute again where these have to be: no others."""
         return numbers
 
-    def begun(self, number: int) -> Begun | None:
+    def partial(self, number: int) -> PartialBlock | None:
         """Read what is known of an unfinished block."""
-        return read_begun(self._file(number, "begun"), self._run)
+        return read_partial(self._file(number, "begun"), self._run)
 
-    def write_begun(self, number: int, begun: Begun) -> None:
+    def write_partial(self, number: int, partial: PartialBlock) -> None:
         """Write down what is known of an unfinished block, if that has not been done just now."""
         if time.monotonic() - self._written > SECONDS:
-            write_begun(self._file(number, "begun"), begun, self._run)
+            write_partial(self._file(number, "begun"), partial, self._run)
             self._written = time.monotonic()
 
     def finish(self, result: AblationResult) -> None:

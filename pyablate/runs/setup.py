@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from pyablate.data.dataset import Data
 from pyablate.engine import int8_conv
 from pyablate.engine.discontinuous import jumps, observed_jump, steep
 from pyablate.engine.float64 import Exact, exact
-from pyablate.engine.job import Job, Key, Statistics
+from pyablate.engine.job import Job
 from pyablate.engine.microbenchmarks import convolution_rate
+from pyablate.engine.replacements import Key, Statistics
 from pyablate.engine.replay import ROWS, Replay, forward, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
-from pyablate.network.graph import Graph
+from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up, two_images
 from pyablate.network.sites import Site, check_model
 from pyablate.runs.calibration import calibrate
@@ -76,6 +78,11 @@ class Setup:
     at_a_time: int
     """Images of one pass through the model: see :func:`images_at_a_time`."""
 
+    @cached_property
+    def own(self) -> Replay:
+        """The model itself in the precision of the clean run."""
+        return Replay(self.model, self.data.dtype, self.data, self.statistics, self.at_a_time)
+
     @property
     def slice_bytes(self) -> int:
         """Bytes of the widest delta of one slice of pairs; a few such tensors live at a time."""
@@ -88,44 +95,50 @@ class Setup:
         return sum(len(job.rows) for job in self.jobs)
 
 
+@dataclass(frozen=True)
+class SetupOptions:
+    """What is ablated, and by what means; see :func:`pyablate.ablate`."""
+
+    layers: str | Sequence[str] | None
+    groups: Sequence[Sequence[str]] | None
+    intervention: Intervention
+    class_names: Sequence[str] | None = None
+    device: str | torch.device | None = None
+    batch_size: int | None = None
+    memory: int | None = None
+    strategy: str = "auto"
+    precision: str = "auto"
+    measures: tuple[str, ...] = ()
+
+
 @torch.inference_mode(False)  # in which nothing can be exported
 def prepare(
     model: nn.Module,
     source: Any,
-    layers: str | Sequence[str] | None,
-    groups: Sequence[Sequence[str]] | None,
-    intervention: Intervention,
-    class_names: Sequence[str] | None,
-    device: str | torch.device | None,
+    options: SetupOptions,
     *,
-    batch_size: int | None,
-    memory: int | None,
-    strategy: str,
-    precision: str,
-    measures: Sequence[str] = (),
     measured: Mapping[str, np.ndarray] | None = None,
     ranks: Ranks | None = None,
 ) -> Setup:
-    """Check everything that can be checked and get ready; see :func:`pyablate.ablate`.
+    """Check everything that can be checked and get ready.
 
     ``measured`` are statistics that an earlier process packed, taken instead of measuring them;
     ``ranks`` the processes that measure them together.
     """
-    ready = open_up(model, source, class_names, device, double=precision == "fp64")
+    intervention, precision = options.intervention, options.precision
+    double = precision == "fp64"
+    ready = open_up(model, source, options.class_names, options.device, double=double)
     work, data, sample = ready.model, ready.data, ready.batch.images
-    jobs = plan_jobs(ready.sites, layers, groups, intervention)
+    jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
-    graph = None if strategy == "replay" else _capture(work, sample, marked)
-    if intervention.needs_statistics:
-        data.hold_if_read_once()
-    if intervention.kind == "resample":
-        data.hold()
-    budget = memory or _free(data.device) // 4
-    keep_freed_blocks(budget)
+    graph = None if options.strategy == "replay" else _capture(work, sample, marked)
+    _hold(data, intervention)
+    memory = options.memory or _free(data.device) // 4
+    keep_freed_blocks(memory)
     pair = two_images(sample)
-    double, decisive = in_double(work, pair)
-    at_a_time = images_at_a_time(double, pair.to(decisive))
-    size = batch_size or _images_per_batch(graph, jobs, sample, budget)
+    exact_model, decisive = in_double(work, pair)
+    at_a_time = images_at_a_time(exact_model, pair.to(decisive))
+    size = options.batch_size or _images_per_batch(graph, jobs, sample, memory)
     statistics: Mapping[Key, Statistics] = {}
     if intervention.needs_statistics and measured:
         statistics = unpack_statistics(measured, data.device)
@@ -138,9 +151,9 @@ def prepare(
             batch_size=min(size, at_a_time),
             ranks=ranks or Ranks(),
         )
-    replay = Replay(double, decisive, data, statistics, min(ROWS, at_a_time))
+    replay = Replay(exact_model, decisive, data, statistics, min(ROWS, at_a_time))
     decided = exact(graph, replay, ready.batch)
-    if graph is not None and isinstance(decided, Exact) and not measures:
+    if graph is not None and isinstance(decided, Exact) and not options.measures:
         graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
     return Setup(
         model=work,
@@ -156,9 +169,17 @@ def prepare(
         abrupt=_is_abrupt(work, graph, jobs, decided, sample),
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
-        memory=budget,
+        memory=memory,
         at_a_time=at_a_time,
     )
+
+
+def _hold(data: Data, intervention: Intervention) -> None:
+    """Keep images that are read more than once."""
+    if intervention.needs_statistics:
+        data.hold_if_read_once()
+    if intervention.kind == "resample":
+        data.hold()
 
 
 def _is_abrupt(
@@ -189,26 +210,17 @@ def _is_abrupt(
     return bool(abrupt)
 
 
-def check_options(
-    model: Any,
-    *,
-    batch_size: int | None,
-    memory: int | None,
-    audit: int,
-    strategy: str,
-    precision: str,
-) -> None:
+def check_options(model: Any, options: SetupOptions) -> None:
     """Check the arguments that need nothing else to be known."""
     check_model(model)
-    for name, value in (("batch_size", batch_size), ("memory", memory)):
+    for name, value in (("batch_size", options.batch_size), ("memory", options.memory)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if not isinstance(audit, int) or audit < 0:
-        raise ValueError(f"audit: expected a number of pairs, 0 or more, got {audit!r}")
-    if strategy not in ("auto", "replay"):
-        raise ValueError(f'strategy: expected "auto" or "replay", got {strategy!r}')
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if options.strategy not in ("auto", "replay"):
+        raise ValueError(f'strategy: expected "auto" or "replay", got {options.strategy!r}')
+    if options.precision not in PRECISIONS:
+        expected = ", ".join(PRECISIONS)
+        raise ValueError(f"precision: expected one of {expected}, got {options.precision!r}")
 
 
 def _low_precisions(
@@ -250,7 +262,7 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
         with torch.no_grad():
             found = graph.run(sample, [graph.logits])[graph.logits]
             expected = forward(model, sample)
-        if not alike(found, expected, SAME):
+        if not alike(tensor(found), expected, SAME):
             # Marked outputs are tensors of their own; in a network they may be one and the same.
             raise CaptureError("it works in place on a tensor that is read elsewhere too")
         return graph

@@ -1,4 +1,4 @@
-"""What a run takes along besides its blocks: statistics of the units, calibration of the tiers."""
+"""Statistics of the units and calibration of the tiers, as a run stores them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from pyablate.engine import int8_conv
 from pyablate.engine.care import Care
-from pyablate.engine.job import Key, Statistics
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
+from pyablate.engine.replacements import Key, Statistics
+
+TIERS = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+"""All precisions of the dense part, cheapest first."""
 
 
 def pack_statistics(statistics: Mapping[Key, Statistics]) -> dict[str, NDArray[Any]]:
@@ -40,17 +43,17 @@ def unpack_statistics(
     return found
 
 
-def pack_ladder(ladder: Ladder) -> dict[str, Any]:
+def pack_cascade(cascade: PrecisionCascade) -> dict[str, Any]:
     """Turn a calibration, and the care taken, into JSON."""
     return {
-        "tiers": [str(tier).removeprefix("torch.") for tier in ladder.tiers],
+        "tiers": [str(tier).removeprefix("torch.") for tier in cascade.tiers],
         "doubts": {
-            str(tier).removeprefix("torch."): doubt for tier, doubt in ladder.doubts.items()
+            str(tier).removeprefix("torch."): bound for tier, bound in cascade.error_bounds.items()
         },
-        "typical": ladder.typical,
-        "gain": ladder.gain,
-        "measured": ladder.measured,
-        "care": int(ladder.care),
+        "typical": cascade.typical,
+        "gain": cascade.gain,
+        "measured": cascade.measured,
+        "care": int(cascade.care),
     }
 
 
@@ -59,45 +62,44 @@ def care_of(state: Sequence[Mapping[str, Any]]) -> list[Care]:
     return [Care(known.get("care", Care.USUAL)) for known in state]
 
 
-def restore_care(ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]]) -> None:
+def restore_care(cascades: Sequence[PrecisionCascade], state: Sequence[Mapping[str, Any]]) -> None:
     """Take no less care than was taken on a block."""
-    for ladder, care in zip(ladders, care_of(state), strict=False):
-        ladder.care = max(ladder.care, care)
+    for cascade, care in zip(cascades, care_of(state), strict=False):
+        cascade.care = max(cascade.care, care)
 
 
-def restore_ladders(
-    ladders: Sequence[Ladder], state: Sequence[Mapping[str, Any]], *, any_tier: bool
+def restore_cascades(
+    cascades: Sequence[PrecisionCascade], state: Sequence[Mapping[str, Any]], *, any_tier: bool
 ) -> None:
     """Go on with calibrations that an earlier process made, and with no less care than it.
 
     Parameters
     ----------
-    ladders : sequence of Ladder
+    cascades : sequence of PrecisionCascade
         Of the jobs; they are changed.
     state : sequence of mapping
         Of as many of the jobs, from the first on, as have been calibrated.
     any_tier : bool
-        Whether tiers may be taken up that the ladders lack: which ones pay is measured anew by
+        Whether tiers may be taken up that the cascades lack: which ones pay is measured anew by
         each process, and not always with the same outcome.
     """
-    restore_care(ladders, state)
-    for ladder, known in zip(ladders, state, strict=False):
+    restore_care(cascades, state)
+    for cascade, known in zip(cascades, state, strict=False):
         tiers = [_dtype(name) for name in known["tiers"]]
-        possible = _possible if any_tier else ladder.tiers.__contains__
-        if tiers[-1] != ladder.full or not all(map(possible, tiers)):
+        possible = _possible if any_tier else cascade.tiers.__contains__
+        if tiers[-1] != cascade.full or not all(map(possible, tiers)):
             continue
-        ladder.tiers = tiers
-        ladder.doubts = {_dtype(name): float(doubt) for name, doubt in known["doubts"].items()}
-        ladder.typical = [float(step) for step in known["typical"]]
-        ladder.gain = float(known["gain"])
-        ladder.measured = int(known["measured"])
+        cascade.tiers = tiers
+        cascade.error_bounds = {
+            _dtype(name): float(bound) for name, bound in known["doubts"].items()
+        }
+        cascade.typical = [float(step) for step in known["typical"]]
+        cascade.gain = float(known["gain"])
+        cascade.measured = int(known["measured"])
 
 
 def _dtype(name: str) -> torch.dtype:
-    return {str(t).removeprefix("torch."): t for t in _KNOWN}[name]
-
-
-_KNOWN = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+    return {str(t).removeprefix("torch."): t for t in TIERS}[name]
 
 
 def _possible(tier: torch.dtype) -> bool:

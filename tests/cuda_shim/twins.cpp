@@ -1,5 +1,5 @@
-// The extension's bindings with the CUDA twins behind them, on CPU tensors: every tensor on the CPU
-// is taken for one on a CUDA device, and the CPU's twins are missing.
+// The extension's bindings with the CUDA backends behind them, on CPU tensors: every tensor on the CPU
+// is taken for one on a CUDA device, and the CPU's backends are missing.
 #define view_tensor view_tensor_where_it_is
 #include "../../csrc/bindings/torch_view.cpp"
 #undef view_tensor

@@ -81,5 +81,5 @@ def test_what_all_logits_share_costs_no_digits():
     with torch.no_grad():
         model[4].weight += 40 * torch.randn(1, 96)
     result = check(model, data(40), ["1", "3"], precision="bf16")
-    settled = result.effort.settled
+    settled = result.effort.pairs_by_precision
     assert settled["bfloat16"] > 0.8 * sum(settled.values())

@@ -1,4 +1,4 @@
-"""The ladder of precisions: what it doubts, what it reports, and what it does without memory."""
+"""The cascade of precisions: what it doubts, what it reports, and what it does without memory."""
 
 import logging
 
@@ -12,7 +12,8 @@ from torch import nn
 
 import pyablate as pa
 from pyablate.engine import int8_conv, microbenchmarks
-from pyablate.engine.precision_cascade import Changed, Ladder, sample
+from pyablate.engine.logit_change import Changed
+from pyablate.engine.precision_cascade import PrecisionCascade, sample
 from pyablate.engine.suffix import usual
 from pyablate.runs import executor, setup
 
@@ -35,28 +36,28 @@ def true_logits(row, dtype=torch.float32):
 
 def test_doubtful_pairs_are_decided_again_in_the_next_tier():
     row, image = pairs(3000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    found = ladder.settle(true_change, row, image, Clean(), lambda _: 128)
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.classify(true_change, row, image, Clean(), lambda _: 128)
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
     assert torch.equal(found.long(), expected)
-    assert ladder.doubts[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
-    assert 0 < ladder.settled[torch.float32] < 500
-    assert ladder.settled[torch.bfloat16] + ladder.settled[torch.float32] == 3000
+    assert cascade.error_bounds[torch.bfloat16] == pytest.approx(4 * 0.02, rel=0.05)
+    assert 0 < cascade.classified[torch.float32] < 500
+    assert cascade.classified[torch.bfloat16] + cascade.classified[torch.float32] == 3000
 
 
 def test_few_measured_pairs_are_trusted_less():
     row, image = pairs(12_000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(true_change, row[:300], image[:300], Clean(), lambda _: 128)
-    assert ladder.measured == 64
-    assert ladder.doubt(torch.bfloat16) == 2 * ladder.doubts[torch.bfloat16]
-    before = ladder.doubts[torch.bfloat16]
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.classify(true_change, row[:300], image[:300], Clean(), lambda _: 128)
+    assert cascade.measured == 64
+    assert cascade.error_bound(torch.bfloat16) == 2 * cascade.error_bounds[torch.bfloat16]
+    before = cascade.error_bounds[torch.bfloat16]
     for start in range(300, 12_000, 2_925):
         some = slice(start, start + 2_925)
-        ladder.settle(true_change, row[some], image[some], Clean(), lambda _: 128)
-    assert ladder.measured == 256
-    assert ladder.doubt(torch.bfloat16) == ladder.doubts[torch.bfloat16] >= before
-    assert ladder.doubt(torch.float32) < 1e-3
+        cascade.classify(true_change, row[some], image[some], Clean(), lambda _: 128)
+    assert cascade.measured == 256
+    assert cascade.error_bound(torch.bfloat16) == cascade.error_bounds[torch.bfloat16] >= before
+    assert cascade.error_bound(torch.float32) < 1e-3
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(0.79, False), (0.87, True)])
@@ -67,12 +68,12 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
     def change(row, image, dtype):
         return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(change, row, image, Clean(), lambda _: 512)
-    assert ladder.doubt(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
-    assert ladder.doubt(torch.bfloat16) > 0.5
-    assert ladder.measured == 256
-    assert (torch.bfloat16 in ladder.tiers) == kept
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.classify(change, row, image, Clean(), lambda _: 512)
+    assert cascade.error_bound(torch.bfloat16) == pytest.approx(4 * (1 / factor - 1), rel=0.01)
+    assert cascade.error_bound(torch.bfloat16) > 0.5
+    assert cascade.measured == 256
+    assert (torch.bfloat16 in cascade.tiers) == kept
 
 
 def test_where_few_pairs_fit_as_many_are_measured():
@@ -83,26 +84,26 @@ def test_where_few_pairs_fit_as_many_are_measured():
         assert len(row) <= 4
         return true_change(row, image, dtype)
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(change, row, image, Clean(), lambda _: 4)
-    plenty = Ladder([torch.bfloat16, torch.float32])
-    plenty.settle(true_change, row, image, Clean(), lambda _: 512)
-    assert ladder.measured == plenty.measured == 64
-    assert ladder.doubts == plenty.doubts
-    assert ladder.settled == plenty.settled
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.classify(change, row, image, Clean(), lambda _: 4)
+    plenty = PrecisionCascade([torch.bfloat16, torch.float32])
+    plenty.classify(true_change, row, image, Clean(), lambda _: 512)
+    assert cascade.measured == plenty.measured == 64
+    assert cascade.error_bounds == plenty.error_bounds
+    assert cascade.classified == plenty.classified
 
 
 def test_a_first_block_of_few_pairs_costs_no_tier():
     row, image = pairs(3000)
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    ladder.settle(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
-    assert ladder.doubt(torch.bfloat16) > 1  # 16 times that of 256 pairs
-    ladder.settle(true_change, row, image, Clean(), lambda _: 128)
-    assert ladder.settled[torch.bfloat16] > 2000
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    cascade.classify(true_change, row[9:10], image[9:10], Clean(), lambda _: 128)
+    assert cascade.error_bound(torch.bfloat16) > 1  # 16 times that of 256 pairs
+    cascade.classify(true_change, row, image, Clean(), lambda _: 128)
+    assert cascade.classified[torch.bfloat16] > 2000
 
 
 def test_few_open_pairs_skip_the_tier_between(monkeypatch):
-    monkeypatch.setattr(Ladder, "_calibrate", lambda *_: None)
+    monkeypatch.setattr(PrecisionCascade, "_calibrate", lambda *_: None)
     row, image = pairs(6000)
     asked = []
 
@@ -111,15 +112,15 @@ def test_few_open_pairs_skip_the_tier_between(monkeypatch):
         return true_change(row, image, torch.bfloat16 if dtype == torch.int8 else dtype)
 
     tiers = [torch.int8, torch.bfloat16, torch.float32]
-    ladder = Ladder(list(tiers))
-    ladder.doubts, ladder.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
-    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    cascade = PrecisionCascade(list(tiers))
+    cascade.error_bounds, cascade.measured = {torch.int8: 0.03, torch.bfloat16: 0.02}, 256
+    found = cascade.classify(change, row, image, Clean(), lambda _: 10_000)
     open_ = [size for dtype, size in asked if dtype == torch.float32]
     assert [dtype for dtype, _ in asked] == [torch.int8, torch.float32]
     assert 0 < open_[0] < 64
-    ladder.doubts = {torch.int8: 0.2, torch.bfloat16: 0.02}
+    cascade.error_bounds = {torch.int8: 0.2, torch.bfloat16: 0.02}
     asked.clear()
-    found = ladder.settle(change, row, image, Clean(), lambda _: 10_000)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 10_000)
     assert [dtype for dtype, _ in asked][:2] == [torch.int8, torch.bfloat16]
     assert asked[1][1] >= 64
     expected = (Clean.logits[image] + true_logits(row)).argmax(1)
@@ -142,9 +143,9 @@ def test_a_useless_tier_is_left_out():
         exact = true_logits(row)
         return Changed(exact if dtype == torch.float32 else torch.zeros_like(exact))
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    found = ladder.settle(change, row, image, Clean(), lambda _: 64)
-    assert ladder.tiers == [torch.float32]
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.classify(change, row, image, Clean(), lambda _: 64)
+    assert cascade.tiers == [torch.float32]
     expected = (Clean.logits[image] + change(row, image, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
 
@@ -167,14 +168,14 @@ def test_without_memory_it_goes_on_with_fewer_pairs(error, tiers, count, first, 
             raise error
         return true_change(row, image, dtype)
 
-    ladder = Ladder(list(tiers))
+    cascade = PrecisionCascade(list(tiers))
     with caplog.at_level(logging.WARNING, "pyablate"):
-        found = ladder.settle(change, row, image, Clean(), lambda _: 512)
+        found = cascade.classify(change, row, image, Clean(), lambda _: 512)
     assert asked[: len(first)] == first
     assert max(asked[len(first) :]) == first[-1]
     assert "out of memory" in caplog.text
-    plenty = Ladder(list(tiers))
-    assert torch.equal(found, plenty.settle(true_change, row, image, Clean(), lambda _: 1000))
+    plenty = PrecisionCascade(list(tiers))
+    assert torch.equal(found, plenty.classify(true_change, row, image, Clean(), lambda _: 1000))
 
 
 def test_every_unit_has_its_turn_in_the_sample():
@@ -217,7 +218,7 @@ def test_a_number_that_dwarfs_all_others_of_a_pair(times):
     found = pa.ablate(model, (images, labels), "first", precision="int8", audit=0, progress=False)
     exact = pa.ablate(model, (images, labels), "first", precision="fp64", audit=0, progress=False)
     assert np.array_equal(found.predictions()[1], exact.predictions()[1])
-    assert found.effort.settled["int8"] > 0.5 * 64 * 128
+    assert found.effort.pairs_by_precision["int8"] > 0.5 * 64 * 128
 
 
 class Opposite(nn.Module):
@@ -253,7 +254,7 @@ def test_logits_that_cancel_are_rounded_no_better_than_others():
     """A margin of 2 |z| is large beside the largest logit |z|, whatever its rounding."""
     torch.manual_seed(0)
     found = exact_predictions(Opposite().eval(), torch.randn(2000, 16), "first")
-    assert 0 < found.effort.settled["float64"] < 0.5 * 32 * 2000
+    assert 0 < found.effort.pairs_by_precision["float64"] < 0.5 * 32 * 2000
 
 
 def test_large_numbers_that_cancel_behind_an_ablation():
@@ -267,7 +268,7 @@ def test_large_numbers_that_cancel_behind_an_ablation():
         model[2].weight.add_(common)
         model[4].weight.sub_(model[4].weight.mean(dim=1, keepdim=True))
     found = exact_predictions(model, torch.randn(256, 16), "1", intervention="constant:100000")
-    assert found.effort.doubt["1"]["float32"] > 1e-3
+    assert found.effort.error_bounds["1"]["float32"] > 1e-3
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -276,7 +277,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     row, image = pairs(100)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        Ladder([torch.float32]).settle(change, row, image, Clean(), lambda _: 10)
+        PrecisionCascade([torch.float32]).classify(change, row, image, Clean(), lambda _: 10)
 
 
 def same_flips(result, expected):
@@ -311,15 +312,15 @@ def test_a_layer_without_memory_goes_on_with_half_the_images(monkeypatch, caplog
     # In low precision more or fewer pairs would be measured more exactly.
     options = {"progress": False, "measures": ["loss"], "audit": 100, "precision": "fp32"}
     expected = pa.ablate(model, (images, labels), **options)
-    real = executor.Suffix.predict
+    real = executor.BlockSweep._by_deltas
 
-    def predict(self, clean, *arguments, **rest):
-        for number, found in enumerate(real(self, clean, *arguments, **rest)):
-            yield found
-            if len(clean.logits) > 7 and number == 0:
-                raise MemoryError
+    def by_deltas(self, job, batch, *arguments):
+        found = real(self, job, batch, *arguments)
+        if len(batch) > 7:
+            raise MemoryError
+        return found
 
-    monkeypatch.setattr(executor.Suffix, "predict", predict)
+    monkeypatch.setattr(executor.BlockSweep, "_by_deltas", by_deltas)
     with caplog.at_level(logging.WARNING, "pyablate"):
         result = pa.ablate(model, (images, labels), **options)
     assert "going on with 6 images" in caplog.text
@@ -334,9 +335,9 @@ def test_the_run_says_what_it_took():
     effort = result.effort
     assert list(effort.layer_seconds) == ["features.9"]
     assert 0 < effort.layer_seconds["features.9"] < result.seconds
-    assert effort.doubt["features.9"]["bfloat16"] >= 0.02
-    assert sum(effort.settled.values()) <= 64 * 64
-    assert effort.settled["bfloat16"] > 0.9 * 64 * 64
+    assert effort.error_bounds["features.9"]["bfloat16"] >= 0.02
+    assert sum(effort.pairs_by_precision.values()) <= 64 * 64
+    assert effort.pairs_by_precision["bfloat16"] > 0.9 * 64 * 64
 
 
 def test_eight_bits_where_they_are_exact(monkeypatch):
@@ -372,14 +373,16 @@ def test_eight_bit_convolution_is_right_to_its_rounding():
     weight = torch.randn(24, 32, 3, 3)
     geometry = ([2, 1], [1, 1], [1, 2])
     filters = int8_conv.prepare(weight, geometry, list(delta.shape))
-    codes = pa.ops.encode(delta)
-    result = int8_conv.convolve(codes.values, filters).float() * codes.scale.reshape(-1, 1, 1, 1)
+    quantized = pa.ops.encode(delta)
+    result = int8_conv.convolve(quantized.values, filters).float() * quantized.scale.reshape(
+        -1, 1, 1, 1
+    )
     exact = nn.functional.conv2d(delta.double(), weight.double(), None, *geometry)
     error = (result - exact).abs().amax() / exact.std()
     assert 1e-4 < error < 0.05
     # as many pairs as there are: the filters were prepared for 40
-    few = int8_conv.convolve(codes.values[:3], filters)
-    assert torch.equal(few, int8_conv.convolve(codes.values, filters)[:3])
+    few = int8_conv.convolve(quantized.values[:3], filters)
+    assert torch.equal(few, int8_conv.convolve(quantized.values, filters)[:3])
 
 
 def test_peaks_are_plausible():

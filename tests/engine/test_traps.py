@@ -12,7 +12,8 @@ from torch.nn import functional
 import pyablate as pa
 from pyablate import reference
 from pyablate.engine import int8_conv, precision_cascade, weighted_rules
-from pyablate.engine.precision_cascade import Changed, Ladder
+from pyablate.engine.logit_change import Changed
+from pyablate.engine.precision_cascade import PrecisionCascade
 
 needs_eight_bits = pytest.mark.skipif(
     not int8_conv.available(), reason="this processor has no exact 8-bit products"
@@ -58,8 +59,10 @@ def test_a_convolution_read_twice_is_not_overwritten(twice, monkeypatch):
     model, data = spread(Shared(twice)), images()
     result = pa.ablate(model, data, "relu", precision="int8", progress=False)
     assert reference.compare(result, model, data, "relu").mismatches == 0
-    assert result.effort.doubt["relu"]["int8"] < 0.6  # garbage was off by more than the change
-    assert result.effort.settled["int8"] > 100
+    assert (
+        result.effort.error_bounds["relu"]["int8"] < 0.6
+    )  # garbage was off by more than the change
+    assert result.effort.pairs_by_precision["int8"] > 100
 
 
 class Flattened(nn.Module):
@@ -114,26 +117,26 @@ def test_a_change_that_is_not_a_number_hides_no_error():
             exact[row == 0] = torch.nan
         return Changed(exact)
 
-    ladder = Ladder([torch.bfloat16, torch.float32])
-    found = ladder.settle(change, row, row % 3, Clean(), lambda _: 1000)
-    assert ladder.tiers == [torch.float32]
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
+    assert cascade.tiers == [torch.float32]
     expected = (Clean.logits[row % 3] + change(row, row, torch.float32).logits).argmax(1)
     assert torch.equal(found.long(), expected)
 
 
 def test_few_pairs_are_decided_in_full_precision_until_enough_are_measured():
-    ladder = Ladder([torch.bfloat16, torch.float32])
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
 
     def change(row, image, dtype):
         return Changed(torch.stack([torch.zeros(len(row)), 0.3 * torch.sin(row.float())], dim=1))
 
     for start in range(0, 100, 10):
         row = torch.arange(start, start + 10)
-        ladder.settle(change, row, row % 3, Clean(), lambda _: 1000)
+        cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
         if start < 50:
-            assert torch.bfloat16 not in ladder.settled
-    assert ladder.measured == 100
-    assert ladder.settled[torch.bfloat16] > 0
+            assert torch.bfloat16 not in cascade.classified
+    assert cascade.measured == 100
+    assert cascade.classified[torch.bfloat16] > 0
 
 
 class Refilled:

@@ -16,7 +16,7 @@ from support import elsewhere, networks
 from support.elsewhere import DEVICE, Wait, moved, on_device, there
 
 from pyablate import interventions
-from pyablate.engine import cuda_graph, precision_cascade
+from pyablate.engine import cuda_graph, logit_change, precision_cascade
 from pyablate.engine.float64 import Exact
 from pyablate.engine.job import Members
 from pyablate.interventions import Intervention
@@ -27,9 +27,9 @@ from pyablate.runtime.host_to_device import sent
 
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
-DECIDED = Wait("_to_copy", "Ladder.settle")
-FULL_MEASURED = Wait("_local_scalar_dense", "_largest_share")
-MEASURING = {"_largest_share", "Ladder._measure", "Exact.logits"}
+DECIDED = Wait("_to_copy", "PrecisionCascade.classify")
+FULL_MEASURED = Wait("_local_scalar_dense", "largest_share")
+MEASURING = {"largest_share", "PrecisionCascade._measure", "Exact.logits"}
 EXACT = {Wait("_to_copy", "Exact.logits"), Wait("_to_copy", "Replay.logits")}
 SMALL = 1 << 17
 """Bytes of memory with which a block has several slices."""
@@ -37,26 +37,21 @@ SMALL = 1 << 17
 
 def set_up(name, device=None, *, spec="zero", layers=None, groups=None, low=(torch.bfloat16,)):
     model, images, labels = networks.network(name, IMAGES)
-    setup = prepare.prepare(
-        model,
-        (images, labels),
+    options = prepare.SetupOptions(
         layers,
         groups,
         interventions.parse(spec),
-        None,
-        device,
+        device=device,
         batch_size=IMAGES,
         memory=SMALL,
-        strategy="auto",
         precision="fp32",
     )
+    setup = prepare.prepare(model, (images, labels), options)
     return dataclasses.replace(setup, low=low)
 
 
 def move(setup):
     """Put everything that a run reads on the device that is not there."""
-    for node in setup.graph.graph.nodes:  # weights that a run on the CPU has converted
-        node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     setup.data.device = DEVICE
     statistics = {
         key: dataclasses.replace(
@@ -92,8 +87,8 @@ def swept(setup, notes):
     """Sweep a batch on the device; return what is found and what happened the last time."""
     batch = next(setup.data.batches(IMAGES))
     found, sweep = sweep_one(setup, batch)
-    for ladder in sweep.ladders.values():
-        ladder.measured = (
+    for cascade in sweep.cascades.values():
+        cascade.measured = (
             precision_cascade.SAMPLE
         )  # as after some batches: the tiers' errors are known
     start = len(notes.events)
@@ -186,9 +181,9 @@ def test_recorded_slices_find_the_same(monkeypatch):
         found, events, sweep = swept(move(setup), notes)
     check_same(found, expected)
     assert recorder.works
-    for ladder in sweep.ladders.values():  # nothing that a recording made and dropped is read
+    for cascade in sweep.cascades.values():  # nothing that a recording made and dropped is read
         # All of the first block and what is doubtful of the second went to float32.
-        assert ladder.settled[torch.bfloat16] > 0.2 * sum(ladder.settled.values())
+        assert cascade.classified[torch.bfloat16] > 0.2 * sum(cascade.classified.values())
     assert recorder.recordings >= 2 * len(setup.jobs)  # in each block
     for name, own in by_job(events).items():
         slices = own.count("classify")
@@ -232,7 +227,7 @@ def test_fewer_pairs_than_were_recorded():
             return lambda: (calls.append(1), made.logits.copy_(run().logits)), made
 
     def change(row, image, dtype):
-        return precision_cascade.Changed((10 * row + image).unsqueeze(1).float())
+        return logit_change.Changed((10 * row + image).unsqueeze(1).float())
 
     def same(row, image):
         found, expected = repeated(row, image, torch.float32), change(row, image, None)
@@ -336,7 +331,7 @@ class NoKernels:
 def test_native_operations_do_not_wait(monkeypatch):
     """The functions round the kernels, which the tests above take for one launch."""
     for module in (elementwise, _classify, units):
-        monkeypatch.setattr(module, "twin", lambda _: NoKernels())
+        monkeypatch.setattr(module, "backend", lambda _: NoKernels())
         monkeypatch.setattr(module, "context", lambda _: (1, 0))
     maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
     pair = there(torch.zeros(5, dtype=torch.int32))
@@ -367,8 +362,8 @@ class TestOnCuda:
         setup = set_up("residual", "cuda", layers=["body.2", "body.3"])
         batch = next(setup.data.batches(IMAGES))
         _, sweep = sweep_one(setup, batch)
-        for ladder in sweep.ladders.values():
-            ladder.measured = precision_cascade.SAMPLE
+        for cascade in sweep.cascades.values():
+            cascade.measured = precision_cascade.SAMPLE
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:

@@ -1,7 +1,7 @@
-"""The CUDA twins on the CPU, under AddressSanitizer, and the shim that lets them run there.
+"""The CUDA backends on the CPU, under AddressSanitizer, and the shim that lets them run there.
 
 The tests of the native operations, those marked ``cuda``, run in a process of their own, whose
-extension has the CUDA twins behind CPU tensors. This finds wrong indexing, missing barriers and
+extension has the CUDA backends behind CPU tensors. This finds wrong indexing, missing barriers and
 access out of bounds. It does not replace a GPU: see docs/cuda.md.
 """
 
@@ -102,7 +102,7 @@ const bool less = a < b;
     assert cuda_on_cpu.to_cpp(source, "x.cu") == expected
 
 
-def test_twins_equal_the_reference(tmp_path):
+def test_backends_equal_the_reference(tmp_path):
     pytest.importorskip("pybind11")
     module = cuda_on_cpu.build_module(tmp_path)
     environment = {

@@ -165,7 +165,7 @@ def test_activation_refuses(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "run", [lambda call, **c: call(**c), on_reference], ids=["twin", "reference"]
+    "run", [lambda call, **c: call(**c), on_reference], ids=["backend", "reference"]
 )
 def test_empty_inputs_give_empty_results(run):
     none = index([])

@@ -1,4 +1,4 @@
-"""head_flips, classify and confusion_counts: the same integers from every twin."""
+"""head_flips, classify and confusion_counts: the same integers from every backend."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -57,10 +57,10 @@ def test_reference_head_flips_is_the_formula():
             assert result[n, u] == decide_one_by_one(values.tolist(), float(tolerance[n]))
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_head_flips_equals_reference(twin, dtype, classes):
+def test_head_flips_equals_reference(backend, dtype, classes):
     torch.manual_seed(classes)
     logits = torch.randn(9, classes).to(dtype)
     delta = random_maps(9, 300, dtype=dtype, zeros=0.3) / 2
@@ -68,14 +68,14 @@ def test_head_flips_equals_reference(twin, dtype, classes):
     baseline, tolerance = logits.argmax(1).int(), torch.rand(9).to(dtype) / 4
     baseline[3] = (baseline[3] + 1) % classes  # not the winner: nothing may be taken for settled
     expected = on_reference(ops.head_flips, logits, delta, weight, baseline, tolerance)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.head_flips, device, logits, delta, weight, baseline, tolerance)
     assert torch.equal(result, expected)
     assert classes < 3 or len(expected.unique()) > 2
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_head_flips_is_right_at_the_very_tolerance(twin):
+@pytest.mark.parametrize("backend", TWINS)
+def test_head_flips_is_right_at_the_very_tolerance(backend):
     # Margins within a few roundings of the tolerance: the shortcut must leave them to the scan.
     torch.manual_seed(2)
     logits = torch.randn(500, 12) * 100
@@ -85,20 +85,20 @@ def test_head_flips_is_right_at_the_very_tolerance(twin):
     tolerance = (top[..., 0] - top[..., 1])[:, 0] * (1 + torch.randint(-3, 4, (500,)) * 1e-7)
     baseline = logits.argmax(1).int()
     expected = on_reference(ops.head_flips, logits, delta, weight, baseline, tolerance)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.head_flips, device, logits, delta, weight, baseline, tolerance)
     assert torch.equal(result, expected)
     assert {True, False} == set((expected[:, 0] == -1).tolist())
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_classify_equals_reference(twin, dtype, classes):
+def test_classify_equals_reference(backend, dtype, classes):
     torch.manual_seed(classes)
     logits, delta = torch.randn(7, classes).to(dtype), torch.randn(311, classes).to(dtype)
     image, tolerance = random_index(311, 7), torch.rand(7).to(dtype) / 3
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         for relative in (0.0, 0.03):
             expected = on_reference(
                 ops.classify, logits, delta, image, tolerance, relative=relative
@@ -109,13 +109,13 @@ def test_classify_equals_reference(twin, dtype, classes):
             assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_ties_take_the_lowest_class_and_nan_decides_nothing(twin):
+@pytest.mark.parametrize("backend", TWINS)
+def test_ties_take_the_lowest_class_and_nan_decides_nothing(backend):
     logits = torch.zeros(3, 40)
     logits[1, [5, 39]] = 1.0
     logits[2, 17] = torch.nan
     delta, image = torch.zeros(3, 40), index([0, 1, 2])
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         loose = on_device(ops.classify, device, logits, delta, image, torch.full((3,), -1.0))
         strict = on_device(ops.classify, device, logits, delta, image, torch.zeros(3))
         flips = on_device(
@@ -132,16 +132,16 @@ def test_ties_take_the_lowest_class_and_nan_decides_nothing(twin):
     assert flips.tolist() == [[0, 0], [5, 5], [-1, -1]]
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "expanded", "offset"])
-def test_decisions_of_any_layout(twin, layout):
+def test_decisions_of_any_layout(backend, layout):
     torch.manual_seed(3)
     arrange = LAYOUTS[layout]
     logits, delta = arrange(torch.randn(5, 9)), arrange(torch.randn(8, 9))
     weight, pooled = arrange(torch.randn(9, 6)), arrange(torch.randn(5, 6))
     baseline, image = logits.argmax(1).int(), random_index(8, 5)
     tolerance = torch.full((10,), 0.1)[::2]
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         for op, arguments in [
             (ops.classify, (logits, delta, image, tolerance)),
             (ops.head_flips, (logits, pooled, weight, baseline, tolerance)),
@@ -164,11 +164,11 @@ def count_one_by_one(prediction, label, classes):
     return torch.from_numpy(counts)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize(
     ("units", "images", "classes"), [(3, 100, 10), (0, 5, 2), (2, 0, 3), (2, 300, 150), (40, 33, 1)]
 )
-def test_confusion_counts(twin, units, images, classes):
+def test_confusion_counts(backend, units, images, classes):
     torch.manual_seed(4)
     prediction = torch.randint(0, classes, (units, images), dtype=torch.int32)
     label = random_index(images, classes)
@@ -176,7 +176,7 @@ def test_confusion_counts(twin, units, images, classes):
     assert torch.equal(on_reference(ops.confusion_counts, prediction, label, classes), expected)
     strided = torch.full((images, units), -7, dtype=torch.int32)
     strided[:] = prediction.t()
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         for rows in (prediction, strided.t()):
             result = on_device(ops.confusion_counts, device, rows, label, classes)
             assert torch.equal(result, expected)

@@ -9,7 +9,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -106,14 +106,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_equals_reference_at_any_size(twin, size, case):
+def test_equals_reference_at_any_size(backend, size, case):
     torch.manual_seed(size)
     op, arguments, options = case(size)
     expected = on_reference(op, *arguments, **options)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(op, device, *arguments, **options)
     assert result.shape == expected.shape
     exact = not expected.is_floating_point() or op is ops.masked_copies
@@ -124,10 +124,10 @@ def test_equals_reference_at_any_size(twin, size, case):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Give the CUDA twin's device; indices are not looked at beforehand, wherever it runs."""
+    """Give the CUDA backend's device; indices are not looked at beforehand, wherever it runs."""
     for module in (_checks, _classify):
         monkeypatch.setattr(module, "check_range", lambda *_: None)
-    with using_twin("cuda") as device:
+    with using_backend("cuda") as device:
         yield device
 
 

@@ -1,4 +1,4 @@
-"""delta_activation and delta_max_pool: the twins against the reference and against float64."""
+"""delta_activation and delta_max_pool: the backends against the reference and against float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 from torch.nn import functional
 
@@ -31,27 +31,27 @@ def activation_truth(base, delta, image, activation, addend=None):
     return on_reference(ops.delta_activation, base.double(), change, image, activation)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=NAMES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_activation_matches_float64(twin, activation, dtypes):
+def test_activation_matches_float64(backend, activation, dtypes):
     torch.manual_seed(0)
     delta = (2 * torch.randn(9, 3, 5, 7)).to(dtypes[0])
     base = (3 * torch.randn(4, 3, 5, 7)).to(dtypes[1])
     image = random_index(9, 4)
     plain = on_reference(ops.delta_activation, base, delta, image, activation)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, image, activation)
     truth = activation_truth(base, delta, image, activation)
     assert_near(result, plain, truth, "elementwise")
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("size", SIZES)
-def test_activation_of_any_size_writes_all_and_only_its_output(twin, size):
+def test_activation_of_any_size_writes_all_and_only_its_output(backend, size):
     torch.manual_seed(size)
     delta, base, image = torch.randn(3, size), torch.randn(2, size), index([1, 0, 1])
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         memory = torch.full((5, size), 77.0, device=device)
         out = memory[1:4]
         returned = ops.delta_activation(
@@ -63,20 +63,20 @@ def test_activation_of_any_size_writes_all_and_only_its_output(twin, size):
     assert (memory[[0, 4]] == 77.0).all()
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("base_layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize(
     "shape", [(6, 5, 4, 3), (6, 1, 4, 3), (6, 5, 1, 1), (6, 5), (6, 2, 3, 2, 2)]
 )
-def test_activation_of_any_layout(twin, layout, base_layout, shape):
+def test_activation_of_any_layout(backend, layout, base_layout, shape):
     torch.manual_seed(1)
     delta = LAYOUTS[layout](torch.randn(shape))
     addend = LAYOUTS[base_layout](torch.randn(shape))
     base = LAYOUTS[base_layout](torch.randn(3, *shape[1:]))
     image = random_index(6, 3)
     truth = activation_truth(base, delta, image, Activation("silu"), addend)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(
             ops.delta_activation, device, base, delta, image, Activation("silu"), addend=addend
         )
@@ -95,26 +95,26 @@ def test_activation_of_any_layout(twin, layout, base_layout, shape):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize(
     "activation",
     [Activation("relu"), Activation("hardtanh", -1e3, 1e3), Activation("leaky_relu", 0.5)],
     ids=lambda a: a.name,
 )
-def test_small_changes_of_large_activations_keep_their_precision(twin, activation):
+def test_small_changes_of_large_activations_keep_their_precision(backend, activation):
     delta = torch.full((1, 40), 1.0e-4)
     base = torch.full((1, 40), 700.0)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, index([0]), activation)
     assert torch.equal(result, delta)  # forming 700.0001 in float32 would be 22 % off
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=NAMES)
-def test_no_change_stays_exactly_none(twin, activation):
+def test_no_change_stays_exactly_none(backend, activation):
     torch.manual_seed(8)
     base, delta = 3 * torch.randn(5, 199), torch.zeros(5, 199)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         for rows in (base, base.double(), base.bfloat16()):
             change = delta.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
             result = on_device(
@@ -123,15 +123,15 @@ def test_no_change_stays_exactly_none(twin, activation):
             assert (result == 0).all()
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=NAMES)
-def test_extreme_values_saturate_and_nan_stays(twin, activation):
+def test_extreme_values_saturate_and_nan_stays(backend, activation):
     values = torch.tensor(
         [-1e4, -100.0, -88.0, -20.0, -1.0, -0.0, 0.0, 1.0, 20.0, 88.0, 100.0, 1e4]
     )
     base = values.repeat(2, 2)
     delta = torch.stack([values.repeat_interleave(2), values.flip(0).repeat_interleave(2)])
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.delta_activation, device, base, delta, index([0, 1]), activation)
         bad = on_device(
             ops.delta_activation, device, base, delta * torch.nan, index([0, 1]), activation
@@ -192,11 +192,11 @@ def pool(op_device, base, delta, image, window, out_size, activation=None):
     )
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_pool_matches_float64(twin, channels_last, window, dtypes):
+def test_pool_matches_float64(backend, channels_last, window, dtypes):
     torch.manual_seed(2)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for channels, activation in [(1, None), (5, Activation("relu")), (33, Activation("silu"))]:
@@ -209,20 +209,20 @@ def test_pool_matches_float64(twin, channels_last, window, dtypes):
         plain = on_reference(
             pool, torch.device("cpu"), base, delta, image, window, out_size, activation
         )
-        with using_twin(twin) as device:
+        with using_backend(backend) as device:
             result = pool(device, base, delta, image, window, out_size, activation)
         assert result.is_contiguous(memory_format=layout)
         assert_near(result, plain, truth, "elementwise")
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pool_window_outside_the_map_changes_nothing(twin, channels_last):
+def test_pool_window_outside_the_map_changes_nothing(backend, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     base = torch.randn(1, 2, 1, 1).contiguous(memory_format=layout)
     delta = torch.ones(1, 2, 1, 1).contiguous(memory_format=layout)
     window = {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 2}
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = pool(device, base, delta, index([0]), window, (1, 1))
     assert torch.equal(result, torch.zeros(1, 2, 1, 1))
 

@@ -1,4 +1,4 @@
-"""masked_copies: bits are moved, so every twin gives exactly the reference."""
+"""masked_copies: bits are moved, so every backend gives exactly the reference."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from support.ops_cases import (
     on_device,
     on_reference,
     random_index,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
@@ -31,10 +31,10 @@ def values_for(x, pairs, axis):
     return [torch.tensor(0.25), torch.randn(pairs), torch.randn(pairs, *others)]
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", [1, 2, 3])
-def test_matches_plain_indexing(twin, layout, axis):
+def test_matches_plain_indexing(backend, layout, axis):
     torch.manual_seed(0)
     x = LAYOUTS[layout](torch.randn(4, 5, 6, 7))
     image, unit = random_index(9, 4), random_index(9, x.shape[axis], low=-1)
@@ -43,23 +43,23 @@ def test_matches_plain_indexing(twin, layout, axis):
         assert torch.equal(
             on_reference(ops.masked_copies, x, image, unit, value, axis=axis), expected
         )
-        with using_twin(twin) as device:
+        with using_backend(backend) as device:
             result = on_device(ops.masked_copies, device, x, image, unit, value, axis=axis)
             assert torch.equal(result, expected)
             last = on_device(ops.masked_copies, device, x, image, unit, value, axis=axis - 4)
             assert torch.equal(last, expected)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8], ids=str
 )
 @pytest.mark.parametrize("shape", [(3, 8), (3, 33, 5), (3, 2, 3, 4, 5)])
-def test_any_dtype_and_dimensions(twin, dtype, shape):
+def test_any_dtype_and_dimensions(backend, dtype, shape):
     x = torch.arange(3 * 33 * 40)[: torch.Size(shape).numel()].view(shape).to(dtype)
     image, unit = random_index(7, 3), random_index(7, shape[1], low=-1)
     value = torch.arange(7).to(dtype)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.masked_copies, device, x, image, unit, value)
     assert torch.equal(result, copies_one_by_one(x, image, unit, value, 1))
 

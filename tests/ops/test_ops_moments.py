@@ -1,4 +1,4 @@
-"""Moments of maps, moments and ranks by class: reference against loops, twins against loops."""
+"""Moments of maps, moments and ranks by class: reference against loops, backends against loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.ops_cases import (
     index,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
     without_native,
 )
 from torch import Tensor
@@ -85,27 +85,27 @@ def test_reference_of_maps_is_the_formula(shape, axis, dtype):
     agree(found, maps_by_loops(x, axis), rtol=tolerance(dtype))
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_maps(twin, shape, axis, dtype):
+def test_maps(backend, shape, axis, dtype):
     x = random_maps(*shape, dtype=dtype, zeros=0.3)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         found = reduced(x.to(device), axis)
     agree(found, maps_by_loops(x, axis), rtol=tolerance(dtype))
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_least_of_one_sign(twin, sign):
+def test_least_of_one_sign(backend, sign):
     x = sign * random_maps(5, 40, 3, 3).abs()
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         found = reduced(x.to(device))
     assert torch.equal(found.least.cpu(), x.amin(dim=(0, 2, 3)))
     assert torch.equal(found.active.cpu(), torch.full((40, 5), int(sign > 0), dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -117,17 +117,17 @@ def test_least_of_one_sign(twin, sign):
     ],
     ids=["channels_last", "transposed", "sliced", "offset", "expanded"],
 )
-def test_layouts(twin, layout):
+def test_layouts(backend, layout):
     x = layout(random_maps(4, 70, 9, 11, zeros=0.2))
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         found = reduced(x.to(device))
     agree(found, maps_by_loops(x, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("twin", [None, *TWINS])
-def test_batch_after_batch_into_the_same_tables(twin):
+@pytest.mark.parametrize("backend", [None, *TWINS])
+def test_batch_after_batch_into_the_same_tables(backend):
     x = random_maps(11, 37, 5, 3, zeros=0.5)
-    with without_native() if twin is None else using_twin(twin) as device:
+    with without_native() if backend is None else using_backend(backend) as device:
         x = x.to(device or "cpu")
         whole = MapMoments.empty(37, 11, x.dtype, x.device)
         whole.pooled.fill_(torch.nan)
@@ -154,14 +154,14 @@ def moments_by_loops(pooled: Tensor, active: Tensor, label: Tensor) -> dict[str,
     return {"total": total, "square": square, "maximum": maximum, "active_images": active_images}
 
 
-@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize("backend", [None, *TWINS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("units", "images"), [(1, 1), (3, 0), (0, 5), (33, 7), (2, 1025)])
-def test_class_moments(twin, dtype, units, images):
+def test_class_moments(backend, dtype, units, images):
     pooled, active = torch.randn(units, images, dtype=dtype), torch.rand(units, images) < 0.5
     label = random_index(images, CLASSES - 1)  # the last class has no images
     arguments = pooled, active.to(torch.uint8), label
-    with without_native() if twin is None else using_twin(twin) as device:
+    with without_native() if backend is None else using_backend(backend) as device:
         found = class_moments(*(a.to(device or "cpu") for a in arguments), CLASSES)
     agree(found, moments_by_loops(*arguments), rtol=1e-12)
 
@@ -227,33 +227,33 @@ def ranks(case: Ranking, device: Any = None) -> Any:
     return class_ranks(x, label, CLASSES, bins=case.bins, top=case.top).cpu()
 
 
-@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize("backend", [None, *TWINS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", RANKINGS)
-def test_class_ranks(twin, dtype, name):
+def test_class_ranks(backend, dtype, name):
     case = ranking(name, dtype)
-    with without_native() if twin is None else using_twin(twin) as device:
+    with without_native() if backend is None else using_backend(backend) as device:
         found = ranks(case, device)
     agree(found, ranks_by_loops(case), rtol=0)
 
 
-@pytest.mark.parametrize("twin", [None, *TWINS])
+@pytest.mark.parametrize("backend", [None, *TWINS])
 @pytest.mark.parametrize(("bins", "top"), [(1, 0), (2, 1), (90, 90), (1000, 10**6)])
-def test_any_number_of_bins_and_first_images(twin, bins, top):
+def test_any_number_of_bins_and_first_images(backend, bins, top):
     case = ranking("ties", torch.float32)
     case.bins, case.top = bins, top
-    with without_native() if twin is None else using_twin(twin) as device:
+    with without_native() if backend is None else using_backend(backend) as device:
         found = ranks(case, device)
     agree(found, ranks_by_loops(case), rtol=0)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_counted_within_the_tables(twin, dtype, bad):
+def test_what_is_not_finite_is_counted_within_the_tables(backend, dtype, bad):
     case = ranking("distinct", dtype)
     case.x[:, ::7] = bad
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         found = ranks(case, device)
     count = torch.bincount(case.label, minlength=CLASSES)
     assert torch.equal(found.quantiles.sum(dim=1), count.int().expand(9, -1))
@@ -267,7 +267,7 @@ def test_labels_out_of_range_are_not_counted(monkeypatch):
     case.label[::3], case.label[1::3] = CLASSES, -1
     monkeypatch.setattr("pyablate.ops.moments.check_pairs", lambda *_, **__: None)
     monkeypatch.setattr(torch, "bincount", lambda *_, **__: torch.full((CLASSES,), 30))
-    with using_twin("cuda") as device:
+    with using_backend("cuda") as device:
         found = ranks(case, device)
     assert int(found.quantiles.sum()) == 9 * 30
     assert int(found.first.sum()) <= 9 * case.top

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.ops_cases import CORE, index, random_index, random_maps, using_twin
+from support.ops_cases import CORE, index, random_index, random_maps, using_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyablate import _native, ops
@@ -221,7 +221,7 @@ def test_elementwise_results_and_decisions_are_the_same_on_every_processor():
         if not CORE.use_isa(name):
             continue
         CORE.use_isa(before)
-        with using_twin(name):
+        with using_backend(name):
             torch.manual_seed(2)
             base, delta = torch.randn(3, 4, 9, 9), torch.randn(8, 4, 9, 9)
             image = random_index(8, 3)

@@ -1,7 +1,7 @@
-"""NaN and infinity: each twin gives what PyTorch's own layers give; decisions are left open.
+"""NaN and infinity: each backend gives what PyTorch's own layers give; decisions are left open.
 
-Pooling has one exception: a window whose largest base is plus infinity is NaN in every twin, also
-behind a bounded function, where PyTorch's difference would be finite.
+Pooling has one exception: a window whose largest base is plus infinity is NaN in every backend,
+also behind a bounded function, where PyTorch's difference would be finite.
 """
 
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
     without_native,
 )
 from torch.nn import functional
@@ -26,7 +26,7 @@ from torch.nn import functional
 from pyablate import ops
 from pyablate.ops import Activation
 from pyablate.ops.moments import MapMoments, class_moments, class_ranks, map_moments
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 NAN, INF = float("nan"), float("inf")
 VALUES = [NAN, INF, -INF, -100.0, -3.0, -1.0, 0.0, 0.5, 1.0, 6.0, 7.0, 100.0]
@@ -55,17 +55,17 @@ LAYERS = {
 
 
 @contextmanager
-def using(twin):
-    if twin != "reference":
-        with using_twin(twin) as device:
+def using(backend):
+    if backend != "reference":
+        with using_backend(backend) as device:
             yield device
         return
     with without_native():
         yield torch.device("cpu")
 
 
-def run(twin, op, *arguments, **options):
-    with using(twin) as device:
+def run(backend, op, *arguments, **options):
+    with using(backend) as device:
         return on_device(op, device, *arguments, **options)
 
 
@@ -81,10 +81,10 @@ def every_pair(repeat=1):
     return base, torch.tensor(VALUES).repeat(len(VALUES)).repeat(repeat, 1)
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", MORE, ids=str)
-def test_activations(twin, dtypes, activation):
+def test_activations(backend, dtypes, activation):
     base, delta = (x.to(dtype) for x, dtype in zip(every_pair(), dtypes[::-1], strict=True))
     wide = base.double()
     layer = LAYERS[activation.name]
@@ -93,19 +93,19 @@ def test_activations(twin, dtypes, activation):
         expected = delta  # linear: the base is not read
     if activation.name == "elu":
         activation = Activation("elu", 1.0)
-    result = run(twin, ops.delta_activation, base, delta, index([0]), activation)
+    result = run(backend, ops.delta_activation, base, delta, index([0]), activation)
     assert_same(result, expected, 1e-2 if dtypes[0] == torch.bfloat16 else 1e-4)
     for size in (1, 5):  # the ends of rows, which are no whole vector
         part = run(
-            twin, ops.delta_activation, base[:, :size], delta[:, :size], index([0]), activation
+            backend, ops.delta_activation, base[:, :size], delta[:, :size], index([0]), activation
         )
         assert torch.equal(part.nan_to_num(77.0), result[:, :size].nan_to_num(77.0))
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_means(twin, layout, bad):
+def test_means(backend, layout, bad):
     torch.manual_seed(0)
     for shape in [(3, 5, 7), (33, 2, 1)]:
         base, delta, addend = (torch.randn(n, *shape) for n in (2, 4, 4))
@@ -117,7 +117,7 @@ def test_means(twin, layout, bad):
             change = delta.double() * scale.reshape(-1, 1, 1, 1) + addend.double()
             expected = (layer(z + change, activation) - layer(z, activation)).mean((2, 3))
             result = run(
-                twin,
+                backend,
                 ops.delta_mean,
                 base,
                 delta.contiguous(memory_format=layout),
@@ -141,11 +141,11 @@ def pooled(base, delta, activation, **window):
     return torch.where(nothing, 0.0, after - before).masked_fill(infinite, NAN)
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["base", "delta"])
-def test_pooling_with_one_bad_tap(twin, layout, dtypes, where):
+def test_pooling_with_one_bad_tap(backend, layout, dtypes, where):
     """One bad number at each tap of a window of three by three, in maps of any width."""
     torch.manual_seed(1)
     for channels in (1, 5, 21):
@@ -158,7 +158,7 @@ def test_pooling_with_one_bad_tap(twin, layout, dtypes, where):
             window = {"kernel_size": 3, "stride": 3}
             for activation in (Activation("identity"), Activation("relu"), Activation("sigmoid")):
                 result = run(
-                    twin,
+                    backend,
                     ops.delta_max_pool,
                     base,
                     delta.contiguous(memory_format=layout),
@@ -172,10 +172,10 @@ def test_pooling_with_one_bad_tap(twin, layout, dtypes, where):
                 assert_same(result, expected, 3e-2 if dtypes[0] == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
-def test_pooling_of_bad_numbers_everywhere(twin, layout, dtype):
+def test_pooling_of_bad_numbers_everywhere(backend, layout, dtype):
     torch.manual_seed(2)
     windows = [(2, 2, 0, 1), (3, 2, 1, 1), (3, 1, 1, 1), (2, 1, 0, 2)]
     bad = torch.tensor([NAN, INF, -INF, -INF])
@@ -193,7 +193,7 @@ def test_pooling_of_bad_numbers_everywhere(twin, layout, dtype):
         ):
             expected = pooled(base, delta, activation, kernel_size=kernel, **options)
             result = run(
-                twin,
+                backend,
                 ops.delta_max_pool,
                 base,
                 delta.contiguous(memory_format=layout),
@@ -207,10 +207,10 @@ def test_pooling_of_bad_numbers_everywhere(twin, layout, dtype):
             assert_same(result, expected)
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("kernel", [3, 6])  # 6: a single output position
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_the_first_convolution(twin, kernel, bad):
+def test_the_first_convolution(backend, kernel, bad):
     torch.manual_seed(3)
     delta = random_maps(2, 3, 6, 6, zeros=0.5)
     delta[0, 1, 2, 3], delta[1, 2, 0, 0] = bad, bad
@@ -224,10 +224,10 @@ def test_the_first_convolution(twin, kernel, bad):
     plain = torch.stack(
         [functional.conv2d(m, f.unsqueeze(1)) for m, f in zip(maps, filters, strict=True)]
     )
-    assert_same(run(twin, ops.unit_delta, delta, weight, channel, image, column), plain, 1e-4)
+    assert_same(run(backend, ops.unit_delta, delta, weight, channel, image, column), plain, 1e-4)
     rows = base[image.long()].double()
     result = run(
-        twin,
+        backend,
         ops.unit_delta,
         delta,
         weight,
@@ -240,31 +240,33 @@ def test_the_first_convolution(twin, kernel, bad):
     assert_same(result, functional.hardtanh(rows + plain) - functional.hardtanh(rows), 1e-4)
 
 
-@pytest.mark.parametrize("twin", ALL[:-1])  # CUDA has no codes
+@pytest.mark.parametrize("backend", ALL[:-1])  # CUDA has no quantized values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
-def test_codes_of_a_spoiled_pair_are_all_alike(twin, dtype, bad):
+def test_codes_of_a_spoiled_pair_are_all_alike(backend, dtype, bad):
     torch.manual_seed(4)
     relu, image = Activation("leaky_relu", 0.5), index(range(4))
     for size in (1, 17, 5000):
         delta, base = torch.randn(4, size, 2, 1).to(dtype), torch.randn(4, size, 2, 1)
         delta[1, size // 2], delta[2] = bad, 0.0
-        codes = Codes.empty(delta.shape, torch.contiguous_format, "cpu")
-        result = run(twin, ops.delta_activation, base, delta, image, relu, codes=codes)
+        quantized = Quantized.empty(delta.shape, torch.contiguous_format, "cpu")
+        result = run(backend, ops.delta_activation, base, delta, image, relu, quantized=quantized)
         assert result.isfinite().flatten(1).all(1).tolist() == [True, False, True, True]
-        assert codes.scale.isnan().tolist() == [False, True, False, False]
-        assert (codes.values[1:3] == 128).all()
-        assert (codes.values[[0, 3]] != 128).any()
-        window = {"kernel": (1, 1), "stride": 1, "out_size": (2, 1), "codes": codes}
-        run(twin, ops.delta_max_pool, base, delta, image, **window)
-        assert codes.scale.isnan().tolist() == [False, True, False, False]
-        assert (codes.values[1:3] == 128).all()
+        assert quantized.scale.isnan().tolist() == [False, True, False, False]
+        assert (quantized.values[1:3] == 128).all()
+        assert (quantized.values[[0, 3]] != 128).any()
+        window = {"kernel": (1, 1), "stride": 1, "out_size": (2, 1), "quantized": quantized}
+        run(backend, ops.delta_max_pool, base, delta, image, **window)
+        assert quantized.scale.isnan().tolist() == [False, True, False, False]
+        assert (quantized.values[1:3] == 128).all()
 
 
-@pytest.mark.parametrize("twin", ALL)
-def test_copies_move_any_number(twin):
+@pytest.mark.parametrize("backend", ALL)
+def test_copies_move_any_number(backend):
     x = torch.tensor(VALUES[:4]).repeat(2, 3, 1)
-    result = run(twin, ops.masked_copies, x, index([0, 1, 1]), index([0, -1, 2]), torch.tensor(NAN))
+    result = run(
+        backend, ops.masked_copies, x, index([0, 1, 1]), index([0, -1, 2]), torch.tensor(NAN)
+    )
     expected = x[[0, 1, 1]].clone()
     expected[0, 0], expected[2, 2] = NAN, NAN
     assert torch.equal(result.view(torch.int32), expected.view(torch.int32))
@@ -286,10 +288,10 @@ def masked_problem(mask, dtype, classes):
     return logits, masked, weight, delta, torch.rand(9).to(dtype) / 4
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 10, 16, 17, 18, 33, 200])
-def test_masked_classes_never_win_and_never_count(twin, dtype, classes):
+def test_masked_classes_never_win_and_never_count(backend, dtype, classes):
     """However low they are, the answer is that for the other classes alone."""
     logits, masked, weight, pooled, tolerance = masked_problem(-INF, dtype, classes)
     expected = torch.full((9, 300), -1, dtype=torch.int32)
@@ -310,28 +312,28 @@ def test_masked_classes_never_win_and_never_count(twin, dtype, classes):
         low = logits.masked_fill(masked, mask)
         baseline = low.argmax(1).int()
         baseline[3] = int(masked[3].int().argmax())  # not the winner, masked if any is
-        result = run(twin, ops.head_flips, low, pooled, weight, baseline, tolerance)
+        result = run(backend, ops.head_flips, low, pooled, weight, baseline, tolerance)
         assert torch.equal(result, expected), mask
         change = (pooled.unsqueeze(2) * weight.t()).flatten(0, 1)
         for changed in (change, change.masked_fill(masked.repeat_interleave(300, 0), 0.0)):
-            result = run(twin, ops.classify, low, changed, image, tolerance)
+            result = run(backend, ops.classify, low, changed, image, tolerance)
             assert torch.equal(result, expected.flatten()), mask
 
 
-@pytest.mark.parametrize("twin", ALL)
-def test_only_the_spread_of_the_change_widens_the_tolerance(twin):
+@pytest.mark.parametrize("backend", ALL)
+def test_only_the_spread_of_the_change_widens_the_tolerance(backend):
     logits = torch.tensor([[2.0, 0.0, -INF], [2.0, 0.0, LOWEST], [2.0, 0.0, -1e9]])
     delta = torch.tensor([[-0.5, 0.0, 0.0]] * 3)
     image, tolerance = index([0, 1, 2]), torch.full((3,), 0.1)
     for relative, expected in [(0.0, 0), (2.7, 0), (2.9, -1)]:  # margin 1.5, spread 0.5
-        result = run(twin, ops.classify, logits, delta, image, tolerance, relative=relative)
+        result = run(backend, ops.classify, logits, delta, image, tolerance, relative=relative)
         assert result.tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("classes", [1, 3, 17, 40])
-def test_what_is_not_finite_decides_nothing(twin, dtype, classes):
+def test_what_is_not_finite_decides_nothing(backend, dtype, classes):
     """A change that is not finite, at a class that is masked or not; logits that are not finite."""
     torch.manual_seed(5)
     logits = torch.randn(1, classes).to(dtype) + torch.arange(classes)
@@ -343,25 +345,25 @@ def test_what_is_not_finite_decides_nothing(twin, dtype, classes):
             row[0, k] = base
             alone = classes == 1 and base == -INF
             left = -1 if alone else int(row.argmax())
-            assert run(twin, ops.classify, row, none, image, tolerance).tolist() == [left]
+            assert run(backend, ops.classify, row, none, image, tolerance).tolist() == [left]
             for bad in (NAN, INF, -INF):
                 change = none.clone()
                 change[0, k] = bad
                 for relative in (0.0, 0.1):
                     result = run(
-                        twin, ops.classify, row, change, image, tolerance, relative=relative
+                        backend, ops.classify, row, change, image, tolerance, relative=relative
                     )
                     assert result.tolist() == [-1], (k, base, bad)
         for bad in (NAN, INF):
             row = logits.clone()
             row[0, k] = bad
-            assert run(twin, ops.classify, row, none, image, tolerance).tolist() == [-1]
+            assert run(backend, ops.classify, row, none, image, tolerance).tolist() == [-1]
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("classes", [1, 3, 17, 40])
-def test_heads_decide_nothing_by_what_is_not_finite(twin, dtype, classes):
+def test_heads_decide_nothing_by_what_is_not_finite(backend, dtype, classes):
     torch.manual_seed(6)
     logits = (torch.randn(5, classes) + 9 * torch.arange(classes)).to(dtype)
     logits[1, 0], logits[2, classes // 2] = NAN, INF
@@ -371,39 +373,39 @@ def test_heads_decide_nothing_by_what_is_not_finite(twin, dtype, classes):
     weight[classes // 2, 4], weight[classes - 1, 5] = NAN, -INF
     best = classes - 1
     baseline, tolerance = index([best] * 5), torch.zeros(5).to(dtype)
-    result = run(twin, ops.head_flips, logits, delta, weight, baseline, tolerance)
+    result = run(backend, ops.head_flips, logits, delta, weight, baseline, tolerance)
     expected = torch.full((5, 6), -1, dtype=torch.int32)
     expected[[0, 4], 0] = best
     assert torch.equal(result, expected)
     tolerance[:] = NAN
-    result = run(twin, ops.head_flips, logits, delta, weight, baseline, tolerance)
+    result = run(backend, ops.head_flips, logits, delta, weight, baseline, tolerance)
     assert (result == -1).all()
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("size", [3.4e38, 1e37, 1e30])
-def test_sums_that_overflow(twin, size):
+def test_sums_that_overflow(backend, size):
     torch.manual_seed(7)
     logits = torch.randn(40, 20).clamp(-1, 1) * size
     delta, weight = torch.randn(40, 50) * 1e19, torch.randn(20, 50) * 1e19
     delta[:, 0], tolerance = 0.0, torch.zeros(40)
     arguments = logits, delta, weight, logits.argmax(1).int(), tolerance
     expected = on_reference(ops.head_flips, *arguments)
-    assert torch.equal(run(twin, ops.head_flips, *arguments), expected)
+    assert torch.equal(run(backend, ops.head_flips, *arguments), expected)
     assert {-1} < set(expected.flatten().tolist())
     change = torch.randn(40, 20).clamp(-1, 1) * 3e38
     image = index(range(40))
     for relative in (0.0, 1e-3):
         expected = on_reference(ops.classify, logits, change, image, tolerance, relative=relative)
-        result = run(twin, ops.classify, logits, change, image, tolerance, relative=relative)
+        result = run(backend, ops.classify, logits, change, image, tolerance, relative=relative)
         assert torch.equal(result, expected)
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def reduced(twin, x, axis=1):
-    with using(twin) as device:
+def reduced(backend, x, axis=1):
+    with using(backend) as device:
         into = MapMoments.empty(x.shape[axis], len(x), x.dtype, device)
         for start in range(0, len(x), 2):  # two readings
             part = x[start : start + 2].to(device)
@@ -411,17 +413,17 @@ def reduced(twin, x, axis=1):
         return [t.cpu() for t in (into.pooled, into.active, into.least, into.positive)]
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_maps(twin, dtype, channels_last):
+def test_maps(backend, dtype, channels_last):
     torch.manual_seed(8)
     x = torch.randn(4, 40, 5, 7).to(dtype)
     x[0, 3, 2, 2], x[1, 5, 0, 0], x[3, 6, 4, 6], x[2, 7, 1, 1] = NAN, -NAN, NAN, -INF
     x[2, 8, 1, 1], x[2, 8, 3, 3], x[2, 9, 4, 4] = INF, -INF, INF
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    mean, active, least, positive = reduced(twin, x)
+    mean, active, least, positive = reduced(backend, x)
     maps = x.flatten(2)
     assert_same(mean, maps.double().mean(2).t())
     assert torch.equal(active.bool(), (maps > 0).any(2).t())
@@ -430,12 +432,12 @@ def test_maps(twin, dtype, channels_last):
     assert torch.equal(positive, (maps > 0).sum((0, 2)))
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
-def test_moments_by_class(twin, dtype):
+def test_moments_by_class(backend, dtype):
     pooled = torch.tensor([[1.0, NAN, 3.0, 2.0, -INF, 5.0], [INF, 1.0, -INF, 0.0, 1.0, 2.0]])
     pooled, label = pooled.to(dtype), index([0, 0, 1, 1, 2, 2])
-    with using(twin) as device:
+    with using(backend) as device:
         active = (pooled > 0).to(torch.uint8)
         found = class_moments(pooled.to(device), active.to(device), label.to(device), 4)
     total = [[NAN, 5, -INF, 0], [INF, -INF, 3, 0]]
@@ -445,9 +447,9 @@ def test_moments_by_class(twin, dtype):
         np.testing.assert_array_equal(got.cpu().numpy(), expected)
 
 
-@pytest.mark.parametrize("twin", ALL)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", REAL, ids=str)
-def test_ranks(twin, dtype):
+def test_ranks(backend, dtype):
     """NaN of either sign is one value, above all others."""
     torch.manual_seed(9)
     x = torch.randint(-3, 4, (5, 70)).to(dtype)
@@ -456,7 +458,7 @@ def test_ranks(twin, dtype):
     x[1:][spots] = numbers[torch.randint(0, 4, (int(spots.sum()),))]
     x[4, ::3] = NAN
     label = random_index(70, 3)
-    with using(twin) as device:
+    with using(backend) as device:
         found = class_ranks(x.to(device), label.to(device), 3, bins=7, top=11).cpu()
     for u in range(5):
         key = torch.where(x[u].isnan(), 1e9, x[u].double()).nan_to_num(posinf=1e8, neginf=-1e8)

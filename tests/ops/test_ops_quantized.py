@@ -1,4 +1,4 @@
-"""Codes, scales and the mean: what 8-bit convolutions read, and what follows them."""
+"""Quantized values, scales and the mean: what 8-bit convolutions read, and what follows them."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from support.ops_cases import (
     on_device,
     on_reference,
     random_index,
-    using_twin,
+    using_backend,
 )
 
 from pyablate import ops
 from pyablate.ops import Activation
-from pyablate.ops.quantized import Codes
+from pyablate.ops.quantized import Quantized
 
 RELU = Activation("relu")
 POOL = {"kernel": 2, "stride": 2, "out_size": (3, 4)}
@@ -26,76 +26,83 @@ def maps(*shape, dtype=torch.float32, layout=torch.channels_last):
     return torch.randn(*shape).to(dtype).contiguous(memory_format=layout)
 
 
-def decoded(codes):
-    factor = codes.scale.reshape(-1, *[1] * (codes.values.ndim - 1))
-    return factor * (codes.values.float() - 128)
+def decoded(quantized):
+    factor = quantized.scale.reshape(-1, *[1] * (quantized.values.ndim - 1))
+    return factor * (quantized.values.float() - 128)
 
 
-def assert_codes(codes, result):
+def assert_codes(quantized, result):
     """Half a step from the result, and half a unit in the last place of what is stored of it."""
-    step = codes.scale.reshape(-1, *[1] * (result.ndim - 1))
+    step = quantized.scale.reshape(-1, *[1] * (result.ndim - 1))
     stored = result.float().abs() * torch.finfo(result.dtype).eps
-    assert ((decoded(codes) - result.float()).abs() <= 0.5001 * step + stored).all()
+    assert ((decoded(quantized) - result.float()).abs() <= 0.5001 * step + stored).all()
     most = result.float().abs().flatten(1).amax(1)
-    torch.testing.assert_close(codes.scale, most / 127, rtol=0.01, atol=1e-30)
+    torch.testing.assert_close(quantized.scale, most / 127, rtol=0.01, atol=1e-30)
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 33])
-def test_codes_come_within_half_a_step(twin, layout, dtype, size):
+def test_codes_come_within_half_a_step(backend, layout, dtype, size):
     torch.manual_seed(size)
     delta, base = maps(6, size, 7, 9, dtype=dtype, layout=layout), maps(3, size, 7, 9)
     delta[2] = 0  # no change at all
     delta[3] *= 1e-6  # a small one keeps its digits
     image = random_index(6, 3)
-    with using_twin(twin):
-        codes = Codes.empty(delta.shape, layout, "cpu")
+    with using_backend(backend):
+        quantized = Quantized.empty(delta.shape, layout, "cpu")
         plain = ops.delta_activation(base, delta, image, RELU)
-        result = ops.delta_activation(base, delta, image, RELU, codes=codes)
+        result = ops.delta_activation(base, delta, image, RELU, quantized=quantized)
         assert torch.equal(result, plain)
-        assert_codes(codes, result)
-        assert codes.scale[2] == 0
-        assert (codes.values[2] == 128).all()
+        assert_codes(quantized, result)
+        assert quantized.scale[2] == 0
+        assert (quantized.values[2] == 128).all()
 
         pooled = ops.delta_max_pool(base, delta, image, activation=RELU, **POOL)
-        codes = Codes.empty(pooled.shape, layout, "cpu")
-        again = ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL)
+        quantized = Quantized.empty(pooled.shape, layout, "cpu")
+        again = ops.delta_max_pool(base, delta, image, activation=RELU, quantized=quantized, **POOL)
         assert torch.equal(again, pooled)
-        assert_codes(codes, pooled)
+        assert_codes(quantized, pooled)
 
         before = delta.clone()
-        codes = ops.encode(delta)
+        quantized = ops.encode(delta)
         assert torch.equal(delta, before)
-        assert_codes(codes, delta)
+        assert_codes(quantized, delta)
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("activation", [None, RELU], ids=str)
 @pytest.mark.parametrize("kernel", [3, 7])  # 7: a single output position
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_codes_of_the_first_convolution(twin, activation, kernel, dtype):
+def test_codes_of_the_first_convolution(backend, activation, kernel, dtype):
     torch.manual_seed(0)
     delta, weight = maps(4, 5, 7, 7, dtype=dtype), torch.randn(5, kernel, kernel, 21)
     channel = torch.arange(5, dtype=torch.int32)
     image, column = random_index(40, 4), random_index(40, 5).sort().values
     size = 8 - kernel
     base = maps(4, 21, size, size) if activation is not None else None
-    with using_twin(twin):
+    with using_backend(backend):
         plain = ops.unit_delta(
             delta, weight, channel, image, column, activation=activation, base=base
         )
-        codes = Codes.empty(plain.shape, torch.channels_last, "cpu")
+        quantized = Quantized.empty(plain.shape, torch.channels_last, "cpu")
         result = ops.unit_delta(
-            delta, weight, channel, image, column, activation=activation, base=base, codes=codes
+            delta,
+            weight,
+            channel,
+            image,
+            column,
+            activation=activation,
+            base=base,
+            quantized=quantized,
         )
     assert torch.equal(result, plain)
-    assert_codes(codes, result)
+    assert_codes(quantized, result)
 
 
-@pytest.mark.parametrize("twin", [*CPU_TWINS, "reference"])
-def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
+@pytest.mark.parametrize("backend", [*CPU_TWINS, "reference"])
+def test_codes_alone_are_the_same_and_nothing_else_is_written(backend):
     torch.manual_seed(0)
     delta, base = maps(40, 21, 6, 8, dtype=torch.bfloat16), maps(4, 21, 6, 8)
     image = random_index(40, 4)
@@ -103,27 +110,29 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
     first = maps(4, 17, 6, 8)
     column = random_index(40, 21).sort().values
 
-    def activated(codes, **out):
-        return ops.delta_activation(base, delta, image, RELU, codes=codes, **out)
+    def activated(quantized, **out):
+        return ops.delta_activation(base, delta, image, RELU, quantized=quantized, **out)
 
-    def pooled(codes, **out):
-        return ops.delta_max_pool(base, delta, image, activation=RELU, codes=codes, **POOL, **out)
+    def pooled(quantized, **out):
+        return ops.delta_max_pool(
+            base, delta, image, activation=RELU, quantized=quantized, **POOL, **out
+        )
 
-    def convolved(codes, **out):
-        given = {"activation": RELU, "base": first, "padding": 1, "codes": codes, **out}
+    def convolved(quantized, **out):
+        given = {"activation": RELU, "base": first, "padding": 1, "quantized": quantized, **out}
         return ops.unit_delta(delta[:4], weight, channel, image, column, **given)
 
     def run(op, *arguments, **options):
-        if twin == "reference":
+        if backend == "reference":
             return on_reference(op, *arguments, **options)
-        with using_twin(twin):
+        with using_backend(backend):
             return op(*arguments, **options)
 
     for op in (activated, pooled, convolved):
         shape = run(op, None).shape
-        both = Codes.empty(shape, torch.channels_last, "cpu")
+        both = Quantized.empty(shape, torch.channels_last, "cpu")
         run(op, both)
-        alone = Codes.empty(shape, torch.channels_last, "cpu", alone=True)
+        alone = Quantized.empty(shape, torch.channels_last, "cpu", alone=True)
         out = torch.full(shape, 7.0, dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
         )
@@ -132,19 +141,19 @@ def test_codes_alone_are_the_same_and_nothing_else_is_written(twin):
         assert torch.equal(alone.scale, both.scale)
         assert result.shape == (0,)
         assert torch.equal(alone.spell(torch.float32), decoded(both))
-        if twin != "reference":
+        if backend != "reference":
             assert (out == 7.0).all()
 
 
-@pytest.mark.parametrize("twin", CPU_TWINS)
+@pytest.mark.parametrize("backend", CPU_TWINS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_pair_and_no_other(twin, bad):
+def test_what_is_not_finite_spoils_its_pair_and_no_other(backend, bad):
     delta = torch.ones(3, 50)
     delta[1, 37] = bad
-    with using_twin(twin):
-        codes = ops.encode(delta)
-    assert codes.scale.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(decoded(codes)[[0, 2]], delta[[0, 2]])
+    with using_backend(backend):
+        quantized = ops.encode(delta)
+    assert quantized.scale.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(decoded(quantized)[[0, 2]], delta[[0, 2]])
 
 
 def test_the_reference_encodes_alike():
@@ -157,11 +166,11 @@ def test_the_reference_encodes_alike():
     assert (compiled.values == plain.values).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [Activation("identity"), RELU, Activation("gelu")], ids=str)
-def test_scales_and_addends(twin, layout, dtypes, activation):
+def test_scales_and_addends(backend, layout, dtypes, activation):
     torch.manual_seed(0)
     delta, addend = (maps(9, 5, 6, 8, dtype=dtypes[0], layout=layout) for _ in range(2))
     base = maps(4, 5, 6, 8, dtype=dtypes[1], layout=layout)
@@ -171,10 +180,10 @@ def test_scales_and_addends(twin, layout, dtypes, activation):
     for op in (ops.delta_activation, ops.delta_mean):
         plain = on_reference(op, base, delta, image, activation, **options)
         truth = on_reference(op, base.double(), delta.double(), image, activation, **exact)
-        with using_twin(twin) as device:
+        with using_backend(backend) as device:
             result = on_device(op, device, base, delta, image, activation, **options)
         assert_near(result, plain, truth, "reduction")
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         scaled = on_device(ops.delta_max_pool, device, base, delta, image, scale=scale, **POOL)
     plain = on_reference(ops.delta_max_pool, base, delta, image, scale=scale, **POOL)
     truth = on_reference(
@@ -183,15 +192,15 @@ def test_scales_and_addends(twin, layout, dtypes, activation):
     assert_near(scaled, plain, truth, "elementwise")
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 65])
-def test_mean_over_maps_of_any_size(twin, size):
+def test_mean_over_maps_of_any_size(backend, size):
     torch.manual_seed(size)
     image = random_index(5, 2)
     for shape in [(3, size, 1), (size, 2, 3)]:
         for layout in LAYOUTS:
             delta, base = maps(5, *shape, layout=layout), maps(2, *shape, layout=layout)
-            with using_twin(twin) as device:
+            with using_backend(backend) as device:
                 result = on_device(ops.delta_mean, device, base, delta, image, RELU)
             rows = base[image.long()].double()
             truth = ((rows + delta.double()).relu() - rows.relu()).mean((2, 3))
@@ -214,9 +223,9 @@ def test_bad_scales(options, message):
 
 def test_codes_of_another_shape_are_refused():
     delta, image = maps(4, 3, 5, 5), torch.zeros(4, dtype=torch.int32)
-    codes = Codes.empty((4, 3, 5, 6), torch.channels_last, "cpu")
-    with pytest.raises(ValueError, match="codes: expected shape"):
-        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)
-    codes = Codes.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
-    with pytest.raises(ValueError, match="codes: expected the layout of the result"):
-        ops.delta_activation(delta[:1], delta, image, RELU, codes=codes)
+    quantized = Quantized.empty((4, 3, 5, 6), torch.channels_last, "cpu")
+    with pytest.raises(ValueError, match="quantized: expected shape"):
+        ops.delta_activation(delta[:1], delta, image, RELU, quantized=quantized)
+    quantized = Quantized.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
+    with pytest.raises(ValueError, match="quantized: expected the layout of the result"):
+        ops.delta_activation(delta[:1], delta, image, RELU, quantized=quantized)

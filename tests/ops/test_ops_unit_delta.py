@@ -1,4 +1,4 @@
-"""unit_delta: the twins against the reference, float64 and PyTorch's convolution."""
+"""unit_delta: the backends against the reference, float64 and PyTorch's convolution."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from support.ops_cases import (
     on_reference,
     random_index,
     random_maps,
-    using_twin,
+    using_backend,
 )
 from torch.nn import functional
 
@@ -65,16 +65,16 @@ def truth_of(case):
     return on_reference(ops.unit_delta, **wide)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_matches_float64(twin, geometry, dtypes, activation):
+def test_matches_float64(backend, geometry, dtypes, activation):
     torch.manual_seed(3)
     case = problem(geometry, dtypes[0])
     if activation is not None:
         case = with_base(case, geometry, dtypes[1], Activation(activation))
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.unit_delta, device, **case)
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert_near(result, on_reference(ops.unit_delta, **case), truth_of(case), "reduction")
@@ -102,35 +102,35 @@ def test_is_the_convolution_of_one_changed_channel():
     assert not result.requires_grad
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_of_maps_and_base(twin, layout):
+def test_any_layout_of_maps_and_base(backend, layout):
     torch.manual_seed(5)
     geometry = GEOMETRIES[1]
     case = with_base(problem(geometry, torch.float32), geometry, torch.float32, Activation("relu"))
     for name in ("delta", "base", "weight"):
         case[name] = LAYOUTS[layout](case[name])
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.unit_delta, device, **case)
     torch.testing.assert_close(result.double(), truth_of(case), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_base_rows_may_have_an_index_of_their_own(twin):
+@pytest.mark.parametrize("backend", TWINS)
+def test_base_rows_may_have_an_index_of_their_own(backend):
     torch.manual_seed(6)
     geometry = GEOMETRIES[0]
     case = problem(geometry, torch.float32)
     case = with_base(case, geometry, torch.float32, Activation("tanh"), images=9)
     case["base_image"] = random_index(24, 9)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         result = on_device(ops.unit_delta, device, **case)
     torch.testing.assert_close(result.double(), truth_of(case), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_no_pairs_and_maps_of_zeros(twin):
+@pytest.mark.parametrize("backend", TWINS)
+def test_no_pairs_and_maps_of_zeros(backend):
     case = problem(GEOMETRIES[0], torch.float32, pairs=0)
-    with using_twin(twin) as device:
+    with using_backend(backend) as device:
         assert on_device(ops.unit_delta, device, **case).shape == (0, 64, 7, 7)
         case = problem(GEOMETRIES[0], torch.float32)
         case["delta"] = torch.zeros_like(case["delta"])

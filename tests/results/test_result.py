@@ -19,7 +19,7 @@ from scipy import stats
 import pyablate as pa
 from pyablate.result import AblationResult
 from pyablate.results import store
-from pyablate.results.record import Audit, Flips, Record
+from pyablate.results.record import Audit, Effort, Flips, Record
 
 
 def made_of(
@@ -398,3 +398,13 @@ def test_what_cannot_be_loaded(result: AblationResult, tmp_path: Path) -> None:
     header.write_text(json.dumps(attributes))
     with pytest.raises(OSError, match="not a pyablate result of format 1"):
         pa.load(tmp_path / "run.zarr")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("settled", "pairs_by_precision"), ("doubt", "error_bounds")]
+)
+def test_former_names_of_effort_warn(old: str, new: str) -> None:
+    effort = Effort({}, {"float32": 3}, {"relu": {"float32": 1e-4}})
+    with pytest.warns(DeprecationWarning, match=rf"Effort\.{old} is now Effort\.{new}") as told:
+        assert getattr(effort, old) is getattr(effort, new)
+    assert [warning.filename for warning in told] == [__file__]

@@ -24,7 +24,7 @@ import pyablate as pa
 from pyablate import reference
 from pyablate.engine import clean_run
 from pyablate.engine.care import Care
-from pyablate.engine.precision_cascade import FLOOR, Ladder
+from pyablate.engine.precision_cascade import FLOOR, PrecisionCascade
 from pyablate.engine.replay import Replay
 from pyablate.results.record import Audit
 from pyablate.runs import run_folder
@@ -61,7 +61,7 @@ def ablate(case: Case, **options: Any) -> pa.AblationResult:
 
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ladder, "_measure_full", unmeasured)
+    monkeypatch.setattr(PrecisionCascade, "_measure_full", unmeasured)
 
 
 def stopping(at: int) -> Callable[[int, int, str], None]:
@@ -134,10 +134,10 @@ def test_the_faults_are_seen_by_nobody_without_an_audit(
 def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that its calibration misses."""
 
-    def learn(ladder: Ladder, tier: torch.dtype, *_: object) -> None:
-        ladder.doubts[tier] = FLOOR[tier]
+    def learn(cascade: PrecisionCascade, tier: torch.dtype, *_: object) -> None:
+        cascade.error_bounds[tier] = FLOOR[tier]
 
-    monkeypatch.setattr(Ladder, "_learn", learn)
+    monkeypatch.setattr(PrecisionCascade, "_learn", learn)
     break_relu(monkeypatch.setitem, torch.bfloat16)
     whole = network()
     assert mismatches(ablate(whole, precision="bf16", batch_size=30, audit=0), whole) > 0
@@ -295,7 +295,9 @@ def test_every_care_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, care: Care, intervention: str
 ) -> None:
     """From the first image on, on maps, in groups over layers, a few images at a time."""
-    monkeypatch.setattr("pyablate.runs.executor.Ladder", functools.partial(Ladder, care=care))
+    monkeypatch.setattr(
+        "pyablate.runs.executor.PrecisionCascade", functools.partial(PrecisionCascade, care=care)
+    )
     model, images, labels = networks.network("residual", 17)
     layers, groups = ["body.3.relu1", "body.4.relu2"], None
     if intervention != "direction":

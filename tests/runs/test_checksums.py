@@ -132,7 +132,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
         run(tmp_path / "run.zarr", stop_at=6)
     folder = tmp_path / "run.zarr/blocks"
     known = json.loads((folder / "manifest.json").read_text())["identity"]
-    readers = {".begun.npz": blocks.read_begun, ".npz": blocks.read_block}
+    readers = {".begun.npz": blocks.read_partial, ".npz": blocks.read_block}
     names = sorted(path.name for path in folder.glob("0*.npz"))
     assert [name[9:] for name in names] == [".npz", ".begun.npz"]
 
@@ -140,14 +140,17 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
         found = readers[path.name[9:]](path, fingerprint.fingerprint(known))
         if found is None:
             return None
-        known_facts = vars(found.facts) | {
-            name: (one.change.tolist(), one.accuracy) for name, one in found.facts.measures.items()
+        known_metadata = vars(found.metadata) | {
+            name: (one.change.tolist(), one.accuracy)
+            for name, one in found.metadata.measures.items()
         }
-        known_facts.pop("measures")
-        if isinstance(found, blocks.Begun):
-            return repr((found.jobs, [[x.tolist() for x in y] for y in found.pieces], known_facts))
+        known_metadata.pop("measures")
+        if isinstance(found, blocks.PartialBlock):
+            return repr(
+                (found.jobs, [[x.tolist() for x in y] for y in found.chunks], known_metadata)
+            )
         arrays = [found.labels, found.baseline, *vars(found.flips).values()]
-        return repr(([array.tolist() for array in arrays], known_facts))
+        return repr(([array.tolist() for array in arrays], known_metadata))
 
     expected = {folder / name: read(folder / name) for name in names}
     assert None not in expected.values()

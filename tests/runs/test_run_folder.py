@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
-from pyablate.runs.state import pack_ladder, restore_ladders
+from pyablate.runs.state import pack_cascade, restore_cascades
 
 HERE = Path(__file__).parents[1]
 
@@ -448,20 +448,20 @@ def test_nothing_is_pickled(run: Run, tmp_path: Path) -> None:
 
 
 def test_calibrations_go_on_where_they_were() -> None:
-    def ladder() -> Ladder:
-        return Ladder([torch.bfloat16, torch.float32])
+    def cascade() -> PrecisionCascade:
+        return PrecisionCascade([torch.bfloat16, torch.float32])
 
-    old = ladder()
-    old.doubts, old.measured = {torch.bfloat16: 0.25}, 256
-    state = json.loads(json.dumps([pack_ladder(old)]))
-    new = ladder()
-    restore_ladders([new], state, any_tier=True)
-    assert (new.tiers, new.doubts, new.measured) == (old.tiers, old.doubts, 256)
-    exact = Ladder([torch.float32])
-    restore_ladders([exact], state, any_tier=False)
+    old = cascade()
+    old.error_bounds, old.measured = {torch.bfloat16: 0.25}, 256
+    state = json.loads(json.dumps([pack_cascade(old)]))
+    new = cascade()
+    restore_cascades([new], state, any_tier=True)
+    assert (new.tiers, new.error_bounds, new.measured) == (old.tiers, old.error_bounds, 256)
+    exact = PrecisionCascade([torch.float32])
+    restore_cascades([exact], state, any_tier=False)
     assert exact.tiers == [torch.float32]  # fp32 was asked for
-    double = Ladder([torch.float64])
-    restore_ladders([double], state, any_tier=True)
+    double = PrecisionCascade([torch.float64])
+    restore_cascades([double], state, any_tier=True)
     assert double.tiers == [torch.float64]  # calibrated against another precision
 
 
@@ -486,8 +486,8 @@ def test_joining_is_the_same_in_any_grouping(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(7):
         pieces = [(draw.integers(6, size=9), draw.permutation(20)[:9], draw.integers(3, size=9))]
         labels = draw.integers(3, size=20)
-        facts = blocks.Facts(int(draw.integers(1 << 60)), pa.Audit(2, 1))
-        parts.append(blocks.Block(labels, labels, pa.Flips.gather(6, pieces), facts))
+        metadata = blocks.BlockMetadata(int(draw.integers(1 << 60)), pa.Audit(2, 1))
+        parts.append(blocks.Block(labels, labels, pa.Flips.gather(6, pieces), metadata))
     expected = pa.Flips.gather(
         6,
         [
@@ -504,5 +504,5 @@ def test_joining_is_the_same_in_any_grouping(monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(found.flips.start, expected.start)
         np.testing.assert_array_equal(found.flips.image, expected.image)
         np.testing.assert_array_equal(found.flips.prediction, expected.prediction)
-        assert found.facts.audit == pa.Audit(14, 7)
-        assert found.facts.hash == sum(part.facts.hash for part in parts)
+        assert found.metadata.audit == pa.Audit(14, 7)
+        assert found.metadata.hash == sum(part.metadata.hash for part in parts)

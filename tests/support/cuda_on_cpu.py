@@ -1,6 +1,6 @@
-"""Compiles the CUDA twins as C++ for the CPU, under sanitizers, against the headers in cuda_shim/.
+"""Compiles the CUDA backend as C++ for the CPU, under sanitizers, with the headers in cuda_shim/.
 
-A twin's source is compiled as it is but for what is no C++: launches and shared memory become calls
+Its sources are compiled as they are but for what is no C++: launches and shared memory become calls
 of the shim. Line numbers stay, and reports name the ``.cu`` file.
 """
 
@@ -50,7 +50,7 @@ def to_cpp(source: str, name: str) -> str:
 
 
 def missing() -> str | None:
-    """Say what this machine lacks for building and running the twins on the CPU, if anything."""
+    """Say what this machine lacks for building and running the backends on the CPU, if anything."""
     if not sys.platform.startswith("linux"):
         return "the sanitizer's runtime is loaded beforehand as Linux does it"
     if shutil.which(COMPILER) is None:
@@ -70,7 +70,7 @@ def runtime() -> list[str]:
 
 
 def build_module(folder: Path) -> Path:
-    """Compile the extension with the CUDA twins on the CPU; return its path."""
+    """Compile the extension with the CUDA backends on the CPU; return its path."""
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -79,7 +79,8 @@ def build_module(folder: Path) -> Path:
     csrc = ROOT / "csrc"
     # Only the kernels are instrumented: the bindings compile faster without, the threads run so.
     jobs = {path: SANITIZE for path in sorted(csrc.glob("cuda/*.cu"))}
-    bindings = set(csrc.glob("bindings/*.cpp")) - {csrc / "bindings" / "torch_view.cpp"}  # in twins
+    shimmed = {csrc / "bindings" / "torch_view.cpp"}  # in twins.cpp
+    bindings = set(csrc.glob("bindings/*.cpp")) - shimmed
     for path in (*sorted(bindings), SHIM / "twins.cpp", csrc / "cpu/dispatch.cpp"):
         jobs[path] = [*python, "-O0", "-g0"]
     jobs[SHIM / "threads.cpp"] = ["-O2"]

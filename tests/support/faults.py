@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from pyablate.engine import rules
-from pyablate.engine.precision_cascade import Ladder
+from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import _ablate
 from support.killed import IMAGES
 from support.ranked import ablate, together
@@ -55,7 +55,7 @@ def audited(first: int) -> Callable[..., np.ndarray]:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    Ladder._measure_full = unmeasured  # type: ignore[method-assign]
+    PrecisionCascade._measure_full = unmeasured  # type: ignore[method-assign]
     break_relu(operator.setitem, torch.float32)
     _ablate._audited_pairs = audited(IMAGES - 5)
     result = ablate(folder / "one.zarr", precision="fp32")

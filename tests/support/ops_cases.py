@@ -1,4 +1,4 @@
-"""Inputs, twins and tolerances for the tests of the native operations."""
+"""Inputs, backends and tolerances for the tests of the native operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from pyablate import _native
 from pyablate.ops import Activation, dispatch
 
-# Set by test_cuda_on_cpu.py for a process in which the extension's CUDA twins run on the CPU.
+# Set by test_cuda_on_cpu.py for a process in which the extension's CUDA backends run on the CPU.
 CUDA_ON_CPU = os.environ.get("PYABLATE_CUDA_ON_CPU")
 
 
@@ -47,7 +47,7 @@ ACTIVATIONS = [
     Activation("tanh"),
 ]
 
-# (delta, base): the combinations that the twins know
+# (delta, base): the combinations that the backends know
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -73,17 +73,17 @@ TWINS = [
 
 
 @contextmanager
-def using_twin(name: str) -> Iterator[torch.device]:
+def using_backend(name: str) -> Iterator[torch.device]:
     """Use the kernels of one instruction set or of CUDA; skip, with the reason, if they are not.
 
-    In a process whose CUDA twins run on the CPU, only the twin "cuda" can be asked for.
+    In a process whose CUDA backends run on the CPU, only the backend "cuda" can be asked for.
     """
     if CORE is None:
         pytest.skip(f"no native module: {_native.build_info()['why_not']}")
     if name == "cuda":
         if CUDA_ON_CPU is not None:
             with pytest.MonkeyPatch.context() as patch:  # ops sees tensors of the CPU
-                patch.setattr(dispatch, "cannot_encode", lambda _, codes: codes is not None)
+                patch.setattr(dispatch, "cannot_encode", lambda _, quantized: quantized is not None)
                 yield torch.device("cpu")
             return
         if not CORE.has_cuda:

@@ -15,7 +15,7 @@
 //                        to b; low and high are the least and the greatest x; 0 where they are
 //                        equal
 //
-// Integers, but for the place among the widths, which is computed in double: every twin gives the
+// Integers, but for the place among the widths, which is computed in double: every backend gives the
 // same bytes. NaN is greater than all numbers and equals NaN; the width of what has no place is 0.
 #pragma once
 

@@ -3,7 +3,7 @@
 //   out[n, u] = argmax over k of  logits[n, k] + delta[n, u] * weight[u, k]
 //
 // the lowest k on equality, -1 unless the top-2 margin is above tolerance[n]. Products and sums are
-// rounded one by one (no fused multiply-add), so that all twins agree to the bit. Logits of minus
+// rounded one by one (no fused multiply-add), so that all backends agree to the bit. Logits of minus
 // infinity, and what else is not finite, are as in classify.h; the products are the changes.
 //
 // Most pairs need no look at the classes. With m the lead of the baseline class y over the best

@@ -1,6 +1,6 @@
 // The elementwise functions and how a change d passes through them: f(z + d) - f(z).
 //
-// Written once for floats and doubles (both twins) and for the CPU's vectors, which bring their own
+// Written once for floats and doubles (both backends) and for the CPU's vectors, which bring their own
 // exp, tanh, erf, expm1 and where. The piecewise linear functions never form z + d where the answer
 // is d itself, so that their error is relative to the change and not to the activation.
 #pragma once

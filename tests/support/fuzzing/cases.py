@@ -225,7 +225,7 @@ def compared(case: Case) -> Checked:
         agreement = dataclasses.replace(agreement, mismatches=left)
     return Checked(
         agreement,
-        result.effort.settled,
+        result.effort.pairs_by_precision,
         tuple(result.strategy.values()),
         result.audit.mismatches + result.audit.mended,
         undefined,

@@ -1,0 +1,108 @@
+"""The dense part of a job's suffix, on one slice of pairs (unit, image)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from pyablate.engine import rules
+from pyablate.engine.channel_delta import ChannelDelta
+from pyablate.engine.lazy_delta import Pending
+from pyablate.engine.logit_change import Changed, carried
+from pyablate.engine.rule_context import Delta, DenseDelta
+from pyablate.engine.suffix import usual
+from pyablate.engine.sweep import Sweep
+from pyablate.network.graph import BatchLayout, Value, tensor
+from pyablate.ops.quantized import Quantized
+
+
+def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
+    """Logit changes of some pairs, with the dense part in ``dtype``; None if there are none."""
+    pairs = len(row)
+    more = usual(pairs, up=True) - pairs
+    if more:
+        row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
+    change = _PairSlice(sweep, row, image, dtype).change()
+    return change if change is None else change.first(pairs)
+
+
+class _PairSlice:
+    """Some pairs of a sweep: dense deltas, one row per pair."""
+
+    def __init__(self, sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> None:
+        self.sweep = sweep
+        self.dtype = carried(dtype)
+        self.eight_bit = dtype == torch.int8
+        self.quantized: dict[fx.Node, Quantized] = {}
+        self.steps: list[Tensor] = []
+        self.lost: list[Tensor] = []
+        self.graph = sweep.graph
+        self.column = row
+        self.image_long = image
+        self.image = image.to(torch.int32)
+        self._deltas: dict[fx.Node, Delta] = {}
+        self._spelt: dict[fx.Node, Tensor] = {}
+
+    def change(self) -> Changed | None:
+        """Logit changes; None if the pairs cannot change them."""
+        for node, sources, last in self.sweep.steps:
+            if self.sweep.ablates(node):
+                self._deltas[node] = self._ablate(node)
+            elif any(self.raw(source) is not None for source in sources):
+                self._deltas[node] = rules.advance(self, node)
+            for source in last:
+                self._deltas.pop(source, None)
+                self.quantized.pop(source, None)
+                self._spelt.pop(source, None)
+        change = self.delta(self.graph.logits)
+        if change is None:
+            return None
+        lost = torch.stack(self.lost).any(dim=0) if self.lost else None
+        return Changed(tensor(change), torch.stack(self.steps) if self.steps else None, lost)
+
+    def raw(self, node: fx.Node) -> Delta:
+        delta = self._deltas.get(node)
+        if delta is None and self.sweep.changes(node):
+            held = self.sweep.lowered(node, self.dtype)
+            if self.sweep.suffix.job.single:
+                return held
+            pair, column = self._members
+            image = self.image_long[pair]
+            delta = self._deltas[node] = held.joined(len(self.column), pair, image, column)
+        return delta
+
+    def delta(self, node: fx.Node) -> DenseDelta:
+        raw = self.raw(node)
+        if isinstance(raw, Pending):
+            raw = self._deltas[node] = raw.spell()
+        if not isinstance(raw, ChannelDelta):
+            return raw
+        if node not in self._spelt:
+            self._spelt[node] = raw.dense(self.image_long, self.column)
+        return self._spelt[node]
+
+    def base(self, node: fx.Node) -> Tensor:
+        return self.sweep.base(node)
+
+    def rows(self, node: fx.Node) -> Value:
+        if node in self.graph.constants:
+            return self.graph.constants[node]
+        return self.graph.pick(node, self.sweep.clean.tensors[node], self.image_long)
+
+    def plain(self, node: fx.Node) -> bool:
+        layout = self.graph.layout.get(node)
+        return isinstance(layout, BatchLayout) and layout.plain
+
+    @cached_property
+    def _members(self) -> tuple[Tensor, Tensor]:
+        """(pair, column) of every unit that the pairs' groups consist of."""
+        return self.sweep.suffix.job.on(self.column.device).columns.of(self.column)
+
+    def _ablate(self, marker: fx.Node) -> Tensor:
+        """Replace the units in the perturbed tensor, whatever has already changed in it."""
+        base = tensor(self.rows(marker))
+        incoming = self.delta(marker.all_input_nodes[0])
+        values = base if incoming is None else base + tensor(incoming)
+        return self.sweep.ablated(marker, values, self.column, self.image_long) - base

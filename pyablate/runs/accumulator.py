@@ -1,0 +1,128 @@
+"""What has been found on one block so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyablate.data.dataset import Batch
+from pyablate.engine.care import Care
+from pyablate.engine.job import Job
+from pyablate.engine.loss_margin import Measured
+from pyablate.results.measures import Accuracy, Measure
+from pyablate.results.record import Audit, Flips
+from pyablate.runs.audit import Audited
+from pyablate.runs.blocks import Block, BlockMetadata, FlipChunk, PartialBlock
+from pyablate.runs.setup import Setup
+
+
+@dataclass(eq=False)
+class BlockAccumulator:
+    """What the jobs have found on one block so far.
+
+    Attributes
+    ----------
+    setup : Setup
+        The run.
+    measures : tuple of str
+        What is recorded besides predictions.
+    hashed : int
+        Hash of the images.
+    care : dict
+        With which each job was done on the first part of the block.
+    differed : set of (row, image)
+        Audited pairs that were wrong when they were first computed.
+    mended : int
+        Such pairs of an earlier process.
+    sums : Tensor
+        Float64 [measure, unit, class].
+    """
+
+    setup: Setup
+    measures: tuple[str, ...]
+    hashed: int
+    differed: set[tuple[int, int]] = field(default_factory=set)
+    mended: int = 0
+    skipped: int = 0  # jobs that an earlier process has done
+    flips: list[FlipChunk] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    baseline: list[np.ndarray] = field(default_factory=list)
+    audit: Audit = field(default_factory=lambda: Audit(0, 0))
+    strategy: dict[str, str] = field(default_factory=dict)
+    care: dict[Job, Care] = field(default_factory=dict)
+    sums: Tensor = field(init=False)
+    accuracy: list[Accuracy] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = len(self.measures), self.setup.rows, self.setup.classes
+        self.sums = torch.zeros(shape, dtype=torch.float64)
+        self.accuracy = [Accuracy()] * len(self.measures)
+
+    def go_on_from(self, partial: PartialBlock) -> None:
+        """Take over what an earlier process has found."""
+        self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
+        self.flips = list(partial.chunks)
+        self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
+        for number, known in enumerate(partial.metadata.measures.values()):
+            self.sums[number] = torch.from_numpy(known.change)
+            self.accuracy[number] = known.accuracy
+
+    def start_over(self) -> BlockAccumulator:
+        """Begin again, remembering what was wrong."""
+        return BlockAccumulator(self.setup, self.measures, self.hashed, self.differed, self.mended)
+
+    def take(
+        self,
+        job: Job,
+        flips: list[FlipChunk],
+        measured: Measured | None,
+        audited: Audited,
+        *,
+        care: Care,
+        strategy: str,
+    ) -> None:
+        """Keep what a job has found on a batch, and how."""
+        self.care.setdefault(job, care)
+        self.flips += flips
+        self.audit += Audit(audited.pairs, len(audited.wrong))
+        self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
+        if care or job.name not in self.strategy:  # two jobs may have one name
+            self.strategy[job.name] = care.describe(strategy)
+        if measured is not None:
+            measured.add_to(self.sums[:, job.rows.start : job.rows.stop])
+            pairs = zip(self.accuracy, audited.accuracy, strict=True)
+            self.accuracy = [a + b for a, b in pairs]
+
+    def metadata(self, state: list[Any]) -> BlockMetadata:
+        """Return all but the predictions; ``state`` is that of the calibration."""
+        measures = zip(self.measures, self.sums, self.accuracy, strict=True)
+        return BlockMetadata(
+            hash=self.hashed,
+            audit=replace(self.audit, mended=self.mended + len(self.differed)),
+            strategy=dict(self.strategy),
+            state=state,
+            measures={name: Measure(sums.numpy(), accuracy) for name, sums, accuracy in measures},
+        )
+
+    def partial(self, jobs: int, state: list[Any]) -> PartialBlock:
+        """Return what the first jobs have found."""
+        return PartialBlock(jobs, list(self.flips), self.metadata(state))
+
+    def block(self, images: Batch, state: list[Any]) -> Block:
+        """Return the finished block."""
+        chunks = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
+        return Block(
+            labels=_joined(self.labels),
+            baseline=_joined(self.baseline),
+            flips=Flips.gather(self.setup.rows, chunks),
+            metadata=self.metadata(state),
+        )
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64)
