@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -11,6 +10,7 @@ from scipy import sparse
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
+from pyablate._validation import check_choice, check_count, nearest
 from pyablate.analysis.statistics import layer_rows
 from pyablate.results.record import Floats, Ints, Record, coordinates
 
@@ -70,7 +70,7 @@ def cluster_units(
     import xarray as xr  # half a second that not every caller owes
 
     _check(clusters, fewest, method)
-    _one_of("metric", metric, METRICS)
+    check_choice("metric", metric, METRICS)
     rows = _rows(result, layer)
     drops = result.class_accuracy_drop[rows][:, result.class_sizes > 0]
     changed = (result.lost[rows] + result.gained[rows]).sum(axis=1)
@@ -235,24 +235,14 @@ def _rows(result: Record, layer: str | None) -> Ints:
         return np.arange(len(result.units))
     rows = layer_rows(result)
     if layer not in rows:
-        near = difflib.get_close_matches(str(layer), rows, n=3, cutoff=0.3) or list(rows)[:3]
-        raise ValueError(f"layer: the result has no layer {layer!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"layer: the result has no layer {layer!r}{nearest(layer, rows)}")
     return rows[layer]
 
 
 def _check(clusters: int, fewest: int, method: str) -> None:
-    for name, number in (("clusters", clusters), ("fewest", fewest)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number!r}")
-    _one_of("method", method, METHODS)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3) or known[:1]
-        raise ValueError(
-            f"{name}: expected one of {', '.join(known)}, got {value!r}; nearest: {near[0]}"
-        )
+    check_count("clusters", clusters)
+    check_count("fewest", fewest)
+    check_choice("method", method, METHODS)
 
 
 def _check_size(what: str, count: int) -> None:

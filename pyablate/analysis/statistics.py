@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from pyablate._validation import check_count, check_level, check_seed
 from pyablate.results.record import Floats, Ints, Record, coordinates
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     """
     import xarray as xr  # half a second that not every caller owes
 
-    if not 0 < fdr < 1:
-        raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
+    check_level("fdr", fdr)
     p = np.empty(result.lost.shape)
     q = np.empty_like(p)
     for rows in layer_rows(result).values():  # by layers also because they fit into the cache
@@ -205,10 +205,8 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     ValueError
         ``splits`` is below 1, or ``seed`` negative.
     """
-    if splits < 1:
-        raise ValueError(f"splits: expected at least 1, got {splits!r}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    check_count("splits", splits)
+    check_seed(seed)
     usable = np.flatnonzero(result.class_sizes > 1)
     if not len(usable):
         return np.full(len(result.units), np.nan)

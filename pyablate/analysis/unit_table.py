@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from pyablate._validation import nearest
 from pyablate.io import checksums
 from pyablate.io.zarr_check import check_folder
 from pyablate.results.record import Floats, Ints, Record
@@ -47,11 +47,9 @@ def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
     missing = labels[~labels.isin(index)]
     if len(missing):
         first = str(missing.iloc[0])
-        near = difflib.get_close_matches(first, [str(name) for name in index[:10_000]], n=1)
-        hint = f"; nearest: {near[0]!r}" if near else ""
         raise ValueError(
             f"table: {len(missing)} of {len(labels)} units of the result are missing, "
-            f"the first is {first!r}{hint}"
+            f"the first is {first!r}{nearest(first, index, 1)}"
         )
     return frame.iloc[index.get_indexer(pd.Index(labels))]
 
@@ -77,9 +75,7 @@ def attribute_columns(
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in frame:
-            known = [str(column) for column in frame.columns]
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known
-            raise ValueError(f"attributes: no attribute {name!r}; nearest: {', '.join(near)}")
+            raise ValueError(f"attributes: no attribute {name!r}{nearest(name, frame.columns)}")
         if not pd.api.types.is_numeric_dtype(frame[name]):
             raise ValueError(f"attributes: {name!r} holds no numbers but {frame[name].dtype}")
     return {name: frame[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in names}

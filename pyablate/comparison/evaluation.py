@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_count
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
@@ -81,8 +82,7 @@ class Evaluation:
         ValueError
             Fewer than one bin.
         """
-        if bins < 1:
-            raise ValueError(f"bins: expected at least 1, got {bins!r}")
+        check_count("bins", bins)
         # Confidence 1 belongs to the last bin; a bin has its upper end.
         place = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
         gap = np.bincount(place, self.right - self.confidence, minlength=bins)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate._validation import check_names
 from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import AGREEMENT, Size, silenced, without
@@ -129,15 +130,14 @@ class _Points:
         if units not in self._known:
             self._known[units] = self._evaluate(units)
         found, sized = self._known[units]
-        if class_names is not None and len(class_names) != found.classes:
-            raise ValueError(f"class_names: expected {found.classes} names, got {len(class_names)}")
+        names = check_names("class_names", class_names, found.classes)
         worst = int(np.nanargmin(found.class_accuracy))
         return {
             "places": len(gone),
             "units": len(units),
             "accuracy": found.accuracy,
             "worst_class_accuracy": float(found.class_accuracy[worst]),
-            "worst_class": str(worst) if class_names is None else class_names[worst],
+            "worst_class": names[worst],
             "mean_class_accuracy": float(np.nanmean(found.class_accuracy)),
             "loss": found.loss,
             "parameters": sized.parameters,

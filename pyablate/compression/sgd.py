@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_count, check_seed
 from pyablate.data.dataset import Data
 from pyablate.runtime.progress import Report
 
@@ -46,18 +47,15 @@ class Schedule:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            given = getattr(self, name)
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {given!r}")
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number from 0 up to 1, got {self.momentum!r}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected a whole number from 0, got {self.seed!r}")
+        check_seed(self.seed)
 
 
 def fit(

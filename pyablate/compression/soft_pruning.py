@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice
+from pyablate._validation import check_choice, check_fraction
 from pyablate.comparison.evaluation import device_of, prepared
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
@@ -77,8 +77,7 @@ def soft_filter_pruning(
     zero filter still puts out, a constant, goes when it is removed.
     """
     check_choice("criterion", criterion, BY_WEIGHTS)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected a number from 0 to 1, got {fraction!r}")
+    check_fraction("fraction", fraction)
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )

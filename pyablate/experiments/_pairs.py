@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from pyablate._validation import check_choice
 from pyablate.analysis.statistics import adjusted, mcnemar
 from pyablate.data.dataset import gathered
 from pyablate.experiments.units import opened
@@ -132,8 +133,7 @@ class Pairs:
         import xarray as xr
 
         known = [str(key) for key, values in self.data.items() if "pair" in values.dims]
-        if name not in known:
-            raise ValueError(f"name: expected one of {', '.join(known)}, got {name!r}")
+        check_choice("name", name, known)
         values = self.data[name]
         units = self.data["unit"].to_numpy()
         first, second = np.triu_indices(len(units), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyablate._validation import nearest
 from pyablate.experiments.units import best_first
 from pyablate.result import AblationResult
 from pyablate.results.record import Ints
@@ -60,10 +60,9 @@ def named(order: Any) -> dict[str, Any]:
         found = {"given" if name is None else str(name): order}
     for each in found.values():
         if isinstance(each, str) and each not in BY_NAME:
-            near = difflib.get_close_matches(each, BY_NAME, n=1) or BY_NAME
             raise ValueError(
                 f"order: expected {', '.join(map(repr, BY_NAME))}, numbers by unit label or a list "
-                f"of labels, got {each!r}; nearest: {', '.join(near)}"
+                f"of labels, got {each!r}{nearest(each, BY_NAME, 1)}"
             )
     if not found:
         raise ValueError("order: expected at least one order, got none")
@@ -120,8 +119,8 @@ def _listed(name: str, spec: Any, labels: Sequence[str]) -> Ints | None:
     place = {label: position for position, label in enumerate(labels)}
     for label in spec:
         if label not in place:
-            near = difflib.get_close_matches(label, labels[:10_000], n=1) or [labels[0]]
-            raise ValueError(f"order {name!r}: no unit {label!r} here; nearest: {near[0]}")
+            hint = nearest(label, labels, 1)
+            raise ValueError(f"order {name!r}: no unit {label!r} here{hint}")
     if len(set(spec)) < len(spec) or len(spec) < len(labels):
         raise ValueError(
             f"order {name!r}: expected each of the {len(labels)} units once, got {len(spec)} "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyablate._validation import check_seed
 from pyablate.analysis.statistics import random_half
 from pyablate.data.dataset import gathered
 
@@ -53,9 +54,3 @@ def split(data: Any, *, seed: int) -> Halves:
         (images[first.to(images.device)], labels[first]),
         (images[~first.to(images.device)], labels[~first]),
     )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse what is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")

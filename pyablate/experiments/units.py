@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyablate._validation import nearest
 from pyablate.network.model_checks import Ready, open_up
 from pyablate.network.sites import Site, check_model
 from pyablate.result import AblationResult
@@ -47,8 +47,7 @@ def class_number(result: AblationResult, name: str | int, argument: str = "class
     if isinstance(name, str):
         if name in names:
             return names.index(name)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or names[:3]
-        raise ValueError(f"{argument}: no class {name!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"{argument}: no class {name!r}{nearest(name, names)}")
     if not 0 <= int(name) < len(names):
         raise ValueError(f"{argument}: expected numbers 0 to {len(names) - 1}, got {name}")
     return int(name)

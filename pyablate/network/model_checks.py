@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
 from pyablate.network.sites import Site, copied, sites
@@ -151,13 +152,7 @@ def alike(found: Tensor, expected: Tensor, share: float) -> bool:
 
 
 def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if class_names is None:
-        return tuple(str(number) for number in range(classes))
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
-    if len(class_names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
-    names = tuple(str(name) for name in class_names)
+    names = check_names("class_names", class_names, classes)
     # Not an error: two of ImageNet's classes are called crane.
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

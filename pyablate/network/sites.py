@@ -9,7 +9,6 @@ sample with forward hooks, so this works for every network, whether or not it ca
 from __future__ import annotations
 
 import copy
-import difflib
 import fnmatch
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pyablate._validation import nearest
 from pyablate.network.exported import original_type
 from pyablate.runtime.locks import a_moment
 
@@ -289,9 +289,7 @@ def _named(found: Sequence[Site], name: str) -> Site:
 
 
 def _nearest(found: Sequence[Site], name: str) -> str:
-    names = [site.name for site in found]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    return f"; nearest: {', '.join(near)}" if near else ""
+    return nearest(name, [site.name for site in found])
 
 
 _ROWS = 7

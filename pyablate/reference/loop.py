@@ -19,6 +19,7 @@ import torch
 from scipy import special
 from torch import Tensor, nn
 
+from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.near_tie import near_tie
@@ -93,16 +94,14 @@ def ablate(
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
     names: tuple[str, ...] = ()
-    unknown = sorted(set(measures) - set(MEASURES))
-    if unknown:
-        raise ValueError(f"measures: expected some of {', '.join(MEASURES)}, got {unknown[0]!r}")
-    sums: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    chosen = check_choices("measures", measures, MEASURES)
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in chosen}
     with reporting(progress) as report:
         for row, values in loop.logits():
             predicted = predictions(values)
             if row < 0:
                 baseline = predicted
-                names = _class_names(class_names, values.shape[1])
+                names = check_names("class_names", class_names, values.shape[1])
             flipped = np.flatnonzero(predicted != baseline)
             pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
             for name, found in sums.items():
@@ -204,8 +203,8 @@ class _Loop:
     ) -> _Loop:
         """Check the arguments and make the float64 copy."""
         specification = parse(intervention, seed=seed)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         _check_model(model)
         place = _device(model, device)
         double = copied(model).to(place).double().eval()
@@ -389,16 +388,6 @@ class _Loop:
 
 def _class_sums(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(labels, weights=values, minlength=classes)
-
-
-def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(str(number) for number in range(classes))
-    if isinstance(names, str):
-        raise TypeError(f"class_names: expected a sequence of strings, got {names!r}")
-    if len(names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
-    return tuple(names)
 
 
 def _check_model(model: nn.Module) -> None:

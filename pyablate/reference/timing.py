@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_count
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation
 
@@ -106,10 +107,9 @@ def hook_loop_seconds(
     """
     if not sites:
         raise ValueError("sites: expected at least one layer, got none")
-    if units < 1:
-        raise ValueError(f"units: expected at least 1, got {units}")
-    if images is not None and images < 1:
-        raise ValueError(f"images: expected at least 1 or None, got {images}")
+    check_count("units", units)
+    if images is not None:
+        check_count("images", images)
     x, total = _gather(data, images)
     chosen = _spread(sites, units)
     device = _device(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pyablate._validation import nearest
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,6 @@ def choose(which: str | Sequence[str]) -> tuple[Attribute, ...]:
     known = ["all", *FAMILIES, *(entry.name for entry in CATALOG)]
     for name in which:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"which: no attribute {name!r}; nearest: {', '.join(near)}")
+            raise ValueError(f"which: no attribute {name!r}{nearest(name, known)}")
     wanted = set(which)
     return tuple(entry for entry in CATALOG if wanted & {"all", entry.family, entry.name})

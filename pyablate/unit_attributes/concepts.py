@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_names
 from pyablate.data.dataset import Data
 from pyablate.engine.replay import forward
 from pyablate.network.sites import Site, hooked
@@ -56,13 +57,7 @@ def check_masks(masks: Any, names: Sequence[str] | None, images: int) -> Masks:
             f"masks: expected shape [{images}, concepts, H, W], one for each image, got "
             f"{list(shape)}"
         )
-    if names is None:
-        return Masks(masks, tuple(str(number) for number in range(shape[1])))
-    if isinstance(names, str):
-        raise TypeError(f"concept_names: expected a sequence of strings, got {names!r}")
-    if len(names) != shape[1]:
-        raise ValueError(f"concept_names: expected {shape[1]} names, got {len(names)}")
-    return Masks(masks, tuple(str(name) for name in names))
+    return Masks(masks, check_names("concept_names", names, shape[1]))
 
 
 def concept_iou(
