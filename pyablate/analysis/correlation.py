@@ -218,13 +218,7 @@ def _scipy(chance: _Chance, x: Floats, y: Floats, method: str) -> tuple[float, f
 def chosen_layers(
     result: Record, patterns: str | Sequence[str] | None
 ) -> dict[str, NDArray[np.int64]]:
-    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`.
-
-    Raises
-    ------
-    ValueError
-        The result has no such layer.
-    """
+    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`."""
     rows = layer_rows(result)
     if patterns is None:
         return rows

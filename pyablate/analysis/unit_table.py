@@ -30,13 +30,6 @@ def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
         and variables with further dimensions, are left out.
     result : AblationResult
         Whose units are wanted.
-
-    Raises
-    ------
-    TypeError
-        The table is neither.
-    ValueError
-        A unit is missing or there twice.
     """
     frame = table_frame(table)
     index = frame.index.astype(str)
@@ -61,11 +54,6 @@ def attribute_columns(
 
     Whole numbers are as a rule no attributes but numbers of units, layers or classes: they have to
     be named.
-
-    Raises
-    ------
-    ValueError
-        No such attribute, one that is not numeric, or none at all.
     """
     if names is None:
         floats = [name for name in frame if pd.api.types.is_float_dtype(frame[name])]
@@ -82,13 +70,7 @@ def attribute_columns(
 
 
 def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]) -> Ints | None:
-    """Read preferred classes, numbers or class names, -1 for none; None without such a column.
-
-    Raises
-    ------
-    ValueError
-        A name that is no class.
-    """
+    """Read preferred classes, numbers or class names, -1 for none; None without such a column."""
     if name not in frame:
         return None
     column = frame[name]
@@ -103,15 +85,7 @@ def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]
 
 
 def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
-    """Read a table of attributes: a CSV file with a column of labels, or a Zarr group.
-
-    Raises
-    ------
-    OSError
-        Nothing there, or it cannot be read.
-    ValueError
-        No column holds unit labels.
-    """
+    """Read a table of attributes: a CSV file with a column of labels, or a Zarr group."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such table of attributes")
     if path.is_dir():
@@ -142,15 +116,7 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
 
 
 def table_frame(table: xr.Dataset | pd.DataFrame) -> pd.DataFrame:
-    """Return the variables with one value per unit, a row per unit, labels as index.
-
-    Raises
-    ------
-    TypeError
-        The table is neither an ``xarray.Dataset`` nor a ``pandas.DataFrame``.
-    ValueError
-        It has no coordinate ``unit``.
-    """
+    """Return the variables with one value per unit, a row per unit, labels as index."""
     if isinstance(table, pd.DataFrame):
         return table
     if not hasattr(table, "data_vars"):

@@ -28,11 +28,6 @@ def map_site(model: nn.Module, sample: Tensor, layer: str | None = None) -> Site
         A batch of inputs, ``[N, ...]``.
     layer : str, optional
         Its name; by default the last activation or block with channels and positions.
-
-    Raises
-    ------
-    ValueError
-        No such layer, or none that has positions.
     """
     found = sites(model, sample)
     if layer is None:
@@ -56,11 +51,6 @@ def tapped(model: nn.Module, site: Site, images: Tensor) -> tuple[Tensor, Tensor
         ``[N, classes]``.
     output : Tensor
         Of the layer, as it is, part of the graph of the logits.
-
-    Raises
-    ------
-    ValueError
-        The layer runs more than once for an image.
     """
     seen: list[Tensor] = []
 
@@ -139,11 +129,6 @@ def distances(original: Tensor, other: Tensor) -> Tensor:
     -------
     Tensor
         ``[N]``, ``|a/|a| - b/|b||^2`` over the number of positions. A map of zeros stays zeros.
-
-    Raises
-    ------
-    ValueError
-        Sizes differ, and they are not maps in two dimensions.
     """
     if other.shape != original.shape:
         if original.ndim != 4 or other.ndim != 4:

@@ -45,11 +45,6 @@ def structure(a: Floats, b: Floats) -> Floats:
     Each map is divided by its largest absolute value first; the range is that of the two together
     (Wang, Bovik, Sheikh, Simoncelli 2004, *Image Quality Assessment*; by scikit-image, with
     its uniform window of 7 pixels).
-
-    Raises
-    ------
-    ImportError
-        scikit-image is not installed.
     """
     try:
         from skimage.metrics import structural_similarity

@@ -113,11 +113,6 @@ def evaluate(
     -------
     Evaluation
         Predictions are those of the network in float64, exact ties and near ties apart.
-
-    Raises
-    ------
-    ValueError
-        Bad images or labels, or logits that are not finite.
     """
     keep_freed_blocks()
     exact = exact or copied(model).double()
@@ -146,13 +141,7 @@ def evaluate(
 
 
 def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:
-    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype.
-
-    Raises
-    ------
-    TypeError
-        It is no module.
-    """
+    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype."""
     check_model(model)
     first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -166,13 +155,7 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
 def prepared_pair(
     model: nn.Module, smaller: nn.Module, device: str | torch.device | None
 ) -> tuple[nn.Module, nn.Module, torch.dtype]:
-    """Copy two networks for evaluation, both in the dtype and on the device of the first.
-
-    Raises
-    ------
-    TypeError
-        One is no module.
-    """
+    """Copy two networks for evaluation, both in the dtype and on the device of the first."""
     original, dtype = prepared(model, device)
     try:
         other, _ = prepared(smaller, device_of(original))

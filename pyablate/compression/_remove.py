@@ -124,13 +124,7 @@ def remove(
 
 
 def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, Tensor]:
-    """Return a network without some units, its size and its logits on the sample.
-
-    Raises
-    ------
-    ValueError
-        Nothing would be left of a layer, or the network cannot run with fewer channels.
-    """
+    """Return a network without some units, its size and its logits on the sample."""
     try:
         smaller = coupling.without(units)
         return smaller, *_sized(smaller, coupling.sample)
@@ -182,13 +176,7 @@ def silenced(
 
 
 def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:
-    """Labels of single units, of a list or of what a ranking removes.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Fraction and ranking do not come together, or units are no labels.
-    """
+    """Labels of single units, of a list or of what a ranking removes."""
     if isinstance(units, Ranking):
         if fraction is None:
             raise ValueError("fraction: expected a number from 0 to 1 beside a ranking, got None")

@@ -97,15 +97,6 @@ class Coupling:
         The sample in the dtype and on the device of the model.
     classes : list of Coupled
         All coupled units, those of one layer together.
-
-    Raises
-    ------
-    ImportError
-        Torch-Pruning is not installed.
-    TypeError
-        Model or sample are something else.
-    ValueError
-        The network fails on the sample or Torch-Pruning on the network.
     """
 
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
@@ -125,13 +116,7 @@ class Coupling:
         self._group_of, self.classes = self._couple()
 
     def find(self, label: str) -> Coupled:
-        """Return the coupled units that a unit ``"layer:unit"`` belongs to.
-
-        Raises
-        ------
-        ValueError, TypeError
-            No such unit; the nearest layer is told.
-        """
+        """Return the coupled units that a unit ``"layer:unit"`` belongs to."""
         site, unit = parse_label(self.sites, label)
         return self._group_of[site.name, unit]
 
@@ -180,13 +165,7 @@ class Coupling:
         return next(site.channels for site in self.sites if site.name == layer)
 
     def without(self, units: Iterable[str]) -> nn.Module:
-        """Return a new copy of the network without these units and all that hang together.
-
-        Raises
-        ------
-        ValueError
-            A layer would be left without channels.
-        """
+        """Return a new copy of the network without these units and all that hang together."""
         smaller = copied(self.model)
         names = self._graph._module2name
         for dependency, taken in self.channels(units):

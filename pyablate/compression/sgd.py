@@ -31,11 +31,6 @@ class Schedule:
         Of the descent; the rate is that of the first step.
     augment : callable, optional
         Of a batch of images and a ``torch.Generator``; returns the images to train on.
-
-    Raises
-    ------
-    ValueError
-        A figure is out of range.
     """
 
     epochs: int
@@ -89,11 +84,6 @@ def fit(
     list of dict
         One per epoch: ``epoch`` (from 1), ``learning_rate`` at its first step, ``loss``,
         ``cross_entropy`` and ``penalty``, means over its steps.
-
-    Raises
-    ------
-    ValueError
-        Nothing to train, or the loss is no longer finite.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

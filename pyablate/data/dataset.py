@@ -259,11 +259,6 @@ def gathered(source: Any) -> tuple[Tensor, Tensor]:
     -------
     images, labels : Tensor
         ``[N, ...]`` and int64 ``[N]``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As :class:`Data` raises.
     """
     data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
     parts = [part for part in data._raw() if len(part[0])]

@@ -41,13 +41,7 @@ class Order:
 
 
 def named(order: Any) -> dict[str, Any]:
-    """Give every order a name: a single one, a mapping, or the columns of a table.
-
-    Raises
-    ------
-    ValueError
-        An unknown word, or nothing at all.
-    """
+    """Give every order a name: a single one, a mapping, or the columns of a table."""
     if isinstance(order, Mapping):
         found = {str(name): each for name, each in order.items()}
     elif isinstance(order, pd.DataFrame):
@@ -84,13 +78,7 @@ def orders_of(
     repeats: int,
     generator: np.random.Generator,
 ) -> list[Order]:
-    """Turn one specification into orders of the units ``labels``.
-
-    Raises
-    ------
-    ValueError
-        Units that are missing or unknown, numbers of another length.
-    """
+    """Turn one specification into orders of the units ``labels``."""
     if isinstance(spec, str) and spec == RANDOM:
         return [Order(name, generator.permutation(len(labels)), turn) for turn in range(repeats)]
     sign = -1.0 if ascending else 1.0

@@ -35,11 +35,6 @@ def split(data: Any, *, seed: int) -> Halves:
 
     What is chosen for its effect on some images looks better on them than it is; measured on
     others it does not.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Data that cannot be read, a negative seed, fewer than two images.
     """
     check_seed(seed)
     images, labels = gathered(data)

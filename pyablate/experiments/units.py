@@ -18,13 +18,7 @@ from pyablate.runtime.determinism import undisturbed
 
 
 def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
-    """Copy the model and look at the data, as :func:`pyablate.ablate` will.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or the data cannot be used; the message says why.
-    """
+    """Copy the model and look at the data, as :func:`pyablate.ablate` will."""
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
         return open_up(model, data, None, device)
@@ -36,13 +30,7 @@ def labels_of(found: Sequence[Site]) -> list[str]:
 
 
 def class_number(result: AblationResult, name: str | int, argument: str = "classes") -> int:
-    """Find the number of a class by its name or number.
-
-    Raises
-    ------
-    ValueError
-        No such class.
-    """
+    """Find the number of a class by its name or number."""
     names = result.class_names
     if isinstance(name, str):
         if name in names:

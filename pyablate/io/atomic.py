@@ -25,12 +25,6 @@ def check_file(path: Path, what: str = "output") -> None:
         Of the file; a symbolic link stands for what it leads to.
     what : str
         The argument or option that names it, for the message.
-
-    Raises
-    ------
-    OSError
-        There is something else than a file, such as a folder or a device, the place is inside a
-        Zarr store, or nothing can be written there.
     """
     _check_kind(path, what)
     target = Path(os.path.realpath(path))
@@ -73,11 +67,6 @@ def whole(path: Path, what: str = "output") -> Iterator[Path]:
     ------
     Path
         A file of the same name in a folder beside it, which goes in any case.
-
-    Raises
-    ------
-    OSError
-        As :func:`check_file` raises; the disk is full.
     """
     check_file(path, what)
     target = Path(os.path.realpath(path))
@@ -93,12 +82,6 @@ def whole(path: Path, what: str = "output") -> Iterator[Path]:
 
 
 def write_csv(table: pd.DataFrame, path: Path, what: str = "--csv") -> None:
-    """Write a table without its index as CSV; names that are not valid Unicode with backslashes.
-
-    Raises
-    ------
-    OSError
-        As :func:`whole` raises.
-    """
+    """Write a table without its index as CSV; names that are not valid Unicode with backslashes."""
     with whole(path, what) as fresh:
         table.to_csv(fresh, index=False, errors="backslashreplace")

@@ -41,13 +41,7 @@ def seal(folder: Path) -> None:
 
 
 def sealed(folder: Path) -> dict[str, str] | None:
-    """Name the arrays of a store with their checksums; None if it was written without.
-
-    Raises
-    ------
-    ValueError
-        The checksums themselves are damaged.
-    """
+    """Name the arrays of a store with their checksums; None if it was written without."""
     return None if (held := _held(attributes_of(folder))) is None else held["arrays"]
 
 
@@ -58,11 +52,6 @@ def check(folder: Path) -> bool:
     -------
     bool
         False if there are none.
-
-    Raises
-    ------
-    ValueError
-        Something is not as it was written; the message says what.
     """
     attributes = attributes_of(folder)
     held = _held(attributes)

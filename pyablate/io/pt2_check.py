@@ -54,12 +54,6 @@ def check_archive(path: Path, *, max_bytes: int) -> None:
         A zip archive.
     max_bytes : int
         Limit of all unpacked members and of all tensors together.
-
-    Raises
-    ------
-    ValueError
-        The archive holds pickled objects, compiled code, text that is no size, operators that are
-        none of torch's, is larger than allowed or damaged.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

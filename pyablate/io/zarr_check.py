@@ -54,11 +54,6 @@ def check_folder(
         Limit of one array.
     whole : bool
         Whether every chunk must be there, as in results. Zarr takes a missing one for zeros.
-
-    Raises
-    ------
-    OSError
-        The group holds one of these, or its metadata are damaged.
     """
     claimed = stored = 0
     described: list[Path] = []
@@ -94,13 +89,7 @@ def _top(folder: Path, place: Path) -> str:
 
 
 def check_opened(folder: Path) -> None:
-    """Refuse metadata that are no files, which opening a group would follow or wait for.
-
-    Raises
-    ------
-    OSError
-        One is a symbolic link, a named pipe or a device.
-    """
+    """Refuse metadata that are no files, which opening a group would follow or wait for."""
     for name in (*_METADATA, ".zattrs"):
         _check_kind(folder, folder / name)
 

@@ -71,14 +71,6 @@ def load_exported(path: Path) -> nn.Module:
 
     The archive is checked before torch reads it (:mod:`pyablate.io.pt2_check`): unpickling is
     restricted to tensors, the graph to operators of torch that compute.
-
-    Raises
-    ------
-    OSError
-        The file is missing or unreadable.
-    ValueError
-        This torch is too old, or the file is no exported program, was exported in training mode,
-        with a fixed batch size, or takes or returns other than one tensor.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: expected an exported program, found no file {str(path)!r}")

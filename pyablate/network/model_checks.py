@@ -59,13 +59,7 @@ def open_up(
     *,
     double: bool = False,
 ) -> Ready:
-    """Copy the model, look at the first images and check that the two fit.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or the data cannot be used; the message says why.
-    """
+    """Copy the model, look at the first images and check that the two fit."""
     work, dtype, where = _working_copy(model, device, double=double)
     data = Data(source, dtype=dtype, device=where)
     batch = data.first(SAMPLE)

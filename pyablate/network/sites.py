@@ -115,13 +115,7 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
 
 
 def check_model(model: object) -> None:
-    """Check that a model is a network whose layers can be seen at work.
-
-    Raises
-    ------
-    TypeError
-        It is no module, or (in part) compiled to TorchScript, where hooks do not reach.
-    """
+    """Check that a model is a network whose layers can be seen at work."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -159,13 +153,7 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
 def parse_label(
     found: Sequence[Site], label: str, count: Callable[[Site], int] = lambda site: site.channels
 ) -> tuple[Site, int]:
-    """Turn ``"layer:unit"`` into its site and unit.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The label is malformed or no string, the layer unknown or the unit out of range.
-    """
+    """Turn ``"layer:unit"`` into its site and unit."""
     if not isinstance(label, str):
         raise TypeError(f'unit label: expected "layer:unit", got {type(label).__name__}')
     name, colon, unit = label.rpartition(":")

@@ -43,11 +43,6 @@ def most_activating(
     -------
     ndarray
         int64 ``[unit, count]``, image indices; -1 where there are no more images and for groups.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or data cannot be used, or the model has not the result's layers.
     """
     found = np.full((len(result.units), count), -1, dtype=np.int64)
     with undisturbed():

@@ -47,13 +47,6 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
     list of dict
         One per chart: ``title``, ``x`` (what it is), ``measures`` (columns, accuracy first), and
         ``series``: ``name``, ``random``, ``x`` and one list of numbers per measure.
-
-    Raises
-    ------
-    ValueError
-        A table that is none of these.
-    OSError
-        A file that cannot be read.
     """
     if curves is None:
         return []
@@ -79,13 +72,6 @@ def sets_by_class(given: Any, result: Record) -> list[dict[str, Any] | None]:
     list of (dict or None)
         One per class: ``units`` (labels), and as far as known ``reached``, ``baseline_accuracy``,
         ``accuracy`` and ``others_drop``.
-
-    Raises
-    ------
-    ValueError
-        Columns are missing, or a class is none of the result's.
-    OSError
-        A file that cannot be read.
     """
     sets: list[dict[str, Any] | None] = [None] * result.classes
     if given is None:

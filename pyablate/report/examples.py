@@ -50,11 +50,6 @@ def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, An
         :class:`pyablate.Flips`); ``activating`` [unit, image] or None; ``shown``, ``label``
         and ``before`` (number, class and intact prediction of every image mentioned); ``pictures``
         (by image number, as data URIs).
-
-    Raises
-    ------
-    ValueError
-        The data are not those of the result, or hold no images.
     """
     entries = [_chosen(result, row) for row in range(len(result.units))]
     flips = np.concatenate([np.empty(0, dtype=np.int64), *entries])

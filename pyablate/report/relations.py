@@ -33,11 +33,6 @@ def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any
     dict
         ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
         layer, target and attribute that has one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As :func:`pyablate.correlate` raises.
     """
     columns = attribute_columns(aligned(table, result), None)
     targets = [*TARGETS, *measures(result)]

@@ -67,11 +67,6 @@ def replacing(
         Makes the folder that it is given.
     kind : type
         Of the format of what may be replaced: a number for results, a word for other stores.
-
-    Raises
-    ------
-    OSError
-        As :func:`save` raises.
     """
     target = Path(path)
     with _beside(target, kind) as scratch:
@@ -90,13 +85,7 @@ def replacing(
 
 
 def read(path: str | os.PathLike[str], kind: type[R]) -> R:
-    """Read a record that :func:`save` wrote, as ``kind``; see :func:`pyablate.load`.
-
-    Raises
-    ------
-    OSError
-        Nothing there, not a result of this format, or not as it was written.
-    """
+    """Read a record that :func:`save` wrote, as ``kind``; see :func:`pyablate.load`."""
     source = Path(path)
     attrs = _attributes(source)
     if (source / "blocks" / "manifest.json").exists() and not attrs:
@@ -187,11 +176,6 @@ def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:
     ----------
     path, kind
         As :func:`replacing` takes them.
-
-    Raises
-    ------
-    OSError
-        As :func:`save` would raise.
     """
     with _beside(Path(path), kind):
         pass

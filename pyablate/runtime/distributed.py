@@ -121,11 +121,6 @@ def taking_part(distributed: bool, device: str | torch.device | None) -> Iterato
     ------
     Ranks
         One process alone unless ``distributed``.
-
-    Raises
-    ------
-    RuntimeError
-        ``distributed`` where nobody started several processes.
     """
     if not distributed:
         yield Ranks()

@@ -214,13 +214,7 @@ FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(entry.family for entry in CATALO
 
 
 def choose(which: str | Sequence[str]) -> tuple[Attribute, ...]:
-    """Entries by name or family, in the order of the table.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A name that is neither; the message offers the nearest.
-    """
+    """Entries by name or family, in the order of the table."""
     if isinstance(which, str):
         which = [which]
     if not isinstance(which, Sequence) or not all(isinstance(name, str) for name in which):

@@ -40,13 +40,7 @@ class Masks:
 
 
 def check_masks(masks: Any, names: Sequence[str] | None, images: int) -> Masks:
-    """Check what the caller gave.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Not ``[N, M, H, W]`` for the N images, or another number of names.
-    """
+    """Check what the caller gave."""
     shape = tuple(getattr(masks, "shape", ()))
     if not hasattr(masks, "__getitem__") or not shape:
         raise TypeError(
