@@ -164,37 +164,9 @@ class Flips:
 class Record:
     """Predictions of a network with each unit ablated, and what is counted from them.
 
-    What statistics, plots, reports and stores are made from; those know the record, and the record
-    none of them. Users hold an :class:`AblationResult <pyablate.AblationResult>`, which is a record
-    with all of these as methods.
-
-    Attributes
-    ----------
-    units : pandas.DataFrame
-        One row per ablated unit (or group): ``label``, ``layer``, ``unit`` (-1 for a group).
-    labels, baseline : int64 [image]
-        True class and the intact network's prediction.
-    flips : Flips
-        Predictions that changed.
-    class_names : tuple of str
-        One name per class.
-    intervention : str
-        What stood in for the units.
-    audit : Audit
-        The run's own check.
-    strategy : dict of str to str
-        Per layer, how it was computed.
-    seconds : float
-        Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
-    effort : Effort
-        What the run took; not saved either.
-    measures : dict of str to Measure
-        Changes of the "loss" and the "margin", summed over the images of each class, with their
-        accuracy; those that the run was asked to record.
-    provenance : dict
-        Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
-        the data, where :func:`pyablate.ablate` made the result; see
-        :mod:`pyablate.runs.fingerprint`.
+    Statistics, plots, reports and stores know the record, and the record none of them. Users hold
+    an :class:`AblationResult <pyablate.AblationResult>`, a record with all of these as methods,
+    whose documentation tells what the fields are.
     """
 
     units: pd.DataFrame
