@@ -81,7 +81,7 @@ def test_bad_names(spec: object, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "3", None])
 def test_bad_seeds(seed: object) -> None:
-    with pytest.raises(ValueError, match="seed: expected .*at least 0, got"):
+    with pytest.raises(ValueError, match=r"seed: expected .*at least 0, got"):
         parse("noise", seed=seed)  # type: ignore[arg-type]
 
 

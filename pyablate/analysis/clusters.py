@@ -13,6 +13,7 @@ from scipy.spatial import distance
 from pyablate._validation import check_choice, check_count, nearest
 from pyablate.analysis.statistics import layer_rows
 from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.runtime.chunking import DISTANCE_ROWS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,7 +23,6 @@ Method = Literal["average", "complete", "single", "weighted"]
 METRICS: tuple[str, ...] = get_args(Metric)
 METHODS: tuple[str, ...] = get_args(Method)
 _MOST = 10_000  # 400 MB of distances
-_BLOCK = 256
 
 
 def cluster_units(
@@ -188,8 +188,8 @@ def _jaccard(sets: sparse.csr_array) -> Floats:
     """Condensed distances of the rows of a matrix of ones, a block of rows at a time."""
     size = np.diff(sets.indptr)
     pieces = []
-    for begin in range(0, len(size), _BLOCK):
-        shared = (sets[begin : begin + _BLOCK] @ sets.T).toarray()
+    for begin in range(0, len(size), DISTANCE_ROWS):
+        shared = (sets[begin : begin + DISTANCE_ROWS] @ sets.T).toarray()
         for row, common in enumerate(shared, start=begin):
             both = common[row + 1 :]
             pieces.append(1 - both / (size[row] + size[row + 1 :] - both))

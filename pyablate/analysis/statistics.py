@@ -20,11 +20,10 @@ from scipy import stats
 
 from pyablate._validation import check_count, check_level, check_seed
 from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_BLOCK = 1 << 22  # numbers worked on at a time: some tens of megabytes for each array
 
 
 def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
@@ -340,12 +339,12 @@ def _chosen(first: Floats, first_sizes: Ints, second: Floats, second_sizes: Ints
 
 
 def _blocks(start: NDArray[Any], classes: int) -> Iterator[slice]:
-    """Yield runs of rows whose cells and flips together make about ``_BLOCK`` numbers."""
+    """Yield runs of rows whose cells and flips together make about ``NUMBERS`` numbers."""
     units = len(start) - 1
     load = np.asarray(start) + np.arange(units + 1) * max(classes, 1)
     row = 0
     while row < units:
-        after = int(np.searchsorted(load, load[row] + _BLOCK, side="right")) - 1
+        after = int(np.searchsorted(load, load[row] + NUMBERS, side="right")) - 1
         stop = min(units, max(row + 1, after))
         yield slice(row, stop)
         row = stop

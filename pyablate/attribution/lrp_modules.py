@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 
 _LINEAR = (
@@ -257,8 +258,7 @@ def _verified(
 
     handles = [traced.get_submodule(t).register_forward_hook(watch(n)) for n, t in taps.items()]
     with torch.no_grad(), hooked(model, sites, see):
-        expected = model(images.clone())  # it may work in place
-        logits = traced(images.clone())
+        expected, logits = forward(model, images), forward(traced, images)
     for handle in handles:
         handle.remove()
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):

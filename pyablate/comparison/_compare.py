@@ -16,9 +16,10 @@ from torch import nn
 from pyablate._validation import check_choice, check_count, check_level, check_names
 from pyablate.analysis.statistics import adjusted, layer_rows, mcnemar
 from pyablate.attribution.maps import METHODS
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.comparison.preservation import Preservation, preserved_between
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed

@@ -18,6 +18,7 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
+from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
@@ -122,16 +123,16 @@ def evaluate(
     classes = 0
     with torch.no_grad():
         for batch in data.batches(size):
-            logits = model(_laid_out(batch.images))
-            _check_logits(logits, batch)
+            logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
+            _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)
-            few = batch.images[chosen].to(torch.float64, copy=True)
-            rounding |= Rounding.measured(logits[chosen], exact(few))
+            few = batch.images[chosen].double()
+            rounding |= Rounding.measured(logits[chosen], forward(exact, few))
             classes = logits.shape[1]
             logits = logits.double()
             close = close_calls(logits, rounding.tolerance(logits)).nonzero().squeeze(1)
             if len(close):
-                logits[close] = exact(batch.images[close].double())
+                logits[close] = forward(exact, batch.images[close].double())
             top = logits.softmax(dim=1).max(dim=1).values
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             found = (batch.labels, logits.argmax(dim=1), top, losses)
@@ -143,9 +144,8 @@ def evaluate(
 def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:
     """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype."""
     check_model(model)
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    work = copied(model).to(first.device if device is None else device)
+    dtype = own_dtype(model)
+    work = copied(model).to(device_of(model) if device is None else device)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()
     # Convolutions of few channels are up to twice as fast with the channels last.
     work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -164,22 +164,12 @@ def prepared_pair(
     return original, other.to(dtype), dtype
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer."""
-    return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
-
-
 def _laid_out(images: Tensor) -> Tensor:
-    """Copy a batch, since the network may work in place, with its channels last if it has maps."""
-    if images.ndim == 4:
-        return images.clone(memory_format=torch.channels_last)
-    return images.clone()
+    """Lay a batch of maps out with the channels last."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
-def _check_logits(logits: Any, batch: Batch) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model: expected logits [N, classes], got {got}")
+def _check_values(logits: Tensor, batch: Batch) -> None:
     near_tie.check(near_tie.usable(logits).cpu(), batch.index)
     if int(batch.labels.max()) >= logits.shape[1]:
         raise ValueError(

@@ -25,8 +25,9 @@ from pyablate.attribution.collapsed import (
     tapped,
 )
 from pyablate.attribution.maps import METHODS, attribution_maps
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed

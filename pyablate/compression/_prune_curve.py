@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from pyablate._validation import check_names
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import AGREEMENT, Size, silenced, without
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
+from pyablate.network.forward import device_of
 from pyablate.network.sites import Site, copied
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyablate.compression._rank import Ranking
 from pyablate.compression.coupling import Coupling
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
@@ -151,9 +152,9 @@ def size(model: nn.Module, sample: Tensor) -> Size:
 def _sized(model: nn.Module, sample: Tensor) -> tuple[Size, Tensor]:
     """Size of a network, and the logits from which it was counted."""
     with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
-        logits: Tensor = model(sample.clone())  # it may work in place
+        logits: Tensor = forward(model, sample)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, counter.get_total_flops() // len(sample)), logits
+    return Size(parameters, counter.get_total_flops() // max(2, len(sample))), logits
 
 
 def silenced(
@@ -171,7 +172,7 @@ def silenced(
 
     chosen = [site for site in found if site.name in by_site]
     with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
-        logits: Tensor = model(images.clone())  # it may work in place
+        logits: Tensor = forward(model, images)
     return logits
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.io.atomic import whole
+from pyablate.network.forward import two_images
 from pyablate.network.sites import copied
 
 
@@ -41,7 +42,7 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
         raise ValueError(f"path: expected a file called *.pt2, got {str(path)!r}")
     work = copied(model).eval()
     # A batch of one would be taken for a constant.
-    batch = torch.cat([sample[:1], sample[:1]]).detach()
+    batch = two_images(sample).detach()
     dynamic = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_choice, check_fraction
-from pyablate.comparison.evaluation import device_of, prepared
+from pyablate.comparison.evaluation import prepared
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.filters import BY_WEIGHTS, filter_ranking
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
 from pyablate.compression.transforms import FLOAT_BITS, Transformed
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 

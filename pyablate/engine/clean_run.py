@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from pyablate.data.dataset import Batch
 from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.float64 import Exact
-from pyablate.engine.replay import Replay, forward
+from pyablate.engine.replay import Replay
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.engine.suffix import Clean
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.runtime.host_to_device import sent
 

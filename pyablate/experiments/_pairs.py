@@ -19,11 +19,10 @@ from pyablate.network.sites import select
 from pyablate.result import AblationResult
 from pyablate.results.record import Ints
 from pyablate.runs._ablate import ablate
+from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_BLOCK = 1 << 22  # predictions looked at together
 
 
 def pairs(
@@ -184,7 +183,7 @@ def _signs(result: AblationResult, first: Ints, second: Ints) -> tuple[Ints, Int
     right = (result.predictions(slice(units)) == result.labels).astype(np.int8)
     intact = (result.baseline == result.labels).astype(np.int8)
     counts = np.empty((2, len(first)), dtype=np.int64)
-    size = max(1, _BLOCK // len(result.labels))
+    size = max(1, NUMBERS // len(result.labels))
     for start in range(0, len(first), size):
         some = slice(start, min(start + size, len(first)))
         joint = result.predictions(slice(units + some.start, units + some.stop)) == result.labels

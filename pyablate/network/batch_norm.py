@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.sites import copied
 
 logger = logging.getLogger("pyablate")
@@ -53,7 +54,7 @@ def norms_to_fold(model: nn.Module, sample: Tensor) -> list[tuple[str, str]]:
     folded = copied(model)
     fold_norms(folded, pairs)
     with torch.no_grad():
-        logits, same = model(sample.clone()), folded(sample.clone())
+        logits, same = forward(model, sample), forward(folded, sample)
     return pairs if near_tie.disagreement(same, logits) <= _AGREEMENT else []
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
 from pyablate.network.graph_passes import channels_last, fold_batch_norm, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
@@ -47,7 +48,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     CaptureError
         ``torch.export`` fails, or the graph does something across images.
     """
-    pair = _two_images(sample)
+    pair = _noisy(two_images(sample))
     program = _export(model, pair, sites)
     graph = _read(program)
     graph.layout = _layouts(graph, pair)
@@ -181,8 +182,7 @@ def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:
                     yield BatchLayout(axis, inner=int(factor) // outer, outer=outer)
 
 
-def _two_images(sample: Tensor) -> Tensor:
-    """Two different images, noisy so that no tensor is 0 on both and keeps its secret."""
-    pair = torch.stack([sample[0], sample[-1]])
+def _noisy(pair: Tensor) -> Tensor:
+    """Make two images different, so that no tensor is the same on both."""
     noise = torch.randn(pair.shape, generator=torch.Generator().manual_seed(0)).to(pair)
     return pair + (0.1 * pair.std() + 1e-3) * noise

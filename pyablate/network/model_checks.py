@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from pyablate._validation import check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
+from pyablate.network.forward import (
+    check_logits,
+    device_of,
+    own_dtype,
+    two_images,
+    usable_device,
+)
 from pyablate.network.sites import Site, copied, sites
 
 logger = logging.getLogger("pyablate")
@@ -80,9 +87,8 @@ def _working_copy(
     model: nn.Module, device: str | torch.device | None, *, double: bool
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    where = _device(device) if device is not None else first.device
-    dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
+    where = device_of(model) if device is None else usable_device(device)
+    dtype = torch.float64 if double else own_dtype(model)
     work = copied(model).to(where)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
     for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
@@ -100,28 +106,9 @@ def _working_copy(
     return work, dtype, where
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used here: {reason}") from None
-    return where
-
-
-def two_images(sample: Tensor) -> Tensor:
-    """Two images even where there is one: some networks squeeze a batch of one away."""
-    return torch.stack([sample[0], sample[-1]])
-
-
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
-    sample = two_images(sample)
     with torch.no_grad():
-        logits = model(sample)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model: expected logits [N, classes], got {got}")
+        logits = check_logits(model(two_images(sample)), 2)
     if logits.shape[1] < 2:
         raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
     return logits.shape[1]

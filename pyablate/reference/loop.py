@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.network.forward import check_logits, device_of, forward, usable_device
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
@@ -206,7 +207,7 @@ class _Loop:
         if batch_size is not None:
             check_count("batch_size", batch_size)
         _check_model(model)
-        place = _device(model, device)
+        place = device_of(model) if device is None else usable_device(device)
         double = copied(model).to(place).double().eval()
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
@@ -243,14 +244,11 @@ class _Loop:
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook_of(name)))
             with a_moment(), torch.no_grad():
-                values = self.model(images.clone())  # it may work in place
+                values = forward(self.model, images)
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
-            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"model: expected logits [{len(images)}, classes], got {shape}")
-        return values
+        return check_logits(values, len(images))
 
     def _ablated(self, row: Row, batch: Batch) -> Tensor:
         """Logits of one batch with the units of a row replaced."""
@@ -399,18 +397,3 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(f"model: {name} normalises by the statistics of each batch")
-
-
-def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    if device is None:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            return tensor.device
-        return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        # PyTorch's own messages run to a page; the first line says what is wrong.
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
-    return chosen

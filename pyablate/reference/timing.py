@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count
+from pyablate.network.forward import device_of, forward
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation
 
@@ -112,10 +113,9 @@ def hook_loop_seconds(
         check_count("images", images)
     x, total = _gather(data, images)
     chosen = _spread(sites, units)
-    device = _device(model)
     plain = copy.deepcopy(model)
     with evaluation(plain), torch.inference_mode():
-        x, batch, channels_last = _fastest(plain, x.to(device))
+        x, batch, channels_last = _fastest(plain, x.to(device_of(model)))
         start = time.perf_counter()
         logits = [_predict(plain, x, batch, site, unit) for site, unit in chosen]
         seconds = time.perf_counter() - start
@@ -165,7 +165,7 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     for part in x.split(batch):
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:
-            parts.append(model(part.clone()))  # it may work in place
+            parts.append(forward(model, part))
         finally:
             handle.remove()
     return torch.cat(parts).cpu()  # the copy also waits for a GPU to finish
@@ -196,7 +196,7 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 def _time_forward(model: nn.Module, x: Tensor, batch: int) -> float:
     start = time.perf_counter()
     for part in x.split(batch):
-        last = model(part.clone())
+        last = forward(model, part)
     last.cpu()
     return time.perf_counter() - start
 
@@ -238,9 +238,3 @@ def _compare(
     tie = near_tie(theirs).numpy()
     differs = theirs.argmax(dim=-1).numpy() != ours[:, : theirs.shape[1]]
     return int((~tie).sum()), int(tie.sum()), int((differs & ~tie).sum())
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyablate.network.forward import forward
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import Site, hooked
 from pyablate.results.record import Ints, Record
@@ -63,8 +64,7 @@ def most_activating(
         with hooked(ready.model, sites, see):
             for batch in ready.data.batches(_BATCH):
                 totals.clear()
-                single = len(batch) == 1  # some networks squeeze a batch of one away
-                ready.model(torch.cat([batch.images] * 2) if single else batch.images)
+                forward(ready.model, batch.images)
                 for name, pooled in totals.items():
                     values = pooled[: len(batch)].t().double()
                     best[name] = _merged(best.get(name), values.cpu(), batch.index, count)

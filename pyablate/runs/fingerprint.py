@@ -10,16 +10,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, fx, nn
 
 from pyablate._native import build_info
+from pyablate.data.dataset import Batch, Data
+from pyablate.network.graph import MARKER, Graph
 from pyablate.runtime.distributed import MODULUS
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, fx, nn
-
-    from pyablate.data.dataset import Batch, Data
-    from pyablate.network.graph import Graph
     from pyablate.runs.setup import Setup
 
 Identity = dict[str, Any]
@@ -188,18 +187,8 @@ SAMPLE = 256
 """Images by which a data set is told that would take long to read."""
 
 
-def own_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype in which weights and images are compared: float64 if the model is, else float32."""
-    import torch
-
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    return torch.float64 if first.dtype == torch.float64 else torch.float32
-
-
 def _weights(model: nn.Module, dtype: torch.dtype) -> str:
     """Hash parameters, buffers and tensors held as plain attributes, with names and shapes."""
-    import torch
-
     attributes = (
         (f"{name}.{key}", value)
         for name, module in model.named_modules()
@@ -228,16 +217,12 @@ def _operations(graph: Graph) -> str:
 
     Which tensors are marked as sites makes no difference.
     """
-    from torch.fx.node import map_arg
-
-    from pyablate.network.graph import MARKER
-
     hashes: dict[fx.Node, str] = {}
     for node in graph.graph.nodes:
         if node.target is MARKER:
             hashes[node] = hashes[node.all_input_nodes[0]]
             continue
-        args, options = map_arg((node.args, node.kwargs), hashes.__getitem__)
+        args, options = fx.node.map_arg((node.args, node.kwargs), hashes.__getitem__)
         hashes[node] = _text(f"{node.op} {node.target} {args} {options}")
     return hashes[graph.output]
 
@@ -250,8 +235,6 @@ def _source(kind: type) -> str:
 
 
 def _directions(given: Tensor | Mapping[str, Tensor]) -> str:
-    import torch
-
     by_layer = given if isinstance(given, Mapping) else {"": given}
     digest = hashlib.sha256()
     for layer in sorted(by_layer):
@@ -262,8 +245,6 @@ def _directions(given: Tensor | Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    import torch
-
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 

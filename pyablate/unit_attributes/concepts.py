@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pyablate._validation import check_names
 from pyablate.data.dataset import Data
-from pyablate.engine.replay import forward
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 
 TOP = 0.005

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.data.dataset import Batch, Data
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 from pyablate.ops.moments import MapMoments, map_moments
 from pyablate.runtime.allocator import keep_freed_blocks
@@ -126,12 +127,10 @@ class _Watch:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
         images = batch.images
-        if len(batch) == 1:  # some networks squeeze a batch of one away
-            images = torch.cat([images, images])
         with torch.set_grad_enabled(self.gradients), hooked(model, self.sites, self._see):
             if self.gradients:
                 images = images.detach().requires_grad_()
-            logits: Tensor = model(images.clone())[: len(batch)]  # it may work in place
+            logits: Tensor = forward(model, images)
             for name in self.repeated:
                 calls = [_flat(maps, self._site(name)) for maps in self.held[name]]
                 self._reduce(replace(self._site(name), axis=1), torch.cat(calls, dim=2))
