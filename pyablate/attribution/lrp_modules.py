@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pyablate.network.batch_norm import fold_norms, norms_behind
 from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 
@@ -190,16 +190,10 @@ def _own_module(traced: fx.GraphModule, node: fx.Node, name: str) -> None:
 
 def _fold_batch_norm(traced: fx.GraphModule) -> None:
     """Fold batch norm into the convolution that it alone reads; the two are one linear map."""
-    modules = dict(traced.named_modules())
-    for node in traced.graph.nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            continue
-        source = node.args[0]
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if isinstance(conv, nn.modules.conv._ConvNd) and len(source.users) == 1:
-            traced.add_module(source.target, fuse_conv_bn_eval(conv, norm))
-            traced.add_module(node.target, _Step(_pass))
+    for layer, norm in list(norms_behind(traced.graph, traced)):
+        if isinstance(traced.get_submodule(layer), nn.modules.conv._ConvNd):
+            fold_norms(traced, [(layer, norm)])
+            traced.add_module(norm, _Step(_pass))
 
 
 def _as_step(traced: fx.GraphModule, node: fx.Node, number: int, tensors: list[fx.Node]) -> None:

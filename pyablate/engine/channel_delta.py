@@ -25,13 +25,13 @@ from pyablate.network.aten import (
     SAME,
     SUBTRACTIONS,
 )
+from pyablate.network.batch_norm import norm_scale
 from pyablate.network.graph import (
     BATCH_NORM,
     CONVOLUTIONS,
     PADS,
     Graph,
     function,
-    norm_scale,
     pads_with_zeros,
     settings,
 )

@@ -13,7 +13,8 @@ from pyablate.engine.channel_delta import Channel
 from pyablate.engine.lazy_delta import FirstMap, Scaled
 from pyablate.engine.rule_context import Pairs, changing, difference, only_reader, readers_of
 from pyablate.network.aten import SUMS, named_activation, two
-from pyablate.network.graph import Graph, function, norm_scale, remembered, settings
+from pyablate.network.batch_norm import norm_scale
+from pyablate.network.graph import Graph, function, remembered, settings
 from pyablate.ops import Codes
 
 aten = torch.ops.aten

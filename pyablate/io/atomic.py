@@ -1,11 +1,11 @@
-"""Files that are written for people: looked at before the work, written whole or not at all."""
+"""Atomic writers: files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,63 @@ def whole(path: Path, what: str = "output") -> Iterator[Path]:
             os.replace(fresh, target)
     except OSError as error:
         reason = f"{what}: cannot write {path}: {error.strerror or error}"
+        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place at once, on the disk when this returns; a kill leaves old or new."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names of a folder's files on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(
+    target: Path, write: Callable[[Path], object], check: Callable[[], None]
+) -> None:
+    """Let ``write`` make a folder beside ``target``, and move it there when it is complete.
+
+    ``check`` says, before and after, whether what is there may be replaced; it is put back if
+    the new folder cannot take its place.
+    """
+    check()
+    with scratch_beside(target) as scratch:
+        fresh, replaced = Path(scratch) / "new", Path(scratch) / "old"
+        write(fresh)
+        check()  # again: writing may have taken a while
+        if target.exists():
+            os.rename(target, replaced)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
+
+
+def scratch_beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a scratch folder on the disk of a folder that is going to be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        reason = f"output: cannot write {target}: {error.strerror}"
         raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
-from pyablate.network.graph_passes import channels_last, fold_batch_norm, fold_padding
+from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.runtime import interrupts
 from pyablate.runtime.locks import a_moment

@@ -91,19 +91,25 @@ def _working_copy(
     dtype = torch.float64 if double else own_dtype(model)
     work = copied(model).to(where)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
-    for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
+    for tensor in (*work.parameters(), *work.buffers()):
         tensor.requires_grad_(False)
+    check_weights(work)
+    return work, dtype, where
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are not finite, and batch norm by the statistics of each batch."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise ValueError(f"model: {name} holds NaN or infinite values, the first at {bad}")
-    for name, module in work.named_modules():
+    for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and module.running_mean is None:
             raise ValueError(
                 f"model: {name} normalises by the statistics of each batch, so a prediction "
                 "depends on the other images; give it running statistics"
             )
-    return work, dtype, where
 
 
 def _count_classes(model: nn.Module, sample: Tensor) -> int:

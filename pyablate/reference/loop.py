@@ -23,6 +23,7 @@ from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.forward import check_logits, device_of, forward, usable_device
+from pyablate.network.model_checks import check_weights
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
@@ -206,7 +207,8 @@ class _Loop:
         specification = parse(intervention, seed=seed)
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        _check_model(model)
+        check_model(model)
+        check_weights(model)
         place = device_of(model) if device is None else usable_device(device)
         double = copied(model).to(place).double().eval()
         double.requires_grad_(False)
@@ -386,14 +388,3 @@ class _Loop:
 
 def _class_sums(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(labels, weights=values, minlength=classes)
-
-
-def _check_model(model: nn.Module) -> None:
-    check_model(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise ValueError(f"model: {name} holds {bad} NaN or infinite values")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(f"model: {name} normalises by the statistics of each batch")

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyablate.io.atomic import replace_file, sync_folder
 from pyablate.io.own_files import (
     ARRAYS,
     check_blocks,
@@ -43,8 +44,6 @@ from pyablate.runs.blocks import (
     read_arrays,
     read_begun,
     read_block,
-    replace_file,
-    sync_folder,
     write_arrays,
     write_begun,
     write_block,

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from pyablate.network.aten import DIVISIONS, LINEAR_POOLS, SAME, STRUCTURE
+from pyablate.network.batch_norm import norm_scale
 from pyablate.network.channel_tracking import (
     ACTIVATIONS,
     ADDITIONS,
@@ -19,7 +20,7 @@ from pyablate.network.channel_tracking import (
     WEIGHTED,
     with_zeros,
 )
-from pyablate.network.graph import BATCH_NORM, Graph, function, norm_scale, settings
+from pyablate.network.graph import BATCH_NORM, Graph, function, settings
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
