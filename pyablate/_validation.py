@@ -12,9 +12,10 @@ from typing import Any
 def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
     """Refuse what is not one of the known names; the error tells the nearest."""
     if given not in known:
-        near = _alike(given, known, 1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {given!r}{hint}")
+        near = difflib.get_close_matches(str(given), list(known), n=1) or list(known)
+        raise ValueError(
+            f"{argument}: expected one of {', '.join(known)}, got {given!r}; nearest: {near[0]}"
+        )
 
 
 def check_choices(argument: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
@@ -64,9 +65,5 @@ def check_names(argument: str, given: Sequence[str] | None, count: int) -> tuple
 def nearest(given: object, known: Iterable[object], count: int = 3) -> str:
     """End of a message about an unknown name: those most like it, or the first that are known."""
     names = [str(name) for name in islice(known, 10_000)]  # of a million labels, some will do
-    near = _alike(given, names, count) or names[:5]
+    near = difflib.get_close_matches(str(given), names, n=count, cutoff=0.3) or names[:5]
     return f"; nearest: {', '.join(near)}" if near else ""
-
-
-def _alike(given: object, known: Iterable[str], count: int) -> list[str]:
-    return difflib.get_close_matches(str(given), list(known), n=count, cutoff=0.3)

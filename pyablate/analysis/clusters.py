@@ -1,4 +1,4 @@
-"""Units that harm alike, and images that the same units break: agglomerative clusters."""
+"""Agglomerative clusters of units by their drops, and of images by the units that break them."""
 
 from __future__ import annotations
 

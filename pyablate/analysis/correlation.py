@@ -1,4 +1,4 @@
-"""Which properties of a unit go with its importance: correlations within each layer."""
+"""Correlation of attributes of units with their importance, within each layer."""
 
 from __future__ import annotations
 

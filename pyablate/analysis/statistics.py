@@ -1,4 +1,4 @@
-"""Which drops are more than chance: paired tests, false discovery rate, noise floor, split halves.
+"""Significance of drops: McNemar tests, false discovery rate, noise floor, split halves.
 
 The null model is the same everywhere and assumes little: a *harmless* unit is one for which each
 image whose correctness changed was as likely to be lost as to be gained. The images that changed

@@ -1,4 +1,4 @@
-"""Figures of a unit's importance that its attributes may or may not predict."""
+"""Targets: measures of a unit's importance that its attributes may predict."""
 
 from __future__ import annotations
 

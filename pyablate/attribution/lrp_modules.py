@@ -1,4 +1,4 @@
-"""A copy of a network in the form in which Captum's LRP is right: every step is a module.
+"""Layer-wise relevance propagation (LRP): a traced copy for Captum in which every step is a module.
 
 Captum's rules hang on modules, one call each. A sum, an average or a join that the network
 writes as a function would pass relevance on undivided, so such functions become modules here.

@@ -1,4 +1,4 @@
-"""How alike two sets of attribution maps are, image by image.
+"""Similarity of two sets of attribution maps, image by image.
 
 Every figure is NaN where it is not defined: of a map of zeros there is no direction, of a constant
 one no order.

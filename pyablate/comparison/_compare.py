@@ -1,4 +1,4 @@
-"""Two networks with the same classes: who suffers, and whether what mattered still matters."""
+"""Comparison of two networks: accuracies by class, and whether important units still are."""
 
 from __future__ import annotations
 

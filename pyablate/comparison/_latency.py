@@ -1,4 +1,4 @@
-"""How long networks take, measured in turn in one run."""
+"""Latency of several networks, measured in turn in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions of one network on all images, with close calls decided in float64."""
+"""Evaluation of one network: predictions, losses, calibration error; close calls in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a changed network still looks at the same pixels: attribution preservation."""
+"""Attribution preservation: whether a changed network still looks at the same pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against the share of units removed, for several rankings and for chance."""
+"""Pruning curves: accuracy against the share of units removed, by ranking and at random."""
 
 from __future__ import annotations
 

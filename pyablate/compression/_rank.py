@@ -1,4 +1,4 @@
-"""Orders in which the units of a network are removed."""
+"""Rankings: orders in which the units of a network are removed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def rank(
     -------
     Ranking
         Units without a score, or with only some of theirs scored, come last and are marked: that
-        nobody tested them does not make them harmless. So do units that cannot be removed.
+        they were not tested does not make them harmless. So do units that cannot be removed.
 
     Raises
     ------

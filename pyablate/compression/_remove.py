@@ -1,4 +1,4 @@
-"""Units really taken out: a smaller network, and how much smaller it is."""
+"""Structured pruning: units removed from a network, and how much smaller it is."""
 
 from __future__ import annotations
 

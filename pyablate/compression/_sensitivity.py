@@ -1,4 +1,4 @@
-"""How much of each layer can go: one layer at a time, more and more of it."""
+"""Layer sensitivity: growing shares of one layer ablated at a time."""
 
 from __future__ import annotations
 

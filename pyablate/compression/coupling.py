@@ -1,4 +1,4 @@
-"""Which units can only be removed together, as Torch-Pruning's dependency graph says.
+"""Coupled units, which can only be removed together, from Torch-Pruning's dependency graph.
 
 Removing a channel of a residual sum removes it from everything that is added there; a depthwise
 convolution ties its input to its output; flattening ties a channel to a block of features. The
@@ -222,7 +222,7 @@ class Coupling:
         members: dict[int, list[int]] = {}
         for number, together in enumerate(connected_components(graph, directed=False)[1]):
             members.setdefault(int(together), []).append(number)
-        heard = self._heard()
+        read = self._read_sites()
         by_unit: dict[tuple[str, int], Coupled] = {}
         classes = []
         for numbers in members.values():
@@ -231,7 +231,7 @@ class Coupling:
                 reasons.append("no weights make it")
             pairs = [every[one] for one in numbers]
             # Of a class that nothing need silence, every unit is named.
-            named = [pair for pair in pairs if pair[0].name in heard]
+            named = [pair for pair in pairs if pair[0].name in read]
             labels = tuple(site.label(unit) for site, unit in named or pairs)
             coupled = Coupled(labels, next(iter(reasons), ""))
             by_unit.update({(site.name, unit): coupled for site, unit in pairs})
@@ -264,24 +264,24 @@ class Coupling:
                         links.append((base + unit, start[other.name] + channel))
         return links, obstacles, made
 
-    def _heard(self) -> set[str]:
+    def _read_sites(self) -> set[str]:
         """Sites to silence so that whatever reads a removed channel reads zeros.
 
         Activations and blocks; and where a layer is read without one of these in between (the
         linear bottleneck of an inverted residual), that layer.
         """
-        speaking = {site.name for site in self.sites if site.kind != "layer"}
-        silent = {id(node) for name in speaking for node in self._nodes[name]}
+        active = {site.name for site in self.sites if site.kind != "layer"}
+        silent = {id(node) for name in active for node in self._nodes[name]}
         plain = {
             id(node): site.name
             for site in reversed(self.sites)
             if site.kind == "layer"
             for node in self._nodes[site.name]
         }
-        found = set(speaking)
+        found = set(active)
         for node in self._graph.module2node.values():
             if isinstance(node.module, (nn.modules.conv._ConvNd, nn.Linear)):
-                found |= _unheard(node.inputs, silent, plain)
+                found |= _unmasked(node.inputs, silent, plain)
         return found
 
 
@@ -328,10 +328,10 @@ def _trace(
 ) -> tuple[Any, dict[str, list[Any]]]:
     """Build the graph and find the nodes that hold the output of each site."""
     pruning = torch_pruning()
-    spoken: dict[str, list[Any]] = {site.name: [] for site in found}
+    made_by: dict[str, list[Any]] = {site.name: [] for site in found}
 
     def note(site: Site, _call: int, output: Tensor) -> Tensor:
-        spoken[site.name].append(output.grad_fn)
+        made_by[site.name].append(output.grad_fn)
         return output
 
     def forward(network: nn.Module, images: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def _trace(
     by_function = {node.grad_fn: node for node in graph.module2node.values()}
     nodes = {
         name: [by_function[made] for made in functions if made in by_function]
-        for name, functions in spoken.items()
+        for name, functions in made_by.items()
     }
     return graph, nodes
 
@@ -389,7 +389,7 @@ def _is_output(entry: Entry) -> bool:
     return "out" in entry.dependency.handler.__name__
 
 
-def _unheard(nodes: Sequence[Any], silent: set[int], plain: dict[int, str]) -> set[str]:
+def _unmasked(nodes: Sequence[Any], silent: set[int], plain: dict[int, str]) -> set[str]:
     """Layers that are read at these nodes and that no silent node stands for."""
     found: set[str] = set()
     seen: set[int] = set()

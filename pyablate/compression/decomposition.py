@@ -1,4 +1,4 @@
-"""Layers replaced by two smaller ones each, and that together with channel pruning."""
+"""Low-rank decomposition of layers by truncated SVD, also after channel pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A smaller network on disk, with all that is needed to run it: an exported program."""
+"""Export of a smaller network with its weights as a ``.pt2`` program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters pruned by the criteria of the literature."""
+"""Filter pruning by the criteria of the literature."""
 
 from __future__ import annotations
 

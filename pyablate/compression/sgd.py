@@ -1,4 +1,4 @@
-"""Short training of a network: the loop that fine-tuning and soft filter pruning share."""
+"""The training loop (SGD) that fine-tuning and soft filter pruning share."""
 
 from __future__ import annotations
 

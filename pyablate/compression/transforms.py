@@ -1,4 +1,4 @@
-"""Ways to make the weights of a network cheaper: each a function from model to model.
+"""Weight compression: codebooks, quantized weights and masks, from model to model.
 
 Filters and decompositions are in files of their own. What they do to classes is for
 :func:`pyablate.compare` to say.

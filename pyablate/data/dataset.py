@@ -1,4 +1,4 @@
-"""Images and labels from whatever the caller has, checked, in batches of the engine's size."""
+"""The data of a run: images and labels from arrays, loaders or iterables, checked, in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against the number of units removed, in one order or another."""
+"""Cumulative ablation: accuracy against the number of units removed, in a given order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For each class, few units without which it is lost."""
+"""Minimal sets: for each class, few units whose removal takes it to chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two units do together beyond what each does alone."""
+"""Interactions: what ablating two units does beyond ablating each alone."""
 
 from __future__ import annotations
 

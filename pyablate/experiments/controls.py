@@ -1,4 +1,4 @@
-"""Is the damage of single units special? Against random directions, and between networks."""
+"""Controls: damage of units against that of random directions, and between networks."""
 
 from __future__ import annotations
 

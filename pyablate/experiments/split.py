@@ -1,4 +1,4 @@
-"""Images to choose units on, and other images to measure on."""
+"""Split of the images into halves: one to choose units on, one to measure on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which units an experiment is about."""
+"""Units and classes of an experiment by label, name or number."""
 
 from __future__ import annotations
 

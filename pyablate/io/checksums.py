@@ -1,4 +1,4 @@
-"""Checksums of a store, kept in its attributes: damage is told when the store is read.
+"""Checksums of a Zarr store, kept in its attributes: reading it detects corruption.
 
 A SHA-256 for each array, over all its files, and one for each attribute. What others add to the
 folder or to the attributes is not covered and does not matter.

@@ -1,4 +1,4 @@
-"""Which files of a folder are pyablate's own: nothing else in it is ever removed.
+"""Ownership of files: which of a run's folder pyablate wrote; nothing else is ever removed.
 
 People put notes, tables and stores into the folder of a run. Own is what has the name of a file
 that pyablate writes and, where checksums tell, its content.

@@ -1,4 +1,4 @@
-"""What an exported program (``.pt2``) may hold, checked before torch reads it.
+"""Security check of exported programs (``.pt2``) before torch reads them.
 
 ``torch.export.load`` trusts its file. It unpickles members that a flag of the archive marks as
 pickled, loads compiled libraries, evaluates the text of symbolic sizes as Python, imports modules

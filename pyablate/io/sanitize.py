@@ -1,4 +1,4 @@
-"""Names of layers and classes, shown without what they could do to a terminal or a picture."""
+"""Sanitised text: control characters in names of layers and classes are escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def visible(text: str, *, keep: str = "") -> str:
     Parameters
     ----------
     text : str
-        Of anybody's making.
+        Untrusted, such as a class name.
     keep : str
         Characters that stay as they are, such as the ends of lines of what we say ourselves.
     """

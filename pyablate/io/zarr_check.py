@@ -1,4 +1,4 @@
-"""What a Zarr group on disk may hold, checked before it is read."""
+"""Security check of Zarr groups before they are read: links, sizes, codecs, missing chunks."""
 
 from __future__ import annotations
 

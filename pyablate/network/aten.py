@@ -1,4 +1,4 @@
-"""Which operators are alike for the rules, and our names of activations."""
+"""Sets of ATen operators that the delta rules treat alike, and names of activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model to a graph: ``torch.export`` with the sites marked."""
+"""Capture of a model as a graph by ``torch.export``, with the sites marked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.runtime import interrupts
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 
 logger = logging.getLogger("pyablate")
 
@@ -64,7 +64,7 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with a_moment(), _quiet(), evaluation(model), hooked(model, sites, change):
+    with export_lock(), _quiet(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False

@@ -1,4 +1,4 @@
-"""Which filters make a unit, and which weights read it, in a captured network.
+"""Channel tracking: which filters make a unit, and which weights read it, in a captured network.
 
 Every channel of a tensor gets a number of its own, its tag, and the tags are carried along the
 graph through everything that keeps channels apart: activations, norms, pools, sums, views. Where
@@ -127,7 +127,7 @@ def tags_along(tagged: Tagged, axis: int) -> Tensor:
 
 
 def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged | None:
-    """Carry the tags through one node; None where channels mix or nobody knows."""
+    """Carry the tags through one node; None where channels mix or nothing is known."""
     first = next(iter(inputs.values()))
     target = node.target
     if target in WEIGHTED:

@@ -20,7 +20,7 @@ from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyablate.io.pt2_check import check_archive
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 
 MAX_BYTES = 64 << 30
 """Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
@@ -85,7 +85,7 @@ def load_exported(path: Path) -> nn.Module:
         )
     try:
         check_archive(path, max_bytes=MAX_BYTES)
-        with a_moment(), _only_tensors_unpickled(), _torch_silenced():
+        with export_lock(), _only_tensors_unpickled(), _torch_silenced():
             program = torch.export.load(path)
             _check_program(program, name)
             return ExportedModel(torch.export.unflatten(program))

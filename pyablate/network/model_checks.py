@@ -1,4 +1,4 @@
-"""A working copy of a model and its data, checked: they fit, images are independent."""
+"""Checks of a model and data before a run: finite weights, logits, independent images."""
 
 from __future__ import annotations
 

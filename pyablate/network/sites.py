@@ -1,4 +1,4 @@
-"""Which tensors of a network hold units, what they are called, and how they are selected.
+"""Sites, the tensors of a network that hold units: found, named and selected; forward hooks.
 
 A *site* is the output of a module (or of one call of it) that has the batch first and an axis
 whose entries are units: the channels of a map, the features of a fully connected layer, the
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyablate._validation import nearest
 from pyablate.network.exported import original_type
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 
 Kind = Literal["activation", "block", "layer"]
 
@@ -110,7 +110,7 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
         ``model`` is no module, or (in part) TorchScript, where hooks do not reach.
     """
     check_model(model)
-    with a_moment(), torch.inference_mode(False):  # whose tensors do not count their changes
+    with export_lock(), torch.inference_mode(False):  # whose tensors do not count their changes
         return _Survey(model, sample.clone()).sites()
 
 
@@ -175,7 +175,7 @@ def copied(model: nn.Module) -> nn.Module:
     Of a compiled one the network as it was.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    with a_moment():  # without hooks that another thread may have put on it
+    with export_lock():  # without hooks that another thread may have put on it
         history = {
             id(value): value.detach().clone()
             for module in model.modules()
@@ -338,7 +338,7 @@ class _Survey:
         if len(calls) == 1:
             return [site]
         # A module without weights that is called twice is two layers that share an object; one
-        # with weights is one set of units that speaks twice.
+        # with weights is one set of units that is used twice.
         separate = not any(True for _ in call.module.parameters())
         one_call = replace(
             site,
@@ -352,7 +352,7 @@ class _Survey:
 
     def _kind(self, call: _Call, known: bool) -> Kind:
         kind = original_type(call.module)
-        holds_others = issubclass(kind, nn.Sequential)  # and is heard through its last module
+        holds_others = issubclass(kind, nn.Sequential)  # whose output is that of its last module
         if call.feeds_activation and not holds_others:
             return "activation"
         if issubclass(kind, _ACTIVATIONS):
@@ -421,7 +421,7 @@ class _Survey:
 
 
 class _Activations(TorchFunctionMode):
-    """Notices functional activations: their unit speaks at the module that feeds them."""
+    """Notices functional activations: the site is the module that feeds them."""
 
     def __init__(self, survey: _Survey) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
 from pyablate.results.record import Flips
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 from pyablate.runtime.progress import Report, reporting
 
 Change = Callable[[int, Tensor], Tensor | None]
@@ -245,7 +245,7 @@ class _Loop:
             for name in changes:
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook_of(name)))
-            with a_moment(), torch.no_grad():
+            with export_lock(), torch.no_grad():
                 values = forward(self.model, images)
         finally:
             for handle in handles:

@@ -1,4 +1,4 @@
-"""The plain hook loop, timed: what the same job costs when it is written the usual way.
+"""Timing of the plain hook loop: what the same job costs when it is written the usual way.
 
 A careful user writes it like this: evaluation mode, ``inference_mode``, the memory layout and the
 batch size that are fastest here, one forward hook that zeroes one unit in place, and a full

@@ -1,4 +1,4 @@
-"""The images that activate each unit most, in one pass that keeps a few of them per unit."""
+"""Most activating images of each unit, in one pass that keeps a few of them per unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays inside JSON: compressed, so that a unit x class matrix takes little room in a page."""
+"""Typed arrays in JSON: gzip and base64."""
 
 from __future__ import annotations
 

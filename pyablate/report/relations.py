@@ -1,4 +1,4 @@
-"""Attributes of units in a report, and how they go with the drops."""
+"""Attributes of units in a report, and their correlations with the drops."""
 
 from __future__ import annotations
 

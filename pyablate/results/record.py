@@ -1,4 +1,4 @@
-"""What an ablation found: the flips, and everything that follows from them.
+"""The record of an ablation: flips, audit, and the accuracies and drops that follow.
 
 One ablation changes few predictions, so the record is the list of *flips*: for each ablated unit
 the images whose prediction changed, and to which class. Together with the baseline predictions

@@ -1,4 +1,4 @@
-"""What a run is told by: hashes of model, data and options, and the versions that computed it."""
+"""Fingerprint of a run: hashes of model, data and options, and the versions that computed it."""
 
 from __future__ import annotations
 

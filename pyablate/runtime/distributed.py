@@ -1,4 +1,4 @@
-"""Several processes on one run: who does what, and the little that they tell each other.
+"""Distributed runs: ranks, their parts of the images, and what they broadcast and reduce.
 
 Every process reads its own images and writes its own blocks to the folder they share; what goes
 over the wire is where to begin, and sums of activations where an intervention needs means.
@@ -161,7 +161,7 @@ def started_by_torchrun() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process reports for all."""
     return os.environ.get("RANK", "0") == "0" or not started_by_torchrun()
 
 

@@ -1,4 +1,4 @@
-"""What each attribute is: formula, source, whether it survives rescaling, what it is made from."""
+"""Catalog of attributes: formula, source, family, invariance to rescaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributes on disk: a table of the values per unit, or everything as a Zarr group."""
+"""Attributes on disk: a CSV table, one row per unit, or a Zarr group."""
 
 from __future__ import annotations
 

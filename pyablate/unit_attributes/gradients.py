@@ -1,4 +1,4 @@
-"""First-order estimates of what a unit does for the loss."""
+"""Gradient attributes: first-order estimates of a unit's effect on the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over the data: what every attribute of activations and gradients is made from."""
+"""One pass over the data with hooks: moments and gradients of the maps, for the attributes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def observe(
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode, nobody else's.
+        In evaluation mode; hooks come and go.
     data : Data
         Images and labels.
     sites : sequence of Site

@@ -20,9 +20,9 @@ ENERGY = 0.9
 def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Tensor]]:
     """Attributes of the weights by site, float64 ``[C]``; NaN where a unit has none.
 
-    Filters that are summed before the unit speaks, as in a residual block, count together; an
+    Filters that are summed before the unit is activated, as in a residual block, count together; an
     identity shortcut has no filter. The spectrum is that of the one layer that makes the unit, and
-    batch norm speaks for a unit only where the unit is one channel of it, not of a sum.
+    batch norm counts for a unit only where the unit is one channel of it, not of a sum.
 
     Parameters
     ----------
