@@ -255,3 +255,19 @@ def _text(text: str) -> str:
 def fingerprint(identity: Mapping[str, Any] | Sequence[Any]) -> str:
     """Hash an identity."""
     return _text(json.dumps(identity, sort_keys=True))
+
+
+def table_fingerprint(model: nn.Module, data: Any, choices: Any) -> str:
+    """Hash what a table of ablations depends on: modules, weights, all images, choices as JSON.
+
+    Short, since it stands in each row. Unlike :func:`identify` it needs no captured network.
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(value.detach().cpu()))
+    for batch in Data(data, dtype=torch.float32, device=torch.device("cpu")).batches(1024):
+        digest.update(_bytes(batch.images))
+        digest.update(_bytes(batch.labels))
+    digest.update(json.dumps(choices).encode())
+    return digest.hexdigest()[:16]
