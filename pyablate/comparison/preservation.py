@@ -135,10 +135,6 @@ def attributions_preserved(
     batch_size : int
         Images at a time.
 
-    Returns
-    -------
-    Preservation
-
     Raises
     ------
     ImportError

@@ -112,10 +112,6 @@ def finetune(
     progress : bool or callable, optional
         As for :func:`pyablate.ablate`.
 
-    Returns
-    -------
-    FineTuned
-
     Raises
     ------
     ValueError, TypeError

@@ -90,10 +90,6 @@ def cumulative(
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
 
-    Returns
-    -------
-    Cumulative
-
     Raises
     ------
     ValueError, TypeError

@@ -77,10 +77,6 @@ def minimal_sets(
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
 
-    Returns
-    -------
-    MinimalSets
-
     Raises
     ------
     ValueError, TypeError

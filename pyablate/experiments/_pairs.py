@@ -52,10 +52,6 @@ def pairs(
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
 
-    Returns
-    -------
-    Pairs
-
     Raises
     ------
     ValueError, TypeError

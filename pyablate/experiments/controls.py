@@ -129,10 +129,6 @@ def rotation_control(
     class_names, **options
         As for :func:`pyablate.ablate`.
 
-    Returns
-    -------
-    RotationControl
-
     Raises
     ------
     ValueError, TypeError

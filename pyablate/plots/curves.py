@@ -42,10 +42,6 @@ def cumulative_curves(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default a new figure.
 
-    Returns
-    -------
-    matplotlib.axes.Axes
-
     Raises
     ------
     ImportError
@@ -77,10 +73,6 @@ def prune_curves(
         Columns, for example ``"flops"`` and ``"worst_class_accuracy"``.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
 
     Raises
     ------

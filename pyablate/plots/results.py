@@ -82,10 +82,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -150,10 +146,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -203,10 +195,6 @@ class ResultPlots:
             :func:`pyablate.analysis.statistics.significance`.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
 
         Raises
         ------
@@ -280,10 +268,6 @@ class ResultPlots:
             Of everything random.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
 
         Raises
         ------

@@ -97,10 +97,6 @@ def hook_loop_seconds(
         A run over the same data with ``intervention="zero"``. The predictions of the loop are
         compared with its own.
 
-    Returns
-    -------
-    HookLoopTiming
-
     Raises
     ------
     ValueError
