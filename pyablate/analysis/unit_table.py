@@ -23,13 +23,8 @@ _LABELS = ("unit", "label")  # columns of a CSV file that may hold the unit labe
 def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
     """Return the variables with one value per unit, a row for each unit of the result, in order.
 
-    Parameters
-    ----------
-    table : xarray.Dataset or pandas.DataFrame
-        Over the coordinate ``unit`` or indexed by unit labels (``"layer:unit"``). Further units,
-        and variables with further dimensions, are left out.
-    result : AblationResult
-        Whose units are wanted.
+    The table is over the coordinate ``unit`` or indexed by unit labels (``"layer:unit"``). Further
+    units, and variables with further dimensions, are left out.
     """
     frame = table_frame(table)
     index = frame.index.astype(str)

@@ -99,21 +99,9 @@ def evaluate(
 ) -> Evaluation:
     """Run a network over the data.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode, in the dtype and on the device of the data.
-    data : Data
-        Images and labels.
-    batch_size : int, optional
-        Images per forward pass; by default 64 on a CPU, whose caches hold no more, or 256.
-    exact : callable, optional
-        The same network in float64; by default a copy of it.
-
-    Returns
-    -------
-    Evaluation
-        Predictions are those of the network in float64, exact ties and near ties apart.
+    The model is in evaluation mode, in the dtype and on the device of the data; ``exact`` is the
+    same network in float64, by default a copy. By default 64 images at a time on a CPU, whose
+    caches hold no more, or 256. Predictions are those in float64, near ties apart.
     """
     keep_freed_blocks()
     exact = exact or copied(model).double()

@@ -159,17 +159,7 @@ class _Points:
 
 
 class Silenced(nn.Module):
-    """A network with some units at zero.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    found : sequence of Site
-        Its sites.
-    units : iterable of str
-        Labels ``"layer:unit"``.
-    """
+    """A network ``model``, whose sites are ``found``, with some units ``"layer:unit"`` at zero."""
 
     def __init__(self, model: nn.Module, found: Sequence[Site], units: Iterable[str]) -> None:
         super().__init__()

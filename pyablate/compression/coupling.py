@@ -121,13 +121,7 @@ class Coupling:
         return self._group_of[site.name, unit]
 
     def selected(self, layers: str | Sequence[str] | None) -> list[Coupled]:
-        """Return coupled units with at least one in the layers, in the order of the network.
-
-        Parameters
-        ----------
-        layers : str or sequence of str, optional
-            Names or globs, see :func:`pyablate.select`; None takes all.
-        """
+        """Coupled units with one at least in the layers, or all, in the order of the network."""
         if layers is None:
             return self.classes
         wanted = {

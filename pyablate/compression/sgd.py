@@ -23,14 +23,8 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class Schedule:
     """How a network is trained: stochastic gradient descent, the rate falling along a cosine to 0.
 
-    Attributes
-    ----------
-    epochs, batch_size, seed : int
-        Passes over the data, images per step, and what order and dropout are drawn from.
-    learning_rate, momentum, weight_decay : float
-        Of the descent; the rate is that of the first step.
-    augment : callable, optional
-        Of a batch of images and a ``torch.Generator``; returns the images to train on.
+    Order and dropout are drawn from the seed; ``augment`` takes a batch of images and a
+    ``torch.Generator`` and returns the images to train on.
     """
 
     epochs: int
@@ -64,26 +58,10 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train a network in place and leave it in evaluation mode.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network; parameters that need no gradient stay as they are.
-    data : Data
-        Held in memory.
-    loss : callable
-        Of images and labels, run with the network in training mode.
-    schedule : Schedule
-        How.
-    after_epoch : callable
-        Called behind every epoch, without gradients.
-    report : callable
-        Progress, in steps.
-
-    Returns
-    -------
-    list of dict
-        One per epoch: ``epoch`` (from 1), ``learning_rate`` at its first step, ``loss``,
-        ``cross_entropy`` and ``penalty``, means over its steps.
+    Parameters that need no gradient stay as they are. The loss is run with the network in training
+    mode, ``after_epoch`` without gradients. Returns for each epoch its number (from 1), the
+    ``learning_rate`` at its first step, and the means over its steps of ``loss``, ``cross_entropy``
+    and ``penalty``. An error if nothing can be trained or the loss is no longer finite.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

@@ -109,14 +109,7 @@ def soft_filter_pruning(
 def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
     """Set to zero, in place, the filters that make the units; biases and batch norm stay.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Of the same modules as the network of the coupling.
-    coupling : Coupling
-        What makes which unit.
-    units : iterable of str
-        Labels ``"layer:unit"``.
+    The model has the same modules as the network of the coupling.
     """
     for dependency, channels in coupling.channels(units):
         module = dependency.target.module

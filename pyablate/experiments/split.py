@@ -18,13 +18,7 @@ Images = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """Labelled images in two parts.
-
-    Attributes
-    ----------
-    choosing, measuring : tuple of Tensor
-        Images ``[N, ...]`` and int64 labels ``[N]``.
-    """
+    """Labelled images in two parts, each with images ``[N, ...]`` and int64 labels ``[N]``."""
 
     choosing: Images
     measuring: Images

@@ -19,12 +19,8 @@ _STORE = ("zarr.json", ".zgroup", ".zarray")
 def check_file(path: Path, what: str = "output") -> None:
     """Fail now rather than after the run if a file cannot be written; nothing is made yet.
 
-    Parameters
-    ----------
-    path : Path
-        Of the file; a symbolic link stands for what it leads to.
-    what : str
-        The argument or option that names it, for the message.
+    A symbolic link stands for what it leads to; ``what`` names the argument in the message. Refused
+    are folders and devices, and places inside a Zarr store.
     """
     _check_kind(path, what)
     target = Path(os.path.realpath(path))
@@ -54,19 +50,10 @@ def _check_kind(path: Path, what: str) -> None:
 
 @contextmanager
 def whole(path: Path, what: str = "output") -> Iterator[Path]:
-    """Give a place to write a file to, and put it where it belongs once it is complete.
+    """Give a scratch file to write, and move it to ``path`` once it is complete.
 
-    Parameters
-    ----------
-    path : Path
-        Of the file; the target of a symbolic link is replaced, not the link.
-    what : str
-        The argument or option that names it, for the message.
-
-    Yields
-    ------
-    Path
-        A file of the same name in a folder beside it, which goes in any case.
+    It lies in a folder beside the target, which goes in any case. The target of a symbolic link is
+    replaced, not the link; ``what`` names the argument in messages.
     """
     check_file(path, what)
     target = Path(os.path.realpath(path))

@@ -46,13 +46,7 @@ def sealed(folder: Path) -> dict[str, str] | None:
 
 
 def check(folder: Path) -> bool:
-    """Compare a store with its checksums.
-
-    Returns
-    -------
-    bool
-        False if there are none.
-    """
+    """Compare a store with its checksums: False if it has none, an error if it is damaged."""
     attributes = attributes_of(folder)
     held = _held(attributes)
     if held is None:

@@ -64,12 +64,8 @@ def check_in_the_way(path: Path) -> None:
 def own_arrays(folder: Path, *described: Path) -> list[str]:
     """Name the arrays in a folder that may be removed, or moved.
 
-    Parameters
-    ----------
-    folder : Path
-        Where they are.
-    described : Path
-        Folders one of which may have the attributes of the result to which they belong.
+    One of the folders ``described`` may have the attributes of the result to which they belong.
+    Refused is what has the name of such an array and is another, or holds something else.
     """
     ours = [place for place in described if "pyablate_format" in checksums.attributes_of(place)]
     try:
@@ -120,16 +116,8 @@ def is_own_in_blocks(name: str) -> bool:
 def clear_blocks(blocks: Path, *, keep: str = "", below: str = "") -> None:
     """Remove what runs have written among their blocks, and the folders that this leaves empty.
 
-    The manifest, which tells whose they are, goes last.
-
-    Parameters
-    ----------
-    blocks : Path
-        The folder.
-    keep : str
-        One file to leave there.
-    below : str
-        Only this folder in it.
+    Only those in the folder ``below``, and not the file ``keep``. The manifest, which tells whose
+    they are, goes last.
     """
     for place, _, files in os.walk(blocks / below, topdown=False):
         for name in sorted(files, key=lambda name: name == "manifest.json"):

@@ -48,12 +48,8 @@ _EXPRESSIONS = (
 def check_archive(path: Path, *, max_bytes: int) -> None:
     """Refuse an archive whose reading could do anything but make tensors and a graph.
 
-    Parameters
-    ----------
-    path : Path
-        A zip archive.
-    max_bytes : int
-        Limit of all unpacked members and of all tensors together.
+    So may be none of pickled objects, compiled code, text that is no size, operators that are not
+    torch's, and more than ``max_bytes`` of unpacked members or of tensors.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

@@ -91,18 +91,8 @@ def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
 def norms_to_fold(model: nn.Module, sample: Tensor) -> list[tuple[str, str]]:
     """Name each convolution or linear layer that batch norm alone reads, with that norm.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode. Its code is followed on symbols.
-    sample : Tensor
-        A batch of inputs, ``[N, ...]``, on which the folded network is tried.
-
-    Returns
-    -------
-    list of (str, str)
-        Empty where the code cannot be followed or the folded network is another one; folding saves
-        time, no more.
+    The code of the model, in evaluation mode, is followed on symbols, and the folded network tried
+    on a batch of inputs. Nothing is named where that fails: folding saves time, no more.
     """
     try:
         graph = fx.Tracer().trace(model)
@@ -122,14 +112,9 @@ def norms_to_fold(model: nn.Module, sample: Tensor) -> list[tuple[str, str]]:
 
 
 def fold_norms(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Scale weights by the norms that read them and let the norms hand on what they get.
+    """Scale weights by the norms that read them, in place; the norms hand on what they get.
 
-    Parameters
-    ----------
-    model : nn.Module
-        It is changed.
-    pairs : list of (str, str)
-        From :func:`norms_to_fold` of this network, or of one with more channels.
+    The pairs are from :func:`norms_to_fold` of this network, or of one with more channels.
     """
     for before, behind in pairs:
         weighted: Any = model.get_submodule(before)

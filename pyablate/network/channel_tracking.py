@@ -43,14 +43,8 @@ ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
 class Tagged:
     """A tensor that carries tags: 0 where it holds none, NaN where two meet.
 
-    Attributes
-    ----------
-    tags : Tensor
-        float64, the shape of the node's tensor for two images.
-    spoken : int
-        Activation functions passed on the way.
-    summed : bool
-        Whether the way led through a sum with something else.
+    ``tags`` are float64, in the shape of the node's tensor for two images; ``spoken`` counts the
+    activation functions passed on the way, and ``summed`` tells of a sum with something else.
     """
 
     tags: Tensor
@@ -79,22 +73,9 @@ def follow(
 ) -> dict[fx.Node, Tagged]:
     """Carry one tag per channel of ``start`` (from 1 on) as far as channels stay apart.
 
-    Parameters
-    ----------
-    graph : Graph
-        The captured network.
-    start : fx.Node
-        A node that holds one tensor.
-    axis : int
-        Of its channels.
-    onwards : callable
-        Told a node and what arrived there; whether to go on behind it.
-
-    Returns
-    -------
-    dict
-        What arrived at each node: the tags of its output; for weights, which are not passed,
-        those of their input.
+    ``onwards`` is told a node and what arrived there, and says whether to go on behind it. Returns
+    what arrived at each node: the tags of its output; for weights, which are not passed, those of
+    their input.
     """
     shape = graph.shape(start, ROWS)
     line = [1] * len(shape)
@@ -249,19 +230,11 @@ class Link:
 
 
 def makers(graph: Graph, starts: Sequence[fx.Node], axes: dict[str, int]) -> dict[str, list[Link]]:
-    """Links from weights or batch norms to the sites that their channels become.
+    """Links from weights or batch norms, ``starts``, to the sites that their channels become.
 
-    A way ends at the second activation function, and behind the first one at a sum: what is added
-    there belongs to an earlier unit, which has spoken already.
-
-    Parameters
-    ----------
-    graph : Graph
-        The captured network, batch norm not folded.
-    starts : sequence of fx.Node
-        Where to begin.
-    axes : dict
-        Axis of the units of each site, by name.
+    Batch norm must not be folded; ``axes`` gives the axis of each site's units by name. A way ends
+    at the second activation function, and behind the first one at a sum: what is added there
+    belongs to an earlier unit, which has been activated already.
     """
 
     def onwards(node: fx.Node, arrived: Tagged) -> bool:

@@ -70,7 +70,8 @@ def load_exported(path: Path) -> nn.Module:
     """Load an exported program (``.pt2``) as a module whose submodules carry their names.
 
     The archive is checked before torch reads it (:mod:`pyablate.io.pt2_check`): unpickling is
-    restricted to tensors, the graph to operators of torch that compute.
+    restricted to tensors, the graph to operators of torch that compute. Refused are programs in
+    training mode, with a fixed batch size, or with other than one tensor in and one out.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: expected an exported program, found no file {str(path)!r}")

@@ -29,21 +29,9 @@ def most_activating(
 ) -> Ints:
     """Find the images with the largest A, the mean of a unit's map over its positions.
 
-    Parameters
-    ----------
-    model, data
-        Those of the run, as for :func:`pyablate.ablate`. A generator is read to its end.
-    result : Record
-        Whose units; groups have no map of their own.
-    count : int
-        Images per unit, the largest A first; of equal ones the first image.
-    device : str or torch.device, optional
-        Where to work; by default where the model is.
-
-    Returns
-    -------
-    ndarray
-        int64 ``[unit, count]``, image indices; -1 where there are no more images and for groups.
+    Model and data are those of the run. Returns int64 ``[unit, count]``, the largest A first, of
+    equal ones the first image; -1 where there are no more images, and for groups, which have no map
+    of their own.
     """
     found = np.full((len(result.units), count), -1, dtype=np.int64)
     with undisturbed():

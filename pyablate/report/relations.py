@@ -21,18 +21,8 @@ _RESAMPLES = 300
 def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any]:
     """Gather attributes and their rank correlations with the drops, layer by layer.
 
-    Parameters
-    ----------
-    result : Record
-        What was ablated.
-    table : xarray.Dataset or pandas.DataFrame
-        As for :func:`pyablate.correlate`.
-
-    Returns
-    -------
-    dict
-        ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
-        layer, target and attribute that has one.
+    ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
+    layer, target and attribute that has one.
     """
     columns = attribute_columns(aligned(table, result), None)
     targets = [*TARGETS, *measures(result)]

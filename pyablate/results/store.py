@@ -59,14 +59,8 @@ def replacing(
 ) -> None:
     """Let ``write`` make a folder beside ``path``, and move it there when it is complete.
 
-    Parameters
-    ----------
-    path : path-like
-        Folder to create.
-    write : callable
-        Makes the folder that it is given.
-    kind : type
-        Of the format of what may be replaced: a number for results, a word for other stores.
+    ``kind`` is that of the format of what may be replaced: a number for results, a word for other
+    stores.
     """
     target = Path(path)
     replace_folder(target, write, lambda: _check_replaceable(target, kind))
@@ -158,13 +152,7 @@ def _within(numbers: np.ndarray, stop: int) -> bool:
 
 
 def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:
-    """Fail now rather than after an hour if a result cannot be written at ``path``.
-
-    Parameters
-    ----------
-    path, kind
-        As :func:`replacing` takes them.
-    """
+    """Fail now rather than after an hour if :func:`replacing` cannot write at ``path``."""
     _check_replaceable(Path(path), kind)
     scratch_beside(Path(path)).cleanup()
 

@@ -30,15 +30,7 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run.
-
-    Attributes
-    ----------
-    number : int
-        Which of them this is, from 0.
-    count : int
-        How many there are.
-    """
+    """The processes of one run: the number of this one, from 0, and how many there are."""
 
     number: int = 0
     count: int = 1
@@ -108,19 +100,9 @@ class Ranks:
 
 @contextmanager
 def taking_part(distributed: bool, device: str | torch.device | None) -> Iterator[Ranks]:
-    """Find this process's place among those that `torchrun` started.
+    """Find this process's place among those of `torchrun`; one alone unless ``distributed``.
 
-    Parameters
-    ----------
-    distributed : bool
-        Whether this run is shared at all.
-    device : str or torch.device, optional
-        Where the work is done: NCCL serves GPUs, gloo everything else.
-
-    Yields
-    ------
-    Ranks
-        One process alone unless ``distributed``.
+    Where the work is done on a GPU they talk by NCCL, elsewhere by gloo.
     """
     if not distributed:
         yield Ranks()

@@ -25,15 +25,7 @@ DETECTOR = 0.04
 
 @dataclass(frozen=True)
 class Masks:
-    """Where the concepts are, image by image.
-
-    Attributes
-    ----------
-    values : array
-        ``[N, M, H, W]``, anything that is indexed by a slice of images; not 0 means present.
-    names : tuple of str
-        One per concept.
-    """
+    """Where the concepts are: ``[N, M, H, W]``, not 0 where present, and one name per concept."""
 
     values: Any
     names: tuple[str, ...]

@@ -73,27 +73,11 @@ def observe(
     gradients: bool = False,
     report: Callable[[int], None] = lambda done: None,
 ) -> Observations:
-    """Run the network once over the data and watch the sites.
+    """Run the network, in evaluation mode, once over the data and watch the sites.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode; hooks come and go.
-    data : Data
-        Images and labels.
-    sites : sequence of Site
-        What to watch.
-    repeated : frozenset of str
-        Sites whose module is called several times in a pass: the positions of all its calls are
-        taken together.
-    classes : int
-        Number of logits.
-    batch_size : int
-        Images at a time.
-    gradients : bool
-        Whether to run backward as well.
-    report : callable
-        Gets the number of images done.
+    Sites in ``repeated`` have a module that is called several times in a pass: the positions of all
+    its calls are taken together. With ``gradients`` the pass goes backward as well; ``report`` gets
+    the number of images done.
     """
     keep_freed_blocks()
     watched = _Watch(sites, repeated, len(data), gradients)
