@@ -67,3 +67,9 @@ def nearest(given: object, known: Iterable[object], count: int = 3) -> str:
     names = [str(name) for name in islice(known, 10_000)]  # of a million labels, some will do
     near = difflib.get_close_matches(str(given), names, n=count, cutoff=0.3) or names[:5]
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type: those of torch may run to a page."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

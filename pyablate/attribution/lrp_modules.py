@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from pyablate._validation import first_line
 from pyablate.network.batch_norm import fold_norms, norms_behind
 from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
@@ -102,7 +103,7 @@ def traceable(
     try:
         traced = fx.symbolic_trace(copy.deepcopy(model))
     except Exception as error:  # tracing fails in as many ways as there are networks
-        raise Unsupported(str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise Unsupported(first_line(error)) from error
     behind = {site.name: _last_node(traced.graph, site) for site in sites}
     _to_modules(traced)
     _fold_batch_norm(traced)

@@ -77,7 +77,7 @@ def attribution_maps(
             attribute = _integrated_gradients(model, steps)
         parts = [
             attribute(part, classes).detach().sum(1).double().cpu()
-            for part, classes in _parts(images, target, batch_size)
+            for part, classes in parts_of(images, target, batch_size)
         ]
     found: Floats = torch.cat(parts).numpy()
     return found
@@ -134,7 +134,7 @@ def _relevance(model: nn.Module, images: Tensor) -> Method:
     return attribute
 
 
-def _parts(images: Tensor, target: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_of(images: Tensor, target: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images, ready for gradients, and their classes, a few at a time."""
     for part, classes in zip(images.split(size), target.split(size), strict=True):
         yield part.detach().clone().requires_grad_(), classes.to(part.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyablate._validation import first_line
 from pyablate.compression._rank import Ranking
 from pyablate.compression.coupling import Coupling
 from pyablate.network import near_tie
@@ -132,7 +133,7 @@ def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, 
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "model: the network does not run with fewer channels, sizes may be written into its "
-            f"code: {str(error).strip().splitlines()[0]}"
+            f"code: {first_line(error)}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from pyablate._validation import first_line
 from pyablate.network.sites import (
     Site,
     check_model,
@@ -339,7 +340,7 @@ def _trace(
             graph.build_dependency(model, sample, forward_fn=forward, verbose=False)
         except (RuntimeError, AssertionError, AttributeError) as error:
             raise ValueError(
-                f"model: Torch-Pruning cannot follow this network: {str(error).splitlines()[0]}"
+                f"model: Torch-Pruning cannot follow this network: {first_line(error)}"
             ) from error
     by_function = {node.grad_fn: node for node in graph.module2node.values()}
     nodes = {

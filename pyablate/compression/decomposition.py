@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate._validation import first_line
 from pyablate.compression.filters import prune_filters
 from pyablate.compression.transforms import Transformed, float_bits, overwrite, weighted
 from pyablate.network.batch_norm import module_scale, norms_behind
@@ -115,8 +116,8 @@ def _norm_scales(model: nn.Module) -> dict[str, Tensor]:
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # tracing fails in as many ways as there are networks
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"rectify: torch.fx cannot trace this network: {reason[0]}") from error
+        reason = first_line(error)
+        raise ValueError(f"rectify: torch.fx cannot trace this network: {reason}") from error
     found = {layer: model.get_submodule(norm) for layer, norm in norms_behind(graph, model)}
     return {layer: module_scale(n) for layer, n in found.items() if n.running_var is not None}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import first_line
 from pyablate.io.atomic import whole
+from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
 from pyablate.network.sites import copied
 
@@ -44,13 +45,13 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
     # A batch of one would be taken for a constant.
     batch = two_images(sample).detach()
     dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch
+    with quiet_export():
         try:
             with torch.no_grad():
                 program = torch.export.export(work, (batch,), dynamic_shapes=dynamic)
         except Exception as error:  # export fails in as many ways as there are networks
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise ValueError(f"model: torch.export cannot capture it: {reason[0]}") from error
+            raise ValueError(
+                f"model: torch.export cannot capture it: {first_line(error)}"
+            ) from error
         with whole(target, "path") as fresh:
             torch.export.save(program, fresh)

@@ -13,9 +13,9 @@ from pyablate._validation import check_choice, check_fraction
 from pyablate.comparison.evaluation import prepared
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.filters import BY_WEIGHTS, filter_ranking
+from pyablate.compression.filters import BY_WEIGHTS, filter_ranking, without_units
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
-from pyablate.compression.transforms import FLOAT_BITS, Transformed
+from pyablate.compression.transforms import Transformed
 from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
 from pyablate.runtime.determinism import undisturbed
@@ -97,13 +97,7 @@ def soft_filter_pruning(
         loss = cross_entropy(trained)
         history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
         removal = remove(trained, zero, sample)
-    return Transformed(
-        removal.model,
-        FLOAT_BITS * removal.after.parameters,
-        FLOAT_BITS * removal.before.parameters,
-        removed=removal.units,
-        history=pd.DataFrame(history),
-    )
+    return without_units(removal, pd.DataFrame(history))
 
 
 def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:

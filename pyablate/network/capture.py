@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -14,15 +10,14 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from pyablate._validation import first_line
 from pyablate.network.batch_norm import fold_batch_norm
+from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.runtime import interrupts
-from pyablate.runtime.locks import export_lock
-
-logger = logging.getLogger("pyablate")
 
 
 class CaptureError(Exception):
@@ -64,35 +59,14 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with export_lock(), _quiet(), evaluation(model), hooked(model, sites, change):
+    with quiet_export(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False
             )
             return cast(torch.export.ExportedProgram, program.run_decompositions({}))
         except Exception as error:  # torch.export raises many types; each means the same here
-            reason = str(error).strip().splitlines()
-            raise CaptureError(f"torch.export: {reason[0] if reason else error!r}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's deprecations and its report of a failed export: ours says it in one line."""
-    loggers = [
-        logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
-    ]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
-    try:
-        # torch writes the graph of a failed export straight to standard error
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
-            warnings.simplefilter("ignore")
-            yield
-        logger.debug("torch.export: %s", said.getvalue())
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
+            raise CaptureError(f"torch.export: {first_line(error)}") from error
 
 
 def _read(program: torch.export.ExportedProgram) -> Graph:

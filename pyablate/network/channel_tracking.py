@@ -24,7 +24,7 @@ from pyablate.network.aten import (
     NAMED,
     SAME,
     STRUCTURE,
-    SUBTRACTIONS,
+    SUMS,
 )
 from pyablate.network.graph import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function
 
@@ -32,7 +32,6 @@ aten = torch.ops.aten
 
 ACTIVATIONS = ELEMENTWISE | NAMED | {aten.prelu.default}
 NORMS = frozenset({aten.layer_norm.default, aten.group_norm.default})
-ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar}) | DIVISIONS
 WEIGHTED = CONVOLUTIONS | {aten.linear.default}
 AVERAGES = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default})
@@ -121,7 +120,7 @@ def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged 
         return Tagged(first.tags, first.spoken + 1, first.summed)
     if target in LINEAR_POOLS or target in MAX_POOLS:
         return _pooled(graph, node, first)
-    if target in ADDITIONS or target in PRODUCTS:
+    if target in SUMS or target in PRODUCTS:
         return _joined(graph, node, inputs)
     if target in AVERAGES:
         return _averaged(graph, node, first)
@@ -175,7 +174,7 @@ def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagge
     for one in tagged[1:]:
         tags = torch.where(one.tags == tags, tags, torch.nan)
     more = len(node.all_input_nodes) == 2 and (bool(others) or len(tagged) > 1)
-    summed = more and node.target in ADDITIONS
+    summed = more and node.target in SUMS
     return Tagged(
         tags,
         max(one.spoken for one in tagged),
@@ -238,7 +237,7 @@ def makers(graph: Graph, starts: Sequence[fx.Node], axes: dict[str, int]) -> dic
     """
 
     def onwards(node: fx.Node, arrived: Tagged) -> bool:
-        return arrived.spoken < 1 or (arrived.spoken == 1 and node.target not in ADDITIONS)
+        return arrived.spoken < 1 or (arrived.spoken == 1 and node.target not in SUMS)
 
     found: dict[str, list[Link]] = {name: [] for name in axes}
     for start in starts:

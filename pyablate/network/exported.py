@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import cast
 
@@ -19,8 +20,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from pyablate._validation import first_line
 from pyablate.io.pt2_check import check_archive
 from pyablate.runtime.locks import export_lock
+
+logger = logging.getLogger("pyablate")
 
 MAX_BYTES = 64 << 30
 """Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
@@ -86,7 +90,7 @@ def load_exported(path: Path) -> nn.Module:
         )
     try:
         check_archive(path, max_bytes=MAX_BYTES)
-        with export_lock(), _only_tensors_unpickled(), _torch_silenced():
+        with quiet_export(), _only_tensors_unpickled():
             program = torch.export.load(path)
             _check_program(program, name)
             return ExportedModel(torch.export.unflatten(program))
@@ -98,7 +102,8 @@ def load_exported(path: Path) -> nn.Module:
         if isinstance(error, ValueError) and str(error).startswith("model:"):
             raise
         # The archive reader raises whatever the damage leads to.
-        raise ValueError(f"model: {name!r} could not be loaded ({_one_line(error)})") from error
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise ValueError(f"model: {name!r} could not be loaded ({reason})") from error
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
@@ -131,16 +136,26 @@ def _only_tensors_unpickled() -> Iterator[None]:
 
 
 @contextmanager
-def _torch_silenced() -> Iterator[None]:
-    # Deprecations raised while torch rebuilds the graph, and its traceback of what our error tells.
-    log = logging.getLogger("torch.export")
-    before, log.disabled = log.disabled, True
+def quiet_export() -> Iterator[None]:
+    """Hold the lock of torch.export, silence its deprecations, and log its report of a failure.
+
+    Ours says in one line what failed.
+    """
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
+    ]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        # torch writes the graph of a failed export straight to standard error
+        with export_lock(), warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
+            warnings.simplefilter("ignore")
             yield
+        logger.debug("torch.export: %s", said.getvalue())
     finally:
-        log.disabled = before
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _check_program(program: torch.export.ExportedProgram, name: str) -> None:
@@ -181,8 +196,3 @@ def _is_training(node: torch.fx.Node) -> bool:
             given = node.args[position] if position < len(node.args) else None
             return node.kwargs.get(argument.name, given) is True
     return False
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from pyablate._validation import first_line
 from pyablate.runtime import chunking
 
 aten = torch.ops.aten
@@ -66,8 +67,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         where = torch.device(device)
         torch.zeros(1, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]  # torch's own messages run to a page
-        raise ValueError(f"device: {device!r} cannot be used here: {reason}") from None
+        raise ValueError(f"device: {device!r} cannot be used here: {first_line(error)}") from None
     return where
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_names
+from pyablate._validation import check_names, first_line
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
 from pyablate.network.forward import (
@@ -76,7 +76,7 @@ def open_up(
     except RuntimeError as error:
         raise ValueError(
             f"data: the model fails on images of shape {list(sample.shape[1:])}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     classes = data.classes = _count_classes(work, sample)
     _check_independence(work, sample)
