@@ -137,10 +137,13 @@ def _only_tensors_unpickled() -> Iterator[None]:
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Hold the lock of torch.export, silence its deprecations, and log its report of a failure.
+    """Hold the lock of torch.export, and silence it meanwhile: our errors take one line."""
+    with export_lock(), _silenced():
+        yield
 
-    Ours says in one line what failed.
-    """
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     loggers = [
         logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
     ]
@@ -149,7 +152,7 @@ def quiet_export() -> Iterator[None]:
         one.setLevel(logging.CRITICAL)
     try:
         # torch writes the graph of a failed export straight to standard error
-        with export_lock(), warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
             warnings.simplefilter("ignore")
             yield
         logger.debug("torch.export: %s", said.getvalue())
