@@ -1,4 +1,4 @@
-"""What stands in for a unit while it is ablated.
+"""Interventions: what replaces a unit while it is ablated.
 
 An :class:`Intervention` is a specification, no more: how its values are computed is up to who
 ablates (the delta engine and the plain reference loop each do it in their own way). What both
@@ -84,7 +84,7 @@ class Intervention:
 
     @property
     def beyond_data(self) -> bool:
-        """Whether what stands in for a unit may be larger than any activation of it."""
+        """Whether the replacement of a unit may be larger than any activation of it."""
         return self.kind in ("constant", "noise", "direction")
 
     def matrix(self, layer: str, channels: int) -> Tensor:

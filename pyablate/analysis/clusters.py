@@ -67,7 +67,7 @@ def cluster_units(
     ValueError
         Unknown layer, metric or method, a number out of range, more than 10,000 units.
     """
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     _check(clusters, fewest, method)
     check_choice("metric", metric, METRICS)

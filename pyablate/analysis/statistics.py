@@ -57,7 +57,7 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     no image, so given the changed images the tests of one unit are independent; those of different
     units see the same images and are usually positively dependent, which the procedure allows.
     """
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     check_level("fdr", fdr)
     p = np.empty(result.lost.shape)

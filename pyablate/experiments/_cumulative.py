@@ -232,7 +232,7 @@ def _dataset(
     keep: bool,
 ) -> xr.Dataset:
     """Arrange the rows of a result by curve and step."""
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     def arranged(intact: Any, ablated: Floats) -> Floats:
         points = ablated[rows]

@@ -140,7 +140,7 @@ class Pairs:
 
 
 def _dataset(result: AblationResult, units: int) -> xr.Dataset:
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     first, second = np.triu_indices(units, 1)  # as itertools.combinations has them
     net = result.lost - result.gained  # whole numbers: sums are exact

@@ -98,7 +98,7 @@ def _parse(stream: BinaryIO | gzip.GzipFile, name: str, max_bytes: int) -> NDArr
 
 
 def _read_up_to(stream: BinaryIO | gzip.GzipFile, count: int) -> bytes:
-    # In pieces, so that a header that lies about the size allocates only what the file holds.
+    # In pieces, so that a header with a wrong size allocates only what the file holds.
     pieces = []
     while count > 0 and (piece := stream.read(min(count, READ))):
         pieces.append(piece)

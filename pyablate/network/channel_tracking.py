@@ -42,12 +42,12 @@ ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
 class Tagged:
     """A tensor that carries tags: 0 where it holds none, NaN where two meet.
 
-    ``tags`` are float64, in the shape of the node's tensor for two images; ``spoken`` counts the
+    ``tags`` are float64, in the shape of the node's tensor for two images; ``activations`` counts the
     activation functions passed on the way, and ``summed`` tells of a sum with something else.
     """
 
     tags: Tensor
-    spoken: int = 0
+    activations: int = 0
     summed: bool = False
 
 
@@ -117,7 +117,7 @@ def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged 
     if target is operator.getitem:
         return _item(graph, node, first)
     if target in ACTIVATIONS:
-        return Tagged(first.tags, first.spoken + 1, first.summed)
+        return Tagged(first.tags, first.activations + 1, first.summed)
     if target in LINEAR_POOLS or target in MAX_POOLS:
         return _pooled(graph, node, first)
     if target in SUMS or target in PRODUCTS:
@@ -135,14 +135,14 @@ def _item(graph: Graph, node: fx.Node, first: Tagged) -> Tagged | None:
     if source.target is BATCH_NORM:
         return first if node.args[1] == 0 else None
     parts = with_zeros(graph, source, {source.all_input_nodes[0]: first.tags})
-    return Tagged(parts[cast(int, node.args[1])], first.spoken, first.summed)
+    return Tagged(parts[cast(int, node.args[1])], first.activations, first.summed)
 
 
 def _pooled(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     """Give all positions of a channel its tag, whatever the pool does with them."""
     shape = graph.shape(node, ROWS)
     dims = list(range(2, len(shape)))
-    return Tagged(_common(first.tags, dims).expand(shape), first.spoken, first.summed)
+    return Tagged(_common(first.tags, dims).expand(shape), first.activations, first.summed)
 
 
 def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
@@ -150,7 +150,7 @@ def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     dims = [given] if isinstance(given, int) else list(cast(Sequence[int], given or ()))
     dims = dims or list(range(first.tags.ndim))
     common = _common(first.tags, [dim % first.tags.ndim for dim in dims])
-    return Tagged(common.reshape(graph.shape(node, ROWS)), first.spoken, first.summed)
+    return Tagged(common.reshape(graph.shape(node, ROWS)), first.activations, first.summed)
 
 
 def _common(tags: Tensor, dims: list[int]) -> Tensor:
@@ -177,7 +177,7 @@ def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagge
     summed = more and node.target in SUMS
     return Tagged(
         tags,
-        max(one.spoken for one in tagged),
+        max(one.activations for one in tagged),
         summed or any(one.summed for one in tagged),
     )
 
@@ -188,8 +188,8 @@ def _evaluated(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Ta
     out = with_zeros(graph, node, {source: one.tags for source, one in inputs.items()})
     if isinstance(out, (list, tuple)):  # the part that is wanted is cut out by getitem
         return first
-    spoken = max(one.spoken for one in inputs.values())
-    return Tagged(out, spoken, any(one.summed for one in inputs.values()))
+    activations = max(one.activations for one in inputs.values())
+    return Tagged(out, activations, any(one.summed for one in inputs.values()))
 
 
 def with_zeros(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -237,12 +237,12 @@ def makers(graph: Graph, starts: Sequence[fx.Node], axes: dict[str, int]) -> dic
     """
 
     def onwards(node: fx.Node, arrived: Tagged) -> bool:
-        return arrived.spoken < 1 or (arrived.spoken == 1 and node.target not in SUMS)
+        return arrived.activations < 1 or (arrived.activations == 1 and node.target not in SUMS)
 
     found: dict[str, list[Link]] = {name: [] for name in axes}
     for start in starts:
         for node, arrived in follow(graph, _output(start), channel_axis(start), onwards).items():
-            if node.target is MARKER and arrived.spoken <= 1 and node.args[1] in axes:
+            if node.target is MARKER and arrived.activations <= 1 and node.args[1] in axes:
                 name = cast(str, node.args[1])
                 _add(graph, found[name], start, tags_along(arrived, axes[name]), arrived.summed)
     return found
@@ -256,7 +256,7 @@ def readers(graph: Graph, name: str, axis: int) -> list[Link]:
     """
 
     def onwards(_node: fx.Node, arrived: Tagged) -> bool:
-        return not (arrived.summed and arrived.spoken)
+        return not (arrived.summed and arrived.activations)
 
     links: list[Link] = []
     for marker in graph.markers:

@@ -258,15 +258,15 @@ def _matches(found: Sequence[Site], pattern: str) -> list[Site]:
     if not any(mark in pattern for mark in "*?["):
         return [_named(found, pattern)]
     matched = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
-    speaking = [site for site in matched if site.kind != "layer"]
-    if pattern == "*" and not speaking:
+    active = [site for site in matched if site.kind != "layer"]
+    if pattern == "*" and not active:
         raise ValueError(
             'layers: "*" means activation and block outputs, and this network has none; name the '
             f"layers instead, for example {[site.name for site in found[:4]]}"
         )
     if not matched:
         raise ValueError(f"layers: no layer matches {pattern!r}{_nearest(found, pattern)}")
-    return speaking or matched
+    return active or matched
 
 
 def _named(found: Sequence[Site], name: str) -> Site:

@@ -63,7 +63,7 @@ def ablate(
         Layer names, globs and single units ``"layer:unit"``. None is ``"*"``, or nothing if
         ``groups`` is given.
     intervention : str or Intervention
-        What stands in for a unit; see :class:`pyablate.interventions.Intervention`.
+        What replaces a unit; see :class:`pyablate.interventions.Intervention`.
     groups : sequence of sequence of str, optional
         Units ``"layer:unit"`` that are ablated together, of one layer or of several.
     class_names : sequence of str, optional
@@ -277,7 +277,7 @@ class _Loop:
     def _replace(
         self, changed: Tensor, output: Tensor, site: Site, units: list[int], call: int, batch: Batch
     ) -> None:
-        """Write what stands in for the units into ``changed``, a copy of the site's output."""
+        """Write the replacement of the units into ``changed``, a copy of the site's output."""
         rows = changed[: len(batch.images)]
         if self.intervention.kind == "direction":
             matrix = self.intervention.matrix(site.name, site.channels)
@@ -287,9 +287,9 @@ class _Loop:
             return
         for unit in units:
             entries = rows.select(site.axis, unit)
-            entries[...] = self._stand_in(entries.shape, output, site, unit, call, batch)
+            entries[...] = self._replacement(entries.shape, output, site, unit, call, batch)
 
-    def _stand_in(
+    def _replacement(
         self,
         shape: torch.Size,
         output: Tensor,

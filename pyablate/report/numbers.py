@@ -155,7 +155,7 @@ def _class_positions(result: Record) -> Ints:
         places[inside] = np.arange(len(inside))
         return places
     apart = distance.pdist(profiles[inside], "cosine")
-    # Cosine distances of parallel profiles come out a hair below zero.
+    # Cosine distances of parallel profiles come out slightly below zero.
     tree = hierarchy.linkage(np.maximum(apart, 0), "average", optimal_ordering=len(inside) <= 1000)
     places[inside[hierarchy.leaves_list(tree)]] = np.arange(len(inside))
     return places

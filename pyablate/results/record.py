@@ -329,7 +329,7 @@ class Record:
     @cached_property
     def data(self) -> xr.Dataset:
         """Everything as labelled arrays over ``unit``, ``class`` and ``image``."""
-        import xarray as xr  # half a second that not every caller owes
+        import xarray as xr  # slow to import: half a second
 
         unit, per_class = ("unit",), ("unit", "class")
         measured: dict[str, Any] = {}

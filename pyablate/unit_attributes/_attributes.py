@@ -150,7 +150,7 @@ def _installed(library: str) -> bool:
 
 def _dataset(work: Work) -> xr.Dataset:
     """Everything found, as labelled arrays."""
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     members = [member[0] for job in work.jobs for member in job.members]
     coords: dict[str, Any] = {
