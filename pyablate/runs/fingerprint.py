@@ -93,7 +93,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 
 _READ_LATER = [("data", name) for name in ("hash", "others", "sample", "files")]
-"""Known when all images have been read, or only of shards and while units are replaced by others."""
+"""Known when all images have been read, or only of shards and where other images replace units."""
 
 _HASHES = ("hash", "others", "sample", "files", "structure", "weights", "directions")
 

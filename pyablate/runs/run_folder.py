@@ -1,4 +1,4 @@
-"""On-disk checkpoint of a run: its folder with finished blocks, fingerprint and, at last, the result.
+"""On-disk checkpoint of a run: a folder with finished blocks, fingerprint, the result in the end.
 
 While a run is under way its folder holds ``blocks/`` and nothing that anyone could take for a
 result: ``manifest.json``, one file per finished block, one for a block in the middle of its jobs.
