@@ -42,8 +42,8 @@ ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
 class Tagged:
     """A tensor that carries tags: 0 where it holds none, NaN where two meet.
 
-    ``tags`` are float64, in the shape of the node's tensor for two images; ``activations`` counts those
-    passed on the way, and ``summed`` tells of a sum with something else.
+    ``tags`` are float64, in the shape of the node's tensor for two images; ``activations`` counts
+    those passed on the way, and ``summed`` tells of a sum with something else.
     """
 
     tags: Tensor
