@@ -105,8 +105,8 @@ def prune_filters(
 
 def without_units(removal: Removal, history: pd.DataFrame | None = None) -> Transformed:
     """Return a removal as what all transforms return."""
-    bits = [FLOAT_BITS * size.parameters for size in (removal.after, removal.before)]
-    return Transformed(removal.model, *bits, removed=removal.units, history=history)
+    after, before = (FLOAT_BITS * size.parameters for size in (removal.after, removal.before))
+    return Transformed(removal.model, after, before, removal.units, history)
 
 
 def _attribute(coupling: Coupling, name: str, data: Any) -> dict[str, float]:

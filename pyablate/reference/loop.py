@@ -367,7 +367,8 @@ class _Loop:
             def note(call: int, output: Tensor) -> None:
                 for site in touched:
                     if site.module == module and site.call in (None, call):
-                        units_first = output.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
+                        own = output[: len(batch.images)]
+                        units_first = own.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
                         maps.append(((site.name, call), units_first.clone()))
 
             return note
