@@ -72,4 +72,4 @@ def nearest(given: object, known: Iterable[object], count: int = 3) -> str:
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type: those of torch may run to a page."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].strip() if lines else type(error).__name__
