@@ -13,9 +13,8 @@ def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, 
     """Refuse what is not one of the known names; the error tells the nearest."""
     if given not in known:
         near = difflib.get_close_matches(str(given), list(known), n=1) or list(known)
-        raise ValueError(
-            f"{argument}: expected one of {', '.join(known)}, got {given!r}; nearest: {near[0]}"
-        )
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {given!r}{hint}")
 
 
 def check_choices(argument: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
