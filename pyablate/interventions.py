@@ -1,4 +1,4 @@
-"""What stands in for a unit while it is ablated.
+"""Interventions: what replaces a unit while it is ablated.
 
 An :class:`Intervention` is a specification, no more: how its values are computed is up to who
 ablates (the delta engine and the plain reference loop each do it in their own way). What both
@@ -8,7 +8,6 @@ the layer, the image, the unit and the position only, never on batches or order.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import zlib
@@ -19,6 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyablate._validation import check_choice, check_seed
 
 Kind = Literal["zero", "constant", "mean", "class_mean", "resample", "noise", "direction"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -58,16 +59,10 @@ class Intervention:
     directions: Tensor | Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            near = difflib.get_close_matches(str(self.kind), KINDS, n=1) or ["zero"]
-            raise ValueError(
-                f"intervention: expected one of {', '.join(KINDS)}, got {self.kind!r}; "
-                f"nearest: {near[0]}"
-            )
+        check_choice("intervention", self.kind, KINDS)
         if not math.isfinite(self.value):
             raise ValueError(f"intervention: value must be finite, got {self.value}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed: expected an integer of 0 or more, got {self.seed!r}")
+        check_seed(self.seed)
 
     def __str__(self) -> str:
         """Return the text from which :func:`parse` makes the same intervention.
@@ -89,7 +84,7 @@ class Intervention:
 
     @property
     def beyond_data(self) -> bool:
-        """Whether what stands in for a unit may be larger than any activation of it."""
+        """Whether the replacement of a unit may be larger than any activation of it."""
         return self.kind in ("constant", "noise", "direction")
 
     def matrix(self, layer: str, channels: int) -> Tensor:

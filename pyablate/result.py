@@ -45,7 +45,7 @@ class AblationResult(Record):
     class_names : tuple of str
         One name per class.
     intervention : str
-        What stood in for the units.
+        What replaced the units.
     audit : Audit
         The run's own check.
     strategy : dict of str to str
@@ -82,7 +82,7 @@ class AblationResult(Record):
     @property
     def plot(self) -> ResultPlots:
         """Pictures: ``result.plot.drops()`` and others, see :class:`pyablate.plots.ResultPlots`."""
-        from pyablate.plots import ResultPlots  # start-up time that not every caller owes
+        from pyablate.plots import ResultPlots  # slow to import
 
         return ResultPlots(self)
 

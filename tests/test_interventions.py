@@ -67,7 +67,7 @@ def test_a_seed_in_the_text_wins() -> None:
         ("constant:nan", ValueError, r"must be finite, got nan"),
         ("constant:inf", ValueError, r"must be finite, got inf"),
         ("noise:1.5", ValueError, r"'1\.5' in 'noise:1\.5' is not a number"),
-        ("resample:-1", ValueError, r"seed: expected an integer of 0 or more, got -1"),
+        ("resample:-1", ValueError, r"seed: expected at least 0, got -1"),
         ("zero:1", ValueError, r"zero takes no value"),
         ("mean:2", ValueError, r"mean takes no value"),
         (3, TypeError, r"expected a string or an Intervention, got int"),
@@ -81,7 +81,7 @@ def test_bad_names(spec: object, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "3", None])
 def test_bad_seeds(seed: object) -> None:
-    with pytest.raises(ValueError, match="seed: expected an integer of 0 or more, got"):
+    with pytest.raises(ValueError, match=r"seed: expected .*at least 0, got"):
         parse("noise", seed=seed)  # type: ignore[arg-type]
 
 

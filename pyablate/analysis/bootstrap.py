@@ -86,16 +86,9 @@ def coefficients(x: Variable, y: Variable, method: str) -> Floats:
 
 
 def shuffled(x: Floats, y: Floats, method: str, orders: NDArray[np.int64]) -> Floats:
-    """Correlation of ``x[order]`` with ``y`` for each order: float64 [order].
+    """Correlation of ``x[order]`` with ``y`` for each order: float64 ``[order]``.
 
-    Parameters
-    ----------
-    x, y : float64 [unit]
-        Finite and not constant.
-    method : str
-        One of ``METHODS``.
-    orders : int64 [order, unit]
-        Permutations of the units.
+    Orders are permutations, int64 ``[order, unit]``; x and y float64 ``[unit]``, not constant.
     """
     if method == "kendall":
         return np.array(

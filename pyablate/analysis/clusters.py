@@ -1,8 +1,7 @@
-"""Units that harm alike, and images that the same units break: agglomerative clusters."""
+"""Agglomerative clusters of units by their drops, and of images by the units that break them."""
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -11,8 +10,10 @@ from scipy import sparse
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
+from pyablate._validation import check_choice, check_count, nearest
 from pyablate.analysis.statistics import layer_rows
 from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.runtime.chunking import DISTANCE_ROWS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,7 +23,6 @@ Method = Literal["average", "complete", "single", "weighted"]
 METRICS: tuple[str, ...] = get_args(Metric)
 METHODS: tuple[str, ...] = get_args(Method)
 _MOST = 10_000  # 400 MB of distances
-_BLOCK = 256
 
 
 def cluster_units(
@@ -67,10 +67,10 @@ def cluster_units(
     ValueError
         Unknown layer, metric or method, a number out of range, more than 10,000 units.
     """
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     _check(clusters, fewest, method)
-    _one_of("metric", metric, METRICS)
+    check_choice("metric", metric, METRICS)
     rows = _rows(result, layer)
     drops = result.class_accuracy_drop[rows][:, result.class_sizes > 0]
     changed = (result.lost[rows] + result.gained[rows]).sum(axis=1)
@@ -188,8 +188,8 @@ def _jaccard(sets: sparse.csr_array) -> Floats:
     """Condensed distances of the rows of a matrix of ones, a block of rows at a time."""
     size = np.diff(sets.indptr)
     pieces = []
-    for begin in range(0, len(size), _BLOCK):
-        shared = (sets[begin : begin + _BLOCK] @ sets.T).toarray()
+    for begin in range(0, len(size), DISTANCE_ROWS):
+        shared = (sets[begin : begin + DISTANCE_ROWS] @ sets.T).toarray()
         for row, common in enumerate(shared, start=begin):
             both = common[row + 1 :]
             pieces.append(1 - both / (size[row] + size[row + 1 :] - both))
@@ -235,24 +235,14 @@ def _rows(result: Record, layer: str | None) -> Ints:
         return np.arange(len(result.units))
     rows = layer_rows(result)
     if layer not in rows:
-        near = difflib.get_close_matches(str(layer), rows, n=3, cutoff=0.3) or list(rows)[:3]
-        raise ValueError(f"layer: the result has no layer {layer!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"layer: the result has no layer {layer!r}{nearest(layer, rows)}")
     return rows[layer]
 
 
 def _check(clusters: int, fewest: int, method: str) -> None:
-    for name, number in (("clusters", clusters), ("fewest", fewest)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number!r}")
-    _one_of("method", method, METHODS)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3) or known[:1]
-        raise ValueError(
-            f"{name}: expected one of {', '.join(known)}, got {value!r}; nearest: {near[0]}"
-        )
+    check_count("clusters", clusters)
+    check_count("fewest", fewest)
+    check_choice("method", method, METHODS)
 
 
 def _check_size(what: str, count: int) -> None:

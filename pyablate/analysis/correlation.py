@@ -1,8 +1,7 @@
-"""Which properties of a unit go with its importance: correlations within each layer."""
+"""Correlation of attributes of units with their importance, within each layer."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from pyablate._validation import check_choices, check_count, check_level, check_seed, nearest
 from pyablate.analysis.bootstrap import METHODS, Variable, coefficients, resample, shuffled
 from pyablate.analysis.statistics import adjusted, layer_rows
 from pyablate.analysis.targets import unit_targets
@@ -99,14 +99,13 @@ def correlate(
     TypeError
         The table is of another type.
     """
-    methods = _methods(methods)
-    for name, count in (("resamples", resamples), ("shuffles", shuffles)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count!r}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    methods = check_choices("methods", methods, METHODS)
+    if not methods:
+        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got none")
+    check_count("resamples", resamples)
+    check_count("shuffles", shuffles)
+    check_seed(seed)
+    check_level("confidence", confidence)
     frame = aligned(table, result)
     columns = attribute_columns(frame, attributes, leave_out=[preferred])
     wanted = unit_targets(
@@ -216,30 +215,10 @@ def _scipy(chance: _Chance, x: Floats, y: Floats, method: str) -> tuple[float, f
     return float(found.statistic), float(found.pvalue)
 
 
-def _methods(methods: str | Sequence[str]) -> list[str]:
-    names = [methods] if isinstance(methods, str) else list(methods)
-    for name in names:
-        if name not in METHODS:
-            near = difflib.get_close_matches(str(name), METHODS, n=1) or METHODS
-            raise ValueError(
-                f"methods: expected some of {', '.join(METHODS)}, got {name!r}; "
-                f"nearest: {', '.join(near)}"
-            )
-    if not names:
-        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got none")
-    return names
-
-
 def chosen_layers(
     result: Record, patterns: str | Sequence[str] | None
 ) -> dict[str, NDArray[np.int64]]:
-    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`.
-
-    Raises
-    ------
-    ValueError
-        The result has no such layer.
-    """
+    """Rows of each layer that a name or glob matches, or of all; see :func:`layer_rows`."""
     rows = layer_rows(result)
     if patterns is None:
         return rows
@@ -247,9 +226,6 @@ def chosen_layers(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matching = fnmatch.filter(rows, pattern)
         if not matching:
-            near = difflib.get_close_matches(pattern, rows, n=3, cutoff=0.3) or list(rows)[:3]
-            raise ValueError(
-                f"layers: the result has no layer {pattern!r}; nearest: {', '.join(near)}"
-            )
+            raise ValueError(f"layers: the result has no layer {pattern!r}{nearest(pattern, rows)}")
         chosen.update(matching)
     return {layer: rows[layer] for layer in rows if layer in chosen}

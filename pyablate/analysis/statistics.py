@@ -1,4 +1,4 @@
-"""Which drops are more than chance: paired tests, false discovery rate, noise floor, split halves.
+"""Significance of drops: McNemar tests, false discovery rate, noise floor, split halves.
 
 The null model is the same everywhere and assumes little: a *harmless* unit is one for which each
 image whose correctness changed was as likely to be lost as to be gained. The images that changed
@@ -18,12 +18,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from pyablate._validation import check_count, check_level, check_seed
 from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_BLOCK = 1 << 22  # numbers worked on at a time: some tens of megabytes for each array
 
 
 def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
@@ -57,10 +57,9 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     no image, so given the changed images the tests of one unit are independent; those of different
     units see the same images and are usually positively dependent, which the procedure allows.
     """
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
-    if not 0 < fdr < 1:
-        raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
+    check_level("fdr", fdr)
     p = np.empty(result.lost.shape)
     q = np.empty_like(p)
     for rows in layer_rows(result).values():  # by layers also because they fit into the cache
@@ -205,10 +204,8 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     ValueError
         ``splits`` is below 1, or ``seed`` negative.
     """
-    if splits < 1:
-        raise ValueError(f"splits: expected at least 1, got {splits!r}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    check_count("splits", splits)
+    check_seed(seed)
     usable = np.flatnonzero(result.class_sizes > 1)
     if not len(usable):
         return np.full(len(result.units), np.nan)
@@ -342,12 +339,12 @@ def _chosen(first: Floats, first_sizes: Ints, second: Floats, second_sizes: Ints
 
 
 def _blocks(start: NDArray[Any], classes: int) -> Iterator[slice]:
-    """Yield runs of rows whose cells and flips together make about ``_BLOCK`` numbers."""
+    """Yield runs of rows whose cells and flips together make about ``NUMBERS`` numbers."""
     units = len(start) - 1
     load = np.asarray(start) + np.arange(units + 1) * max(classes, 1)
     row = 0
     while row < units:
-        after = int(np.searchsorted(load, load[row] + _BLOCK, side="right")) - 1
+        after = int(np.searchsorted(load, load[row] + NUMBERS, side="right")) - 1
         stop = min(units, max(row + 1, after))
         yield slice(row, stop)
         row = stop

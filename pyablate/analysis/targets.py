@@ -1,14 +1,14 @@
-"""Figures of a unit's importance that its attributes may or may not predict."""
+"""Targets: measures of a unit's importance that its attributes may predict."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from pyablate._validation import nearest
 from pyablate.analysis.statistics import split_half_drop
 from pyablate.results.record import Floats, Ints, Record
 
@@ -152,8 +152,7 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
         return changes
     known = [*TARGETS, *_recorded(result)]
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known
-        raise ValueError(f"targets: no target {name!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"targets: no target {name!r}{nearest(name, known)}")
     return result.data[name].to_numpy().astype(np.float64)
 
 

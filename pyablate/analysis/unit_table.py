@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from pyablate._validation import nearest
 from pyablate.io import checksums
 from pyablate.io.zarr_check import check_folder
 from pyablate.results.record import Floats, Ints, Record
@@ -23,20 +23,8 @@ _LABELS = ("unit", "label")  # columns of a CSV file that may hold the unit labe
 def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
     """Return the variables with one value per unit, a row for each unit of the result, in order.
 
-    Parameters
-    ----------
-    table : xarray.Dataset or pandas.DataFrame
-        Over the coordinate ``unit`` or indexed by unit labels (``"layer:unit"``). Further units,
-        and variables with further dimensions, are left out.
-    result : AblationResult
-        Whose units are wanted.
-
-    Raises
-    ------
-    TypeError
-        The table is neither.
-    ValueError
-        A unit is missing or there twice.
+    The table is over the coordinate ``unit`` or indexed by unit labels (``"layer:unit"``). Further
+    units, and variables with further dimensions, are left out.
     """
     frame = table_frame(table)
     index = frame.index.astype(str)
@@ -47,11 +35,9 @@ def aligned(table: xr.Dataset | pd.DataFrame, result: Record) -> pd.DataFrame:
     missing = labels[~labels.isin(index)]
     if len(missing):
         first = str(missing.iloc[0])
-        near = difflib.get_close_matches(first, [str(name) for name in index[:10_000]], n=1)
-        hint = f"; nearest: {near[0]!r}" if near else ""
         raise ValueError(
             f"table: {len(missing)} of {len(labels)} units of the result are missing, "
-            f"the first is {first!r}{hint}"
+            f"the first is {first!r}{nearest(first, index, 1)}"
         )
     return frame.iloc[index.get_indexer(pd.Index(labels))]
 
@@ -63,11 +49,6 @@ def attribute_columns(
 
     Whole numbers are as a rule no attributes but numbers of units, layers or classes: they have to
     be named.
-
-    Raises
-    ------
-    ValueError
-        No such attribute, one that is not numeric, or none at all.
     """
     if names is None:
         floats = [name for name in frame if pd.api.types.is_float_dtype(frame[name])]
@@ -77,22 +58,14 @@ def attribute_columns(
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in frame:
-            known = [str(column) for column in frame.columns]
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3) or known
-            raise ValueError(f"attributes: no attribute {name!r}; nearest: {', '.join(near)}")
+            raise ValueError(f"attributes: no attribute {name!r}{nearest(name, frame.columns)}")
         if not pd.api.types.is_numeric_dtype(frame[name]):
             raise ValueError(f"attributes: {name!r} holds no numbers but {frame[name].dtype}")
     return {name: frame[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in names}
 
 
 def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]) -> Ints | None:
-    """Read preferred classes, numbers or class names, -1 for none; None without such a column.
-
-    Raises
-    ------
-    ValueError
-        A name that is no class.
-    """
+    """Read preferred classes, numbers or class names, -1 for none; None without such a column."""
     if name not in frame:
         return None
     column = frame[name]
@@ -107,15 +80,7 @@ def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]
 
 
 def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
-    """Read a table of attributes: a CSV file with a column of labels, or a Zarr group.
-
-    Raises
-    ------
-    OSError
-        Nothing there, or it cannot be read.
-    ValueError
-        No column holds unit labels.
-    """
+    """Read a table of attributes: a CSV file with a column of labels, or a Zarr group."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such table of attributes")
     if path.is_dir():
@@ -146,15 +111,7 @@ def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
 
 
 def table_frame(table: xr.Dataset | pd.DataFrame) -> pd.DataFrame:
-    """Return the variables with one value per unit, a row per unit, labels as index.
-
-    Raises
-    ------
-    TypeError
-        The table is neither an ``xarray.Dataset`` nor a ``pandas.DataFrame``.
-    ValueError
-        It has no coordinate ``unit``.
-    """
+    """Return the variables with one value per unit, a row per unit, labels as index."""
     if isinstance(table, pd.DataFrame):
         return table
     if not hasattr(table, "data_vars"):

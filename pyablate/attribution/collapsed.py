@@ -18,22 +18,7 @@ DROPPED = 0.3
 
 
 def map_site(model: nn.Module, sample: Tensor, layer: str | None = None) -> Site:
-    """Find the layer whose maps are looked at.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    sample : Tensor
-        A batch of inputs, ``[N, ...]``.
-    layer : str, optional
-        Its name; by default the last activation or block with channels and positions.
-
-    Raises
-    ------
-    ValueError
-        No such layer, or none that has positions.
-    """
+    """Find a layer with maps: by default the last activation or block with positions."""
     found = sites(model, sample)
     if layer is None:
         spatial = [site for site in select(found) if len(site.shape) > 1]
@@ -48,19 +33,9 @@ def map_site(model: nn.Module, sample: Tensor, layer: str | None = None) -> Site
 
 
 def tapped(model: nn.Module, site: Site, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a network and see one layer on the way.
+    """Run a network and see one layer on the way: logits ``[N, classes]`` and its output.
 
-    Returns
-    -------
-    logits : Tensor
-        ``[N, classes]``.
-    output : Tensor
-        Of the layer, as it is, part of the graph of the logits.
-
-    Raises
-    ------
-    ValueError
-        The layer runs more than once for an image.
+    The layer is called once; its output is part of the graph of the logits.
     """
     seen: list[Tensor] = []
 
@@ -127,23 +102,10 @@ def draw_dropped(count: int, channels: int, generator: torch.Generator) -> Tenso
 
 
 def distances(original: Tensor, other: Tensor) -> Tensor:
-    """Mean squared difference of two maps per image, both divided by their L2 norms.
+    """Mean squared difference of two maps ``[N, 1, ...]``, both divided by their L2 norms: ``[N]``.
 
-    Parameters
-    ----------
-    original, other : Tensor
-        ``[N, 1, ...]``. If they have other sizes, the other's is resized to that of the original,
-        bilinear.
-
-    Returns
-    -------
-    Tensor
-        ``[N]``, ``|a/|a| - b/|b||^2`` over the number of positions. A map of zeros stays zeros.
-
-    Raises
-    ------
-    ValueError
-        Sizes differ, and they are not maps in two dimensions.
+    ``|a/|a| - b/|b||^2`` over the number of positions; a map of zeros stays zeros. A map of another
+    size than the original's is resized to that, bilinear.
     """
     if other.shape != original.shape:
         if original.ndim != 4 or other.ndim != 4:

@@ -1,4 +1,4 @@
-"""A copy of a network in the form in which Captum's LRP is right: every step is a module.
+"""Layer-wise relevance propagation (LRP): a traced copy for Captum in which every step is a module.
 
 Captum's rules hang on modules, one call each. A sum, an average or a join that the network
 writes as a function would pass relevance on undivided, so such functions become modules here.
@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pyablate._validation import first_line
+from pyablate.network.batch_norm import fold_norms, norms_behind
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 
 _LINEAR = (
@@ -101,7 +103,7 @@ def traceable(
     try:
         traced = fx.symbolic_trace(copy.deepcopy(model))
     except Exception as error:  # tracing fails in as many ways as there are networks
-        raise Unsupported(str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise Unsupported(first_line(error)) from error
     behind = {site.name: _last_node(traced.graph, site) for site in sites}
     _to_modules(traced)
     _fold_batch_norm(traced)
@@ -189,16 +191,10 @@ def _own_module(traced: fx.GraphModule, node: fx.Node, name: str) -> None:
 
 def _fold_batch_norm(traced: fx.GraphModule) -> None:
     """Fold batch norm into the convolution that it alone reads; the two are one linear map."""
-    modules = dict(traced.named_modules())
-    for node in traced.graph.nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            continue
-        source = node.args[0]
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if isinstance(conv, nn.modules.conv._ConvNd) and len(source.users) == 1:
-            traced.add_module(source.target, fuse_conv_bn_eval(conv, norm))
-            traced.add_module(node.target, _Step(_pass))
+    for layer, norm in list(norms_behind(traced.graph, traced)):
+        if isinstance(traced.get_submodule(layer), nn.modules.conv._ConvNd):
+            fold_norms(traced, [(layer, norm)])
+            traced.add_module(norm, _Step(_pass))
 
 
 def _as_step(traced: fx.GraphModule, node: fx.Node, number: int, tensors: list[fx.Node]) -> None:
@@ -257,8 +253,7 @@ def _verified(
 
     handles = [traced.get_submodule(t).register_forward_hook(watch(n)) for n, t in taps.items()]
     with torch.no_grad(), hooked(model, sites, see):
-        expected = model(images.clone())  # it may work in place
-        logits = traced(images.clone())
+        expected, logits = forward(model, images), forward(traced, images)
     for handle in handles:
         handle.remove()
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):

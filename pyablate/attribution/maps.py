@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice
+from pyablate._validation import check_choice, check_count
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.network.sites import check_model, evaluation
@@ -78,7 +77,7 @@ def attribution_maps(
             attribute = _integrated_gradients(model, steps)
         parts = [
             attribute(part, classes).detach().sum(1).double().cpu()
-            for part, classes in _parts(images, target, batch_size)
+            for part, classes in parts_of(images, target, batch_size)
         ]
     found: Floats = torch.cat(parts).numpy()
     return found
@@ -135,7 +134,7 @@ def _relevance(model: nn.Module, images: Tensor) -> Method:
     return attribute
 
 
-def _parts(images: Tensor, target: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_of(images: Tensor, target: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images, ready for gradients, and their classes, a few at a time."""
     for part, classes in zip(images.split(size), target.split(size), strict=True):
         yield part.detach().clone().requires_grad_(), classes.to(part.device)
@@ -149,6 +148,5 @@ def _check(model: Any, images: Any, target: Any, steps: int, batch_size: int) ->
     if not isinstance(target, Tensor) or target.shape != (len(images),):
         got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"target: expected a tensor of {len(images)} classes, got {got}")
-    for name, number in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise ValueError(f"{name}: expected a whole number from 1, got {number!r}")
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)

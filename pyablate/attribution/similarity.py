@@ -1,4 +1,4 @@
-"""How alike two sets of attribution maps are, image by image.
+"""Similarity of two sets of attribution maps, image by image.
 
 Every figure is NaN where it is not defined: of a map of zeros there is no direction, of a constant
 one no order.
@@ -45,11 +45,6 @@ def structure(a: Floats, b: Floats) -> Floats:
     Each map is divided by its largest absolute value first; the range is that of the two together
     (Wang, Bovik, Sheikh, Simoncelli 2004, *Image Quality Assessment*; by scikit-image, with
     its uniform window of 7 pixels).
-
-    Raises
-    ------
-    ImportError
-        scikit-image is not installed.
     """
     try:
         from skimage.metrics import structural_similarity

@@ -1,4 +1,4 @@
-"""Two networks with the same classes: who suffers, what is preserved, how fast they are."""
+"""Two networks with the same classes: accuracy by class, preserved attributions, latency."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Two networks with the same classes: who suffers, and whether what mattered still matters."""
+"""Comparison of two networks: accuracies by class, and whether important units still are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 from scipy import stats
 from torch import nn
 
+from pyablate._validation import check_choice, check_count, check_level, check_names
 from pyablate.analysis.statistics import adjusted, layer_rows, mcnemar
 from pyablate.attribution.maps import METHODS
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.comparison.preservation import Preservation, preserved_between
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
@@ -77,10 +79,8 @@ def compare(
     ValueError, TypeError
         Bad arguments or data, or networks with different numbers of classes.
     """
-    if not 0 < fdr < 1:
-        raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
-    if bins < 1:
-        raise ValueError(f"bins: expected at least 1, got {bins!r}")
+    check_level("fdr", fdr)
+    check_count("bins", bins)
     methods = _methods(attributions, masks)
     with undisturbed():
         original, other, dtype = prepared_pair(model, smaller, device)
@@ -98,10 +98,7 @@ def compare(
                 f"smaller: expected {before.classes} classes as of the original, "
                 f"got {after.classes}"
             )
-        given = range(before.classes) if class_names is None else class_names
-        names = tuple(str(name) for name in given)
-        if len(names) != before.classes:
-            raise ValueError(f"class_names: expected {before.classes} names, got {len(names)}")
+        names = check_names("class_names", class_names, before.classes)
         kept = None
         if methods:
             images.hold()
@@ -275,8 +272,7 @@ def importance_preserved(
     ValueError
         Another measure, different classes or labels, or a match of unknown units.
     """
-    if measure not in ("accuracy_drop", "max_class_drop"):
-        raise ValueError(f"measure: expected accuracy_drop or max_class_drop, got {measure!r}")
+    check_choice("measure", measure, ("accuracy_drop", "max_class_drop"))
     if before.class_names != after.class_names:
         raise ValueError("after: expected the same classes as before, got other names")
     if not np.array_equal(before.labels, after.labels):

@@ -1,4 +1,4 @@
-"""How long networks take, measured in turn in one run."""
+"""Latency of several networks, measured in turn in one run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_count
 from pyablate.network.sites import evaluation
 
 
@@ -49,8 +50,8 @@ def latency(
         if not isinstance(network, nn.Module):
             got = type(network).__name__
             raise TypeError(f"networks: expected an nn.Module as {name!r}, got {got}")
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats, warmup: expected at least 1 and 0, got {repeats}, {warmup}")
+    check_count("repeats", repeats)
+    check_count("warmup", warmup, 0)
     seconds = np.empty((repeats, len(networks)))
     for turn in range(-warmup, repeats):
         for place, network in enumerate(networks.values()):

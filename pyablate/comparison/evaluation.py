@@ -1,4 +1,4 @@
-"""Predictions of one network on all images, with close calls decided in float64."""
+"""Evaluation of one network: predictions, losses, calibration error; close calls in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_count
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
+from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
@@ -81,8 +83,7 @@ class Evaluation:
         ValueError
             Fewer than one bin.
         """
-        if bins < 1:
-            raise ValueError(f"bins: expected at least 1, got {bins!r}")
+        check_count("bins", bins)
         # Confidence 1 belongs to the last bin; a bin has its upper end.
         place = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
         gap = np.bincount(place, self.right - self.confidence, minlength=bins)
@@ -98,26 +99,9 @@ def evaluate(
 ) -> Evaluation:
     """Run a network over the data.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode, in the dtype and on the device of the data.
-    data : Data
-        Images and labels.
-    batch_size : int, optional
-        Images per forward pass; by default 64 on a CPU, whose caches hold no more, or 256.
-    exact : callable, optional
-        The same network in float64; by default a copy of it.
-
-    Returns
-    -------
-    Evaluation
-        Predictions are those of the network in float64, exact ties and near ties apart.
-
-    Raises
-    ------
-    ValueError
-        Bad images or labels, or logits that are not finite.
+    The model is in evaluation mode, in the dtype and on the device of the data; ``exact`` is the
+    same network in float64, by default a copy. By default 64 images at a time on a CPU, whose
+    caches hold no more, or 256. Predictions are those in float64, near ties apart.
     """
     keep_freed_blocks()
     exact = exact or copied(model).double()
@@ -127,16 +111,16 @@ def evaluate(
     classes = 0
     with torch.no_grad():
         for batch in data.batches(size):
-            logits = model(_laid_out(batch.images))
-            _check_logits(logits, batch)
+            logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
+            _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)
-            few = batch.images[chosen].to(torch.float64, copy=True)
-            rounding |= Rounding.measured(logits[chosen], exact(few))
+            few = batch.images[chosen].double()
+            rounding |= Rounding.measured(logits[chosen], forward(exact, few))
             classes = logits.shape[1]
             logits = logits.double()
             close = close_calls(logits, rounding.tolerance(logits)).nonzero().squeeze(1)
             if len(close):
-                logits[close] = exact(batch.images[close].double())
+                logits[close] = forward(exact, batch.images[close].double())
             top = logits.softmax(dim=1).max(dim=1).values
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             found = (batch.labels, logits.argmax(dim=1), top, losses)
@@ -146,17 +130,10 @@ def evaluate(
 
 
 def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:
-    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype.
-
-    Raises
-    ------
-    TypeError
-        It is no module.
-    """
+    """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype."""
     check_model(model)
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    work = copied(model).to(first.device if device is None else device)
+    dtype = own_dtype(model)
+    work = copied(model).to(device_of(model) if device is None else device)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()
     # Convolutions of few channels are up to twice as fast with the channels last.
     work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -166,13 +143,7 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
 def prepared_pair(
     model: nn.Module, smaller: nn.Module, device: str | torch.device | None
 ) -> tuple[nn.Module, nn.Module, torch.dtype]:
-    """Copy two networks for evaluation, both in the dtype and on the device of the first.
-
-    Raises
-    ------
-    TypeError
-        One is no module.
-    """
+    """Copy two networks for evaluation, both in the dtype and on the device of the first."""
     original, dtype = prepared(model, device)
     try:
         other, _ = prepared(smaller, device_of(original))
@@ -181,22 +152,12 @@ def prepared_pair(
     return original, other.to(dtype), dtype
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer."""
-    return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)])).device
-
-
 def _laid_out(images: Tensor) -> Tensor:
-    """Copy a batch, since the network may work in place, with its channels last if it has maps."""
-    if images.ndim == 4:
-        return images.clone(memory_format=torch.channels_last)
-    return images.clone()
+    """Lay a batch of maps out with the channels last."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
-def _check_logits(logits: Any, batch: Batch) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model: expected logits [N, classes], got {got}")
+def _check_values(logits: Tensor, batch: Batch) -> None:
     near_tie.check(near_tie.usable(logits).cpu(), batch.index)
     if int(batch.labels.max()) >= logits.shape[1]:
         raise ValueError(

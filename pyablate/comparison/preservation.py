@@ -1,4 +1,4 @@
-"""Whether a changed network still looks at the same pixels: attribution preservation."""
+"""Attribution preservation: whether a changed network still looks at the same pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice
+from pyablate._validation import check_choices, check_count, check_level
 from pyablate.analysis.bootstrap import resample
 from pyablate.attribution import similarity
 from pyablate.attribution.collapsed import (
@@ -25,8 +25,9 @@ from pyablate.attribution.collapsed import (
     tapped,
 )
 from pyablate.attribution.maps import METHODS, attribution_maps
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared_pair
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
@@ -78,10 +79,8 @@ class Preservation:
         ValueError
             ``resamples`` below 1 or ``confidence`` outside 0 to 1.
         """
-        if resamples < 1:
-            raise ValueError(f"resamples: expected at least 1, got {resamples!r}")
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+        check_count("resamples", resamples)
+        check_level("confidence", confidence)
         tables = [*self.maps.groupby("method", sort=False), (COLLAPSED, self.distances)]
         lines = []
         for method, table in tables:
@@ -136,10 +135,6 @@ def attributions_preserved(
     batch_size : int
         Images at a time.
 
-    Returns
-    -------
-    Preservation
-
     Raises
     ------
     ImportError
@@ -185,11 +180,8 @@ def preserved_between(
     batch_size: int = 64,
 ) -> Preservation:
     """As :func:`attributions_preserved`, of networks that were prepared and evaluated already."""
-    names = [methods] if isinstance(methods, str) else list(methods)
-    for name in names:
-        check_choice("methods", name, METHODS)
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile!r}")
+    names = check_choices("methods", methods, METHODS)
+    check_level("quantile", quantile)
     if len(tuple(layers)) != 2:
         raise ValueError(f"layers: expected two names, one per network, got {layers!r}")
     chosen = _agreeing(before, after, count, seed)
@@ -305,8 +297,8 @@ def _collapsed(
 def _agreeing(before: Evaluation, after: Evaluation, count: int | None, seed: int) -> Ints:
     """Images of which both predict the same class, some of them drawn, ascending."""
     agreeing = np.flatnonzero(before.prediction == after.prediction)
-    if count is not None and (isinstance(count, bool) or count < 1):
-        raise ValueError(f"images: expected at least 1, or None for all, got {count!r}")
+    if count is not None:
+        check_count("images", count)
     if len(agreeing) == 0:
         raise ValueError("data: the two networks agree on no image; there are no maps to compare")
     if count is None or count >= len(agreeing):

@@ -19,9 +19,10 @@ from pyablate.attribution.collapsed import (
     map_site,
     tapped,
 )
-from pyablate.comparison.evaluation import device_of, prepared
+from pyablate.comparison.evaluation import prepared
 from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
@@ -110,10 +111,6 @@ def finetune(
         Where to work; by default where the model is.
     progress : bool or callable, optional
         As for :func:`pyablate.ablate`.
-
-    Returns
-    -------
-    FineTuned
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Accuracy against the share of units removed, for several rankings and for chance."""
+"""Pruning curves: accuracy against the share of units removed, by ranking and at random."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pyablate.comparison.evaluation import Evaluation, device_of, evaluate, prepared
+from pyablate._validation import check_names
+from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import AGREEMENT, Size, silenced, without
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
+from pyablate.network.forward import device_of
 from pyablate.network.sites import Site, copied
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
@@ -129,15 +131,14 @@ class _Points:
         if units not in self._known:
             self._known[units] = self._evaluate(units)
         found, sized = self._known[units]
-        if class_names is not None and len(class_names) != found.classes:
-            raise ValueError(f"class_names: expected {found.classes} names, got {len(class_names)}")
+        names = check_names("class_names", class_names, found.classes)
         worst = int(np.nanargmin(found.class_accuracy))
         return {
             "places": len(gone),
             "units": len(units),
             "accuracy": found.accuracy,
             "worst_class_accuracy": float(found.class_accuracy[worst]),
-            "worst_class": str(worst) if class_names is None else class_names[worst],
+            "worst_class": names[worst],
             "mean_class_accuracy": float(np.nanmean(found.class_accuracy)),
             "loss": found.loss,
             "parameters": sized.parameters,
@@ -158,17 +159,7 @@ class _Points:
 
 
 class Silenced(nn.Module):
-    """A network with some units at zero.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    found : sequence of Site
-        Its sites.
-    units : iterable of str
-        Labels ``"layer:unit"``.
-    """
+    """A network ``model``, whose sites are ``found``, with some units ``"layer:unit"`` at zero."""
 
     def __init__(self, model: nn.Module, found: Sequence[Site], units: Iterable[str]) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""Orders in which the units of a network are removed."""
+"""Rankings: orders in which the units of a network are removed."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice
+from pyablate._validation import check_choice, check_fraction, check_seed, nearest
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import attribute_columns, table_frame
 from pyablate.compression.coupling import Coupled, Coupling
@@ -78,7 +77,7 @@ def rank(
     -------
     Ranking
         Units without a score, or with only some of theirs scored, come last and are marked: that
-        nobody tested them does not make them harmless. So do units that cannot be removed.
+        they were not tested does not make them harmless. So do units that cannot be removed.
 
     Raises
     ------
@@ -189,8 +188,7 @@ class Ranking:
         ValueError
             The fraction is outside 0 to 1.
         """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction: expected a number from 0 to 1, got {fraction!r}")
+        check_fraction("fraction", fraction)
         return self.sequence[: round(fraction * self.removable)]
 
     def units(self, fraction: float) -> tuple[str, ...]:
@@ -201,9 +199,8 @@ class Ranking:
         """Return the ranking of those places only whose units lie in exactly these layers."""
         kept = [i for i, one in enumerate(self.order) if one.layers == layers]
         if not kept:
-            known = ["+".join(one.layers) for one in self.order]
-            near = difflib.get_close_matches("+".join(layers), known, n=1) or known[:1]
-            raise ValueError(f"layers: the ranking has none in {layers!r}; nearest: {near[0]}")
+            hint = nearest("+".join(layers), ("+".join(one.layers) for one in self.order), 1)
+            raise ValueError(f"layers: the ranking has none in {layers!r}{hint}")
         return replace(
             self,
             order=tuple(self.order[i] for i in kept),
@@ -240,8 +237,7 @@ class Ranking:
 
 
 def _random(chosen: Sequence[Coupled], seed: int) -> Floats:
-    if seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    check_seed(seed)
     drawn: Floats = np.random.default_rng(seed).random(len(chosen))
     drawn[[bool(one.obstacle) for one in chosen]] = np.nan
     return drawn

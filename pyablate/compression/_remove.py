@@ -1,4 +1,4 @@
-"""Units really taken out: a smaller network, and how much smaller it is."""
+"""Structured pruning: units removed from a network, and how much smaller it is."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyablate._validation import first_line
 from pyablate.compression._rank import Ranking
 from pyablate.compression.coupling import Coupling
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
@@ -124,20 +126,14 @@ def remove(
 
 
 def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, Tensor]:
-    """Return a network without some units, its size and its logits on the sample.
-
-    Raises
-    ------
-    ValueError
-        Nothing would be left of a layer, or the network cannot run with fewer channels.
-    """
+    """Return a network without some units, its size and its logits on the sample."""
     try:
         smaller = coupling.without(units)
         return smaller, *_sized(smaller, coupling.sample)
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "model: the network does not run with fewer channels, sizes may be written into its "
-            f"code: {str(error).strip().splitlines()[0]}"
+            f"code: {first_line(error)}"
         ) from error
 
 
@@ -157,9 +153,9 @@ def size(model: nn.Module, sample: Tensor) -> Size:
 def _sized(model: nn.Module, sample: Tensor) -> tuple[Size, Tensor]:
     """Size of a network, and the logits from which it was counted."""
     with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
-        logits: Tensor = model(sample.clone())  # it may work in place
+        logits: Tensor = forward(model, sample)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, counter.get_total_flops() // len(sample)), logits
+    return Size(parameters, counter.get_total_flops() // max(2, len(sample))), logits
 
 
 def silenced(
@@ -177,18 +173,12 @@ def silenced(
 
     chosen = [site for site in found if site.name in by_site]
     with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
-        logits: Tensor = model(images.clone())  # it may work in place
+        logits: Tensor = forward(model, images)
     return logits
 
 
 def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:
-    """Labels of single units, of a list or of what a ranking removes.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Fraction and ranking do not come together, or units are no labels.
-    """
+    """Labels of single units, of a list or of what a ranking removes."""
     if isinstance(units, Ranking):
         if fraction is None:
             raise ValueError("fraction: expected a number from 0 to 1 beside a ranking, got None")

@@ -1,8 +1,7 @@
-"""How much of each layer can go: one layer at a time, more and more of it."""
+"""Layer sensitivity: growing shares of one layer ablated at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,10 +15,10 @@ import torch
 from torch import nn
 
 from pyablate.compression._rank import Ranking
-from pyablate.data.dataset import Data
 from pyablate.io.atomic import whole, write_csv
 from pyablate.result import AblationResult
 from pyablate.runs._ablate import ablate
+from pyablate.runs.fingerprint import table_fingerprint
 
 logger = logging.getLogger("pyablate")
 
@@ -91,7 +90,9 @@ def sensitivity(
     order = list(ranking.layer_sizes)  # that of the network
     layers_in_order = sorted(layers, key=lambda names: [order.index(name) for name in names])
     parts = {names: ranking.within(names) for names in layers_in_order}
-    run = "" if path is None else _fingerprint(model, source, ranking, class_names)
+    ranked = [(one.label, note) for one, note in zip(ranking.order, ranking.notes, strict=True)]
+    choices = [ranked, list(class_names or [])]  # shares tried and when to stop do not matter
+    run = "" if path is None else table_fingerprint(model, source, choices)
     known = pd.DataFrame() if path is None else _read(Path(path), run)
     for share in shares:
         wanted = _wanted(parts, share, known, stop)
@@ -163,24 +164,6 @@ def _read_often(data: Any) -> Any:
     if not pair and hasattr(data, "__iter__") and iter(data) is iter(data):
         return list(data)
     return data
-
-
-def _fingerprint(
-    model: nn.Module, data: Any, ranking: Ranking, class_names: Sequence[str] | None
-) -> str:
-    """Hash whatever the figures depend on; the shares tried and when to stop do not matter."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    for batch in Data(data, dtype=torch.float32, device=torch.device("cpu")).batches(1024):
-        digest.update(batch.images.contiguous().numpy().tobytes())
-        digest.update(batch.labels.numpy().tobytes())
-    order = [(one.label, note) for one, note in zip(ranking.order, ranking.notes, strict=True)]
-    digest.update(json.dumps([order, list(class_names or [])]).encode())
-    return digest.hexdigest()[:16]
 
 
 def _read(path: Path, run: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Which units can only be removed together, as Torch-Pruning's dependency graph says.
+"""Coupled units, which can only be removed together, from Torch-Pruning's dependency graph.
 
 Removing a channel of a residual sum removes it from everything that is added there; a depthwise
 convolution ties its input to its output; flattening ties a channel to a block of features. The
@@ -16,6 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from pyablate._validation import first_line
 from pyablate.network.sites import (
     Site,
     check_model,
@@ -97,15 +98,6 @@ class Coupling:
         The sample in the dtype and on the device of the model.
     classes : list of Coupled
         All coupled units, those of one layer together.
-
-    Raises
-    ------
-    ImportError
-        Torch-Pruning is not installed.
-    TypeError
-        Model or sample are something else.
-    ValueError
-        The network fails on the sample or Torch-Pruning on the network.
     """
 
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
@@ -125,24 +117,12 @@ class Coupling:
         self._group_of, self.classes = self._couple()
 
     def find(self, label: str) -> Coupled:
-        """Return the coupled units that a unit ``"layer:unit"`` belongs to.
-
-        Raises
-        ------
-        ValueError, TypeError
-            No such unit; the nearest layer is told.
-        """
+        """Return the coupled units that a unit ``"layer:unit"`` belongs to."""
         site, unit = parse_label(self.sites, label)
         return self._group_of[site.name, unit]
 
     def selected(self, layers: str | Sequence[str] | None) -> list[Coupled]:
-        """Return coupled units with at least one in the layers, in the order of the network.
-
-        Parameters
-        ----------
-        layers : str or sequence of str, optional
-            Names or globs, see :func:`pyablate.select`; None takes all.
-        """
+        """Coupled units with one at least in the layers, or all, in the order of the network."""
         if layers is None:
             return self.classes
         wanted = {
@@ -180,13 +160,7 @@ class Coupling:
         return next(site.channels for site in self.sites if site.name == layer)
 
     def without(self, units: Iterable[str]) -> nn.Module:
-        """Return a new copy of the network without these units and all that hang together.
-
-        Raises
-        ------
-        ValueError
-            A layer would be left without channels.
-        """
+        """Return a new copy of the network without these units and all that hang together."""
         smaller = copied(self.model)
         names = self._graph._module2name
         for dependency, taken in self.channels(units):
@@ -243,7 +217,7 @@ class Coupling:
         members: dict[int, list[int]] = {}
         for number, together in enumerate(connected_components(graph, directed=False)[1]):
             members.setdefault(int(together), []).append(number)
-        heard = self._heard()
+        read = self._read_sites()
         by_unit: dict[tuple[str, int], Coupled] = {}
         classes = []
         for numbers in members.values():
@@ -252,7 +226,7 @@ class Coupling:
                 reasons.append("no weights make it")
             pairs = [every[one] for one in numbers]
             # Of a class that nothing need silence, every unit is named.
-            named = [pair for pair in pairs if pair[0].name in heard]
+            named = [pair for pair in pairs if pair[0].name in read]
             labels = tuple(site.label(unit) for site, unit in named or pairs)
             coupled = Coupled(labels, next(iter(reasons), ""))
             by_unit.update({(site.name, unit): coupled for site, unit in pairs})
@@ -285,24 +259,24 @@ class Coupling:
                         links.append((base + unit, start[other.name] + channel))
         return links, obstacles, made
 
-    def _heard(self) -> set[str]:
+    def _read_sites(self) -> set[str]:
         """Sites to silence so that whatever reads a removed channel reads zeros.
 
         Activations and blocks; and where a layer is read without one of these in between (the
         linear bottleneck of an inverted residual), that layer.
         """
-        speaking = {site.name for site in self.sites if site.kind != "layer"}
-        silent = {id(node) for name in speaking for node in self._nodes[name]}
+        active = {site.name for site in self.sites if site.kind != "layer"}
+        silent = {id(node) for name in active for node in self._nodes[name]}
         plain = {
             id(node): site.name
             for site in reversed(self.sites)
             if site.kind == "layer"
             for node in self._nodes[site.name]
         }
-        found = set(speaking)
+        found = set(active)
         for node in self._graph.module2node.values():
             if isinstance(node.module, (nn.modules.conv._ConvNd, nn.Linear)):
-                found |= _unheard(node.inputs, silent, plain)
+                found |= _unmasked(node.inputs, silent, plain)
         return found
 
 
@@ -349,10 +323,10 @@ def _trace(
 ) -> tuple[Any, dict[str, list[Any]]]:
     """Build the graph and find the nodes that hold the output of each site."""
     pruning = torch_pruning()
-    spoken: dict[str, list[Any]] = {site.name: [] for site in found}
+    made_by: dict[str, list[Any]] = {site.name: [] for site in found}
 
     def note(site: Site, _call: int, output: Tensor) -> Tensor:
-        spoken[site.name].append(output.grad_fn)
+        made_by[site.name].append(output.grad_fn)
         return output
 
     def forward(network: nn.Module, images: Tensor) -> Tensor:
@@ -366,12 +340,12 @@ def _trace(
             graph.build_dependency(model, sample, forward_fn=forward, verbose=False)
         except (RuntimeError, AssertionError, AttributeError) as error:
             raise ValueError(
-                f"model: Torch-Pruning cannot follow this network: {str(error).splitlines()[0]}"
+                f"model: Torch-Pruning cannot follow this network: {first_line(error)}"
             ) from error
     by_function = {node.grad_fn: node for node in graph.module2node.values()}
     nodes = {
         name: [by_function[made] for made in functions if made in by_function]
-        for name, functions in spoken.items()
+        for name, functions in made_by.items()
     }
     return graph, nodes
 
@@ -410,7 +384,7 @@ def _is_output(entry: Entry) -> bool:
     return "out" in entry.dependency.handler.__name__
 
 
-def _unheard(nodes: Sequence[Any], silent: set[int], plain: dict[int, str]) -> set[str]:
+def _unmasked(nodes: Sequence[Any], silent: set[int], plain: dict[int, str]) -> set[str]:
     """Layers that are read at these nodes and that no silent node stands for."""
     found: set[str] = set()
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Layers replaced by two smaller ones each, and that together with channel pruning."""
+"""Low-rank decomposition of layers by truncated SVD, also after channel pruning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate._validation import first_line
 from pyablate.compression.filters import prune_filters
 from pyablate.compression.transforms import Transformed, float_bits, overwrite, weighted
+from pyablate.network.batch_norm import module_scale, norms_behind
 from pyablate.network.sites import copied
 
 
@@ -114,22 +116,10 @@ def _norm_scales(model: nn.Module) -> dict[str, Tensor]:
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # tracing fails in as many ways as there are networks
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"rectify: torch.fx cannot trace this network: {reason[0]}") from error
-    modules = dict(model.named_modules())
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    found: dict[str, Tensor] = {}
-    for node in graph.nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
-            continue
-        source = node.args[0]
-        once = source.op == "call_module" and calls.count(str(source.target)) == 1
-        if once and len(source.users) == 1:
-            deviation = (norm.running_var.double() + norm.eps).sqrt()
-            gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.double()
-            found[str(source.target)] = (gamma / deviation).detach()
-    return found
+        reason = first_line(error)
+        raise ValueError(f"rectify: torch.fx cannot trace this network: {reason}") from error
+    found = {layer: model.get_submodule(norm) for layer, norm in norms_behind(graph, model)}
+    return {layer: module_scale(n) for layer, n in found.items() if n.running_var is not None}
 
 
 def _pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:

@@ -1,15 +1,17 @@
-"""A smaller network on disk, with all that is needed to run it: an exported program."""
+"""Export of a smaller network with its weights as a ``.pt2`` program."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import first_line
 from pyablate.io.atomic import whole
+from pyablate.network.exported import quiet_export
+from pyablate.network.forward import two_images
 from pyablate.network.sites import copied
 
 
@@ -41,15 +43,15 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
         raise ValueError(f"path: expected a file called *.pt2, got {str(path)!r}")
     work = copied(model).eval()
     # A batch of one would be taken for a constant.
-    batch = torch.cat([sample[:1], sample[:1]]).detach()
+    batch = two_images(sample).detach()
     dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch
+    with quiet_export():
         try:
             with torch.no_grad():
                 program = torch.export.export(work, (batch,), dynamic_shapes=dynamic)
         except Exception as error:  # export fails in as many ways as there are networks
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise ValueError(f"model: torch.export cannot capture it: {reason[0]}") from error
+            raise ValueError(
+                f"model: torch.export cannot capture it: {first_line(error)}"
+            ) from error
         with whole(target, "path") as fresh:
             torch.export.save(program, fresh)

@@ -1,4 +1,4 @@
-"""Filters pruned by the criteria of the literature."""
+"""Filter pruning by the criteria of the literature."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_choice
 from pyablate.compression._rank import Ranking, rank
-from pyablate.compression._remove import remove
+from pyablate.compression._remove import Removal, remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.transforms import FLOAT_BITS, Transformed
 from pyablate.unit_attributes import attributes
@@ -99,13 +100,13 @@ def prune_filters(
         Share of the removable units, from 0 to 1.
     """
     ranking = filter_ranking(model, sample, criterion, scope=scope, data=data)
-    removal = remove(model, ranking, sample, fraction=fraction)
-    return Transformed(
-        removal.model,
-        FLOAT_BITS * removal.after.parameters,
-        FLOAT_BITS * removal.before.parameters,
-        removed=removal.units,
-    )
+    return without_units(remove(model, ranking, sample, fraction=fraction))
+
+
+def without_units(removal: Removal, history: pd.DataFrame | None = None) -> Transformed:
+    """Return a removal as what all transforms return."""
+    after, before = (FLOAT_BITS * size.parameters for size in (removal.after, removal.before))
+    return Transformed(removal.model, after, before, removal.units, history)
 
 
 def _attribute(coupling: Coupling, name: str, data: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Short training of a network: the loop that fine-tuning and soft filter pruning share."""
+"""The training loop (SGD) that fine-tuning and soft filter pruning share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_count, check_seed
 from pyablate.data.dataset import Data
 from pyablate.runtime.progress import Report
 
@@ -22,19 +23,8 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class Schedule:
     """How a network is trained: stochastic gradient descent, the rate falling along a cosine to 0.
 
-    Attributes
-    ----------
-    epochs, batch_size, seed : int
-        Passes over the data, images per step, and what order and dropout are drawn from.
-    learning_rate, momentum, weight_decay : float
-        Of the descent; the rate is that of the first step.
-    augment : callable, optional
-        Of a batch of images and a ``torch.Generator``; returns the images to train on.
-
-    Raises
-    ------
-    ValueError
-        A figure is out of range.
+    Order and dropout are drawn from the seed; ``augment`` takes a batch of images and a
+    ``torch.Generator`` and returns the images to train on.
     """
 
     epochs: int
@@ -46,18 +36,15 @@ class Schedule:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            given = getattr(self, name)
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {given!r}")
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number from 0 up to 1, got {self.momentum!r}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected a whole number from 0, got {self.seed!r}")
+        check_seed(self.seed)
 
 
 def fit(
@@ -71,31 +58,10 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train a network in place and leave it in evaluation mode.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network; parameters that need no gradient stay as they are.
-    data : Data
-        Held in memory.
-    loss : callable
-        Of images and labels, run with the network in training mode.
-    schedule : Schedule
-        How.
-    after_epoch : callable
-        Called behind every epoch, without gradients.
-    report : callable
-        Progress, in steps.
-
-    Returns
-    -------
-    list of dict
-        One per epoch: ``epoch`` (from 1), ``learning_rate`` at its first step, ``loss``,
-        ``cross_entropy`` and ``penalty``, means over its steps.
-
-    Raises
-    ------
-    ValueError
-        Nothing to train, or the loss is no longer finite.
+    Parameters that need no gradient stay as they are. The loss is run with the network in training
+    mode, ``after_epoch`` without gradients. Returns for each epoch its number (from 1), the
+    ``learning_rate`` at its first step, and the means over its steps of ``loss``, ``cross_entropy``
+    and ``penalty``. An error if nothing can be trained or the loss is no longer finite.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

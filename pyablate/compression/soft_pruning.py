@@ -9,14 +9,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice
-from pyablate.comparison.evaluation import device_of, prepared
+from pyablate._validation import check_choice, check_fraction
+from pyablate.comparison.evaluation import prepared
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.filters import BY_WEIGHTS, filter_ranking
+from pyablate.compression.filters import BY_WEIGHTS, filter_ranking, without_units
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
-from pyablate.compression.transforms import FLOAT_BITS, Transformed
+from pyablate.compression.transforms import Transformed
 from pyablate.data.dataset import Data
+from pyablate.network.forward import device_of
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 
@@ -77,8 +78,7 @@ def soft_filter_pruning(
     zero filter still puts out, a constant, goes when it is removed.
     """
     check_choice("criterion", criterion, BY_WEIGHTS)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected a number from 0 to 1, got {fraction!r}")
+    check_fraction("fraction", fraction)
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )
@@ -97,26 +97,13 @@ def soft_filter_pruning(
         loss = cross_entropy(trained)
         history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
         removal = remove(trained, zero, sample)
-    return Transformed(
-        removal.model,
-        FLOAT_BITS * removal.after.parameters,
-        FLOAT_BITS * removal.before.parameters,
-        removed=removal.units,
-        history=pd.DataFrame(history),
-    )
+    return without_units(removal, pd.DataFrame(history))
 
 
 def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> None:
     """Set to zero, in place, the filters that make the units; biases and batch norm stay.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Of the same modules as the network of the coupling.
-    coupling : Coupling
-        What makes which unit.
-    units : iterable of str
-        Labels ``"layer:unit"``.
+    The model has the same modules as the network of the coupling.
     """
     for dependency, channels in coupling.channels(units):
         module = dependency.target.module

@@ -1,4 +1,4 @@
-"""Ways to make the weights of a network cheaper: each a function from model to model.
+"""Weight compression: codebooks, quantized weights and masks, from model to model.
 
 Filters and decompositions are in files of their own. What they do to classes is for
 :func:`pyablate.compare` to say.
@@ -6,7 +6,6 @@ Filters and decompositions are in files of their own. What they do to classes is
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 import warnings
@@ -21,7 +20,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pyablate._validation import check_choice
+from pyablate._validation import check_choice, check_count, check_fraction, nearest
 from pyablate.network.sites import copied
 
 FLOAT_BITS = 32
@@ -86,8 +85,7 @@ def kernel_codebook(
     ValueError
         Fewer than two kernels, or no layer matches.
     """
-    if kernels < 2:
-        raise ValueError(f"kernels: expected at least 2, got {kernels!r}")
+    check_count("kernels", kernels, 2)
     changed = copied(model)
     bits = float_bits(model)
     for _, module in weighted(changed, layers):
@@ -168,8 +166,7 @@ def magnitude_masks(
         The fraction is out of range, or no layer matches.
     """
     check_choice("scope", scope, ("global", "layer"))
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected a number from 0 to 1, got {fraction!r}")
+    check_fraction("fraction", fraction)
     changed = copied(model)
     chosen = [(module, "weight") for _, module in weighted(changed, layers)]
     if scope == "global":
@@ -211,8 +208,7 @@ def block_masks(
     ValueError
         Fewer than one block, or no layer matches.
     """
-    if blocks < 1:
-        raise ValueError(f"blocks: expected at least 1, got {blocks!r}")
+    check_count("blocks", blocks)
     changed = copied(model)
     bits = float_bits(model)
     generator = np.random.default_rng(seed)
@@ -238,10 +234,8 @@ def weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[st
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or list(known)[:3]
             raise ValueError(
-                f"layers: no convolution or linear map matches {pattern!r}; "
-                f"nearest: {', '.join(near)}"
+                f"layers: no convolution or linear map matches {pattern!r}{nearest(pattern, known)}"
             )
     for name, module in known.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):

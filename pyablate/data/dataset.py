@@ -1,4 +1,4 @@
-"""Images and labels from whatever the caller has, checked, in batches of the engine's size."""
+"""The data of a run: images and labels from arrays, loaders or iterables, checked, in batches."""
 
 from __future__ import annotations
 
@@ -157,16 +157,10 @@ class Data:
             place += len(images)
 
     def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
-        """Hand out batches of ``size`` images (the last may be smaller).
+        """Hand out batches of ``size`` images (the last may be smaller), of all or of a ``part``.
 
-        Parameters
-        ----------
-        size : int
-            Images per batch.
-        part : range, optional
-            Only these images. A pair of tensors, or a loader that reads a data set in order by
-            index, gives them without reading what comes before; any other source is read up to
-            their end.
+        A pair of tensors, or a loader that reads a data set in order by index, gives a part without
+        reading what comes before; any other source is read up to its end.
         """
         if part is not None and len(part) == 0:
             return
@@ -253,18 +247,7 @@ class Data:
 
 
 def gathered(source: Any) -> tuple[Tensor, Tensor]:
-    """All images and labels of a source, as they are, so that they can be split.
-
-    Returns
-    -------
-    images, labels : Tensor
-        ``[N, ...]`` and int64 ``[N]``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As :class:`Data` raises.
-    """
+    """All images ``[N, ...]`` and labels, int64 ``[N]``, of a source as they are, to be split."""
     data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
     parts = [part for part in data._raw() if len(part[0])]
     if not parts:

@@ -7,7 +7,6 @@ in ``[0, 1]``: its first module, `Normalize`, does the scaling.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from pyablate._validation import check_count, nearest
 from pyablate.io.idx import read_idx
 
 if TYPE_CHECKING:
@@ -205,9 +205,8 @@ def build(name: str) -> nn.Module:
         `name` is not one of `NETWORKS`.
     """
     if name not in _FACTORIES:
-        near = difflib.get_close_matches(str(name), NETWORKS, n=3, cutoff=0.4) or NETWORKS
         raise ValueError(
-            f"name: expected one of the shipped networks, got {name!r}; nearest: {', '.join(near)}"
+            f"name: expected one of the shipped networks, got {name!r}{nearest(name, NETWORKS)}"
         )
     return _FACTORIES[name]()
 
@@ -241,8 +240,8 @@ def images(limit: int | None = None) -> tuple[Tensor, Tensor]:
     ValueError
         `limit` is not a positive integer.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit: expected a positive integer or None, got {limit!r}")
+    if limit is not None:
+        check_count("limit", limit)
     pixels = read_idx(_data("fashion_mnist", "t10k-images-idx3-ubyte.gz"))[:limit]
     labels = read_idx(_data("fashion_mnist", "t10k-labels-idx1-ubyte.gz"))[:limit]
     return torch.from_numpy(pixels).unsqueeze(1) / 255, torch.from_numpy(labels).long()

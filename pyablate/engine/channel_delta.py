@@ -25,6 +25,7 @@ from pyablate.network.aten import (
     SAME,
     SUBTRACTIONS,
 )
+from pyablate.network.batch_norm import norm_scale
 from pyablate.network.graph import (
     BATCH_NORM,
     CONVOLUTIONS,
@@ -32,7 +33,6 @@ from pyablate.network.graph import (
     Graph,
     function,
     integers,
-    norm_scale,
     operand,
     pads_with_zeros,
     settings,

@@ -12,9 +12,10 @@ from pyablate.data.dataset import Batch
 from pyablate.engine.clean import Clean
 from pyablate.engine.discontinuous import may_be_infinite
 from pyablate.engine.float64 import Exact
-from pyablate.engine.replay import Replay, decision, forward
+from pyablate.engine.replay import Replay, decision
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.graph import CONVOLUTIONS, Graph, Value, tensor
 from pyablate.runtime.host_to_device import sent
 

@@ -18,6 +18,7 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.job import Job
 from pyablate.engine.replacements import Key, Replacements, Statistics, donor_maps
 from pyablate.network import near_tie
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 from pyablate.runtime.host_to_device import sent
 
@@ -79,7 +80,8 @@ class Replay:
         images = few.images[inverse]
         with torch.no_grad():
             if job is None:
-                return forward(self.model, images).cpu()
+                intact: Tensor = forward(self.model, images)
+                return intact.cpu()
             replacements = self.replacements(few, job)
 
             def change(site: Site, call: int, output: Tensor) -> Tensor:
@@ -118,13 +120,6 @@ class Decision:
 
     prediction: Tensor
     near_tie: Tensor
-
-
-def forward(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a network, which may work in place, on at least two rows: some squeeze one away."""
-    if len(images) > 1:
-        return model(images.clone())  # type: ignore[no-any-return]
-    return model(torch.cat([images, images]))[:1]  # type: ignore[no-any-return]
 
 
 def decision(logits: Tensor) -> Decision:

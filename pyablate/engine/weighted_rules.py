@@ -22,10 +22,10 @@ from pyablate.engine.rule_context import (
     readers_of,
 )
 from pyablate.network.aten import SUMS, named_activation, two
+from pyablate.network.batch_norm import norm_scale
 from pyablate.network.graph import (
     Graph,
     function,
-    norm_scale,
     operand,
     remembered,
     settings,

@@ -1,4 +1,4 @@
-"""Accuracy against the number of units removed, in one order or another."""
+"""Cumulative ablation: accuracy against the number of units removed, in a given order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import integrate
 from torch import nn
 
+from pyablate._validation import check_count, check_seed
 from pyablate.data.dataset import gathered
 from pyablate.experiments.accuracies import (
     balanced_accuracy,
@@ -18,7 +19,7 @@ from pyablate.experiments.accuracies import (
     class_accuracy,
 )
 from pyablate.experiments.orders import Order, measured, named, orders_of
-from pyablate.experiments.split import check_seed, split
+from pyablate.experiments.split import split
 from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
@@ -89,10 +90,6 @@ def cumulative(
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
 
-    Returns
-    -------
-    Cumulative
-
     Raises
     ------
     ValueError, TypeError
@@ -100,8 +97,7 @@ def cumulative(
         whatever :func:`pyablate.ablate` raises.
     """
     check_seed(seed)
-    if repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {repeats!r}")
+    check_count("repeats", repeats)
     orders = named(order)
     images, labels = gathered(data)
     ready = opened(model, (images, labels), options.get("device"))
@@ -216,8 +212,7 @@ def _counts(steps: int | Sequence[int] | None, units: int) -> Ints:
     if steps is None:
         steps = min(units, STEPS)
     if isinstance(steps, int):
-        if isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps!r}")
+        check_count("steps", steps)
         return np.unique(np.linspace(0, units, min(steps, units) + 1).round().astype(np.int64))
     counts = np.asarray(list(steps))
     if counts.ndim != 1 or counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
@@ -237,7 +232,7 @@ def _dataset(
     keep: bool,
 ) -> xr.Dataset:
     """Arrange the rows of a result by curve and step."""
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     def arranged(intact: Any, ablated: Floats) -> Floats:
         points = ablated[rows]

@@ -1,4 +1,4 @@
-"""For each class, few units without which it is lost."""
+"""Minimal sets: for each class, few units whose removal takes it to chance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from pyablate._validation import check_count
 from pyablate.experiments.accuracies import balanced_accuracy, class_accuracy
 from pyablate.experiments.split import split
 from pyablate.experiments.units import best_first, class_number, labels_of, opened
@@ -76,10 +77,6 @@ def minimal_sets(
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
 
-    Returns
-    -------
-    MinimalSets
-
     Raises
     ------
     ValueError, TypeError
@@ -88,8 +85,8 @@ def minimal_sets(
     """
     if chance is not None and not 0 <= chance < 1:
         raise ValueError(f"chance: expected a share from 0 to below 1, got {chance!r}")
-    if largest is not None and (not isinstance(largest, int) or largest < 1):
-        raise ValueError(f"largest: expected at least 1, got {largest!r}")
+    if largest is not None:
+        check_count("largest", largest)
     halves = split(data, seed=seed)
     ready = opened(model, halves.choosing, options.get("device"))
     units = labels_of(select(ready.sites, layers))

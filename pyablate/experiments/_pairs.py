@@ -1,4 +1,4 @@
-"""What two units do together beyond what each does alone."""
+"""Interactions: what ablating two units does beyond ablating each alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from pyablate._validation import check_choice
 from pyablate.analysis.statistics import adjusted, mcnemar
 from pyablate.data.dataset import gathered
 from pyablate.experiments.units import opened
@@ -18,11 +19,10 @@ from pyablate.network.sites import select
 from pyablate.result import AblationResult
 from pyablate.results.record import Ints
 from pyablate.runs._ablate import ablate
+from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_BLOCK = 1 << 22  # predictions looked at together
 
 
 def pairs(
@@ -51,10 +51,6 @@ def pairs(
         Only pairs of these units.
     intervention, class_names, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together.
-
-    Returns
-    -------
-    Pairs
 
     Raises
     ------
@@ -132,8 +128,7 @@ class Pairs:
         import xarray as xr
 
         known = [str(key) for key, values in self.data.items() if "pair" in values.dims]
-        if name not in known:
-            raise ValueError(f"name: expected one of {', '.join(known)}, got {name!r}")
+        check_choice("name", name, known)
         values = self.data[name]
         units = self.data["unit"].to_numpy()
         first, second = np.triu_indices(len(units), 1)
@@ -145,7 +140,7 @@ class Pairs:
 
 
 def _dataset(result: AblationResult, units: int) -> xr.Dataset:
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     first, second = np.triu_indices(units, 1)  # as itertools.combinations has them
     net = result.lost - result.gained  # whole numbers: sums are exact
@@ -184,7 +179,7 @@ def _signs(result: AblationResult, first: Ints, second: Ints) -> tuple[Ints, Int
     right = (result.predictions(slice(units)) == result.labels).astype(np.int8)
     intact = (result.baseline == result.labels).astype(np.int8)
     counts = np.empty((2, len(first)), dtype=np.int64)
-    size = max(1, _BLOCK // len(result.labels))
+    size = max(1, NUMBERS // len(result.labels))
     for start in range(0, len(first), size):
         some = slice(start, min(start + size, len(first)))
         joint = result.predictions(slice(units + some.start, units + some.stop)) == result.labels

@@ -1,4 +1,4 @@
-"""Accuracies of a result's rows, absolute rather than as drops."""
+"""Recall and balanced accuracy of a result's rows, absolute rather than as drops."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Is the damage of single units special? Against random directions, and between networks."""
+"""Controls: damage of units against that of random directions, and between networks."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,12 @@ import pandas as pd
 from scipy import stats
 from torch import nn
 
+from pyablate._validation import check_count, check_level, check_seed, nearest
 from pyablate.analysis.bootstrap import resample
 from pyablate.analysis.statistics import layer_rows
 from pyablate.analysis.targets import gini
 from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
-from pyablate.experiments.split import check_seed
 from pyablate.interventions import Intervention
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats, Ints
@@ -130,17 +129,12 @@ def rotation_control(
     class_names, **options
         As for :func:`pyablate.ablate`.
 
-    Returns
-    -------
-    RotationControl
-
     Raises
     ------
     ValueError, TypeError
         ``rotations`` below 1, and whatever :func:`pyablate.ablate` raises.
     """
-    if rotations < 1:
-        raise ValueError(f"rotations: expected at least 1, got {rotations!r}")
+    check_count("rotations", rotations)
     check_seed(seed)
     _check(("units", "rotated"), fewest, resamples, confidence)
     held = gathered(data)
@@ -254,8 +248,7 @@ def _matched(
     for names, side in ((layers.keys(), common[0]), (layers.values(), common[1])):
         for name in names:
             if name not in side:
-                near = difflib.get_close_matches(name, side, n=1, cutoff=0.3) or side
-                raise ValueError(f"layers: no layer {name!r} there; nearest: {', '.join(near)}")
+                raise ValueError(f"layers: no layer {name!r} there{nearest(name, side)}")
     return layers
 
 
@@ -272,8 +265,6 @@ def _results(name: str, given: Results) -> list[AblationResult]:
 def _check(names: tuple[str, str], fewest: int, resamples: int, confidence: float) -> None:
     if len(names) != 2 or names[0] == names[1]:
         raise ValueError(f"names: expected two different names, got {names!r}")
-    for name, number in (("fewest", fewest), ("resamples", resamples)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    check_count("fewest", fewest)
+    check_count("resamples", resamples)
+    check_level("confidence", confidence)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_count, check_seed
 from pyablate.engine.replacements import clean_maps
 from pyablate.experiments.units import opened
 from pyablate.interventions import random_rotation
@@ -56,12 +57,10 @@ def rotations(
     ValueError, TypeError
         Unknown layers, ``count`` below 1, a model or data that cannot be used.
     """
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count!r}")
+    check_count("count", count)
+    check_seed(seed)
     found = select(opened(model, data, device).sites, layers)
     turns = len(found) * count
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected an integer of 0 or more, got {seed!r}")
     return {
         site.name: torch.cat(
             [

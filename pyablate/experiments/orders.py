@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyablate._validation import nearest
 from pyablate.experiments.units import best_first
 from pyablate.result import AblationResult
 from pyablate.results.record import Ints
@@ -41,13 +41,7 @@ class Order:
 
 
 def named(order: Any) -> dict[str, Any]:
-    """Give every order a name: a single one, a mapping, or the columns of a table.
-
-    Raises
-    ------
-    ValueError
-        An unknown word, or nothing at all.
-    """
+    """Give every order a name: a single one, a mapping, or the columns of a table."""
     if isinstance(order, Mapping):
         found = {str(name): each for name, each in order.items()}
     elif isinstance(order, pd.DataFrame):
@@ -60,10 +54,9 @@ def named(order: Any) -> dict[str, Any]:
         found = {"given" if name is None else str(name): order}
     for each in found.values():
         if isinstance(each, str) and each not in BY_NAME:
-            near = difflib.get_close_matches(each, BY_NAME, n=1) or BY_NAME
             raise ValueError(
                 f"order: expected {', '.join(map(repr, BY_NAME))}, numbers by unit label or a list "
-                f"of labels, got {each!r}; nearest: {', '.join(near)}"
+                f"of labels, got {each!r}{nearest(each, BY_NAME, 1)}"
             )
     if not found:
         raise ValueError("order: expected at least one order, got none")
@@ -85,13 +78,7 @@ def orders_of(
     repeats: int,
     generator: np.random.Generator,
 ) -> list[Order]:
-    """Turn one specification into orders of the units ``labels``.
-
-    Raises
-    ------
-    ValueError
-        Units that are missing or unknown, numbers of another length.
-    """
+    """Turn one specification into orders of the units ``labels``."""
     if isinstance(spec, str) and spec == RANDOM:
         return [Order(name, generator.permutation(len(labels)), turn) for turn in range(repeats)]
     sign = -1.0 if ascending else 1.0
@@ -120,8 +107,8 @@ def _listed(name: str, spec: Any, labels: Sequence[str]) -> Ints | None:
     place = {label: position for position, label in enumerate(labels)}
     for label in spec:
         if label not in place:
-            near = difflib.get_close_matches(label, labels[:10_000], n=1) or [labels[0]]
-            raise ValueError(f"order {name!r}: no unit {label!r} here; nearest: {near[0]}")
+            hint = nearest(label, labels, 1)
+            raise ValueError(f"order {name!r}: no unit {label!r} here{hint}")
     if len(set(spec)) < len(spec) or len(spec) < len(labels):
         raise ValueError(
             f"order {name!r}: expected each of the {len(labels)} units once, got {len(spec)} "

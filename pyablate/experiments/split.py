@@ -1,4 +1,4 @@
-"""Images to choose units on, and other images to measure on."""
+"""Split of the images into halves: one to choose units on, one to measure on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyablate._validation import check_seed
 from pyablate.analysis.statistics import random_half
 from pyablate.data.dataset import gathered
 
@@ -17,13 +18,7 @@ Images = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """Labelled images in two parts.
-
-    Attributes
-    ----------
-    choosing, measuring : tuple of Tensor
-        Images ``[N, ...]`` and int64 labels ``[N]``.
-    """
+    """Labelled images in two parts, each with images ``[N, ...]`` and int64 labels ``[N]``."""
 
     choosing: Images
     measuring: Images
@@ -34,11 +29,6 @@ def split(data: Any, *, seed: int) -> Halves:
 
     What is chosen for its effect on some images looks better on them than it is; measured on
     others it does not.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Data that cannot be read, a negative seed, fewer than two images.
     """
     check_seed(seed)
     images, labels = gathered(data)
@@ -53,9 +43,3 @@ def split(data: Any, *, seed: int) -> Halves:
         (images[first.to(images.device)], labels[first]),
         (images[~first.to(images.device)], labels[~first]),
     )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse what is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")

@@ -1,8 +1,7 @@
-"""Which units an experiment is about."""
+"""Units and classes of an experiment by label, name or number."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyablate._validation import nearest
 from pyablate.network.model_checks import Ready, open_up
 from pyablate.network.sites import Site, check_model
 from pyablate.result import AblationResult
@@ -18,13 +18,7 @@ from pyablate.runtime.determinism import undisturbed
 
 
 def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
-    """Copy the model and look at the data, as :func:`pyablate.ablate` will.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or the data cannot be used; the message says why.
-    """
+    """Copy the model and look at the data, as :func:`pyablate.ablate` will."""
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
         return open_up(model, data, None, device)
@@ -36,19 +30,12 @@ def labels_of(found: Sequence[Site]) -> list[str]:
 
 
 def class_number(result: AblationResult, name: str | int, argument: str = "classes") -> int:
-    """Find the number of a class by its name or number.
-
-    Raises
-    ------
-    ValueError
-        No such class.
-    """
+    """Find the number of a class by its name or number."""
     names = result.class_names
     if isinstance(name, str):
         if name in names:
             return names.index(name)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or names[:3]
-        raise ValueError(f"{argument}: no class {name!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"{argument}: no class {name!r}{nearest(name, names)}")
     if not 0 <= int(name) < len(names):
         raise ValueError(f"{argument}: expected numbers 0 to {len(names) - 1}, got {name}")
     return int(name)

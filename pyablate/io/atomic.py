@@ -1,11 +1,11 @@
-"""Files that are written for people: looked at before the work, written whole or not at all."""
+"""Atomic writers: files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +19,8 @@ _STORE = ("zarr.json", ".zgroup", ".zarray")
 def check_file(path: Path, what: str = "output") -> None:
     """Fail now rather than after the run if a file cannot be written; nothing is made yet.
 
-    Parameters
-    ----------
-    path : Path
-        Of the file; a symbolic link stands for what it leads to.
-    what : str
-        The argument or option that names it, for the message.
-
-    Raises
-    ------
-    OSError
-        There is something else than a file, such as a folder or a device, the place is inside a
-        Zarr store, or nothing can be written there.
+    A symbolic link stands for what it leads to; ``what`` names the argument in the message. Refused
+    are folders and devices, and places inside a Zarr store.
     """
     _check_kind(path, what)
     target = Path(os.path.realpath(path))
@@ -60,24 +50,10 @@ def _check_kind(path: Path, what: str) -> None:
 
 @contextmanager
 def whole(path: Path, what: str = "output") -> Iterator[Path]:
-    """Give a place to write a file to, and put it where it belongs once it is complete.
+    """Give a scratch file to write, and move it to ``path`` once it is complete.
 
-    Parameters
-    ----------
-    path : Path
-        Of the file; the target of a symbolic link is replaced, not the link.
-    what : str
-        The argument or option that names it, for the message.
-
-    Yields
-    ------
-    Path
-        A file of the same name in a folder beside it, which goes in any case.
-
-    Raises
-    ------
-    OSError
-        As :func:`check_file` raises; the disk is full.
+    It lies in a folder beside the target, which goes in any case. The target of a symbolic link is
+    replaced, not the link; ``what`` names the argument in messages.
     """
     check_file(path, what)
     target = Path(os.path.realpath(path))
@@ -92,13 +68,64 @@ def whole(path: Path, what: str = "output") -> Iterator[Path]:
         raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
 
 
-def write_csv(table: pd.DataFrame, path: Path, what: str = "--csv") -> None:
-    """Write a table without its index as CSV; names that are not valid Unicode with backslashes.
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place at once, on the disk when this returns; a kill leaves old or new."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
-    Raises
-    ------
-    OSError
-        As :func:`whole` raises.
+
+def sync_folder(path: Path) -> None:
+    """Have the names of a folder's files on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(
+    target: Path, write: Callable[[Path], object], check: Callable[[], None]
+) -> None:
+    """Let ``write`` make a folder beside ``target``, and move it there when it is complete.
+
+    ``check`` says, before and after, whether what is there may be replaced; it is put back if
+    the new folder cannot take its place.
     """
+    check()
+    with scratch_beside(target) as scratch:
+        fresh, replaced = Path(scratch) / "new", Path(scratch) / "old"
+        write(fresh)
+        check()  # again: writing may have taken a while
+        if target.exists():
+            os.rename(target, replaced)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
+
+
+def scratch_beside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a scratch folder on the disk of a folder that is going to be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        reason = f"output: cannot write {target}: {error.strerror}"
+        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
+
+
+def write_csv(table: pd.DataFrame, path: Path, what: str = "--csv") -> None:
+    """Write a table without its index as CSV; names that are not valid Unicode with backslashes."""
     with whole(path, what) as fresh:
         table.to_csv(fresh, index=False, errors="backslashreplace")

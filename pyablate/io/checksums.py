@@ -1,4 +1,4 @@
-"""Checksums of a store, kept in its attributes: damage is told when the store is read.
+"""Checksums of a Zarr store, kept in its attributes: reading it detects corruption.
 
 A SHA-256 for each array, over all its files, and one for each attribute. What others add to the
 folder or to the attributes is not covered and does not matter.
@@ -41,29 +41,12 @@ def seal(folder: Path) -> None:
 
 
 def sealed(folder: Path) -> dict[str, str] | None:
-    """Name the arrays of a store with their checksums; None if it was written without.
-
-    Raises
-    ------
-    ValueError
-        The checksums themselves are damaged.
-    """
+    """Name the arrays of a store with their checksums; None if it was written without."""
     return None if (held := _held(attributes_of(folder))) is None else held["arrays"]
 
 
 def check(folder: Path) -> bool:
-    """Compare a store with its checksums.
-
-    Returns
-    -------
-    bool
-        False if there are none.
-
-    Raises
-    ------
-    ValueError
-        Something is not as it was written; the message says what.
-    """
+    """Compare a store with its checksums: False if it has none, an error if it is damaged."""
     attributes = attributes_of(folder)
     held = _held(attributes)
     if held is None:

@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pyablate.runtime.chunking import READ
+
 # Third byte of the magic number -> big-endian element type.
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_RANK = 8
-_CHUNK = 1 << 20
 
 
 class Openable(Protocol):
@@ -97,9 +98,9 @@ def _parse(stream: BinaryIO | gzip.GzipFile, name: str, max_bytes: int) -> NDArr
 
 
 def _read_up_to(stream: BinaryIO | gzip.GzipFile, count: int) -> bytes:
-    # In pieces, so that a header that lies about the size allocates only what the file holds.
+    # In pieces, so that a header with a wrong size allocates only what the file holds.
     pieces = []
-    while count > 0 and (piece := stream.read(min(count, _CHUNK))):
+    while count > 0 and (piece := stream.read(min(count, READ))):
         pieces.append(piece)
         count -= len(piece)
     return b"".join(pieces)

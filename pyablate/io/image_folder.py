@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 from pyablate.runtime.out_of_memory import is_shortage
 
 _log = logging.getLogger("pyablate")
@@ -223,7 +223,7 @@ def _decoding(path: Path) -> Iterator[None]:
     try:
         # About sizes, which the header tells before any decoding, and about damaged metadata. The
         # filters are the whole process's: threads that change them at once would mix them up.
-        with a_moment(), warnings.catch_warnings():
+        with export_lock(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which files of a folder are pyablate's own: nothing else in it is ever removed.
+"""Ownership of files: which of a run's folder pyablate wrote; nothing else is ever removed.
 
 People put notes, tables and stores into the folder of a run. Own is what has the name of a file
 that pyablate writes and, where checksums tell, its content.
@@ -37,13 +37,7 @@ _GROUP_FILES = (".zgroup", ".zattrs", ".zmetadata")
 
 
 def check_replaceable(store: Path) -> None:
-    """Refuse to replace a finished store whose folder holds anything else.
-
-    Raises
-    ------
-    FileExistsError
-        It does, or what is there is not as it was written.
-    """
+    """Refuse to replace a finished store whose folder holds anything else."""
     arrays = own_arrays(store, store)
     group = ("zarr.json",) if (store / "zarr.json").exists() else _GROUP_FILES
     tidying = is_manifest(store / "blocks")  # of a run that was killed when all was done
@@ -55,24 +49,12 @@ def check_replaceable(store: Path) -> None:
 
 
 def remains(path: Path) -> list[str]:
-    """Name the arrays in a run's folder that a result given up, or cut short, has left there.
-
-    Raises
-    ------
-    FileExistsError
-        As :func:`own_arrays` raises.
-    """
+    """Name the arrays in a run's folder that a result given up, or cut short, has left there."""
     return own_arrays(path, path, path / "blocks" / "aside", path / "blocks" / "result")
 
 
 def check_in_the_way(path: Path) -> None:
-    """Refuse a run's folder where somebody else has put what has the name of a part of results.
-
-    Raises
-    ------
-    FileExistsError
-        Somebody has.
-    """
+    """Refuse a run's folder where somebody else has put what has the name of a part of results."""
     remains(path)
     ours = isinstance(checksums.attributes_of(path).get("pyablate_format"), int)
     if os.path.lexists(path / "zarr.json") and not ours:
@@ -82,17 +64,8 @@ def check_in_the_way(path: Path) -> None:
 def own_arrays(folder: Path, *described: Path) -> list[str]:
     """Name the arrays in a folder that may be removed, or moved.
 
-    Parameters
-    ----------
-    folder : Path
-        Where they are.
-    described : Path
-        Folders one of which may have the attributes of the result to which they belong.
-
-    Raises
-    ------
-    FileExistsError
-        Something has the name of such an array and is another, or holds something else.
+    One of the folders ``described`` may have the attributes of the result to which they belong.
+    Refused is what has the name of such an array and is another, or holds something else.
     """
     ours = [place for place in described if "pyablate_format" in checksums.attributes_of(place)]
     try:
@@ -124,13 +97,7 @@ def is_manifest(blocks: Path) -> bool:
 
 
 def check_blocks(path: Path) -> None:
-    """Refuse a folder of somebody else's that has the name and the files of our own.
-
-    Raises
-    ------
-    FileExistsError
-        There is one.
-    """
+    """Refuse a folder of somebody else's that has the name and the files of our own."""
     blocks = path / "blocks"
     if is_manifest(blocks):
         return
@@ -149,16 +116,8 @@ def is_own_in_blocks(name: str) -> bool:
 def clear_blocks(blocks: Path, *, keep: str = "", below: str = "") -> None:
     """Remove what runs have written among their blocks, and the folders that this leaves empty.
 
-    The manifest, which tells whose they are, goes last.
-
-    Parameters
-    ----------
-    blocks : Path
-        The folder.
-    keep : str
-        One file to leave there.
-    below : str
-        Only this folder in it.
+    Only those in the folder ``below``, and not the file ``keep``. The manifest, which tells whose
+    they are, goes last.
     """
     for place, _, files in os.walk(blocks / below, topdown=False):
         for name in sorted(files, key=lambda name: name == "manifest.json"):

@@ -1,4 +1,4 @@
-"""What an exported program (``.pt2``) may hold, checked before torch reads it.
+"""Security check of exported programs (``.pt2``) before torch reads them.
 
 ``torch.export.load`` trusts its file. It unpickles members that a flag of the archive marks as
 pickled, loads compiled libraries, evaluates the text of symbolic sizes as Python, imports modules
@@ -48,18 +48,8 @@ _EXPRESSIONS = (
 def check_archive(path: Path, *, max_bytes: int) -> None:
     """Refuse an archive whose reading could do anything but make tensors and a graph.
 
-    Parameters
-    ----------
-    path : Path
-        A zip archive.
-    max_bytes : int
-        Limit of all unpacked members and of all tensors together.
-
-    Raises
-    ------
-    ValueError
-        The archive holds pickled objects, compiled code, text that is no size, operators that are
-        none of torch's, is larger than allowed or damaged.
+    So may be none of pickled objects, compiled code, text that is no size, operators that are not
+    torch's, and more than ``max_bytes`` of unpacked members or of tensors.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

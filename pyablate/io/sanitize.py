@@ -1,4 +1,4 @@
-"""Names of layers and classes, shown without what they could do to a terminal or a picture."""
+"""Sanitised text: control characters in names of layers and classes are escaped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udff
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    r"""Write what cannot be seen as Python would: ``\x1b``, ``\n``, ``\udcff``.
-
-    Parameters
-    ----------
-    text : str
-        Of anybody's making.
-    keep : str
-        Characters that stay as they are, such as the ends of lines of what we say ourselves.
-    """
+    r"""Write what cannot be seen as Python would: ``\x1b``, ``\n``, ``\udcff``; ``keep`` stays."""
 
     def shown(found: re.Match[str]) -> str:
         character = found[0]

@@ -1,4 +1,4 @@
-"""What a Zarr group on disk may hold, checked before it is read."""
+"""Security check of Zarr groups before they are read: links, sizes, codecs, missing chunks."""
 
 from __future__ import annotations
 
@@ -41,24 +41,9 @@ def check_folder(
 
     A symbolic link inside it could show any file of the machine as data; a named pipe waits for
     ever; an array can claim any shape in a few bytes; and one codec unpickles, which some versions
-    of numcodecs allow.
-
-    Parameters
-    ----------
-    folder : Path
-        Of Zarr format 2 or 3. It may itself be reached through a link.
-    only : collection of str, optional
-        The arrays that will be read. Other stores that lie in the folder may be as they like, but
-        for links.
-    max_bytes : int
-        Limit of one array.
-    whole : bool
-        Whether every chunk must be there, as in results. Zarr takes a missing one for zeros.
-
-    Raises
-    ------
-    OSError
-        The group holds one of these, or its metadata are damaged.
+    of numcodecs allow. The folder itself may be reached through a link, and other stores that lie
+    in it, beside the arrays ``only`` that will be read, may be as they like but for links. With
+    ``whole`` every chunk must be there, as in results: Zarr takes a missing one for zeros.
     """
     claimed = stored = 0
     described: list[Path] = []
@@ -94,13 +79,7 @@ def _top(folder: Path, place: Path) -> str:
 
 
 def check_opened(folder: Path) -> None:
-    """Refuse metadata that are no files, which opening a group would follow or wait for.
-
-    Raises
-    ------
-    OSError
-        One is a symbolic link, a named pipe or a device.
-    """
+    """Refuse metadata that are no files, which opening a group would follow or wait for."""
     for name in (*_METADATA, ".zattrs"):
         _check_kind(folder, folder / name)
 

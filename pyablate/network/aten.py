@@ -1,4 +1,4 @@
-"""Which operators are alike for the rules, and our names of activations."""
+"""Sets of ATen operators that the delta rules treat alike, and names of activations."""
 
 from __future__ import annotations
 
@@ -13,86 +13,46 @@ from pyablate.ops import Activation
 
 aten = torch.ops.aten
 
-LINEAR_POOLS = frozenset(
-    {
-        aten.avg_pool1d.default,
-        aten.avg_pool2d.default,
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default,
-    }
+
+def _overloads(names: str) -> frozenset[Any]:
+    """ATen overloads by name, ``"view.default neg.default"``."""
+    pairs = (name.split(".") for name in names.split())
+    return frozenset(getattr(getattr(aten, name), overload) for name, overload in pairs)
+
+
+LINEAR_POOLS = _overloads(
+    "avg_pool1d.default avg_pool2d.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default"
 )
 
+MAX_POOLS = _overloads("max_pool1d.default max_pool2d.default")
 
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default})
+DIVISIONS = _overloads("div.Tensor div.Scalar")
 
+SUBTRACTIONS = _overloads("sub.Tensor sub.Scalar")
 
-DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
-
-
-SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
-
-
-SAME = frozenset(
-    {
-        MARKER,
-        aten.alias.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.lift_fresh_copy.default,
-    }
+SAME = frozenset({MARKER}) | _overloads(
+    "alias.default clone.default contiguous.default detach.default dropout.default "
+    "feature_dropout.default lift_fresh_copy.default"
 )
 
-
-ELEMENTWISE = frozenset(
-    {
-        aten.abs.default,
-        aten.celu.default,
-        aten.clamp.default,
-        aten.clamp_min.default,
-        aten.elu.default,
-        aten.exp.default,
-        aten.gelu.default,
-        aten.hardsigmoid.default,
-        aten.hardswish.default,
-        aten.hardtanh.default,
-        aten.leaky_relu.default,
-        aten.log_sigmoid.default,
-        aten.mish.default,
-        aten.pow.Tensor_Scalar,
-        aten.relu.default,
-        aten.relu6.default,
-        aten.selu.default,
-        aten.sigmoid.default,
-        aten.silu.default,
-        aten.softplus.default,
-        aten.sqrt.default,
-        aten.tanh.default,
-        aten.threshold.default,
-    }
+ELEMENTWISE = _overloads(
+    "abs.default celu.default clamp.default clamp_min.default elu.default exp.default gelu.default "
+    "hardsigmoid.default hardswish.default hardtanh.default leaky_relu.default log_sigmoid.default "
+    "mish.default pow.Tensor_Scalar relu.default relu6.default selu.default sigmoid.default "
+    "silu.default softplus.default sqrt.default tanh.default threshold.default"
 )
-
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16})
 """Dtypes that the native operations take; a network may have others inside."""
 
-STRUCTURE = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name, overload in (
-        item.split(".")
-        for item in (
-            "view.default _unsafe_view.default reshape.default flatten.using_ints "
-            "unflatten.int permute.default transpose.int t.default squeeze.default squeeze.dim "
-            "squeeze.dims unsqueeze.default select.int slice.Tensor narrow.default split.Tensor "
-            "split_with_sizes.default chunk.default unbind.int expand.default flip.default "
-            "roll.default repeat.default mean.dim sum.dim_IntList neg.default "
-            "pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default "
-            "upsample_nearest2d.vec upsample_bilinear2d.vec movedim.int avg_pool3d.default "
-            "adaptive_avg_pool3d.default"
-        ).split()
-    )
+STRUCTURE = _overloads(
+    "view.default _unsafe_view.default reshape.default flatten.using_ints unflatten.int "
+    "permute.default transpose.int t.default squeeze.default squeeze.dim squeeze.dims "
+    "unsqueeze.default select.int slice.Tensor narrow.default split.Tensor "
+    "split_with_sizes.default chunk.default unbind.int expand.default flip.default roll.default "
+    "repeat.default mean.dim sum.dim_IntList neg.default pixel_shuffle.default "
+    "pixel_unshuffle.default channel_shuffle.default upsample_nearest2d.vec "
+    "upsample_bilinear2d.vec movedim.int avg_pool3d.default adaptive_avg_pool3d.default"
 )
 
 ACTIVATIONS: dict[Any, Any] = {
@@ -105,18 +65,15 @@ ACTIVATIONS: dict[Any, Any] = {
     aten.tanh.default: "tanh",
 }
 
-NAMED = frozenset(ACTIVATIONS) | {
-    aten.hardtanh.default,
-    aten.relu6.default,
-    aten.leaky_relu.default,
-    aten.elu.default,
-}
+NAMED = frozenset(ACTIVATIONS) | _overloads(
+    "hardtanh.default relu6.default leaky_relu.default elu.default"
+)
 
-MATMULS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
+MATMULS = _overloads("matmul.default mm.default bmm.default")
 
 LINEAR = STRUCTURE | SAME | LINEAR_POOLS | PADS | {aten.cat.default, BATCH_NORM, operator.getitem}
 
-SUMS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
+SUMS = _overloads("add.Tensor add.Scalar") | SUBTRACTIONS
 
 
 @remembered

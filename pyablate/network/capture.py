@@ -1,12 +1,8 @@
-"""From a model to a graph: ``torch.export`` with the sites marked."""
+"""Capture of a model as a graph by ``torch.export``, with the sites marked."""
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -14,13 +10,14 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from pyablate._validation import first_line
+from pyablate.network.batch_norm import fold_batch_norm
+from pyablate.network.exported import quiet_export
+from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark, tensor
-from pyablate.network.graph_passes import channels_last, fold_batch_norm, fold_padding
+from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.runtime import interrupts
-from pyablate.runtime.locks import a_moment
-
-logger = logging.getLogger("pyablate")
 
 
 class CaptureError(Exception):
@@ -47,7 +44,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     CaptureError
         ``torch.export`` fails, or the graph does something across images.
     """
-    pair = _two_images(sample)
+    pair = _noisy(two_images(sample))
     program = _export(model, pair, sites)
     graph = _read(program)
     graph.layout = _layouts(graph, pair)
@@ -62,35 +59,14 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with a_moment(), _quiet(), evaluation(model), hooked(model, sites, change):
+    with quiet_export(), evaluation(model), hooked(model, sites, change):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False
             )
             return cast(torch.export.ExportedProgram, program.run_decompositions({}))
         except Exception as error:  # torch.export raises many types; each means the same here
-            reason = str(error).strip().splitlines()
-            raise CaptureError(f"torch.export: {reason[0] if reason else error!r}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's deprecations and its report of a failed export: ours says it in one line."""
-    loggers = [
-        logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
-    ]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
-    try:
-        # torch writes the graph of a failed export straight to standard error
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
-            warnings.simplefilter("ignore")
-            yield
-        logger.debug("torch.export: %s", said.getvalue())
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
+            raise CaptureError(f"torch.export: {first_line(error)}") from error
 
 
 def _read(program: torch.export.ExportedProgram) -> Graph:
@@ -181,8 +157,7 @@ def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:
                     yield BatchLayout(axis, inner=int(factor) // outer, outer=outer)
 
 
-def _two_images(sample: Tensor) -> Tensor:
-    """Two different images, noisy so that no tensor is 0 on both and keeps its secret."""
-    pair = torch.stack([sample[0], sample[-1]])
+def _noisy(pair: Tensor) -> Tensor:
+    """Make two images different, so that no tensor is the same on both."""
     noise = torch.randn(pair.shape, generator=torch.Generator().manual_seed(0)).to(pair)
     return pair + (0.1 * pair.std() + 1e-3) * noise

@@ -1,4 +1,4 @@
-"""Which filters make a unit, and which weights read it, in a captured network.
+"""Channel tracking: which filters make a unit, and which weights read it, in a captured network.
 
 Every channel of a tensor gets a number of its own, its tag, and the tags are carried along the
 graph through everything that keeps channels apart: activations, norms, pools, sums, views. Where
@@ -24,7 +24,7 @@ from pyablate.network.aten import (
     NAMED,
     SAME,
     STRUCTURE,
-    SUBTRACTIONS,
+    SUMS,
 )
 from pyablate.network.graph import BATCH_NORM, CONVOLUTIONS, MARKER, Graph, function
 
@@ -32,7 +32,6 @@ aten = torch.ops.aten
 
 ACTIVATIONS = ELEMENTWISE | NAMED | {aten.prelu.default}
 NORMS = frozenset({aten.layer_norm.default, aten.group_norm.default})
-ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar}) | SUBTRACTIONS
 PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar}) | DIVISIONS
 WEIGHTED = CONVOLUTIONS | {aten.linear.default}
 AVERAGES = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default})
@@ -43,18 +42,12 @@ ROWS = 2  # images of the tagged tensors; networks may squeeze a single one away
 class Tagged:
     """A tensor that carries tags: 0 where it holds none, NaN where two meet.
 
-    Attributes
-    ----------
-    tags : Tensor
-        float64, the shape of the node's tensor for two images.
-    spoken : int
-        Activation functions passed on the way.
-    summed : bool
-        Whether the way led through a sum with something else.
+    ``tags`` are float64, in the shape of the node's tensor for two images; ``activations`` counts
+    those passed on the way, and ``summed`` tells of a sum with something else.
     """
 
     tags: Tensor
-    spoken: int = 0
+    activations: int = 0
     summed: bool = False
 
 
@@ -79,22 +72,9 @@ def follow(
 ) -> dict[fx.Node, Tagged]:
     """Carry one tag per channel of ``start`` (from 1 on) as far as channels stay apart.
 
-    Parameters
-    ----------
-    graph : Graph
-        The captured network.
-    start : fx.Node
-        A node that holds one tensor.
-    axis : int
-        Of its channels.
-    onwards : callable
-        Told a node and what arrived there; whether to go on behind it.
-
-    Returns
-    -------
-    dict
-        What arrived at each node: the tags of its output; for weights, which are not passed,
-        those of their input.
+    ``onwards`` is told a node and what arrived there, and says whether to go on behind it. Returns
+    what arrived at each node: the tags of its output; for weights, which are not passed, those of
+    their input.
     """
     shape = graph.shape(start, ROWS)
     line = [1] * len(shape)
@@ -127,7 +107,7 @@ def tags_along(tagged: Tagged, axis: int) -> Tensor:
 
 
 def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged | None:
-    """Carry the tags through one node; None where channels mix or nobody knows."""
+    """Carry the tags through one node; None where channels mix or nothing is known."""
     first = next(iter(inputs.values()))
     target = node.target
     if target in WEIGHTED:
@@ -137,10 +117,10 @@ def _step(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagged 
     if target is operator.getitem:
         return _item(graph, node, first)
     if target in ACTIVATIONS:
-        return Tagged(first.tags, first.spoken + 1, first.summed)
+        return Tagged(first.tags, first.activations + 1, first.summed)
     if target in LINEAR_POOLS or target in MAX_POOLS:
         return _pooled(graph, node, first)
-    if target in ADDITIONS or target in PRODUCTS:
+    if target in SUMS or target in PRODUCTS:
         return _joined(graph, node, inputs)
     if target in AVERAGES:
         return _averaged(graph, node, first)
@@ -155,14 +135,14 @@ def _item(graph: Graph, node: fx.Node, first: Tagged) -> Tagged | None:
     if source.target is BATCH_NORM:
         return first if node.args[1] == 0 else None
     parts = with_zeros(graph, source, {source.all_input_nodes[0]: first.tags})
-    return Tagged(parts[cast(int, node.args[1])], first.spoken, first.summed)
+    return Tagged(parts[cast(int, node.args[1])], first.activations, first.summed)
 
 
 def _pooled(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     """Give all positions of a channel its tag, whatever the pool does with them."""
     shape = graph.shape(node, ROWS)
     dims = list(range(2, len(shape)))
-    return Tagged(_common(first.tags, dims).expand(shape), first.spoken, first.summed)
+    return Tagged(_common(first.tags, dims).expand(shape), first.activations, first.summed)
 
 
 def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
@@ -170,7 +150,7 @@ def _averaged(graph: Graph, node: fx.Node, first: Tagged) -> Tagged:
     dims = [given] if isinstance(given, int) else list(cast(Sequence[int], given or ()))
     dims = dims or list(range(first.tags.ndim))
     common = _common(first.tags, [dim % first.tags.ndim for dim in dims])
-    return Tagged(common.reshape(graph.shape(node, ROWS)), first.spoken, first.summed)
+    return Tagged(common.reshape(graph.shape(node, ROWS)), first.activations, first.summed)
 
 
 def _common(tags: Tensor, dims: list[int]) -> Tensor:
@@ -194,10 +174,10 @@ def _joined(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Tagge
     for one in tagged[1:]:
         tags = torch.where(one.tags == tags, tags, torch.nan)
     more = len(node.all_input_nodes) == 2 and (bool(others) or len(tagged) > 1)
-    summed = more and node.target in ADDITIONS
+    summed = more and node.target in SUMS
     return Tagged(
         tags,
-        max(one.spoken for one in tagged),
+        max(one.activations for one in tagged),
         summed or any(one.summed for one in tagged),
     )
 
@@ -208,8 +188,8 @@ def _evaluated(graph: Graph, node: fx.Node, inputs: dict[fx.Node, Tagged]) -> Ta
     out = with_zeros(graph, node, {source: one.tags for source, one in inputs.items()})
     if isinstance(out, (list, tuple)):  # the part that is wanted is cut out by getitem
         return first
-    spoken = max(one.spoken for one in inputs.values())
-    return Tagged(out, spoken, any(one.summed for one in inputs.values()))
+    activations = max(one.activations for one in inputs.values())
+    return Tagged(out, activations, any(one.summed for one in inputs.values()))
 
 
 def with_zeros(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -249,28 +229,20 @@ class Link:
 
 
 def makers(graph: Graph, starts: Sequence[fx.Node], axes: dict[str, int]) -> dict[str, list[Link]]:
-    """Links from weights or batch norms to the sites that their channels become.
+    """Links from weights or batch norms, ``starts``, to the sites that their channels become.
 
-    A way ends at the second activation function, and behind the first one at a sum: what is added
-    there belongs to an earlier unit, which has spoken already.
-
-    Parameters
-    ----------
-    graph : Graph
-        The captured network, batch norm not folded.
-    starts : sequence of fx.Node
-        Where to begin.
-    axes : dict
-        Axis of the units of each site, by name.
+    Batch norm must not be folded; ``axes`` gives the axis of each site's units by name. A way ends
+    at the second activation function, and behind the first one at a sum: what is added there
+    belongs to an earlier unit, which has been activated already.
     """
 
     def onwards(node: fx.Node, arrived: Tagged) -> bool:
-        return arrived.spoken < 1 or (arrived.spoken == 1 and node.target not in ADDITIONS)
+        return arrived.activations < 1 or (arrived.activations == 1 and node.target not in SUMS)
 
     found: dict[str, list[Link]] = {name: [] for name in axes}
     for start in starts:
         for node, arrived in follow(graph, _output(start), channel_axis(start), onwards).items():
-            if node.target is MARKER and arrived.spoken <= 1 and node.args[1] in axes:
+            if node.target is MARKER and arrived.activations <= 1 and node.args[1] in axes:
                 name = cast(str, node.args[1])
                 _add(graph, found[name], start, tags_along(arrived, axes[name]), arrived.summed)
     return found
@@ -284,7 +256,7 @@ def readers(graph: Graph, name: str, axis: int) -> list[Link]:
     """
 
     def onwards(_node: fx.Node, arrived: Tagged) -> bool:
-        return not (arrived.summed and arrived.spoken)
+        return not (arrived.summed and arrived.activations)
 
     links: list[Link] = []
     for marker in graph.markers:

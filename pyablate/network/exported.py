@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import cast
 
@@ -19,8 +20,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from pyablate._validation import first_line
 from pyablate.io.pt2_check import check_archive
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
+
+logger = logging.getLogger("pyablate")
 
 MAX_BYTES = 64 << 30
 """Limit of an unpacked archive and of its tensors; the largest image classifiers have some 10."""
@@ -70,15 +74,8 @@ def load_exported(path: Path) -> nn.Module:
     """Load an exported program (``.pt2``) as a module whose submodules carry their names.
 
     The archive is checked before torch reads it (:mod:`pyablate.io.pt2_check`): unpickling is
-    restricted to tensors, the graph to operators of torch that compute.
-
-    Raises
-    ------
-    OSError
-        The file is missing or unreadable.
-    ValueError
-        This torch is too old, or the file is no exported program, was exported in training mode,
-        with a fixed batch size, or takes or returns other than one tensor.
+    restricted to tensors, the graph to operators of torch that compute. Refused are programs in
+    training mode, with a fixed batch size, or with other than one tensor in and one out.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: expected an exported program, found no file {str(path)!r}")
@@ -93,7 +90,7 @@ def load_exported(path: Path) -> nn.Module:
         )
     try:
         check_archive(path, max_bytes=MAX_BYTES)
-        with a_moment(), _only_tensors_unpickled(), _torch_silenced():
+        with quiet_export(), _only_tensors_unpickled():
             program = torch.export.load(path)
             _check_program(program, name)
             return ExportedModel(torch.export.unflatten(program))
@@ -105,7 +102,8 @@ def load_exported(path: Path) -> nn.Module:
         if isinstance(error, ValueError) and str(error).startswith("model:"):
             raise
         # The archive reader raises whatever the damage leads to.
-        raise ValueError(f"model: {name!r} could not be loaded ({_one_line(error)})") from error
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise ValueError(f"model: {name!r} could not be loaded ({reason})") from error
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
@@ -138,16 +136,29 @@ def _only_tensors_unpickled() -> Iterator[None]:
 
 
 @contextmanager
-def _torch_silenced() -> Iterator[None]:
-    # Deprecations raised while torch rebuilds the graph, and its traceback of what our error tells.
-    log = logging.getLogger("torch.export")
-    before, log.disabled = log.disabled, True
+def quiet_export() -> Iterator[None]:
+    """Hold the lock of torch.export, and silence it meanwhile: our errors take one line."""
+    with export_lock(), _silenced():
+        yield
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("export", "fx.experimental", "_subclasses")
+    ]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        # torch writes the graph of a failed export straight to standard error
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
+            warnings.simplefilter("ignore")
             yield
+        logger.debug("torch.export: %s", said.getvalue())
     finally:
-        log.disabled = before
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _check_program(program: torch.export.ExportedProgram, name: str) -> None:
@@ -188,8 +199,3 @@ def _is_training(node: torch.fx.Node) -> bool:
             given = node.args[position] if position < len(node.args) else None
             return node.kwargs.get(argument.name, given) is True
     return False
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

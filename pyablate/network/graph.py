@@ -330,19 +330,6 @@ def function(node: fx.Node) -> Callable[..., Any]:
     return cast(Callable[..., Any], node.target)
 
 
-def norm_scale(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
-    """Float64 scale and shift per channel to which batch norm comes down in evaluation mode."""
-    gamma, beta, mean, variance = (
-        graph.in_double(arg) if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]
-    )
-    assert mean is not None
-    assert variance is not None
-    scale = torch.rsqrt(variance + cast(float, norm.args[6]))
-    scale = scale if gamma is None else scale * gamma
-    shift = -mean * scale
-    return scale, shift if beta is None else shift + beta
-
-
 def pads_with_zeros(node: fx.Node) -> bool:
     """Whether a padding writes zeros, rather than another constant or copies."""
     if node.kwargs:

@@ -1,61 +1,17 @@
-"""What becomes of a graph once it is captured: fewer nodes, filters in the layout that is fast."""
+"""Passes over a captured graph: padding folded into convolutions, filters with channels last."""
 
 from __future__ import annotations
 
-import operator
 from typing import cast
 
 import torch
 from torch import Tensor, fx
 
-from pyablate.network.graph import (
-    BATCH_NORM,
-    CONVOLUTIONS,
-    PADS,
-    Graph,
-    aten,
-    norm_scale,
-    pads_with_zeros,
-    settings,
-)
+from pyablate.network.graph import CONVOLUTIONS, PADS, Graph, aten, pads_with_zeros, settings
 
 
-def fold_batch_norm(graph: Graph) -> None:
-    """Scale the filters of a convolution by the batch norm that alone reads it."""
-    for node in list(graph.graph.nodes):
-        if node.target is not BATCH_NORM:
-            continue
-        conv = node.args[0]
-        value = next((user for user in node.users if user.target is operator.getitem), None)
-        foldable = (
-            value is not None
-            and len(node.users) == 1
-            and len(conv.users) == 1
-            and conv.target in CONVOLUTIONS
-            and conv.args[1] in graph.constants
-            and (len(conv.args) < 3 or conv.args[2] is None or conv.args[2] in graph.constants)
-        )
-        if foldable:
-            _fold(graph, conv, node)
-            cast(fx.Node, value).replace_all_uses_with(conv)
-            graph.graph.erase_node(cast(fx.Node, value))
-            graph.graph.erase_node(node)
-
-
-def _fold(graph: Graph, conv: fx.Node, norm: fx.Node) -> None:
-    scale, shift = norm_scale(graph, norm)
-    weight = cast(fx.Node, conv.args[1])
-    dtype = graph.constants[weight].dtype
-    bias = conv.args[2] if len(conv.args) > 2 else None
-    old = graph.in_double(bias) if isinstance(bias, fx.Node) else 0.0
-    filters = graph.in_double(weight)
-    folded = filters * scale.reshape(-1, *[1] * (filters.ndim - 1))
-    new_weight = _add_constant(graph, f"{conv.name}_folded_weight", folded, dtype)
-    new_bias = _add_constant(graph, f"{conv.name}_folded_bias", old * scale + shift, dtype)
-    conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
-
-
-def _add_constant(graph: Graph, name: str, exact: Tensor, dtype: torch.dtype) -> fx.Node:
+def add_constant(graph: Graph, name: str, exact: Tensor, dtype: torch.dtype) -> fx.Node:
+    """Give a graph a weight that is computed from others."""
     with graph.graph.inserting_before(graph.images):
         node = graph.graph.placeholder(name)
     node.meta["val"] = graph.constants[node] = exact.to(dtype)
@@ -74,7 +30,7 @@ def fold_padding(graph: Graph) -> None:
             continue
         for conv, (weight, padding) in zip(readers, filter(None, unpadded), strict=True):
             dtype = graph.constants[conv.args[1]].dtype
-            filters = _add_constant(graph, f"{conv.name}_unpadded_weight", weight, dtype)
+            filters = add_constant(graph, f"{conv.name}_unpadded_weight", weight, dtype)
             bias, stride = settings(conv, 2, None, [1])[:2]
             conv.args = (pad.args[0], filters, bias, stride, padding, *conv.args[5:])
         graph.graph.erase_node(pad)

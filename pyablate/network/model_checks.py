@@ -1,4 +1,4 @@
-"""A working copy of a model and its data, checked: they fit, images are independent."""
+"""Checks of a model and data before a run: finite weights, logits, independent images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_names, first_line
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
+from pyablate.network.forward import (
+    check_logits,
+    device_of,
+    own_dtype,
+    two_images,
+    usable_device,
+)
 from pyablate.network.sites import Site, copied, sites
 
 logger = logging.getLogger("pyablate")
@@ -58,13 +66,7 @@ def open_up(
     *,
     double: bool = False,
 ) -> Ready:
-    """Copy the model, look at the first images and check that the two fit.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or the data cannot be used; the message says why.
-    """
+    """Copy the model, look at the first images and check that the two fit."""
     work, dtype, where = _working_copy(model, device, double=double)
     data = Data(source, dtype=dtype, device=where)
     batch = data.first(SAMPLE)
@@ -74,7 +76,7 @@ def open_up(
     except RuntimeError as error:
         raise ValueError(
             f"data: the model fails on images of shape {list(sample.shape[1:])}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     classes = data.classes = _count_classes(work, sample)
     _check_independence(work, sample)
@@ -85,48 +87,34 @@ def _working_copy(
     model: nn.Module, device: str | torch.device | None, *, double: bool
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    where = _device(device) if device is not None else first.device
-    dtype = torch.float64 if double or first.dtype == torch.float64 else torch.float32
+    where = device_of(model) if device is None else usable_device(device)
+    dtype = torch.float64 if double else own_dtype(model)
     work = copied(model).to(where)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
-    for name, tensor in [*work.named_parameters(), *work.named_buffers()]:
+    for tensor in (*work.parameters(), *work.buffers()):
         tensor.requires_grad_(False)
+    check_weights(work)
+    return work, dtype, where
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are not finite, and batch norm by the statistics of each batch."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise ValueError(f"model: {name} holds NaN or infinite values, the first at {bad}")
-    for name, module in work.named_modules():
+    for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and module.running_mean is None:
             raise ValueError(
                 f"model: {name} normalises by the statistics of each batch, so a prediction "
                 "depends on the other images; give it running statistics"
             )
-    return work, dtype, where
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used here: {reason}") from None
-    return where
-
-
-def two_images(sample: Tensor) -> Tensor:
-    """Two images even where there is one: some networks squeeze a batch of one away."""
-    return torch.stack([sample[0], sample[-1]])
 
 
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
-    sample = two_images(sample)
     with torch.no_grad():
-        logits = model(sample)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(sample):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model: expected logits [N, classes], got {got}")
+        logits = check_logits(model(two_images(sample)), 2)
     if logits.shape[1] < 2:
         raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
     return logits.shape[1]
@@ -151,13 +139,7 @@ def alike(found: Tensor, expected: Tensor, share: float) -> bool:
 
 
 def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if class_names is None:
-        return tuple(str(number) for number in range(classes))
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
-    if len(class_names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(class_names)}")
-    names = tuple(str(name) for name in class_names)
+    names = check_names("class_names", class_names, classes)
     # Not an error: two of ImageNet's classes are called crane.
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

@@ -1,4 +1,4 @@
-"""Which logits compete, on what scale, and which predictions are near ties.
+"""Near ties: which logits compete, on what scale, and which predictions are too close to call.
 
 Networks push classes out of the competition with large negative numbers (-1e9, minus infinity), and
 may add the same number to all logits. Neither says anything about how close a decision is, so no

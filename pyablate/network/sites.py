@@ -1,4 +1,4 @@
-"""Which tensors of a network hold units, what they are called, and how they are selected.
+"""Sites, the tensors of a network that hold units: found, named and selected; forward hooks.
 
 A *site* is the output of a module (or of one call of it) that has the batch first and an axis
 whose entries are units: the channels of a map, the features of a fully connected layer, the
@@ -9,7 +9,6 @@ sample with forward hooks, so this works for every network, whether or not it ca
 from __future__ import annotations
 
 import copy
-import difflib
 import fnmatch
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pyablate._validation import nearest
 from pyablate.network.exported import original_type
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 
 Kind = Literal["activation", "block", "layer"]
 
@@ -110,18 +110,12 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
         ``model`` is no module, or (in part) TorchScript, where hooks do not reach.
     """
     check_model(model)
-    with a_moment(), torch.inference_mode(False):  # whose tensors do not count their changes
+    with export_lock(), torch.inference_mode(False):  # whose tensors do not count their changes
         return _Survey(model, sample.clone()).sites()
 
 
 def check_model(model: object) -> None:
-    """Check that a model is a network whose layers can be seen at work.
-
-    Raises
-    ------
-    TypeError
-        It is no module, or (in part) compiled to TorchScript, where hooks do not reach.
-    """
+    """Check that a model is a network whose layers can be seen at work."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -159,13 +153,7 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
 def parse_label(
     found: Sequence[Site], label: str, count: Callable[[Site], int] = lambda site: site.channels
 ) -> tuple[Site, int]:
-    """Turn ``"layer:unit"`` into its site and unit.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The label is malformed or no string, the layer unknown or the unit out of range.
-    """
+    """Turn ``"layer:unit"`` into its site and unit."""
     if not isinstance(label, str):
         raise TypeError(f'unit label: expected "layer:unit", got {type(label).__name__}')
     name, colon, unit = label.rpartition(":")
@@ -187,7 +175,7 @@ def copied(model: nn.Module) -> nn.Module:
     Of a compiled one the network as it was.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    with a_moment():  # without hooks that another thread may have put on it
+    with export_lock():  # without hooks that another thread may have put on it
         history = {
             id(value): value.detach().clone()
             for module in model.modules()
@@ -270,15 +258,15 @@ def _matches(found: Sequence[Site], pattern: str) -> list[Site]:
     if not any(mark in pattern for mark in "*?["):
         return [_named(found, pattern)]
     matched = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
-    speaking = [site for site in matched if site.kind != "layer"]
-    if pattern == "*" and not speaking:
+    active = [site for site in matched if site.kind != "layer"]
+    if pattern == "*" and not active:
         raise ValueError(
             'layers: "*" means activation and block outputs, and this network has none; name the '
             f"layers instead, for example {[site.name for site in found[:4]]}"
         )
     if not matched:
         raise ValueError(f"layers: no layer matches {pattern!r}{_nearest(found, pattern)}")
-    return speaking or matched
+    return active or matched
 
 
 def _named(found: Sequence[Site], name: str) -> Site:
@@ -289,9 +277,7 @@ def _named(found: Sequence[Site], name: str) -> Site:
 
 
 def _nearest(found: Sequence[Site], name: str) -> str:
-    names = [site.name for site in found]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    return f"; nearest: {', '.join(near)}" if near else ""
+    return nearest(name, [site.name for site in found])
 
 
 _ROWS = 7
@@ -352,7 +338,7 @@ class _Survey:
         if len(calls) == 1:
             return [site]
         # A module without weights that is called twice is two layers that share an object; one
-        # with weights is one set of units that speaks twice.
+        # with weights is one set of units that is used twice.
         separate = not any(True for _ in call.module.parameters())
         one_call = replace(
             site,
@@ -366,7 +352,7 @@ class _Survey:
 
     def _kind(self, call: _Call, known: bool) -> Kind:
         kind = original_type(call.module)
-        holds_others = issubclass(kind, nn.Sequential)  # and is heard through its last module
+        holds_others = issubclass(kind, nn.Sequential)  # whose output is that of its last module
         if call.feeds_activation and not holds_others:
             return "activation"
         if issubclass(kind, _ACTIVATIONS):
@@ -435,7 +421,7 @@ class _Survey:
 
 
 class _Activations(TorchFunctionMode):
-    """Notices functional activations: their unit speaks at the module that feeds them."""
+    """Notices functional activations: the site is the module that feeds them."""
 
     def __init__(self, survey: _Survey) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
+from pyablate._validation import check_choice
 from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, entry, label_of, legend, new_axes
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ def cumulative_curves(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default a new figure.
 
-    Returns
-    -------
-    matplotlib.axes.Axes
-
     Raises
     ------
     ImportError
@@ -77,10 +74,6 @@ def prune_curves(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default a new figure.
 
-    Returns
-    -------
-    matplotlib.axes.Axes
-
     Raises
     ------
     ImportError
@@ -106,9 +99,7 @@ def _table(curves: Any, maker: str, columns: tuple[str, ...]) -> pd.DataFrame:
 def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> Axes:
     """Draw ``y`` against ``x``, a line for each name; where a step comes again, mean and range."""
     for argument, column in (("x", x), ("y", y)):
-        if column not in table or not pd.api.types.is_numeric_dtype(table[column]):
-            numeric = ", ".join(table.select_dtypes("number").columns)
-            raise ValueError(f"{argument}: expected one of {numeric}, got {column!r}")
+        check_choice(argument, column, list(table.select_dtypes("number").columns))
         if table[column].isna().all():
             raise ValueError(f"{argument}: no curve has {column!r}")
     axes = new_axes(ax, width=6.4, height=4.4)

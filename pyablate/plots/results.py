@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
+from pyablate._validation import check_choice, check_count, check_level
 from pyablate.analysis.correlation import chosen_layers, correlate
 from pyablate.analysis.statistics import adjusted, layer_rows, max_class_test, mcnemar, significance
 from pyablate.analysis.targets import unit_targets
@@ -81,10 +82,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -92,8 +89,7 @@ class ResultPlots:
         ValueError
             Another drop, no such layer, ``fdr`` not between 0 and 1.
         """
-        if not 0 < fdr < 1:
-            raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
+        check_level("fdr", fdr)
         q, floor = _chance(self.result, drop)
         found = q <= fdr
         chosen = chosen_layers(self.result, layers)
@@ -150,10 +146,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -204,10 +196,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -217,8 +205,7 @@ class ResultPlots:
         """
         result = self.result
         row = int(result.rows(unit)[0])
-        if classes < 1:
-            raise ValueError(f"classes: expected at least 1, got {classes!r}")
+        check_count("classes", classes)
         significant = significance(result, fdr=fdr)["significant"].to_numpy()[row]
         sizes = np.maximum(result.class_sizes, 1)
         lost, gained = 100 * result.lost[row] / sizes, 100 * result.gained[row] / sizes
@@ -282,10 +269,6 @@ class ResultPlots:
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
-        Returns
-        -------
-        matplotlib.axes.Axes
-
         Raises
         ------
         ImportError
@@ -328,11 +311,10 @@ class ResultPlots:
 
 def _chance(result: Record, drop: str) -> tuple[Floats, Floats | None]:
     """Return the adjusted p of each unit, float64 [unit], and the noise floor if there is one."""
+    check_choice("drop", drop, ("max_class_drop", "accuracy_drop"))
     if drop == "max_class_drop":
         tests = max_class_test(result, splits=1)
         return tests["q"].to_numpy(), tests["noise_floor"].to_numpy()
-    if drop != "accuracy_drop":
-        raise ValueError(f"drop: expected 'max_class_drop' or 'accuracy_drop', got {drop!r}")
     p = mcnemar(result.lost.sum(axis=1), result.gained.sum(axis=1))
     for rows in layer_rows(result).values():
         p[rows] = adjusted(p[rows])
@@ -356,8 +338,7 @@ def _name(result: Record, row: int, *, with_class: bool) -> str:
 
 def _chosen(result: Record, units: int | Rows) -> Ints:
     if isinstance(units, int | np.integer) and not isinstance(units, bool):
-        if units < 1:
-            raise ValueError(f"units: expected at least 1, got {units!r}")
+        check_count("units", units)
         largest: Ints = np.argsort(-result.max_class_drop, kind="stable")[:units]
         return largest
     rows = result.rows(units)
@@ -367,12 +348,11 @@ def _chosen(result: Record, units: int | Rows) -> Ints:
 
 
 def _ordered(result: Record, rows: Ints, order: str) -> Ints:
+    check_choice("order", order, ("drop", "layer", "cluster"))
     if order == "drop":
         return rows[np.argsort(-result.max_class_drop[rows], kind="stable")]
     if order == "layer":
         return np.sort(rows)
-    if order != "cluster":
-        raise ValueError(f"order: expected 'drop', 'layer' or 'cluster', got {order!r}")
     if len(rows) < 2:
         return rows
     apart = distance.pdist(np.nan_to_num(result.class_accuracy_drop[rows]))

@@ -1,4 +1,4 @@
-"""Plain PyTorch versions: the oracle of everything, and what runs without the extension."""
+"""The oracle: a plain float64 hook loop, and the comparison of results with it."""
 
 from pyablate.network.near_tie import NEAR_TIE
 from pyablate.reference.agreement import Agreement, compare

@@ -1,4 +1,4 @@
-"""How far a result agrees with the oracle."""
+"""Agreement of a result with the oracle."""
 
 from __future__ import annotations
 

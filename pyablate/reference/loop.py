@@ -19,15 +19,18 @@ import torch
 from scipy import special
 from torch import Tensor, nn
 
+from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.network.forward import check_logits, device_of, forward, usable_device
+from pyablate.network.model_checks import check_weights
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
 from pyablate.results.record import Flips
-from pyablate.runtime.locks import a_moment
+from pyablate.runtime.locks import export_lock
 from pyablate.runtime.progress import Report, reporting
 
 Change = Callable[[int, Tensor], Tensor | None]
@@ -60,7 +63,7 @@ def ablate(
         Layer names, globs and single units ``"layer:unit"``. None is ``"*"``, or nothing if
         ``groups`` is given.
     intervention : str or Intervention
-        What stands in for a unit; see :class:`pyablate.interventions.Intervention`.
+        What replaces a unit; see :class:`pyablate.interventions.Intervention`.
     groups : sequence of sequence of str, optional
         Units ``"layer:unit"`` that are ablated together, of one layer or of several.
     class_names : sequence of str, optional
@@ -93,16 +96,14 @@ def ablate(
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
     names: tuple[str, ...] = ()
-    unknown = sorted(set(measures) - set(MEASURES))
-    if unknown:
-        raise ValueError(f"measures: expected some of {', '.join(MEASURES)}, got {unknown[0]!r}")
-    sums: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    chosen = check_choices("measures", measures, MEASURES)
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in chosen}
     with reporting(progress) as report:
         for row, values in loop.logits():
             predicted = predictions(values)
             if row < 0:
                 baseline = predicted
-                names = _class_names(class_names, values.shape[1])
+                names = check_names("class_names", class_names, values.shape[1])
             flipped = np.flatnonzero(predicted != baseline)
             pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
             for name, found in sums.items():
@@ -204,10 +205,11 @@ class _Loop:
     ) -> _Loop:
         """Check the arguments and make the float64 copy."""
         specification = parse(intervention, seed=seed)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
-        _check_model(model)
-        place = _device(model, device)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_model(model)
+        check_weights(model)
+        place = device_of(model) if device is None else usable_device(device)
         double = copied(model).to(place).double().eval()
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
@@ -243,15 +245,12 @@ class _Loop:
             for name in changes:
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook_of(name)))
-            with a_moment(), torch.no_grad():
-                values = self.model(images.clone())  # it may work in place
+            with export_lock(), torch.no_grad():
+                values = forward(self.model, images)
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
-            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"model: expected logits [{len(images)}, classes], got {shape}")
-        return values
+        return check_logits(values, len(images))
 
     def _ablated(self, row: Row, batch: Batch) -> Tensor:
         """Logits of one batch with the units of a row replaced."""
@@ -278,7 +277,7 @@ class _Loop:
     def _replace(
         self, changed: Tensor, output: Tensor, site: Site, units: list[int], call: int, batch: Batch
     ) -> None:
-        """Write what stands in for the units into ``changed``, a copy of the site's output."""
+        """Write the replacement of the units into ``changed``, a copy of the site's output."""
         rows = changed[: len(batch.images)]
         if self.intervention.kind == "direction":
             matrix = self.intervention.matrix(site.name, site.channels)
@@ -288,9 +287,9 @@ class _Loop:
             return
         for unit in units:
             entries = rows.select(site.axis, unit)
-            entries[...] = self._stand_in(entries.shape, output, site, unit, call, batch)
+            entries[...] = self._replacement(entries.shape, output, site, unit, call, batch)
 
-    def _stand_in(
+    def _replacement(
         self,
         shape: torch.Size,
         output: Tensor,
@@ -368,7 +367,8 @@ class _Loop:
             def note(call: int, output: Tensor) -> None:
                 for site in touched:
                     if site.module == module and site.call in (None, call):
-                        units_first = output.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
+                        own = output[: len(batch.images)]
+                        units_first = own.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
                         maps.append(((site.name, call), units_first.clone()))
 
             return note
@@ -389,39 +389,3 @@ class _Loop:
 
 def _class_sums(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(labels, weights=values, minlength=classes)
-
-
-def _class_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(str(number) for number in range(classes))
-    if isinstance(names, str):
-        raise TypeError(f"class_names: expected a sequence of strings, got {names!r}")
-    if len(names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
-    return tuple(names)
-
-
-def _check_model(model: nn.Module) -> None:
-    check_model(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise ValueError(f"model: {name} holds {bad} NaN or infinite values")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(f"model: {name} normalises by the statistics of each batch")
-
-
-def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    if device is None:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            return tensor.device
-        return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        # PyTorch's own messages run to a page; the first line says what is wrong.
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
-    return chosen

@@ -1,4 +1,4 @@
-"""What the hook loop ablates: single units of the chosen layers, then the groups."""
+"""Rows of the hook loop: single units of the chosen layers, then the groups."""
 
 from __future__ import annotations
 

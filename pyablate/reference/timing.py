@@ -1,4 +1,4 @@
-"""The plain hook loop, timed: what the same job costs when it is written the usual way.
+"""Timing of the plain hook loop: what the same job costs when it is written the usual way.
 
 A careful user writes it like this: evaluation mode, ``inference_mode``, the memory layout and the
 batch size that are fastest here, one forward hook that zeroes one unit in place, and a full
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_count
+from pyablate.network.forward import device_of, forward
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation
 
@@ -95,10 +97,6 @@ def hook_loop_seconds(
         A run over the same data with ``intervention="zero"``. The predictions of the loop are
         compared with its own.
 
-    Returns
-    -------
-    HookLoopTiming
-
     Raises
     ------
     ValueError
@@ -106,16 +104,14 @@ def hook_loop_seconds(
     """
     if not sites:
         raise ValueError("sites: expected at least one layer, got none")
-    if units < 1:
-        raise ValueError(f"units: expected at least 1, got {units}")
-    if images is not None and images < 1:
-        raise ValueError(f"images: expected at least 1 or None, got {images}")
+    check_count("units", units)
+    if images is not None:
+        check_count("images", images)
     x, total = _gather(data, images)
     chosen = _spread(sites, units)
-    device = _device(model)
     plain = copy.deepcopy(model)
     with evaluation(plain), torch.inference_mode():
-        x, batch, channels_last = _fastest(plain, x.to(device))
+        x, batch, channels_last = _fastest(plain, x.to(device_of(model)))
         start = time.perf_counter()
         logits = [_predict(plain, x, batch, site, unit) for site, unit in chosen]
         seconds = time.perf_counter() - start
@@ -165,7 +161,7 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     for part in x.split(batch):
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:
-            parts.append(model(part.clone()))  # it may work in place
+            parts.append(forward(model, part))
         finally:
             handle.remove()
     return torch.cat(parts).cpu()  # the copy also waits for a GPU to finish
@@ -196,7 +192,7 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 def _time_forward(model: nn.Module, x: Tensor, batch: int) -> float:
     start = time.perf_counter()
     for part in x.split(batch):
-        last = model(part.clone())
+        last = forward(model, part)
     last.cpu()
     return time.perf_counter() - start
 
@@ -238,9 +234,3 @@ def _compare(
     tie = near_tie(theirs).numpy()
     differs = theirs.argmax(dim=-1).numpy() != ours[:, : theirs.shape[1]]
     return int((~tie).sum()), int(tie.sum()), int((differs & ~tie).sum())
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

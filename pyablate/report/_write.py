@@ -1,4 +1,4 @@
-"""``write_report``: everything gathered, put on one page, written whole or not at all."""
+"""``write_report``: gathers the contents of the page and writes it atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images that activate each unit most, in one pass that keeps a few of them per unit."""
+"""Most activating images of each unit, in one pass that keeps a few of them per unit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyablate.network.forward import forward
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import Site, hooked
 from pyablate.results.record import Ints, Record
@@ -28,26 +29,9 @@ def most_activating(
 ) -> Ints:
     """Find the images with the largest A, the mean of a unit's map over its positions.
 
-    Parameters
-    ----------
-    model, data
-        Those of the run, as for :func:`pyablate.ablate`. A generator is read to its end.
-    result : Record
-        Whose units; groups have no map of their own.
-    count : int
-        Images per unit, the largest A first; of equal ones the first image.
-    device : str or torch.device, optional
-        Where to work; by default where the model is.
-
-    Returns
-    -------
-    ndarray
-        int64 ``[unit, count]``, image indices; -1 where there are no more images and for groups.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The model or data cannot be used, or the model has not the result's layers.
+    Model and data are those of the run. Returns int64 ``[unit, count]``, the largest A first, of
+    equal ones the first image; -1 where there are no more images, and for groups, which have no map
+    of their own.
     """
     found = np.full((len(result.units), count), -1, dtype=np.int64)
     with undisturbed():
@@ -68,8 +52,7 @@ def most_activating(
         with hooked(ready.model, sites, see):
             for batch in ready.data.batches(_BATCH):
                 totals.clear()
-                single = len(batch) == 1  # some networks squeeze a batch of one away
-                ready.model(torch.cat([batch.images] * 2) if single else batch.images)
+                forward(ready.model, batch.images)
                 for name, pooled in totals.items():
                     values = pooled[: len(batch)].t().double()
                     best[name] = _merged(best.get(name), values.cpu(), batch.index, count)

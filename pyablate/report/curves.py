@@ -34,26 +34,12 @@ _SET_FIGURES = ("baseline_accuracy", "accuracy", "others_drop")
 
 
 def curve_charts(curves: Any) -> list[dict[str, Any]]:
-    """Turn curves into what the page draws.
+    """Turn curves into what the page draws; a mapping names the charts.
 
-    Parameters
-    ----------
-    curves : pandas.DataFrame, Cumulative, path of a CSV file, or sequence or mapping of these
-        From :func:`pyablate.prune_curve`, :func:`pyablate.sensitivity` and
-        :func:`pyablate.cumulative` (or its ``to_dataframe``). A mapping names the charts.
-
-    Returns
-    -------
-    list of dict
-        One per chart: ``title``, ``x`` (what it is), ``measures`` (columns, accuracy first), and
-        ``series``: ``name``, ``random``, ``x`` and one list of numbers per measure.
-
-    Raises
-    ------
-    ValueError
-        A table that is none of these.
-    OSError
-        A file that cannot be read.
+    Curves are a table or CSV file, or several, of :func:`pyablate.prune_curve`,
+    :func:`pyablate.sensitivity` or :func:`pyablate.cumulative`. Each chart has a ``title``, ``x``
+    (what it is), ``measures`` (columns, accuracy first), and ``series``: ``name``, ``random``,
+    ``x`` and one list of numbers per measure.
     """
     if curves is None:
         return []
@@ -66,26 +52,9 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
 def sets_by_class(given: Any, result: Record) -> list[dict[str, Any] | None]:
     """Arrange minimal sets by the classes of a result.
 
-    Parameters
-    ----------
-    given : MinimalSets, pandas.DataFrame, path of a CSV file, or None
-        From :func:`pyablate.minimal_sets`; a table needs the columns ``class`` and ``units``
-        (labels in a sequence, or in one text with spaces, commas or semicolons between).
-    result : Record
-        Whose classes.
-
-    Returns
-    -------
-    list of (dict or None)
-        One per class: ``units`` (labels), and as far as known ``reached``, ``baseline_accuracy``,
-        ``accuracy`` and ``others_drop``.
-
-    Raises
-    ------
-    ValueError
-        Columns are missing, or a class is none of the result's.
-    OSError
-        A file that cannot be read.
+    A table needs the columns ``class`` and ``units`` (labels in a sequence, or in one text with
+    spaces, commas or semicolons between). Each class has None or ``units`` (labels), and as far as
+    known ``reached``, ``baseline_accuracy``, ``accuracy`` and ``others_drop``.
     """
     sets: list[dict[str, Any] | None] = [None] * result.classes
     if given is None:

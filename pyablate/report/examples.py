@@ -34,27 +34,11 @@ _BATCH = 256
 def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, Any]:
     """Choose images for the cards of the units, and draw them where data are at hand.
 
-    Parameters
-    ----------
-    result : Record
-        What was ablated.
-    activating : int64 [unit, image], or None
-        The images that activate each unit most, -1 for none.
-    data : as for :func:`pyablate.ablate`, or None
-        The images of the run in their order.
-
-    Returns
-    -------
-    dict
-        ``start``, ``image`` and ``after`` (which images flip, to which class; as in
-        :class:`pyablate.Flips`); ``activating`` [unit, image] or None; ``shown``, ``label``
-        and ``before`` (number, class and intact prediction of every image mentioned); ``pictures``
-        (by image number, as data URIs).
-
-    Raises
-    ------
-    ValueError
-        The data are not those of the result, or hold no images.
+    ``activating`` are the images that activate each unit most, int64 [unit, image], -1 for none;
+    the data are those of the run, in their order. Returns ``start``, ``image`` and ``after`` (which
+    images flip, to which class; as in :class:`pyablate.Flips`); ``activating``; ``shown``,
+    ``label`` and ``before`` (number, class and intact prediction of every image mentioned); and
+    ``pictures`` (by image number, as data URIs).
     """
     entries = [_chosen(result, row) for row in range(len(result.units))]
     flips = np.concatenate([np.empty(0, dtype=np.int64), *entries])

@@ -29,24 +29,11 @@ def contents(
     fdr: float,
     provenance: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Gather what follows from the result alone.
+    """Gather what follows from the result alone, as JSON values.
 
-    Parameters
-    ----------
-    result : Record
-        What was ablated.
-    title : str
-        Heading of the page.
-    fdr : float
-        Level of the false discovery rate.
-    provenance : mapping of str to object
-        Further lines about where the result comes from.
-
-    Returns
-    -------
-    dict
-        JSON values; arrays as :func:`pyablate.report.packed.packed` writes them. Accuracies and
-        drops are shares, the page shows points.
+    Arrays are as :func:`pyablate.report.packed.packed` writes them; accuracies and drops are
+    shares, the page shows points. ``provenance`` are further lines about where the result comes
+    from.
     """
     tests = significance(result, fdr=fdr)
     significant = tests["significant"].to_numpy()
@@ -168,7 +155,7 @@ def _class_positions(result: Record) -> Ints:
         places[inside] = np.arange(len(inside))
         return places
     apart = distance.pdist(profiles[inside], "cosine")
-    # Cosine distances of parallel profiles come out a hair below zero.
+    # Cosine distances of parallel profiles come out slightly below zero.
     tree = hierarchy.linkage(np.maximum(apart, 0), "average", optimal_ordering=len(inside) <= 1000)
     places[inside[hierarchy.leaves_list(tree)]] = np.arange(len(inside))
     return places

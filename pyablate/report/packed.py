@@ -1,4 +1,4 @@
-"""Arrays inside JSON: compressed, so that a unit x class matrix takes little room in a page."""
+"""Typed arrays in JSON: gzip and base64."""
 
 from __future__ import annotations
 
@@ -16,19 +16,9 @@ _FLOAT = "Float32Array"
 def packed(values: ArrayLike) -> dict[str, Any]:
     """Turn numbers into what ``assets/unpack.js`` reads back as a typed array.
 
-    Whole numbers take the smallest type that holds them, others are stored in float32; NaN and
-    infinities survive. Bytes are little-endian and gzip without a time stamp: equal numbers give
-    equal text.
-
-    Parameters
-    ----------
-    values : array-like
-        Numbers of any shape.
-
-    Returns
-    -------
-    dict
-        ``type`` (a JavaScript typed array), ``shape`` and ``gzip`` (base64).
+    ``type`` (a JavaScript typed array), ``shape`` and ``gzip`` (base64). Whole numbers take the
+    smallest type that holds them, others are stored in float32; NaN and infinities survive. Bytes
+    are little-endian and gzip without a time stamp: equal numbers give equal text.
     """
     array = np.asarray(values)
     kind = _smallest(array) if array.dtype.kind in "iub" else "f4"

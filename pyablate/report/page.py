@@ -28,21 +28,11 @@ LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
 
 
 def page(contents: dict[str, Any]) -> str:
-    """Make the whole HTML document.
+    """Make the HTML document, ASCII only, from the values of :mod:`pyablate.report.numbers`.
 
     The scripts are allowed by their hashes and nothing else is: no further script, no request, no
     form (a Content-Security-Policy in the page itself). Names reach the page as JSON and are set as
     text, so none of them can become markup.
-
-    Parameters
-    ----------
-    contents : dict
-        JSON values, see :mod:`pyablate.report.numbers`.
-
-    Returns
-    -------
-    str
-        ASCII only.
     """
     libraries = [_in_script(_asset(name)) for name in LIBRARIES]
     own = "\n".join(_asset(f"js/{name}") for name in SCRIPTS)

@@ -1,4 +1,4 @@
-"""Attributes of units in a report, and how they go with the drops."""
+"""Attributes of units in a report, and their correlations with the drops."""
 
 from __future__ import annotations
 
@@ -21,23 +21,8 @@ _RESAMPLES = 300
 def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any]:
     """Gather attributes and their rank correlations with the drops, layer by layer.
 
-    Parameters
-    ----------
-    result : Record
-        What was ablated.
-    table : xarray.Dataset or pandas.DataFrame
-        As for :func:`pyablate.correlate`.
-
-    Returns
-    -------
-    dict
-        ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
-        layer, target and attribute that has one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As :func:`pyablate.correlate` raises.
+    ``name``, ``formula`` and ``values`` of each attribute; ``correlations``, one entry for each
+    layer, target and attribute that has one.
     """
     columns = attribute_columns(aligned(table, result), None)
     targets = [*TARGETS, *measures(result)]

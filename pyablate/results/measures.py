@@ -1,4 +1,4 @@
-"""What a run may record beside predictions: the change of the loss and of the margin.
+"""Measures that a run may record: the change of the loss and of the margin, and its error.
 
 Sums over the images of each class, in float64, of what each pair's arithmetic gave; and how far
 that is off, by the pairs that the audit recomputed. Nothing here needs torch.

@@ -1,4 +1,4 @@
-"""What an ablation found: the flips, and everything that follows from them.
+"""The record of an ablation: flips, audit, and the accuracies and drops that follow.
 
 One ablation changes few predictions, so the record is the list of *flips*: for each ablated unit
 the images whose prediction changed, and to which class. Together with the baseline predictions
@@ -182,37 +182,9 @@ class Flips:
 class Record:
     """Predictions of a network with each unit ablated, and what is counted from them.
 
-    What statistics, plots, reports and stores are made from; those know the record, and the record
-    none of them. Users hold an :class:`AblationResult <pyablate.AblationResult>`, which is a record
-    with all of these as methods.
-
-    Attributes
-    ----------
-    units : pandas.DataFrame
-        One row per ablated unit (or group): ``label``, ``layer``, ``unit`` (-1 for a group).
-    labels, baseline : int64 [image]
-        True class and the intact network's prediction.
-    flips : Flips
-        Predictions that changed.
-    class_names : tuple of str
-        One name per class.
-    intervention : str
-        What stood in for the units.
-    audit : Audit
-        The run's own check.
-    strategy : dict of str to str
-        Per layer, how it was computed.
-    seconds : float
-        Wall time of the run; 0 if not known. Not saved: a result's bytes depend on its inputs.
-    effort : Effort
-        What the run took; not saved either.
-    measures : dict of str to Measure
-        Changes of the "loss" and the "margin", summed over the images of each class, with their
-        accuracy; those that the run was asked to record.
-    provenance : dict
-        Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
-        the data, where :func:`pyablate.ablate` made the result; see
-        :mod:`pyablate.runs.fingerprint`.
+    Statistics, plots, reports and stores know the record, and the record none of them. Users hold
+    an :class:`AblationResult <pyablate.AblationResult>`, a record with all of these as methods,
+    whose documentation tells what the fields are.
     """
 
     units: pd.DataFrame
@@ -375,7 +347,7 @@ class Record:
     @cached_property
     def data(self) -> xr.Dataset:
         """Everything as labelled arrays over ``unit``, ``class`` and ``image``."""
-        import xarray as xr  # half a second that not every caller owes
+        import xarray as xr  # slow to import: half a second
 
         unit, per_class = ("unit",), ("unit", "class")
         measured: dict[str, Any] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 import zarr
 
 from pyablate.io import checksums
+from pyablate.io.atomic import replace_folder, scratch_beside
 from pyablate.io.own_files import ARRAYS, check_replaceable
 from pyablate.io.zarr_check import check_folder, check_opened
 from pyablate.results.measures import Accuracy, Measure
@@ -59,44 +59,15 @@ def replacing(
 ) -> None:
     """Let ``write`` make a folder beside ``path``, and move it there when it is complete.
 
-    Parameters
-    ----------
-    path : path-like
-        Folder to create.
-    write : callable
-        Makes the folder that it is given.
-    kind : type
-        Of the format of what may be replaced: a number for results, a word for other stores.
-
-    Raises
-    ------
-    OSError
-        As :func:`save` raises.
+    ``kind`` is that of the format of what may be replaced: a number for results, a word for other
+    stores.
     """
     target = Path(path)
-    with _beside(target, kind) as scratch:
-        fresh = Path(scratch) / "new"
-        write(fresh)
-        replaced = Path(scratch) / "old"
-        _check_replaceable(target, kind)  # again: writing may have taken a while
-        if target.exists():
-            os.rename(target, replaced)
-        try:
-            os.rename(fresh, target)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, target)
-            raise
+    replace_folder(target, write, lambda: _check_replaceable(target, kind))
 
 
 def read(path: str | os.PathLike[str], kind: type[R]) -> R:
-    """Read a record that :func:`save` wrote, as ``kind``; see :func:`pyablate.load`.
-
-    Raises
-    ------
-    OSError
-        Nothing there, not a result of this format, or not as it was written.
-    """
+    """Read a record that :func:`save` wrote, as ``kind``; see :func:`pyablate.load`."""
     source = Path(path)
     attrs = _attributes(source)
     if (source / "blocks" / "manifest.json").exists() and not attrs:
@@ -181,20 +152,9 @@ def _within(numbers: np.ndarray, stop: int) -> bool:
 
 
 def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:
-    """Fail now rather than after an hour if a result cannot be written at ``path``.
-
-    Parameters
-    ----------
-    path, kind
-        As :func:`replacing` takes them.
-
-    Raises
-    ------
-    OSError
-        As :func:`save` would raise.
-    """
-    with _beside(Path(path), kind):
-        pass
+    """Fail now rather than after an hour if :func:`replacing` cannot write at ``path``."""
+    _check_replaceable(Path(path), kind)
+    scratch_beside(Path(path)).cleanup()
 
 
 def is_result(path: Path) -> bool:
@@ -209,17 +169,6 @@ def _check_replaceable(target: Path, kind: type) -> None:
         what = "result" if kind is int else "table of attributes"
         raise FileExistsError(f"output: {target} exists and is not a pyablate {what}")
     check_replaceable(target)
-
-
-def _beside(target: Path, kind: type) -> tempfile.TemporaryDirectory[str]:
-    """Make a scratch folder on the target's disk, once the target may be replaced."""
-    _check_replaceable(target, kind)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        reason = f"output: cannot write {target}: {error.strerror}"
-        raise OSError(error.errno, reason) from error  # OSError picks the subclass by number
 
 
 def _attributes(path: Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
 from pyablate.interventions import Intervention, parse
+from pyablate.network.forward import own_dtype
 from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
 from pyablate.runs.executor import BlockSweep
-from pyablate.runs.fingerprint import Identity, glance, identify, own_dtype
+from pyablate.runs.fingerprint import Identity, glance, identify
 from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyablate.io.atomic import replace_file
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Ints
 from pyablate.runtime.distributed import MODULUS
@@ -284,27 +284,3 @@ def _read(
             return known, metadata, {name: packed[name] for name in names}
     except DAMAGED:
         return None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place at once, on the disk when this returns; a kill leaves old or new."""
-    scratch = path.with_name(f".{path.name}.new")
-    try:
-        with open(scratch, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names of a folder's files on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""What a run is told by: hashes of model, data and options, and the versions that computed it."""
+"""Fingerprint of a run: hashes of model, data and options, and the versions that computed it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, fx, nn
 
 from pyablate._native import build_info
+from pyablate.data.dataset import Batch, Data
+from pyablate.network.graph import MARKER, Graph
 from pyablate.runtime.distributed import MODULUS
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, fx, nn
-
-    from pyablate.data.dataset import Batch, Data
-    from pyablate.network.graph import Graph
     from pyablate.runs.setup import Setup
 
 Identity = dict[str, Any]
@@ -94,7 +93,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 
 _READ_LATER = [("data", name) for name in ("hash", "others", "sample", "files")]
-"""Known when all images have been read, or only of shards and while others stand in for units."""
+"""Known when all images have been read, or only of shards and where other images replace units."""
 
 _HASHES = ("hash", "others", "sample", "files", "structure", "weights", "directions")
 
@@ -188,18 +187,8 @@ SAMPLE = 256
 """Images by which a data set is told that would take long to read."""
 
 
-def own_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype in which weights and images are compared: float64 if the model is, else float32."""
-    import torch
-
-    first = next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
-    return torch.float64 if first.dtype == torch.float64 else torch.float32
-
-
 def _weights(model: nn.Module, dtype: torch.dtype) -> str:
     """Hash parameters, buffers and tensors held as plain attributes, with names and shapes."""
-    import torch
-
     attributes = (
         (f"{name}.{key}", value)
         for name, module in model.named_modules()
@@ -228,16 +217,12 @@ def _operations(graph: Graph) -> str:
 
     Which tensors are marked as sites makes no difference.
     """
-    from torch.fx.node import map_arg
-
-    from pyablate.network.graph import MARKER
-
     hashes: dict[fx.Node, str] = {}
     for node in graph.graph.nodes:
         if node.target is MARKER:
             hashes[node] = hashes[node.all_input_nodes[0]]
             continue
-        args, options = map_arg((node.args, node.kwargs), hashes.__getitem__)
+        args, options = fx.node.map_arg((node.args, node.kwargs), hashes.__getitem__)
         hashes[node] = _text(f"{node.op} {node.target} {args} {options}")
     return hashes[graph.output]
 
@@ -250,8 +235,6 @@ def _source(kind: type) -> str:
 
 
 def _directions(given: Tensor | Mapping[str, Tensor]) -> str:
-    import torch
-
     by_layer = given if isinstance(given, Mapping) else {"": given}
     digest = hashlib.sha256()
     for layer in sorted(by_layer):
@@ -262,8 +245,6 @@ def _directions(given: Tensor | Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    import torch
-
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -274,3 +255,19 @@ def _text(text: str) -> str:
 def fingerprint(identity: Mapping[str, Any] | Sequence[Any]) -> str:
     """Hash an identity."""
     return _text(json.dumps(identity, sort_keys=True))
+
+
+def table_fingerprint(model: nn.Module, data: Any, choices: Any) -> str:
+    """Hash what a table of ablations depends on: modules, weights, all images, choices as JSON.
+
+    Short, since it stands in each row. Unlike :func:`identify` it needs no captured network.
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_bytes(value.detach().cpu()))
+    for batch in Data(data, dtype=torch.float32, device=torch.device("cpu")).batches(1024):
+        digest.update(_bytes(batch.images))
+        digest.update(_bytes(batch.labels))
+    digest.update(json.dumps(choices).encode())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The folder of a run that is under way: finished blocks, whose they are, the result in the end.
+"""On-disk checkpoint of a run: a folder with finished blocks, fingerprint, the result in the end.
 
 While a run is under way its folder holds ``blocks/`` and nothing that anyone could take for a
 result: ``manifest.json``, one file per finished block, one for a block in the middle of its jobs.
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyablate.io.atomic import replace_file, sync_folder
 from pyablate.io.own_files import (
     ARRAYS,
     check_blocks,
@@ -43,8 +44,6 @@ from pyablate.runs.blocks import (
     read_arrays,
     read_block,
     read_partial,
-    replace_file,
-    sync_folder,
     write_arrays,
     write_block,
     write_partial,

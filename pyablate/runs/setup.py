@@ -20,31 +20,25 @@ from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
 from pyablate.engine.microbenchmarks import convolution_rate
 from pyablate.engine.replacements import Key, Statistics
-from pyablate.engine.replay import ROWS, Replay, forward, in_double
+from pyablate.engine.replay import ROWS, Replay, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
+from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
-from pyablate.network.model_checks import alike, open_up, two_images
+from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, check_model
 from pyablate.runs.calibration import calibrate
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
 from pyablate.runtime.allocator import keep_freed_blocks
-from pyablate.runtime.chunking import LARGEST, images_at_a_time
+from pyablate.runtime.chunking import DEVICE_SLICE, LARGEST, SLICE
 from pyablate.runtime.distributed import Ranks
 
 logger = logging.getLogger("pyablate")
 
 PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
 
-
-SLICE = 8 << 20
-"""Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
-
-DEVICE_SLICE = 256 << 20
-"""The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
-of operations. By arithmetic, not measured."""
 
 SAME = 1e-3
 """Share of the largest logit by which a captured network may differ from the model: rounding."""

@@ -1,4 +1,4 @@
-"""What the memory allocator of the system is taught: to keep what is needed again at once."""
+"""The allocator: raise glibc's dynamic mmap threshold, so that it keeps freed blocks."""
 
 from __future__ import annotations
 

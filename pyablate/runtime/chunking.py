@@ -1,22 +1,18 @@
-"""How much one call may do: Python hears an interrupt between two calls, not within one.
+"""Chunk sizes: how much one call works on, bounded by caches, memory and the wait for Ctrl-C.
 
-What follows the clean run works on slices that stay in a processor's caches. The clean run itself,
-the float64 pass and replay take many images at a time, each with the whole map; in a network of the
-size of VGG-16 one convolution would take seconds. They are cut by counts, not by the clock, so that
-the last bits of a run do not depend on how busy the machine was.
+Python hears an interrupt between two calls, not within one. What follows the clean run works on
+slices that stay in a processor's caches. The clean run itself, the float64 pass and replay take
+many images at a time, each with the whole map; in a network of the size of VGG-16 one convolution
+would take seconds. They are cut by counts, not by the clock, so that the last bits of a run do not
+depend on how busy the machine was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-
-aten = torch.ops.aten
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LONGEST = 16_000_000_000
 """Multiplications and additions of one call in float32: some 0.2 s on one core with AVX-512."""
@@ -24,7 +20,24 @@ LONGEST = 16_000_000_000
 LARGEST = 512 << 20
 """Bytes of the widest clean tensor of a batch: an activation takes half a second on one core."""
 
-_COUNTED = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+SLICE = 8 << 20
+"""Bytes of the widest delta that are worked on at a time: what stays in a processor's caches."""
+
+DEVICE_SLICE = 256 << 20
+"""The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
+of operations. By arithmetic, not measured."""
+
+NUMBERS = 1 << 22
+"""Numbers that statistics and attributes work on at a time: some tens of megabytes an array."""
+
+CACHED_NUMBERS = 1 << 16
+"""Numbers in float64 that stay in the caches between one step and the next."""
+
+DISTANCE_ROWS = 256
+"""Rows of a matrix of distances that are computed together."""
+
+READ = 1 << 20
+"""Bytes that are read from a file at a time."""
 
 
 def portions(operations: int, tensor: Tensor) -> int:
@@ -32,39 +45,3 @@ def portions(operations: int, tensor: Tensor) -> int:
     if tensor.device.type != "cpu":  # calls return before they are carried out
         return 1
     return max(1, -(-operations * tensor.element_size() // (4 * LONGEST)))
-
-
-def images_at_a_time(model: nn.Module, images: Tensor) -> int:
-    """As many images as keep the costliest call of a network short, and at least two.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Run once on a CPU; some networks squeeze a single image away, so it takes two at least.
-    images : Tensor
-        ``[N, ...]``: a few, in the precision of the network.
-    """
-    if images.device.type != "cpu":
-        return torch.iinfo(torch.int32).max
-    count = _Count()
-    with torch.no_grad(), count:
-        model(images.clone())  # it may work in place
-    longest = 4 * LONGEST // images.element_size()
-    return int(max(2, longest * len(images) // max(count.most, 1)))
-
-
-class _Count(TorchDispatchMode):
-    """Multiplications and additions of the costliest operator that runs meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.most = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in _COUNTED:
-            formula = cast(Callable[..., int], flop_registry[function.overloadpacket])
-            self.most = max(self.most, formula(*args, **(kwargs or {}), out_val=result))
-        return result

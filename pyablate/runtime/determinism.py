@@ -1,4 +1,4 @@
-"""Plain arithmetic for a run, with random generators and settings left as they were."""
+"""Determinism: no autocast or TF32 in a run; random generators and settings are restored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from pyablate.runtime.locks import a_run
+from pyablate.runtime.locks import run_lock
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def undisturbed() -> Iterator[None]:
     An ambient autocast or TF32 would round the clean run and all that is compared with it. All of
     this is the whole process's: other threads wait for their turn.
     """
-    with a_run(), _plain_arithmetic():
+    with run_lock(), _plain_arithmetic():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Several processes on one run: who does what, and the little that they tell each other.
+"""Distributed runs: ranks, their parts of the images, and what they broadcast and reduce.
 
 Every process reads its own images and writes its own blocks to the folder they share; what goes
 over the wire is where to begin, and sums of activations where an intervention needs means.
@@ -30,15 +30,7 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run.
-
-    Attributes
-    ----------
-    number : int
-        Which of them this is, from 0.
-    count : int
-        How many there are.
-    """
+    """The processes of one run: the number of this one, from 0, and how many there are."""
 
     number: int = 0
     count: int = 1
@@ -108,24 +100,9 @@ class Ranks:
 
 @contextmanager
 def taking_part(distributed: bool, device: str | torch.device | None) -> Iterator[Ranks]:
-    """Find this process's place among those that `torchrun` started.
+    """Find this process's place among those of `torchrun`; one alone unless ``distributed``.
 
-    Parameters
-    ----------
-    distributed : bool
-        Whether this run is shared at all.
-    device : str or torch.device, optional
-        Where the work is done: NCCL serves GPUs, gloo everything else.
-
-    Yields
-    ------
-    Ranks
-        One process alone unless ``distributed``.
-
-    Raises
-    ------
-    RuntimeError
-        ``distributed`` where nobody started several processes.
+    Where the work is done on a GPU they talk by NCCL, elsewhere by gloo.
     """
     if not distributed:
         yield Ranks()
@@ -166,7 +143,7 @@ def started_by_torchrun() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process reports for all."""
     return os.environ.get("RANK", "0") == "0" or not started_by_torchrun()
 
 

@@ -1,4 +1,4 @@
-"""Copies from the host to a device that nobody waits for."""
+"""Asynchronous copies from pinned host memory to a device."""
 
 from __future__ import annotations
 

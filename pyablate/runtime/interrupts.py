@@ -1,4 +1,4 @@
-"""Interrupts that other people's code swallows are raised after it.
+"""Ctrl-C inside torch.export: KeyboardInterrupt is raised afterwards where torch swallowed it.
 
 While torch traces a network it runs Python where no exception gets through: in callbacks of weak
 references, whose exceptions are printed and dropped, and between calls of its C++, which words them

@@ -1,4 +1,4 @@
-"""Out of memory: how to tell, and going on with half as much at a time."""
+"""Out of memory: which errors say so."""
 
 from __future__ import annotations
 

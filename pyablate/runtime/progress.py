@@ -1,4 +1,4 @@
-"""How far a long run has come: a bar, log lines, JSON lines, or a function of the caller's."""
+"""Progress of a run: a bar, log lines, JSON lines, or a callback."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class JsonLines:
     """One JSON object a second at most, and one for the end.
 
     ``{"event": "progress", "done": ..., "total": ..., "layer": ..., "per_second": ...,
-    "seconds_left": ...}``; ``seconds_left`` is null as long as nobody knows.
+    "seconds_left": ...}``; ``seconds_left`` is null as long as it is not known.
 
     Parameters
     ----------

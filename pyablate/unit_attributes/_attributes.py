@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_count
 from pyablate.interventions import parse
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import check_model
@@ -103,7 +104,10 @@ def attributes(
     """
     entries = list(choose(which))
     check_model(model)
-    _check_numbers(bins=bins, top=top, sample=sample, batch_size=batch_size)
+    for name, number in (("bins", bins), ("top", top), ("sample", sample)):
+        check_count(name, number)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     named = {which} if isinstance(which, str) else set(which)
     entries = _available(entries, named, masks is not None)
     with undisturbed(), torch.inference_mode(False):
@@ -117,14 +121,6 @@ def attributes(
         with reporting(progress) as report:
             work.run(report)
     return _dataset(work)
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is None and name == "batch_size":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> list[Attribute]:
@@ -154,7 +150,7 @@ def _installed(library: str) -> bool:
 
 def _dataset(work: Work) -> xr.Dataset:
     """Everything found, as labelled arrays."""
-    import xarray as xr  # half a second that not every caller owes
+    import xarray as xr  # slow to import: half a second
 
     members = [member[0] for job in work.jobs for member in job.members]
     coords: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyablate.engine.replay import forward
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 from pyablate.ops.moments import ClassMoments
 from pyablate.unit_attributes.observe import Observed

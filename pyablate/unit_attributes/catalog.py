@@ -1,10 +1,11 @@
-"""What each attribute is: formula, source, whether it survives rescaling, what it is made from."""
+"""Catalog of attributes: formula, source, family, invariance to rescaling."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pyablate._validation import nearest
 
 
 @dataclass(frozen=True)
@@ -213,13 +214,7 @@ FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(entry.family for entry in CATALO
 
 
 def choose(which: str | Sequence[str]) -> tuple[Attribute, ...]:
-    """Entries by name or family, in the order of the table.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A name that is neither; the message offers the nearest.
-    """
+    """Entries by name or family, in the order of the table."""
     if isinstance(which, str):
         which = [which]
     if not isinstance(which, Sequence) or not all(isinstance(name, str) for name in which):
@@ -229,7 +224,6 @@ def choose(which: str | Sequence[str]) -> tuple[Attribute, ...]:
     known = ["all", *FAMILIES, *(entry.name for entry in CATALOG)]
     for name in which:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"which: no attribute {name!r}; nearest: {', '.join(near)}")
+            raise ValueError(f"which: no attribute {name!r}{nearest(name, known)}")
     wanted = set(which)
     return tuple(entry for entry in CATALOG if wanted & {"all", entry.family, entry.name})

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate._validation import check_names
 from pyablate.data.dataset import Data
-from pyablate.engine.replay import forward
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 
 TOP = 0.005
@@ -24,28 +25,14 @@ DETECTOR = 0.04
 
 @dataclass(frozen=True)
 class Masks:
-    """Where the concepts are, image by image.
-
-    Attributes
-    ----------
-    values : array
-        ``[N, M, H, W]``, anything that is indexed by a slice of images; not 0 means present.
-    names : tuple of str
-        One per concept.
-    """
+    """Where the concepts are: ``[N, M, H, W]``, not 0 where present, and one name per concept."""
 
     values: Any
     names: tuple[str, ...]
 
 
 def check_masks(masks: Any, names: Sequence[str] | None, images: int) -> Masks:
-    """Check what the caller gave.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Not ``[N, M, H, W]`` for the N images, or another number of names.
-    """
+    """Check what the caller gave."""
     shape = tuple(getattr(masks, "shape", ()))
     if not hasattr(masks, "__getitem__") or not shape:
         raise TypeError(
@@ -56,13 +43,7 @@ def check_masks(masks: Any, names: Sequence[str] | None, images: int) -> Masks:
             f"masks: expected shape [{images}, concepts, H, W], one for each image, got "
             f"{list(shape)}"
         )
-    if names is None:
-        return Masks(masks, tuple(str(number) for number in range(shape[1])))
-    if isinstance(names, str):
-        raise TypeError(f"concept_names: expected a sequence of strings, got {names!r}")
-    if len(names) != shape[1]:
-        raise ValueError(f"concept_names: expected {shape[1]} names, got {len(names)}")
-    return Masks(masks, tuple(str(name) for name in names))
+    return Masks(masks, check_names("concept_names", names, shape[1]))
 
 
 def concept_iou(

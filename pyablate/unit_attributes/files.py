@@ -1,4 +1,4 @@
-"""Attributes on disk: a table of the values per unit, or everything as a Zarr group."""
+"""Attributes on disk: a CSV table, one row per unit, or a Zarr group."""
 
 from __future__ import annotations
 
@@ -41,13 +41,6 @@ def write_attributes(found: xr.Dataset, path: Path) -> None:
 
     The group is what ``xarray.open_zarr`` reads. An older group of attributes at ``path`` is
     replaced, unless something else lies in its folder.
-
-    Raises
-    ------
-    ValueError
-        The name ends in neither ``.csv`` nor ``.zarr``.
-    OSError
-        The place cannot be written, or holds something else.
     """
     if path.suffix == ".csv":
         write_csv(to_frame(found), path, "output")

@@ -1,4 +1,4 @@
-"""First-order estimates of what a unit does for the loss."""
+"""Gradient attributes: first-order estimates of a unit's effect on the loss."""
 
 from __future__ import annotations
 
@@ -16,19 +16,8 @@ def contributions(
 ) -> dict[Site, Tensor]:
     """Gradient of each image's cross-entropy times activation, summed over positions.
 
-    Parameters
-    ----------
-    logits : Tensor
-        ``[N, K]``, with the graph that made them.
-    labels : Tensor
-        int64 ``[N]``.
-    maps : mapping
-        Tensors of that graph by site, one per call, ``[>= N, ...]``.
-
-    Returns
-    -------
-    dict
-        float64 ``[N, C]`` by site; 0 where the logits do not depend on the maps.
+    From logits ``[N, K]`` with the graph that made them, and tensors of that graph by site, one per
+    call, ``[>= N, ...]``: float64 ``[N, C]`` by site; 0 where the logits do not depend on the maps.
     """
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     flat = [(site, one) for site, calls in maps.items() for one in calls]

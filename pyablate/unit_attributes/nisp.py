@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from pyablate.network.aten import DIVISIONS, LINEAR_POOLS, SAME, STRUCTURE
+from pyablate.network.aten import DIVISIONS, LINEAR_POOLS, SAME, STRUCTURE, SUMS
+from pyablate.network.batch_norm import norm_scale
 from pyablate.network.channel_tracking import (
     ACTIVATIONS,
-    ADDITIONS,
     PRODUCTS,
     ROWS,
     WEIGHTED,
     with_zeros,
 )
-from pyablate.network.graph import BATCH_NORM, Graph, function, norm_scale, settings
+from pyablate.network.graph import BATCH_NORM, Graph, function, settings
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
@@ -118,7 +118,7 @@ def _combined(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     operands = list(node.args[:2])
     known = [one for one in operands if isinstance(one, fx.Node) and one in values]
     shape = graph.shape(node, ROWS)
-    if node.target in ADDITIONS:
+    if node.target in SUMS:
         return sum((values[one] for one in known), torch.zeros(shape, dtype=torch.float64))
     if len(known) > 1 or (node.target in DIVISIONS and operands[0] is not known[0]):
         return _unknown(graph, node, values)
@@ -146,7 +146,7 @@ def _unknown(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 _RULES: dict[Any, Callable[[Graph, fx.Node, dict[fx.Node, Any]], Any]] = {
     **dict.fromkeys(STRUCTURE | LINEAR_POOLS, with_zeros),
     **dict.fromkeys((aten.cat.default, aten.constant_pad_nd.default), with_zeros),
-    **dict.fromkeys(PRODUCTS | ADDITIONS, _combined),
+    **dict.fromkeys(PRODUCTS | SUMS, _combined),
     **dict.fromkeys(ACTIVATIONS | SAME | {aten.neg.default}, _same),
     **dict.fromkeys(WEIGHTED, _weights),
     **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default), _max_pool),

@@ -1,4 +1,4 @@
-"""One pass over the data: what every attribute of activations and gradients is made from."""
+"""One pass over the data with hooks: moments and gradients of the maps, for the attributes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.data.dataset import Batch, Data
+from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 from pyablate.ops.moments import MapMoments, map_moments
 from pyablate.runtime.allocator import keep_freed_blocks
@@ -72,27 +73,11 @@ def observe(
     gradients: bool = False,
     report: Callable[[int], None] = lambda done: None,
 ) -> Observations:
-    """Run the network once over the data and watch the sites.
+    """Run the network, in evaluation mode, once over the data and watch the sites.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode, nobody else's.
-    data : Data
-        Images and labels.
-    sites : sequence of Site
-        What to watch.
-    repeated : frozenset of str
-        Sites whose module is called several times in a pass: the positions of all its calls are
-        taken together.
-    classes : int
-        Number of logits.
-    batch_size : int
-        Images at a time.
-    gradients : bool
-        Whether to run backward as well.
-    report : callable
-        Gets the number of images done.
+    Sites in ``repeated`` have a module that is called several times in a pass: the positions of all
+    its calls are taken together. With ``gradients`` the pass goes backward as well; ``report`` gets
+    the number of images done.
     """
     keep_freed_blocks()
     watched = _Watch(sites, repeated, len(data), gradients)
@@ -126,12 +111,10 @@ class _Watch:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
         images = batch.images
-        if len(batch) == 1:  # some networks squeeze a batch of one away
-            images = torch.cat([images, images])
         with torch.set_grad_enabled(self.gradients), hooked(model, self.sites, self._see):
             if self.gradients:
                 images = images.detach().requires_grad_()
-            logits: Tensor = model(images.clone())[: len(batch)]  # it may work in place
+            logits: Tensor = forward(model, images)
             for name in self.repeated:
                 calls = [_flat(maps, self._site(name)) for maps in self.held[name]]
                 self._reduce(replace(self._site(name), axis=1), torch.cat(calls, dim=2))

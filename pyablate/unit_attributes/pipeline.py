@@ -15,6 +15,7 @@ from pyablate.network.capture import CaptureError, capture
 from pyablate.network.model_checks import Ready
 from pyablate.network.sites import Site
 from pyablate.ops.moments import class_moments, class_ranks
+from pyablate.runtime.chunking import NUMBERS
 from pyablate.runtime.progress import Report
 from pyablate.unit_attributes import activations, concepts, information, selectivity
 from pyablate.unit_attributes.catalog import Attribute
@@ -24,8 +25,6 @@ from pyablate.unit_attributes.relevance import conductance, relevance, shares
 from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
-
-_ELEMENTS = 1 << 22  # values, or counts by bin and class, that are looked at together
 
 Share = Callable[[float], None]
 """Told which share of a stage is done."""
@@ -168,7 +167,7 @@ class Work:
         """Rank the images, for some units at a time, and take what follows from that."""
         classes, device = self.ready.classes, self.ready.data.device
         label, count = seen.labels.int().to(device), seen.count
-        step = max(1, _ELEMENTS // max(len(label), self.bins * classes))
+        step = max(1, NUMBERS // max(len(label), self.bins * classes))
         parts: list[dict[str, Tensor]] = []
         for pooled in layer.maps.pooled.split(step):
             ranks = class_ranks(pooled.to(device), label, classes, bins=self.bins, top=self.top)

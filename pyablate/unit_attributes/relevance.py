@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
+from pyablate.attribution.maps import parts_of
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
@@ -35,7 +36,7 @@ def conductance(
             continue
         method = LayerConductance(model, model.get_submodule(site.module))
         parts = []
-        for part, target in _parts(images, labels, size):
+        for part, target in parts_of(images, labels, size):
             values = method.attribute(
                 part,
                 baselines=torch.zeros_like(part, requires_grad=False),
@@ -66,7 +67,7 @@ def relevance(
     found: dict[str, list[Tensor]] = {name: [] for name in taps}
     by_name = {site.name: site for site in sites}
     layers = [traced.get_submodule(path) for path in taps.values()]
-    for part, target in _parts(images, labels, size) if taps else ():
+    for part, target in parts_of(images, labels, size) if taps else ():
         set_rules(traced)  # Captum takes them away each time
         values = LayerLRP(traced, layers).attribute(part, target=target)
         for name, value in zip(taps, values, strict=True):
@@ -78,9 +79,3 @@ def shares(values: Tensor) -> Tensor:
     """Each unit's share of the relevance of its layer ``[N, C]``, signed; 0 where there is none."""
     total = values.abs().sum(dim=1, keepdim=True)
     return torch.where(total > 0, values / total, 0.0)
-
-
-def _parts(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images, ready for gradients, and their labels, a few at a time."""
-    for part, target in zip(images.split(size), labels.split(size), strict=True):
-        yield part.clone().requires_grad_(), target.to(part.device)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pyablate.ops.moments import ClassRanks
+from pyablate.runtime.chunking import CACHED_NUMBERS
 from pyablate.unit_attributes.activations import constant
-
-_CACHED = 1 << 16  # values in float64 that stay in the caches between one step and the next
 
 
 def class_selectivity(total: Tensor, least: Tensor, count: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def standardised(a: Tensor) -> Tensor:
     deviation would leave float32 nothing.
     """
     out = torch.empty(a.shape, dtype=a.dtype)
-    step = max(1, _CACHED // max(a.shape[1], 1))
+    step = max(1, CACHED_NUMBERS // max(a.shape[1], 1))
     for part, into in zip(a.split(step), out.split(step), strict=True):
         wide = part.double()
         wide -= wide.mean(dim=1, keepdim=True)

@@ -20,16 +20,10 @@ ENERGY = 0.9
 def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Tensor]]:
     """Attributes of the weights by site, float64 ``[C]``; NaN where a unit has none.
 
-    Filters that are summed before the unit speaks, as in a residual block, count together; an
-    identity shortcut has no filter. The spectrum is that of the one layer that makes the unit, and
-    batch norm speaks for a unit only where the unit is one channel of it, not of a sum.
-
-    Parameters
-    ----------
-    graph : Graph
-        Captured with the sites marked and batch norm not folded.
-    sites : iterable of Site
-        Some of those.
+    The graph was captured with the sites marked and batch norm not folded. Filters that are summed
+    before the unit is activated, as in a residual block, count together; an identity shortcut has
+    no filter. The spectrum is that of the one layer that makes the unit, and batch norm counts for
+    a unit only where the unit is one channel of it, not of a sum.
     """
     sites = list(sites)
     axes = {site.name: site.axis for site in sites}

@@ -69,7 +69,7 @@ def test_images_that_the_same_units_break_are_one_cluster(planted: pa.AblationRe
 
 
 def test_tree_of_images_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters, "_BLOCK", 7)
+    monkeypatch.setattr(clusters, "DISTANCE_ROWS", 7)
     result = simulate(np.full((9, 2), 0.4), 0.4, 30, np.random.default_rng(3))
     found = pa.cluster_images(result, fewest=2, method="complete")
     broken = (result.predictions() != result.labels) & (result.baseline == result.labels)

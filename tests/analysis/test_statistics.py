@@ -256,7 +256,7 @@ def test_split_half_is_unbiased_where_the_maximum_is_not() -> None:
 def test_blocks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     result = small_result(3, [9, 30, 0, 12], units=40, share=0.3)
     whole = result.max_class_test(splits=2)
-    monkeypatch.setattr(statistics, "_BLOCK", 50)
+    monkeypatch.setattr(statistics, "NUMBERS", 50)
     assert len(list(statistics._blocks(result.flips.start, 4))) > 10
     parts = result.max_class_test(splits=2)
     for name in ("p", "q", "noise_floor", "split_half_drop", "mcnemar_p"):

@@ -129,7 +129,7 @@ def test_normalize_uses_the_moments_of_its_channels() -> None:
     [
         (lambda: demo.load("vgg_nb"), r"name: expected .* got 'vgg_nb'; nearest: vgg_bn"),
         (lambda: demo.load("qqq"), "nearest: alexnet, alexnet_dropout, alexnet_bn, vgg_bn, resnet"),
-        (lambda: demo.load("alexnet", limit=0), "limit: expected a positive integer .* got 0"),
+        (lambda: demo.load("alexnet", limit=0), "limit: expected at least 1, got 0"),
         (lambda: demo.images(True), "limit: .* got True"),
         (lambda: demo.images(2.5), "limit: .* got 2.5"),  # type: ignore[arg-type]
     ],

@@ -152,7 +152,7 @@ def test_silencing_an_alias_leaves_the_original_alone() -> None:
     [
         ({"sites": []}, "sites: expected at least one layer, got none"),
         ({"units": 0}, "units: expected at least 1, got 0"),
-        ({"images": 0}, "images: expected at least 1 or None, got 0"),
+        ({"images": 0}, "images: expected at least 1, got 0"),
         ({"data": []}, "data: expected at least one image, got none"),
     ],
 )

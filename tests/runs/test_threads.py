@@ -28,7 +28,7 @@ from pyablate.cli.specs import load_model
 from pyablate.engine import float64
 from pyablate.network.sites import copied
 from pyablate.runtime import chunking
-from pyablate.runtime.locks import a_run
+from pyablate.runtime.locks import run_lock
 
 
 def together(works: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -157,7 +157,7 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with a_run():
+        with run_lock():
             held.set()
             release.wait(30)
 
@@ -168,7 +168,7 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks in threads, meant here
         child = os.fork()
     if child == 0:
-        with a_run():
+        with run_lock():
             os._exit(7)
     release.set()
     thread.join()
@@ -295,15 +295,15 @@ def work(said):
         pa.ablate(model, (x, y), progress=lambda *_: said(), audit=0)
 """,
     "a wait for another run": """
-from pyablate.runtime.locks import a_run
+from pyablate.runtime.locks import run_lock
 def hold():
-    with a_run():
+    with run_lock():
         time.sleep(30)
 def work(said):
     threading.Thread(target=hold, daemon=True).start()
     time.sleep(0.2)
     said()
-    with a_run():
+    with run_lock():
         pass
 """,
 }

@@ -1,0 +1,102 @@
+"""Forward passes of a user's model: in-place layers, a batch of one, and what comes out.
+
+Some networks work in place on their input, some squeeze a batch of one away, and some return
+something else than logits. :func:`forward` copies the images and runs two at least, so that nobody
+else has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from pyablate._validation import first_line
+from pyablate.runtime import chunking
+
+aten = torch.ops.aten
+
+_COUNTED = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+
+
+def forward(model: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """Run a network on a copy of some images ``[N, ...]``, twice on one that is alone.
+
+    Hooks on the network see two rows at least; the result has one for each image.
+    """
+    if len(images) > 1:
+        return model(images.clone())
+    found = model(torch.cat([images, images]))
+    return found[:1] if isinstance(found, Tensor) else found
+
+
+def two_images(sample: Tensor) -> Tensor:
+    """First and last image, ``[2, ...]``, for what is asked of a network rather than of data."""
+    return torch.stack([sample[0], sample[-1]])
+
+
+def check_logits(found: Any, images: int) -> Tensor:
+    """Refuse what a network returned if it is not one tensor of logits ``[N, classes]``."""
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != images:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"model: expected logits [N, classes], got {got}")
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer."""
+    return _first(model).device
+
+
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype in which weights and images are compared: float64 if the model is, else float32."""
+    return torch.float64 if _first(model).dtype == torch.float64 else torch.float32
+
+
+def _first(model: nn.Module) -> Tensor:
+    return next(iter([*model.parameters(), *model.buffers(), torch.zeros(0)]))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device, or refuse one that this machine does not have."""
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device: {device!r} cannot be used here: {first_line(error)}") from None
+    return where
+
+
+def images_at_a_time(model: nn.Module, images: Tensor) -> int:
+    """As many images as keep the costliest call of a network short, and at least two.
+
+    It is run once on a few images ``[N, ...]`` in its precision, where they are on a CPU.
+    """
+    if images.device.type != "cpu":
+        return torch.iinfo(torch.int32).max
+    count = _Count()
+    with torch.no_grad(), count:
+        forward(model, images)
+    longest = 4 * chunking.LONGEST // images.element_size()
+    return int(max(2, longest * len(images) // max(count.most, 1)))
+
+
+class _Count(TorchDispatchMode):
+    """Multiplications and additions of the costliest operator that runs meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in _COUNTED:
+            formula = cast(Callable[..., int], flop_registry[function.overloadpacket])
+            self.most = max(self.most, formula(*args, **(kwargs or {}), out_val=result))
+        return result
