@@ -76,8 +76,8 @@ def load_model(
         pretrained weights of their library, downloaded where needed, unless `weights` is given.
     weights : path, optional
         A safetensors file, or a checkpoint read with ``weights_only=True``: a state dict, or a
-        dict with one under any one key ("state_dict", "model", "net", "ema", ...); prefixes of names
-        ("module.", "model.", "backbone.") are matched where exactly one reading fits.
+        dict with one under any one key ("state_dict", "model", "net", "ema", ...); prefixes of
+        names ("module.", "model.", "backbone.") are matched where exactly one reading fits.
     device : str or torch.device, optional
         Where to put the model; by default it stays where it was made.
 
