@@ -27,6 +27,8 @@ from pyablate.network.exported import load_exported
 
 MODEL_SPECS = ("demo:NAME", "module:factory", "FILE.pt2", "torchvision:NAME", "timm:NAME")
 DATA_SPECS = ("demo", "FOLDER", "FILE.npz", "IMAGES-idx3-ubyte[.gz]")
+# Arrays of images and labels in .npz files, in the order looked for; MedMNIST's hold splits.
+NPZ_KEYS = (("images", "labels"), ("x", "y"), ("test_images", "test_labels"))
 # Limit of one decompressed array, against decompression bombs.
 MAX_BYTES = 8 << 30
 _PREFIXES = ("demo", "torchvision", "timm")
@@ -74,7 +76,8 @@ def load_model(
         pretrained weights of their library, downloaded where needed, unless `weights` is given.
     weights : path, optional
         A safetensors file, or a checkpoint read with ``weights_only=True``: a state dict, or a
-        dict with one under "state_dict", "model_state_dict" or "model".
+        dict with one under any one key ("state_dict", "model", "net", "ema", ...); prefixes of
+        names ("module.", "model.", "backbone.") are matched where exactly one reading fits.
     device : str or torch.device, optional
         Where to put the model; by default it stays where it was made.
 
@@ -114,7 +117,8 @@ def load_data(
     spec : str or path
         ``demo``, the shipped images; a folder with one sub-folder of images per class (sorted
         names are the classes); an ``.npz`` file with arrays ``images`` and ``labels``, or ``x``
-        and ``y``, and optionally ``class_names``; an idx file, gzipped or not.
+        and ``y``, or ``test_images`` and ``test_labels`` (the test split of MedMNIST), and
+        optionally ``class_names``; an idx file, gzipped or not.
         In files, uint8 is scaled to ``[0, 1]`` and floats stay as they are; ``[N, H, W]`` is taken
         as grey images, ``[N, H, W, C]`` with 1, 3 or 4 channels becomes ``[N, C, H, W]``.
     labels : path, optional
@@ -314,12 +318,12 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 def _images_and_labels(
     arrays: dict[str, NDArray[Any]], labels: NDArray[Any] | None, name: str
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    for images_key, labels_key in (("images", "labels"), ("x", "y")):
+    for images_key, labels_key in NPZ_KEYS:
         if images_key in arrays and (labels is not None or labels_key in arrays):
             return arrays[images_key], arrays[labels_key] if labels is None else labels
     raise ValueError(
-        f"data: expected arrays images and labels, or x and y, in {name!r}, "
-        f"found {', '.join(arrays) or 'none'}"
+        f"data: expected arrays images and labels, or x and y, or test_images and test_labels, in "
+        f"{name!r}, found {', '.join(arrays) or 'none'}"
     )
 
 
@@ -378,6 +382,8 @@ def _first_line(error: BaseException) -> str:
 def _tensors(
     images: NDArray[Any], labels: NDArray[Any], name: str, limit: int | None
 ) -> tuple[Tensor, Tensor]:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels: expected integers [N] for {name!r}, found {labels.dtype} {list(labels.shape)}"

@@ -73,10 +73,11 @@ class Data:
     Raises
     ------
     TypeError
-        Not a pair, not iterable, or items that are not (images, labels).
+        Not a pair, not iterable, items that are not (images, labels), or labels that
+        :func:`class_numbers` does not take.
     ValueError
-        Empty, lengths or image shapes that differ, labels that are not integers or are
-        negative, images with NaN or infinities; the message says where.
+        Empty, lengths or image shapes that differ, negative labels, images with NaN or infinities;
+        the message says where.
     """
 
     def __init__(self, source: Any, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -226,14 +227,12 @@ class Data:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
             raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
-        images, labels = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        images, labels = torch.as_tensor(item[0]), class_numbers(item[1], f"data: batch {number}")
         if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
                 f"data: batch {number}: expected images [N, ...] and labels [N], got "
                 f"{list(images.shape)} and {list(labels.shape)}"
             )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"data: batch {number}: labels must be integers, got {labels.dtype}")
         if len(labels) and int(labels.min()) < 0:
             raise ValueError(f"data: batch {number}: negative label {int(labels.min())}")
         shape = tuple(images.shape[1:])
@@ -244,6 +243,49 @@ class Data:
             )
         self._shape = shape
         return images, labels.to("cpu", torch.int64)
+
+
+def class_numbers(labels: Any, where: str) -> Tensor:
+    """Turn labels as people have them into class numbers.
+
+    Parameters
+    ----------
+    labels : Tensor, array or sequence of int
+        Integers ``[N]`` or ``[N, 1]``, or one-hot rows ``[N, K]`` of any number type: exactly one
+        entry of each row is 1, the others are 0.
+    where : str
+        What a message begins with.
+
+    Returns
+    -------
+    Tensor
+        Integers ``[N]``; other shapes, which the caller refuses, as they are.
+
+    Raises
+    ------
+    TypeError
+        Not integers, and no one-hot rows: text, fractions, several classes an image.
+    """
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(
+            f"{where}: labels must be integers, got {kind}; class names become numbers by their "
+            "place in class_names, as in [class_names.index(name) for name in labels]"
+        ) from None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim == 2 and len(found):
+        if bool((((found == 0) | (found == 1)).all(dim=1) & (found.sum(dim=1) == 1)).all()):
+            return found.to(torch.int64).argmax(dim=1)
+        raise TypeError(
+            f"{where}: labels {list(found.shape)} must be one-hot, exactly one 1 in each row; "
+            "images of several classes or of none are not supported"
+        )
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{where}: labels must be integers, got {found.dtype}")
+    return found
 
 
 def gathered(source: Any) -> tuple[Tensor, Tensor]:
@@ -286,5 +328,17 @@ def _is_pair(source: Any) -> bool:
     return (
         isinstance(source, (tuple, list))
         and len(source) == 2
-        and all(isinstance(part, (Tensor, np.ndarray)) for part in source)
+        and isinstance(source[0], (Tensor, np.ndarray))
+        and (isinstance(source[1], (Tensor, np.ndarray)) or _are_numbers(source[1]))
     )
+
+
+def _are_numbers(labels: Any) -> bool:
+    """Whether a list holds numbers, or one-hot rows, of images rather than batches."""
+    if not isinstance(labels, (list, tuple)):
+        return False
+    return all(isinstance(n, (int, np.integer)) for one in labels for n in _listed(one))
+
+
+def _listed(item: Any) -> list[Any]:
+    return list(item) if isinstance(item, (list, tuple)) else [item]

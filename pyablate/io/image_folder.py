@@ -24,8 +24,8 @@ _log = logging.getLogger("pyablate")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 # The limit above which Pillow itself suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
-_GREY_MODES = ("1", "L", "LA")
-_DEEP_MODES = ("I", "F")  # more than 8 bits; Pillow would clip them
+_GREY_MODES = ("1", "L", "I")  # and those that begin so, such as LA and I;16
+_SYSTEM = ("__MACOSX", "@eaDir")  # what archivers and servers leave beside the images
 _LOOKED_AT = 16
 
 
@@ -35,7 +35,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     Parameters
     ----------
     folder : Path
-        Holds one sub-folder per class; the sorted names of the sub-folders are the classes.
+        Holds one sub-folder per class; the sorted names of the sub-folders are the classes. Names
+        that are all whole numbers are sorted as numbers. Hidden and system folders do not count.
     limit : int, optional
         Number of images, taken in turn from every class, because files come sorted by class.
     size : int or (int, int), optional
@@ -46,11 +47,23 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         first are all grey.
     mean, std : sequence of float, optional
         Per channel, subtracted and divided by, after scaling to ``[0, 1]``.
+    on_bad : {"error", "skip"}
+        What happens to files that cannot be decoded: an error when one is read, or they are left
+        out and listed; ``"skip"`` decodes every file once to find them.
 
     Attributes
     ----------
     classes : tuple of str
         Names of the sub-folders.
+    files : list of (Path, int)
+        Images and their classes, in order.
+    skipped : dict of Path to str
+        Files left out, and why.
+
+    Notes
+    -----
+    Images are turned as their EXIF orientation says. Those of 16 bits are scaled to 8, which the
+    log tells once.
 
     Raises
     ------
@@ -71,11 +84,14 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         channels: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        on_bad: str = "error",
     ) -> None:
+        if on_bad not in ("error", "skip"):
+            raise ValueError(f"on_bad: expected 'error' or 'skip', got {on_bad!r}")
         _pillow()  # missing, it is missed now and not at the first image
         self._folder = folder
         self._size = None if size is None else _scale_and_crop(size)
-        self.classes = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p)))
+        self.classes = _in_order([p.name for p in folder.iterdir() if _is_class(p)])
         if not self.classes:
             raise ValueError(f"data: expected one sub-folder per class in {str(folder)!r}, found 0")
         self.files = _spread([_images(folder / name) for name in self.classes], limit)
@@ -88,6 +104,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
         self._mean, self._std = moments(mean, std, self.channels)
         self._first_shape: tuple[int, ...] | None = None
+        self._told = False
+        self.skipped: dict[Path, str] = {}
+        if on_bad == "skip":
+            self._leave_out_damaged()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -111,6 +131,19 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             name = path.relative_to(self._folder).as_posix()
             yield f"{label} {path.stat().st_size} {name}"
 
+    def _leave_out_damaged(self) -> None:
+        for path, _ in self.files:
+            try:
+                with _decoding(path):
+                    self._decode(path)
+            except ValueError as error:
+                self.skipped[path] = str(error).removeprefix("data: ")
+        self.files = [item for item in self.files if item[0] not in self.skipped]
+        if not self.files:
+            raise ValueError(f"data: none of the images below {str(self._folder)!r} can be decoded")
+        for path, why in self.skipped.items():
+            _log.warning("data: %r is left out: %s", str(path), why)
+
     def _read(self, path: Path) -> Tensor:
         pixels = self._decode(path)
         image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1) / 255
@@ -126,7 +159,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         with self._open(path) as image:
             if self._size is not None:
                 _check_scaled(path, *self._scaled(image))
-            converted = image.convert("L" if self.channels == 1 else "RGB")
+            upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+            converted = self._of_8_bits(upright, path).convert("L" if self.channels == 1 else "RGB")
         if self._size is not None:
             converted = self._cut_out(converted, self._size[1])
         return np.array(converted, dtype=np.uint8)
@@ -145,10 +179,23 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels, "
                 f"found {found}"
             )
-        if image.mode.startswith(_DEEP_MODES):
+        if image.mode == "F":
             image.close()
-            raise ValueError(f"data: expected 8 bits a channel, found mode {image.mode} in {path}")
+            raise ValueError(
+                f"data: expected 8 or 16 bits a channel, found floats in {str(path)!r}"
+            )
         return image
+
+    def _of_8_bits(self, image: Any, path: Path) -> Any:
+        if not image.mode.startswith("I"):
+            return image
+        values = np.asarray(image).astype(np.int64)  # Pillow would clip them
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"data: expected 8 or 16 bits a channel, found 32 in {str(path)!r}")
+        if not self._told:
+            self._told = True
+            _log.info("data: images of 16 bits are scaled to 8, such as %r", str(path))
+        return _pillow().fromarray(((values * 0xFF + 0x7FFF) // 0xFFFF).astype(np.uint8))
 
     # Both round the way torchvision's Resize and CenterCrop do, so that accuracies compare.
     def _scaled(self, image: Any) -> tuple[int, int]:
@@ -166,7 +213,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         for path, _ in self.files[:: max(1, len(self.files) // _LOOKED_AT)]:
             # What is damaged is reported when its turn to be decoded comes.
             with contextlib.suppress(ValueError), self._open(path) as image:
-                if image.mode not in _GREY_MODES:
+                if not image.mode.startswith(_GREY_MODES):
                     return 3
         return 1
 
@@ -252,14 +299,36 @@ def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+    return path.is_dir() and not _is_hidden(path.name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
+
+
+def _in_order(names: list[str]) -> tuple[str, ...]:
+    """Sort names of classes: as text, or as numbers where that is what all of them are."""
+    as_text = sorted(names)
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return tuple(as_text)
+    as_numbers = sorted(names, key=lambda name: (int(name), name))
+    if as_numbers != as_text:
+        _log.warning(
+            "data: the classes are sorted as numbers (%s); tools that sort them as text have "
+            "another order (%s)",
+            ", ".join(as_numbers[:12]),
+            ", ".join(as_text[:12]),
+        )
+    return tuple(as_numbers)
 
 
 def _images(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in SUFFIXES
+        and not any(map(_is_hidden, path.relative_to(folder).parts))
+        and path.is_file()
     )
 
 

@@ -144,9 +144,9 @@ DATA: dict[str, Case] = {
         r"data: batch 0: expected images \[N, \.\.\.\] and labels \[N\], got \[24, .*\[5\]",
     ),
     "labels of two dimensions": (
-        with_data(lambda a: (a.images, a.labels[:, None])),
-        ValueError,
-        r"labels \[N\], got .*\[24, 1\]",
+        with_data(lambda a: (a.images, a.labels[:, None].expand(-1, 2))),
+        TypeError,
+        r"labels \[24, 2\] must be one-hot",
     ),
     "batch of another size": (
         with_data(lambda a: [*a.batches, (a.images[:4, :, :10, :10], a.labels[:4])]),
