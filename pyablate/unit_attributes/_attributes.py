@@ -63,7 +63,7 @@ def attributes(
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; the default is ``"*"``.
     which : str or sequence of str
-        Names of attributes or of families of them, or ``"all"``; docs/attributes.md lists them.
+        Names of attributes or of families of them, or ``"all"``; docs/guides/attributes.md lists them.
         "all" leaves out, with a note in the log, what is not installed and, without ``masks``,
         concepts.
     masks : array, optional
