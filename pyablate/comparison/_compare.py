@@ -76,6 +76,13 @@ def compare(
     ------
     ValueError, TypeError
         Bad arguments or data, or networks with different numbers of classes.
+
+    Examples
+    --------
+    >>> rounded = pa.compression.int8_weights(model).model
+    >>> comparison = pa.compare(model, rounded, data, class_names=pa.demo.CLASSES)
+    >>> comparison.classes()["class"].tolist()[:2]
+    ['T-shirt/top', 'Trouser']
     """
     if not 0 < fdr < 1:
         raise ValueError(f"fdr: expected a number between 0 and 1, got {fdr!r}")
@@ -127,6 +134,12 @@ class Comparison:
         Of the calibration error.
     attributions : Preservation or None
         How alike their attributions are, if that was asked for.
+
+    Examples
+    --------
+    >>> same = pa.compare(model, model, data)
+    >>> len(same.images())
+    0
     """
 
     before: Evaluation
@@ -274,6 +287,11 @@ def importance_preserved(
     ------
     ValueError
         Another measure, different classes or labels, or a match of unknown units.
+
+    Examples
+    --------
+    >>> pa.compression.importance_preserved(result, result)["spearman"].tolist()
+    [1.0]
     """
     if measure not in ("accuracy_drop", "max_class_drop"):
         raise ValueError(f"measure: expected accuracy_drop or max_class_drop, got {measure!r}")
@@ -317,6 +335,12 @@ def surviving(before: Sequence[str], removed: Sequence[str]) -> dict[str, str]:
     -------
     dict of str to str
         Label before to label afterwards, for the units that stayed.
+
+    Examples
+    --------
+    >>> labels_before = ["features.16:0", "features.16:1", "features.16:2"]
+    >>> pa.compression.surviving(labels_before, ["features.16:1"])
+    {'features.16:0': 'features.16:0', 'features.16:2': 'features.16:1'}
     """
     gone = set(removed)
     number: dict[str, int] = {}

@@ -55,6 +55,11 @@ def rotations(
     ------
     ValueError, TypeError
         Unknown layers, ``count`` below 1, a model or data that cannot be used.
+
+    Examples
+    --------
+    >>> pa.directions.rotations(model, data, "features.16", count=2)["features.16"].shape
+    torch.Size([128, 256])
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count!r}")
@@ -100,6 +105,11 @@ def principal_components(
     ------
     ValueError, TypeError
         Unknown layers, a model or data that cannot be used.
+
+    Examples
+    --------
+    >>> pa.directions.principal_components(model, data, "features.16")["features.16"].shape
+    torch.Size([128, 128])
     """
     with undisturbed(), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, data, device)
@@ -141,6 +151,11 @@ def next_weights(
         that cannot be used.
     pyablate.network.capture.CaptureError
         A model that ``torch.export`` cannot capture.
+
+    Examples
+    --------
+    >>> pa.directions.next_weights(model, data, "features.9")["features.9"].shape
+    torch.Size([64, 64])
     """
     with undisturbed(), torch.inference_mode(False):
         ready = opened(model, data, device)

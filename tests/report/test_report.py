@@ -423,7 +423,7 @@ def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: 
         sets_by_class(table, result)
 
 
-# --- bad input, the command, and docs/guides/report.md --------------------------------------------------
+# --- bad input, the command, and docs/guides/report.md -------------------------------------------
 
 
 def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path) -> None:
