@@ -164,9 +164,10 @@ def drops_section(groups: Groups, shown: str) -> list[str]:
             lines,
         ),
         "A unit damages a class if its largest class drop is more than chance: p against the null "
-        "model of [statistics](../guides/statistics.md), Benjamini-Hochberg at 5 % within the layer. "
-        "The largest of many drops is positive by chance alone: so the table has the drop of a class "
-        "that was chosen on one half of the images and measured on the other, and the picture the "
+        "model of [statistics](../guides/statistics.md), Benjamini-Hochberg at 5 % within the "
+        "layer. The largest of many drops is positive by chance alone: so the table has the drop "
+        "of a class that was chosen on one half of the images and measured on the other, and the "
+        "picture the "
         "noise floor, what a harmless unit with as many changed predictions shows. "
         "Tables of all layers stand [below](#all-layers).",
         f"![For every layer of every family, the largest class drop and the overall drop of each "

@@ -81,9 +81,10 @@ def write_report(
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> from pyablate.report import write_report
     >>> write_report(result, "report.html", provenance={"Model": "vgg_bn"})
-    >>> open("report.html").read(15)
+    >>> Path("report.html").read_text()[:15]
     '<!doctype html>'
     """
     if model is not None and data is None:
