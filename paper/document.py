@@ -167,8 +167,7 @@ def drops_section(groups: Groups, shown: str) -> list[str]:
         "model of [statistics](../guides/statistics.md), Benjamini-Hochberg at 5 % within the "
         "layer. The largest of many drops is positive by chance alone: so the table has the drop "
         "of a class that was chosen on one half of the images and measured on the other, and the "
-        "picture the "
-        "noise floor, what a harmless unit with as many changed predictions shows. "
+        "picture the noise floor, what a harmless unit with as many changed predictions shows. "
         "Tables of all layers stand [below](#all-layers).",
         f"![For every layer of every family, the largest class drop and the overall drop of each "
         f"unit, with the noise floor.]({shown}/paper-drops.png)",

@@ -99,8 +99,8 @@ class Effort:
 
     Examples
     --------
-    >>> sum(result.effort.settled.values()) <= len(result.units) * len(images)
-    True
+    >>> list(result.effort.layer_seconds)
+    ['features.16']
     """
 
     layer_seconds: dict[str, float] = field(default_factory=dict)
