@@ -8,8 +8,8 @@
 #   make bench      benchmarks (equal answers first, then times)
 #   make docs       the site of the documents, in docs/_build/html
 #   make pictures   the generated parts of docs/: shell reference and pictures
-#   make compression  what can be removed from the shipped networks: docs/compression-results.md
-#   make paper      the 2018 paper's questions again: measured anew, docs/paper.md written
+#   make compression  what can be removed from the shipped networks: docs/results/compression.md
+#   make paper      the 2018 paper's questions again: measured anew, docs/results/paper.md written
 #   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
 #   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
 #   make sanitize   native tests under AddressSanitizer and UBSan
@@ -91,7 +91,7 @@ docs: build
 
 # Equal results give equal files, so that nothing changes in git without a reason.
 pictures: build
-	$(BIN)/typer pyablate.cli.app utils docs --name pyablate --title 'The shell' --output docs/shell.md
+	$(BIN)/typer pyablate.cli.app utils docs --name pyablate --title 'The shell' --output docs/reference/shell.md
 	test -d demo/run.zarr || $(BIN)/pyablate demo
 	$(BIN)/python examples/plot_demo.py demo/run.zarr --output docs/images/demo.png
 	$(BIN)/python examples/gallery.py --output docs/images/gallery

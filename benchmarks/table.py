@@ -1,6 +1,7 @@
-"""Write the tables of `docs/performance.md` from the JSON files in `benchmarks/results/`.
+"""Write the tables of `docs/results/performance.md` from the JSON files in `benchmarks/results/`.
 
-Everything between the two markers is replaced; the rest of the page is left alone.
+Everything between the two markers is replaced, and the page's picture drawn; the rest of the page
+is left alone.
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ Cases = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "performance.md")
     arguments = parser.parse_args()
     known = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
     text = "\n\n".join(of_machine(found) for found in known) or "No results here yet."
     picture = arguments.page.parent / "images" / "performance.png"
     if known and picture.parent.is_dir():
         plot(known, picture)
-        text = f"![Ratios of all comparisons](images/{picture.name})\n\n{text}"
     arguments.page.write_text(between(arguments.page.read_text(), text))
 
 
@@ -168,33 +168,38 @@ def _decided(cases: Cases) -> list[str]:
 
 
 def plot(known: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the ratios of every comparison, on a logarithmic axis."""
+    """Draw the ratios of all comparisons: a row per kind of case and rival, a dot per case."""
     import matplotlib.pyplot as plt  # only whoever writes results needs it
 
-    groups = ("layers", "networks", "heads", "fully connected", "efficientnet")
-    found = [
-        (f"{name}  against  {rival}", entry)
-        for machine in known
-        for group in groups
-        for name, case in sorted(machine["cases"].items())
-        if case["group"] == group
-        for rival, entry in case["rivals"].items()
-    ]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.21 * len(found)), layout="constrained")
-    rows = range(len(found))
-    ratios = [entry["ratio"] for _, entry in found]
-    spread = [
-        [max(0.0, e["ratio"] - e["least"]) for _, e in found],
-        [max(0.0, e["most"] - e["ratio"]) for _, e in found],
-    ]
-    axes.errorbar(ratios, rows, xerr=spread, fmt="o", markersize=4, color="#0072b2")
+    rows = _grouped(known)
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
+    for row, ratios in enumerate(rows.values()):
+        axes.plot(ratios, [row] * len(ratios), "o", color="#0072b2", alpha=0.45, markersize=6)
+        axes.plot(median(ratios), row, "|", color="black", markersize=16, markeredgewidth=2)
     axes.axvline(1, color="0.5", linewidth=1)
-    axes.set(xscale="log", yticks=list(rows), xlabel="times as fast (median and spread)")
-    axes.set_yticklabels([label for label, _ in found], fontsize=7)
+    axes.set(xscale="log", xlabel="times as fast as the rival (line: median)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    labels = [f"{label} ({len(ratios)})" for label, ratios in rows.items()]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _grouped(known: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Ratios by machine (where there are several), kind of case and rival."""
+    rows: dict[str, list[float]] = {}
+    for machine in known:
+        of = f"{machine['machine'].get('gpu') or machine['machine']['cpu']}: " * (len(known) > 1)
+        cases = machine["cases"].values()
+        for group in ("layers", "networks", "heads", "fully connected", "efficientnet"):
+            for case in (case for case in cases if case["group"] == group):
+                kind = case.get("kind", TITLES[group])
+                for rival, entry in case["rivals"].items():
+                    label = f"{of}{kind[0].upper()}{kind[1:]}\nagainst {rival}"
+                    rows.setdefault(label, []).append(entry["ratio"])
+    return rows
 
 
 def operations(cases: Cases) -> str:

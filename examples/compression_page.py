@@ -51,7 +51,7 @@ def _introduction(settings: Mapping[str, Any]) -> str:
     return f"""# Compression: results
 
 Written by `make compression` (`examples/compression_study.py`); do not edit. What the functions do
-is told in [compression.md](compression.md).
+is told in [compression](../guides/compression.md).
 
 {quick}Units are ranked on {settings["ranking"]:,} of the first 5,000 shipped images, other ones for
 every seed; everything is measured on {settings["measuring"]:,} of the other 5,000. Nothing is

@@ -4,7 +4,7 @@
 
 Everything is chosen and trained on the first 5,000 shipped images and measured on the others. Each
 piece is a file in the folder: a killed run goes on where it stopped. At the end the page
-docs/compression-results.md and its pictures are written (see compression_page.py).
+docs/results/compression.md and its pictures are written (see compression_page.py).
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ def main() -> None:
     settings = QUICK if options.quick else Settings()
     name = "compression_study_quick" if options.quick else "compression_study"
     folder = options.folder or Path(name)
-    page = options.page or (folder if options.quick else Path("docs")) / "compression-results.md"
+    page = options.page or (folder if options.quick else Path("docs/results")) / "compression.md"
     start = time.monotonic()
     found = run(Study(folder, settings))
     compression_page.write(found, page, asdict(settings))

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/gallery.md from a real run: one of each kind of plot.
+"""Draw the pictures of docs/guides/gallery.md from a real run: one of each kind of plot.
 
     python examples/gallery.py --output docs/images/gallery
 
@@ -62,7 +62,7 @@ def pictures(limit: int) -> dict[str, Axes]:
 
 def main() -> None:
     """Write one PNG file per picture."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/gallery.md.")
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/guides/gallery.md.")
     parser.add_argument("--output", type=Path, default=Path("docs/images/gallery"))
     parser.add_argument("--limit", type=int, default=1000, help="how many images")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/report.md from a report; needs playwright and a Chromium."""
+"""Take the pictures of docs/guides/report.md from a report; needs playwright and a Chromium."""
 
 # pyablate run demo:vgg_bn --data demo --limit 2000 --output run.zarr
 # pyablate attributes demo:vgg_bn --data demo --limit 1000 --output attributes.zarr

@@ -1,6 +1,6 @@
 """Measure all networks and write the document: ``make paper``.
 
-    python -m paper                         # docs/paper.md and its pictures
+    python -m paper                         # docs/results/paper.md and its pictures
     python -m paper --quick --output /tmp/paper.md
     python -m paper --measure-only --families alexnet alexnet_bn
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     """Run what is missing, then write."""
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "paper.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "paper.md")
     parser.add_argument("--images", type=Path, help="folder of the pictures; default: beside it")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "paper")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))

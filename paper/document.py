@@ -164,10 +164,10 @@ def drops_section(groups: Groups, shown: str) -> list[str]:
             lines,
         ),
         "A unit damages a class if its largest class drop is more than chance: p against the null "
-        "model of [statistics.md](statistics.md), Benjamini-Hochberg at 5 % within the layer. The "
-        "largest of many drops is positive by chance alone: so the table has the drop of a class "
-        "that was chosen on one half of the images and measured on the other, and the picture the "
-        "noise floor, what a harmless unit with as many changed predictions shows. "
+        "model of [statistics](../guides/statistics.md), Benjamini-Hochberg at 5 % within the "
+        "layer. The largest of many drops is positive by chance alone: so the table has the drop "
+        "of a class that was chosen on one half of the images and measured on the other, and the "
+        "picture the noise floor, what a harmless unit with as many changed predictions shows. "
         "Tables of all layers stand [below](#all-layers).",
         f"![For every layer of every family, the largest class drop and the overall drop of each "
         f"unit, with the noise floor.]({shown}/paper-drops.png)",
@@ -219,7 +219,7 @@ def prediction_section(groups: Groups, shown: str) -> list[str]:
         "## 2. What predicts it?",
         "Spearman correlation over the units of a layer, mean over the layers. The largest class "
         "drop is the split-half one. The difference is class drop minus overall drop, units "
-        "resampled. [attributes.md](attributes.md) has the formulas.",
+        "resampled. [attributes](../guides/attributes.md) has the formulas.",
         table(
             [
                 "network",

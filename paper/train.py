@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 README = """\
 # Further networks for `make paper`
 
-Weights of the networks that [docs/paper.md](../../docs/paper.md) looks at beside those in
+Weights of the networks that [the paper again](../../docs/results/paper.md) looks at beside those in
 `pyablate/demo/networks`, whose seed is 0. Not part of the package. Licence: Apache-2.0, like the
 rest of the project. Written by `python -m paper.train`, which trains what is missing.
 

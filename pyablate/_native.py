@@ -49,6 +49,11 @@ def build_info() -> dict[str, Any]:
         ``cuda_architectures`` (str or None), ``cuda_toolkit`` (str or None), ``cpu_isa`` (the
         instruction set in use: ``"baseline"``, ``"avx2"`` or ``"avx512"``; None without the module)
         and ``sanitizers`` (str or None).
+
+    Examples
+    --------
+    >>> pa.build_info()["version"].startswith(pa.__version__)
+    True
     """
     info: dict[str, Any] = {
         "version": __version__,

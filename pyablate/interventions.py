@@ -51,6 +51,13 @@ class Intervention:
         For ``direction``: ``[channels, directions]``, one for all layers or one by layer name.
         Columns are scaled to length 1. None means the columns of a random orthogonal matrix,
         drawn for each layer from the seed.
+
+    Examples
+    --------
+    >>> axes = pa.interventions.random_rotation(128, seed=0)
+    >>> turned = pa.Intervention("direction", directions=axes)
+    >>> pa.ablate(model, data, "features.16", intervention=turned).intervention
+    'direction:given'
     """
 
     kind: Kind = "zero"
@@ -138,6 +145,11 @@ def parse(spec: str | Intervention, *, seed: int = 0) -> Intervention:
         Unknown name, or a value that is not a number.
     TypeError
         Neither a string nor an Intervention.
+
+    Examples
+    --------
+    >>> pa.interventions.parse("constant:0.5").value, pa.interventions.parse("noise:7").seed
+    (0.5, 7)
     """
     if isinstance(spec, Intervention):
         return spec
@@ -174,6 +186,12 @@ def donors(seed: int, images: int) -> np.ndarray:
     ------
     ValueError
         Fewer than two images.
+
+    Examples
+    --------
+    >>> donors = pa.interventions.donors(0, 5)
+    >>> sorted(donors.tolist()), bool((donors == np.arange(5)).any())
+    ([0, 1, 2, 3, 4], False)
     """
     if images < 2:
         raise ValueError(f"intervention: resample needs at least 2 images, got {images}")
@@ -201,6 +219,12 @@ def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int)
     -------
     Tensor
         Float64, the broadcast shape of image and unit with ``positions`` appended.
+
+    Examples
+    --------
+    >>> one, two = torch.tensor([3]), torch.tensor([17])
+    >>> pa.interventions.gaussian(0, "features.16", one, two, 4).shape
+    torch.Size([1, 4])
     """
     pair = image * 1_000_003 + unit
     counter = pair.unsqueeze(-1) * positions + torch.arange(positions, device=pair.device)
@@ -219,6 +243,12 @@ def random_rotation(channels: int, *, seed: int = 0) -> Tensor:
     -------
     Tensor
         Float64 ``[channels, channels]``.
+
+    Examples
+    --------
+    >>> q = pa.interventions.random_rotation(8, seed=0)
+    >>> torch.allclose(q @ q.T, torch.eye(8, dtype=q.dtype), atol=1e-6)
+    True
     """
     draw = np.random.Generator(np.random.Philox(seed)).standard_normal((channels, channels))
     q, r = np.linalg.qr(draw)

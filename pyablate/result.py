@@ -61,6 +61,14 @@ class AblationResult(Record):
         Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
         the data, where :func:`pyablate.ablate` made the result; see
         :mod:`pyablate.runs.fingerprint`.
+
+    Examples
+    --------
+    >>> worst = int(result.max_class_drop.argmax())
+    >>> result.units.label[worst], result.class_names[result.max_class[worst]]
+    ('features.16:22', 'Dress')
+    >>> int(result.confusion(worst).sum())  # one row per class, all images
+    60
     """
 
     def significance(self, *, fdr: float = 0.05) -> xr.Dataset:
@@ -104,5 +112,11 @@ def load(path: str | os.PathLike[str]) -> AblationResult:
     ------
     OSError
         Nothing there, not a result of this format, or not as it was written.
+
+    Examples
+    --------
+    >>> result.save("run.zarr")
+    >>> pa.load("run.zarr").units.equals(result.units)
+    True
     """
     return store.read(path, AblationResult)

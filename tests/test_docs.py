@@ -12,7 +12,9 @@ import pytest
 import pyablate as pa
 
 _ROOT = Path(__file__).parents[1]
-_DOCUMENTS = sorted([*_ROOT.glob("*.md"), *(_ROOT / "docs").glob("*.md")])
+_DOCS = _ROOT / "docs"
+_PAGES = sorted(path for path in _DOCS.rglob("*.md") if "_build" not in path.parts)
+_DOCUMENTS = [*sorted(_ROOT.glob("*.md")), *_PAGES]
 
 
 def _anchors(document: Path) -> set[str]:
@@ -21,7 +23,7 @@ def _anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: str(path.relative_to(_ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
     for link in links:
@@ -81,7 +83,7 @@ def test_python_in_a_page_runs(
     if page == "compression.md":
         pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
-    assert set(defined.split()) <= set(_run_page(_ROOT / "docs" / page, *shorter.items()))
+    assert set(defined.split()) <= set(_run_page(_DOCS / "guides" / page, *shorter.items()))
     assert page != "compression.md" or (tmp_path / "sensitivity.csv").exists()
 
 
@@ -89,14 +91,14 @@ _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.D
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["start.md", "exactness.md"])
+@pytest.mark.parametrize("page", ["tutorials/start.md", "explanation/exactness.md"])
 def test_a_page_prints_what_it_says(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    found = _BLOCK.findall((_ROOT / "docs" / page).read_text())
+    found = _BLOCK.findall((_DOCS / page).read_text())
     assert any(expected for _, expected in found)
     for code, expected in found:
         printed = io.StringIO()
@@ -109,12 +111,12 @@ def test_a_page_prints_what_it_says(
 def test_python_in_the_gallery_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
-    _run_page(_ROOT / "docs" / "gallery.md", ("limit=300", "limit=60"))
+    _run_page(_DOCS / "guides" / "gallery.md", ("limit=300", "limit=60"))
     assert (tmp_path / "both.png").exists()
 
 
-def test_every_public_name_is_in_the_api_page() -> None:
-    text = (_ROOT / "docs" / "api.md").read_text()
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(path.read_text() for path in (_DOCS / "reference").glob("*.md"))
     modules = set(".".join(re.findall(r"auto\w+:: pyablate\.([\w.]+)", text)).split("."))
     named = r"(?:auto(?:function|class|exception)|py:data):: (\w+)"
     documented = modules | set(re.findall(named, text))
@@ -123,20 +125,19 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert set(pa.compression.__all__) - set(pa.__all__) - compression == set()
 
 
+def _contents(page: Path) -> set[Path]:
+    """Pages in the tables of contents of a page, and of the pages in them."""
+    blocks = re.findall(r"```{toctree}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line]
+    names = [page.parent / line for line in lines if not line.startswith(":")]
+    below = {name.with_name(f"{name.name}.md") for name in names}
+    return below.union(*(_contents(found) for found in below if found.exists()))
+
+
 def test_every_page_is_in_the_contents() -> None:
     """A page that no table of contents has is not found by anyone."""
-    text = (_ROOT / "docs" / "index.md").read_text()
-    listed = [
-        line
-        for block in re.findall(r"```{toctree}\n(.*?)```", text, flags=re.DOTALL)
-        for line in block.splitlines()
-        if line and not line.startswith(":")
-    ]
-    docs = _ROOT / "docs"
-    pages = [path.relative_to(docs) for path in (*docs.glob("*.md"), *docs.glob("*/*.ipynb"))]
-    for page in pages:
-        if page.name != "index.md":
-            assert any(page.with_suffix("").match(pattern) for pattern in listed), page
+    notebooks = [path.with_suffix(".md") for path in (_DOCS / "tutorials").glob("*.ipynb")]
+    assert {*_PAGES, *notebooks} - {_DOCS / "index.md"} == _contents(_DOCS / "index.md")
 
 
 def test_versions_agree() -> None:
@@ -144,7 +145,7 @@ def test_versions_agree() -> None:
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert project is not None
     assert citation is not None
-    cited = re.search(r"version = {(.+)}", (_ROOT / "docs" / "cite.md").read_text())
+    cited = re.search(r"version = {(.+)}", (_DOCS / "reference" / "cite.md").read_text())
     assert cited is not None
     # A wheel with CUDA kernels carries their toolkit behind a plus.
     installed = pa.build_info()["version"].partition("+")[0]

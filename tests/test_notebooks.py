@@ -13,7 +13,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 _ROOT = Path(__file__).parents[1]
-_NOTEBOOKS = sorted((_ROOT / "docs" / "notebooks").glob("*.ipynb"))
+_NOTEBOOKS = sorted((_ROOT / "docs" / "tutorials").glob("*.ipynb"))
 # The kernel's own start is not ours to judge; what the notebook does is.
 _STRICT = "import warnings; warnings.simplefilter('error'); import torch; torch.set_num_threads(1)"
 

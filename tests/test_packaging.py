@@ -55,7 +55,7 @@ def test_every_file_of_the_package_is_declared() -> None:
 
 def test_the_page_on_installing_knows_the_versions_needed() -> None:
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    page = (_ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    page = (_ROOT / "docs" / "guides" / "install.md").read_text(encoding="utf-8")
     python = re.fullmatch(r">=(.+)", project["requires-python"])
     [torch] = [line for line in project["dependencies"] if line.startswith("torch")]
     assert python is not None

@@ -66,6 +66,11 @@ def cluster_units(
     ------
     ValueError
         Unknown layer, metric or method, a number out of range, more than 10,000 units.
+
+    Examples
+    --------
+    >>> pa.cluster_units(result, clusters=3)["mean_drop"].dims
+    ('cluster', 'class')
     """
     import xarray as xr  # slow to import: half a second
 
@@ -141,6 +146,11 @@ def cluster_images(
     ------
     ValueError
         Unknown layer or method, a number out of range, more than 10,000 images broken.
+
+    Examples
+    --------
+    >>> pa.cluster_images(result, clusters=2)["broken"].dims
+    ('cluster', 'unit')
     """
     import xarray as xr
 

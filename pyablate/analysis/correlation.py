@@ -98,6 +98,13 @@ def correlate(
         Unknown names (the nearest is told), units missing in the table, options out of range.
     TypeError
         The table is of another type.
+
+    Examples
+    --------
+    >>> table = pa.attributes(model, data, "features.16", ["l1_norm"])
+    >>> found = pa.correlate(result, table, methods="spearman", resamples=50, seed=0)
+    >>> found["target"].iloc[0], int(found["units"].iloc[0])
+    ('accuracy_drop', 128)
     """
     methods = check_choices("methods", methods, METHODS)
     if not methods:

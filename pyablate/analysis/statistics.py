@@ -56,6 +56,11 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     Benjamini and Hochberg 1995, "Controlling the False Discovery Rate". Classes of one unit share
     no image, so given the changed images the tests of one unit are independent; those of different
     units see the same images and are usually positively dependent, which the procedure allows.
+
+    Examples
+    --------
+    >>> result.significance(fdr=0.05)["p"].shape  # the same as significance(result, fdr=0.05)
+    (128, 10)
     """
     import xarray as xr  # slow to import: half a second
 
@@ -101,13 +106,26 @@ def mcnemar(lost: Ints, gained: Ints) -> Floats:
     -------
     ndarray
         float64 of the same shape.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import mcnemar
+    >>> mcnemar(np.array([9, 5]), np.array([1, 5])).round(4).tolist()
+    [0.0215, 1.0]
     """
     tail: Floats = np.asarray(stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
     return np.minimum(1.0, 2 * tail)
 
 
 def adjusted(p: Floats) -> Floats:
-    """Adjust p values [test] by Benjamini-Hochberg; NaN stays NaN and does not count."""
+    """Adjust p values [test] by Benjamini-Hochberg; NaN stays NaN and does not count.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import adjusted
+    >>> adjusted(np.array([[0.01, 0.04, np.nan]])).round(3).tolist()
+    [[0.02, 0.04, nan]]
+    """
     q = np.full_like(p, np.nan)
     tested = ~np.isnan(p)
     if tested.any():
@@ -134,6 +152,11 @@ def max_class_test(result: Record, *, splits: int = 10, seed: int = 0) -> pd.Dat
         large a drop in any class; ``q``, the latter adjusted by Benjamini-Hochberg over the units
         of the layer; ``noise_floor``, see :func:`noise_floor`; ``split_half_drop``, see
         :func:`split_half_drop`.
+
+    Examples
+    --------
+    >>> result.max_class_test(seed=0)[["label", "max_class"]].iloc[14].tolist()
+    ['features.16:14', 'T-shirt/top']
     """
     where = np.arange(len(result.units)), result.max_class
     p = _max_p(result)
@@ -166,6 +189,11 @@ def noise_floor(result: Record) -> Floats:
     -------
     ndarray
         float64 ``[unit]``, a share of a class like ``max_class_drop``; 0 where nothing changed.
+
+    Examples
+    --------
+    >>> result.noise_floor().shape
+    (128,)
     """
     present = result.class_sizes > 0
     sizes = result.class_sizes[present]
@@ -203,6 +231,11 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     ------
     ValueError
         ``splits`` is below 1, or ``seed`` negative.
+
+    Examples
+    --------
+    >>> result.split_half_drop(splits=2, seed=0).shape
+    (128,)
     """
     check_count("splits", splits)
     check_seed(seed)
@@ -228,7 +261,14 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
 
 
 def layer_rows(result: Record) -> dict[str, Ints]:
-    """Rows of each layer, layers in the order of their first unit."""
+    """Rows of each layer, layers in the order of their first unit.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import layer_rows
+    >>> {layer: len(rows) for layer, rows in layer_rows(result).items()}
+    {'features.16': 128}
+    """
     codes, layers = pd.factorize(result.units["layer"])
     return {str(layer): np.flatnonzero(codes == code) for code, layer in enumerate(layers)}
 
@@ -305,7 +345,15 @@ def _max_p(result: Record) -> Floats:
 
 
 def random_half(labels: Ints, classes: int, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Random half of the images of every class, bool [image]."""
+    """Random half of the images of every class, bool [image].
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import random_half
+    >>> labels_of_four = np.array([0, 0, 1, 1])
+    >>> int(random_half(labels_of_four, 2, np.random.default_rng(0)).sum())
+    2
+    """
     order = np.lexsort((generator.random(len(labels)), labels))
     sizes = np.bincount(labels, minlength=classes)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)

@@ -51,6 +51,12 @@ def unit_targets(
     ------
     ValueError
         Unknown target, preferred classes needed and not given, numbers of another length.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import unit_targets
+    >>> list(unit_targets(result, ["accuracy_drop", "gini"]))
+    ['accuracy_drop', 'gini']
     """
     if isinstance(targets, Mapping):
         return {str(name): _given(result, name, values) for name, values in targets.items()}
@@ -80,6 +86,12 @@ def preferred_class_drop(result: Record, preferred: Ints) -> Floats:
     ------
     ValueError
         A class number is out of range.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import preferred_class_drop
+    >>> preferred_class_drop(result, result.max_class).shape
+    (128,)
     """
     if preferred.max(initial=-1) >= result.classes or preferred.min(initial=0) < -1:
         wrong = preferred[(preferred >= result.classes) | (preferred < -1)][0]
@@ -103,6 +115,12 @@ def gini(drops: Floats) -> Floats:
     -------
     ndarray
         float64 ``[unit]``; NaN for a unit that harms no class.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import gini
+    >>> gini(np.array([[0.1, 0.1, 0.1, 0.1], [0.4, 0, 0, 0]])).round(2).tolist()
+    [0.0, 0.75]
     """
     harm = np.sort(_harm(drops), axis=1)
     classes = harm.shape[1]
@@ -128,6 +146,12 @@ def entropy(drops: Floats) -> Floats:
     -------
     ndarray
         float64 ``[unit]``; NaN for a unit that harms no class.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import entropy
+    >>> entropy(np.array([[0.1, 0.1], [0.4, 0]])).round(2).tolist()
+    [0.69, 0.0]
     """
     harm = _harm(drops)
     harmful = harm.sum(axis=1) > 0

@@ -82,6 +82,15 @@ def collapse(
     -------
     Tensor
         ``[N, 1, ...]`` with the positions of the layer.
+
+    Examples
+    --------
+    >>> from pyablate.attribution import collapse
+    >>> site = pa.select(pa.sites(model, images[:1]), "features.16")[0]
+    >>> output = model.features(model.normalize(images[:4])).detach().requires_grad_()
+    >>> logits = model.classifier(output.mean(dim=(2, 3)))
+    >>> collapse(site, logits, output, labels[:4]).shape
+    torch.Size([4, 1, 7, 7])
     """
     channels = output.movedim(site.axis, 1)
     if variant == "equal":

@@ -61,6 +61,12 @@ def attribution_maps(
     ValueError, TypeError
         Bad arguments, a layer without channel maps, or, for ``lrp``, a network with functions for
         which there is no rule.
+
+    Examples
+    --------
+    >>> from pyablate.attribution import attribution_maps
+    >>> attribution_maps(model, images[:4], labels[:4], "grad_cam").shape
+    (4, 28, 28)
     """
     check_choice("method", method, METHODS)
     _check(model, images, target, steps, batch_size)

@@ -78,6 +78,13 @@ def compare(
     ------
     ValueError, TypeError
         Bad arguments or data, or networks with different numbers of classes.
+
+    Examples
+    --------
+    >>> rounded = pa.compression.int8_weights(model).model
+    >>> comparison = pa.compare(model, rounded, data, class_names=pa.demo.CLASSES)
+    >>> comparison.classes()["class"].tolist()[:2]
+    ['T-shirt/top', 'Trouser']
     """
     check_level("fdr", fdr)
     check_count("bins", bins)
@@ -124,6 +131,12 @@ class Comparison:
         Of the calibration error.
     attributions : Preservation or None
         How alike their attributions are, if that was asked for.
+
+    Examples
+    --------
+    >>> same = pa.compare(model, model, data)
+    >>> len(same.images())
+    0
     """
 
     before: Evaluation
@@ -271,6 +284,11 @@ def importance_preserved(
     ------
     ValueError
         Another measure, different classes or labels, or a match of unknown units.
+
+    Examples
+    --------
+    >>> pa.compression.importance_preserved(result, result)["spearman"].tolist()
+    [1.0]
     """
     check_choice("measure", measure, ("accuracy_drop", "max_class_drop"))
     if before.class_names != after.class_names:
@@ -313,6 +331,12 @@ def surviving(before: Sequence[str], removed: Sequence[str]) -> dict[str, str]:
     -------
     dict of str to str
         Label before to label afterwards, for the units that stayed.
+
+    Examples
+    --------
+    >>> labels_before = ["features.16:0", "features.16:1", "features.16:2"]
+    >>> pa.compression.surviving(labels_before, ["features.16:1"])
+    {'features.16:0': 'features.16:0', 'features.16:2': 'features.16:1'}
     """
     gone = set(removed)
     number: dict[str, int] = {}

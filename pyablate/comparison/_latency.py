@@ -43,6 +43,12 @@ def latency(
     ------
     ValueError, TypeError
         No networks, no modules, or fewer than one repeat.
+
+    Examples
+    --------
+    >>> times = pa.compression.latency({"before": model, "after": model}, images[:8], repeats=2)
+    >>> len(times)
+    2
     """
     if not networks:
         raise ValueError("networks: expected at least one, got none")

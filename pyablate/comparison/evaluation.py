@@ -41,6 +41,12 @@ class Evaluation:
         Cross entropy.
     classes : int
         Number of classes.
+
+    Examples
+    --------
+    >>> same = pa.compare(model, model, data)
+    >>> same.before.accuracy == same.after.accuracy
+    True
     """
 
     labels: Ints

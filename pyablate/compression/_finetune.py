@@ -44,6 +44,12 @@ class FineTuned:
         ``loss``, ``cross_entropy`` and ``penalty`` over its steps.
     schedule : Schedule
         How it was trained; the learning rate decides much of what is regained.
+
+    Examples
+    --------
+    >>> tuned = pa.finetune(model, data, epochs=1, learning_rate=0.001)
+    >>> tuned.model is model, tuned.model.training
+    (False, False)
     """
 
     model: nn.Module
@@ -123,6 +129,12 @@ def finetune(
     The weighted maps hold gradients, so the penalty is differentiated twice. Park, Yang, Hwang,
     Yang 2020, *Attribution Preservation in Network Compression for Reliable Network
     Interpretation*, arXiv:2010.15054.
+
+    Examples
+    --------
+    >>> tuned = pa.finetune(model, data, epochs=1, learning_rate=0.001)
+    >>> len(tuned.history)
+    1
     """
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment

@@ -90,6 +90,13 @@ def prune_curve(
     Notes
     -----
     Predictions equal those of a float64 forward pass with the units at zero, near ties apart.
+
+    Examples
+    --------
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> curves = pa.prune_curve(model, data, {"l1": norms}, fractions=[0.1, 0.5], seeds=1)
+    >>> curves["ranking"].unique().tolist()
+    ['l1', 'random']
     """
     shares = _fractions(fractions)
     named = _named(rankings)

@@ -91,6 +91,12 @@ def rank(
     Which channels hang together is taken from Torch-Pruning [1]_.
 
     .. [1] Fang, Ma, Song, Mi, Wang, *DepGraph: Towards Any Structural Pruning*, CVPR 2023.
+
+    Examples
+    --------
+    >>> ranking = pa.rank(model, images[:2], result, column="max_class_drop", layers="features.16")
+    >>> ranking.name, len(ranking.order)
+    ('max_class_drop', 128)
     """
     check_choice("scope", scope, SCOPES)
     check_choice("combine", combine, COMBINATIONS)
@@ -140,6 +146,12 @@ class Ranking:
         Units of each layer.
     scope : {"global", "layer"}
         What the scores were compared within.
+
+    Examples
+    --------
+    >>> chance = pa.rank(model, images[:2], "random", scope="layer", seed=0)
+    >>> chance.scope, chance.layer_sizes["features.16"]
+    ('layer', 128)
     """
 
     name: str

@@ -34,6 +34,12 @@ class Size:
     flops : int
         Floating point operations of one image, a multiplication with its addition being two:
         convolutions, matrix products and attention, as ``torch.utils.flop_counter`` counts them.
+
+    Examples
+    --------
+    >>> size = pa.compression.size(model, images[:1])
+    >>> size.parameters, size.flops > 10**7
+    (278890, True)
     """
 
     parameters: int
@@ -56,6 +62,12 @@ class Removal:
         Largest difference on the sample between the logits of the smaller network and of the
         original with the same units at zero, as a share of the largest of these logits. Rounding
         only, about 1e-6, unless something behind a unit turns zero into another number.
+
+    Examples
+    --------
+    >>> removal = pa.remove(model, ["features.16:3"], images[:2])
+    >>> removal.after.parameters < removal.before.parameters
+    True
     """
 
     model: nn.Module
@@ -109,6 +121,12 @@ def remove(
     ValueError, TypeError
         Unknown units, units that cannot be removed, nothing left of a layer, or a network that
         cannot run with fewer channels.
+
+    Examples
+    --------
+    >>> removal = pa.remove(model, ["features.16:3", "features.16:7"], images[:2])
+    >>> removal.units, removal.model.classifier.in_features
+    (('features.16:3', 'features.16:7'), 126)
     """
     coupling = Coupling(model, sample)
     gone = _all_coupled(coupling, labels_of(units, fraction))
@@ -146,6 +164,11 @@ def size(model: nn.Module, sample: Tensor) -> Size:
         It is run once, in evaluation mode.
     sample : Tensor
         A batch of inputs, ``[N, ...]``.
+
+    Examples
+    --------
+    >>> pa.compression.size(model, images[:1]).parameters
+    278890
     """
     return _sized(model, sample)[0]
 

@@ -77,6 +77,13 @@ def sensitivity(
     ------
     ValueError, TypeError
         Bad arguments or data, or a file of another run.
+
+    Examples
+    --------
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> table = pa.sensitivity(model, data, norms, fractions=[0.5], audit=10)
+    >>> table["layer"].tolist()
+    ['features.2', 'features.6', 'features.9', 'features.13', 'features.16']
     """
     shares = sorted({float(share) for share in fractions})
     if not shares or shares[0] <= 0 or shares[-1] > 1:

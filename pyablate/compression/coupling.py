@@ -45,6 +45,11 @@ class Coupled:
         what removing the channel does.
     obstacle : str
         Why they cannot be removed; empty if they can.
+
+    Examples
+    --------
+    >>> pa.couplings(pa.demo.network("resnet"), images[:2], "stem.2")[0].units
+    ('stem.2:0', 'stage1.0.relu2:0', 'stage1.1.relu2:0')
     """
 
     units: tuple[str, ...]
@@ -305,6 +310,12 @@ def couplings(
         Torch-Pruning is not installed.
     TypeError, ValueError
         Model, sample or layers are bad; the message says how.
+
+    Examples
+    --------
+    >>> coupled = pa.couplings(model, images[:2], "features.16")
+    >>> len(coupled), coupled[0].units
+    (128, ('features.16:0',))
     """
     return Coupling(model, sample).selected(layers)
 

@@ -52,6 +52,11 @@ def truncated_svd(
     ------
     ValueError
         The share is out of range, no layer matches, or ``torch.fx`` cannot trace the network.
+
+    Examples
+    --------
+    >>> pa.compression.truncated_svd(model, 0.4).ratio > 1
+    True
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number above 0 and up to 1, got {share!r}")
@@ -105,6 +110,11 @@ def prune_and_decompose(
     Both at once, since they take different redundancy away: Li, Lin, Zhang et al. 2021, *Towards
     Compact CNNs via Collaborative Compression*, arXiv:2105.11228. They choose the shares of each
     layer by its sensitivity; here they are given.
+
+    Examples
+    --------
+    >>> pa.compression.prune_and_decompose(model, images[:2], 0.2, 0.4).ratio > 1
+    True
     """
     pruned = prune_filters(model, sample, fraction, criterion=criterion, scope=scope, data=data)
     both = truncated_svd(pruned.model, share, energy_transfer=energy_transfer, rectify=rectify)

@@ -37,6 +37,12 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
         Another suffix, or ``torch.export`` cannot capture the network.
     OSError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> pa.compression.save_network(model, images[:2], "smaller.pt2")
+    >>> torch.export.load("smaller.pt2").module()(images[:2]).shape
+    torch.Size([2, 10])
     """
     target = Path(path)
     if target.suffix != ".pt2":

@@ -61,6 +61,11 @@ def filter_ranking(
     ValueError, TypeError
         Bad arguments, no data for a criterion that needs them, or a network that has nothing of
         what the criterion looks at.
+
+    Examples
+    --------
+    >>> pa.compression.filter_ranking(model, images[:2], "bn_scale").name
+    'bn_scale'
     """
     check_choice("criterion", criterion, CRITERIA)
     if criterion in BY_DATA and data is None:
@@ -98,6 +103,12 @@ def prune_filters(
         See :func:`filter_ranking`.
     fraction : float
         Share of the removable units, from 0 to 1.
+
+    Examples
+    --------
+    >>> pruned = pa.compression.prune_filters(model, images[:2], 0.3, criterion="l2")
+    >>> pruned.ratio > 1, len(pruned.removed) > 0
+    (True, True)
     """
     ranking = filter_ranking(model, sample, criterion, scope=scope, data=data)
     return without_units(remove(model, ranking, sample, fraction=fraction))

@@ -44,6 +44,13 @@ def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Tensor) 
     ValueError, TypeError
         Bad arguments, a ranking of another network, or a unit that something else than these
         makes.
+
+    Examples
+    --------
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> masked = pa.compression.masked(model, norms, 0.3, images[:2])
+    >>> masked(images).shape
+    torch.Size([60, 10])
     """
     coupling = Coupling(model, sample)
     changed = coupling.without(())
@@ -90,6 +97,12 @@ def importance(model: nn.Module, ranking: Ranking, sample: Tensor) -> Callable[.
         Torch-Pruning is not installed.
     ValueError
         Later, if a group begins at a layer that the model does not have.
+
+    Examples
+    --------
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> callable(pa.compression.importance(model, norms, images[:2]))  # for Torch-Pruning's pruners
+    True
     """
     coupling = Coupling(model, sample)
     never = float("inf")

@@ -76,6 +76,12 @@ def soft_filter_pruning(
     Networks*, arXiv:1808.06866. As there, the filters alone become zero: with bias and batch norm
     at zero as well, no gradient would pass the ReLU behind them and none could come back. What a
     zero filter still puts out, a constant, goes when it is removed.
+
+    Examples
+    --------
+    >>> soft = pa.compression.soft_filter_pruning(model, images[:2], data, 0.3, epochs=1)
+    >>> soft.ratio > 1
+    True
     """
     check_choice("criterion", criterion, BY_WEIGHTS)
     check_fraction("fraction", fraction)

@@ -43,6 +43,12 @@ class Transformed:
         Labels of the units that are gone; see :func:`pyablate.compression.surviving`.
     history : pandas.DataFrame, optional
         Of a transform that trains, see :class:`pyablate.compression.FineTuned`.
+
+    Examples
+    --------
+    >>> rounded = pa.compression.int8_weights(model)
+    >>> rounded.bits < rounded.original_bits
+    True
     """
 
     model: nn.Module
@@ -84,6 +90,11 @@ def kernel_codebook(
     ------
     ValueError
         Fewer than two kernels, or no layer matches.
+
+    Examples
+    --------
+    >>> pa.compression.kernel_codebook(model, 64, seed=0).ratio > 1
+    True
     """
     check_count("kernels", kernels, 2)
     changed = copied(model)
@@ -121,6 +132,11 @@ def int8_weights(model: nn.Module, *, layers: str | Sequence[str] = "*") -> Tran
     ------
     ValueError
         No layer matches.
+
+    Examples
+    --------
+    >>> round(pa.compression.int8_weights(model).ratio, 1)
+    3.9
     """
     changed = copied(model)
     bits = float_bits(model)
@@ -164,6 +180,12 @@ def magnitude_masks(
     ------
     ValueError
         The fraction is out of range, or no layer matches.
+
+    Examples
+    --------
+    >>> sparse = pa.compression.magnitude_masks(model, 0.8).model
+    >>> round(float((sparse.features[14].weight == 0).double().mean()), 1) > 0.5
+    True
     """
     check_choice("scope", scope, ("global", "layer"))
     check_fraction("fraction", fraction)
@@ -207,6 +229,12 @@ def block_masks(
     ------
     ValueError
         Fewer than one block, or no layer matches.
+
+    Examples
+    --------
+    >>> blocks = pa.compression.block_masks(model, 4, layers="features.14", seed=0).model
+    >>> float((blocks.features[14].weight == 0).double().mean())
+    0.75
     """
     check_count("blocks", blocks)
     changed = copied(model)

@@ -45,6 +45,11 @@ class Normalize(nn.Module):
     ----------
     mean, deviation : sequence of float
         One figure per channel.
+
+    Examples
+    --------
+    >>> float(pa.demo.Normalize()(torch.tensor(0.2860)).abs().max()) < 1e-6
+    True
     """
 
     mean: Tensor
@@ -74,6 +79,11 @@ class AlexNet(nn.Module):
         network has no dropout modules.
     batch_norm : bool
         Batch norm between every convolution or fully connected layer and its ReLU.
+
+    Examples
+    --------
+    >>> pa.demo.AlexNet(dropout=0.5)(images[:2]).shape
+    torch.Size([2, 10])
     """
 
     def __init__(self, dropout: float = 0.0, batch_norm: bool = False) -> None:
@@ -106,7 +116,13 @@ class AlexNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Five conv3x3 - batch norm - ReLU steps on 28, 14 and 7 pixels, global pooling, one linear."""
+    """Five conv3x3 - batch norm - ReLU steps on 28, 14 and 7 pixels, global pooling, one linear.
+
+    Examples
+    --------
+    >>> pa.demo.VGG().eval()(images[:2]).shape
+    torch.Size([2, 10])
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,6 +156,11 @@ class BasicBlock(nn.Module):
         Number of channels.
     stride : int
         Stride of the first convolution and of the projection.
+
+    Examples
+    --------
+    >>> pa.demo.BasicBlock(16, 32, stride=2)(torch.zeros(2, 16, 28, 28)).shape
+    torch.Size([2, 32, 14, 14])
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -165,7 +186,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem of 16 channels, then three stages of two basic blocks with 16, 32 and 64 channels."""
+    """Stem of 16 channels, then three stages of two basic blocks with 16, 32 and 64 channels.
+
+    Examples
+    --------
+    >>> pa.demo.ResNet().eval()(images[:2]).shape
+    torch.Size([2, 10])
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,6 +230,11 @@ def build(name: str) -> nn.Module:
     ------
     ValueError
         `name` is not one of `NETWORKS`.
+
+    Examples
+    --------
+    >>> pa.demo.build("resnet").training
+    True
     """
     if name not in _FACTORIES:
         raise ValueError(
@@ -218,6 +250,11 @@ def network(name: str) -> nn.Module:
     ------
     ValueError
         `name` is not one of `NETWORKS`.
+
+    Examples
+    --------
+    >>> pa.demo.network("resnet")(images[:2]).argmax(dim=1).tolist() == labels[:2].tolist()
+    True
     """
     model = build(name)
     weights = _data("networks", f"{name}.safetensors").read_bytes()
@@ -239,6 +276,12 @@ def images(limit: int | None = None) -> tuple[Tensor, Tensor]:
     ------
     ValueError
         `limit` is not a positive integer.
+
+    Examples
+    --------
+    >>> pixels, classes = pa.demo.images(limit=3)
+    >>> pixels.shape, [pa.demo.CLASSES[k] for k in classes]
+    (torch.Size([3, 1, 28, 28]), ['Ankle boot', 'Pullover', 'Trouser'])
     """
     if limit is not None:
         check_count("limit", limit)
@@ -270,6 +313,12 @@ def load(name: str, *, limit: int | None = None) -> tuple[nn.Module, Tensor, Ten
     ------
     ValueError
         `name` is not one of `NETWORKS`, or `limit` is not a positive integer.
+
+    Examples
+    --------
+    >>> network, pixels, classes = pa.demo.load("alexnet", limit=3)
+    >>> network(pixels).shape
+    torch.Size([3, 10])
     """
     return network(name), *images(limit)
 

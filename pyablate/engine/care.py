@@ -46,7 +46,17 @@ class Mismatch(NamedTuple):
 
 
 class AuditError(RuntimeError):
-    """Predictions differ from those of a plain float64 forward pass, whatever was tried."""
+    """Predictions differ from those of a plain float64 forward pass, whatever was tried.
+
+    Examples
+    --------
+    >>> try:
+    ...     audited = pa.ablate(model, data, "features.16").audit
+    ... except pa.AuditError as error:  # a fault that replay does not mend either: please report it
+    ...     print(error)
+    >>> audited.mismatches
+    0
+    """
 
 
 def check_on_mismatch(choice: str) -> None:

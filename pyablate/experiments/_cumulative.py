@@ -95,6 +95,12 @@ def cumulative(
     ValueError, TypeError
         Unknown layers, units or words, numbers of another length, options out of range, and
         whatever :func:`pyablate.ablate` raises.
+
+    Examples
+    --------
+    >>> curves = pa.cumulative(model, data, "features.16", order="random", steps=2, repeats=1)
+    >>> curves.to_dataframe()["removed"].tolist()
+    [0, 64, 128]
     """
     check_seed(seed)
     check_count("repeats", repeats)
@@ -151,6 +157,12 @@ class Cumulative:
         ``kept``, numbers of units, of each step.
     result : AblationResult
         The ablations behind it, one row per group, with their audit.
+
+    Examples
+    --------
+    >>> curves = pa.cumulative(model, data, "features.16", order="random", steps=2, repeats=1)
+    >>> curves.data["accuracy"].dims, len(curves.area)
+    (('curve', 'step'), 1)
     """
 
     data: xr.Dataset

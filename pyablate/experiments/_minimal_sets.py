@@ -82,6 +82,12 @@ def minimal_sets(
     ValueError, TypeError
         Unknown layers or classes, options out of range, and whatever :func:`pyablate.ablate`
         raises.
+
+    Examples
+    --------
+    >>> sets = pa.minimal_sets(model, data, "features.16", classes=8, largest=2, prune=False)
+    >>> sets.table["class"].tolist()
+    ['8']
     """
     if chance is not None and not 0 <= chance < 1:
         raise ValueError(f"chance: expected a share from 0 to below 1, got {chance!r}")
@@ -131,6 +137,12 @@ class MinimalSets:
         Accuracy that counts as chance.
     result : AblationResult
         The ablations of the sets on the half on which they are measured, with their audit.
+
+    Examples
+    --------
+    >>> sets = pa.minimal_sets(model, data, "features.16", classes=8, largest=2, prune=False)
+    >>> sets.chance, bool(sets.table["size"].iloc[0] <= 2)
+    (0.1, True)
     """
 
     table: pd.DataFrame

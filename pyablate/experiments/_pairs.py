@@ -57,6 +57,12 @@ def pairs(
     ValueError, TypeError
         Not one layer, fewer than two units, a unit twice, and whatever :func:`pyablate.ablate`
         raises.
+
+    Examples
+    --------
+    >>> found = pa.pairs(model, data, "features.16", units=[14, 39, 113])
+    >>> found.data.sizes["pair"]
+    3
     """
     images, labels = gathered(data)
     sites = select(opened(model, (images, labels), options.get("device")).sites, layer)
@@ -102,6 +108,12 @@ class Pairs:
           adjusted by Benjamini-Hochberg over the pairs.
     result : AblationResult
         The ablations: first the units, then the pairs.
+
+    Examples
+    --------
+    >>> found = pa.pairs(model, data, "features.16", units=[14, 39])
+    >>> found.matrix("interaction").shape
+    (2, 2)
     """
 
     data: xr.Dataset

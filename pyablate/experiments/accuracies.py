@@ -24,6 +24,12 @@ def balanced_accuracy(result: AblationResult) -> Floats:
     -------
     ndarray
         float64 ``[row, class]``; NaN for a class without images, or if there are no others.
+
+    Examples
+    --------
+    >>> from pyablate.experiments import balanced_accuracy
+    >>> balanced_accuracy(result).shape
+    (128, 10)
     """
     false = baseline_false(result) + _false_change(result)
     return (class_accuracy(result) + true_negative_rate(result, false)) / 2

@@ -77,6 +77,13 @@ def compare_damage(
         Names that are equal, no common layer, an unknown layer, options out of range.
     TypeError
         Something that is no result.
+
+    Examples
+    --------
+    >>> other = pa.ablate(model, data, "features.16", intervention="mean")
+    >>> table = pa.compare_damage(result, other, names=("zero", "mean"), resamples=20)
+    >>> table["figure"].iloc[0]
+    'gini'
     """
     sides = [_results(name, each) for name, each in (("first", first), ("second", second))]
     _check(names, fewest, resamples, confidence)
@@ -133,6 +140,12 @@ def rotation_control(
     ------
     ValueError, TypeError
         ``rotations`` below 1, and whatever :func:`pyablate.ablate` raises.
+
+    Examples
+    --------
+    >>> control = pa.rotation_control(model, data, "features.16", rotations=1, resamples=20)
+    >>> control.table["layer"].unique().tolist()
+    ['features.16']
     """
     check_count("rotations", rotations)
     check_seed(seed)
@@ -169,6 +182,12 @@ class RotationControl:
     units, rotated : AblationResult
         The ablations; of ``rotated`` the directions of the r-th rotation of a layer of C units are
         its rows ``r * C`` to ``(r + 1) * C - 1``.
+
+    Examples
+    --------
+    >>> control = pa.rotation_control(model, data, "features.16", rotations=1, resamples=20)
+    >>> len(control.units.units), len(control.rotated.units)
+    (128, 128)
     """
 
     table: pd.DataFrame

@@ -56,6 +56,11 @@ def rotations(
     ------
     ValueError, TypeError
         Unknown layers, ``count`` below 1, a model or data that cannot be used.
+
+    Examples
+    --------
+    >>> pa.directions.rotations(model, data, "features.16", count=2)["features.16"].shape
+    torch.Size([128, 256])
     """
     check_count("count", count)
     check_seed(seed)
@@ -99,6 +104,11 @@ def principal_components(
     ------
     ValueError, TypeError
         Unknown layers, a model or data that cannot be used.
+
+    Examples
+    --------
+    >>> pa.directions.principal_components(model, data, "features.16")["features.16"].shape
+    torch.Size([128, 128])
     """
     with undisturbed(), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, data, device)
@@ -140,6 +150,11 @@ def next_weights(
         that cannot be used.
     pyablate.network.capture.CaptureError
         A model that ``torch.export`` cannot capture.
+
+    Examples
+    --------
+    >>> pa.directions.next_weights(model, data, "features.9")["features.9"].shape
+    torch.Size([64, 64])
     """
     with undisturbed(), torch.inference_mode(False):
         ready = opened(model, data, device)

@@ -32,6 +32,12 @@ def competing_scale(logits: Tensor) -> Tensor:
     The distance from the leading class to the middle one of all, from which an offset that all
     classes share drops out; or the magnitude of the two leading logits where that is smaller, as
     where most classes are masked.
+
+    Examples
+    --------
+    >>> from pyablate.network.near_tie import competing_scale
+    >>> competing_scale(torch.tensor([[105.0, 103.0, 101.0]])).tolist()  # an offset drops out
+    [4.0]
     """
     classes = logits.shape[-1]
     middle = min(classes - 1, max(2, classes // 2))
@@ -46,7 +52,14 @@ def margin(logits: Tensor) -> Tensor:
 
 
 def near_tie(logits: Tensor) -> Tensor:
-    """Whether the leading two are too close to call: ``[..., K]`` to bool ``[...]``."""
+    """Whether the leading two are too close to call: ``[..., K]`` to bool ``[...]``.
+
+    Examples
+    --------
+    >>> from pyablate.network.near_tie import near_tie
+    >>> near_tie(torch.tensor([[5.0, 5.00001, 0.0], [5.0, 1.0, 0.0]])).tolist()
+    [True, False]
+    """
     if logits.shape[-1] < 2:
         return torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     width = torch.maximum(NEAR_TIE * competing_scale(logits), ROUNDING * magnitude(logits))

@@ -73,6 +73,12 @@ class Site:
         Shape of the output for one image, batch left out.
     kind : {"activation", "block", "layer"}
         ``"*"`` selects activations and blocks; layers are asked for by name.
+
+    Examples
+    --------
+    >>> site = pa.sites(model, images[:1])[-1]
+    >>> site.name, site.channels, site.kind
+    ('pool', 128, 'layer')
     """
 
     name: str
@@ -108,6 +114,11 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
     ------
     TypeError
         ``model`` is no module, or (in part) TorchScript, where hooks do not reach.
+
+    Examples
+    --------
+    >>> [site.name for site in pa.sites(model, images[:1]) if site.kind == "activation"]
+    ['features.2', 'features.6', 'features.9', 'features.13', 'features.16']
     """
     check_model(model)
     with export_lock(), torch.inference_mode(False):  # whose tensors do not count their changes
@@ -143,6 +154,11 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
     ------
     ValueError
         A pattern selects nothing; the message offers the nearest names.
+
+    Examples
+    --------
+    >>> [site.name for site in pa.select(pa.sites(model, images[:1]), "features.1*")]
+    ['features.13', 'features.16']
     """
     wanted: set[str] = set()
     for pattern in _as_list(layers):

@@ -48,6 +48,13 @@ def head_flips(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> logits, weight = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> delta, baseline = torch.tensor([[-3.0, 0.5]]), torch.tensor([0], dtype=torch.int32)
+    >>> pa.ops.head_flips(logits, delta, weight, baseline, torch.tensor([1e-3])).tolist()
+    [[1, 0]]
     """
     dtype = check_tensor("logits", logits, dims=2, dtypes=FLOATS)
     images, classes = logits.shape
@@ -121,6 +128,13 @@ def classify(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> logits, delta = torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 3.0], [0.0, 0.5]])
+    >>> image = torch.zeros(2, dtype=torch.int32)
+    >>> pa.ops.classify(logits, delta, image, torch.tensor([1e-3])).tolist()
+    [1, 0]
     """
     check_tensor("logits", logits, dims=2, dtypes=FLOATS)
     images, classes = logits.shape
@@ -170,6 +184,13 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> prediction = torch.tensor([[0, 1, 1]], dtype=torch.int32)
+    >>> label = torch.tensor([0, 0, 1], dtype=torch.int32)
+    >>> pa.ops.confusion_counts(prediction, label, 2).tolist()
+    [[[1, 1], [0, 1]]]
     """
     check_classes(classes)
     check_tensor("prediction", prediction, dims=2, dtypes=(torch.int32,))

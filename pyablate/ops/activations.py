@@ -38,6 +38,11 @@ class Activation:
     ------
     ValueError
         If the name is unknown, or a hardtanh's minimum is above its maximum.
+
+    Examples
+    --------
+    >>> pa.ops.Activation("leaky_relu", 0.1)
+    Activation(name='leaky_relu', a=0.1, b=0.0)
     """
 
     name: ActivationName

@@ -70,6 +70,13 @@ def delta_activation(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> base, delta = torch.tensor([[1.0, -1.0]]), torch.tensor([[-3.0, 2.0]])
+    >>> image = torch.zeros(1, dtype=torch.int32)
+    >>> pa.ops.delta_activation(base, delta, image, pa.ops.Activation("relu")).tolist()
+    [[-1.0, 1.0]]
     """
     check_change(base, delta, image)
     for name, tensor in (("addend", addend), ("out", out)):
@@ -136,6 +143,11 @@ def encode(delta: Tensor) -> Quantized:
     ------
     TypeError, ValueError
         If the dtype or the number of dimensions does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> pa.ops.encode(torch.tensor([[1.0, -2.0], [0.0, 0.0]])).values.shape
+    torch.Size([2, 2])
     """
     check_tensor("delta", delta, dtypes=FLOATS)
     if delta.dim() < 1:
@@ -185,6 +197,13 @@ def delta_mean(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> base, delta = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    >>> image = torch.zeros(1, dtype=torch.int32)
+    >>> pa.ops.delta_mean(base, delta, image, pa.ops.Activation("relu")).tolist()
+    [[1.0]]
     """
     check_change(base, delta, image, dims=4)
     if delta.shape[2] * delta.shape[3] == 0:
@@ -276,6 +295,13 @@ def delta_max_pool(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> base, delta = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 3.0], [0.0, 0.0]]]])
+    >>> image = torch.zeros(1, dtype=torch.int32)
+    >>> pa.ops.delta_max_pool(base, delta, image, kernel=2, stride=2, out_size=(1, 1)).tolist()
+    [[[[3.0]]]]
     """
     check_change(base, delta, image, dims=4)
     geometry = {

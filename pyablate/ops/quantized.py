@@ -30,6 +30,12 @@ class Quantized:
         float32 ``[P]``: the largest magnitude of the pair, divided by 127.
     alone : bool
         Whether they are all that is wanted: what fills them then leaves the delta itself unwritten.
+
+    Examples
+    --------
+    >>> codes = pa.ops.encode(torch.tensor([[1.0, -2.0]]))
+    >>> codes.values.dtype, codes.scale.shape
+    (torch.uint8, torch.Size([1]))
     """
 
     values: Tensor

@@ -51,6 +51,12 @@ def masked_copies(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> x, index = torch.tensor([[1.0, 2.0]]), torch.zeros(2, dtype=torch.int32)
+    >>> pa.ops.masked_copies(x, index, torch.tensor([0, 1], dtype=torch.int32), 0.0).tolist()
+    [[0.0, 2.0], [1.0, 0.0]]
     """
     check_tensor("x", x)
     if not -x.dim() < axis < x.dim() or axis % max(x.dim(), 1) == 0:
@@ -147,6 +153,13 @@ def unit_delta(
     ------
     ValueError, TypeError
         If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> delta, weight = torch.ones(1, 1, 4, 4), torch.randn(8, 3, 3, 3)
+    >>> zero = torch.zeros(1, dtype=torch.int32)
+    >>> pa.ops.unit_delta(delta, weight, zero, zero, zero, padding=1).shape
+    torch.Size([1, 3, 4, 4])
     """
     check_tensor("delta", delta, dims=4, dtypes=FLOATS)
     check_tensor("weight", weight, dims=4, dtypes=FLOATS, like=delta)

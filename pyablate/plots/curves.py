@@ -48,6 +48,13 @@ def cumulative_curves(
         matplotlib is not installed.
     ValueError, TypeError
         Other curves, no such column, or nothing in it.
+
+    Examples
+    --------
+    >>> curves = pa.cumulative(model, data, "features.16", order="random", steps=2, repeats=1)
+    >>> axes = pa.plots.cumulative_curves(curves)
+    >>> len(axes.lines) > 0
+    True
     """
     table = _table(curves, "pa.cumulative", ("order", "target", "removed"))
     order = table["order"].astype(str)
@@ -80,6 +87,14 @@ def prune_curves(
         matplotlib is not installed.
     ValueError, TypeError
         Other curves, no such column, or nothing in it.
+
+    Examples
+    --------
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> curves = pa.prune_curve(model, data, norms, fractions=[0.1, 0.5], seeds=1)
+    >>> axes = pa.plots.prune_curves(curves, x="flops")
+    >>> len(axes.lines) > 0
+    True
     """
     table = _table(curves, "pa.prune_curve", ("ranking", "fraction"))
     return _curves(table.assign(name=table["ranking"].astype(str)), "fraction", x, y, ax)

@@ -47,6 +47,12 @@ class ResultPlots:
     ----------
     result : AblationResult
         What is drawn.
+
+    Examples
+    --------
+    >>> axes = result.plot.drops()
+    >>> axes.get_ylabel()
+    'largest class accuracy drop (percentage points)'
     """
 
     result: Record

@@ -32,6 +32,11 @@ class Agreement:
         Pairs that are no near tie and whose predictions differ.
     examples : tuple of str
         The first few mismatches, for people.
+
+    Examples
+    --------
+    >>> pa.reference.Agreement(pairs=100, near_ties=1, mismatches=0).mismatches
+    0
     """
 
     pairs: int
@@ -67,6 +72,13 @@ def compare(
     ------
     ValueError
         The arguments do not give the result's rows.
+
+    Examples
+    --------
+    >>> few = images[:5], labels[:5]
+    >>> fast = pa.ablate(model, few, ["features.16:14"])
+    >>> pa.reference.compare(fast, model, few, ["features.16:14"]).mismatches
+    0
     """
     options = {"groups": groups, "device": device, "seed": seed, "batch_size": batch_size}
     total = Agreement(0, 0, 0)

@@ -90,6 +90,13 @@ def ablate(
     ------
     TypeError, ValueError
         An argument is not what is described here; the message says which and why.
+
+    Examples
+    --------
+    >>> few = images[:5], labels[:5]
+    >>> slow = pa.reference.ablate(model, few, ["features.16:14"])
+    >>> np.array_equal(slow.predictions()[0], result.predictions()[14, :5])
+    True
     """
     loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
     labels = torch.cat([batch.labels for batch in loop.batches]).cpu().numpy()
@@ -154,13 +161,25 @@ def logits(
         -1 for the intact network, then 0, 1, ... as in ``AblationResult.units``.
     logits : Tensor
         Float64 ``[N, K]``, on the CPU.
+
+    Examples
+    --------
+    >>> few = images[:5], labels[:5]
+    >>> [row for row, _ in pa.reference.logits(model, few, ["features.16:14"])]
+    [-1, 0]
     """
     loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
     return loop.logits()
 
 
 def predictions(values: Tensor) -> np.ndarray:
-    """Class with the largest logit, the first one on equality: ``[N, K]`` to int64 ``[N]``."""
+    """Class with the largest logit, the first one on equality: ``[N, K]`` to int64 ``[N]``.
+
+    Examples
+    --------
+    >>> pa.reference.predictions(torch.tensor([[1.0, 3.0, 3.0]])).tolist()
+    [1]
+    """
     return np.asarray(values.numpy().argmax(axis=1), dtype=np.int64)
 
 
@@ -169,6 +188,11 @@ def near_ties(values: Tensor) -> np.ndarray:
 
     True where the top-2 margin is under :data:`~pyablate.reference.NEAR_TIE` times the scale of
     the logits that compete; see :func:`pyablate.network.near_tie.competing_scale`.
+
+    Examples
+    --------
+    >>> pa.reference.near_ties(torch.tensor([[5.0, 5.00001, 0.0], [5.0, 1.0, 0.0]])).tolist()
+    [True, False]
     """
     return np.asarray(near_tie(values).numpy())
 

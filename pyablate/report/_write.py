@@ -78,6 +78,14 @@ def write_report(
         Something given does not belong to this result; the message says what.
     OSError
         The file cannot be written, or a table cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from pyablate.report import write_report
+    >>> write_report(result, "report.html", provenance={"Model": "vgg_bn"})
+    >>> Path("report.html").read_text()[:15]
+    '<!doctype html>'
     """
     if model is not None and data is None:
         raise ValueError("model: data are needed too, to see which images activate a unit most")

@@ -43,6 +43,11 @@ class Audit:
     mended : int
         Pairs that differed at first: their layers were computed again more carefully, which
         ``strategy`` tells, and they agreed.
+
+    Examples
+    --------
+    >>> result.audit.pairs, result.audit.mismatches
+    (300, 0)
     """
 
     pairs: int
@@ -92,6 +97,11 @@ class Effort:
         Per layer and precision, the share of a logit change's spread within which its answer was
         not trusted: several times the largest error measured on pairs of this run. In 8 bits some
         multiple of a pair's rounding steps is added to that.
+
+    Examples
+    --------
+    >>> list(result.effort.layer_seconds)
+    ['features.16']
     """
 
     layer_seconds: dict[str, float] = field(default_factory=dict)
@@ -128,6 +138,12 @@ class Flips:
         Image index, ascending within a row.
     prediction : int32 [flip]
         The new class.
+
+    Examples
+    --------
+    >>> flips = result.flips
+    >>> flips.start.shape, int(flips.start[-1]) == len(flips.image) == len(flips.prediction)
+    ((129,), True)
     """
 
     start: NDArray[np.int64]

@@ -50,6 +50,13 @@ def save(result: Record, path: str | os.PathLike[str]) -> None:
     ------
     OSError
         The place cannot be written, or holds something that is not a result.
+
+    Examples
+    --------
+    >>> from pyablate.results import save
+    >>> save(result, "run.zarr")
+    >>> pa.load("run.zarr").class_names[0]
+    'T-shirt/top'
     """
     replacing(path, lambda fresh: write(result, fresh))
 

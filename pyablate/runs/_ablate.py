@@ -134,6 +134,12 @@ def ablate(
         ``output`` cannot be written; when the disk is full, what is done is kept.
     AuditError
         Audited predictions differ whatever is tried; finished blocks in ``output`` are kept.
+
+    Examples
+    --------
+    >>> found = pa.ablate(model, data, "features.16", intervention="mean", audit=20)
+    >>> found.strategy, found.audit.mismatches
+    ({'features.16': 'closed form'}, 0)
     """
     begin = time.perf_counter()
     options = _RunOptions(

@@ -46,6 +46,14 @@ def merge(
         Images that are in no part or in two of them; the message names both.
     OSError
         A part cannot be read, or is not finished; the output cannot be written.
+
+    Examples
+    --------
+    >>> parts = ["part1.zarr", "part2.zarr"]
+    >>> for number, part in enumerate(parts, 1):
+    ...     _ = pa.ablate(model, data, "features.16", shard=(number, 2), output=part)
+    >>> len(pa.merge(parts).labels)
+    60
     """
     if not parts:
         raise ValueError("parts: expected at least one, got none")

@@ -55,6 +55,12 @@ class Peaks:
         those of single changed maps.
     bandwidth : float
         Of differences through one elementwise pass.
+
+    Examples
+    --------
+    >>> peaks = pa.plan(model, data, "features.16").peaks
+    >>> peaks.dense > 0, peaks.bandwidth > 0
+    (True, True)
     """
 
     clean: float
@@ -86,6 +92,12 @@ class Plan:
         Predicted time of the clean runs, one per image.
     peaks : Peaks
         What this machine was measured to do just now.
+
+    Examples
+    --------
+    >>> planned = pa.plan(model, data, "features.16")
+    >>> planned.table["strategy"].tolist(), planned.seconds > 0
+    (['closed form'], True)
     """
 
     table: pd.DataFrame
@@ -176,6 +188,12 @@ def plan(
     ------
     ValueError, TypeError
         As :func:`pyablate.ablate` raises.
+
+    Examples
+    --------
+    >>> planned = pa.plan(model, data, "features.1*", images=10_000)
+    >>> planned.table["layer"].tolist(), planned.images
+    (['features.13', 'features.16'], 10000)
     """
     options = SetupOptions(
         layers,

@@ -64,7 +64,18 @@ _BLOCK = re.compile(r"(\d{9})\.npz")
 
 
 class StoreMismatch(ValueError):
-    """A folder holds a run with another model, other data or other options."""
+    """A folder holds a run with another model, other data or other options.
+
+    Examples
+    --------
+    >>> from pyablate.runs import StoreMismatch
+    >>> _ = pa.ablate(model, data, "features.16", output="run.zarr")
+    >>> try:
+    ...     _ = pa.ablate(model, data, "features.16", intervention="mean", output="run.zarr")
+    ... except StoreMismatch as error:
+    ...     print("options.intervention (zero, now mean)" in str(error))
+    True
+    """
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,13 @@ def reporting(progress: bool | Report | None = None, *, unit: str = "") -> Itera
     ------
     callable
         ``report(done, total, layer)``.
+
+    Examples
+    --------
+    >>> from pyablate.runtime.progress import reporting
+    >>> with reporting(lambda done, total, layer: print(done, total, layer)) as report:
+    ...     report(5, 10, "features.2")
+    5 10 features.2
     """
     if callable(progress):
         yield progress

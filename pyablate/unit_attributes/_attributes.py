@@ -64,9 +64,9 @@ def attributes(
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; the default is ``"*"``.
     which : str or sequence of str
-        Names of attributes or of families of them, or ``"all"``; docs/attributes.md lists them.
-        "all" leaves out, with a note in the log, what is not installed and, without ``masks``,
-        concepts.
+        Names of attributes or of families of them, or ``"all"``; docs/guides/attributes.md lists
+        them. "all" leaves out, with a note in the log, what is not installed and, without
+        ``masks``, concepts.
     masks : array, optional
         ``[N, concepts, H, W]``, not 0 where a concept is present in an image, in the order of the
         data; anything that is indexed by a slice of images.
@@ -101,6 +101,12 @@ def attributes(
         Bad arguments, data or weights; the message names what, where and what was expected.
     ImportError
         Something is asked for by name whose library is not installed.
+
+    Examples
+    --------
+    >>> table = pa.attributes(model, data, "features.16", ["l1_norm", "auc"])
+    >>> table["auc_per_class"].shape, table["l1_norm"].attrs["family"]
+    ((128, 10), 'weights')
     """
     entries = list(choose(which))
     check_model(model)

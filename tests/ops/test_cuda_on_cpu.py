@@ -2,7 +2,7 @@
 
 The tests of the native operations, those marked ``cuda``, run in a process of their own, whose
 extension has the CUDA backends behind CPU tensors. This finds wrong indexing, missing barriers and
-access out of bounds. It does not replace a GPU: see docs/cuda.md.
+access out of bounds. It does not replace a GPU: see docs/development/cuda.md.
 """
 
 import os

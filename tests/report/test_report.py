@@ -423,7 +423,7 @@ def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: 
         sets_by_class(table, result)
 
 
-# --- bad input, the command, and docs/report.md --------------------------------------------------
+# --- bad input, the command, and docs/guides/report.md -------------------------------------------
 
 
 def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_in_the_page_on_reports_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "report.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     code = block.replace("limit=200", "limit=40")
     assert code != block

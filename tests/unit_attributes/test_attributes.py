@@ -437,7 +437,7 @@ def test_a_label_that_is_no_class():
 
 
 def test_the_example_in_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "attributes.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "attributes.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(code) == 1
     exec(compile(code[0].replace("limit=500", "limit=60"), "attributes.md", "exec"), {})
@@ -445,7 +445,7 @@ def test_the_example_in_the_documents_runs(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_documents_list_every_attribute() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "attributes.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "attributes.md").read_text()
     for entry in CATALOG:
         row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.name}`"))
         assert row.split("|")[-2].strip() == ("yes" if entry.invariant else "no")
