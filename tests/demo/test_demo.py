@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from support.shelled import TESTS, invoke
+from support.stores import OLD
 from torch import nn
 
 from pyablate import demo
 
-ROOT = Path(__file__).parents[2]
+ROOT = TESTS.parent
 SHIPPED = Path(str(resources.files("pyablate") / "demo"))
 LEAST_ACCURACY = {
     "alexnet": 0.91,
@@ -137,6 +139,15 @@ def test_normalize_uses_the_moments_of_its_channels() -> None:
 def test_bad_arguments(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("empty_folder")
+def test_the_table_of_units_is_as_it_was() -> None:
+    """Byte for byte: its figures are counts of images, and quotients of two of them."""
+    code, said = invoke("demo", "alexnet", "--limit", "200")
+    assert code == 0, said
+    assert Path("demo/units.csv").read_bytes() == (OLD / "demo_alexnet_200.csv").read_bytes()
 
 
 # --- examples/train.py ----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from pyablate.engine import int8_conv
 from pyablate.engine.float64 import Exact, exact
 from pyablate.interventions import Intervention
 from pyablate.runs import setup
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 INTERVENTIONS = ["mean", "class_mean", "constant:0.3", "resample:3", "noise:3", "direction:3"]
 EXPORTABLE = [name for name, made in networks.ARCHITECTURES.items() if made.exports]
@@ -63,18 +64,6 @@ def test_every_precision(name: str, precision: str) -> None:
     result = pa.ablate(model, (images, labels), layers, precision=precision, progress=False)
     agreement = reference.compare(result, model, (images, labels), layers)
     assert agreement.mismatches == 0, agreement
-
-
-@pytest.mark.parametrize("name", ["routed", "guarded"])
-def test_what_defeats_export_is_replayed_and_says_so(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, images, labels = networks.network(name)
-    with caplog.at_level(logging.WARNING, logger="pyablate"):
-        result = check(model, (images, labels), ["*"])
-    assert set(result.strategy.values()) <= {"replay", "replay (float64)"}  # routes are a jump
-    assert set(result.strategy) == {"relu1", "relu2", "relu3"}
-    assert any("replay" in record.message for record in caplog.records)
 
 
 def test_replay_on_request_gives_the_same_flips() -> None:
@@ -127,7 +116,7 @@ def test_groups_within_each_layer_of_every_architecture(name: str) -> None:
 def test_groups_in_every_precision(precision: str) -> None:
     if precision == "int8" and not int8_conv.available():
         pytest.skip("no 8-bit arithmetic that is exact on this processor")
-    model, images, labels = pa.demo.load("vgg_bn", limit=24)
+    model, images, labels = networks.demo("vgg_bn", 24)
     groups = [["features.9:3"], ["features.9:3", "features.9:60"]]
     groups += [[f"features.9:{unit}" for unit in range(0, 64, step)] for step in (1, 2, 9)]
     options = {"groups": groups, "precision": precision}
@@ -295,7 +284,7 @@ def test_random_networks(
 @pytest.mark.parametrize("name", pa.demo.NETWORKS)
 def test_shipped_networks(name: str, intervention: str) -> None:
     """Two units of every layer; ``benchmarks/exactness.py`` does all of them."""
-    model, images, labels = pa.demo.load(name, limit=40)
+    model, images, labels = networks.demo(name, 40)
     found = pa.select(pa.sites(model, images[:1]))
     chosen = [site.label(unit) for site in found for unit in (1, site.channels - 2)]
     result = check(model, (images, labels), chosen, intervention=intervention)
@@ -338,7 +327,7 @@ def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch
     if name == "two norms":
         model, images, labels = two_norms()
     elif name in pa.demo.NETWORKS:
-        model, images, labels = pa.demo.load(name, limit=4)
+        model, images, labels = networks.demo(name, 4)
     else:
         model, images, labels = networks.network(name)
     pa.ablate(model, (images[:4], labels[:4]), "*", audit=4, progress=False)
@@ -346,10 +335,16 @@ def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_shipped_network_in_groups_across_layers() -> None:
-    model, images, labels = pa.demo.load("alexnet", limit=40)
+    model, images, labels = networks.demo("alexnet", 40)
     groups = [
         [f"features.9:{unit}" for unit in range(16)],
         ["features.4:3", "features.11:7", "classifier.1:100"],
         ["features.1:0", "features.1:5", "features.1:9"],
     ]
     check(model, (images, labels), groups=groups)
+
+
+def test_a_group_of_one_unit_is_a_group() -> None:
+    model, *data = networks.network("residual", 17)
+    result = check(model, data, groups=[["body.2:1"], ["body.2:1", "body.2:2"]])
+    assert result.units["unit"].tolist() == [-1, -1]

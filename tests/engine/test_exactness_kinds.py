@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support import awkward, networks
+from support.fuzzing.cases import Case
+from support.fuzzing.cases import check as check_case
+from support.fuzzing.parts import Act, Awkward, Network
 from support.oracle import check
 from torch import Tensor, nn
 
@@ -235,3 +238,13 @@ def test_kinds_that_were_wrong_agree_with_the_oracle(name: str) -> None:
     model, images, labels = subject(kind)
     options = {"precision": kind.precision, "intervention": kind.intervention}
     check(model, (images, labels), ["relu1", "relu2"], audit=20, **options)
+
+
+def test_what_is_tiny_behind_a_hard_softmax_counts() -> None:
+    """Base + (after - before) is 0 where after is 1e-20, and the next operator divides by it."""
+    parts = (
+        Act("LeakyReLU"),
+        Awkward("steep", "hard softmax"),
+        Awkward("swallowed", "share of two"),
+    )
+    check_case(Case(Network(parts, (3, 7, 7), seed=3977), images=128))

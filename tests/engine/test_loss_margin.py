@@ -19,6 +19,8 @@ from pyablate import reference
 from pyablate.cli.app import app
 from pyablate.results.measures import Accuracy
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 BOTH = ["loss", "margin"]
 VARIED = ["residual", "dense", "vit", "used_twice", "routed", "pooling"]
 INTERVENTIONS = ["mean", "class_mean", "constant:0.3", "resample:3", "noise:3", "direction:3"]
@@ -71,7 +73,7 @@ def test_every_strategy_and_groups(strategy: str) -> None:
 
 
 def test_the_closed_form_counts_pairs_that_it_settles_without_looking() -> None:
-    model, images, labels = pa.demo.load("vgg_bn", limit=40)
+    model, images, labels = networks.demo("vgg_bn", 40)
     units = [f"features.16:{unit}" for unit in range(0, 128, 16)]
     ours, _ = compare(model, (images, labels), units)
     assert set(ours.strategy.values()) == {"closed form"}

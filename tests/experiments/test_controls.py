@@ -14,6 +14,8 @@ from torch import nn
 import pyablate as pa
 from pyablate.analysis.targets import gini
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 CLASSES, UNITS, IMAGES = 8, 30, 60
 
 

@@ -16,6 +16,8 @@ from pyablate import reference
 from pyablate.experiments.accuracies import balanced_accuracy, baseline_balanced_accuracy
 from pyablate.experiments.split import split
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 LAYER = "body.2"
 UNITS = 8
 VALUES = np.array([3.0, -1.0, 2.0, 2.0, np.nan, 9.0, 0.0, 1.0])

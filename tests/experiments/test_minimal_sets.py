@@ -15,6 +15,8 @@ import pyablate as pa
 from pyablate import reference
 from pyablate.experiments.split import split
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 
 class Planted(nn.Module):
     """Class 0 rests on units 1 and 4, either of which is enough; class 1 on unit 2 alone."""

@@ -15,6 +15,8 @@ from torch import nn
 import pyablate as pa
 from pyablate import reference
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 LAYER = "body.2"
 
 

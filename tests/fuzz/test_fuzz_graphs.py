@@ -1,6 +1,6 @@
 """Random networks, ablated in random ways, agree with the float64 hook loop.
 
-A failure prints the case as code: paste it into ``test_fuzz_found.py``, and mend what it shows.
+A failure prints the case as code: paste it beside the tests of what was wrong, and mend that.
 """
 
 from __future__ import annotations

@@ -349,3 +349,12 @@ def test_torchscript_is_refused(compile_: Any, whole: bool) -> None:
         sites(model, IMAGES)
     with pytest.raises(TypeError, match=r"model: .* is TorchScript"):
         pa.ablate(model, (IMAGES, torch.zeros(2, dtype=torch.int64)))
+
+
+def test_old_weight_norm_after_training() -> None:
+    _, images, labels = networks.network("residual", 17)
+    model = networks.made(networks.Between(), images)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.conv1)
+    model(images).sum().backward()  # leaves conv1.weight with a history
+    assert len(pa.ablate(model, (images, labels)).units) == 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import typing
 from pathlib import Path
@@ -15,6 +14,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support.stores import contents
 
 import pyablate as pa
 from pyablate.result import AblationResult
@@ -288,11 +288,6 @@ def same(first: AblationResult, second: AblationResult) -> None:
         assert getattr(first, name) == getattr(second, name)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def test_round_trip(result: AblationResult, tmp_path: Path) -> None:
     result.save(tmp_path / "run.zarr")
     loaded = pa.load(tmp_path / "run.zarr")
@@ -391,10 +386,23 @@ def test_what_cannot_be_loaded(result: AblationResult, tmp_path: Path) -> None:
     (tmp_path / "file.zarr").write_text("{}")
     with pytest.raises(OSError, match="not a pyablate result"):
         pa.load(tmp_path / "file.zarr")
-    result.save(tmp_path / "run.zarr")
-    header = tmp_path / "run.zarr" / "zarr.json"
-    attributes = json.loads(header.read_text())
-    attributes["attributes"]["pyablate_format"] = 99
-    header.write_text(json.dumps(attributes))
-    with pytest.raises(OSError, match="not a pyablate result of format 1"):
-        pa.load(tmp_path / "run.zarr")
+
+
+def test_a_failed_replacement_brings_the_old_result_back(
+    result: AblationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run.zarr"
+    result.save(target)
+    rename = store.os.rename
+    calls = iter([rename, None, rename])
+
+    def fail_second(source: object, goal: object) -> None:
+        call = next(calls)
+        if call is None:
+            raise OSError("the disk is gone")
+        call(source, goal)
+
+    monkeypatch.setattr(store.os, "rename", fail_second)
+    with pytest.raises(OSError, match="disk is gone"):
+        result.save(target)
+    same(pa.load(target), result)

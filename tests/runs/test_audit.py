@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import pytest
 import torch
 from support import networks
 from support.faults import audited, break_relu, unmeasured
-from support.killed import network
+from support.runs import Killed, network, stopping
+from support.shelled import TESTS, program
 from support.stores import contents
 from torch import Tensor, nn
 
@@ -30,14 +28,11 @@ from pyablate.results.record import Audit
 from pyablate.runs import run_folder
 from pyablate.runs.state import care_of
 
-HERE = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 IMAGES, BATCH, LATE = 18, 4, 14
 
 Case = tuple[nn.Module, Tensor, Tensor]
-
-
-class Killed(BaseException):
-    """Nobody catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +57,6 @@ def ablate(case: Case, **options: Any) -> pa.AblationResult:
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ladder, "_measure_full", unmeasured)
-
-
-def stopping(at: int) -> Callable[[int, int, str], None]:
-    """A report that ends the process, in a manner of speaking, at a call of it."""
-    calls = iter(range(at))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls, None) is None:
-            raise Killed
-
-    return report
 
 
 def mismatches(result: pa.AblationResult, case: Case) -> int:
@@ -269,14 +253,7 @@ def test_parts_that_were_computed_otherwise_say_so(
 
 
 def test_processes_agree_on_the_care(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "support" / "faults.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    program(TESTS / "support" / "faults.py", tmp_path, timeout=300)
 
 
 def test_bad_choices_are_named(case: Case) -> None:

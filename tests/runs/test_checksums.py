@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from support.killed import network
-from support.simulated import simulate
-from support.stores import contents, unseal
+from support import runs
+from support.runs import Killed
+from support.simulated import small
+from support.stores import OLD, as_of_then, contents, unseal
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
@@ -28,24 +29,10 @@ from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.unit_attributes.files import write_attributes
 
-OLD = Path(__file__).parents[1] / "data" / "stored_by_2cd4797"
-
-
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
 
 def run(place: Path, stop_at: int | None = None, **options: Any) -> pa.AblationResult:
-    model, images, labels = network()
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == stop_at:
-            raise Killed
-
-    plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": report}
-    plain |= {"intervention": "mean", "measures": ["loss"]}
-    return pa.ablate(model, (images[:23], labels[:23]), "*", output=place, **{**plain, **options})
+    plain = {"intervention": "mean", "measures": ["loss"]}
+    return runs.run(place, stop_at, **{**plain, **options})
 
 
 def bits(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes, bytes]]:
@@ -209,16 +196,14 @@ def test_a_chunk_of_another_result_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "held", [[], {}, 1, {"arrays": {}, "attributes": {}}, {"arrays": {"../x": ""}}]
 )
-def test_checksums_that_are_none(tmp_path: Path, held: Any) -> None:
-    made = simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(0), ["x"] * 3)
-    made.save(tmp_path / "run.zarr")
-    metadata = json.loads((tmp_path / "run.zarr/zarr.json").read_text())
+def test_checksums_that_are_none(store: Path, held: Any) -> None:
+    metadata = json.loads((store / "zarr.json").read_text())
     metadata["attributes"]["checksums"] = held
-    (tmp_path / "run.zarr/zarr.json").write_text(json.dumps(metadata))
+    (store / "zarr.json").write_text(json.dumps(metadata))
     with pytest.raises(OSError, match=r"damaged result .*checksums"):
-        pa.load(tmp_path / "run.zarr")
+        pa.load(store)
     with pytest.raises(OSError, match="checksums"):
-        made.save(tmp_path / "run.zarr")
+        small().save(store)
 
 
 # Stored by the last version without checksums
@@ -226,16 +211,10 @@ def test_checksums_that_are_none(tmp_path: Path, held: Any) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what it stored, and the versions of then."""
-    shutil.copytree(OLD, tmp_path / "old")
-    manifest = (OLD / "unfinished.zarr/blocks/manifest.json").read_text()
-    known = json.loads(manifest)["identity"]
-    versions = known["versions"]
-    monkeypatch.setattr(fingerprint.metadata, "version", versions.__getitem__)
-    monkeypatch.setattr(fingerprint, "build_info", lambda: {"version": versions["pyablate"]})
-    # Of torch's own source, where no graph was captured.
-    monkeypatch.setattr(fingerprint, "_structure", lambda *_: known["model"]["structure"])
-    return tmp_path / "old"
+    """What it stored, and the versions of then."""
+    shutil.copytree(OLD / "finished.zarr", tmp_path / "finished.zarr")
+    as_of_then("unfinished.zarr", tmp_path, monkeypatch)
+    return tmp_path
 
 
 def test_an_older_result_loads_with_a_note(old: Path, caplog: pytest.LogCaptureFixture) -> None:

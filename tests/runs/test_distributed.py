@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +16,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from support.killed import network
-from support.stores import contents, unseal
+from support import runs
+from support.networks import Counting
+from support.runs import network
+from support.shelled import ENVIRONMENT, TESTS, program
+from support.stores import OLD, as_of_then, contents, unseal
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
@@ -29,8 +30,8 @@ from pyablate.runs import fingerprint
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runtime.distributed import Ranks, own_device
 
-HERE = Path(__file__).parents[1]
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 
 Part = Callable[..., Path]
 
@@ -152,7 +153,7 @@ def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) 
 def test_a_shard_reads_few_images_of_the_others(part: Part, monkeypatch: Any) -> None:
     _, images, labels = network()
     monkeypatch.setattr(fingerprint, "SAMPLE", 5)
-    counting = _Counting(images[:60], labels[:60])
+    counting = Counting(images[:60], labels[:60])
     part(1, 6, data=DataLoader(counting, 10))
     assert len([index for index in set(counting.asked) if index >= 10]) in (4, 5)
     index: list[int] = []
@@ -220,9 +221,6 @@ def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, fo
     assert contents(broken) == contents(whole)
 
 
-OLD = HERE / "data" / "stored_by_2cd4797"
-
-
 def test_older_shards_are_merged_with_a_note(tmp_path: Path, caplog: Any) -> None:
     merged = pa.merge([OLD / "part2.zarr", OLD / "part1.zarr"], tmp_path / "run.zarr")
     assert len(merged.labels) == 23
@@ -231,24 +229,8 @@ def test_older_shards_are_merged_with_a_note(tmp_path: Path, caplog: Any) -> Non
 
 
 def test_an_older_shard_goes_on(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    place = tmp_path / "part.zarr"
-    shutil.copytree(OLD / "unfinished_part2.zarr", place)
-    known = json.loads((place / "blocks/manifest.json").read_text())["identity"]
-    monkeypatch.setattr(fingerprint.metadata, "version", known["versions"].__getitem__)
-    version = {"version": known["versions"]["pyablate"]}
-    monkeypatch.setattr(fingerprint, "build_info", lambda: version)
-    monkeypatch.setattr(fingerprint, "_structure", lambda *_: known["model"]["structure"])
-    model, images, labels = network()
-    options: dict[str, Any] = {"audit": 20, "strategy": "replay", "shard": (2, 2)}
-    seen: list[int] = []
-    pa.ablate(
-        model,
-        (images[:23], labels[:23]),
-        "*",
-        output=place,
-        progress=lambda done, total, layer: seen.append(done),
-        **options,
-    )
+    place = as_of_then("unfinished_part2.zarr", tmp_path, monkeypatch)
+    runs.run(place, shard=(2, 2), batch_size=None)
     assert "damaged" not in caplog.text
     unseal(place)
     assert contents(place) == contents(OLD / "part2.zarr")
@@ -291,52 +273,10 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert own_device(False, "cuda") == "cuda"
 
 
-class _Counting(TensorDataset):
-    """A data set that knows which images were asked for."""
-
-    def __init__(self, *tensors: torch.Tensor) -> None:
-        super().__init__(*tensors)
-        self.asked: list[int] = []
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        self.asked.append(index)
-        return super().__getitem__(index)
-
-
-@pytest.mark.parametrize("form", ["pair", "loader", "list", "shuffled"])
-def test_parts_of_the_data_are_those_of_the_whole(form: str) -> None:
-    _, images, labels = network()
-    counting = _Counting(images, labels)
-    sources: dict[str, Any] = {
-        "pair": (images, labels),
-        "loader": DataLoader(counting, batch_size=7),
-        "list": list(zip(images.split(9), labels.split(9), strict=True)),
-        "shuffled": DataLoader(counting, batch_size=7, sampler=[*range(30, 60), *range(30)]),
-    }
-    data = Data(sources[form], dtype=torch.float32, device=torch.device("cpu"))
-    whole = torch.cat([batch.images for batch in data.batches(8)])
-    counting.asked.clear()
-    for part in (range(17, 40), range(0, 3), range(56, 60), range(5, 5)):
-        batches = list(data.batches(8, part))
-        assert [len(batch) for batch in batches[:-1]] == [8] * (len(batches) - 1)
-        index = [int(i) for batch in batches for i in batch.index]
-        assert index == list(part)
-        assert not part or torch.equal(torch.cat([b.images for b in batches]), whole[list(part)])
-    if form == "loader":
-        assert sorted(counting.asked) == [*range(0, 3), *range(17, 40), *range(56, 60)]
-
-
 @pytest.mark.timeout(600)
 def test_processes_of_one_job_are_one_run(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, HERE / "support" / "ranked.py", tmp_path],
-        capture_output=True,
-        text=True,
-        env=_ENVIRONMENT,
-        timeout=580,
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("equal; ")
+    said = program(TESTS / "support" / "ranked.py", tmp_path, timeout=580)
+    assert said.startswith("equal; ")
 
 
 @pytest.mark.slow
@@ -350,19 +290,15 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
         labels=np.tile(labels, 10),
     )
     (tmp_path / "small.py").write_text(
-        "from support import killed\n\ndef make():\n    import torch\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), *killed.network()[0])\n"
+        "from support import runs\n\ndef make():\n    import torch\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *runs.network()[0])\n"
     )
     command = ["pyablate", "run", "small:make", "--data", "images.npz", "--batch-size", "2"]
-    one = subprocess.run(
-        [sys.executable, "-m", *command, "-o", "one.zarr"],
-        cwd=tmp_path, env=_ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
+    program("-m", *command, "-o", "one.zarr", cwd=tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = subprocess.Popen(
         [*torchrun, "--nproc-per-node=2", "--max-restarts=2", "-m", *command, "-o", "two.zarr"],
-        cwd=tmp_path, env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     place = tmp_path / "two.zarr"
     while len(list(place.glob("blocks/?????????.npz"))) < 20:

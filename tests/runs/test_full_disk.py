@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.killed import BATCH, IMAGES, network
+from support.runs import BATCH, IMAGES, network
 from support.stores import contents
 
 import pyablate as pa

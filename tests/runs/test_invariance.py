@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.stores import contents
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
 from pyablate.engine import int8_conv
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 INTERVENTIONS = ["zero", "class_mean", "resample:1", "noise:1", "direction:1"]
 GROUPS = [["body.2:0", "body.4:3"], ["body.2:5", "body.2:1"]]
@@ -33,9 +37,9 @@ def stored(tmp_path: Path) -> Callable[..., dict[str, bytes]]:
     def run(model: nn.Module, data: Any, layers: Any, **options: Any) -> dict[str, bytes]:
         folder = tmp_path / f"{next(numbers)}.zarr"
         pa.ablate(model, data, layers, audit=30, progress=False, **options).save(folder)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = contents(folder)
         assert len(files) >= 8
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        return files
 
     return run
 
@@ -126,8 +130,13 @@ def test_form_of_the_data(
         assert stored(model, data, layers, intervention=intervention) == plain, form
 
 
-def test_history(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
-    """Neither earlier runs, nor random states, nor the model's mode or layout matter."""
+def test_history(
+    case: tuple[nn.Module, Tensor, Tensor, list[str]],
+    stored: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither earlier runs nor random states, modes, layouts or an ambient autocast matter."""
+    monkeypatch.undo()  # each run exports for itself
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers, intervention="resample")
     pa.ablate(model, (images, labels), ["*"], progress=False)
@@ -143,6 +152,9 @@ def test_history(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stor
         assert stored(model, (images, labels), layers, intervention="resample") == plain
     with torch.inference_mode():
         assert stored(model, (images, labels), layers, intervention="resample") == plain
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stored(model, (images, labels), layers, intervention="resample") == plain
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
@@ -158,7 +170,31 @@ def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored:
 
 
 def test_shipped_network(stored: Stored) -> None:
-    model, images, labels = pa.demo.load("alexnet", limit=60)
+    model, images, labels = networks.demo("alexnet", 60)
     layers = ["features.9", "classifier.1"]
     plain = stored(model, (images, labels), layers)
     assert stored(model, (images, labels), layers, batch_size=17, memory=1 << 22) == plain
+
+
+class Squeezes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, networks.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.adaptive_avg_pool2d(self.relu(self.conv(x)), 1).squeeze())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize("images", [1, 17])
+def test_a_last_batch_of_one_image(images: int, strategy: str) -> None:
+    _, x, labels = networks.network("residual", 17)
+    model = networks.made(Squeezes(), x)
+    x, labels = x[:images], labels[:images]
+    result = pa.ablate(model, (x, labels), batch_size=16, strategy=strategy)
+    with torch.no_grad():
+        expected = model(torch.cat([x, x])).argmax(dim=1)[:images]
+    assert (result.baseline == expected.numpy()).all()
+    assert result.audit.mismatches + result.audit.mended == 0

@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.killed import network
+from support import runs
+from support.runs import SOME, Killed, network, stopping
+from support.shelled import TESTS, program
 from support.stores import contents
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,48 +29,22 @@ from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.state import pack_ladder, restore_ladders
 
-HERE = Path(__file__).parents[1]
-
-
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
 
 @pytest.fixture(scope="module")
 def case() -> tuple[nn.Module, Tensor, Tensor]:
     model, images, labels = network()
-    return model, images[:23], labels[:23]
+    return model, images[:SOME], labels[:SOME]
 
 
 Run = Callable[..., pa.AblationResult]
 
 
 @pytest.fixture
-def run(case: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> Run:
-    model, images, labels = case
-
+def run(tmp_path: Path) -> Run:
     def ablate(name: str | None = "run.zarr", **options: Any) -> pa.AblationResult:
-        # Replay needs no capture, which takes longer than all else here.
-        plain = {"batch_size": 5, "audit": 20, "progress": False, "strategy": "replay"}
-        options = {**plain, **options}
-        place = None if name is None else tmp_path / name
-        chosen = options.pop("model", model)
-        data = options.pop("data", (images, labels))
-        layers = options.pop("layers", "*")
-        return pa.ablate(chosen, data, layers, output=place, **options)
+        return runs.run(None if name is None else tmp_path / name, **options)
 
     return ablate
-
-
-def stopping(at: int) -> Callable[[int, int, str], None]:
-    """A report that ends the process, in a manner of speaking, at its ``at``-th call."""
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == at:
-            raise Killed
-
-    return report
 
 
 def test_the_folder_is_what_save_writes(run: Run, tmp_path: Path) -> None:
@@ -183,15 +157,8 @@ def test_ends_while_tidying_up(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_thirty_random_kills(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, HERE / "support" / "killed.py", tmp_path, "30", "1"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        timeout=880,
-    )
-    assert found.returncode == 0, found.stderr
-    assert int(re.match(r"30 killed, (\d+) of them had resumed", found.stdout)[1]) > 5  # type: ignore[index]
+    said = program(TESTS / "support" / "killed.py", tmp_path, 30, 1, timeout=880)
+    assert int(re.match(r"30 killed, (\d+) of them had resumed", said)[1]) > 5  # type: ignore[index]
 
 
 _OTHERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -19,6 +19,8 @@ import psutil
 import pytest
 import torch
 from support import networks
+from support.runs import same
+from support.shelled import ENVIRONMENT
 from support.state import state_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,17 +54,6 @@ def together(works: Sequence[Callable[[], Any]]) -> list[Any]:
     if failures:
         raise failures[0]
     return results
-
-
-def same(one: pa.AblationResult, other: pa.AblationResult) -> bool:
-    return (
-        np.array_equal(one.baseline, other.baseline)
-        and np.array_equal(one.flips.start, other.flips.start)
-        and np.array_equal(one.flips.image, other.flips.image)
-        and np.array_equal(one.flips.prediction, other.flips.prediction)
-        and one.strategy == other.strategy
-        and one.audit == other.audit
-    )
 
 
 def run_of(name: str, **options: Any) -> Callable[[], pa.AblationResult]:
@@ -323,7 +314,7 @@ def test_an_interrupt_returns_within_a_second(kind: str) -> None:
         [sys.executable, "-c", source],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     with started as child:
         try:
@@ -405,7 +396,7 @@ def test_interrupts_at_random_moments_of_a_large_network() -> None:
         [sys.executable, "-c", _LARGE.format(interventions=interventions)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     taken = []
     with started as child:

@@ -21,6 +21,8 @@ import pyablate as pa
 from pyablate.network.sites import copied
 from pyablate.unit_attributes.catalog import CATALOG
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 FORWARD = ["activations", "selectivity", "information", "redundancy", "gradients"]
 NAMES = ["residual", "conv1d", "used_twice", "in_place", "vit"]
 

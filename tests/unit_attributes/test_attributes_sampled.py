@@ -17,6 +17,8 @@ from torch.nn import functional
 import pyablate as pa
 from pyablate.unit_attributes import _attributes
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 needs_captum = pytest.mark.skipif(
     not _attributes._installed("captum"), reason="Captum is not installed (pip install captum)"
 )

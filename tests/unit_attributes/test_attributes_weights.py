@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import pyablate as pa
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 
 def attributes_of(model: nn.Module, images: Tensor, which: str, layers: str = "*") -> xr.Dataset:
     labels = torch.zeros(len(images), dtype=torch.int64)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from support.killed import network
-from support.simulated import simulate
+from support.runs import SOME, Killed, run
+from support.simulated import small
 from support.stores import contents, unseal
 
 import pyablate as pa
@@ -22,25 +22,9 @@ from pyablate.results import store
 from pyablate.unit_attributes.files import write_attributes
 
 
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
-
-def run(place: Path, stop_at: int | None = None, **options: Any) -> pa.AblationResult:
-    model, images, labels = network()
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == stop_at:
-            raise Killed
-
-    plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": report}
-    return pa.ablate(model, (images[:13], labels[:13]), "*", output=place, **{**plain, **options})
-
-
 @pytest.fixture
 def result() -> pa.AblationResult:
-    return simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(0), ["x"] * 3)
+    return small()
 
 
 def notes(folder: Path) -> None:
@@ -54,8 +38,7 @@ def a_store(folder: Path) -> None:
 
 
 def another_result(folder: Path) -> None:
-    made = simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(1), ["x"] * 3)
-    made.save(folder / "old.zarr")
+    small(seed=1).save(folder / "old.zarr")
 
 
 def among_the_blocks(folder: Path) -> None:
@@ -101,7 +84,7 @@ def test_what_lies_beside_is_left(
     run(place, intervention="mean", fresh=fresh)
     assert contents(place) == {**contents(tmp_path / "whole.zarr"), **mine}
     assert (put is not an_empty_folder) or (place / "for later").is_dir()
-    assert len(pa.load(place).labels) == 13
+    assert len(pa.load(place).labels) == SOME
 
 
 @pytest.mark.parametrize("put", LEFT)
