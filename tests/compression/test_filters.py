@@ -10,7 +10,6 @@ import torch
 from support.compressible import Mobile, made
 from support.compressible import images as pictures
 from torch import nn
-from torch.nn import functional
 
 import pyablate as pa
 from pyablate import compression
@@ -23,46 +22,17 @@ def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return pa.demo.load("vgg_bn", limit=24)
 
 
-def order_of(ranking: compression.Ranking, layer: str) -> list[int]:
-    return [int(one.label.rpartition(":")[2]) for one in ranking.within((layer,)).order]
-
-
-def scores_of(ranking: compression.Ranking, layer: str) -> np.ndarray:
-    mine = ranking.within((layer,))
-    numbers = [int(one.label.rpartition(":")[2]) for one in mine.order]
-    return mine.scores[np.argsort(numbers)]
-
-
-def test_hrank_is_the_mean_rank_of_the_maps(shipped: Any) -> None:
+@pytest.mark.parametrize("criterion", ["hrank", "taylor", "nisp"])
+def test_units_are_ranked_by_their_attribute(shipped: Any, criterion: str) -> None:
     model, x, labels = shipped
-    ranking = compression.filter_ranking(model, x[:1], "hrank", data=(x, labels))
-    with torch.no_grad():
-        maps = model.features[:10](model.normalize(x)).double()
-    ranks = [
-        np.mean([np.linalg.matrix_rank(each.numpy().astype(np.float32)) for each in maps[:, unit]])
-        for unit in range(64)
-    ]
-    np.testing.assert_allclose(scores_of(ranking, "features.9"), ranks, atol=0.1)
-    assert np.all(np.diff(ranking.within(("features.9",)).scores) >= 0)
-
-
-def test_taylor_is_the_mean_size_of_gradient_times_map(shipped: Any) -> None:
-    model, x, labels = shipped
-    ranking = compression.filter_ranking(model, x[:1], "taylor", data=(x, labels))
-    inner = model.features[:13](model.normalize(x)).detach().requires_grad_()
-    logits = model.classifier(model.flatten(model.pool(model.features[13:](inner))))
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, inner)
-    expected = (gradient * inner).mean((2, 3)).abs().mean(0).detach()
-    np.testing.assert_allclose(scores_of(ranking, "features.13"), expected, rtol=1e-3, atol=1e-7)
-
-
-def test_nisp_goes_back_through_absolute_weights(shipped: Any) -> None:
-    model, x, _ = shipped
-    ranking = compression.filter_ranking(model, x[:1], "nisp")
-    head = model.classifier.weight.detach().abs().sum(0)  # one at each class
-    scores = scores_of(ranking, "features.16")
-    np.testing.assert_allclose(scores / scores.sum(), head / head.sum(), rtol=1e-4)
+    ranking = compression.filter_ranking(model, x[:1], criterion, data=(x, labels))
+    table = pa.attributes(model, (x, labels), which=criterion)[criterion]
+    for layer in ("features.9", "features.16"):
+        mine = ranking.within((layer,))
+        expected = table.sel(unit=[one.label for one in mine.order])
+        np.testing.assert_allclose(mine.scores, expected, rtol=1e-6)
+        assert np.all(np.diff(mine.scores) >= 0)
+        assert np.ptp(mine.scores) > 0
 
 
 def test_units_that_hang_together_get_the_mean() -> None:

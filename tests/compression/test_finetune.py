@@ -10,6 +10,7 @@ import torch
 from support.compressible import Mobile, made
 from support.compressible import images as pictures
 from support.pooled import pooled
+from support.state import state_of
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -80,13 +81,11 @@ def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
     original, data = pooled(0, channels=8), (shapes(), LABELS)
     original = compression.finetune(original, data, epochs=30, learning_rate=0.2).model
     other = pooled(7, channels=4)
-    before = {name: value.clone() for name, value in other.state_dict().items()}
-    state = torch.get_rng_state()
+    before = state_of(other)
     options: dict[str, Any] = {"epochs": 6, "learning_rate": 0.1, "batch_size": 16, "seed": 3}
     plain = pa.finetune(other, data, **options)
     kept = pa.finetune(other, data, original=original, preserve_attributions=True, **options)
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
+    assert state_of(other) == before
     assert not kept.model.training
     rates = 0.1 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(kept.history["learning_rate"], rates)
@@ -101,8 +100,7 @@ def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
     assert near["weighted"].mean() < 0.8 * far["weighted"].mean()
     again = pa.finetune(other, data, original=original, preserve_attributions=True, **options)
     assert again.history.equals(kept.history)
-    for name, value in again.model.state_dict().items():
-        assert torch.equal(value, kept.model.state_dict()[name])
+    assert state_of(again.model)["values"] == state_of(kept.model)["values"]
 
 
 def test_augmentation_and_frozen_parameters() -> None:
@@ -153,10 +151,10 @@ def test_soft_pruning_removes_the_smallest_at_last() -> None:
     pytest.importorskip("torch_pruning")
     model = made(Mobile)
     x, labels = pictures(24), torch.arange(24) % 5
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)
     options: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 0.005}
     found = compression.soft_filter_pruning(model, x[:2], (x, labels), 0.25, **options)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert state_of(model) == before
     # One epoch is fine-tuning, and then the smallest filters go.
     tuned = pa.finetune(model, (x, labels), **options).model
     expected = compression.prune_filters(tuned, x[:2], 0.25, criterion="l2")

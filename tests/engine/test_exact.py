@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
 from support import networks
 from support.oracle import check
 from torch import nn
@@ -221,63 +219,6 @@ def test_two_classes_and_dead_units() -> None:
     flips = np.diff(result.flips.start)
     assert (flips[:3] == 0).all()
     assert flips[3:].sum() > 0
-
-
-ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Hardswish, nn.Tanh, nn.LeakyReLU, nn.Identity]
-
-
-@st.composite
-def random_networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], list[str]]:
-    """Two to three steps of convolution, maybe norm, activation, maybe pooling; a linear head."""
-    size, channels = draw(st.integers(5, 11)), draw(st.integers(1, 3))
-    shape = (9, channels, size, size)
-    body: list[nn.Module] = []
-    layers = []
-    for _ in range(draw(st.integers(2, 3))):
-        groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
-        outputs = groups * draw(st.integers(1, 4)) if body else groups * 2
-        kernel = draw(st.integers(1, 3))
-        body.append(
-            nn.Conv2d(
-                channels,
-                outputs,
-                kernel,
-                stride=draw(st.integers(1, 2)),
-                padding=draw(st.integers(kernel // 2, kernel)),
-                dilation=draw(st.integers(1, 2)) if kernel > 1 and size > 8 else 1,
-                groups=groups,
-                bias=draw(st.booleans()),
-            )
-        )
-        if draw(st.booleans()):
-            body.append(nn.BatchNorm2d(outputs))
-        body.append(draw(st.sampled_from(ACTIVATIONS))())
-        layers.append(f"body.{len(body) - 1}")
-        if draw(st.booleans()):
-            body.append(draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(2, 1))
-        channels = outputs
-        if nn.Sequential(*body).eval()(torch.zeros(shape)).shape[-1] < 4:
-            break
-    return networks.Pooled(nn.Sequential(*body), channels), shape, layers
-
-
-# Not shrunk: every example costs a capture, and these networks are small as they are.
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(random_networks(), st.sampled_from(["zero", *INTERVENTIONS]))
-def test_random_networks(
-    made: tuple[nn.Module, tuple[int, ...], list[str]], intervention: str
-) -> None:
-    model, shape, layers = made
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    networks.randomise(model, seed=2)
-    with torch.no_grad():
-        logits = model.eval()(images)
-        # Neither dead nor with all classes along one line, where equal logits are the rule.
-        assume(bool((logits.std(dim=0) > 0.01).all()))
-        assume(torch.linalg.matrix_rank(logits - logits.mean(dim=0), rtol=1e-3) > 1)
-    networks.spread_logits(model, images)
-    labels = torch.arange(9) % networks.CLASSES
-    check(model, (images, labels), layers, intervention=intervention, ties=0.05)
 
 
 @pytest.mark.parametrize("intervention", ["zero", *INTERVENTIONS])

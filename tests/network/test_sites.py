@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -307,14 +308,9 @@ def test_bad_labels(label: str, message: str) -> None:
 def test_looking_leaves_the_network_alone() -> None:
     model = networks.ARCHITECTURES["norm_after_relu"].build().train()
     model.body[2].eval()  # a mixture of modes
-    modes = [module.training for module in model.modules()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.random.get_rng_state()
+    before = state_of(model)
     sites(model, torch.randn(1, 2, 12, 12, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert state_of(model) == before
 
 
 def test_hooks_are_gone_after_a_failure() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -286,13 +287,10 @@ def test_it_sees_evaluation_mode_and_leaves_training_mode() -> None:
     )
     x, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
     model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)
     first, second = (all_logits(model, (x, labels), "2") for _ in range(2))
     assert torch.equal(first, second)
-    assert model.training
-    assert all(module.training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model[1].weight.dtype == torch.float32
+    assert state_of(model) == before
 
 
 def test_progress_counts_rows() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.state import state_of
 from torch import Tensor, nn
 
+from pyablate import reference
 from pyablate.network.sites import Site, select, sites
 from pyablate.reference.timing import hook_loop_seconds
 from pyablate.result import AblationResult
@@ -37,44 +37,10 @@ def _data(images: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 1, 6, 6, generator=generator), torch.arange(images) % 4
 
 
-def _predictions(model: nn.Module, x: Tensor, site: Site, unit: int) -> Tensor:
-    """Predictions with one unit silenced, layer by layer, without any hook."""
-    for name, module in model.named_children():
-        x = module(x)
-        if name == site.name:
-            keep = torch.ones(site.channels)
-            keep[unit] = 0
-            x = x * keep.reshape(-1, 1, 1)
-    return x.argmax(dim=1)
-
-
-def _result(model: nn.Module, data: tuple[Tensor, Tensor], chosen: list[Site]) -> AblationResult:
-    x, labels = data
-    pairs = [(site, unit) for site in chosen for unit in range(site.channels)]
-    with torch.no_grad():
-        baseline = model(x).argmax(dim=1)
-        ablated = torch.stack([_predictions(model, x, *pair) for pair in pairs])
-    row, image = (ablated != baseline).nonzero(as_tuple=True)
-    units = pd.DataFrame(
-        {
-            "label": [site.label(unit) for site, unit in pairs],
-            "layer": [site.name for site, _ in pairs],
-            "unit": [unit for _, unit in pairs],
-        }
-    )
-    return AblationResult(
-        units=units,
-        labels=labels.numpy(),
-        baseline=baseline.numpy(),
-        flips=Flips.gather(len(pairs), [(row, image, ablated[row, image])]),
-        class_names=("a", "b", "c", "d"),
-    )
-
-
 def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one() -> None:
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
-    right = _result(model, data, chosen)
+    right = reference.ablate(model, data, "*")
     assert len(right.flips.image) > 0
     timing = hook_loop_seconds(model, data, chosen, units=100, result=right)
     assert timing.units_timed == timing.units == 8
@@ -101,7 +67,7 @@ def test_few_units_and_images_are_scaled_to_all() -> None:
 def test_batches_count_like_tensors() -> None:
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
-    result = _result(model, data, chosen)
+    result = reference.ablate(model, data, "*")
     batches = list(zip(data[0].split(10), data[1].split(10), strict=True))
     timing = hook_loop_seconds(model, batches, chosen, units=3, images=13, result=result)
     assert (timing.images_timed, timing.images) == (13, 24)
@@ -111,16 +77,11 @@ def test_batches_count_like_tensors() -> None:
 
 def test_the_model_is_untouched() -> None:
     model, data = _network().train(), _data()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     strides = [parameter.stride() for parameter in model.parameters()]
-    state = torch.get_rng_state()
     hook_loop_seconds(model, data, select(sites(model, data[0]), "*"), units=2)
-    assert model.training
-    assert all(not module._forward_hooks for module in model.modules())
+    assert state_of(model) == before
     assert strides == [parameter.stride() for parameter in model.parameters()]
-    assert torch.equal(state, torch.get_rng_state())
-    for name, tensor in model.state_dict().items():
-        np.testing.assert_array_equal(tensor.numpy(), before[name].numpy())
 
 
 class _Aliases(nn.Module):

@@ -224,6 +224,7 @@ VALUES: Cases = {
         with_options(class_names=["a", "b"]),
         r"class_names: expected 5 names, got 2",
     ),
+    "unknown measure": (with_options(measures=["los"]), "some of loss, margin, got 'los'"),
     "batch size 0": (with_options(batch_size=0), r"batch_size: expected .*got 0"),
     "batch size 2.5": (with_options(batch_size=2.5), r"batch_size: expected .*got 2\.5"),
 }
@@ -269,6 +270,7 @@ TYPES: Cases = {
         with_options(intervention=0),
         r"intervention: expected a string or an Intervention, got int",
     ),
+    "measures in one string": (with_options(measures="loss"), "measures"),
     "class names in one string": (
         with_options(class_names="abcde"),
         r"class_names: expected a sequence of strings, got 'abcde'",

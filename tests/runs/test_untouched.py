@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 import pyablate as pa
 
 RUNS = {"engine": pa.ablate, "oracle": pa.reference.ablate}
+WAYS: dict[str, Callable[..., Any]] = {
+    **RUNS,
+    "replay": partial(pa.ablate, strategy="replay"),
+    "plan": lambda *subject, **options: pa.plan(*subject, **options).explain(),
+}
 
 
 @pytest.fixture
@@ -37,14 +43,14 @@ def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, images, labels
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", WAYS)
 @pytest.mark.parametrize("intervention", ["zero", "noise", "resample", "direction"])
 def test_after_success(
     subject: tuple[nn.Module, Tensor, Tensor], run: str, intervention: str
 ) -> None:
     model, images, labels = subject
     before, pixels, classes = state_of(model), images.clone(), labels.clone()
-    RUNS[run](model, (images, labels), ["body.2"], intervention=intervention, progress=False)
+    WAYS[run](model, (images, labels), ["body.2"], intervention=intervention)
     assert state_of(model) == before
     assert torch.equal(images, pixels)
     assert torch.equal(labels, classes)
@@ -57,20 +63,6 @@ def test_after_success_on_other_networks(name: str) -> None:
     pa.ablate(model, (images, labels), intervention="mean", progress=False)
     assert state_of(model) == before
     assert torch.equal(images, pixels)
-
-
-def test_after_replay(subject: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = subject
-    before = state_of(model)
-    pa.ablate(model, (images, labels), ["body.2"], strategy="replay", progress=False)
-    assert state_of(model) == before
-
-
-def test_after_planning(subject: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = subject
-    before = state_of(model)
-    pa.plan(model, (images, labels)).explain()
-    assert state_of(model) == before
 
 
 def raising_iterable(images: Tensor, labels: Tensor, error: BaseException) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -215,13 +216,9 @@ def test_no_rule_gives_nan_and_one_warning(caplog):
 @needs_captum
 def test_captum_leaves_the_model_alone():
     model, images, labels = plain()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     pa.attributes(model, (images, labels), "*", ["lrp", "conductance"], progress=False)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
-    )
-    assert not any(hasattr(module, "rule") for module in model.modules())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert state_of(model) == before
 
 
 def test_without_captum(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
