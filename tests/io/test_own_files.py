@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from support.runs import SOME, Killed, run
+from support import runs
+from support.runs import Killed
 from support.simulated import small
 from support.stores import contents, unseal
 
@@ -20,6 +22,9 @@ import pyablate as pa
 from pyablate.io import own_files
 from pyablate.results import store
 from pyablate.unit_attributes.files import write_attributes
+
+IMAGES = 13
+run = partial(runs.run, images=IMAGES)
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_what_lies_beside_is_left(
     run(place, intervention="mean", fresh=fresh)
     assert contents(place) == {**contents(tmp_path / "whole.zarr"), **mine}
     assert (put is not an_empty_folder) or (place / "for later").is_dir()
-    assert len(pa.load(place).labels) == SOME
+    assert len(pa.load(place).labels) == IMAGES
 
 
 @pytest.mark.parametrize("put", LEFT)

@@ -44,11 +44,13 @@ def stopping(at: int | None) -> Callable[[int, int, str], None]:
     return report
 
 
-def run(place: Path | None, stop_at: int | None = None, **options: Any) -> pa.AblationResult:
-    """Ablate the small network in five blocks; by replay, since a capture takes longer than it."""
-    model, images, labels = network()
+def run(
+    place: Path | None, stop_at: int | None = None, images: int = SOME, **options: Any
+) -> pa.AblationResult:
+    """Ablate the small network in blocks of five; by replay, as a capture takes longer than it."""
+    model, x, labels = network()
     plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": stopping(stop_at)}
-    given = {"model": model, "data": (images[:SOME], labels[:SOME]), "layers": "*"}
+    given = {"model": model, "data": (x[:images], labels[:images]), "layers": "*"}
     return pa.ablate(**{**plain, **given, **options}, output=place)
 
 

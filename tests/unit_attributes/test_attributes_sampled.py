@@ -43,6 +43,7 @@ def plain(bias: bool = False) -> tuple[nn.Sequential, Tensor, Tensor]:
         nn.Conv2d(6, 8, 3, bias=bias), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(32, 7, bias=bias), nn.ReLU(), nn.Linear(7, 4, bias=bias),
     )  # fmt: skip
+    model.known_as = "plain"
     return model.eval(), torch.randn(12, 2, 12, 12), torch.arange(12) % 4
 
 
