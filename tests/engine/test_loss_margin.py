@@ -10,13 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from support import networks
+from support.shelled import invoke
 from torch import nn
 from torch.nn import functional
-from typer.testing import CliRunner
 
 import pyablate as pa
 from pyablate import reference
-from pyablate.cli.app import app
 from pyablate.results.measures import Accuracy
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
@@ -218,11 +217,11 @@ def test_accuracies_add_up() -> None:
 def test_the_shell_records_and_states_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = ["run", "demo:alexnet", "--data", "demo", "--limit", "20", "--layers", "features.11"]
-    found = CliRunner().invoke(app, [*run, "--measures", "loss"])
-    assert found.exit_code == 0, found.output
+    code, said = invoke(*run, "--measures", "loss")
+    assert code == 0, said
     loaded = pa.load("run.zarr")
     assert loaded.measures.keys() == {"loss"}
-    assert f"Loss changes: {loaded.measures['loss'].accuracy}" in " ".join(found.output.split())
-    wrong = CliRunner().invoke(app, [*run, "--measures", "los"])
-    assert wrong.exit_code != 0
-    assert "nearest: loss" in wrong.output
+    assert f"Loss changes: {loaded.measures['loss'].accuracy}" in " ".join(said.split())
+    code, said = invoke(*run, "--measures", "los")
+    assert code != 0
+    assert "nearest: loss" in said

@@ -25,12 +25,8 @@ FALLING = [5, 0, 2, 3, 7, 6, 1, 4]  # ties by unit, NaN last
 RISING = [1, 6, 7, 2, 3, 0, 5, 4]
 
 
-def residual(images: int = 40) -> tuple[Any, Any, Any]:
-    return networks.network("residual", images)
-
-
 def curves(order: Any, **options: Any) -> pa.Cumulative:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     quiet = {"audit": 5, "progress": False} | options
     return pa.cumulative(model, (images, labels), LAYER, order=order, **quiet)
 
@@ -50,7 +46,7 @@ def slow_balanced(predicted: np.ndarray, truth: np.ndarray, number: int) -> floa
 
 
 def test_each_point_is_the_ablation_of_the_first_units() -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     found = curves(series(VALUES))
     assert labels_at(found) == FALLING
     groups = [[f"{LAYER}:{unit}" for unit in FALLING[:n]] for n in range(1, UNITS + 1)]
@@ -73,7 +69,7 @@ def test_each_point_is_the_ablation_of_the_first_units() -> None:
 
 
 def test_balanced_accuracy_of_single_units() -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     result = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     fast, truth = balanced_accuracy(result), labels.numpy()
     for row, predicted in enumerate(result.predictions()):
@@ -113,7 +109,7 @@ def test_ascending_and_the_columns_of_a_table() -> None:
 
 def test_keeping_the_first_units_removes_all_others() -> None:
     kept = curves(series(VALUES), keep=True)
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     others = [f"{LAYER}:{unit}" for unit in range(UNITS) if unit not in FALLING[:3]]
     slow = reference.ablate(model, (images, labels), groups=[others], progress=False)
     at = int(np.flatnonzero(kept.data["kept"].values == 3)[0])
@@ -121,7 +117,7 @@ def test_keeping_the_first_units_removes_all_others() -> None:
 
 
 def test_measured_drops_are_ranked_on_other_images() -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     halves = split((images, labels), seed=3)
     both = [part.numpy() for part in (halves.choosing[0], halves.measuring[0])]
     whole = np.sort(images.flatten(1).numpy(), axis=0)
@@ -140,7 +136,7 @@ def test_measured_drops_are_ranked_on_other_images() -> None:
 
 
 def test_one_curve_for_each_class() -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     ranking = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     found = curves("class", ranking=ranking, class_names=list("abcde"))
     assert found.data["target"].values.tolist() == list("abcde")
@@ -181,7 +177,7 @@ def test_areas_are_those_of_the_trapezoid_rule() -> None:
 
 
 def test_units_of_several_layers_make_one_order() -> None:
-    model, images, labels = residual(16)
+    model, images, labels = networks.network("residual", 16)
     layers = ["body.2", "body.4"]
     found = pa.cumulative(
         model,
@@ -222,7 +218,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_bad_layer_model_and_images() -> None:
-    model, images, labels = residual(4)
+    model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match=r"body\.2"):
         pa.cumulative(model, (images, labels), "body.22", order="random")
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):

@@ -20,18 +20,14 @@ pytestmark = pytest.mark.usefixtures("exports_kept")
 LAYER = "body.2"
 
 
-def residual(images: int = 40) -> tuple[Any, Any, Any]:
-    return networks.network("residual", images)
-
-
 @pytest.fixture(scope="module")
 def found() -> pa.Pairs:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     return pa.pairs(model, (images, labels), LAYER, audit=30, progress=False)
 
 
 def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     names = [f"{LAYER}:{unit}" for unit in range(8)]
     pairs = list(itertools.combinations(names, 2))
     assert list(zip(found.data["first"].values, found.data["second"].values, strict=True)) == pairs
@@ -68,7 +64,7 @@ def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
 
 
 def test_single_drops_stand_beside_them(found: pa.Pairs) -> None:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     alone = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     np.testing.assert_array_equal(found.data["drop"], alone.accuracy_drop)
     np.testing.assert_array_equal(found.data["class_drop"], alone.class_accuracy_drop)
@@ -114,7 +110,7 @@ def test_units_that_back_each_other_up_interact_fully() -> None:
 
 
 def test_only_some_units() -> None:
-    model, images, labels = residual(12)
+    model, images, labels = networks.network("residual", 12)
     few = pa.pairs(model, (images, labels), LAYER, units=[7, 2, 4], audit=0, progress=False)
     assert few.data["unit"].values.tolist() == [f"{LAYER}:{unit}" for unit in (2, 4, 7)]
     assert few.data.sizes["pair"] == 3
@@ -132,13 +128,13 @@ def test_only_some_units() -> None:
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    model, images, labels = residual(4)
+    model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match=message):
         pa.pairs(model, (images, labels), **({"layer": LAYER, "progress": False} | options))
 
 
 def test_a_plan_of_pairs_counts_what_is_live() -> None:
-    model, images, labels = residual(12)
+    model, images, labels = networks.network("residual", 12)
     groups = [[f"{LAYER}:1", f"{LAYER}:2"], [f"{LAYER}:3", f"{LAYER}:4"]]
     row = pa.plan(model, (images, labels), groups=groups).table.iloc[0]
     assert row["pairs"] == 24

@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.shelled import invoke
 from support.touch import Touch
-from typer.testing import CliRunner
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
-from pyablate.cli.app import app
 from pyablate.cli.specs import load_data, load_model
 
 PACKAGE = Path(pa.__file__).parent
@@ -230,8 +229,7 @@ def test_code_is_imported_only_under_a_module_name(
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     shutil.copy(tmp_path / "evil.py", tmp_path / "evil.pt2")
     monkeypatch.chdir(tmp_path)
-    outcome = CliRunner().invoke(app, ["layers", model, "--input-shape", "1,8,8"])
-    assert outcome.exit_code == 2
+    assert invoke("layers", model, "--input-shape", "1,8,8")[0] == 2
     assert not trap.exists()
 
 

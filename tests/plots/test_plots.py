@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from support.shelled import invoke
 from support.simulated import from_predictions, simulate
-from typer.testing import CliRunner
 
 import pyablate as pa
-from pyablate.cli.app import app
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -338,9 +337,9 @@ def here(
 )
 def test_plot_on_the_shell(here: Path, words: str) -> None:
     for name in ("one.png", "two.png"):
-        found = CliRunner().invoke(app, ["plot", *words.split(), "-o", name, "--dpi", "40"])
-        assert found.exit_code == 0, found.output
-        assert f"Written: {name}" in found.output
+        code, said = invoke("plot", *words.split(), "-o", name, "--dpi", "40")
+        assert code == 0, said
+        assert f"Written: {name}" in said
     first = (here / "one.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     assert first == (here / "two.png").read_bytes()  # equal results, equal pictures
@@ -367,15 +366,15 @@ def test_plot_on_the_shell(here: Path, words: str) -> None:
     ],
 )
 def test_bad_input_on_the_shell(here: Path, words: str, message: str) -> None:
-    found = CliRunner().invoke(app, ["plot", *words.split()])
-    assert found.exit_code != 0
-    assert message in found.output
-    assert "Traceback" not in found.output
+    code, said = invoke("plot", *words.split())
+    assert code != 0
+    assert message in said
+    assert "Traceback" not in said
     assert not (here / "plot.png").exists()
     assert not (here / "new").exists()
 
 
 def test_capitals_name_a_format_too(here: Path) -> None:
-    found = CliRunner().invoke(app, ["plot", "run.zarr", "-o", "new/H.PNG", "--dpi", "40"])
-    assert found.exit_code == 0, found.output
+    code, said = invoke("plot", "run.zarr", "-o", "new/H.PNG", "--dpi", "40")
+    assert code == 0, said
     assert (here / "new" / "H.PNG").read_bytes().startswith(b"\x89PNG")

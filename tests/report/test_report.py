@@ -18,11 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
+from support.shelled import invoke
 from torch import nn
-from typer.testing import CliRunner
 
 import pyablate as pa
-from pyablate.cli.app import app
 from pyablate.report.activating import most_activating
 from pyablate.report.curves import curve_charts, sets_by_class
 from pyablate.report.examples import FLIPPED
@@ -452,16 +451,15 @@ def test_another_model_is_refused(result: AblationResult, tmp_path: Path) -> Non
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke
     model, images, labels = pa.demo.load("resnet", limit=40)
     result = pa.ablate(model, (images, labels), ["stem.2"], class_names=pa.demo.CLASSES, audit=0)
     result.save("run.zarr")
     attributes_of(result, 2).reset_index().to_csv("attributes.csv", index=False)
     Path("curve.csv").write_text("layer,fraction,accuracy\na,0,0.9\na,1,0.1\n")
     options = "--model demo:resnet --data demo --limit 40 --attributes attributes.csv"
-    done = run(app, f"report run.zarr -o out/r.html --curves curve.csv {options}".split())
-    assert done.exit_code == 0, done.output
-    assert "Written: out/r.html" in done.output
+    code, said = invoke(*f"report run.zarr -o out/r.html --curves curve.csv {options}".split())
+    assert code == 0, said
+    assert "Written: out/r.html" in said
     data = data_of(Path("out/r.html").read_text())
     assert data["examples"]["activating"].shape == (16, 8)
     assert data["curves"][0]["title"] == "curve.csv"
@@ -475,9 +473,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("report run.zarr --fdr 2", "fdr"),
         ("report run.zarr -o run.zarr", "is a folder"),
     ]:
-        failed = run(app, wrong.split())
-        assert failed.exit_code == 2, wrong
-        assert message in failed.output + failed.stderr, wrong
+        code, said = invoke(*wrong.split())
+        assert code == 2, wrong
+        assert message in said, wrong
 
 
 def test_python_in_the_page_on_reports_runs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -413,14 +412,6 @@ def test_a_label_that_is_no_class():
     wrong[3] = 7
     with pytest.raises(ValueError, match="label 7 of image 3"):
         pa.attributes(model, (images, wrong), which="mean")
-
-
-def test_the_example_in_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "attributes.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(code) == 1
-    exec(compile(code[0].replace("limit=500", "limit=60"), "attributes.md", "exec"), {})
-    assert "P(x > 0)" in capsys.readouterr().out
 
 
 def test_the_documents_list_every_attribute() -> None:
