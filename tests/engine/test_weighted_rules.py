@@ -9,13 +9,17 @@ from torch.nn import functional
 
 from pyablate.engine import weighted_rules
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 _, IMAGES, LABELS = networks.network("residual")
 
 
 def perceptron(wide=96, classes=7, seed=0):
     torch.manual_seed(seed)
     layers = [nn.Linear(12, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(wide, classes)).eval()
+    model = nn.Sequential(*layers, nn.Linear(wide, classes)).eval()
+    model.known_as = "perceptron"
+    return model
 
 
 def data(images=9, classes=7):
@@ -111,7 +115,7 @@ class Body(nn.Module):
 
     def __init__(self, body):
         super().__init__()
-        self.body = body
+        self.body, self.known_as = body, body.__name__
         self.first, self.relu = nn.Conv2d(2, 16, 3, padding=1), nn.ReLU()
         self.second = nn.Conv2d(16, 16, 3, padding=1)
         self.square, self.other = nn.Linear(16, 16), nn.Linear(16, 5)
