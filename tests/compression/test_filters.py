@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import networks
 from support.compressible import Mobile, made
 from support.compressible import images as pictures
 from torch import nn
@@ -15,11 +16,12 @@ import pyablate as pa
 from pyablate import compression
 
 pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    return pa.demo.load("vgg_bn", limit=24)
+    return networks.demo("vgg_bn", 24)
 
 
 @pytest.mark.parametrize("criterion", ["hrank", "taylor", "nisp"])

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.compressible import images, made
+from support import networks
+from support.compressible import Shifted, images, made
 from torch import nn
 from torch.nn import functional
 
@@ -20,11 +21,12 @@ from pyablate.compression._remove import silenced, size
 from pyablate.network.sites import sites
 
 pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    return pa.demo.load("resnet", limit=120)
+    return networks.demo("resnet", 120)
 
 
 def slow(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor, units: Any) -> dict:
@@ -79,15 +81,6 @@ def test_every_point_is_that_of_the_masked_network(shipped: Any) -> None:
 
 
 def test_units_are_held_at_zero_where_removal_is_something_else() -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
-            self.fc = nn.Linear(8, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
-
     model = made(Shifted)
     data = images(40), torch.arange(40) % 5
     ranking = pa.rank(model, data[0], "random")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support.compressible import Dense, Grouped, Mobile, Written, images, made
+from support.compressible import Dense, Grouped, Mobile, Shifted, Written, images, made
 from torch import nn
 
 import pyablate as pa
@@ -83,18 +83,8 @@ def test_the_smaller_network_is_plain_and_the_model_untouched() -> None:
 
 
 def test_what_turns_zero_into_something_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
-            self.fc = nn.Linear(4, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
-
-    torch.manual_seed(0)
     with caplog.at_level(logging.WARNING, logger="pyablate"):
-        removal = pa.remove(Shifted().eval(), ["relu:1"], images())
+        removal = pa.remove(made(Shifted), ["relu:1"], images())
     assert removal.difference > 1e-2
     assert "turns its zero into another number" in caplog.text
 

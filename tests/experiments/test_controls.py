@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import networks
 from support.simulated import simulate
-from torch import nn
 
 import pyablate as pa
 from pyablate.analysis.targets import gini
@@ -125,28 +124,13 @@ def test_what_is_no_result() -> None:
         pa.compare_damage([], result)
 
 
-class OneUnitPerClass(nn.Module):
-    """Unit k speaks for class k, so axes of units are as special as can be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(8, 8)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.eye(8))
-            self.head.bias.zero_()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
-
-
 def test_special_axes_are_told_from_random_ones() -> None:
     torch.manual_seed(0)
     labels = torch.arange(160) % 8
     images = torch.nn.functional.one_hot(labels, 8) * 0.35 + 0.3 * torch.rand(160, 8)
-    found = pa.rotation_control(
-        OneUnitPerClass().eval(), (images, labels), "units", fewest=5, audit=50, progress=False
-    )
+    # Unit k speaks for class k, so axes of units are as special as can be.
+    model = networks.on_inputs(torch.eye(8), torch.zeros(8))
+    found = pa.rotation_control(model, (images, labels), "units", fewest=5, audit=50)
     concentrated = row(found.table, "gini")
     assert concentrated["units"] > 0.85, "at most 1 - 1/8"
     assert concentrated["difference_low"] > 0

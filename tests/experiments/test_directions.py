@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,7 @@ def test_principal_components_are_those_of_the_activations(name: str, layer: str
     model, images, labels = networks.network(name, 20)
     layer = layer or networks.ARCHITECTURES[name].layers[1]
     site = next(site for site in pa.sites(model, images[:2]) if site.name == layer)
-    seen = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[2]))
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    rows = seen[0].movedim(site.axis, -1).flatten(0, -2).double()
+    rows = networks.outputs(model, layer, images).movedim(site.axis, -1).flatten(0, -2).double()
     found = directions.principal_components(model, (images, labels), layer, batch_size=7)[layer]
     values, vectors = np.linalg.eigh(np.cov(rows.T.numpy()))
     assert np.diff(values).min() > 1e-6, "equal variances have no axes of their own"
@@ -46,22 +42,17 @@ def test_principal_components_are_those_of_the_activations(name: str, layer: str
     assert bool((variance[:-1] >= variance[1:]).all())
 
 
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU())
-        self.pool = nn.MaxPool2d(2)
-        self.second = nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.flatten = nn.Flatten()
-        self.head = nn.Linear(4 * 4 * 4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.flatten(self.second(self.pool(self.first(x)))))
-
-
 def chain() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    model = Chain().eval()
+    model = nn.Sequential(
+        OrderedDict(
+            first=nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU()),
+            pool=nn.MaxPool2d(2),
+            second=nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+            flatten=nn.Flatten(),
+            head=nn.Linear(4 * 4 * 4, 3),
+        )
+    ).eval()
     return model, (torch.randn(16, 1, 8, 8), torch.arange(16) % 3)
 
 

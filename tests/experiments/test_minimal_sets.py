@@ -18,29 +18,15 @@ from pyablate.experiments.split import split
 pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
-class Planted(nn.Module):
-    """Class 0 rests on units 1 and 4, either of which is enough; class 1 on unit 2 alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(6, 3)
-        weight = torch.zeros(3, 6)
-        weight[0, 1], weight[0, 4], weight[1, 2], weight[0, 0] = 1.0, 1.1, 1.0, 0.01
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            self.head.bias.copy_(torch.tensor([0.0, 0.0, 0.5]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
-
-
 def planted() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Class 0 rests on units 1 and 4, either of which is enough; class 1 on unit 2 alone."""
+    weight = torch.zeros(3, 6)
+    weight[0, 1], weight[0, 4], weight[1, 2], weight[0, 0] = 1.0, 1.1, 1.0, 0.01
     labels = torch.arange(3).repeat_interleave(8)
     images = torch.zeros(24, 6)
     images[labels == 0] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     images[labels == 1] = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    return Planted().eval(), (images, labels)
+    return networks.on_inputs(weight, torch.tensor([0.0, 0.0, 0.5])), (images, labels)
 
 
 def test_planted_sets_are_found_and_nothing_else() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy import stats
 from support import networks
-from torch import nn
 
 import pyablate as pa
 from pyablate import reference
@@ -83,26 +82,14 @@ def test_the_matrix_is_symmetric(found: pa.Pairs) -> None:
         found.matrix("drop")
 
 
-class Redundant(nn.Module):
-    """Two units say the same, and either alone is enough; the third says nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(3, 2, bias=True)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
-            self.head.bias.copy_(torch.tensor([0.0, 0.5]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
-
-
 def test_units_that_back_each_other_up_interact_fully() -> None:
+    """Two units say the same, and either alone is enough; the third says nothing."""
+    weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    model = networks.on_inputs(weight, torch.tensor([0.0, 0.5]))
     images = torch.ones(6, 3)
     images[4:] = -1.0
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    found = pa.pairs(Redundant().eval(), (images, labels), "units", audit=18, progress=False)
+    found = pa.pairs(model, (images, labels), "units", audit=18)
     assert found.data["drop"].values.tolist() == [0, 0, 0]
     assert found.data["interaction"].values.tolist() == pytest.approx([4 / 6, 0, 0])
     assert found.data["class_interaction"].values.tolist() == [[1, 0], [0, 0], [0, 0]]

@@ -168,18 +168,14 @@ def test_resample_takes_the_donors_own_map() -> None:
     model, images, labels = networks.network("convnext")
     double = copy.deepcopy(model).double()
     donor = donors(6, len(images))
-    hidden: list[Tensor] = []
-    handle = double.first.gelu.register_forward_hook(lambda _m, _i, out: hidden.append(out.clone()))
-    with torch.no_grad():
-        double(images.double())
-    handle.remove()
+    hidden = networks.outputs(double, "first.gelu", images.double())
     got = all_logits(model, (images, labels), "first.gelu", intervention="resample:6")
     for unit in range(14):
 
         def swap(_module: nn.Module, _inputs: object, out: Tensor, unit: int = unit) -> Tensor:
             changed = out.clone()
             for image in range(len(images)):
-                changed[image, :, :, unit] = hidden[0][donor[image], :, :, unit]
+                changed[image, :, :, unit] = hidden[donor[image], :, :, unit]
             return changed
 
         handle = double.first.gelu.register_forward_hook(swap)

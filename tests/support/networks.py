@@ -6,6 +6,7 @@ names three layers that hold units: an early, a middle and a late one.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -542,6 +543,24 @@ def made(model: nn.Module, images: Tensor) -> nn.Module:
     randomise(model, seed=1)
     spread_logits(model, images)
     return model.eval()
+
+
+def outputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What a module puts out, called once."""
+    held: list[Tensor] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _m, _i, output: held.append(output.clone()))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return held[0]
+
+
+def on_inputs(weight: Tensor, bias: Tensor) -> nn.Module:
+    """The units' outputs are the images' own numbers; a linear layer reads them."""
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return nn.Sequential(OrderedDict(units=nn.ReLU(), head=head)).eval()
 
 
 @cache

@@ -25,16 +25,6 @@ needs_captum = pytest.mark.skipif(
 )
 
 
-def outputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    held: list[Tensor] = []
-    module = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda _m, _i, output: held.append(output.clone()))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    return held[0]
-
-
 def plain(bias: bool = False) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A chain of everything that Captum's LRP knows, without biases."""
     torch.manual_seed(1)
@@ -56,7 +46,7 @@ def test_hrank_is_the_mean_rank_of_the_maps():
     assert found["hrank"].attrs["sample"] == 9
     chosen = np.round(np.linspace(0, len(images) - 1, 9)).astype(int)
     for layer in ("body.2", "body.4.relu2"):
-        maps = outputs(model, layer, images[chosen]).numpy()
+        maps = networks.outputs(model, layer, images[chosen]).numpy()
         expected = np.linalg.matrix_rank(maps).mean(axis=0)
         got = found["hrank"].to_numpy()[found["layer"].to_numpy() == layer]
         np.testing.assert_allclose(got, expected, atol=1e-9)
@@ -94,7 +84,7 @@ def test_conductance_by_the_path():
     double, tail = copy.deepcopy(model).double(), copy.deepcopy(model[5:]).double()
     for image, label in zip(images.double(), labels, strict=True):
         path = torch.linspace(0, 1, steps + 1, dtype=torch.float64).reshape(-1, 1, 1, 1) * image
-        h = outputs(double, "4", path)
+        h = networks.outputs(double, "4", path)
         middle = ((h[1:] + h[:-1]) / 2).requires_grad_()
         (gradient,) = torch.autograd.grad(tail(middle)[:, label].sum(), middle)
         total += (gradient * (h[1:] - h[:-1])).sum(dim=(0, 2, 3))
@@ -253,7 +243,7 @@ def test_concept_iou():
     assert found["concept"].to_numpy().tolist() == ["rare", "often", "never"]
     row = 0
     for layer in ("body.2", "body.4.relu2"):
-        maps = outputs(model, layer, images)
+        maps = networks.outputs(model, layer, images)
         large = functional.interpolate(maps, size=(24, 18), mode="bilinear").numpy()
         for c in range(maps.shape[1]):
             values = np.sort(maps[:, c].flatten().numpy())[::-1]
