@@ -22,7 +22,7 @@ def _anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
     for link in links:
         if link.startswith("https://"):
@@ -45,7 +45,7 @@ def _run_page(path: Path, *shorter: tuple[str, str]) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_page(_ROOT / "README.md", ("limit=1000", "limit=100"))  # so that the test is short
     saved = pa.load("run.zarr")
@@ -71,13 +71,7 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_python_in_a_page_runs(
-    page: str,
-    shorter: dict[str, str],
-    defined: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_python_in_a_page_runs(page, shorter, defined, tmp_path, monkeypatch):
     if page == "compression.md":
         pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
@@ -90,9 +84,7 @@ _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.D
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["start.md", "exactness.md"])
-def test_a_page_prints_what_it_says(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_prints_what_it_says(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -106,14 +98,14 @@ def test_a_page_prints_what_it_says(
 
 
 @pytest.mark.slow
-def test_python_in_the_gallery_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_gallery_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     _run_page(_ROOT / "docs" / "gallery.md", ("limit=300", "limit=60"))
     assert (tmp_path / "both.png").exists()
 
 
-def test_every_public_name_is_in_the_api_page() -> None:
+def test_every_public_name_is_in_the_api_page():
     text = (_ROOT / "docs" / "api.md").read_text()
     modules = set(".".join(re.findall(r"auto\w+:: pyablate\.([\w.]+)", text)).split("."))
     named = r"(?:auto(?:function|class|exception)|py:data):: (\w+)"
@@ -123,7 +115,7 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert set(pa.compression.__all__) - set(pa.__all__) - compression == set()
 
 
-def test_every_page_is_in_the_contents() -> None:
+def test_every_page_is_in_the_contents():
     """A page that no table of contents has is not found by anyone."""
     text = (_ROOT / "docs" / "index.md").read_text()
     listed = [
@@ -139,7 +131,7 @@ def test_every_page_is_in_the_contents() -> None:
             assert any(page.with_suffix("").match(pattern) for pattern in listed), page
 
 
-def test_versions_agree() -> None:
+def test_versions_agree():
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert project is not None

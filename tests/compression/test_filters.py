@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -25,7 +23,7 @@ def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("criterion", ["hrank", "taylor", "nisp"])
-def test_units_are_ranked_by_their_attribute(shipped: Any, criterion: str) -> None:
+def test_units_are_ranked_by_their_attribute(shipped, criterion):
     model, x, labels = shipped
     ranking = compression.filter_ranking(model, x[:1], criterion, data=(x, labels))
     table = pa.attributes(model, (x, labels), which=criterion)[criterion]
@@ -37,7 +35,7 @@ def test_units_are_ranked_by_their_attribute(shipped: Any, criterion: str) -> No
         assert np.ptp(mine.scores) > 0
 
 
-def test_units_that_hang_together_get_the_mean() -> None:
+def test_units_that_hang_together_get_the_mean():
     model = pa.demo.network("resnet")
     x, labels = pa.demo.images(12)
     ranking = compression.filter_ranking(model, x[:1], "taylor", data=(x, labels))
@@ -47,7 +45,7 @@ def test_units_that_hang_together_get_the_mean() -> None:
         assert score == pytest.approx(np.mean([float(table.sel(unit=unit)) for unit in one.units]))
 
 
-def test_a_criterion_without_maps_leaves_these_layers_alone() -> None:
+def test_a_criterion_without_maps_leaves_these_layers_alone():
     model, x, labels = pa.demo.load("alexnet", limit=8)
     found = compression.prune_filters(model, x[:1], 0.5, criterion="hrank", data=(x, labels))
     sizes = [m.out_features for m in found.model.modules() if isinstance(m, nn.Linear)]
@@ -57,13 +55,13 @@ def test_a_criterion_without_maps_leaves_these_layers_alone() -> None:
     assert len(found.removed) == 124
 
 
-def test_data_is_asked_for(shipped: Any) -> None:
+def test_data_is_asked_for(shipped):
     model, x, _ = shipped
     with pytest.raises(ValueError, match="data: criterion 'hrank' is measured on images"):
         compression.prune_filters(model, x[:1], 0.5, criterion="hrank")
 
 
-def test_rectified_svd_is_the_best_behind_batch_norm(shipped: Any) -> None:
+def test_rectified_svd_is_the_best_behind_batch_norm(shipped):
     model = shipped[0]
     norm = model.features[12]
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double()[:, None]
@@ -89,7 +87,7 @@ def test_rectified_svd_is_the_best_behind_batch_norm(shipped: Any) -> None:
     torch.testing.assert_close((scale * product).norm(), (scale * weight).norm(), rtol=1e-4, atol=0)
 
 
-def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
+def test_rectified_svd_of_silent_channels_and_other_networks():
     model = made(Mobile)
     with torch.no_grad():
         model.blocks[1].expand[1].weight[0] = 0
@@ -112,7 +110,7 @@ def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
         compression.truncated_svd(Branching(), 0.3, rectify=True)
 
 
-def test_pruning_and_decomposition_is_one_behind_the_other(shipped: Any) -> None:
+def test_pruning_and_decomposition_is_one_behind_the_other(shipped):
     model, x, _ = shipped
     both = compression.prune_and_decompose(model, x[:1], 0.25, 0.3, criterion="bn_scale")
     pruned = compression.prune_filters(model, x[:1], 0.25, criterion="bn_scale")
@@ -123,7 +121,7 @@ def test_pruning_and_decomposition_is_one_behind_the_other(shipped: Any) -> None
     assert both.bits == second.bits < pruned.bits < both.original_bits == pruned.original_bits
 
 
-def test_latency_is_measured_in_turn() -> None:
+def test_latency_is_measured_in_turn():
     turns = []
 
     class Noting(nn.Module):
@@ -153,7 +151,7 @@ def test_latency_is_measured_in_turn() -> None:
         compression.latency(networks, torch.eye(3), repeats=0)
 
 
-def test_filters_of_a_mobile_network() -> None:
+def test_filters_of_a_mobile_network():
     model, x = made(Mobile), pictures(8)
     data = x, torch.arange(8) % 5
     for criterion in compression.filters.CRITERIA:

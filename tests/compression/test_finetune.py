@@ -33,7 +33,7 @@ def shapes() -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["weighted", "equal"])
-def test_gradient_of_the_penalty_against_differences(variant: str) -> None:
+def test_gradient_of_the_penalty_against_differences(variant):
     original, tuned = pooled(0, channels=3).double(), pooled(1, channels=2).double()
     x, target = shapes()[:3].double(), LABELS[:3]
     site, other = map_site(original, x), map_site(tuned, x)
@@ -65,7 +65,7 @@ def test_gradient_of_the_penalty_against_differences(variant: str) -> None:
             assert slope != 0
 
 
-def test_penalty_of_silent_maps_has_a_gradient() -> None:
+def test_penalty_of_silent_maps_has_a_gradient():
     original, tuned = pooled(0), pooled(1)
     with torch.no_grad():
         tuned.conv.bias.fill_(-100)
@@ -76,7 +76,7 @@ def test_penalty_of_silent_maps_has_a_gradient() -> None:
     assert all(torch.isfinite(each.grad).all() for each in tuned.parameters())
 
 
-def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
+def test_penalty_keeps_maps_and_the_rate_is_on_record():
     torch.manual_seed(5)
     original, data = pooled(0, channels=8), (shapes(), LABELS)
     original = compression.finetune(original, data, epochs=30, learning_rate=0.2).model
@@ -103,7 +103,7 @@ def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
     assert state_of(again.model)["values"] == state_of(kept.model)["values"]
 
 
-def test_augmentation_and_frozen_parameters() -> None:
+def test_augmentation_and_frozen_parameters():
     model = pooled(0)
     model.fc.requires_grad_(False)
     seen = []
@@ -135,19 +135,19 @@ def test_augmentation_and_frozen_parameters() -> None:
         ({"model": 3}, TypeError, "model"),
     ],
 )
-def test_bad_input(options: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(options, error, message):
     given = {"model": pooled(0)} | options
     with pytest.raises(error, match=message):
         pa.finetune(given.pop("model"), (shapes(), LABELS), **given)
 
 
-def test_other_classes_are_refused() -> None:
+def test_other_classes_are_refused():
     other = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5))
     with pytest.raises(ValueError, match="original: expected 4 classes"):
         pa.finetune(pooled(0), (shapes(), LABELS), original=other, preserve_attributions=True)
 
 
-def test_soft_pruning_removes_the_smallest_at_last() -> None:
+def test_soft_pruning_removes_the_smallest_at_last():
     pytest.importorskip("torch_pruning")
     model = made(Mobile)
     x, labels = pictures(24), torch.arange(24) % 5
@@ -170,7 +170,7 @@ def test_soft_pruning_removes_the_smallest_at_last() -> None:
         compression.soft_filter_pruning(model, x[:2], (x, labels), 0.5, criterion="taylor")
 
 
-def test_filters_at_zero_train_on() -> None:
+def test_filters_at_zero_train_on():
     pytest.importorskip("torch_pruning")
     model, x, labels = pa.demo.load("vgg_bn", limit=16)
     coupling = Coupling(model, x[:2])

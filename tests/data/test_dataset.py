@@ -19,7 +19,7 @@ from pyablate.data.dataset import Data
 pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
-def test_a_loader_with_batches_of_its_own() -> None:
+def test_a_loader_with_batches_of_its_own():
     model, images, labels = networks.network("residual", 17)
     sampler = BatchSampler(SequentialSampler(range(6)), 4, drop_last=False)
     loader = DataLoader(TensorDataset(images, labels), batch_sampler=sampler)
@@ -28,7 +28,7 @@ def test_a_loader_with_batches_of_its_own() -> None:
     assert result.audit.pairs == 40
 
 
-def test_an_iterable_that_gives_the_same_iterator_twice() -> None:
+def test_an_iterable_that_gives_the_same_iterator_twice():
     class Stubborn:
         def __init__(self, pieces: Iterator[Any]) -> None:
             self.pieces = pieces
@@ -42,7 +42,7 @@ def test_an_iterable_that_gives_the_same_iterator_twice() -> None:
 
 
 @pytest.mark.parametrize("intervention", ["zero", "resample"])
-def test_a_source_that_refills_its_memory(intervention: str) -> None:
+def test_a_source_that_refills_its_memory(intervention):
     model, images, labels = networks.network("residual", 16)
 
     class Refilled:
@@ -58,7 +58,7 @@ def test_a_source_that_refills_its_memory(intervention: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["pair", "loader", "list", "shuffled"])
-def test_parts_of_the_data_are_those_of_the_whole(form: str) -> None:
+def test_parts_of_the_data_are_those_of_the_whole(form):
     _, images, labels = network()
     counting = Counting(images, labels)
     sources: dict[str, Any] = {

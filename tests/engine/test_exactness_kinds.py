@@ -233,14 +233,14 @@ KINDS: dict[str, Kind] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_kinds_agree_with_the_oracle(name: str) -> None:
+def test_kinds_agree_with_the_oracle(name):
     kind = KINDS[name]
     model, images, labels = subject(kind)
     options = {"precision": kind.precision, "intervention": kind.intervention}
     check(model, (images, labels), ["relu1", "relu2"], audit=20, **options)
 
 
-def test_what_is_tiny_behind_a_hard_softmax_counts() -> None:
+def test_what_is_tiny_behind_a_hard_softmax_counts():
     """Base + (after - before) is 0 where after is 1e-20, and the next operator divides by it."""
     parts = (
         Act("LeakyReLU"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,20 +47,20 @@ def compare(
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_changes_equal_the_oracles_on_every_unit(name: str) -> None:
+def test_changes_equal_the_oracles_on_every_unit(name):
     model, images, labels = networks.network(name)
     compare(model, (images, labels), list(networks.ARCHITECTURES[name].layers))
 
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
-def test_every_intervention_in_the_models_own_precision(intervention: str) -> None:
+def test_every_intervention_in_the_models_own_precision(intervention):
     model, images, labels = networks.network("residual")
     layers = list(networks.ARCHITECTURES["residual"].layers)
     compare(model, (images, labels), layers, "fp64", intervention=intervention)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
-def test_every_strategy_and_groups(strategy: str) -> None:
+def test_every_strategy_and_groups(strategy):
     model, images, labels = networks.network("residual")
     early, middle, late = networks.ARCHITECTURES["residual"].layers
     groups = [[f"{early}:0", f"{early}:3"], [f"{early}:1", f"{late}:2", f"{middle}:1"]]
@@ -71,7 +70,7 @@ def test_every_strategy_and_groups(strategy: str) -> None:
     assert ("replay" in ours.strategy.values()) == (strategy == "replay")
 
 
-def test_the_closed_form_counts_pairs_that_it_settles_without_looking() -> None:
+def test_the_closed_form_counts_pairs_that_it_settles_without_looking():
     model, images, labels = networks.demo("vgg_bn", 40)
     units = [f"features.16:{unit}" for unit in range(0, 128, 16)]
     ours, _ = compare(model, (images, labels), units)
@@ -82,7 +81,7 @@ def test_the_closed_form_counts_pairs_that_it_settles_without_looking() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "fp32"])
-def test_the_stated_accuracy_is_the_accuracy(precision: str) -> None:
+def test_the_stated_accuracy_is_the_accuracy(precision):
     """With all pairs audited, the stated error is that of the sums."""
     model, images, labels = networks.network("residual")
     layers = list(networks.ARCHITECTURES["residual"].layers)[:2]
@@ -109,7 +108,7 @@ def test_the_stated_accuracy_is_the_accuracy(precision: str) -> None:
         assert str(accuracy.pairs) in str(accuracy).replace(",", "")
 
 
-def test_losses_are_those_of_pytorch() -> None:
+def test_losses_are_those_of_pytorch():
     """One unit by hand: a hook, a forward pass, torch's own cross-entropy."""
     model, images, labels = networks.network("residual")
     layer = networks.ARCHITECTURES["residual"].layers[0]
@@ -133,7 +132,7 @@ def test_losses_are_those_of_pytorch() -> None:
         assert result.class_loss_change[0, k] == pytest.approx(expected, rel=0.05, abs=1e-3)
 
 
-def test_flips_are_the_same_with_and_without() -> None:
+def test_flips_are_the_same_with_and_without():
     model, images, labels = networks.network("dense")
     layers = list(networks.ARCHITECTURES["dense"].layers)[1:]
     plain = pa.ablate(model, (images, labels), layers, progress=False)
@@ -143,7 +142,7 @@ def test_flips_are_the_same_with_and_without() -> None:
     assert plain.measures == {}
 
 
-def test_batches_do_not_matter() -> None:
+def test_batches_do_not_matter():
     model, images, labels = networks.network("residual")
     one, many = (
         pa.ablate(
@@ -163,7 +162,7 @@ def test_batches_do_not_matter() -> None:
         )
 
 
-def test_a_result_carries_them_everywhere(tmp_path: Path) -> None:
+def test_a_result_carries_them_everywhere(tmp_path):
     model, images, labels = networks.network("residual")
     result = pa.ablate(model, (images, labels), measures=BOTH, progress=False)
     result.save(tmp_path / "run.zarr")
@@ -183,7 +182,7 @@ def test_a_result_carries_them_everywhere(tmp_path: Path) -> None:
     assert {"loss_change", "margin_change"} <= set(found["target"])
 
 
-def test_a_class_without_images_has_no_mean() -> None:
+def test_a_class_without_images_has_no_mean():
     model, images, labels = networks.network("residual")
     kept = labels != 0
     result = pa.ablate(model, (images[kept], labels[kept]), measures=["loss"], progress=False)
@@ -192,7 +191,7 @@ def test_a_class_without_images_has_no_mean() -> None:
     assert np.isfinite(result.loss_change).all()
 
 
-def test_what_was_not_recorded_is_refused_by_name() -> None:
+def test_what_was_not_recorded_is_refused_by_name():
     model, images, labels = networks.network("residual")
     result = pa.ablate(model, (images, labels), measures=["margin"], progress=False)
     with pytest.raises(ValueError, match='ablate with measures=\\["loss"\\]'):
@@ -202,7 +201,7 @@ def test_what_was_not_recorded_is_refused_by_name() -> None:
         pa.correlate(result, attribute, targets="loss_change")
 
 
-def test_accuracies_add_up() -> None:
+def test_accuracies_add_up():
     draw = np.random.default_rng(0)
     change, error = draw.normal(size=(2, 50))
     parts = Accuracy.of(change[:20], error[:20]) + Accuracy.of(change[20:], error[20:])
@@ -214,7 +213,7 @@ def test_accuracies_add_up() -> None:
     assert str(Accuracy()) == "not audited"
 
 
-def test_the_shell_records_and_states_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shell_records_and_states_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ["run", "demo:alexnet", "--data", "demo", "--limit", "20", "--layers", "features.11"]
     code, said = invoke(*run, "--measures", "loss")

@@ -147,7 +147,7 @@ BEHIND: dict[str, networks.Operator] = {
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(name: str) -> None:
+def test_operator(name):
     images, labels = networks.network("residual", 12)[1:]
     model = networks.made(networks.Between(OPERATORS[name], nn.GELU()), images)
     result = check(model, (images, labels), ["relu", "behind"], ties=0.02)
@@ -158,7 +158,7 @@ def test_operator(name: str) -> None:
 @pytest.mark.usefixtures("exports_kept")
 @pytest.mark.parametrize("memory", [None, 16])  # 16 bytes: one pair at a time
 @pytest.mark.parametrize("name", BEHIND)
-def test_tensors_that_share_memory_or_repeat(name: str, memory: int | None) -> None:
+def test_tensors_that_share_memory_or_repeat(name, memory):
     images, labels = networks.network("residual", 7)[1:]
     model = networks.made(networks.Between(behind=BEHIND[name]), images)
     model.known_as = name
@@ -193,7 +193,7 @@ class PoolsOverUnits(nn.Module):
         (lambda y: functional.avg_pool1d(y, 3, 1, 1), True),
     ],
 )
-def test_pools_over_units(pool: networks.Operator, flat: bool) -> None:
+def test_pools_over_units(pool, flat):
     images, labels = networks.network("residual", 17)[1:]
     check(networks.made(PoolsOverUnits(pool, flat), images), (images, labels))
 
@@ -210,7 +210,7 @@ class OneMapForAll(nn.Module):
         return self.head((self.conv2(y) + y).relu().mean(dim=(2, 3)))
 
 
-def test_one_map_added_to_all_channels() -> None:
+def test_one_map_added_to_all_channels():
     images, labels = networks.network("residual", 17)[1:]
     check(networks.made(OneMapForAll(), images), (images, labels), "relu")
 
@@ -231,7 +231,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_recurrent_layers(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers(kind):
     images, labels = networks.network("residual", 12)[1:]
     check(networks.made(Recurrent(kind), images), (images, labels))
 
@@ -246,7 +246,7 @@ def _(y: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-def test_an_operator_that_gives_another_shape_than_it_promises_runs_by_replay() -> None:
+def test_an_operator_that_gives_another_shape_than_it_promises_runs_by_replay():
     images, labels = networks.network("residual", 12)[1:]
     model = networks.made(networks.Between(lambda y: turned(turned(y)), nn.GELU()), images)
     result = check(model, (images, labels), ["relu"], ties=0.02)
@@ -264,7 +264,7 @@ OUTPUTS: dict[str, networks.Operator] = {
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_what_the_network_puts_out(name: str) -> None:
+def test_what_the_network_puts_out(name):
     inner, images, labels = networks.network("residual", 12)
 
     class Outer(nn.Module):

@@ -28,7 +28,7 @@ def same_axes(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(("name", "layer"), [("residual", "body.3"), ("vit", None)])
-def test_principal_components_are_those_of_the_activations(name: str, layer: str | None) -> None:
+def test_principal_components_are_those_of_the_activations(name, layer):
     model, images, labels = networks.network(name, 20)
     layer = layer or networks.ARCHITECTURES[name].layers[1]
     site = next(site for site in pa.sites(model, images[:2]) if site.name == layer)
@@ -56,7 +56,7 @@ def chain() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return model, (torch.randn(16, 1, 8, 8), torch.arange(16) % 3)
 
 
-def test_next_weights_are_those_that_read_the_layer() -> None:
+def test_next_weights_are_those_that_read_the_layer():
     model, data = chain()
     found = directions.next_weights(model, data, ["first", "second"])
     conv = model.get_submodule("second.0").weight.detach().double()
@@ -70,7 +70,7 @@ def test_next_weights_are_those_that_read_the_layer() -> None:
     assert bool((heard[:-1] >= heard[1:]).all())
 
 
-def test_directions_can_be_ablated() -> None:
+def test_directions_can_be_ablated():
     model, data = chain()
     for found in (
         directions.principal_components(model, data, "first"),
@@ -82,7 +82,7 @@ def test_directions_can_be_ablated() -> None:
         assert len(result.units) == found["first"].shape[1]
 
 
-def test_rotations_are_different_orthogonal_and_seeded() -> None:
+def test_rotations_are_different_orthogonal_and_seeded():
     model, data = chain()
     found = directions.rotations(model, data, ["first", "second"], count=3, seed=1)
     assert {name: tuple(m.shape) for name, m in found.items()} == {
@@ -98,7 +98,7 @@ def test_rotations_are_different_orthogonal_and_seeded() -> None:
     assert not torch.allclose(found["first"], other["first"])
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments():
     model, data = chain()
     with pytest.raises(ValueError, match="count: expected at least 1"):
         directions.rotations(model, data, "first", count=0)
@@ -112,7 +112,7 @@ def test_bad_arguments() -> None:
             function("model", data, "first")
 
 
-def test_what_no_weights_read_is_refused() -> None:
+def test_what_no_weights_read_is_refused():
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -29,7 +29,7 @@ def planted() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return networks.on_inputs(weight, torch.tensor([0.0, 0.0, 0.5])), (images, labels)
 
 
-def test_planted_sets_are_found_and_nothing_else() -> None:
+def test_planted_sets_are_found_and_nothing_else():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
     table = found.table.set_index("class")
@@ -42,14 +42,14 @@ def test_planted_sets_are_found_and_nothing_else() -> None:
     assert found.chance == pytest.approx(1 / 3)
 
 
-def test_without_pruning_the_order_of_the_single_drops_is_kept() -> None:
+def test_without_pruning_the_order_of_the_single_drops_is_kept():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", classes="0", prune=False, audit=0, progress=False)
     # No unit alone harms the class: units come in their order until both are in.
     assert found.table["units"][0] == tuple(f"units:{unit}" for unit in range(5))
 
 
-def test_figures_are_those_of_full_forward_passes() -> None:
+def test_figures_are_those_of_full_forward_passes():
     model, images, labels = networks.network("residual", 60)
     options: dict[str, Any] = {"audit": 20, "progress": False}
     found = pa.minimal_sets(model, (images, labels), "body.3", seed=2, chance=0.3, **options)
@@ -77,7 +77,7 @@ def test_figures_are_those_of_full_forward_passes() -> None:
     assert found.result.audit.mismatches + found.result.audit.mended == 0
 
 
-def test_what_cannot_be_lost_says_so_with_the_most_harmful_set() -> None:
+def test_what_cannot_be_lost_says_so_with_the_most_harmful_set():
     model, images, labels = networks.network("residual", 40)
     found = pa.minimal_sets(
         model, (images, labels), "body.3", chance=0.0, largest=1, audit=0, progress=False
@@ -104,7 +104,7 @@ def test_what_cannot_be_lost_says_so_with_the_most_harmful_set() -> None:
         ({"layers": "unit"}, "units"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments(options, message):
     model, data = planted()
     with pytest.raises(ValueError, match=message):
         pa.minimal_sets(model, data, **({"layers": "units", "progress": False} | options))

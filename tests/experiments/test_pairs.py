@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ def found() -> pa.Pairs:
     return pa.pairs(model, (images, labels), LAYER, audit=30, progress=False)
 
 
-def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
+def test_interactions_are_joint_minus_single_drops(found):
     model, images, labels = networks.network("residual", 40)
     names = [f"{LAYER}:{unit}" for unit in range(8)]
     pairs = list(itertools.combinations(names, 2))
@@ -62,14 +61,14 @@ def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
     assert found.result.audit.mismatches + found.result.audit.mended == 0
 
 
-def test_single_drops_stand_beside_them(found: pa.Pairs) -> None:
+def test_single_drops_stand_beside_them(found):
     model, images, labels = networks.network("residual", 40)
     alone = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     np.testing.assert_array_equal(found.data["drop"], alone.accuracy_drop)
     np.testing.assert_array_equal(found.data["class_drop"], alone.class_accuracy_drop)
 
 
-def test_the_matrix_is_symmetric(found: pa.Pairs) -> None:
+def test_the_matrix_is_symmetric(found):
     square = found.matrix()
     np.testing.assert_array_equal(square, square.T)
     assert np.isnan(np.diag(square)).all()
@@ -82,7 +81,7 @@ def test_the_matrix_is_symmetric(found: pa.Pairs) -> None:
         found.matrix("drop")
 
 
-def test_units_that_back_each_other_up_interact_fully() -> None:
+def test_units_that_back_each_other_up_interact_fully():
     """Two units say the same, and either alone is enough; the third says nothing."""
     weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     model = networks.on_inputs(weight, torch.tensor([0.0, 0.5]))
@@ -96,7 +95,7 @@ def test_units_that_back_each_other_up_interact_fully() -> None:
     assert found.data["more"].values.tolist() == [4, 0, 0]
 
 
-def test_only_some_units() -> None:
+def test_only_some_units():
     model, images, labels = networks.network("residual", 12)
     few = pa.pairs(model, (images, labels), LAYER, units=[7, 2, 4], audit=0, progress=False)
     assert few.data["unit"].values.tolist() == [f"{LAYER}:{unit}" for unit in (2, 4, 7)]
@@ -114,13 +113,13 @@ def test_only_some_units() -> None:
         ({"intervention": "direction"}, "not in groups"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments(options, message):
     model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match=message):
         pa.pairs(model, (images, labels), **({"layer": LAYER, "progress": False} | options))
 
 
-def test_a_plan_of_pairs_counts_what_is_live() -> None:
+def test_a_plan_of_pairs_counts_what_is_live():
     model, images, labels = networks.network("residual", 12)
     groups = [[f"{LAYER}:1", f"{LAYER}:2"], [f"{LAYER}:3", f"{LAYER}:4"]]
     row = pa.plan(model, (images, labels), groups=groups).table.iloc[0]

@@ -45,9 +45,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def test_damaged_unfinished_runs(
-    unfinished: Path, expected: pa.AblationResult, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_damaged_unfinished_runs(unfinished, expected, tmp_path_factory):
     store = tmp_path_factory.mktemp("resumed") / "run.zarr"
     files = sorted(str(p.relative_to(unfinished)) for p in unfinished.rglob("*") if p.is_file())
     assert len(files) > 3

@@ -100,7 +100,7 @@ SOUND = {
 EXAMPLES = {"cumulative": 1, "pairs": 1, "prune": 2, "compare": 2, "report": 2, "plot": 2}
 
 
-def test_random_words(here: Path) -> None:
+def test_random_words(here):
     @settings_for(25)
     @given(st.data())
     def check(data: st.DataObject) -> None:
@@ -112,7 +112,7 @@ def test_random_words(here: Path) -> None:
 
 
 @pytest.mark.parametrize("command", SOUND)
-def test_sound_commands_with_random_options(here: Path, command: str) -> None:
+def test_sound_commands_with_random_options(here, command):
     sound = SOUND[command]
     if command == "merge":
         for number in (1, 2):

@@ -129,7 +129,7 @@ DAMAGED: list[tuple[Damage, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGED)))
-def test_a_damaged_store_is_refused(store: Path, number: int) -> None:
+def test_a_damaged_store_is_refused(store, number):
     damage, said = DAMAGED[number]
     check_folder(store)
     damage(store)
@@ -137,13 +137,13 @@ def test_a_damaged_store_is_refused(store: Path, number: int) -> None:
         pa.load(store)
 
 
-def test_a_store_may_be_reached_through_a_link(store: Path) -> None:
+def test_a_store_may_be_reached_through_a_link(store):
     link = store.parent / "latest.zarr"
     link.symlink_to(store)
     assert len(pa.load(link).units) == 3
 
 
-def test_a_store_with_a_link_is_not_replaced(store: Path) -> None:
+def test_a_store_with_a_link_is_not_replaced(store):
     outside = store.parent / "outside"
     outside.mkdir()
     (outside / "precious.txt").write_text("kept")
@@ -156,7 +156,7 @@ def test_a_store_with_a_link_is_not_replaced(store: Path) -> None:
     assert len(pa.load(store).units) == 3
 
 
-def test_names_in_a_store_are_no_paths(store: Path, tmp_path: Path) -> None:
+def test_names_in_a_store_are_no_paths(store, tmp_path):
     """Layer and class names go into columns, never into file names."""
     unseal(store)
     metadata = json.loads((store / "zarr.json").read_text())
@@ -171,14 +171,14 @@ def test_names_in_a_store_are_no_paths(store: Path, tmp_path: Path) -> None:
     assert all(path.is_relative_to(tmp_path / "again.zarr") for path in made)
 
 
-def test_metadata_that_are_too_long(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_that_are_too_long(store, monkeypatch):
     size = (store / "label" / "zarr.json").stat().st_size
     monkeypatch.setattr("pyablate.io.zarr_check.MAX_METADATA", size - 1)
     with pytest.raises(OSError, match=f"expected at most {size - 1} bytes of metadata"):
         pa.load(store)
 
 
-def test_many_claims_count_together(tmp_path: Path) -> None:
+def test_many_claims_count_together(tmp_path):
     group = zarr.open_group(tmp_path / "table.zarr", mode="w")
     for number in range(20):
         group.create_array(f"a{number}", shape=1 << 20, dtype="f8")
@@ -186,9 +186,7 @@ def test_many_claims_count_together(tmp_path: Path) -> None:
         check_folder(tmp_path / "table.zarr")
 
 
-def test_arrays_that_would_not_fit_into_memory(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arrays_that_would_not_fit_into_memory(store, monkeypatch):
     draw = np.random.default_rng(0)
     store = store.with_name("large.zarr")
     group = zarr.open_group(store, mode="w")
@@ -199,7 +197,7 @@ def test_arrays_that_would_not_fit_into_memory(
         check_folder(store)
 
 
-def test_results_of_nothing_but_zeros_come_back(tmp_path: Path) -> None:
+def test_results_of_nothing_but_zeros_come_back(tmp_path):
     """Their chunks are written all the same: one layer, one class, no flips."""
     draw = np.random.default_rng(0)
     made = simulate(np.zeros((3, 2)), 1.0, 4, draw, ["x"] * 3)
@@ -208,7 +206,7 @@ def test_results_of_nothing_but_zeros_come_back(tmp_path: Path) -> None:
     assert (pa.load(tmp_path / "run.zarr").labels == 0).all()
 
 
-def test_nothing_that_our_codec_can_pack_is_refused(tmp_path: Path) -> None:
+def test_nothing_that_our_codec_can_pack_is_refused(tmp_path):
     """Constant numbers are what Zstandard packs best."""
     for number in (0, 7):
         path = tmp_path / f"{number}.zarr"
@@ -240,7 +238,7 @@ def soon() -> Iterator[None]:
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("name", ["zarr.json", "label/zarr.json", "label/c/0", "extra", ".zattrs"])
 @pytest.mark.parametrize("read", [pa.load, read_table, check_place, pa.AblationResult.save])
-def test_a_pipe_in_a_store(store: Path, name: str, read: Callable[..., object]) -> None:
+def test_a_pipe_in_a_store(store, name, read):
     loaded = pa.load(store)
     (store / name).unlink(missing_ok=True)
     os.mkfifo(store / name)
@@ -279,7 +277,7 @@ def test_a_pipe_in_a_store(store: Path, name: str, read: Callable[..., object]) 
         "sensitivity demo:vgg_bn --data demo --limit 8 --csv pipe.csv",
     ],
 )
-def test_a_pipe_where_a_file_is_expected(store: Path, words: str) -> None:
+def test_a_pipe_where_a_file_is_expected(store, words):
     np.savez("plain.npz", images=np.zeros((1, 28, 28), np.float32), labels=np.zeros(1, int))
     for suffix in ("", ".npz", ".npy", ".safetensors", ".pt2", ".zarr", ".csv"):
         os.mkfifo(f"pipe{suffix}")

@@ -92,7 +92,7 @@ def faults(source: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_can_run_what_it_reads(path: Path) -> None:
+def test_no_module_can_run_what_it_reads(path):
     assert faults(path.read_text(), path.name) == []
 
 
@@ -113,7 +113,7 @@ def test_no_module_can_run_what_it_reads(path: Path) -> None:
         "archive.extractall()",
     ],
 )
-def test_the_search_would_find_it(line: str) -> None:
+def test_the_search_would_find_it(line):
     assert faults(line, "store.py") != []
 
 
@@ -204,7 +204,7 @@ PICKLES: dict[str, tuple[str, Writer, Reader]] = {
 
 
 @pytest.mark.parametrize("kind", PICKLES)
-def test_a_pickle_is_never_run(kind: str, tmp_path: Path, trap: Path) -> None:
+def test_a_pickle_is_never_run(kind, tmp_path, trap):
     name, write, read = PICKLES[kind]
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     write(tmp_path / name, Touch(trap))
@@ -214,7 +214,7 @@ def test_a_pickle_is_never_run(kind: str, tmp_path: Path, trap: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_pickle_would_have_run(tmp_path: Path, trap: Path) -> None:
+def test_the_pickle_would_have_run(tmp_path, trap):
     pickle.loads(pickle.dumps(Touch(trap)))
     assert trap.exists()
 
@@ -223,9 +223,7 @@ def test_the_pickle_would_have_run(tmp_path: Path, trap: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["evil.py", "evil", "./evil:make", "evil.pt2"])
-def test_code_is_imported_only_under_a_module_name(
-    model: str, tmp_path: Path, trap: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_is_imported_only_under_a_module_name(model, tmp_path, trap, monkeypatch):
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     shutil.copy(tmp_path / "evil.py", tmp_path / "evil.pt2")
     monkeypatch.chdir(tmp_path)
@@ -233,7 +231,7 @@ def test_code_is_imported_only_under_a_module_name(
     assert not trap.exists()
 
 
-def test_data_folders_are_no_import_path(tmp_path: Path, trap: Path) -> None:
+def test_data_folders_are_no_import_path(tmp_path, trap):
     folder = tmp_path / "photos"
     (folder / "cat").mkdir(parents=True)
     Image.new("L", (1, 1)).save(folder / "cat" / "a.png")

@@ -33,14 +33,14 @@ def photos(folder: Path, content: bytes | tuple[int, int], name: str = "a.png") 
 
 
 @pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1)])
-def test_a_strip_that_scaling_would_blow_up(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_strip_that_scaling_would_blow_up(tmp_path, size):
     folder = photos(tmp_path, size)
     assert (folder / "cat" / "a.png").stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"data: '.*a.png' is too large: .* after scaling"):
         list(load_data(folder, size=224).batches)
 
 
-def test_a_strip_within_the_limit_is_scaled(tmp_path: Path) -> None:
+def test_a_strip_within_the_limit_is_scaled(tmp_path):
     images, _ = next(iter(load_data(photos(tmp_path, (2, 3000)), size=16).batches))
     assert images.shape == (1, 1, 16, 16)
     assert bool((images == 1).all())
@@ -55,9 +55,7 @@ SHORTAGES: list[tuple[str, Callable[[], Exception]]] = [
 
 
 @pytest.mark.parametrize(("step", "error"), SHORTAGES)
-def test_no_memory_for_an_image_names_the_file(
-    step: str, error: Callable[[], Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_an_image_names_the_file(step, error, tmp_path, monkeypatch):
     data = load_data(photos(tmp_path, (8, 8)), size=8)
 
     def fail(*_: Any) -> None:
@@ -68,7 +66,7 @@ def test_no_memory_for_an_image_names_the_file(
         list(data.batches)
 
 
-def test_scaling_answers_as_torchvision_does(tmp_path: Path) -> None:
+def test_scaling_answers_as_torchvision_does(tmp_path):
     """The check of sizes comes before the work and changes none of it."""
     folder = photos(tmp_path, (37, 23))
     draw = torch.Generator().manual_seed(0)
@@ -97,14 +95,12 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(9_500, 9_500), (100_000, 100_000), (1, 2_000_000_000)])
-def test_an_image_that_claims_too_much(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_image_that_claims_too_much(tmp_path, size):
     with pytest.raises(ValueError, match=r"data: '.*a.png' is too large"):
         list(load_data(photos(tmp_path, png_header(*size))).batches)
 
 
-def test_a_long_animation_is_its_first_frame(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_animation_is_its_first_frame(tmp_path, monkeypatch):
     frames = [Image.new("L", (8, 8), 255 * (n > 0)) for n in range(200)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=10)
@@ -121,7 +117,7 @@ def test_a_long_animation_is_its_first_frame(
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif", "ppm", "gif"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.9])
-def test_truncated_images(tmp_path: Path, suffix: str, keep: float) -> None:
+def test_truncated_images(tmp_path, suffix, keep):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     kinds = {"jpg": "JPEG", "tif": "TIFF"}
@@ -132,7 +128,7 @@ def test_truncated_images(tmp_path: Path, suffix: str, keep: float) -> None:
         list(load_data(folder).batches)
 
 
-def test_the_limit_of_pixels_is_pillows_own() -> None:
+def test_the_limit_of_pixels_is_pillows_own():
     assert Image.MAX_IMAGE_PIXELS == image_folder.MAX_PIXELS
 
 
@@ -148,7 +144,7 @@ def npy_header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
 
 
 @pytest.mark.parametrize("shape", [(1 << 60,), (1 << 34, 28, 28), (1 << 62, 1 << 62)])
-def test_arrays_that_claim_too_much(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_arrays_that_claim_too_much(tmp_path, shape):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images.npy", npy_header(shape))
         archive.writestr("labels.npy", npy_header((3,), "<i8") + bytes(24))
@@ -160,9 +156,7 @@ def test_arrays_that_claim_too_much(tmp_path: Path, shape: tuple[int, ...]) -> N
         load_data(tmp_path / "b.npz", labels=tmp_path / "labels.npy")
 
 
-def test_a_checkpoint_that_unpacks_to_too_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_unpacks_to_too_much(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"")
         archive.writestr("a/data/0", bytes(1 << 20))

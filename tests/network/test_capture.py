@@ -20,7 +20,7 @@ IN_PLACE = (Act("ELU", inplace=True), Conv(out=4), Act("ReLU"))
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
 @pytest.mark.parametrize("double", [False, True])
-def test_a_network_that_works_in_place_on_its_input(strategy: str, double: bool) -> None:
+def test_a_network_that_works_in_place_on_its_input(strategy, double):
     """Each pass changed the images that the next one saw, in the oracle and in float64 runs."""
     network = Network(parts=IN_PLACE, shape=(2, 5, 4), classes=4, seed=254)
     case = Case(network, images=8, double=double, strategy=strategy, intervention="mean")
@@ -29,7 +29,7 @@ def test_a_network_that_works_in_place_on_its_input(strategy: str, double: bool)
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_network_that_works_in_place_on_its_input_leaves_the_images_alone(double: bool) -> None:
+def test_a_network_that_works_in_place_on_its_input_leaves_the_images_alone(double):
     model, images, labels = Case(Network(IN_PLACE, classes=4), images=8, double=double).subject()
     before = images.clone()
     pa.ablate(model, (images, labels))
@@ -40,9 +40,7 @@ def test_a_network_that_works_in_place_on_its_input_leaves_the_images_alone(doub
 
 
 @pytest.mark.parametrize("name", ["ReLU", "Hardswish"])
-def test_a_network_that_works_in_place_on_its_own_shortcut(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_network_that_works_in_place_on_its_own_shortcut(name, caplog):
     """The shortcut reads what the branch has changed; captured, it read what was there before."""
     branch = Residual(inner=(Act(name, inplace=True), Conv(out=4)), operation="sub")
     check_case(Case(Network((Conv(out=4), branch), classes=4, seed=3), images=24))
@@ -50,7 +48,7 @@ def test_a_network_that_works_in_place_on_its_own_shortcut(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
-def test_a_compiled_network_is_taken_as_it_was() -> None:
+def test_a_compiled_network_is_taken_as_it_was():
     model, images, labels = Case(Network((Conv(out=4), Act("ReLU")), classes=4), images=8).subject()
     plain = pa.ablate(model, (images, labels))
     compiled = pa.ablate(torch.compile(model), (images, labels))
@@ -59,9 +57,7 @@ def test_a_compiled_network_is_taken_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["routed", "guarded"])
-def test_what_defeats_export_is_replayed_and_says_so(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_defeats_export_is_replayed_and_says_so(name, caplog):
     model, images, labels = networks.network(name)
     with caplog.at_level(logging.WARNING, logger="pyablate"):
         result = check(model, (images, labels), ["*"])
@@ -70,7 +66,7 @@ def test_what_defeats_export_is_replayed_and_says_so(
     assert any("replay" in record.message for record in caplog.records)
 
 
-def test_a_network_that_counts_its_calls_is_replayed() -> None:
+def test_a_network_that_counts_its_calls_is_replayed():
     """What changes other state than the images must not be captured as if it stood still."""
 
     class Counting(nn.Module):
@@ -101,9 +97,7 @@ class HalfPart(networks.Between):
 
 @pytest.mark.parametrize("behind", [None, nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_networks_that_round_to_half_precision_run_by_replay(
-    dtype: torch.dtype, behind: networks.Operator | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_networks_that_round_to_half_precision_run_by_replay(dtype, behind, caplog):
     """The network rounds the average of what is left, not the average of a difference."""
     torch.manual_seed(1)
     _, images, labels = networks.network("residual", 10)
@@ -112,7 +106,7 @@ def test_networks_that_round_to_half_precision_run_by_replay(
     assert "half precision" in caplog.text
 
 
-def test_complex_parameters_stay_complex() -> None:
+def test_complex_parameters_stay_complex():
     """Casting them to float32 would drop their imaginary parts."""
 
     class Fourier(nn.Module):

@@ -37,7 +37,7 @@ def _data(images: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 1, 6, 6, generator=generator), torch.arange(images) % 4
 
 
-def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one() -> None:
+def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
     right = reference.ablate(model, data, "*")
@@ -54,7 +54,7 @@ def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one() -> None:
     assert hook_loop_seconds(model, data, chosen, units=100, result=wrong).disagreements > 0
 
 
-def test_few_units_and_images_are_scaled_to_all() -> None:
+def test_few_units_and_images_are_scaled_to_all():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
     timing = hook_loop_seconds(model, data, chosen, units=2, images=6)
@@ -64,7 +64,7 @@ def test_few_units_and_images_are_scaled_to_all() -> None:
     assert timing.pairs_compared == 0
 
 
-def test_batches_count_like_tensors() -> None:
+def test_batches_count_like_tensors():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
     result = reference.ablate(model, data, "*")
@@ -75,7 +75,7 @@ def test_batches_count_like_tensors() -> None:
     assert timing.disagreements == 0
 
 
-def test_the_model_is_untouched() -> None:
+def test_the_model_is_untouched():
     model, data = _network().train(), _data()
     before = state_of(model)
     strides = [parameter.stride() for parameter in model.parameters()]
@@ -95,7 +95,7 @@ class _Aliases(nn.Module):
         return self.same(x) + x
 
 
-def test_silencing_an_alias_leaves_the_original_alone() -> None:
+def test_silencing_an_alias_leaves_the_original_alone():
     x = torch.tensor([[-1.0, -5.0, -2.0]] * 4)
     site = Site("same", "same", None, 3, 1, (3,), "layer")
     units = pd.DataFrame({"label": ["same:1"], "layer": ["same"], "unit": [1]})
@@ -117,7 +117,7 @@ def test_silencing_an_alias_leaves_the_original_alone() -> None:
         ({"data": []}, "data: expected at least one image, got none"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_named(arguments, message):
     model, data = _network(), _data()
     given = {"data": data, "sites": select(sites(model, data[0]), "*"), **arguments}
     with pytest.raises(ValueError, match=message):

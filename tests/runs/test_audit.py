@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,14 +73,8 @@ def mismatches(result: pa.AblationResult, case: Case) -> int:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.usefixtures("late")
 def test_a_fault_seen_late_is_mended_everywhere(
-    case: Case,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    precisions: list[torch.dtype],
-    strategy: str,
-    kept: bool,
-) -> None:
+    case, monkeypatch, caplog, tmp_path, precisions, strategy, kept
+):
     sound = ablate(case, measures=["loss"], precision="fp64")
     assert sound.strategy == {"1": "delta", "3": "closed form"}
     assert sound.audit == Audit(16 * (IMAGES - LATE), 0)
@@ -106,16 +99,14 @@ def test_a_fault_seen_late_is_mended_everywhere(
         assert pa.load(place).audit == result.audit
 
 
-def test_the_faults_are_seen_by_nobody_without_an_audit(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_faults_are_seen_by_nobody_without_an_audit(case, monkeypatch):
     break_relu(monkeypatch.setitem, torch.float32)
     result = ablate(case, audit=0)
     assert mismatches(result, case) > 0
     assert result.strategy["1"] == "delta"
 
 
-def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch):
     """One that its calibration misses."""
 
     def learn(ladder: Ladder, tier: torch.dtype, *_: object) -> None:
@@ -133,9 +124,7 @@ def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("late")
-def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(case, monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)  # unfinished blocks are written down too
     break_relu(monkeypatch.setitem, torch.float32)
     ablate(case, output=tmp_path / "whole.zarr")
@@ -151,9 +140,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("late")
-def test_what_was_begun_with_less_care_is_begun_anew(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_was_begun_with_less_care_is_begun_anew(case, monkeypatch, tmp_path):
     """As where one process was in the midst of a block when another one found the fault."""
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)
     break_relu(monkeypatch.setitem, torch.float32)
@@ -170,9 +157,7 @@ def test_what_was_begun_with_less_care_is_begun_anew(
 
 
 @pytest.mark.usefixtures("late")
-def test_a_block_done_in_parts_is_done_with_one_care(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_block_done_in_parts_is_done_with_one_care(case, monkeypatch, tmp_path):
     break_relu(monkeypatch.setitem, torch.float32)
     place = tmp_path / "run.zarr"
     with pytest.raises(Killed):
@@ -202,7 +187,7 @@ def fickle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
 @pytest.mark.usefixtures("fickle")
-def test_what_stays_is_an_error_that_names_it(case: Case, tmp_path: Path, strategy: str) -> None:
+def test_what_stays_is_an_error_that_names_it(case, tmp_path, strategy):
     place = tmp_path / "run.zarr"
     with pytest.raises(pa.AuditError) as caught:
         ablate(case, strategy=strategy, output=place)
@@ -217,7 +202,7 @@ def test_what_stays_is_an_error_that_names_it(case: Case, tmp_path: Path, strate
 
 
 @pytest.mark.usefixtures("fickle")
-def test_in_memory_too(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_in_memory_too(case, caplog):
     with pytest.raises(pa.AuditError, match="unit 1:3"):
         ablate(case, strategy="replay")
     result = ablate(case, strategy="replay", on_mismatch="warn")
@@ -225,9 +210,7 @@ def test_in_memory_too(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     assert any(record.levelno == logging.ERROR for record in caplog.records)
 
 
-def test_a_fault_of_the_clean_run_is_no_layer_s(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_the_clean_run_is_no_layer_s(case, monkeypatch):
     real = clean_run._predict
 
     def predict(*arguments: Any) -> Tensor:
@@ -239,9 +222,7 @@ def test_a_fault_of_the_clean_run_is_no_layer_s(
 
 
 @pytest.mark.usefixtures("late")
-def test_parts_that_were_computed_otherwise_say_so(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_parts_that_were_computed_otherwise_say_so(case, monkeypatch, tmp_path, caplog):
     break_relu(monkeypatch.setitem, torch.float32)
     places = [tmp_path / f"{number}.zarr" for number in (1, 2)]
     parts = [ablate(case, output=p, shard=(n, 2)) for n, p in enumerate(places, start=1)]
@@ -252,25 +233,23 @@ def test_parts_that_were_computed_otherwise_say_so(
     assert "found layer 1 to be wrong" in caplog.text
 
 
-def test_processes_agree_on_the_care(tmp_path: Path) -> None:
+def test_processes_agree_on_the_care(tmp_path):
     program(TESTS / "support" / "faults.py", tmp_path, timeout=300)
 
 
-def test_bad_choices_are_named(case: Case) -> None:
+def test_bad_choices_are_named(case):
     with pytest.raises(ValueError, match='on_mismatch: expected "error" or "warn", got \'no\''):
         ablate(case, on_mismatch="no")
 
 
-def test_older_records_load() -> None:
+def test_older_records_load():
     assert care_of([{"tiers": ["float32"]}, {"care": 2}]) == [Care.USUAL, Care.FLOAT64]
     assert Audit(**{"pairs": 3, "mismatches": 1}) == Audit(3, 1, 0)
 
 
 @pytest.mark.parametrize("care", [Care.FULL, Care.FLOAT64, Care.REPLAY])
 @pytest.mark.parametrize("intervention", ["zero", "resample", "noise", "direction"])
-def test_every_care_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, care: Care, intervention: str
-) -> None:
+def test_every_care_gives_the_same(monkeypatch, care, intervention):
     """From the first image on, on maps, in groups over layers, a few images at a time."""
     monkeypatch.setattr("pyablate.runs.executor.Ladder", functools.partial(Ladder, care=care))
     model, images, labels = networks.network("residual", 17)

@@ -299,7 +299,7 @@ CASES = {**VALUES, **TYPES, **ENGINE}
 @pytest.mark.parametrize(
     ("run", "name"), [(r, n) for n in CASES for r in (RUNS if n not in ENGINE else ["engine"])]
 )
-def test_bad_input(run: str, name: str) -> None:
+def test_bad_input(run, name):
     spoil, message = CASES[name]
     error = TypeError if name in TYPES else ValueError
     arguments = Arguments()
@@ -311,7 +311,7 @@ def test_bad_input(run: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_arguments_are_sound_before_they_are_spoilt(run: str) -> None:
+def test_the_arguments_are_sound_before_they_are_spoilt(run):
     arguments = Arguments()
     assert len(arguments.run(RUNS[run]).units) == 8
     arguments.data = arguments.batches
@@ -319,14 +319,14 @@ def test_the_arguments_are_sound_before_they_are_spoilt(run: str) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_layer_without_units(run: str) -> None:
+def test_a_layer_without_units(run):
     model, images, labels = networks.network("mlp")
     with pytest.raises(ValueError, match="no layer that holds units is called '0'; nearest: "):
         RUNS[run](model, (images, labels), "0", progress=False)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_network_without_activations(run: str) -> None:
+def test_a_network_without_activations(run):
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     data = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     with pytest.raises(ValueError, match=r"this network has none; name the layers instead.*'0'"):
@@ -334,7 +334,7 @@ def test_a_network_without_activations(run: str) -> None:
     assert len(RUNS[run](model, data, "0", progress=False).units) == 6
 
 
-def test_planning_checks_the_same() -> None:
+def test_planning_checks_the_same():
     for name in ("unknown layer", "not iterable", "NaN in a weight"):
         spoil, message = CASES[name]
         arguments = Arguments()
@@ -347,7 +347,7 @@ def test_planning_checks_the_same() -> None:
             )
 
 
-def test_classes_of_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_of_one_name_are_told(caplog):
     """As two of ImageNet's are, so that it is no error."""
     model, images, labels = networks.network("mlp", 6)
     names = ["crane", "b", "crane", "d", "e"]

@@ -69,14 +69,14 @@ def everything(result: pa.AblationResult) -> str:
     return repr((parts, sums, result.units.to_dict(), plain, result.provenance))
 
 
-def test_no_bit_of_a_result_flips_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_of_a_result_flips_unseen(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_say_unsealed", lambda source: None)
     run(tmp_path / "run.zarr")
     read = lambda: everything(pa.load(tmp_path / "run.zarr"))  # noqa: E731
     assert refused(tmp_path / "run.zarr", 400, 0, read, OSError) > 300
 
 
-def test_without_checksums_bits_flip_unseen(tmp_path: Path) -> None:
+def test_without_checksums_bits_flip_unseen(tmp_path):
     """The test above can fail."""
     run(tmp_path / "run.zarr")
     unseal(tmp_path / "run.zarr")
@@ -88,7 +88,7 @@ def test_without_checksums_bits_flip_unseen(tmp_path: Path) -> None:
     assert different > 5
 
 
-def test_no_bit_of_a_table_flips_unseen(tmp_path: Path) -> None:
+def test_no_bit_of_a_table_flips_unseen(tmp_path):
     values = np.random.default_rng(0).normal(size=(3, 2))
     labels = ["a:0", "a:1", "a:2"]
     found = xr.Dataset(
@@ -109,7 +109,7 @@ def test_no_bit_of_a_table_flips_unseen(tmp_path: Path) -> None:
     gc.collect()  # of Zarr's failed tasks: within ast.parse it would break Python 3.11
 
 
-def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_of_a_block_flips_unseen(tmp_path, monkeypatch):
     """Of finished blocks and of one at work: damaged, and computed again, or without effect."""
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)
     with pytest.raises(Killed):
@@ -145,7 +145,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
     assert damaged > 300
 
 
-def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path: Path) -> None:
+def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path / "run.zarr", stop_at=2)
     place = tmp_path / "run.zarr"
@@ -159,7 +159,7 @@ def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path: Path) -> None:
     assert refused(place, 400, 3, read, StoreMismatch) > 200
 
 
-def test_what_others_add_does_not_matter(tmp_path: Path) -> None:
+def test_what_others_add_does_not_matter(tmp_path):
     run(tmp_path / "run.zarr")
     expected = everything(pa.load(tmp_path / "run.zarr"))
     group = zarr.open_group(tmp_path / "run.zarr", mode="r+")
@@ -171,7 +171,7 @@ def test_what_others_add_does_not_matter(tmp_path: Path) -> None:
     assert everything(pa.load(tmp_path / "run.zarr")) == expected
 
 
-def test_a_chunk_of_another_result_is_damage(tmp_path: Path) -> None:
+def test_a_chunk_of_another_result_is_damage(tmp_path):
     """What a checksum of each chunk by itself would not tell."""
     run(tmp_path / "run.zarr")
     run(tmp_path / "other.zarr", intervention="zero")
@@ -185,7 +185,7 @@ def test_a_chunk_of_another_result_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "held", [[], {}, 1, {"arrays": {}, "attributes": {}}, {"arrays": {"../x": ""}}]
 )
-def test_checksums_that_are_none(store: Path, held: Any) -> None:
+def test_checksums_that_are_none(store, held):
     metadata = json.loads((store / "zarr.json").read_text())
     metadata["attributes"]["checksums"] = held
     (store / "zarr.json").write_text(json.dumps(metadata))
@@ -206,7 +206,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_older_result_loads_with_a_note(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_result_loads_with_a_note(old, caplog):
     with caplog.at_level(logging.INFO, "pyablate"):
         first = pa.load(old / "finished.zarr")
         pa.load(old / "finished.zarr")
@@ -217,7 +217,7 @@ def test_an_older_result_loads_with_a_note(old: Path, caplog: pytest.LogCaptureF
     assert contents(old / "finished.zarr") == contents(OLD / "finished.zarr")
 
 
-def test_an_older_run_goes_on(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_run_goes_on(old, caplog):
     seen: list[int] = []
     found = run(old / "unfinished.zarr", progress=lambda done, total, layer: seen.append(done))
     assert seen[0] > 0
@@ -229,7 +229,7 @@ def test_an_older_run_goes_on(old: Path, caplog: pytest.LogCaptureFixture) -> No
     assert found.audit == before.audit
 
 
-def test_an_older_result_is_replaced(old: Path) -> None:
+def test_an_older_result_is_replaced(old):
     (old / "finished.zarr/notes.txt").write_text("mine")
     run(old / "finished.zarr", fresh=True, intervention="zero")
     assert (old / "finished.zarr/notes.txt").read_text() == "mine"

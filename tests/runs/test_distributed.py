@@ -53,7 +53,7 @@ def part(tmp_path: Path) -> Part:
 
 
 @pytest.mark.parametrize("measures", [(), ("loss",)])
-def test_merged_shards_are_the_whole(part: Part, tmp_path: Path, measures: tuple[str]) -> None:
+def test_merged_shards_are_the_whole(part, tmp_path, measures):
     # Sums of measures are floating point: only what is cut alike adds up alike.
     shards = [part(number, 3, measures=measures) for number in (1, 2, 3)]
     whole = pa.load(part(1, 1, "whole", measures=measures))
@@ -69,7 +69,7 @@ def test_merged_shards_are_the_whole(part: Part, tmp_path: Path, measures: tuple
     assert pa.load(shards[1]).provenance["data"]["first"] == 6
 
 
-def test_shards_that_do_not_fit_are_named(part: Part) -> None:
+def test_shards_that_do_not_fit_are_named(part):
     first, second, third = (part(number, 3) for number in (1, 2, 3))
     with pytest.raises(ValueError, match=r"images 6 to 12 are missing, before .*3\.zarr"):
         pa.merge([first, third])
@@ -84,7 +84,7 @@ def test_shards_that_do_not_fit_are_named(part: Part) -> None:
         pa.merge([])
 
 
-def test_shards_of_other_runs_are_named(part: Part, tmp_path: Path) -> None:
+def test_shards_of_other_runs_are_named(part, tmp_path):
     first = part(1, 2)
     with pytest.raises(StoreMismatch, match=r"odd\.zarr is of another run .*intervention"):
         pa.merge([first, part(2, 2, "odd", intervention="constant:1")])
@@ -122,7 +122,7 @@ FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("what", ["image", "label", "order"])
 @pytest.mark.parametrize("form", FORMS)
-def test_shards_of_another_data_set_are_refused(part: Part, form: str, what: str) -> None:
+def test_shards_of_another_data_set_are_refused(part, form, what):
     """Their own images are the same: the others are not, of which neither tells."""
     _, images, labels = network()
     first = part(1, 2, data=FORMS[form](images[:20], labels[:20]))
@@ -135,7 +135,7 @@ def test_shards_of_another_data_set_are_refused(part: Part, form: str, what: str
 
 
 @pytest.mark.parametrize("forms", [("pair", "loader"), ("loader", "generator")])
-def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) -> None:
+def test_shards_may_come_in_different_forms(part, forms):
     _, images, labels = network()
     first, second = (
         part(number, 2, data=FORMS[form](images[:20], labels[:20]))
@@ -150,7 +150,7 @@ def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) 
         pa.merge([first, other])
 
 
-def test_a_shard_reads_few_images_of_the_others(part: Part, monkeypatch: Any) -> None:
+def test_a_shard_reads_few_images_of_the_others(part, monkeypatch):
     _, images, labels = network()
     monkeypatch.setattr(fingerprint, "SAMPLE", 5)
     counting = Counting(images[:60], labels[:60])
@@ -173,9 +173,7 @@ def _folder(place: Path, shade: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("what", ["name", "size", "image"])
-def test_shards_of_another_folder_are_refused(
-    part: Part, tmp_path: Path, monkeypatch: Any, what: str
-) -> None:
+def test_shards_of_another_folder_are_refused(part, tmp_path, monkeypatch, what):
     # One image is read, which is not the one that differs.
     monkeypatch.setattr(fingerprint, "SAMPLE", 12 if what == "image" else 1)
     model = torch.nn.Sequential(
@@ -204,7 +202,7 @@ def test_shards_of_another_folder_are_refused(
 
 
 @pytest.mark.parametrize("form", ["pair", "loader"])
-def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, form: str) -> None:
+def test_a_resumed_shard_ends_with_the_same_bytes(part, tmp_path, form):
     _, images, labels = network()
     data = images[:20], labels[:20]
     whole = part(2, 2, "unbroken", data=FORMS["pair"](*data))
@@ -221,14 +219,14 @@ def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, fo
     assert contents(broken) == contents(whole)
 
 
-def test_older_shards_are_merged_with_a_note(tmp_path: Path, caplog: Any) -> None:
+def test_older_shards_are_merged_with_a_note(tmp_path, caplog):
     merged = pa.merge([OLD / "part2.zarr", OLD / "part1.zarr"], tmp_path / "run.zarr")
     assert len(merged.labels) == 23
     assert caplog.text.count("does not tell from which data set") == 2
     assert pa.load(tmp_path / "run.zarr").audit == merged.audit
 
 
-def test_an_older_shard_goes_on(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_an_older_shard_goes_on(tmp_path, monkeypatch, caplog):
     place = as_of_then("unfinished_part2.zarr", tmp_path, monkeypatch)
     runs.run(place, shard=(2, 2), batch_size=None)
     assert "damaged" not in caplog.text
@@ -237,19 +235,17 @@ def test_an_older_shard_goes_on(tmp_path: Path, monkeypatch: Any, caplog: Any) -
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
-def test_there_is_no_such_shard(part: Part, shard: tuple[int, int]) -> None:
+def test_there_is_no_such_shard(part, shard):
     with pytest.raises(ValueError, match="shard: expected i/n"):
         part(*shard)
 
 
-def test_a_shard_without_images_is_refused(part: Part) -> None:
+def test_a_shard_without_images_is_refused(part):
     with pytest.raises(ValueError, match="1/50 of 20 images is empty"):
         part(1, 50)
 
 
-def test_distributed_needs_a_folder_and_somebody_who_started_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distributed_needs_a_folder_and_somebody_who_started_it(tmp_path, monkeypatch):
     model, images, labels = network()
     with pytest.raises(ValueError, match="needs output"):
         pa.ablate(model, (images, labels), distributed=True)
@@ -258,14 +254,14 @@ def test_distributed_needs_a_folder_and_somebody_who_started_it(
         pa.ablate(model, (images, labels), distributed=True, output=tmp_path / "run.zarr")
 
 
-def test_parts_cover_everything_once() -> None:
+def test_parts_cover_everything_once():
     for count in (1, 2, 3, 7):
         parts = [list(Ranks(rank, count).part(range(5))) for rank in range(count)]
         assert [item for part in parts for item in part] == list(range(5))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert own_device(True, "cuda") == "cuda:3"
     assert own_device(True, "cuda:1") == "cuda:1"
@@ -274,14 +270,14 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.timeout(600)
-def test_processes_of_one_job_are_one_run(tmp_path: Path) -> None:
+def test_processes_of_one_job_are_one_run(tmp_path):
     said = program(TESTS / "support" / "ranked.py", tmp_path, timeout=580)
     assert said.startswith("equal; ")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
+def test_torchrun_starts_again_what_was_killed(tmp_path):
     """The command itself, by torchrun: one process is killed, torchrun restarts both."""
     _, images, labels = network()
     np.savez(

@@ -48,9 +48,7 @@ Stored = Callable[..., dict[str, bytes]]
 
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
-def test_batch_size_and_memory(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, intervention: str
-) -> None:
+def test_batch_size_and_memory(case, stored, intervention):
     model, images, labels, layers = case
     options: dict[str, Any] = {"intervention": intervention}
     if intervention != "direction:1":
@@ -64,13 +62,13 @@ def test_batch_size_and_memory(
 
 
 @pytest.mark.parametrize("name", ["vit", "inception", "used_twice", "routed"])
-def test_batch_size_on_other_networks(stored: Stored, name: str) -> None:
+def test_batch_size_on_other_networks(stored, name):
     model, images, labels = networks.network(name)
     plain = stored(model, (images, labels), ["*"])
     assert stored(model, (images, labels), ["*"], batch_size=5, memory=1 << 16) == plain
 
 
-def test_threads(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_threads(case, stored):
     model, images, labels, layers = case
     threads = torch.get_num_threads()
     try:
@@ -83,9 +81,7 @@ def test_threads(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stor
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_precision(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, precision: str
-) -> None:
+def test_precision(case, stored, precision):
     if precision == "int8" and not int8_conv.available():
         pytest.skip("this processor has no exact 8-bit products")
     model, images, labels, layers = case
@@ -93,7 +89,7 @@ def test_precision(
     assert stored(model, (images, labels), layers, precision=precision) == plain
 
 
-def test_order_of_layers(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_order_of_layers(case, stored):
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers)
     assert stored(model, (images, labels), layers[::-1]) == plain
@@ -103,9 +99,7 @@ def test_order_of_layers(case: tuple[nn.Module, Tensor, Tensor, list[str]], stor
 
 
 @pytest.mark.parametrize("intervention", ["zero", "mean", "resample:1"])
-def test_form_of_the_data(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, intervention: str
-) -> None:
+def test_form_of_the_data(case, stored, intervention):
     model, images, labels, layers = case
 
     def generator() -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,11 +124,7 @@ def test_form_of_the_data(
         assert stored(model, data, layers, intervention=intervention) == plain, form
 
 
-def test_history(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]],
-    stored: Stored,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_history(case, stored, monkeypatch):
     """Neither earlier runs nor random states, modes, layouts or an ambient autocast matter."""
     monkeypatch.undo()  # each run exports for itself
     model, images, labels, layers = case
@@ -157,7 +147,7 @@ def test_history(
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_seeds_matter(case, stored):
     """The comparison of bytes sees a different draw; the audit's seed is provenance, no more."""
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers, intervention="noise:1")
@@ -169,7 +159,7 @@ def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored:
     assert audited == plain
 
 
-def test_shipped_network(stored: Stored) -> None:
+def test_shipped_network(stored):
     model, images, labels = networks.demo("alexnet", 60)
     layers = ["features.9", "classifier.1"]
     plain = stored(model, (images, labels), layers)
@@ -189,7 +179,7 @@ class Squeezes(nn.Module):
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
 @pytest.mark.parametrize("images", [1, 17])
-def test_a_last_batch_of_one_image(images: int, strategy: str) -> None:
+def test_a_last_batch_of_one_image(images, strategy):
     _, x, labels = networks.network("residual", 17)
     model = networks.made(Squeezes(), x)
     x, labels = x[:images], labels[:images]

@@ -414,7 +414,7 @@ def test_a_label_that_is_no_class():
         pa.attributes(model, (images, wrong), which="mean")
 
 
-def test_the_documents_list_every_attribute() -> None:
+def test_the_documents_list_every_attribute():
     text = (Path(__file__).parents[2] / "docs" / "attributes.md").read_text()
     for entry in CATALOG:
         row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.name}`"))

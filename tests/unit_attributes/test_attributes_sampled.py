@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import numpy as np
 import pytest
@@ -212,7 +211,7 @@ def test_captum_leaves_the_model_alone():
     assert state_of(model) == before
 
 
-def test_without_captum(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_without_captum(monkeypatch, caplog):
     model, images, labels = plain()
     monkeypatch.setattr(_attributes, "_installed", lambda name: False)
     with pytest.raises(ImportError, match=r"lrp is computed by Captum.*pip install"):
@@ -292,7 +291,7 @@ def test_a_unit_that_is_its_concept():
         (np.zeros((24, 1, 8, 8)), "a", TypeError, "concept_names: expected a sequence"),
     ],
 )
-def test_bad_masks(masks: Any, names: Any, error: type[Exception], named: str):
+def test_bad_masks(masks, names, error, named):
     model, images, labels = networks.network("residual")
     with pytest.raises(error, match=named):
         pa.attributes(

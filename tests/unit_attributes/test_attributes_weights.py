@@ -120,7 +120,7 @@ FOUND: dict[tuple[str, str], tuple[Find | None, Find]] = {
 
 
 @pytest.mark.parametrize(("name", "layer"), FOUND)
-def test_filters_are_found(name: str, layer: str) -> None:
+def test_filters_are_found(name, layer):
     model, found = weights_of(name, layer)
     made, read = FOUND[name, layer]
     if made is not None:
