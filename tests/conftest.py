@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import exports, simulated
 
 # The networks here are tiny: threads gain nothing, and on a busy machine waiting for one another
 # costs them hundreds of times what the work does.
@@ -17,7 +18,20 @@ def trap(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A small result on the disk."""
+    simulated.small().save(tmp_path / "run.zarr")
+    return tmp_path / "run.zarr"
+
+
+@pytest.fixture
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in an empty folder, at a terminal that is wide enough for any line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def exports_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export a network once in all tests that say so; what is tested comes behind the export."""
+    exports.keep(monkeypatch)

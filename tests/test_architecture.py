@@ -20,15 +20,15 @@ PACKAGE = Path(pa.__file__).parent
 IMPORTS = architecture.imports(PACKAGE)
 
 
-def test_no_package_imports_from_one_above_it() -> None:
+def test_no_package_imports_from_one_above_it():
     assert architecture.upward(IMPORTS) == []
 
 
-def test_no_files_import_in_a_circle() -> None:
+def test_no_files_import_in_a_circle():
     assert architecture.circles(IMPORTS) == []
 
 
-def test_the_package_root_holds_packages_and_faces_only() -> None:
+def test_the_package_root_holds_packages_and_faces_only():
     rooms = {architecture.room(module) for module in IMPORTS}
     assert rooms <= set(architecture.ORDER)
     assert {name for name in architecture.ORDER if name != "__main__"} <= rooms
@@ -38,7 +38,7 @@ def test_the_package_root_holds_packages_and_faces_only() -> None:
     }
 
 
-def test_every_package_says_what_it_is() -> None:
+def test_every_package_says_what_it_is():
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         assert (folder / "__init__.py").read_text().startswith('"""'), folder
 
@@ -62,7 +62,7 @@ def _package(folder: Path, files: dict[str, str]) -> dict[str, dict[str, list[in
         "def rule():\n    from pyablate.engine import rules",
     ],
 )
-def test_an_arrow_upward_would_be_found(text: str, tmp_path: Path) -> None:
+def test_an_arrow_upward_would_be_found(text, tmp_path):
     found = _package(
         tmp_path, {"ops/__init__.py": "", "ops/units.py": text, "engine/rules.py": "RULES = {}"}
     )
@@ -71,7 +71,7 @@ def test_an_arrow_upward_would_be_found(text: str, tmp_path: Path) -> None:
     assert architecture.circles(found) == []
 
 
-def test_a_circle_would_be_found(tmp_path: Path) -> None:
+def test_a_circle_would_be_found(tmp_path):
     files = {
         "ops/a.py": "from pyablate.ops import b",
         "ops/b.py": "def late():\n    import pyablate.ops.c",
@@ -85,7 +85,7 @@ def test_a_circle_would_be_found(tmp_path: Path) -> None:
     assert list(found["pyablate.ops.__init__"]) == ["pyablate.ops.d"]
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("a.png", "b.png"):
         architecture.draw(PACKAGE, tmp_path / name)

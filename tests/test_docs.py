@@ -24,7 +24,7 @@ def _anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: str(path.relative_to(_ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
     for link in links:
         if link.startswith("https://"):
@@ -47,7 +47,7 @@ def _run_page(path: Path, *shorter: tuple[str, str]) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_page(_ROOT / "README.md", ("limit=1000", "limit=100"))  # so that the test is short
     saved = pa.load("run.zarr")
@@ -73,13 +73,7 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_python_in_a_page_runs(
-    page: str,
-    shorter: dict[str, str],
-    defined: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_python_in_a_page_runs(page, shorter, defined, tmp_path, monkeypatch):
     if page == "compression.md":
         pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
@@ -92,9 +86,7 @@ _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.D
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["tutorials/start.md", "explanation/exactness.md"])
-def test_a_page_prints_what_it_says(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_prints_what_it_says(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -108,14 +100,14 @@ def test_a_page_prints_what_it_says(
 
 
 @pytest.mark.slow
-def test_python_in_the_gallery_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_gallery_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     _run_page(_DOCS / "guides" / "gallery.md", ("limit=300", "limit=60"))
     assert (tmp_path / "both.png").exists()
 
 
-def test_every_public_name_is_in_the_reference() -> None:
+def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text() for path in (_DOCS / "reference").glob("*.md"))
     modules = set(".".join(re.findall(r"auto\w+:: pyablate\.([\w.]+)", text)).split("."))
     named = r"(?:auto(?:function|class|exception)|py:data):: (\w+)"
@@ -140,7 +132,7 @@ def test_every_page_is_in_the_contents() -> None:
     assert {*_PAGES, *notebooks} - {_DOCS / "index.md"} == _contents(_DOCS / "index.md")
 
 
-def test_versions_agree() -> None:
+def test_versions_agree():
     project = re.search(r'^version = "(.+)"', (_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (_ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert project is not None

@@ -44,13 +44,13 @@ def draws(seed: int, layer: str, images: int, units: int, positions: int) -> tor
         ("direction:3", Intervention("direction", seed=3)),
     ],
 )
-def test_parsing(text: str, expected: Intervention) -> None:
+def test_parsing(text, expected):
     assert parse(text) == expected
     assert parse(expected) is expected
     assert parse(str(expected)) == expected
 
 
-def test_a_seed_in_the_text_wins() -> None:
+def test_a_seed_in_the_text_wins():
     assert parse("noise", seed=5).seed == 5
     assert parse("noise:7", seed=5).seed == 7
     assert parse("noise:0", seed=5).seed == 0
@@ -74,23 +74,23 @@ def test_a_seed_in_the_text_wins() -> None:
         (None, TypeError, r"got NoneType"),
     ],
 )
-def test_bad_names(spec: object, error: type[Exception], message: str) -> None:
+def test_bad_names(spec, error, message):
     with pytest.raises(error, match=message):
         parse(spec)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "3", None])
-def test_bad_seeds(seed: object) -> None:
+def test_bad_seeds(seed):
     with pytest.raises(ValueError, match=r"seed: expected .*at least 0, got"):
         parse("noise", seed=seed)  # type: ignore[arg-type]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
-def test_constants_keep_their_value_through_text(value: float) -> None:
+def test_constants_keep_their_value_through_text(value):
     assert parse(str(Intervention("constant", value=value))).value == value
 
 
-def test_needs_statistics() -> None:
+def test_needs_statistics():
     needs = {kind for kind in KINDS if Intervention(kind).needs_statistics}  # type: ignore[arg-type]
     assert needs == {"mean", "class_mean", "noise"}
 
@@ -98,7 +98,7 @@ def test_needs_statistics() -> None:
 # Draws
 
 
-def test_draws_are_standard_normal() -> None:
+def test_draws_are_standard_normal():
     x = draws(1, "features.3", 40, 25, 49).flatten().numpy()
     n = len(x)
     # Each statistic is itself about normal; five standard errors.
@@ -110,7 +110,7 @@ def test_draws_are_standard_normal() -> None:
     assert len(np.unique(x)) == n
 
 
-def test_draws_are_independent_along_every_axis() -> None:
+def test_draws_are_independent_along_every_axis():
     x = draws(1, "features.3", 50, 20, 60).numpy()
     for axis in range(3):
         moved = np.moveaxis(x, axis, 0)
@@ -119,7 +119,7 @@ def test_draws_are_independent_along_every_axis() -> None:
             assert abs(product.mean()) < 5 / math.sqrt(len(product)), (axis, lag)
 
 
-def test_seeds_layers_units_and_images_have_their_own_draws() -> None:
+def test_seeds_layers_units_and_images_have_their_own_draws():
     x = draws(1, "a", 20, 20, 30).numpy()
     for other in (draws(2, "a", 20, 20, 30), draws(1, "b", 20, 20, 30)):
         assert abs(np.corrcoef(x.flatten(), other.numpy().flatten())[0, 1]) < 5 / math.sqrt(x.size)
@@ -128,7 +128,7 @@ def test_seeds_layers_units_and_images_have_their_own_draws() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 4095)), min_size=1, max_size=20))
-def test_draws_do_not_depend_on_company(pairs: list[tuple[int, int]]) -> None:
+def test_draws_do_not_depend_on_company(pairs):
     """Bit for bit: alone, in any batch, in any order."""
     image, unit = (torch.tensor(column) for column in zip(*pairs, strict=True))
     together = gaussian(3, "x", image, unit, 9)
@@ -141,7 +141,7 @@ def test_draws_do_not_depend_on_company(pairs: list[tuple[int, int]]) -> None:
         assert torch.equal(alone[0], row)
 
 
-def test_draws_are_pinned() -> None:
+def test_draws_are_pinned():
     """A change of the definition would change every stored result: it must be deliberate."""
     values = gaussian(0, "features.3", torch.tensor(2), torch.tensor(5), 3)
     torch.testing.assert_close(values, plain_draws(0, "features.3", 2, 5, 3), rtol=0, atol=1e-13)
@@ -174,9 +174,7 @@ def plain_draws(seed: int, layer: str, image: int, unit: int, positions: int) ->
     st.integers(0, 10**5),
     st.integers(1, 5),
 )
-def test_draws_follow_their_definition(
-    seed: int, layer: str, image: int, unit: int, positions: int
-) -> None:
+def test_draws_follow_their_definition(seed, layer, image, unit, positions):
     values = gaussian(seed, layer, torch.tensor(image), torch.tensor(unit), positions)
     expected = plain_draws(seed, layer, image, unit, positions)
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
@@ -186,7 +184,7 @@ def test_draws_follow_their_definition(
 
 
 @given(st.integers(0, 2**32), st.integers(2, 300))
-def test_donors_are_one_cycle(seed: int, images: int) -> None:
+def test_donors_are_one_cycle(seed, images):
     donor = donors(seed, images)
     assert donor.dtype == np.int64
     np.testing.assert_array_equal(np.sort(donor), np.arange(images))
@@ -197,7 +195,7 @@ def test_donors_are_one_cycle(seed: int, images: int) -> None:
     np.testing.assert_array_equal(donor, donors(seed, images))
 
 
-def test_donors_are_uniform_over_cycles() -> None:
+def test_donors_are_uniform_over_cycles():
     """Each of the 3! = 6 cycles of four images is equally likely."""
     seen = [tuple(donors(seed, 4)) for seed in range(1200)]
     kinds, counts = np.unique(seen, axis=0, return_counts=True)
@@ -206,7 +204,7 @@ def test_donors_are_uniform_over_cycles() -> None:
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_donors_need_two_images(images: int) -> None:
+def test_donors_need_two_images(images):
     with pytest.raises(ValueError, match=f"resample needs at least 2 images, got {images}"):
         donors(0, images)
 
@@ -215,7 +213,7 @@ def test_donors_need_two_images(images: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 17, 64])
-def test_rotations_are_orthogonal(channels: int) -> None:
+def test_rotations_are_orthogonal(channels):
     q = random_rotation(channels, seed=4)
     assert q.shape == (channels, channels)
     assert q.dtype == torch.float64
@@ -225,7 +223,7 @@ def test_rotations_are_orthogonal(channels: int) -> None:
     assert not torch.equal(q, random_rotation(channels, seed=5)) or channels == 1
 
 
-def test_rotations_are_uniform() -> None:
+def test_rotations_are_uniform():
     """Both determinants occur, and the first entry is uniform on [-1, 1] in three dimensions."""
     drawn = torch.stack([random_rotation(3, seed=seed) for seed in range(600)])
     signs = torch.linalg.det(drawn).round()
@@ -235,18 +233,18 @@ def test_rotations_are_uniform() -> None:
         assert stats.kstest(entries, stats.uniform(-1, 2).cdf).pvalue > 1e-4
 
 
-def test_every_layer_and_seed_has_its_own_directions() -> None:
+def test_every_layer_and_seed_has_its_own_directions():
     first = Intervention("direction", seed=1).matrix("a", 8)
     assert torch.equal(first, Intervention("direction", seed=1).matrix("a", 8))
     assert not torch.equal(first, Intervention("direction", seed=1).matrix("b", 8))
     assert not torch.equal(first, Intervention("direction", seed=2).matrix("a", 8))
 
 
-def test_given_directions_say_so() -> None:
+def test_given_directions_say_so():
     assert str(Intervention("direction", directions=torch.eye(2))) == "direction:given"
 
 
-def test_given_directions_get_length_one() -> None:
+def test_given_directions_get_length_one():
     given = torch.tensor([[3.0, 0.0], [4.0, -2.0]])
     q = Intervention("direction", directions=given).matrix("any", 2)
     assert q.dtype == torch.float64
@@ -266,6 +264,6 @@ def test_given_directions_get_length_one() -> None:
         ({"b": torch.ones(4, 1)}, r"none given for layer 'a'; has \['b'\]"),
     ],
 )
-def test_bad_directions(directions: object, message: str) -> None:
+def test_bad_directions(directions, message):
     with pytest.raises(ValueError, match=message):
         Intervention("direction", directions=directions).matrix("a", 4)  # type: ignore[arg-type]

@@ -18,13 +18,13 @@ _NOTEBOOKS = sorted((_ROOT / "docs" / "tutorials").glob("*.ipynb"))
 _STRICT = "import warnings; warnings.simplefilter('error'); import torch; torch.set_num_threads(1)"
 
 
-def test_there_are_notebooks() -> None:
+def test_there_are_notebooks():
     assert len(_NOTEBOOKS) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(path, tmp_path, monkeypatch):
     if "compression" in path.read_text():
         pytest.importorskip("torch_pruning")
     pytest.importorskip("matplotlib")
@@ -41,7 +41,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_without_outputs(path: Path) -> None:
+def test_notebook_is_stored_without_outputs(path):
     """What is shown is made when the site is built, so it cannot be out of date."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells

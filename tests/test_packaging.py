@@ -34,12 +34,12 @@ _LICENCE = "pyablate-0.1.0.dist-info/licenses/LICENSE"
         ({_LICENCE}, "expected one licence, got []"),
     ],
 )
-def test_faults_of_a_wheel_are_named(change: set[str], fault: str | None) -> None:
+def test_faults_of_a_wheel_are_named(change, fault):
     names = _SOURCES | {_NATIVE, _LICENCE, "pyablate-0.1.0.dist-info/METADATA", "pyablate/"}
     assert check_wheel.faults(names ^ change, _SOURCES) == ([fault] if fault else [])
 
 
-def test_every_file_of_the_package_is_declared() -> None:
+def test_every_file_of_the_package_is_declared():
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["pyablate"]
     package = Path(pa.__file__).parent
@@ -53,7 +53,7 @@ def test_every_file_of_the_package_is_declared() -> None:
     assert undeclared == []
 
 
-def test_the_page_on_installing_knows_the_versions_needed() -> None:
+def test_the_page_on_installing_knows_the_versions_needed():
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     page = (_ROOT / "docs" / "guides" / "install.md").read_text(encoding="utf-8")
     python = re.fullmatch(r">=(.+)", project["requires-python"])

@@ -27,7 +27,7 @@ CLASSES, UNITS = 4, 12
 # --- the rendered characters ----------------------------------------------------------------------
 
 
-def test_the_same_seed_draws_the_same_characters() -> None:
+def test_the_same_seed_draws_the_same_characters():
     images, labels = glyphs.images(2)
     again, _ = glyphs.images(2)
     fewer, _ = glyphs.images(1)
@@ -40,7 +40,7 @@ def test_the_same_seed_draws_the_same_characters() -> None:
     assert labels.bincount().tolist() == [2] * len(glyphs.GLYPHS)
 
 
-def test_every_face_has_every_character() -> None:
+def test_every_face_has_every_character():
     masters = glyphs.masters()
     assert len(set(glyphs.GLYPHS)) == len(glyphs.GLYPHS) >= 100
     assert masters.shape[:2] == (len(glyphs.GLYPHS), len(glyphs.FACES))
@@ -51,7 +51,7 @@ def test_every_face_has_every_character() -> None:
         assert len(torch.unique(masters[:, face].flatten(1), dim=0)) == len(glyphs.GLYPHS)
 
 
-def test_characters_are_moved_and_lit_at_random() -> None:
+def test_characters_are_moved_and_lit_at_random():
     labels = torch.zeros(200, dtype=torch.int64)
     drawn = glyphs.draw(labels, torch.Generator().manual_seed(0))
     assert drawn.dtype == torch.uint8
@@ -59,7 +59,7 @@ def test_characters_are_moved_and_lit_at_random() -> None:
     assert drawn.float().mean((1, 2)).std() > 5
 
 
-def test_no_images_of_a_class() -> None:
+def test_no_images_of_a_class():
     with pytest.raises(ValueError, match="per_class: expected at least 1, got 0"):
         glyphs.images(0)
 
@@ -68,7 +68,7 @@ def test_no_images_of_a_class() -> None:
 
 
 @pytest.mark.parametrize("network", known(), ids=lambda network: network.name)
-def test_networks_read_their_images(network: Network) -> None:
+def test_networks_read_their_images(network):
     images, labels = network.images(600)
     with torch.inference_mode():
         predicted = network.model()(images).argmax(1)
@@ -84,7 +84,7 @@ def _shown(network: Network) -> tuple[torch.nn.Module, torch.Tensor]:
     return network.model(), network.images(12)[0][:1]
 
 
-def test_weights_are_small_and_described() -> None:
+def test_weights_are_small_and_described():
     files = sorted(FOLDER.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) < 20e6
     assert (FOLDER / "glyphs-0.safetensors").stat().st_size < 4e6
@@ -94,14 +94,14 @@ def test_weights_are_small_and_described() -> None:
         assert f"| `{file.stem}` |" in text
 
 
-def test_seeds_of_a_family_are_different_networks() -> None:
+def test_seeds_of_a_family_are_different_networks():
     for name in FAMILIES:
         found = known((name,))
         assert [network.seed for network in found] == list(range(len(found)))
         assert len({network.digest for network in found}) == len(found) >= 1
 
 
-def test_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_trained(tmp_path, monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(train, "known", lambda: [Network(FAMILIES["alexnet"], 0)])
     monkeypatch.setattr(train, "EPOCHS", {"alexnet": 8, "glyphs": 5})
@@ -117,7 +117,7 @@ def test_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "README.md").exists()
 
 
-def test_balanced_takes_the_first_of_each_class() -> None:
+def test_balanced_takes_the_first_of_each_class():
     labels = torch.tensor([1, 0, 0, 0, 1, 1])
     images, chosen = balanced(torch.arange(6), labels, 4)
     assert images.tolist() == [0, 1, 2, 4]
@@ -145,7 +145,7 @@ def attributes(result: pa.AblationResult) -> pd.DataFrame:
     return pd.DataFrame(values, columns=["a", "b"], index=result.units["label"])
 
 
-def test_drops_of_a_layer(result: pa.AblationResult) -> None:
+def test_drops_of_a_layer(result):
     table = analysis.drops(result).set_index("layer")
     rows = [unit for unit in range(UNITS) if result.units["layer"][unit] == "two"]
     correct = [(result.predictions(unit)[0] == result.labels).mean() for unit in rows]
@@ -159,7 +159,7 @@ def test_drops_of_a_layer(result: pa.AblationResult) -> None:
     assert table.loc["two", "damaged"] == (q <= 0.05).mean() > 0
 
 
-def test_summary_weighs_layers_by_units() -> None:
+def test_summary_weighs_layers_by_units():
     columns = ["units", "harmless", "damaged", "damaged_5", "overall_largest", "split_half_largest"]
     table = pd.DataFrame([[10, 0.0, 1, 1, 0.3, 0.5], [30, 1.0, 0, 0, 0.1, 0.2]], columns=columns)
     found = analysis.summary(table)
@@ -170,14 +170,14 @@ def test_summary_weighs_layers_by_units() -> None:
     assert found["overall_largest_upper"] == 0.1
 
 
-def test_part_of_the_images(result: pa.AblationResult) -> None:
+def test_part_of_the_images(result):
     chosen = np.random.default_rng(2).random(len(result.labels)) < 0.4
     part = analysis.on_images(result, chosen)
     assert np.array_equal(part.labels, result.labels[chosen])
     assert np.array_equal(part.predictions(), result.predictions()[:, chosen])
 
 
-def test_targets_agree_with_themselves_where_damage_is_real() -> None:
+def test_targets_agree_with_themselves_where_damage_is_real():
     random = np.random.default_rng(3)
     harmful = np.zeros((20, CLASSES))
     harmful[np.arange(20), random.integers(0, CLASSES, 20)] = np.linspace(0, 0.9, 20)
@@ -190,9 +190,7 @@ def test_targets_agree_with_themselves_where_damage_is_real() -> None:
     assert abs(noise["split_half_drop"]) < 0.3
 
 
-def test_measured_correlations_are_scipys(
-    result: pa.AblationResult, attributes: pd.DataFrame
-) -> None:
+def test_measured_correlations_are_scipys(result, attributes):
     draws = analysis.prediction_draws(
         result, attributes, names=["a", "b"], targets=["accuracy_drop"], resamples=20
     )
@@ -209,7 +207,7 @@ def test_measured_correlations_are_scipys(
     assert measured.item() == pytest.approx(np.mean(expected))
 
 
-def test_families_join_the_draws_of_their_networks() -> None:
+def test_families_join_the_draws_of_their_networks():
     def draws(level: float) -> pd.DataFrame:
         frame = pd.DataFrame(itertools.product(range(-1, 100), ["x", "y"]))
         frame.columns = ["draw", "attribute"]
@@ -226,7 +224,7 @@ def test_families_join_the_draws_of_their_networks() -> None:
     assert 0.95 < found.loc["x", "difference_high"] < 1.01
 
 
-def test_axes_leave_out_units_that_lose_few(result: pa.AblationResult) -> None:
+def test_axes_leave_out_units_that_lose_few(result):
     lost = result.lost.sum(axis=1)
     fewest = int(np.median(lost))
     found = analysis.axes(result, fewest=fewest)
@@ -235,7 +233,7 @@ def test_axes_leave_out_units_that_lose_few(result: pa.AblationResult) -> None:
     assert len(found) < UNITS
 
 
-def test_concentration_at_equal_harm() -> None:
+def test_concentration_at_equal_harm():
     random = np.random.default_rng(4)
 
     def side(shift: float, scale: float) -> pd.DataFrame:
@@ -255,7 +253,7 @@ def test_concentration_at_equal_harm() -> None:
     assert np.isnan(analysis.at_equal_harm(many, [few[0].iloc[:0]])[0])
 
 
-def test_pairs_of_networks_that_differ_alike() -> None:
+def test_pairs_of_networks_that_differ_alike():
     first = [pd.DataFrame({"gini": [level]}) for level in (0.5, 0.7, 0.9)]
     second = [pd.DataFrame({"gini": [level]}) for level in (0.4, 0.6)]
     assert analysis.agreeing_pairs(first, second) == "5 of 6"
@@ -263,7 +261,7 @@ def test_pairs_of_networks_that_differ_alike() -> None:
     assert analysis.agreeing_pairs(first, [second[0].iloc[:0]]) == "0 of 0"
 
 
-def test_area_under_a_curve() -> None:
+def test_area_under_a_curve():
     curve = {"removed": [0, 1, 4], "accuracy": [1.0, 0.5, 0.0]}
     parts = [
         pd.DataFrame(curve | {"order": "random", "repeat": 0}),
@@ -279,7 +277,7 @@ def test_area_under_a_curve() -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def test_figures_as_text() -> None:
+def test_figures_as_text():
     minus = "\N{MINUS SIGN}"
     assert markdown.number(-0.004) == "0.00"
     assert markdown.number(-1.25, 1) == f"{minus}1.2"
@@ -297,7 +295,7 @@ def test_figures_as_text() -> None:
         markdown.table(["x", "y"], [[1]])
 
 
-def test_measurements_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_made_once(tmp_path, monkeypatch):
     network = Network(FAMILIES["alexnet"], 0)
     calls: list[int] = []
 
@@ -325,7 +323,7 @@ def test_measurements_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_a_quick_run_writes_the_page(tmp_path: Path) -> None:
+def test_a_quick_run_writes_the_page(tmp_path):
     page, cache = tmp_path / "paper.md", tmp_path / "cache"
     command = [sys.executable, "-W", "error", "-m", "paper", "--quick", "--seeds", "1"]
     command += ["--families", "alexnet", "alexnet_bn", "--output", str(page), "--cache", str(cache)]
@@ -341,7 +339,7 @@ def test_a_quick_run_writes_the_page(tmp_path: Path) -> None:
     assert "nan" not in text.replace("glyph", "")
 
 
-def test_the_page_is_of_these_networks() -> None:
+def test_the_page_is_of_these_networks():
     text = (ROOT / "docs" / "results" / "paper.md").read_text()
     for name, family in FAMILIES.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))

@@ -79,20 +79,20 @@ def _modules() -> list[str]:
     return [module.name for module in found if not module.name.endswith(("__main__", "_core"))]
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_nothing_heavy():
     loaded = _python("-c", "import pyablate, sys; print(*sys.modules)").stdout.split()
     assert "pyablate" in loaded
     assert not _HEAVY & set(loaded)
 
 
-def test_the_help_of_every_command_imports_nothing_heavy() -> None:
+def test_the_help_of_every_command_imports_nothing_heavy():
     loaded = _python("-c", _HELP_OF_EVERY_COMMAND).stderr.split()
     assert "pyablate.cli.app" in loaded
     assert not _HEAVY & set(loaded)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"]], ids=" ".join)
-def test_help_takes_less_than_a_second(words: list[str]) -> None:
+def test_help_takes_less_than_a_second(words):
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,14 +103,14 @@ def test_help_takes_less_than_a_second(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_public_names_hold_in_any_order_of_imports(seed: int) -> None:
+def test_public_names_hold_in_any_order_of_imports(seed):
     _python(
         "-c",
         _IMPORT_IN_RANDOM_ORDER.format(public=_PUBLIC, modules=_modules(), seed=seed),
     )
 
 
-def test_no_public_name_is_that_of_a_module_beside_it() -> None:
+def test_no_public_name_is_that_of_a_module_beside_it():
     packages = ["pyablate", *(name for name in _modules() if hasattr(_load(name), "__path__"))]
     assert "pyablate.compression" in packages
     for package in map(_load, packages):
@@ -124,18 +124,18 @@ def _load(name: str) -> object:
     return importlib.import_module(name)
 
 
-def test_the_names_are_those_of_the_stub() -> None:
+def test_the_names_are_those_of_the_stub():
     assert len(_PUBLIC) > 30
     assert sorted(dir(pa)) == sorted(pa.__all__) == sorted(_PUBLIC)
     modules = {name for name in _PUBLIC if inspect.ismodule(getattr(pa, name))}
     assert modules == {name for name, home in _PUBLIC.items() if home is None}
 
 
-def test_sources_that_were_not_installed_have_no_version() -> None:
+def test_sources_that_were_not_installed_have_no_version():
     _python("-c", _VERSION_OF_LOOSE_SOURCES)
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = pa.nonsense
     with pytest.raises(ImportError, match="nonsense"):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 from scipy.cluster import hierarchy
@@ -26,7 +23,7 @@ def planted() -> pa.AblationResult:
     return simulate(loss, 0.0, 40, np.random.default_rng(0), layers)
 
 
-def test_units_of_one_profile_are_one_cluster(planted: pa.AblationResult) -> None:
+def test_units_of_one_profile_are_one_cluster(planted):
     found = pa.cluster_units(planted, clusters=3)
     expected = [0] * 10 + [1] * 5 + [2] * 3 + [-1] * 2
     assert found["cluster"].to_numpy().tolist() == expected
@@ -42,7 +39,7 @@ def test_units_of_one_profile_are_one_cluster(planted: pa.AblationResult) -> Non
 
 @pytest.mark.parametrize("metric", clusters.METRICS)
 @pytest.mark.parametrize("method", clusters.METHODS)
-def test_tree_of_units_is_scipys(metric: str, method: str) -> None:
+def test_tree_of_units_is_scipys(metric, method):
     loss = np.random.default_rng(1).random((12, 4))
     result = simulate(loss, 0.1, 30, np.random.default_rng(2))
     found = pa.cluster_units(result, clusters=4, metric=metric, method=method)
@@ -54,7 +51,7 @@ def test_tree_of_units_is_scipys(metric: str, method: str) -> None:
     assert (np.diff(found["size"]) <= 0).all()
 
 
-def test_images_that_the_same_units_break_are_one_cluster(planted: pa.AblationResult) -> None:
+def test_images_that_the_same_units_break_are_one_cluster(planted):
     found = pa.cluster_images(planted, clusters=4)
     label = found["cluster"].to_numpy()
     broken = (planted.predictions() != planted.labels) & (planted.baseline == planted.labels)
@@ -68,7 +65,7 @@ def test_images_that_the_same_units_break_are_one_cluster(planted: pa.AblationRe
     np.testing.assert_array_equal(found["label"], planted.labels)
 
 
-def test_tree_of_images_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_of_images_is_scipys(monkeypatch):
     monkeypatch.setattr(clusters, "DISTANCE_ROWS", 7)
     result = simulate(np.full((9, 2), 0.4), 0.4, 30, np.random.default_rng(3))
     found = pa.cluster_images(result, fewest=2, method="complete")
@@ -82,7 +79,7 @@ def test_tree_of_images_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(found["linkage"], hierarchy.linkage(pairs, "complete"))
 
 
-def test_one_layer_alone(planted: pa.AblationResult) -> None:
+def test_one_layer_alone(planted):
     found = pa.cluster_units(planted, layer="two", clusters=2)
     assert list(found["unit"].to_numpy()) == [f"two:{unit}" for unit in range(10)]
     assert found["cluster"].to_numpy().tolist() == [0] * 5 + [1] * 3 + [-1] * 2
@@ -91,7 +88,7 @@ def test_one_layer_alone(planted: pa.AblationResult) -> None:
     assert (images["cluster"].to_numpy()[planted.labels == 0] == -1).all()
 
 
-def test_nothing_or_one_thing_to_cluster() -> None:
+def test_nothing_or_one_thing_to_cluster():
     labels = np.zeros(4, dtype=np.int64)
     predictions = np.array([[0, 0, 0, 1], [0, 0, 0, 0]])
     one = from_predictions(predictions, labels, labels, 2)
@@ -113,14 +110,12 @@ def test_nothing_or_one_thing_to_cluster() -> None:
         (lambda r: pa.cluster_images(r, method="ward"), r"method: .*got 'ward'"),
     ],
 )
-def test_bad_input(
-    planted: pa.AblationResult, call: Callable[[pa.AblationResult], Any], message: str
-) -> None:
+def test_bad_input(planted, call, message):
     with pytest.raises(ValueError, match=message):
         call(planted)
 
 
-def test_too_many_to_cluster(planted: pa.AblationResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_to_cluster(planted, monkeypatch):
     monkeypatch.setattr(clusters, "_MOST", 17)
     with pytest.raises(ValueError, match=r"units: 18 would need too much memory, at most 17"):
         pa.cluster_units(planted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,9 +59,7 @@ def rows_of(found: pd.DataFrame, **values: str) -> pd.DataFrame:
     return found
 
 
-def test_correlation_and_p_are_those_of_scipy(
-    result: pa.AblationResult, table: pd.DataFrame
-) -> None:
+def test_correlation_and_p_are_those_of_scipy(result, table):
     found = pa.correlate(result, table, **_FEW)
     assert len(found) == 3 * 5 * 4 * 3
     assert not found.duplicated(["layer", "target", "attribute", "method"]).any()
@@ -83,7 +80,7 @@ def test_correlation_and_p_are_those_of_scipy(
         )
 
 
-def test_q_is_adjusted_over_the_attributes(result: pa.AblationResult, table: pd.DataFrame) -> None:
+def test_q_is_adjusted_over_the_attributes(result, table):
     found = pa.correlate(result, table, layers="early", **_FEW)
     for _, family in found.groupby(["target", "method"]):
         tested = family[family["attribute"] != "constant"]
@@ -92,9 +89,7 @@ def test_q_is_adjusted_over_the_attributes(result: pa.AblationResult, table: pd.
         np.testing.assert_allclose(tested["q"], expected, rtol=1e-12)
 
 
-def test_what_was_planted_is_found_and_noise_is_not(
-    result: pa.AblationResult, table: pd.DataFrame
-) -> None:
+def test_what_was_planted_is_found_and_noise_is_not(result, table):
     found = pa.correlate(result, table, targets=["accuracy_drop", "split_half_drop"], seed=3)
     good = rows_of(found, attribute="good", target="accuracy_drop")
     good = good[good["layer"] != "single"]
@@ -109,7 +104,7 @@ def test_what_was_planted_is_found_and_noise_is_not(
         assert noise[name].between(0.15, 0.5).all()
 
 
-def test_bootstrap_interval_covers_the_truth() -> None:
+def test_bootstrap_interval_covers_the_truth():
     """Bivariate normal samples with correlation 0.6: the 90 % interval holds it about as often."""
     random = np.random.default_rng(2)
     inside = []
@@ -127,7 +122,7 @@ def test_bootstrap_interval_covers_the_truth() -> None:
 
 @given(st.integers(0, 2**20), st.integers(3, 12), st.sampled_from([2, 5, 1000]))
 @settings(deadline=None, max_examples=40)
-def test_resamples_are_those_of_scipy_on_the_drawn_units(seed: int, units: int, kinds: int) -> None:
+def test_resamples_are_those_of_scipy_on_the_drawn_units(seed, units, kinds):
     random = np.random.default_rng(seed)
     x = random.integers(0, kinds, units) / 7 + 1e3
     y = random.integers(0, kinds, units) - x
@@ -147,7 +142,7 @@ def test_resamples_are_those_of_scipy_on_the_drawn_units(seed: int, units: int, 
 
 
 @pytest.mark.parametrize("method", bootstrap.METHODS)
-def test_shuffles_are_those_of_scipy(method: str) -> None:
+def test_shuffles_are_those_of_scipy(method):
     random = np.random.default_rng(3)
     x, y = random.integers(0, 6, 15).astype(float), random.standard_normal(15)
     orders = random.permuted(np.tile(np.arange(15), (8, 1)), axis=1)
@@ -155,7 +150,7 @@ def test_shuffles_are_those_of_scipy(method: str) -> None:
     np.testing.assert_allclose(bootstrap.shuffled(x, y, method, orders), expected, atol=1e-12)
 
 
-def test_baseline_is_the_known_null_distribution() -> None:
+def test_baseline_is_the_known_null_distribution():
     """Of many shuffles: Pearson's r has standard deviation 1 / sqrt(n - 1), tau its own."""
     random = np.random.default_rng(4)
     x, y = random.standard_normal((2, 40))
@@ -166,9 +161,7 @@ def test_baseline_is_the_known_null_distribution() -> None:
     assert spread["kendall"] == pytest.approx(np.sqrt(2 * 85 / (9 * 40 * 39)), rel=0.06)
 
 
-def test_a_dataset_serves_as_well_as_a_frame(
-    result: pa.AblationResult, table: pd.DataFrame
-) -> None:
+def test_a_dataset_serves_as_well_as_a_frame(result, table):
     dataset = table.to_xarray()
     dataset["per_class"] = (("unit", "class"), np.zeros((len(table), 6)))
     pd.testing.assert_frame_equal(
@@ -176,13 +169,13 @@ def test_a_dataset_serves_as_well_as_a_frame(
     )
 
 
-def test_same_seed_same_table(result: pa.AblationResult, table: pd.DataFrame) -> None:
+def test_same_seed_same_table(result, table):
     one, again, other = (pa.correlate(result, table, seed=seed, **_FEW) for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(one, again)
     assert not one["low"].equals(other["low"])
 
 
-def test_selections(result: pa.AblationResult, table: pd.DataFrame) -> None:
+def test_selections(result, table):
     found = pa.correlate(
         result,
         table,
@@ -202,9 +195,7 @@ def test_selections(result: pa.AblationResult, table: pd.DataFrame) -> None:
     assert set(raw["target"]) == {"max_class_drop"}
 
 
-def test_preferred_class_by_number_or_by_name(
-    result: pa.AblationResult, table: pd.DataFrame
-) -> None:
+def test_preferred_class_by_number_or_by_name(result, table):
     named = table.copy()
     numbers = table["class_selectivity_class"]
     named["favourite"] = [f"class {k}" if k < 6 else None for k in numbers]
@@ -215,7 +206,7 @@ def test_preferred_class_by_number_or_by_name(
     )
 
 
-def test_preferred_class_drop() -> None:
+def test_preferred_class_drop():
     result = simulate(np.array([[0.0, 1.0]] * 3), 0.0, 10, np.random.default_rng(0))
     found = targets.preferred_class_drop(result, np.array([1, 0, -1]))
     np.testing.assert_array_equal(found, [0.5, 0.0, np.nan])
@@ -231,7 +222,7 @@ def slow_entropy(harm: np.ndarray) -> float:
     return -sum(s * np.log(s) for s in shares) if shares else np.nan
 
 
-def test_gini_and_entropy_by_their_definitions() -> None:
+def test_gini_and_entropy_by_their_definitions():
     drops = np.random.default_rng(5).normal(size=(20, 7))
     drops[0] = -1.0
     drops[1] = [0.3] * 7
@@ -244,9 +235,7 @@ def test_gini_and_entropy_by_their_definitions() -> None:
     assert targets.entropy(drops)[1] == pytest.approx(np.log(7))
 
 
-def test_tables_come_back_from_files(
-    result: pa.AblationResult, table: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_tables_come_back_from_files(result, table, tmp_path):
     table.to_csv(tmp_path / "table.csv")
     table.rename_axis("label").assign(unit=3).to_csv(tmp_path / "numbered.csv")
     expected = pa.correlate(result, table, **_FEW)
@@ -287,23 +276,19 @@ def with_duplicate(table: pd.DataFrame) -> pd.DataFrame:
         (None, {"seed": -1}, r"seed: .*got -1"),
     ],
 )
-def test_bad_input(
-    result: pa.AblationResult, table: pd.DataFrame, change: Any, options: Any, message: str
-) -> None:
+def test_bad_input(result, table, change, options, message):
     given_table = change(table) if change else table
     with pytest.raises(ValueError, match=message) as caught:
         pa.correlate(result, given_table, **{**_FEW, **options})
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_of_another_type(result: pa.AblationResult) -> None:
+def test_a_table_of_another_type(result):
     with pytest.raises(TypeError, match=r"table: expected an xarray\.Dataset or .*got dict"):
         pa.correlate(result, {"a": [1.0]})  # type: ignore[arg-type]
 
 
-def test_infinite_attributes_count_as_missing(
-    result: pa.AblationResult, table: pd.DataFrame
-) -> None:
+def test_infinite_attributes_count_as_missing(result, table):
     table.loc["early:0", "noise"] = np.inf
     found = pa.correlate(result, xr.Dataset.from_dataframe(table), layers="early", **_FEW)
     line = rows_of(found, attribute="noise", target="accuracy_drop")
@@ -312,9 +297,7 @@ def test_infinite_attributes_count_as_missing(
 
 # Zarr has no settled encoding of text; xarray's is the one there is.
 @pytest.mark.filterwarnings("ignore:.*Zarr V3 specification")
-def test_tables_come_back_from_zarr(
-    result: pa.AblationResult, table: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_tables_come_back_from_zarr(result, table, tmp_path):
     dataset = table.to_xarray()
     dataset["unit"] = dataset["unit"].astype(str)
     dataset.to_zarr(tmp_path / "table.zarr", consolidated=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +38,13 @@ results = st.builds(
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int) -> None:
+def test_mcnemar_is_the_exact_binomial_test(lost, gained):
     found = mcnemar(np.array([lost]), np.array([gained]))
     expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     np.testing.assert_allclose(found, [expected], rtol=1e-10)
 
 
-def test_mcnemar_keeps_small_p_values() -> None:
+def test_mcnemar_keeps_small_p_values():
     found = mcnemar(np.array([[300], [0]]), np.array([[0], [900]]))
     np.testing.assert_allclose(found, [[2.0**-299], [2.0**-899]], rtol=1e-9)
 
@@ -63,7 +61,7 @@ def slow_adjusted(p: list[float]) -> list[float]:
 
 
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=12))
-def test_adjustment_is_benjamini_hochberg(p: list[float]) -> None:
+def test_adjustment_is_benjamini_hochberg(p):
     np.testing.assert_allclose(adjusted(np.array(p)), slow_adjusted(p), rtol=1e-12)
     with_gap = adjusted(np.array([np.nan, *p, np.nan]))
     np.testing.assert_array_equal(with_gap[1:-1], adjusted(np.array(p)))
@@ -72,7 +70,7 @@ def test_adjustment_is_benjamini_hochberg(p: list[float]) -> None:
 
 @given(results)
 @settings(deadline=None)
-def test_significance_tests_each_class_of_each_unit(result: pa.AblationResult) -> None:
+def test_significance_tests_each_class_of_each_unit(result):
     found = result.significance(fdr=0.2)
     assert dict(found.sizes) == {"unit": len(result.units), "class": result.classes}
     assert list(found["unit"].to_numpy()) == list(result.units["label"])
@@ -115,9 +113,7 @@ def distribution_of_maximum(changed: np.ndarray, sizes: np.ndarray) -> dict[floa
     st.integers(0, 2**20),
 )
 @settings(deadline=None, max_examples=60)
-def test_noise_floor_and_p_of_the_maximum_by_enumeration(
-    classes: list[tuple[int, int]], seed: int
-) -> None:
+def test_noise_floor_and_p_of_the_maximum_by_enumeration(classes, seed):
     # Each class: so many changed images, so many more that do not change.
     random = np.random.default_rng(seed)
     changed = np.array([n for n, _ in classes])
@@ -140,9 +136,7 @@ def test_noise_floor_and_p_of_the_maximum_by_enumeration(
 @pytest.mark.parametrize(
     ("classes", "images", "points"), [(1000, 50, 7.5), (100, 100, 3.7), (10, 1000, 0.7)]
 )
-def test_noise_floor_of_one_percent_of_flips_each_way(
-    classes: int, images: int, points: float
-) -> None:
+def test_noise_floor_of_one_percent_of_flips_each_way(classes, images, points):
     """The figures of the documents, and the mean largest drop of simulated harmless units."""
     random = np.random.default_rng(1)
     result = simulate(np.full((60, classes), 0.02), 0.02, images, random)
@@ -152,7 +146,7 @@ def test_noise_floor_of_one_percent_of_flips_each_way(
     assert abs(100 * result.max_class_drop.mean() - floor.mean()) < 4 * spread
 
 
-def test_noise_floor_with_many_flips_in_every_class() -> None:
+def test_noise_floor_with_many_flips_in_every_class():
     """No class without changes, and tails too small for a double: against simulation."""
     random = np.random.default_rng(2)
     rates = np.array([[1.0, 1.0, 1.0]])
@@ -163,7 +157,7 @@ def test_noise_floor_with_many_flips_in_every_class() -> None:
     assert floor[0] == pytest.approx(drawn.mean(), abs=4 * drawn.std() / np.sqrt(20_000))
 
 
-def test_harmless_units_have_uniform_or_larger_p_of_the_maximum() -> None:
+def test_harmless_units_have_uniform_or_larger_p_of_the_maximum():
     result = simulate(np.full((2000, 8), 0.1), 0.1, 60, np.random.default_rng(3))
     p = result.max_class_test(splits=1)["p"].to_numpy()
     for level in (0.01, 0.05, 0.2):
@@ -171,7 +165,7 @@ def test_harmless_units_have_uniform_or_larger_p_of_the_maximum() -> None:
     assert (p <= 0.2).mean() > 0.05, "not so careful that it finds nothing"
 
 
-def test_false_discovery_rate_of_harmless_units_stays_at_its_level() -> None:
+def test_false_discovery_rate_of_harmless_units_stays_at_its_level():
     """All units harmless: any discovery is false, so layers with one are at most 5 %."""
     random = np.random.default_rng(4)
     layers = [f"layer{layer}" for layer in range(300) for _ in range(10)]
@@ -181,7 +175,7 @@ def test_false_discovery_rate_of_harmless_units_stays_at_its_level() -> None:
     assert share <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
-def test_false_discovery_rate_beside_planted_damage() -> None:
+def test_false_discovery_rate_beside_planted_damage():
     """A tenth of the pairs is damaged: the mean share of false discoveries per layer is small."""
     random = np.random.default_rng(5)
     loss = np.full((2000, 10), 0.1)
@@ -196,7 +190,7 @@ def test_false_discovery_rate_beside_planted_damage() -> None:
     assert (found & planted).sum() > 0.5 * planted.sum()
 
 
-def test_planted_damage_is_found_with_the_power_of_the_binomial() -> None:
+def test_planted_damage_is_found_with_the_power_of_the_binomial():
     images, loss, gain, level = 60, 0.35, 0.1, 0.05
     result = simulate(np.full((2000, 2), loss), gain, images, np.random.default_rng(6))
     found = (result.significance()["p"].to_numpy()[:, 0] <= level).mean()
@@ -228,7 +222,7 @@ def slow_split_half(result: pa.AblationResult, half: np.ndarray) -> np.ndarray:
 
 @given(results)
 @settings(deadline=None)
-def test_split_half_against_comparing_predictions(result: pa.AblationResult) -> None:
+def test_split_half_against_comparing_predictions(result):
     found = result.split_half_drop(splits=3, seed=5)
     if result.class_sizes.max() < 2:
         assert np.isnan(found).all()
@@ -242,7 +236,7 @@ def test_split_half_against_comparing_predictions(result: pa.AblationResult) -> 
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_split_half_is_unbiased_where_the_maximum_is_not() -> None:
+def test_split_half_is_unbiased_where_the_maximum_is_not():
     result = simulate(np.full((600, 20), 0.04), 0.04, 100, np.random.default_rng(7))
     estimate = result.split_half_drop(splits=4)
     assert abs(estimate.mean()) < 4 * estimate.std() / np.sqrt(600)
@@ -253,7 +247,7 @@ def test_split_half_is_unbiased_where_the_maximum_is_not() -> None:
     assert planted.mean() == pytest.approx(0.3, abs=0.02)
 
 
-def test_blocks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_anything(monkeypatch):
     result = small_result(3, [9, 30, 0, 12], units=40, share=0.3)
     whole = result.max_class_test(splits=2)
     monkeypatch.setattr(statistics, "NUMBERS", 50)
@@ -263,7 +257,7 @@ def test_blocks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-12, atol=1e-15)
 
 
-def test_max_class_test_names_the_class_and_its_p() -> None:
+def test_max_class_test_names_the_class_and_its_p():
     result = small_result(11, [20, 20, 15], units=6, share=0.3)
     table = result.max_class_test()
     assert list(table["label"]) == list(result.units["label"])
@@ -287,12 +281,12 @@ def test_max_class_test_names_the_class_and_its_p() -> None:
         (lambda r: r.max_class_test(seed=-1), r"seed: expected .*got -1"),
     ],
 )
-def test_bad_input(call: Callable[[pa.AblationResult], Any], message: str) -> None:
+def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(small_result(0, [3, 3], units=2, share=0.2))
 
 
-def test_no_units_at_all() -> None:
+def test_no_units_at_all():
     result = small_result(0, [3, 3], units=0, share=0.2)
     assert result.significance()["p"].shape == (0, 2)
     assert result.noise_floor().shape == (0,)

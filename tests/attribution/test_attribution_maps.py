@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def maps() -> tuple[np.ndarray, np.ndarray]:
     return random.normal(size=(5, 9, 8)), random.normal(size=(5, 9, 8))
 
 
-def test_figures_of_two_maps_against_scipy(maps: Any) -> None:
+def test_figures_of_two_maps_against_scipy(maps):
     a, b = maps
     for i in range(5):
         one, two = a[i].ravel(), b[i].ravel()
@@ -46,7 +45,7 @@ def test_figures_of_two_maps_against_scipy(maps: Any) -> None:
         assert similarity.top_overlap(a, b)[i] == pytest.approx(overlap)
 
 
-def test_structural_similarity_of_one_window() -> None:
+def test_structural_similarity_of_one_window():
     random = np.random.default_rng(1)
     a, b = random.normal(size=(2, 1, 7, 7))
     one, two = a / np.abs(a).max(), b / np.abs(b).max()
@@ -59,7 +58,7 @@ def test_structural_similarity_of_one_window() -> None:
     assert similarity.structure(a, 5 * a)[0] == pytest.approx(1.0)  # the scale does not matter
 
 
-def test_pixels_in_masks_against_all_pairs(maps: Any) -> None:
+def test_pixels_in_masks_against_all_pairs(maps):
     a, masks = np.round(maps[0], 1), maps[1] > 0.5  # rounded, so that there are ties
     for i in range(5):
         inside, outside = a[i][masks[i]], a[i][~masks[i]]
@@ -69,7 +68,7 @@ def test_pixels_in_masks_against_all_pairs(maps: Any) -> None:
         assert similarity.points_inside(maps[0], masks)[i] == masks[i][highest]
 
 
-def test_maps_without_direction_have_no_figures(maps: Any) -> None:
+def test_maps_without_direction_have_no_figures(maps):
     a = maps[0][:1]
     zero, flat, none = np.zeros_like(a), np.ones_like(a), np.zeros(a.shape, dtype=bool)
     for figure in (similarity.cosine, similarity.structure):
@@ -82,7 +81,7 @@ def test_maps_without_direction_have_no_figures(maps: Any) -> None:
     assert np.isnan(similarity.structure(a[:, :2, :2], a[:, :2, :2])[0])  # too small
 
 
-def test_grad_cam_weighs_maps_by_the_head() -> None:
+def test_grad_cam_weighs_maps_by_the_head():
     model, x = pooled(0), pictures()
     target = torch.arange(12) % 4
     found = compression.attribution_maps(model, x, target, "grad_cam", batch_size=5)
@@ -92,7 +91,7 @@ def test_grad_cam_weighs_maps_by_the_head() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_integrated_gradients_add_up_to_the_change_of_the_logit() -> None:
+def test_integrated_gradients_add_up_to_the_change_of_the_logit():
     model, x = pooled(1), pictures()
     target = torch.arange(12) % 4
     found = compression.attribution_maps(model, x, target, "integrated_gradients", steps=64)
@@ -101,7 +100,7 @@ def test_integrated_gradients_add_up_to_the_change_of_the_logit() -> None:
     np.testing.assert_allclose(found.sum((1, 2)), change, atol=0.02 * float(change.abs().max()))
 
 
-def test_relevance_without_biases_is_gradient_times_image() -> None:
+def test_relevance_without_biases_is_gradient_times_image():
     model, x = pooled(2, bias=False), pictures().requires_grad_()
     target = torch.arange(12) % 4
     found = compression.attribution_maps(model, x.detach(), target, "lrp")
@@ -110,7 +109,7 @@ def test_relevance_without_biases_is_gradient_times_image() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_collapsed_maps_against_their_formulas() -> None:
+def test_collapsed_maps_against_their_formulas():
     model, x = pooled(0), pictures()
     target = torch.arange(12) % 4
     site = map_site(model, x)
@@ -132,7 +131,7 @@ def test_collapsed_maps_against_their_formulas() -> None:
         torch.testing.assert_close(found[:, 0].detach(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_distance_against_the_cosine() -> None:
+def test_distance_against_the_cosine():
     a, b = torch.rand(2, 4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     cosine = functional.cosine_similarity(a.flatten(1), b.flatten(1))
     torch.testing.assert_close(distances(a, b), (2 - 2 * cosine) / 25)
@@ -143,7 +142,7 @@ def test_distance_against_the_cosine() -> None:
         distances(a.flatten(2), b.flatten(2)[..., :9])
 
 
-def test_layers_that_hold_maps() -> None:
+def test_layers_that_hold_maps():
     model = pa.demo.network("alexnet")
     x = pa.demo.images(1)[0]
     assert map_site(model, x).name == "features.11"
@@ -166,7 +165,7 @@ def pair() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return first, second, x, torch.arange(60) % 4
 
 
-def test_preservation_looks_at_what_both_predict(pair: Any) -> None:
+def test_preservation_looks_at_what_both_predict(pair):
     first, second, x, labels = pair
     masks = torch.zeros(60, 10, 10)
     masks[:, 2:7, 3:8] = 1
@@ -206,7 +205,7 @@ def test_preservation_looks_at_what_both_predict(pair: Any) -> None:
     assert summary.loc["collapsed", "weighted"]["images"] == len(agreeing)
 
 
-def test_a_network_preserves_its_own_attributions(pair: Any) -> None:
+def test_a_network_preserves_its_own_attributions(pair):
     first, _, x, labels = pair
     found = pa.compare(first, first, (x, labels), attributions="grad_cam").attributions
     assert found is not None
@@ -219,7 +218,7 @@ def test_a_network_preserves_its_own_attributions(pair: Any) -> None:
     assert pa.compare(first, first, (x, labels)).attributions is None
 
 
-def test_some_images_are_drawn(pair: Any) -> None:
+def test_some_images_are_drawn(pair):
     first, second, x, labels = pair
     some = [
         compression.attributions_preserved(
@@ -232,7 +231,7 @@ def test_some_images_are_drawn(pair: Any) -> None:
     assert some[2]["image"].tolist() != some[0]["image"].tolist()
 
 
-def test_silent_maps_are_undefined(pair: Any) -> None:
+def test_silent_maps_are_undefined(pair):
     _, _, x, labels = pair
     silent = pooled(0)
     with torch.no_grad():
@@ -250,7 +249,7 @@ def test_silent_maps_are_undefined(pair: Any) -> None:
     assert np.isnan(summary.loc["grad_cam", "cosine"]["mean"])
 
 
-def test_relevance_without_a_rule_is_nan(caplog: pytest.LogCaptureFixture) -> None:
+def test_relevance_without_a_rule_is_nan(caplog):
     class Gelu(Pooled):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.flatten(self.pool(functional.gelu(self.conv(x)))))
@@ -283,14 +282,14 @@ def test_relevance_without_a_rule_is_nan(caplog: pytest.LogCaptureFixture) -> No
         ({"smaller": 3}, TypeError, "smaller"),
     ],
 )
-def test_bad_input(pair: Any, options: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(pair, options, error, message):
     first, second, x, labels = pair
     given = {"smaller": second, "methods": ["grad_cam"]} | options
     with pytest.raises(error, match=message):
         compression.attributions_preserved(first, given.pop("smaller"), (x, labels), **given)
 
 
-def test_bad_maps_and_masks(pair: Any) -> None:
+def test_bad_maps_and_masks(pair):
     first, second, x, labels = pair
     with pytest.raises(ValueError, match="masks: they need"):
         pa.compare(first, second, (x, labels), masks=torch.ones(60, 10, 10))

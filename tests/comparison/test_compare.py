@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -40,7 +38,7 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray, pa.Comparison]:
     return first, second, labels, found
 
 
-def test_classes_against_slow_formulas(case: Any) -> None:
+def test_classes_against_slow_formulas(case):
     first, second, labels, found = case
     table = found.classes().set_index("class")
     before, after = first.argmax(1), second.argmax(1)
@@ -63,7 +61,7 @@ def test_classes_against_slow_formulas(case: Any) -> None:
     assert np.isnan(table.loc["d", "p"])  # a class without images is not tested
 
 
-def test_images_on_which_they_differ(case: Any) -> None:
+def test_images_on_which_they_differ(case):
     first, second, labels, found = case
     table = found.images()
     expected = [i for i in range(400) if first[i].argmax() != second[i].argmax()]
@@ -72,7 +70,7 @@ def test_images_on_which_they_differ(case: Any) -> None:
     assert table["after"].tolist() == ["abcd"[second[i].argmax()] for i in expected]
 
 
-def test_summary_against_slow_formulas(case: Any) -> None:
+def test_summary_against_slow_formulas(case):
     first, second, labels, found = case
     summary = found.summary()
     for name, logits in (("before", first), ("after", second)):
@@ -93,7 +91,7 @@ def test_summary_against_slow_formulas(case: Any) -> None:
     assert summary["differing"] == len(found.differing) / 400
 
 
-def test_a_perfectly_calibrated_network_has_no_error() -> None:
+def test_a_perfectly_calibrated_network_has_no_error():
     labels, right = np.zeros(10, dtype=np.int64), np.arange(10) < 8
     found = Evaluation(labels, np.where(right, 0, 1), np.full(10, 0.8), np.zeros(10), 2)
     assert found.calibration_error() == pytest.approx(0.0)
@@ -101,7 +99,7 @@ def test_a_perfectly_calibrated_network_has_no_error() -> None:
     assert sure.calibration_error(1) == pytest.approx(0.2)
 
 
-def test_a_network_equals_itself_and_is_left_alone() -> None:
+def test_a_network_equals_itself_and_is_left_alone():
     model, pictures, labels = pa.demo.load("alexnet", limit=60)
     model.train()
     found = pa.compare(model, model, (pictures, labels))
@@ -112,7 +110,7 @@ def test_a_network_equals_itself_and_is_left_alone() -> None:
     assert not found.classes()["significant"].any()
 
 
-def test_near_ties_are_decided_in_float64() -> None:
+def test_near_ties_are_decided_in_float64():
     class Cancelling(nn.Module):
         """The second logit is larger by 1e-6 of the logits: float32 cannot tell."""
 
@@ -137,7 +135,7 @@ def test_near_ties_are_decided_in_float64() -> None:
         ({"bins": 0}, ValueError, "bins"),
     ],
 )
-def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(change, error, message):
     model, pictures, _ = pa.demo.load("alexnet", limit=4)
     labels = torch.zeros(4, dtype=torch.long)
     given = {"model": model, "smaller": model, "data": (pictures, labels)} | change
@@ -145,7 +143,7 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
         pa.compare(given.pop("model"), given.pop("smaller"), given.pop("data"), **given)
 
 
-def test_what_a_network_raises_itself_comes_through() -> None:
+def test_what_a_network_raises_itself_comes_through():
     class Odd(ValueError):
         def __init__(self, what: str, where: str) -> None:
             super().__init__(f"{what} in {where}")
@@ -159,7 +157,7 @@ def test_what_a_network_raises_itself_comes_through() -> None:
         pa.compare(model, Fails(), (pictures, labels))
 
 
-def test_importance_preserved_against_spearman() -> None:
+def test_importance_preserved_against_spearman():
     random = np.random.default_rng(0)
     rates = random.random((12, 3)) * 0.5
     layers = ["one"] * 8 + ["two"] * 4

@@ -2,70 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from support import networks
 from support.compressible import Mobile, made
 from support.compressible import images as pictures
 from torch import nn
-from torch.nn import functional
 
 import pyablate as pa
 from pyablate import compression
 
 pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    return pa.demo.load("vgg_bn", limit=24)
+    return networks.demo("vgg_bn", 24)
 
 
-def order_of(ranking: compression.Ranking, layer: str) -> list[int]:
-    return [int(one.label.rpartition(":")[2]) for one in ranking.within((layer,)).order]
-
-
-def scores_of(ranking: compression.Ranking, layer: str) -> np.ndarray:
-    mine = ranking.within((layer,))
-    numbers = [int(one.label.rpartition(":")[2]) for one in mine.order]
-    return mine.scores[np.argsort(numbers)]
-
-
-def test_hrank_is_the_mean_rank_of_the_maps(shipped: Any) -> None:
+@pytest.mark.parametrize("criterion", ["hrank", "taylor", "nisp"])
+def test_units_are_ranked_by_their_attribute(shipped, criterion):
     model, x, labels = shipped
-    ranking = compression.filter_ranking(model, x[:1], "hrank", data=(x, labels))
-    with torch.no_grad():
-        maps = model.features[:10](model.normalize(x)).double()
-    ranks = [
-        np.mean([np.linalg.matrix_rank(each.numpy().astype(np.float32)) for each in maps[:, unit]])
-        for unit in range(64)
-    ]
-    np.testing.assert_allclose(scores_of(ranking, "features.9"), ranks, atol=0.1)
-    assert np.all(np.diff(ranking.within(("features.9",)).scores) >= 0)
+    ranking = compression.filter_ranking(model, x[:1], criterion, data=(x, labels))
+    table = pa.attributes(model, (x, labels), which=criterion)[criterion]
+    for layer in ("features.9", "features.16"):
+        mine = ranking.within((layer,))
+        expected = table.sel(unit=[one.label for one in mine.order])
+        np.testing.assert_allclose(mine.scores, expected, rtol=1e-6)
+        assert np.all(np.diff(mine.scores) >= 0)
+        assert np.ptp(mine.scores) > 0
 
 
-def test_taylor_is_the_mean_size_of_gradient_times_map(shipped: Any) -> None:
-    model, x, labels = shipped
-    ranking = compression.filter_ranking(model, x[:1], "taylor", data=(x, labels))
-    inner = model.features[:13](model.normalize(x)).detach().requires_grad_()
-    logits = model.classifier(model.flatten(model.pool(model.features[13:](inner))))
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, inner)
-    expected = (gradient * inner).mean((2, 3)).abs().mean(0).detach()
-    np.testing.assert_allclose(scores_of(ranking, "features.13"), expected, rtol=1e-3, atol=1e-7)
-
-
-def test_nisp_goes_back_through_absolute_weights(shipped: Any) -> None:
-    model, x, _ = shipped
-    ranking = compression.filter_ranking(model, x[:1], "nisp")
-    head = model.classifier.weight.detach().abs().sum(0)  # one at each class
-    scores = scores_of(ranking, "features.16")
-    np.testing.assert_allclose(scores / scores.sum(), head / head.sum(), rtol=1e-4)
-
-
-def test_units_that_hang_together_get_the_mean() -> None:
+def test_units_that_hang_together_get_the_mean():
     model = pa.demo.network("resnet")
     x, labels = pa.demo.images(12)
     ranking = compression.filter_ranking(model, x[:1], "taylor", data=(x, labels))
@@ -75,7 +45,7 @@ def test_units_that_hang_together_get_the_mean() -> None:
         assert score == pytest.approx(np.mean([float(table.sel(unit=unit)) for unit in one.units]))
 
 
-def test_a_criterion_without_maps_leaves_these_layers_alone() -> None:
+def test_a_criterion_without_maps_leaves_these_layers_alone():
     model, x, labels = pa.demo.load("alexnet", limit=8)
     found = compression.prune_filters(model, x[:1], 0.5, criterion="hrank", data=(x, labels))
     sizes = [m.out_features for m in found.model.modules() if isinstance(m, nn.Linear)]
@@ -85,13 +55,13 @@ def test_a_criterion_without_maps_leaves_these_layers_alone() -> None:
     assert len(found.removed) == 124
 
 
-def test_data_is_asked_for(shipped: Any) -> None:
+def test_data_is_asked_for(shipped):
     model, x, _ = shipped
     with pytest.raises(ValueError, match="data: criterion 'hrank' is measured on images"):
         compression.prune_filters(model, x[:1], 0.5, criterion="hrank")
 
 
-def test_rectified_svd_is_the_best_behind_batch_norm(shipped: Any) -> None:
+def test_rectified_svd_is_the_best_behind_batch_norm(shipped):
     model = shipped[0]
     norm = model.features[12]
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().double()[:, None]
@@ -117,7 +87,7 @@ def test_rectified_svd_is_the_best_behind_batch_norm(shipped: Any) -> None:
     torch.testing.assert_close((scale * product).norm(), (scale * weight).norm(), rtol=1e-4, atol=0)
 
 
-def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
+def test_rectified_svd_of_silent_channels_and_other_networks():
     model = made(Mobile)
     with torch.no_grad():
         model.blocks[1].expand[1].weight[0] = 0
@@ -140,7 +110,7 @@ def test_rectified_svd_of_silent_channels_and_other_networks() -> None:
         compression.truncated_svd(Branching(), 0.3, rectify=True)
 
 
-def test_pruning_and_decomposition_is_one_behind_the_other(shipped: Any) -> None:
+def test_pruning_and_decomposition_is_one_behind_the_other(shipped):
     model, x, _ = shipped
     both = compression.prune_and_decompose(model, x[:1], 0.25, 0.3, criterion="bn_scale")
     pruned = compression.prune_filters(model, x[:1], 0.25, criterion="bn_scale")
@@ -151,7 +121,7 @@ def test_pruning_and_decomposition_is_one_behind_the_other(shipped: Any) -> None
     assert both.bits == second.bits < pruned.bits < both.original_bits == pruned.original_bits
 
 
-def test_latency_is_measured_in_turn() -> None:
+def test_latency_is_measured_in_turn():
     turns = []
 
     class Noting(nn.Module):
@@ -181,7 +151,7 @@ def test_latency_is_measured_in_turn() -> None:
         compression.latency(networks, torch.eye(3), repeats=0)
 
 
-def test_filters_of_a_mobile_network() -> None:
+def test_filters_of_a_mobile_network():
     model, x = made(Mobile), pictures(8)
     data = x, torch.arange(8) % 5
     for criterion in compression.filters.CRITERIA:

@@ -10,6 +10,7 @@ import torch
 from support.compressible import Mobile, made
 from support.compressible import images as pictures
 from support.pooled import pooled
+from support.state import state_of
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -32,7 +33,7 @@ def shapes() -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["weighted", "equal"])
-def test_gradient_of_the_penalty_against_differences(variant: str) -> None:
+def test_gradient_of_the_penalty_against_differences(variant):
     original, tuned = pooled(0, channels=3).double(), pooled(1, channels=2).double()
     x, target = shapes()[:3].double(), LABELS[:3]
     site, other = map_site(original, x), map_site(tuned, x)
@@ -64,7 +65,7 @@ def test_gradient_of_the_penalty_against_differences(variant: str) -> None:
             assert slope != 0
 
 
-def test_penalty_of_silent_maps_has_a_gradient() -> None:
+def test_penalty_of_silent_maps_has_a_gradient():
     original, tuned = pooled(0), pooled(1)
     with torch.no_grad():
         tuned.conv.bias.fill_(-100)
@@ -75,18 +76,16 @@ def test_penalty_of_silent_maps_has_a_gradient() -> None:
     assert all(torch.isfinite(each.grad).all() for each in tuned.parameters())
 
 
-def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
+def test_penalty_keeps_maps_and_the_rate_is_on_record():
     torch.manual_seed(5)
     original, data = pooled(0, channels=8), (shapes(), LABELS)
     original = compression.finetune(original, data, epochs=30, learning_rate=0.2).model
     other = pooled(7, channels=4)
-    before = {name: value.clone() for name, value in other.state_dict().items()}
-    state = torch.get_rng_state()
+    before = state_of(other)
     options: dict[str, Any] = {"epochs": 6, "learning_rate": 0.1, "batch_size": 16, "seed": 3}
     plain = pa.finetune(other, data, **options)
     kept = pa.finetune(other, data, original=original, preserve_attributions=True, **options)
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
+    assert state_of(other) == before
     assert not kept.model.training
     rates = 0.1 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(kept.history["learning_rate"], rates)
@@ -101,11 +100,10 @@ def test_penalty_keeps_maps_and_the_rate_is_on_record() -> None:
     assert near["weighted"].mean() < 0.8 * far["weighted"].mean()
     again = pa.finetune(other, data, original=original, preserve_attributions=True, **options)
     assert again.history.equals(kept.history)
-    for name, value in again.model.state_dict().items():
-        assert torch.equal(value, kept.model.state_dict()[name])
+    assert state_of(again.model)["values"] == state_of(kept.model)["values"]
 
 
-def test_augmentation_and_frozen_parameters() -> None:
+def test_augmentation_and_frozen_parameters():
     model = pooled(0)
     model.fc.requires_grad_(False)
     seen = []
@@ -137,26 +135,26 @@ def test_augmentation_and_frozen_parameters() -> None:
         ({"model": 3}, TypeError, "model"),
     ],
 )
-def test_bad_input(options: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(options, error, message):
     given = {"model": pooled(0)} | options
     with pytest.raises(error, match=message):
         pa.finetune(given.pop("model"), (shapes(), LABELS), **given)
 
 
-def test_other_classes_are_refused() -> None:
+def test_other_classes_are_refused():
     other = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5))
     with pytest.raises(ValueError, match="original: expected 4 classes"):
         pa.finetune(pooled(0), (shapes(), LABELS), original=other, preserve_attributions=True)
 
 
-def test_soft_pruning_removes_the_smallest_at_last() -> None:
+def test_soft_pruning_removes_the_smallest_at_last():
     pytest.importorskip("torch_pruning")
     model = made(Mobile)
     x, labels = pictures(24), torch.arange(24) % 5
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)
     options: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 0.005}
     found = compression.soft_filter_pruning(model, x[:2], (x, labels), 0.25, **options)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert state_of(model) == before
     # One epoch is fine-tuning, and then the smallest filters go.
     tuned = pa.finetune(model, (x, labels), **options).model
     expected = compression.prune_filters(tuned, x[:2], 0.25, criterion="l2")
@@ -172,7 +170,7 @@ def test_soft_pruning_removes_the_smallest_at_last() -> None:
         compression.soft_filter_pruning(model, x[:2], (x, labels), 0.5, criterion="taylor")
 
 
-def test_filters_at_zero_train_on() -> None:
+def test_filters_at_zero_train_on():
     pytest.importorskip("torch_pruning")
     model, x, labels = pa.demo.load("vgg_bn", limit=16)
     coupling = Coupling(model, x[:2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from support.compressible import Dense, Mobile, images, made
-from torch import nn
 from torch.nn.utils import prune
 
 import pyablate as pa
@@ -17,7 +16,7 @@ torch_pruning = pytest.importorskip("torch_pruning")
 
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg_bn", "resnet"])
-def test_masked_weights_silence_the_units(name: str) -> None:
+def test_masked_weights_silence_the_units(name):
     model, pictures, _ = pa.demo.load(name, limit=6)
     ranking = pa.rank(model, pictures[:1], "random", scope="layer")
     changed = masked(model, ranking, 0.3, pictures[:1])
@@ -30,7 +29,7 @@ def test_masked_weights_silence_the_units(name: str) -> None:
     assert not prune.is_pruned(model)
 
 
-def test_masks_of_tied_channels() -> None:
+def test_masks_of_tied_channels():
     model = made(Dense)  # no batch norm between the convolutions and the sums of channels
     ranking = pa.rank(model, images(), "random")
     changed = masked(model, ranking, 0.3, images())
@@ -38,7 +37,7 @@ def test_masks_of_tied_channels() -> None:
 
 
 @pytest.mark.parametrize("network", [Mobile])
-def test_torch_pruning_removes_what_the_ranking_says(network: type[nn.Module]) -> None:
+def test_torch_pruning_removes_what_the_ranking_says(network):
     model = made(network)
     ranking = pa.rank(model, images(), "random", seed=4)
     score = importance(model, ranking, images())
@@ -51,7 +50,7 @@ def test_torch_pruning_removes_what_the_ranking_says(network: type[nn.Module]) -
     assert score(group).tolist() == expected
 
 
-def test_a_whole_pruner_of_torch_pruning_agrees_with_remove() -> None:
+def test_a_whole_pruner_of_torch_pruning_agrees_with_remove():
     model, pictures, _ = pa.demo.load("vgg_bn", limit=6)
     ranking = filter_ranking(model, pictures[:1], "l2")
     removal = pa.remove(model, ranking, pictures[:1], fraction=0.25)

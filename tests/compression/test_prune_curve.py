@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.compressible import images, made
+from support import networks
+from support.compressible import Shifted, images, made
 from torch import nn
 from torch.nn import functional
 
@@ -20,11 +20,12 @@ from pyablate.compression._remove import silenced, size
 from pyablate.network.sites import sites
 
 pytest.importorskip("torch_pruning")
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    return pa.demo.load("resnet", limit=120)
+    return networks.demo("resnet", 120)
 
 
 def slow(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor, units: Any) -> dict:
@@ -43,7 +44,7 @@ def slow(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor, units: 
     }
 
 
-def test_every_point_is_that_of_the_masked_network(shipped: Any) -> None:
+def test_every_point_is_that_of_the_masked_network(shipped):
     model, pictures, labels = shipped
     rankings = [
         pa.rank(model, pictures[:1], "random", seed=5, name="chance"),
@@ -78,16 +79,7 @@ def test_every_point_is_that_of_the_masked_network(shipped: Any) -> None:
     assert curves.groupby("ranking")["accuracy"].nunique().min() > 1
 
 
-def test_units_are_held_at_zero_where_removal_is_something_else() -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
-            self.fc = nn.Linear(8, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
-
+def test_units_are_held_at_zero_where_removal_is_something_else():
     model = made(Shifted)
     data = images(40), torch.arange(40) % 5
     ranking = pa.rank(model, data[0], "random")
@@ -97,7 +89,7 @@ def test_units_are_held_at_zero_where_removal_is_something_else() -> None:
     assert curve["flops"][1] < curve["flops"][0]
 
 
-def test_what_float32_cannot_tell_is_decided_in_float64() -> None:
+def test_what_float32_cannot_tell_is_decided_in_float64():
     class Cancelling(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -120,7 +112,7 @@ def test_what_float32_cannot_tell_is_decided_in_float64() -> None:
     assert curve["accuracy"][1] == 1.0
 
 
-def test_plot(shipped: Any) -> None:
+def test_plot(shipped):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -144,7 +136,7 @@ def test_plot(shipped: Any) -> None:
         ({"model": 3}, TypeError, "model"),
     ],
 )
-def test_bad_input(shipped: Any, change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(shipped, change, error, message):
     model, pictures, labels = shipped
     given: dict[str, Any] = {"model": model, "data": (pictures[:8], labels[:8]), "seeds": 0}
     given |= {"rankings": pa.rank(model, pictures[:1], "random"), "fractions": [0.1]} | change
@@ -152,7 +144,7 @@ def test_bad_input(shipped: Any, change: dict, error: type[Exception], message: 
         pa.prune_curve(given.pop("model"), given.pop("data"), given.pop("rankings"), **given)
 
 
-def test_ranking_of_another_network_is_refused(shipped: Any) -> None:
+def test_ranking_of_another_network_is_refused(shipped):
     model, pictures, labels = shipped
     ranking = pa.rank(pa.demo.network("vgg_bn"), pictures[:1], "random")
     with pytest.raises(ValueError, match="no layer that holds units"):
@@ -165,7 +157,7 @@ def late(shipped: Any) -> pa.Ranking:
     return pa.compression.filter_ranking(model, pictures[:1], "l1")
 
 
-def test_sensitivity_is_that_of_the_masked_network(shipped: Any, late: pa.Ranking) -> None:
+def test_sensitivity_is_that_of_the_masked_network(shipped, late):
     model, pictures, labels = shipped
     data = pictures, labels
     table = pa.sensitivity(
@@ -185,9 +177,7 @@ def test_sensitivity_is_that_of_the_masked_network(shipped: Any, late: pa.Rankin
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
-def test_sensitivity_stops_early_and_resumes(
-    shipped: Any, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sensitivity_stops_early_and_resumes(shipped, suffix, tmp_path, monkeypatch):
     module = sys.modules["pyablate.compression._sensitivity"]
     model, pictures, labels = shipped
     data = pictures, labels
@@ -223,7 +213,7 @@ def test_sensitivity_stops_early_and_resumes(
         pa.sensitivity(model, (pictures[:50], labels[:50]), two, **options)
 
 
-def test_bad_sensitivity(shipped: Any, late: pa.Ranking, tmp_path: Path) -> None:
+def test_bad_sensitivity(shipped, late, tmp_path):
     model, pictures, labels = shipped
     data = pictures[:8], labels[:8]
     for options, message in (
@@ -239,6 +229,6 @@ def test_bad_sensitivity(shipped: Any, late: pa.Ranking, tmp_path: Path) -> None
         pa.sensitivity(model, data, {"stem.2:0": 1.0})
 
 
-def test_sizes_of_the_shipped_network(shipped: Any) -> None:
+def test_sizes_of_the_shipped_network(shipped):
     model, pictures, _ = shipped
     assert size(model, pictures[:3]) == size(model, pictures[:1])

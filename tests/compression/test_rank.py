@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from support.compressible import Dense, Grouped, Mobile, images, made
+from support.state import state_of
 from torch import nn
 
 import pyablate as pa
@@ -27,7 +28,7 @@ def labels(layer: str, count: int) -> list[str]:
     return [f"{layer}:{unit}" for unit in range(count)]
 
 
-def test_sums_of_a_residual_network_hang_together() -> None:
+def test_sums_of_a_residual_network_hang_together():
     found = pa.couplings(pa.demo.network("resnet"), SAMPLE)
     together = {one.layers for one in found if len(one.units) > 1}
     assert together == set(RESIDUAL)
@@ -37,14 +38,14 @@ def test_sums_of_a_residual_network_hang_together() -> None:
     assert len(found) == 16 + 32 + 64 + 2 * (16 + 32 + 64)
 
 
-def test_without_sums_every_unit_is_alone_also_before_flattening() -> None:
+def test_without_sums_every_unit_is_alone_also_before_flattening():
     found = pa.couplings(pa.demo.network("alexnet_dropout"), SAMPLE)
     assert {len(one.units) for one in found} == {1}
     assert {one.obstacle for one in found} == {""}
     assert len(found) == 24 + 48 + 64 + 64 + 48 + 256 + 256
 
 
-def test_depthwise_gate_and_linear_bottleneck() -> None:
+def test_depthwise_gate_and_linear_bottleneck():
     found = pa.couplings(made(Mobile), images())
     assert {one.layers for one in found} == {
         *((f"blocks.{i}.expand.2", f"blocks.{i}.depthwise.2", f"blocks.{i}.gate.4") for i in "012"),
@@ -54,7 +55,7 @@ def test_depthwise_gate_and_linear_bottleneck() -> None:
     }
 
 
-def test_joined_channels_are_followed_to_each_reader() -> None:
+def test_joined_channels_are_followed_to_each_reader():
     found = pa.couplings(made(Dense), images())
     assert [one.units for one in found] == [
         *((f"norms.0:{i}", f"norms.1:{i}", f"last:{i}") for i in range(4)),
@@ -63,7 +64,7 @@ def test_joined_channels_are_followed_to_each_reader() -> None:
     ]
 
 
-def test_what_cannot_be_removed_is_marked_and_never_goes() -> None:
+def test_what_cannot_be_removed_is_marked_and_never_goes():
     model = made(Grouped)
     ranking = pa.rank(model, images(), "random")
     table = ranking.to_dataframe().set_index("layer")
@@ -76,7 +77,7 @@ def test_what_cannot_be_removed_is_marked_and_never_goes() -> None:
     assert len(ranking.first(1.0)) == 5  # of 6: one stays
 
 
-def test_order_follows_the_scores() -> None:
+def test_order_follows_the_scores():
     model = pa.demo.network("vgg_bn")
     own = dict(zip(labels("features.2", 32), np.random.default_rng(0).random(32), strict=True))
     ranking = pa.rank(model, SAMPLE, own, layers="features.2")
@@ -89,7 +90,7 @@ def test_order_follows_the_scores() -> None:
     assert set(ranking.units(0.25)) < set(ranking.units(0.5))
 
 
-def test_layer_scope_takes_the_same_share_of_each_layer() -> None:
+def test_layer_scope_takes_the_same_share_of_each_layer():
     model = pa.demo.network("vgg_bn")
     sizes = {"features.2": 32, "features.6": 64, "features.16": 128}
     own = {label: 0.0 for layer, count in sizes.items() for label in labels(layer, count)}
@@ -103,7 +104,7 @@ def test_layer_scope_takes_the_same_share_of_each_layer() -> None:
 
 
 @pytest.mark.parametrize(("combine", "expected"), [("max", 3.0), ("mean", 2.0), ("sum", 6.0)])
-def test_scores_of_what_hangs_together_are_combined(combine: str, expected: float) -> None:
+def test_scores_of_what_hangs_together_are_combined(combine, expected):
     model = pa.demo.network("resnet")
     own = {
         label: score
@@ -114,7 +115,7 @@ def test_scores_of_what_hangs_together_are_combined(combine: str, expected: floa
     assert set(ranking.scores) == {expected}
 
 
-def test_a_group_that_was_measured_goes_before_its_parts() -> None:
+def test_a_group_that_was_measured_goes_before_its_parts():
     model, images, classes = pa.demo.load("resnet", limit=60)
     found = pa.couplings(model, SAMPLE, layers="stem.2")
     groups = [one.units for one in found]
@@ -129,7 +130,7 @@ def test_a_group_that_was_measured_goes_before_its_parts() -> None:
         pa.rank(model, SAMPLE, alone, layers="stem.2")
 
 
-def test_untested_units_come_last_and_stay() -> None:
+def test_untested_units_come_last_and_stay():
     model = pa.demo.network("vgg_bn")
     own = dict.fromkeys(labels("features.2", 32), 1.0)
     own["features.2:5"], own["features.2:6"] = np.nan, np.inf
@@ -141,7 +142,7 @@ def test_untested_units_come_last_and_stay() -> None:
     assert len(ranking.first(1.0)) == 29
 
 
-def test_a_channel_may_be_scored_under_the_name_of_its_convolution() -> None:
+def test_a_channel_may_be_scored_under_the_name_of_its_convolution():
     model = pa.demo.network("vgg_bn")
     norms = model.get_submodule("features.0").weight.detach().abs().sum((1, 2, 3)).numpy()
     table = pd.DataFrame({"l1_norm": norms}, index=labels("features.0", 32))
@@ -153,7 +154,7 @@ def test_a_channel_may_be_scored_under_the_name_of_its_convolution() -> None:
     assert [one.label for one in same.order] == order
 
 
-def test_random_depends_on_the_seed_only() -> None:
+def test_random_depends_on_the_seed_only():
     model = pa.demo.network("resnet")
     first, again, other = (pa.rank(model, SAMPLE, "random", seed=seed) for seed in (0, 0, 1))
     assert first.order == again.order
@@ -161,15 +162,12 @@ def test_random_depends_on_the_seed_only() -> None:
     assert set(first.order) == set(other.order)
 
 
-def test_the_model_is_left_alone() -> None:
+def test_the_model_is_left_alone():
     model = made(Mobile).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     next(model.parameters()).requires_grad_(False)
+    before = state_of(model)
     pa.rank(model, images(), "random")
-    assert all(bool((value == before[name]).all()) for name, value in model.state_dict().items())
-    assert model.training
-    assert not next(model.parameters()).requires_grad
-    assert all(not module._forward_hooks for module in model.modules())
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize(
@@ -188,13 +186,13 @@ def test_the_model_is_left_alone() -> None:
         ({"model": 3}, TypeError, "model"),
     ],
 )
-def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(change, error, message):
     given = {"model": pa.demo.network("vgg_bn"), "sample": SAMPLE, "scores": "random"} | change
     with pytest.raises(error, match=message):
         pa.rank(given.pop("model"), given.pop("sample"), given.pop("scores"), **given)
 
 
-def test_measured_change_of_the_loss() -> None:
+def test_measured_change_of_the_loss():
     model, images, labels = pa.demo.load("vgg_bn", limit=40)
     result = pa.ablate(model, (images, labels), "features.16", measures=["loss"], audit=0)
     ranking = pa.rank(model, SAMPLE, result, column="loss_change", layers="features.16")
@@ -213,7 +211,7 @@ def test_measured_change_of_the_loss() -> None:
     assert np.all(np.diff(ranking.scores) >= 0)
 
 
-def test_table_with_several_attributes_needs_a_name() -> None:
+def test_table_with_several_attributes_needs_a_name():
     table = pd.DataFrame({"a": [1.0], "b": [2.0]}, index=["features.2:0"])
     model = pa.demo.network("vgg_bn")
     with pytest.raises(ValueError, match="column: expected one of a, b"):
@@ -221,7 +219,7 @@ def test_table_with_several_attributes_needs_a_name() -> None:
     assert pa.rank(model, SAMPLE, table, column="b").scores[0] == 2.0
 
 
-def test_missing_torch_pruning_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_pruning_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'pyablate\[compression\]'"):
         pa.rank(pa.demo.network("vgg_bn"), SAMPLE, "random")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support.compressible import Dense, Grouped, Mobile, Written, images, made
+from support.compressible import Dense, Grouped, Mobile, Shifted, Written, images, made
 from torch import nn
 
 import pyablate as pa
@@ -18,7 +18,7 @@ NEAR_TIE = 1e-4  # of the largest logit: the smaller network computes in float32
 
 
 @pytest.mark.parametrize("name", pa.demo.NETWORKS)
-def test_masked_and_removed_networks_agree(name: str) -> None:
+def test_masked_and_removed_networks_agree(name):
     model, pictures, classes = pa.demo.load(name, limit=200)
     ranking = pa.rank(model, pictures[:1], "random", scope="layer", seed=3)
     units = ranking.units(0.3)
@@ -37,7 +37,7 @@ def test_masked_and_removed_networks_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("network", [Mobile, Dense])
-def test_tied_channels_are_removed_together(network: type[nn.Module]) -> None:
+def test_tied_channels_are_removed_together(network):
     model = made(network)
     ranking = pa.rank(model, images(), "random", scope="layer", seed=1)
     removal = pa.remove(model, ranking, images(), fraction=0.4)
@@ -49,7 +49,7 @@ def test_tied_channels_are_removed_together(network: type[nn.Module]) -> None:
     assert changed > 1e-2
 
 
-def test_sizes_by_hand() -> None:
+def test_sizes_by_hand():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5)
     ).eval()
@@ -63,7 +63,7 @@ def test_sizes_by_hand() -> None:
     assert size(removal.model, images()) == removal.after
 
 
-def test_the_smaller_network_is_plain_and_the_model_untouched() -> None:
+def test_the_smaller_network_is_plain_and_the_model_untouched():
     model = pa.demo.network("resnet").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.fc.bias.requires_grad_(False)
@@ -82,19 +82,9 @@ def test_the_smaller_network_is_plain_and_the_model_untouched() -> None:
     assert model.training
 
 
-def test_what_turns_zero_into_something_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
-            self.fc = nn.Linear(4, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
-
-    torch.manual_seed(0)
+def test_what_turns_zero_into_something_is_reported(caplog):
     with caplog.at_level(logging.WARNING, logger="pyablate"):
-        removal = pa.remove(Shifted().eval(), ["relu:1"], images())
+        removal = pa.remove(made(Shifted), ["relu:1"], images())
     assert removal.difference > 1e-2
     assert "turns its zero into another number" in caplog.text
 
@@ -114,12 +104,12 @@ def _all(layer: str, count: int) -> list[str]:
         (Written, ["features.1:0"], "sizes may be written into its code"),
     ],
 )
-def test_bad_units(network: type[nn.Module], units: list[str], message: str) -> None:
+def test_bad_units(network, units, message):
     with pytest.raises(ValueError, match=message):
         pa.remove(made(network), units, images())
 
 
-def test_ranking_and_fraction_belong_together() -> None:
+def test_ranking_and_fraction_belong_together():
     model = made(Mobile)
     ranking = pa.rank(model, images(), "random")
     with pytest.raises(ValueError, match="fraction"):

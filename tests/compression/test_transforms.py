@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.compressible import Mobile, images, made
+from support.state import state_of
 from torch import nn
 
 import pyablate as pa
@@ -23,7 +24,7 @@ def weight(model: nn.Module, name: str) -> torch.Tensor:
     return model.get_submodule(name).weight.detach()
 
 
-def test_filters_with_the_smallest_norms_go() -> None:
+def test_filters_with_the_smallest_norms_go():
     pytest.importorskip("torch_pruning")
     for criterion, power in (("l1", 1), ("l2", 2)):
         ranking = compression.filter_ranking(NETWORK, PICTURES, criterion)
@@ -39,7 +40,7 @@ def test_filters_with_the_smallest_norms_go() -> None:
         assert found.bits == 32 * sum(p.numel() for p in found.model.parameters())
 
 
-def test_tied_filters_are_scored_together() -> None:
+def test_tied_filters_are_scored_together():
     pytest.importorskip("torch_pruning")
     model = pa.demo.network("resnet")
     ranking = compression.filter_ranking(model, PICTURES, "bn_scale")
@@ -55,7 +56,7 @@ def test_tied_filters_are_scored_together() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
 @pytest.mark.parametrize("energy", [False, True])
-def test_truncated_svd_is_the_best_of_its_rank(share: float, energy: bool) -> None:
+def test_truncated_svd_is_the_best_of_its_rank(share, energy):
     found = compression.truncated_svd(NETWORK, share, energy_transfer=energy)
     matrix = weight(NETWORK, "features.11").flatten(1).double().numpy()
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
@@ -73,7 +74,7 @@ def test_truncated_svd_is_the_best_of_its_rank(share: float, energy: bool) -> No
     assert found.bits == 32 * sum(p.numel() for p in found.model.parameters())
 
 
-def test_full_svd_of_strided_and_linear_layers_computes_the_same() -> None:
+def test_full_svd_of_strided_and_linear_layers_computes_the_same():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 5, stride=2, padding=2, dilation=1), nn.Flatten(), nn.Linear(32 * 16, 40)
@@ -93,7 +94,7 @@ def test_full_svd_of_strided_and_linear_layers_computes_the_same() -> None:
     )  # two layers would be larger than one
 
 
-def test_codebook_has_so_many_kernels_and_each_is_the_nearest() -> None:
+def test_codebook_has_so_many_kernels_and_each_is_the_nearest():
     found = compression.kernel_codebook(NETWORK, 16, layers=["features.7", "features.0"], seed=1)
     old = weight(NETWORK, "features.7").reshape(-1, 9)
     new = weight(found.model, "features.7").reshape(-1, 9)
@@ -111,7 +112,7 @@ def test_codebook_has_so_many_kernels_and_each_is_the_nearest() -> None:
     assert torch.equal(weight(again.model, "features.7"), weight(found.model, "features.7"))
 
 
-def test_int8_has_so_many_steps_and_the_nearest_one() -> None:
+def test_int8_has_so_many_steps_and_the_nearest_one():
     found = compression.int8_weights(NETWORK)
     for name in (*CONVS, "classifier"):
         old, new = weight(NETWORK, name).flatten(1), weight(found.model, name).flatten(1)
@@ -125,7 +126,7 @@ def test_int8_has_so_many_steps_and_the_nearest_one() -> None:
     assert found.bits == found.original_bits - 24 * weights + 32 * channels
 
 
-def test_int8_of_a_silent_channel() -> None:
+def test_int8_of_a_silent_channel():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     with torch.no_grad():
         model[1].weight[1] = 0
@@ -133,7 +134,7 @@ def test_int8_of_a_silent_channel() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_smallest_weights_are_masked(scope: str) -> None:
+def test_smallest_weights_are_masked(scope):
     found = compression.magnitude_masks(NETWORK, 0.6, layers="features.*", scope=scope)
     old = [weight(NETWORK, name).flatten() for name in CONVS]
     new = [weight(found.model, name).flatten() for name in CONVS]
@@ -151,7 +152,7 @@ def test_smallest_weights_are_masked(scope: str) -> None:
     assert not any("mask" in name for name in found.model.state_dict())
 
 
-def test_shuffled_blocks() -> None:
+def test_shuffled_blocks():
     found = compression.block_masks(NETWORK, 4, layers=["features.11", "classifier"], seed=3)
     new = weight(found.model, "features.11")
     kept = (new != 0).flatten(2).any(2)
@@ -179,11 +180,11 @@ ALL: list[Callable[[nn.Module], Transformed]] = [
 
 
 @pytest.mark.parametrize("transform", ALL)
-def test_the_model_is_left_alone(transform: Callable[[nn.Module], Transformed]) -> None:
+def test_the_model_is_left_alone(transform):
     model = made(Mobile)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)["values"]
     found = transform(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert state_of(model)["values"] == before
     with torch.no_grad():
         assert (found.model(images()) - model(images())).abs().max() > 1e-6
     assert found.bits < found.original_bits
@@ -201,6 +202,6 @@ def test_the_model_is_left_alone(transform: Callable[[nn.Module], Transformed]) 
         (lambda: compression.int8_weights(NETWORK, layers="features.1"), "nearest: features.1"),
     ],
 )
-def test_bad_input(call: Callable[[], Transformed], message: str) -> None:
+def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from support.shelled import TESTS, invoke
+from support.stores import OLD
 from torch import nn
 
 from pyablate import demo
 
-ROOT = Path(__file__).parents[2]
+ROOT = TESTS.parent
 SHIPPED = Path(str(resources.files("pyablate") / "demo"))
 LEAST_ACCURACY = {
     "alexnet": 0.91,
@@ -44,7 +46,7 @@ def _training(name: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", demo.NETWORKS)
-def test_accuracy_on_all_images(name: str) -> None:
+def test_accuracy_on_all_images(name):
     measured = _measured(name)
     assert measured >= LEAST_ACCURACY[name]
     # Recorded by the training run; another processor may decide a few near ties otherwise.
@@ -52,23 +54,23 @@ def test_accuracy_on_all_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", demo.NETWORKS)
-def test_weights_tell_how_they_came_about(name: str) -> None:
+def test_weights_tell_how_they_came_about(name):
     training = _training(name)
     assert training["name"] == name
     assert {"seed", "epochs", "accuracy", "torch"} <= set(training)
 
 
-def test_weights_are_small_together() -> None:
+def test_weights_are_small_together():
     assert sum(p.stat().st_size for p in (SHIPPED / "networks").glob("*.safetensors")) < 5e6
 
 
-def test_licences_and_origins_are_shipped() -> None:
+def test_licences_and_origins_are_shipped():
     assert "Copyright (c) 2017 Zalando SE" in (SHIPPED / "fashion_mnist/LICENSE.txt").read_text()
     assert "Apache-2.0" in (SHIPPED / "networks/README.md").read_text()
     assert "dataset-fashion-mnist" in (SHIPPED / "fashion_mnist/README.md").read_text()
 
 
-def test_readme_states_sizes_accuracies_and_commands() -> None:
+def test_readme_states_sizes_accuracies_and_commands():
     readme = (SHIPPED / "networks/README.md").read_text()
     for name in demo.NETWORKS:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
@@ -77,7 +79,7 @@ def test_readme_states_sizes_accuracies_and_commands() -> None:
         assert f"--epochs {_training(name)['epochs']} " in readme.split(f"train.py {name} ")[1]
 
 
-def test_images_are_the_test_set() -> None:
+def test_images_are_the_test_set():
     images, labels = demo.images()
     assert images.shape == (10_000, 1, 28, 28)
     assert images.dtype == torch.float32
@@ -89,7 +91,7 @@ def test_images_are_the_test_set() -> None:
     assert [demo.CLASSES[i] for i in labels[:2]] == ["Ankle boot", "Pullover"]
 
 
-def test_limit_takes_the_first_images() -> None:
+def test_limit_takes_the_first_images():
     images, labels = demo.images()
     _, few, few_labels = demo.load("alexnet", limit=7)
     assert torch.equal(few, images[:7])
@@ -97,7 +99,7 @@ def test_limit_takes_the_first_images() -> None:
 
 
 @pytest.mark.parametrize("name", demo.NETWORKS)
-def test_network_is_ready_for_raw_images(name: str) -> None:
+def test_network_is_ready_for_raw_images(name):
     model, images, _ = demo.load(name, limit=3)
     assert not any(module.training for module in model.modules())
     assert next(iter(dict(model.named_children()))) == "normalize"
@@ -106,7 +108,7 @@ def test_network_is_ready_for_raw_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", demo.NETWORKS)
-def test_each_activation_is_its_own_module_and_runs_once(name: str) -> None:
+def test_each_activation_is_its_own_module_and_runs_once(name):
     model, images, _ = demo.load(name, limit=1)
     calls: list[str] = []
     for key, module in model.named_modules(remove_duplicate=False):
@@ -118,7 +120,7 @@ def test_each_activation_is_its_own_module_and_runs_once(name: str) -> None:
     assert len(calls) == expected
 
 
-def test_normalize_uses_the_moments_of_its_channels() -> None:
+def test_normalize_uses_the_moments_of_its_channels():
     layer = demo.Normalize((0.5, 0.25), (2.0, 4.0))
     images = torch.tensor([2.5, 8.25]).reshape(1, 2, 1, 1)
     assert layer(images).flatten().tolist() == [1.0, 2.0]
@@ -134,9 +136,18 @@ def test_normalize_uses_the_moments_of_its_channels() -> None:
         (lambda: demo.images(2.5), "limit: .* got 2.5"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_arguments(call, message: str) -> None:
+def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("empty_folder")
+def test_the_table_of_units_is_as_it_was():
+    """Byte for byte: its figures are counts of images, and quotients of two of them."""
+    code, said = invoke("demo", "alexnet", "--limit", "200")
+    assert code == 0, said
+    assert Path("demo/units.csv").read_bytes() == (OLD / "demo_alexnet_200.csv").read_bytes()
 
 
 # --- examples/train.py ----------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def _train(output: Path, data: Path, seed: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_same_seed_gives_the_same_bytes(tmp_path: Path, training_folder: Path) -> None:
+def test_same_seed_gives_the_same_bytes(tmp_path, training_folder):
     first = _train(tmp_path / "first.safetensors", training_folder, seed=3)
     again = _train(tmp_path / "again.safetensors", training_folder, seed=3)
     other = _train(tmp_path / "other.safetensors", training_folder, seed=4)
@@ -181,7 +192,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path: Path, training_folder: Path) -
     assert first != other
 
 
-def test_training_lowers_the_loss(script: ModuleType) -> None:
+def test_training_lowers_the_loss(script):
     images, labels = demo.images(512)
     pixels = (images.squeeze(1) * 255).round().to(torch.uint8)
     torch.manual_seed(0)
@@ -191,13 +202,13 @@ def test_training_lowers_the_loss(script: ModuleType) -> None:
     assert script.accuracy(model, pixels, labels) > 0.5  # chance is 0.1
 
 
-def test_too_few_steps_for_the_schedule(script: ModuleType) -> None:
+def test_too_few_steps_for_the_schedule(script):
     model = demo.build("alexnet")
     with pytest.raises(ValueError, match="expected at least 5 steps of training, got 4"):
         script.train(model, lambda _: [], epochs=2, steps=2, peak_rate=0.1, seed=0)
 
 
-def test_augmentation_moves_and_mirrors(script: ModuleType) -> None:
+def test_augmentation_moves_and_mirrors(script):
     images = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     images[:, 10, 5] = 255
     generator = torch.Generator().manual_seed(0)

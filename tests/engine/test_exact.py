@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
 from support import networks
 from support.oracle import check
 from torch import nn
@@ -21,6 +18,8 @@ from pyablate.engine import int8_conv
 from pyablate.engine.float64 import Exact, exact
 from pyablate.interventions import Intervention
 from pyablate.runs import setup
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 INTERVENTIONS = ["mean", "class_mean", "constant:0.3", "resample:3", "noise:3", "direction:3"]
 EXPORTABLE = [name for name, made in networks.ARCHITECTURES.items() if made.exports]
@@ -36,7 +35,7 @@ VARIED = [
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)
-def test_every_unit_of_every_architecture(name: str) -> None:
+def test_every_unit_of_every_architecture(name):
     model, images, labels = networks.network(name)
     layers = networks.ARCHITECTURES[name].layers
     result = check(model, (images, labels), ["*", *layers])
@@ -47,7 +46,7 @@ def test_every_unit_of_every_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 @pytest.mark.parametrize("name", VARIED)
-def test_every_intervention(name: str, intervention: str) -> None:
+def test_every_intervention(name, intervention):
     model, images, labels = networks.network(name)
     layers = list(networks.ARCHITECTURES[name].layers)
     check(model, (images, labels), layers, intervention=intervention)
@@ -55,7 +54,7 @@ def test_every_intervention(name: str, intervention: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["dense", "shuffle", "convnext", "vit_library", "pooling"])
-def test_every_precision(name: str, precision: str) -> None:
+def test_every_precision(name, precision):
     if precision == "int8" and not int8_conv.available():
         pytest.skip("this processor has no 8-bit arithmetic that is exact (VNNI)")
     model, images, labels = networks.network(name)
@@ -65,19 +64,7 @@ def test_every_precision(name: str, precision: str) -> None:
     assert agreement.mismatches == 0, agreement
 
 
-@pytest.mark.parametrize("name", ["routed", "guarded"])
-def test_what_defeats_export_is_replayed_and_says_so(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, images, labels = networks.network(name)
-    with caplog.at_level(logging.WARNING, logger="pyablate"):
-        result = check(model, (images, labels), ["*"])
-    assert set(result.strategy.values()) <= {"replay", "replay (float64)"}  # routes are a jump
-    assert set(result.strategy) == {"relu1", "relu2", "relu3"}
-    assert any("replay" in record.message for record in caplog.records)
-
-
-def test_replay_on_request_gives_the_same_flips() -> None:
+def test_replay_on_request_gives_the_same_flips():
     model, images, labels = networks.network("residual")
     fast = pa.ablate(model, (images, labels), progress=False)
     slow = pa.ablate(model, (images, labels), strategy="replay", progress=False)
@@ -95,7 +82,7 @@ def test_replay_on_request_gives_the_same_flips() -> None:
         ("used_twice", "noise"),
     ],
 )
-def test_groups_within_and_across_layers(name: str, intervention: str) -> None:
+def test_groups_within_and_across_layers(name, intervention):
     model, images, labels = networks.network(name)
     early, middle, late = networks.ARCHITECTURES[name].layers
     groups = [
@@ -111,7 +98,7 @@ def test_groups_within_and_across_layers(name: str, intervention: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)
-def test_groups_within_each_layer_of_every_architecture(name: str) -> None:
+def test_groups_within_each_layer_of_every_architecture(name):
     """Groups of one layer stay on their channels as far as single units do."""
     model, images, labels = networks.network(name)
     channels = {site.name: site.channels for site in pa.sites(model, images[:2])}
@@ -124,10 +111,10 @@ def test_groups_within_each_layer_of_every_architecture(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp64"])
-def test_groups_in_every_precision(precision: str) -> None:
+def test_groups_in_every_precision(precision):
     if precision == "int8" and not int8_conv.available():
         pytest.skip("no 8-bit arithmetic that is exact on this processor")
-    model, images, labels = pa.demo.load("vgg_bn", limit=24)
+    model, images, labels = networks.demo("vgg_bn", 24)
     groups = [["features.9:3"], ["features.9:3", "features.9:60"]]
     groups += [[f"features.9:{unit}" for unit in range(0, 64, step)] for step in (1, 2, 9)]
     options = {"groups": groups, "precision": precision}
@@ -136,7 +123,7 @@ def test_groups_in_every_precision(precision: str) -> None:
     assert agreement.mismatches == 0, agreement
 
 
-def test_layers_and_groups_together() -> None:
+def test_layers_and_groups_together():
     model, images, labels = networks.network("residual")
     groups = [["body.2:0", "body.4:3"], ["body.3:1", "body.3:2"]]
     both = check(model, (images, labels), ["body.3.relu1"], groups=groups)
@@ -145,20 +132,20 @@ def test_layers_and_groups_together() -> None:
     np.testing.assert_array_equal(both.predictions(slice(8, None)), alone.predictions())
 
 
-def test_all_pairs_of_a_layer() -> None:
+def test_all_pairs_of_a_layer():
     model, images, labels = networks.network("mlp")
     groups = [[f"4:{i}", f"4:{j}"] for i in range(12) for j in range(i)]
     check(model, (images, labels), groups=groups)
 
 
-def test_a_whole_layer_at_once() -> None:
+def test_a_whole_layer_at_once():
     """Nothing of the image is left: every prediction is the same."""
     model, images, labels = networks.network("grouped_dilated")
     result = check(model, (images, labels), groups=[[f"body.1:{unit}" for unit in range(8)]])
     assert len(np.unique(result.predictions())) == 1
 
 
-def test_single_units_in_layers() -> None:
+def test_single_units_in_layers():
     model, images, labels = networks.network("conv1d")
     result = check(model, (images, labels), ["relu3:9", "relu1:2", "relu3:0"])
     assert list(result.units["label"]) == ["relu1:2", "relu3:0", "relu3:9"]
@@ -169,7 +156,7 @@ def test_single_units_in_layers() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 3, 12])
-def test_given_directions(columns: int) -> None:
+def test_given_directions(columns):
     """Neither orthogonal nor of length 1, one matrix for each layer."""
     model, images, labels = networks.network("inception")
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +169,7 @@ def test_given_directions(columns: int) -> None:
     assert len(result.units) == 2 * columns
 
 
-def test_one_direction_along_a_unit_is_zeroing_it() -> None:
+def test_one_direction_along_a_unit_is_zeroing_it():
     model, images, labels = networks.network("residual")
     axes = Intervention("direction", directions=torch.eye(8))
     turned = pa.ablate(model, (images, labels), "body.3", intervention=axes, progress=False)
@@ -191,7 +178,7 @@ def test_one_direction_along_a_unit_is_zeroing_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_networks_in_other_precisions(dtype: torch.dtype) -> None:
+def test_networks_in_other_precisions(dtype):
     model, images, labels = networks.network("inverted_residual")
     other = copy.deepcopy(model).to(dtype)
     check(other, (images, labels), list(networks.ARCHITECTURES["inverted_residual"].layers))
@@ -199,18 +186,18 @@ def test_networks_in_other_precisions(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("intervention", ["zero", "mean", "noise"])
-def test_one_image(intervention: str) -> None:
+def test_one_image(intervention):
     model, images, labels = networks.network("residual")
     check(model, (images[:1], labels[:1]), ["*"], intervention=intervention)
 
 
-def test_a_class_without_images() -> None:
+def test_a_class_without_images():
     model, images, labels = networks.network("residual")
     kept = labels != 2
     check(model, (images[kept], labels[kept]), ["body.2"], intervention="class_mean")
 
 
-def test_equal_logits_give_the_first_class() -> None:
+def test_equal_logits_give_the_first_class():
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     with torch.no_grad():
         model[3].weight.zero_()
@@ -221,7 +208,7 @@ def test_equal_logits_give_the_first_class() -> None:
     assert (result.predictions() == 1).all()
 
 
-def test_two_classes_and_dead_units() -> None:
+def test_two_classes_and_dead_units():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2))
     with torch.no_grad():
@@ -234,68 +221,11 @@ def test_two_classes_and_dead_units() -> None:
     assert flips[3:].sum() > 0
 
 
-ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Hardswish, nn.Tanh, nn.LeakyReLU, nn.Identity]
-
-
-@st.composite
-def random_networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], list[str]]:
-    """Two to three steps of convolution, maybe norm, activation, maybe pooling; a linear head."""
-    size, channels = draw(st.integers(5, 11)), draw(st.integers(1, 3))
-    shape = (9, channels, size, size)
-    body: list[nn.Module] = []
-    layers = []
-    for _ in range(draw(st.integers(2, 3))):
-        groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
-        outputs = groups * draw(st.integers(1, 4)) if body else groups * 2
-        kernel = draw(st.integers(1, 3))
-        body.append(
-            nn.Conv2d(
-                channels,
-                outputs,
-                kernel,
-                stride=draw(st.integers(1, 2)),
-                padding=draw(st.integers(kernel // 2, kernel)),
-                dilation=draw(st.integers(1, 2)) if kernel > 1 and size > 8 else 1,
-                groups=groups,
-                bias=draw(st.booleans()),
-            )
-        )
-        if draw(st.booleans()):
-            body.append(nn.BatchNorm2d(outputs))
-        body.append(draw(st.sampled_from(ACTIVATIONS))())
-        layers.append(f"body.{len(body) - 1}")
-        if draw(st.booleans()):
-            body.append(draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(2, 1))
-        channels = outputs
-        if nn.Sequential(*body).eval()(torch.zeros(shape)).shape[-1] < 4:
-            break
-    return networks.Pooled(nn.Sequential(*body), channels), shape, layers
-
-
-# Not shrunk: every example costs a capture, and these networks are small as they are.
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(random_networks(), st.sampled_from(["zero", *INTERVENTIONS]))
-def test_random_networks(
-    made: tuple[nn.Module, tuple[int, ...], list[str]], intervention: str
-) -> None:
-    model, shape, layers = made
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    networks.randomise(model, seed=2)
-    with torch.no_grad():
-        logits = model.eval()(images)
-        # Neither dead nor with all classes along one line, where equal logits are the rule.
-        assume(bool((logits.std(dim=0) > 0.01).all()))
-        assume(torch.linalg.matrix_rank(logits - logits.mean(dim=0), rtol=1e-3) > 1)
-    networks.spread_logits(model, images)
-    labels = torch.arange(9) % networks.CLASSES
-    check(model, (images, labels), layers, intervention=intervention, ties=0.05)
-
-
 @pytest.mark.parametrize("intervention", ["zero", *INTERVENTIONS])
 @pytest.mark.parametrize("name", pa.demo.NETWORKS)
-def test_shipped_networks(name: str, intervention: str) -> None:
+def test_shipped_networks(name, intervention):
     """Two units of every layer; ``benchmarks/exactness.py`` does all of them."""
-    model, images, labels = pa.demo.load(name, limit=40)
+    model, images, labels = networks.demo(name, 40)
     found = pa.select(pa.sites(model, images[:1]))
     chosen = [site.label(unit) for site in found for unit in (1, site.channels - 2)]
     result = check(model, (images, labels), chosen, intervention=intervention)
@@ -326,7 +256,7 @@ def two_norms() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["vgg_bn", "inverted_residual", "two norms"])
-def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folding_leaves_float64_exact(name, monkeypatch):
     """Were folded filters rounded to float32, the slow replay would decide all close calls."""
     decides = []
 
@@ -338,18 +268,24 @@ def test_folding_leaves_float64_exact(name: str, monkeypatch: pytest.MonkeyPatch
     if name == "two norms":
         model, images, labels = two_norms()
     elif name in pa.demo.NETWORKS:
-        model, images, labels = pa.demo.load(name, limit=4)
+        model, images, labels = networks.demo(name, 4)
     else:
         model, images, labels = networks.network(name)
     pa.ablate(model, (images[:4], labels[:4]), "*", audit=4, progress=False)
     assert [type(each) for each in decides] == [Exact]
 
 
-def test_shipped_network_in_groups_across_layers() -> None:
-    model, images, labels = pa.demo.load("alexnet", limit=40)
+def test_shipped_network_in_groups_across_layers():
+    model, images, labels = networks.demo("alexnet", 40)
     groups = [
         [f"features.9:{unit}" for unit in range(16)],
         ["features.4:3", "features.11:7", "classifier.1:100"],
         ["features.1:0", "features.1:5", "features.1:9"],
     ]
     check(model, (images, labels), groups=groups)
+
+
+def test_a_group_of_one_unit_is_a_group():
+    model, *data = networks.network("residual", 17)
+    result = check(model, data, groups=[["body.2:1"], ["body.2:1", "body.2:2"]])
+    assert result.units["unit"].tolist() == [-1, -1]

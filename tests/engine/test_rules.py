@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support import networks
@@ -11,24 +9,9 @@ from support.oracle import check
 from torch import Tensor, nn
 from torch.nn import functional
 
-Operator = Callable[[Tensor], Tensor]
+import pyablate as pa
 
-
-class Between(nn.Module):
-    """Convolution, ReLU, the operator, convolution, GELU, mean, linear."""
-
-    def __init__(self, operator: Operator) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 8, 3, padding=1)
-        self.relu = nn.ReLU()
-        self.operator = operator
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.gelu = nn.GELU()
-        self.head = nn.Linear(8, networks.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.operator(self.relu(self.conv1(x)))
-        return self.head(self.gelu(self.conv2(y)).mean(dim=(2, 3)))
+EXPORTS_COMPLEX = torch.__version__ >= "2.7"
 
 
 def keep_the_largest(y: Tensor) -> Tensor:
@@ -72,7 +55,7 @@ def unfold_and_fold(y: Tensor) -> Tensor:
     return functional.fold(columns, (12, 12), 3, padding=1) / 9
 
 
-OPERATORS: dict[str, Operator] = {
+OPERATORS: dict[str, networks.Operator] = {
     # decisions that depend on the values
     "mask": lambda y: y * (y > 0.3),
     "where": lambda y: torch.where(y > 0.5, y * 2, y - 1),
@@ -137,25 +120,99 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+def activate_a_chunk(y: Tensor) -> Tensor:
+    first, second = y.chunk(2, dim=1)
+    return torch.cat([first.relu(), second], dim=1) - 0.5 * y
+
+
+# Right before the head: tensors that share memory, or that are read several times.
+BEHIND: dict[str, networks.Operator] = {
+    "hard swish by hand": lambda y: 8 * y * functional.relu6(8 * y + 3) / 6,
+    "activation of a copy": lambda y: functional.relu_(y.clone()) - 0.5 * y,
+    "activation of a view": lambda y: y.flatten(1).relu().view(y.shape) - 0.5 * y,
+    "activation of a chunk": activate_a_chunk,
+    "activation of a sum": lambda y: (y + 1).relu() * (y + 1),
+    "square": lambda y: y * y,
+    "quotient of itself": lambda y: (y / y) + y,
+    "matrix product with itself": lambda y: torch.matmul(y, y),
+    "a mask alone": lambda y: torch.ones_like(y) * (y > 0.1),
+    "complex": lambda y: torch.fft.irfft2(torch.fft.rfft2(y) * 2.0, s=y.shape[2:]).relu(),
+    "minus infinity": lambda y: (
+        y.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf).softmax(3) * y
+    ),
+    "logarithm of nothing": lambda y: y.relu().log().clamp(min=-3.0),
+    "squeeze": lambda y: y.unsqueeze(2).squeeze(),
+    "rounding": lambda y: (y.relu() + 3e4) - 3e4,
+}
+
+
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(name: str) -> None:
-    model = Between(OPERATORS[name])
+def test_operator(name):
     images, labels = networks.network("residual", 12)[1:]
-    networks.randomise(model, seed=1)
-    networks.spread_logits(model, images)
-    result = check(model, (images, labels), ["relu", "gelu"], ties=0.02)
+    model = networks.made(networks.Between(OPERATORS[name], nn.GELU()), images)
+    result = check(model, (images, labels), ["relu", "behind"], ties=0.02)
     assert len(result.flips.image) > 0
-    if name != "fourier" or exports(model, images):  # torch 2.6 cannot export Fourier transforms
-        assert "replay" not in result.strategy.values()
+    assert (name == "fourier" and not EXPORTS_COMPLEX) or "replay" not in result.strategy.values()
 
 
-def exports(model: nn.Module, images: Tensor) -> bool:
-    try:
-        batch = {0: torch.export.Dim("images")}
-        torch.export.export(model, (images,), dynamic_shapes=(batch,), strict=False)
-    except RuntimeError:
-        return False
-    return True
+@pytest.mark.usefixtures("exports_kept")
+@pytest.mark.parametrize("memory", [None, 16])  # 16 bytes: one pair at a time
+@pytest.mark.parametrize("name", BEHIND)
+def test_tensors_that_share_memory_or_repeat(name, memory):
+    images, labels = networks.network("residual", 7)[1:]
+    model = networks.made(networks.Between(behind=BEHIND[name]), images)
+    model.known_as = name
+    result = pa.ablate(model, (images, labels), "relu", memory=memory, audit=20)
+    agreement = pa.reference.compare(result, model, (images, labels), "relu")
+    assert agreement.mismatches == 0, agreement
+    assert len(result.flips.image) > 0
+    replayed = name == "complex" and not EXPORTS_COMPLEX
+    jumps = name == "a mask alone"
+    expected = "replay" if replayed else "delta (float64)" if jumps else "delta"
+    assert result.strategy == {"relu": expected}
+
+
+class PoolsOverUnits(nn.Module):
+    def __init__(self, pool: networks.Operator, flat: bool) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(2, 8, 3, padding=1), nn.ReLU()
+        self.pool, self.flat = pool, flat
+        self.head = nn.Linear(8, networks.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(x))
+        y = self.pool(y.mean(dim=(2, 3)) if self.flat else y.flatten(2))
+        return self.head(y if self.flat else y.mean(dim=2))
+
+
+@pytest.mark.parametrize(
+    ("pool", "flat"),
+    [
+        (lambda y: functional.max_pool2d(y, 3, 1, 1), False),
+        (lambda y: functional.avg_pool2d(y, 3, 1, 1), False),
+        (lambda y: functional.avg_pool1d(y, 3, 1, 1), True),
+    ],
+)
+def test_pools_over_units(pool, flat):
+    images, labels = networks.network("residual", 17)[1:]
+    check(networks.made(PoolsOverUnits(pool, flat), images), (images, labels))
+
+
+class OneMapForAll(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu = nn.Conv2d(2, 1, 3, padding=1), nn.ReLU()
+        self.conv2 = nn.Conv2d(1, 8, 3, padding=1)
+        self.head = nn.Linear(8, networks.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv1(x))
+        return self.head((self.conv2(y) + y).relu().mean(dim=(2, 3)))
+
+
+def test_one_map_added_to_all_channels():
+    images, labels = networks.network("residual", 17)[1:]
+    check(networks.made(OneMapForAll(), images), (images, labels), "relu")
 
 
 class Recurrent(nn.Module):
@@ -174,12 +231,9 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_recurrent_layers(kind: type[nn.RNNBase]) -> None:
-    model = Recurrent(kind)
+def test_recurrent_layers(kind):
     images, labels = networks.network("residual", 12)[1:]
-    networks.randomise(model, seed=1)
-    networks.spread_logits(model, images)
-    check(model, (images, labels))
+    check(networks.made(Recurrent(kind), images), (images, labels))
 
 
 @torch.library.custom_op("pyablate_tests::turned", mutates_args=())
@@ -192,19 +246,14 @@ def _(y: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-def test_an_operator_that_gives_another_shape_than_it_promises_runs_by_replay() -> None:
-    def there_and_back(y: Tensor) -> Tensor:
-        return turned(turned(y))
-
-    model = Between(there_and_back)
+def test_an_operator_that_gives_another_shape_than_it_promises_runs_by_replay():
     images, labels = networks.network("residual", 12)[1:]
-    networks.randomise(model, seed=1)
-    networks.spread_logits(model, images)
+    model = networks.made(networks.Between(lambda y: turned(turned(y)), nn.GELU()), images)
     result = check(model, (images, labels), ["relu"], ties=0.02)
     assert set(result.strategy.values()) == {"replay"}
 
 
-OUTPUTS: dict[str, Operator] = {
+OUTPUTS: dict[str, networks.Operator] = {
     "softmax": lambda z: z.softmax(dim=1),
     "log softmax": lambda z: z.log_softmax(dim=1),
     "huge": lambda z: z * 1e6,
@@ -215,7 +264,7 @@ OUTPUTS: dict[str, Operator] = {
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_what_the_network_puts_out(name: str) -> None:
+def test_what_the_network_puts_out(name):
     inner, images, labels = networks.network("residual", 12)
 
     class Outer(nn.Module):

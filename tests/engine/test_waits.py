@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import elsewhere, networks
 from support.elsewhere import DEVICE, Wait, moved, on_device, there
+from support.runs import same
 
 from pyablate import interventions
 from pyablate.engine import cuda_graph, logit_change, precision_cascade
@@ -24,6 +25,8 @@ from pyablate.ops import Activation, _classify, elementwise, units
 from pyablate.runs import setup as prepare
 from pyablate.runs.executor import BlockSweep
 from pyablate.runtime.host_to_device import sent
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 IMAGES = 24
 LIVE = Wait("_to_copy", "Sweep.live_pairs")
@@ -100,8 +103,7 @@ def swept(setup, notes):
 
 def check_same(found, expected):
     assert len(expected.flips.image) > 0
-    for name in ("start", "image", "prediction"):
-        assert np.array_equal(getattr(found.flips, name), getattr(expected.flips, name))
+    assert same(found, expected)
 
 
 def by_job(events):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from support import networks
 from support.simulated import simulate
-from torch import nn
 
 import pyablate as pa
 from pyablate.analysis.targets import gini
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 CLASSES, UNITS, IMAGES = 8, 30, 60
 
@@ -31,7 +32,7 @@ def row(table: Any, figure: str) -> Any:
     return table[table["figure"] == figure].iloc[0]
 
 
-def test_concentrated_damage_is_told_from_spread_damage() -> None:
+def test_concentrated_damage_is_told_from_spread_damage():
     narrow, wide = damaged(True, 1), damaged(False, 2)
     table = pa.compare_damage(narrow, wide, names=("narrow", "wide"), fewest=5)
     found = row(table, "gini")
@@ -46,7 +47,7 @@ def test_concentrated_damage_is_told_from_spread_damage() -> None:
     assert row(table, "max_class_drop")["wide_units"] == UNITS
 
 
-def test_networks_of_one_kind_seldom_differ() -> None:
+def test_networks_of_one_kind_seldom_differ():
     outside = 0
     for turn in range(30):
         table = pa.compare_damage(damaged(False, 2 * turn), damaged(False, 2 * turn + 1), seed=turn)
@@ -55,7 +56,7 @@ def test_networks_of_one_kind_seldom_differ() -> None:
     assert outside <= 6, "1.5 expected at 95 %, 7 or more in 1 of 1,000"
 
 
-def test_several_networks_widen_the_interval() -> None:
+def test_several_networks_widen_the_interval():
     """Networks that differ among themselves say less than their many units pretend."""
     alike = pa.compare_damage(damaged(True, 1), damaged(True, 2), fewest=5)
     mixed = pa.compare_damage(
@@ -73,7 +74,7 @@ def test_several_networks_widen_the_interval() -> None:
     assert row(mixed, "gini")["first"] == pytest.approx(np.mean(means))
 
 
-def test_units_with_few_lost_images_have_no_say_on_concentration() -> None:
+def test_units_with_few_lost_images_have_no_say_on_concentration():
     result = damaged(True, 1)
     lost = result.lost.sum(axis=1)
     table = pa.compare_damage(result, damaged(True, 2), fewest=int(np.median(lost)))
@@ -83,7 +84,7 @@ def test_units_with_few_lost_images_have_no_say_on_concentration() -> None:
     assert np.isnan([none["first"], none["difference"], none["difference_low"], none["p"]]).all()
 
 
-def test_layers_are_matched_by_name_or_as_told() -> None:
+def test_layers_are_matched_by_name_or_as_told():
     first = damaged(True, 1, ["a"] * 10 + ["b"] * 20)
     second = damaged(False, 2, ["b"] * 15 + ["c"] * 15)
     assert pa.compare_damage(first, second)["layer"].unique().tolist() == ["b"]
@@ -109,13 +110,13 @@ def test_layers_are_matched_by_name_or_as_told() -> None:
         ({"seed": -1}, "seed: expected"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
+def test_bad_options(options, message):
     result = damaged(True, 1)
     with pytest.raises(ValueError, match=message):
         pa.compare_damage(result, result, **options)
 
 
-def test_what_is_no_result() -> None:
+def test_what_is_no_result():
     result = damaged(True, 1)
     with pytest.raises(TypeError, match="second: expected an AblationResult, got int"):
         pa.compare_damage(result, [3])  # type: ignore[list-item]
@@ -123,28 +124,13 @@ def test_what_is_no_result() -> None:
         pa.compare_damage([], result)
 
 
-class OneUnitPerClass(nn.Module):
-    """Unit k speaks for class k, so axes of units are as special as can be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(8, 8)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.eye(8))
-            self.head.bias.zero_()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
-
-
-def test_special_axes_are_told_from_random_ones() -> None:
+def test_special_axes_are_told_from_random_ones():
     torch.manual_seed(0)
     labels = torch.arange(160) % 8
     images = torch.nn.functional.one_hot(labels, 8) * 0.35 + 0.3 * torch.rand(160, 8)
-    found = pa.rotation_control(
-        OneUnitPerClass().eval(), (images, labels), "units", fewest=5, audit=50, progress=False
-    )
+    # Unit k speaks for class k, so axes of units are as special as can be.
+    model = networks.on_inputs(torch.eye(8), torch.zeros(8))
+    found = pa.rotation_control(model, (images, labels), "units", fewest=5, audit=50)
     concentrated = row(found.table, "gini")
     assert concentrated["units"] > 0.85, "at most 1 - 1/8"
     assert concentrated["difference_low"] > 0
@@ -152,7 +138,7 @@ def test_special_axes_are_told_from_random_ones() -> None:
     assert found.units.audit.mismatches == found.rotated.audit.mismatches == 0
 
 
-def test_units_are_directions_along_their_axes() -> None:
+def test_units_are_directions_along_their_axes():
     """What the control compares differs in the axes alone."""
     model, images, labels = networks.network("residual", 30)
     axes = pa.Intervention("direction", directions=torch.eye(8).double())
@@ -161,7 +147,7 @@ def test_units_are_directions_along_their_axes() -> None:
     np.testing.assert_array_equal(along.predictions(), units.predictions())
 
 
-def test_bad_rotations() -> None:
+def test_bad_rotations():
     model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match="rotations: expected at least 1"):
         pa.rotation_control(model, (images, labels), "body.2", rotations=0)

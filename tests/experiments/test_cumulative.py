@@ -16,6 +16,8 @@ from pyablate import reference
 from pyablate.experiments.accuracies import balanced_accuracy, baseline_balanced_accuracy
 from pyablate.experiments.split import split
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 LAYER = "body.2"
 UNITS = 8
 VALUES = np.array([3.0, -1.0, 2.0, 2.0, np.nan, 9.0, 0.0, 1.0])
@@ -23,12 +25,8 @@ FALLING = [5, 0, 2, 3, 7, 6, 1, 4]  # ties by unit, NaN last
 RISING = [1, 6, 7, 2, 3, 0, 5, 4]
 
 
-def residual(images: int = 40) -> tuple[Any, Any, Any]:
-    return networks.network("residual", images)
-
-
 def curves(order: Any, **options: Any) -> pa.Cumulative:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     quiet = {"audit": 5, "progress": False} | options
     return pa.cumulative(model, (images, labels), LAYER, order=order, **quiet)
 
@@ -47,8 +45,8 @@ def slow_balanced(predicted: np.ndarray, truth: np.ndarray, number: int) -> floa
     return (recall + (predicted[truth != number] != number).mean()) / 2
 
 
-def test_each_point_is_the_ablation_of_the_first_units() -> None:
-    model, images, labels = residual()
+def test_each_point_is_the_ablation_of_the_first_units():
+    model, images, labels = networks.network("residual", 40)
     found = curves(series(VALUES))
     assert labels_at(found) == FALLING
     groups = [[f"{LAYER}:{unit}" for unit in FALLING[:n]] for n in range(1, UNITS + 1)]
@@ -70,8 +68,8 @@ def test_each_point_is_the_ablation_of_the_first_units() -> None:
     assert found.result.audit.pairs == 5
 
 
-def test_balanced_accuracy_of_single_units() -> None:
-    model, images, labels = residual()
+def test_balanced_accuracy_of_single_units():
+    model, images, labels = networks.network("residual", 40)
     result = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     fast, truth = balanced_accuracy(result), labels.numpy()
     for row, predicted in enumerate(result.predictions()):
@@ -96,11 +94,11 @@ def test_balanced_accuracy_of_single_units() -> None:
     ],
     ids=["array", "list", "Series", "DataArray", "labels"],
 )
-def test_orders_given_in_every_form(order: Any) -> None:
+def test_orders_given_in_every_form(order):
     assert labels_at(curves(order, steps=1)) == FALLING
 
 
-def test_ascending_and_the_columns_of_a_table() -> None:
+def test_ascending_and_the_columns_of_a_table():
     table = pd.DataFrame({"a": series(VALUES), "b": series(-VALUES)}).assign(layer=LAYER)
     found = curves(table, ascending=True, steps=[3])
     assert found.data["order"].values.tolist() == ["a", "b"]
@@ -109,17 +107,17 @@ def test_ascending_and_the_columns_of_a_table() -> None:
     assert found.data["removed"].values.tolist() == [0, 3, UNITS]
 
 
-def test_keeping_the_first_units_removes_all_others() -> None:
+def test_keeping_the_first_units_removes_all_others():
     kept = curves(series(VALUES), keep=True)
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     others = [f"{LAYER}:{unit}" for unit in range(UNITS) if unit not in FALLING[:3]]
     slow = reference.ablate(model, (images, labels), groups=[others], progress=False)
     at = int(np.flatnonzero(kept.data["kept"].values == 3)[0])
     assert kept.data["accuracy"][0, at] == pytest.approx(slow.accuracy[0])
 
 
-def test_measured_drops_are_ranked_on_other_images() -> None:
-    model, images, labels = residual()
+def test_measured_drops_are_ranked_on_other_images():
+    model, images, labels = networks.network("residual", 40)
     halves = split((images, labels), seed=3)
     both = [part.numpy() for part in (halves.choosing[0], halves.measuring[0])]
     whole = np.sort(images.flatten(1).numpy(), axis=0)
@@ -137,8 +135,8 @@ def test_measured_drops_are_ranked_on_other_images() -> None:
     assert found.data.attrs["images"] == len(halves.measuring[1])
 
 
-def test_one_curve_for_each_class() -> None:
-    model, images, labels = residual()
+def test_one_curve_for_each_class():
+    model, images, labels = networks.network("residual", 40)
     ranking = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     found = curves("class", ranking=ranking, class_names=list("abcde"))
     assert found.data["target"].values.tolist() == list("abcde")
@@ -153,7 +151,7 @@ def test_one_curve_for_each_class() -> None:
     assert own["accuracy"] == found.data["accuracy"][2, 2]
 
 
-def test_random_orders_follow_the_seed_and_share_the_full_set() -> None:
+def test_random_orders_follow_the_seed_and_share_the_full_set():
     found = curves({"chance": "random", "size": VALUES}, repeats=3, seed=5)
     assert found.data["repeat"].values.tolist() == [0, 1, 2, 0]
     assert found.data["order"].values.tolist() == ["chance"] * 3 + ["size"]
@@ -168,7 +166,7 @@ def test_random_orders_follow_the_seed_and_share_the_full_set() -> None:
     assert len(found.result.units) <= 4 * UNITS - 3
 
 
-def test_areas_are_those_of_the_trapezoid_rule() -> None:
+def test_areas_are_those_of_the_trapezoid_rule():
     found = curves("random", repeats=2, steps=[1, 5])
     accuracy = found.data["accuracy"].to_numpy()
     assert found.area["area"].tolist() == pytest.approx(
@@ -178,8 +176,8 @@ def test_areas_are_those_of_the_trapezoid_rule() -> None:
     assert len(found.to_dataframe()) == 2 * 4
 
 
-def test_units_of_several_layers_make_one_order() -> None:
-    model, images, labels = residual(16)
+def test_units_of_several_layers_make_one_order():
+    model, images, labels = networks.network("residual", 16)
     layers = ["body.2", "body.4"]
     found = pa.cumulative(
         model,
@@ -214,13 +212,13 @@ def test_units_of_several_layers_make_one_order() -> None:
         ({"intervention": "direction", "order": VALUES}, "not in groups"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         curves(**({"order": "random"} | options))
 
 
-def test_bad_layer_model_and_images() -> None:
-    model, images, labels = residual(4)
+def test_bad_layer_model_and_images():
+    model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match=r"body\.2"):
         pa.cumulative(model, (images, labels), "body.22", order="random")
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):

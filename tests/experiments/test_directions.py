@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,11 @@ def same_axes(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(("name", "layer"), [("residual", "body.3"), ("vit", None)])
-def test_principal_components_are_those_of_the_activations(name: str, layer: str | None) -> None:
+def test_principal_components_are_those_of_the_activations(name, layer):
     model, images, labels = networks.network(name, 20)
     layer = layer or networks.ARCHITECTURES[name].layers[1]
     site = next(site for site in pa.sites(model, images[:2]) if site.name == layer)
-    seen = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[2]))
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    rows = seen[0].movedim(site.axis, -1).flatten(0, -2).double()
+    rows = networks.outputs(model, layer, images).movedim(site.axis, -1).flatten(0, -2).double()
     found = directions.principal_components(model, (images, labels), layer, batch_size=7)[layer]
     values, vectors = np.linalg.eigh(np.cov(rows.T.numpy()))
     assert np.diff(values).min() > 1e-6, "equal variances have no axes of their own"
@@ -46,26 +42,21 @@ def test_principal_components_are_those_of_the_activations(name: str, layer: str
     assert bool((variance[:-1] >= variance[1:]).all())
 
 
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU())
-        self.pool = nn.MaxPool2d(2)
-        self.second = nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.flatten = nn.Flatten()
-        self.head = nn.Linear(4 * 4 * 4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.flatten(self.second(self.pool(self.first(x)))))
-
-
 def chain() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    model = Chain().eval()
+    model = nn.Sequential(
+        OrderedDict(
+            first=nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU()),
+            pool=nn.MaxPool2d(2),
+            second=nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+            flatten=nn.Flatten(),
+            head=nn.Linear(4 * 4 * 4, 3),
+        )
+    ).eval()
     return model, (torch.randn(16, 1, 8, 8), torch.arange(16) % 3)
 
 
-def test_next_weights_are_those_that_read_the_layer() -> None:
+def test_next_weights_are_those_that_read_the_layer():
     model, data = chain()
     found = directions.next_weights(model, data, ["first", "second"])
     conv = model.get_submodule("second.0").weight.detach().double()
@@ -79,7 +70,7 @@ def test_next_weights_are_those_that_read_the_layer() -> None:
     assert bool((heard[:-1] >= heard[1:]).all())
 
 
-def test_directions_can_be_ablated() -> None:
+def test_directions_can_be_ablated():
     model, data = chain()
     for found in (
         directions.principal_components(model, data, "first"),
@@ -91,7 +82,7 @@ def test_directions_can_be_ablated() -> None:
         assert len(result.units) == found["first"].shape[1]
 
 
-def test_rotations_are_different_orthogonal_and_seeded() -> None:
+def test_rotations_are_different_orthogonal_and_seeded():
     model, data = chain()
     found = directions.rotations(model, data, ["first", "second"], count=3, seed=1)
     assert {name: tuple(m.shape) for name, m in found.items()} == {
@@ -107,7 +98,7 @@ def test_rotations_are_different_orthogonal_and_seeded() -> None:
     assert not torch.allclose(found["first"], other["first"])
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments():
     model, data = chain()
     with pytest.raises(ValueError, match="count: expected at least 1"):
         directions.rotations(model, data, "first", count=0)
@@ -121,7 +112,7 @@ def test_bad_arguments() -> None:
             function("model", data, "first")
 
 
-def test_what_no_weights_read_is_refused() -> None:
+def test_what_no_weights_read_is_refused():
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -15,33 +15,21 @@ import pyablate as pa
 from pyablate import reference
 from pyablate.experiments.split import split
 
-
-class Planted(nn.Module):
-    """Class 0 rests on units 1 and 4, either of which is enough; class 1 on unit 2 alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(6, 3)
-        weight = torch.zeros(3, 6)
-        weight[0, 1], weight[0, 4], weight[1, 2], weight[0, 0] = 1.0, 1.1, 1.0, 0.01
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            self.head.bias.copy_(torch.tensor([0.0, 0.0, 0.5]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 def planted() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Class 0 rests on units 1 and 4, either of which is enough; class 1 on unit 2 alone."""
+    weight = torch.zeros(3, 6)
+    weight[0, 1], weight[0, 4], weight[1, 2], weight[0, 0] = 1.0, 1.1, 1.0, 0.01
     labels = torch.arange(3).repeat_interleave(8)
     images = torch.zeros(24, 6)
     images[labels == 0] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     images[labels == 1] = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    return Planted().eval(), (images, labels)
+    return networks.on_inputs(weight, torch.tensor([0.0, 0.0, 0.5])), (images, labels)
 
 
-def test_planted_sets_are_found_and_nothing_else() -> None:
+def test_planted_sets_are_found_and_nothing_else():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
     table = found.table.set_index("class")
@@ -54,14 +42,14 @@ def test_planted_sets_are_found_and_nothing_else() -> None:
     assert found.chance == pytest.approx(1 / 3)
 
 
-def test_without_pruning_the_order_of_the_single_drops_is_kept() -> None:
+def test_without_pruning_the_order_of_the_single_drops_is_kept():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", classes="0", prune=False, audit=0, progress=False)
     # No unit alone harms the class: units come in their order until both are in.
     assert found.table["units"][0] == tuple(f"units:{unit}" for unit in range(5))
 
 
-def test_figures_are_those_of_full_forward_passes() -> None:
+def test_figures_are_those_of_full_forward_passes():
     model, images, labels = networks.network("residual", 60)
     options: dict[str, Any] = {"audit": 20, "progress": False}
     found = pa.minimal_sets(model, (images, labels), "body.3", seed=2, chance=0.3, **options)
@@ -89,7 +77,7 @@ def test_figures_are_those_of_full_forward_passes() -> None:
     assert found.result.audit.mismatches + found.result.audit.mended == 0
 
 
-def test_what_cannot_be_lost_says_so_with_the_most_harmful_set() -> None:
+def test_what_cannot_be_lost_says_so_with_the_most_harmful_set():
     model, images, labels = networks.network("residual", 40)
     found = pa.minimal_sets(
         model, (images, labels), "body.3", chance=0.0, largest=1, audit=0, progress=False
@@ -116,7 +104,7 @@ def test_what_cannot_be_lost_says_so_with_the_most_harmful_set() -> None:
         ({"layers": "unit"}, "units"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments(options, message):
     model, data = planted()
     with pytest.raises(ValueError, match=message):
         pa.minimal_sets(model, data, **({"layers": "units", "progress": False} | options))

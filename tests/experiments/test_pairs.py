@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from support import networks
-from torch import nn
 
 import pyablate as pa
 from pyablate import reference
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 LAYER = "body.2"
-
-
-def residual(images: int = 40) -> tuple[Any, Any, Any]:
-    return networks.network("residual", images)
 
 
 @pytest.fixture(scope="module")
 def found() -> pa.Pairs:
-    model, images, labels = residual()
+    model, images, labels = networks.network("residual", 40)
     return pa.pairs(model, (images, labels), LAYER, audit=30, progress=False)
 
 
-def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
-    model, images, labels = residual()
+def test_interactions_are_joint_minus_single_drops(found):
+    model, images, labels = networks.network("residual", 40)
     names = [f"{LAYER}:{unit}" for unit in range(8)]
     pairs = list(itertools.combinations(names, 2))
     assert list(zip(found.data["first"].values, found.data["second"].values, strict=True)) == pairs
@@ -65,14 +61,14 @@ def test_interactions_are_joint_minus_single_drops(found: pa.Pairs) -> None:
     assert found.result.audit.mismatches + found.result.audit.mended == 0
 
 
-def test_single_drops_stand_beside_them(found: pa.Pairs) -> None:
-    model, images, labels = residual()
+def test_single_drops_stand_beside_them(found):
+    model, images, labels = networks.network("residual", 40)
     alone = pa.ablate(model, (images, labels), LAYER, audit=0, progress=False)
     np.testing.assert_array_equal(found.data["drop"], alone.accuracy_drop)
     np.testing.assert_array_equal(found.data["class_drop"], alone.class_accuracy_drop)
 
 
-def test_the_matrix_is_symmetric(found: pa.Pairs) -> None:
+def test_the_matrix_is_symmetric(found):
     square = found.matrix()
     np.testing.assert_array_equal(square, square.T)
     assert np.isnan(np.diag(square)).all()
@@ -85,34 +81,22 @@ def test_the_matrix_is_symmetric(found: pa.Pairs) -> None:
         found.matrix("drop")
 
 
-class Redundant(nn.Module):
+def test_units_that_back_each_other_up_interact_fully():
     """Two units say the same, and either alone is enough; the third says nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.units = nn.ReLU()
-        self.head = nn.Linear(3, 2, bias=True)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
-            self.head.bias.copy_(torch.tensor([0.0, 0.5]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(x))
-
-
-def test_units_that_back_each_other_up_interact_fully() -> None:
+    weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    model = networks.on_inputs(weight, torch.tensor([0.0, 0.5]))
     images = torch.ones(6, 3)
     images[4:] = -1.0
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    found = pa.pairs(Redundant().eval(), (images, labels), "units", audit=18, progress=False)
+    found = pa.pairs(model, (images, labels), "units", audit=18)
     assert found.data["drop"].values.tolist() == [0, 0, 0]
     assert found.data["interaction"].values.tolist() == pytest.approx([4 / 6, 0, 0])
     assert found.data["class_interaction"].values.tolist() == [[1, 0], [0, 0], [0, 0]]
     assert found.data["more"].values.tolist() == [4, 0, 0]
 
 
-def test_only_some_units() -> None:
-    model, images, labels = residual(12)
+def test_only_some_units():
+    model, images, labels = networks.network("residual", 12)
     few = pa.pairs(model, (images, labels), LAYER, units=[7, 2, 4], audit=0, progress=False)
     assert few.data["unit"].values.tolist() == [f"{LAYER}:{unit}" for unit in (2, 4, 7)]
     assert few.data.sizes["pair"] == 3
@@ -129,14 +113,14 @@ def test_only_some_units() -> None:
         ({"intervention": "direction"}, "not in groups"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    model, images, labels = residual(4)
+def test_bad_arguments(options, message):
+    model, images, labels = networks.network("residual", 4)
     with pytest.raises(ValueError, match=message):
         pa.pairs(model, (images, labels), **({"layer": LAYER, "progress": False} | options))
 
 
-def test_a_plan_of_pairs_counts_what_is_live() -> None:
-    model, images, labels = residual(12)
+def test_a_plan_of_pairs_counts_what_is_live():
+    model, images, labels = networks.network("residual", 12)
     groups = [[f"{LAYER}:1", f"{LAYER}:2"], [f"{LAYER}:3", f"{LAYER}:4"]]
     row = pa.plan(model, (images, labels), groups=groups).table.iloc[0]
     assert row["pairs"] == 24

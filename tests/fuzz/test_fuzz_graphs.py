@@ -1,6 +1,6 @@
 """Random networks, ablated in random ways, agree with the float64 hook loop.
 
-A failure prints the case as code: paste it into ``test_fuzz_found.py``, and mend what it shows.
+A failure prints the case as code: paste it beside the tests of what was wrong, and mend that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from hypothesis import assume, given
 from support.fuzzing.budget import EXAMPLES, NIGHTLY, out_of_time, settings_for
-from support.fuzzing.cases import CASES, Case, Checked, check
+from support.fuzzing.cases import CASES, Checked, check
 
 LOW = ("int8", "bfloat16")
 # Some networks turn out to have no units to compare, and a night promises a number of comparisons.
@@ -25,7 +25,7 @@ failed: set[int] = set()  # never left out: Hypothesis makes these again, and sm
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, about speed
 @settings_for(NETWORKS)
 @given(case=CASES)
-def test_random_networks_agree_with_the_oracle(case: Case) -> None:
+def test_random_networks_agree_with_the_oracle(case):
     seed = case.network.seed
     assume(seed not in passed - failed)  # a variation of one before, which Hypothesis likes
     if not out_of_time():
@@ -37,7 +37,7 @@ def test_random_networks_agree_with_the_oracle(case: Case) -> None:
         passed.add(seed)
 
 
-def test_the_comparisons_meant_something() -> None:
+def test_the_comparisons_meant_something():
     graphs = sum(one.agreement.pairs > 0 for one in compared)
     if failed or not (graphs or NIGHTLY):
         pytest.skip("the test before did not run, or found something")

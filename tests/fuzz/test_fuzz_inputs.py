@@ -170,7 +170,7 @@ READERS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_files(name: str, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_damaged_files(name, sound, tmp_path_factory):
     whole = (sound / name).read_bytes()
     folder = tmp_path_factory.mktemp("damaged")
     reads_or_refuses(lambda: READERS[name](sound / name, sound))
@@ -195,7 +195,7 @@ def members(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["plain.npz", "w.pth", "net.pt2"])
-def test_damaged_members(name: str, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_damaged_members(name, sound, tmp_path_factory):
     """Checksums catch most damage to archives; here they are right."""
     whole = (sound / name).read_bytes()
     folder = tmp_path_factory.mktemp("members")
@@ -263,7 +263,7 @@ def _restore(sound: Path, folder: Path) -> Path:
     return store
 
 
-def test_damaged_stores(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_damaged_stores(sound, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
     files = _store_files(sound / "run.zarr")
 
@@ -282,7 +282,7 @@ def test_damaged_stores(sound: Path, tmp_path_factory: pytest.TempPathFactory) -
     check()
 
 
-def test_stores_with_other_metadata(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_stores_with_other_metadata(sound, tmp_path_factory):
     folder = tmp_path_factory.mktemp("metadata")
     files = [name for name in _store_files(sound / "run.zarr") if name.endswith(".json")]
 
@@ -297,7 +297,7 @@ def test_stores_with_other_metadata(sound: Path, tmp_path_factory: pytest.TempPa
     check()
 
 
-def test_stores_with_other_numbers(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_stores_with_other_numbers(sound, tmp_path_factory):
     """Sound arrays whose numbers do not fit each other."""
     import zarr
 
@@ -326,7 +326,7 @@ def test_stores_with_other_numbers(sound: Path, tmp_path_factory: pytest.TempPat
     check()
 
 
-def test_arrays_of_other_kinds(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_arrays_of_other_kinds(tmp_path_factory):
     """Any arrays as data: numbers, or one line about what was expected."""
     path = tmp_path_factory.mktemp("arrays") / "a.npz"
 

@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
 from support.fuzzing.budget import settings_for
 from support.fuzzing.damage import damage
+from support.runs import same
 
 import pyablate as pa
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 MODEL, IMAGES, LABELS = networks.network("mlp")
 OPTIONS = {"intervention": "mean", "batch_size": 6, "audit": 20, "progress": False}
@@ -43,9 +45,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def test_damaged_unfinished_runs(
-    unfinished: Path, expected: pa.AblationResult, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_damaged_unfinished_runs(unfinished, expected, tmp_path_factory):
     store = tmp_path_factory.mktemp("resumed") / "run.zarr"
     files = sorted(str(p.relative_to(unfinished)) for p in unfinished.rglob("*") if p.is_file())
     assert len(files) > 3
@@ -66,10 +66,7 @@ def test_damaged_unfinished_runs(
             said = str(error)
         else:
             said = ""
-            assert np.array_equal(result.flips.start, expected.flips.start)
-            assert np.array_equal(result.flips.image, expected.flips.image)
-            assert np.array_equal(result.flips.prediction, expected.flips.prediction)
-            assert result.audit == expected.audit
+            assert same(result, expected)
         assert "run.zarr" in said or not said
 
     check()

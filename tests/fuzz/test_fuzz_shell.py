@@ -47,8 +47,10 @@ from torch import nn
 
 def make():
     torch.manual_seed(0)  # the parts of a run are of one network
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(3, 3))
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(3, 3))
+    model.known_as = "random words"
+    return model
 
 
 def plain():
@@ -57,7 +59,7 @@ def plain():
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports_kept: None) -> Path:
     (tmp_path / "small_network.py").write_text(_NETWORK)
     draw = np.random.default_rng(0)
     images = draw.random((6, 8, 8)).astype(np.float32)
@@ -98,7 +100,7 @@ SOUND = {
 EXAMPLES = {"cumulative": 1, "pairs": 1, "prune": 2, "compare": 2, "report": 2, "plot": 2}
 
 
-def test_random_words(here: Path) -> None:
+def test_random_words(here):
     @settings_for(25)
     @given(st.data())
     def check(data: st.DataObject) -> None:
@@ -110,7 +112,7 @@ def test_random_words(here: Path) -> None:
 
 
 @pytest.mark.parametrize("command", SOUND)
-def test_sound_commands_with_random_options(here: Path, command: str) -> None:
+def test_sound_commands_with_random_options(here, command):
     sound = SOUND[command]
     if command == "merge":
         for number in (1, 2):

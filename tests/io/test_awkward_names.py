@@ -73,9 +73,7 @@ def pyplot() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("kind", DRAWN)
-def test_names_are_drawn_as_they_are(
-    result: pa.AblationResult, pyplot: Any, kind: str, tmp_path: Path
-) -> None:
+def test_names_are_drawn_as_they_are(result, pyplot, kind, tmp_path):
     from matplotlib.text import Text
 
     axes = DRAWN[kind](result)
@@ -93,9 +91,7 @@ def test_names_are_drawn_as_they_are(
         assert sum(name.startswith("_") for name in shown) == 1  # matplotlib would leave it out
 
 
-def test_what_the_font_lacks_is_one_line(
-    result: pa.AblationResult, pyplot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_font_lacks_is_one_line(result, pyplot, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = tuple("猫犬" if name == "猫" else name for name in NAMES if "\udcff" not in name)
     replace(result, class_names=(*saved, "last")).save("run.zarr")
@@ -108,15 +104,15 @@ def test_what_the_font_lacks_is_one_line(
     assert "Glyph" not in out
 
 
-def test_what_cannot_be_seen_is_written_out() -> None:
+def test_what_cannot_be_seen_is_written_out():
     assert visible("\x1b[31mé\x9b猫\u202e\n\t\udcff") == "\\x1b[31mé\\x9b猫\\u202e\\n\\t\\udcff"
     assert visible("a\nb\x07", keep="\n") == "a\nb\\x07"
 
 
 @pytest.mark.parametrize("command", ["significance", "report", "plot"])
 def test_no_control_character_of_a_name_reaches_the_terminal(
-    result: pa.AblationResult, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    result, command, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     units = result.units.assign(
         label=result.units["label"].str.replace("second", "\x1b]0;title\x07"),
@@ -133,16 +129,14 @@ def test_no_control_character_of_a_name_reaches_the_terminal(
         assert "\\x1b]0;title" in out
 
 
-def test_no_control_character_goes_through_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_control_character_goes_through_the_console(capsys):
     from pyablate.cli.tables.summary import console
 
     console().print("a\x1b[31m[b]c\nd")
     assert capsys.readouterr().out == "a\\x1b[31m[b]c\nd\n"
 
 
-def test_names_that_are_not_unicode_are_written_with_backslashes(
-    result: pa.AblationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_are_not_unicode_are_written_with_backslashes(result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result.save("run.zarr")
     code, out = invoke("significance", "run.zarr", "--csv", "units.csv", "--pairs", "pairs.csv")

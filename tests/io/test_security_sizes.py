@@ -1,50 +1,46 @@
-"""Small files that would take all the memory, and things that are no files, are refused at once."""
+"""Small files that would take all the memory are refused at once."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import signal
-from collections.abc import Callable, Iterator
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-import zarr
-from PIL import Image
-from support.shelled import invoke
-from support.simulated import simulate
+from PIL import GifImagePlugin, Image
 
-import pyablate as pa
-from pyablate.analysis.unit_table import read_table
-from pyablate.cli.specs import load_data
+from pyablate.cli.specs import load_data, load_model
 from pyablate.io import image_folder
-from pyablate.io.zarr_check import MAX_RATIO, check_folder
-from pyablate.runs.run_folder import check_place
 
 # --- images ---------------------------------------------------------------------------------------
 
 
-def photos(folder: Path, size: tuple[int, int]) -> Path:
+def photos(folder: Path, content: bytes | tuple[int, int], name: str = "a.png") -> Path:
+    """A folder with one image: of some bytes, or white and of some size."""
     (folder / "photos" / "cat").mkdir(parents=True)
-    Image.new("L", size, 255).save(folder / "photos" / "cat" / "a.png")
+    place = folder / "photos" / "cat" / name
+    if isinstance(content, bytes):
+        place.write_bytes(content)
+    else:
+        Image.new("L", content, 255).save(place)
     return folder / "photos"
 
 
 @pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1)])
-def test_a_strip_that_scaling_would_blow_up(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_strip_that_scaling_would_blow_up(tmp_path, size):
     folder = photos(tmp_path, size)
     assert (folder / "cat" / "a.png").stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"data: '.*a.png' is too large: .* after scaling"):
         list(load_data(folder, size=224).batches)
 
 
-def test_a_strip_within_the_limit_is_scaled(tmp_path: Path) -> None:
+def test_a_strip_within_the_limit_is_scaled(tmp_path):
     images, _ = next(iter(load_data(photos(tmp_path, (2, 3000)), size=16).batches))
     assert images.shape == (1, 1, 16, 16)
     assert bool((images == 1).all())
@@ -59,9 +55,7 @@ SHORTAGES: list[tuple[str, Callable[[], Exception]]] = [
 
 
 @pytest.mark.parametrize(("step", "error"), SHORTAGES)
-def test_no_memory_for_an_image_names_the_file(
-    step: str, error: Callable[[], Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_an_image_names_the_file(step, error, tmp_path, monkeypatch):
     data = load_data(photos(tmp_path, (8, 8)), size=8)
 
     def fail(*_: Any) -> None:
@@ -72,7 +66,7 @@ def test_no_memory_for_an_image_names_the_file(
         list(data.batches)
 
 
-def test_scaling_answers_as_torchvision_does(tmp_path: Path) -> None:
+def test_scaling_answers_as_torchvision_does(tmp_path):
     """The check of sizes comes before the work and changes none of it."""
     folder = photos(tmp_path, (37, 23))
     draw = torch.Generator().manual_seed(0)
@@ -86,157 +80,86 @@ def test_scaling_answers_as_torchvision_does(tmp_path: Path) -> None:
     assert torch.equal(images[0, 0], wanted)
 
 
-# --- stores ---------------------------------------------------------------------------------------
+def png_header(width: int, height: int) -> bytes:
+    """Return a PNG file that claims a size in a few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    draw = np.random.default_rng(0)
-    simulate(np.full((3, 2), 0.5), 0.5, 4, draw, ["x"] * 3).save(tmp_path / "run.zarr")
-    return tmp_path / "run.zarr"
+@pytest.mark.parametrize("size", [(9_500, 9_500), (100_000, 100_000), (1, 2_000_000_000)])
+def test_an_image_that_claims_too_much(tmp_path, size):
+    with pytest.raises(ValueError, match=r"data: '.*a.png' is too large"):
+        list(load_data(photos(tmp_path, png_header(*size))).batches)
 
 
-def claim(path: Path, **changes: Any) -> None:
-    metadata = json.loads(path.read_text())
-    path.write_text(json.dumps(metadata | changes))
+def test_a_long_animation_is_its_first_frame(tmp_path, monkeypatch):
+    frames = [Image.new("L", (8, 8), 255 * (n > 0)) for n in range(200)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=10)
+    seeks: list[int] = []
+    monkeypatch.setattr(
+        GifImagePlugin.GifImageFile, "seek", lambda _self, frame: seeks.append(frame)
+    )
+    data = load_data(photos(tmp_path, buffer.getvalue(), "a.gif"))
+    images, _ = next(iter(data.batches))
+    assert images.shape == (1, 3, 8, 8)
+    assert float(images.max()) == 0
+    assert seeks == []
 
 
-CHUNK = {"name": "regular", "configuration": {"chunk_shape": [1 << 31]}}
-STRETCHED = {"name": "fixed_length_utf32", "configuration": {"length_bytes": 1 << 30}}
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif", "ppm", "gif"])
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.9])
+def test_truncated_images(tmp_path, suffix, keep):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    kinds = {"jpg": "JPEG", "tif": "TIFF"}
+    Image.fromarray(pixels).save(buffer, kinds.get(suffix, suffix.upper()))
+    whole = buffer.getvalue()
+    folder = photos(tmp_path, whole[: int(keep * len(whole))], f"a.{suffix}")
+    with pytest.raises(ValueError, match=r"data: cannot decode '.*a\.\w+'"):
+        list(load_data(folder).batches)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "said"),
-    [
-        ("label", {"shape": [1 << 31]}, r"label: \d+ of its \d+ chunks are missing"),
-        ("label", {"shape": [1 << 31], "chunk_grid": CHUNK}, "claim 17179\\d+ bytes, what is"),
-        ("label", {"chunk_grid": CHUNK}, "claim 17179\\d+ bytes, what is stored can hold at most"),
-        ("label", {"data_type": STRETCHED}, "what is stored can hold at most"),
-        ("label", {"data_type": "r8000000000"}, "what is stored can hold at most"),
-        ("label", {"shape": [1 << 40]}, "larger than the limit"),
-        ("label", {"chunk_grid": None}, "expected chunks for the shape"),
-    ],
-)
-def test_a_claim_that_nothing_stored_could_bear_out(
-    store: Path, name: str, changes: dict[str, Any], said: str
-) -> None:
-    claim(store / name / "zarr.json", **changes)
-    with pytest.raises(OSError, match=said):
-        pa.load(store)
+def test_the_limit_of_pixels_is_pillows_own():
+    assert Image.MAX_IMAGE_PIXELS == image_folder.MAX_PIXELS
 
 
-def test_many_claims_count_together(tmp_path: Path) -> None:
-    group = zarr.open_group(tmp_path / "table.zarr", mode="w")
-    for number in range(20):
-        group.create_array(f"a{number}", shape=1 << 20, dtype="f8")
-    with pytest.raises(OSError, match=f"claim {20 << 23} bytes"):
-        check_folder(tmp_path / "table.zarr")
+# --- arrays and checkpoints ---------------------------------------------------------------------
 
 
-def test_arrays_that_would_not_fit_into_memory(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = np.random.default_rng(0)
-    store = store.with_name("large.zarr")
-    group = zarr.open_group(store, mode="w")
-    group.create_array("x", data=draw.integers(0, 9, 10_000_000, dtype=np.int8))
-    check_folder(store, whole=True)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=70 << 20))
-    with pytest.raises(OSError, match=f"its arrays take 80000000 bytes, {70 << 20} are free"):
-        check_folder(store)
+def npy_header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["label", "unit_layer", "flip_start", "flip_image"])
-def test_a_lost_chunk_is_no_chunk_of_zeros(store: Path, name: str) -> None:
-    (store / name / "c" / "0").unlink()
-    with pytest.raises(OSError, match=f"{name}: 1 of its 1 chunks are missing"):
-        pa.load(store)
+@pytest.mark.parametrize("shape", [(1 << 60,), (1 << 34, 28, 28), (1 << 62, 1 << 62)])
+def test_arrays_that_claim_too_much(tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", npy_header(shape))
+        archive.writestr("labels.npy", npy_header((3,), "<i8") + bytes(24))
+    with pytest.raises(ValueError, match=r"data: .*a.npz'"):
+        load_data(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", images=np.zeros((1, 3, 3), np.float32))
+    (tmp_path / "labels.npy").write_bytes(npy_header(shape, "<i8"))
+    with pytest.raises(ValueError, match=r"labels: cannot read '.*labels.npy'"):
+        load_data(tmp_path / "b.npz", labels=tmp_path / "labels.npy")
 
 
-def test_results_of_nothing_but_zeros_come_back(tmp_path: Path) -> None:
-    """Their chunks are written all the same: one layer, one class, no flips."""
-    draw = np.random.default_rng(0)
-    made = simulate(np.zeros((3, 2)), 1.0, 4, draw, ["x"] * 3)
-    made = dataclasses.replace(made, labels=made.labels * 0, baseline=made.baseline * 0)
-    made.save(tmp_path / "run.zarr")
-    assert (pa.load(tmp_path / "run.zarr").labels == 0).all()
-
-
-def test_nothing_that_our_codec_can_pack_is_refused(tmp_path: Path) -> None:
-    """Constant numbers are what Zstandard packs best."""
-    for number in (0, 7):
-        path = tmp_path / f"{number}.zarr"
-        group = zarr.open_group(path, mode="w")
-        values = np.full(1 << 24, number, np.int64)
-        group.create_array("x", data=values, config={"write_empty_chunks": True})
-        check_folder(path, whole=True)
-        stored = sum(file.stat().st_size for file in (path / "x" / "c").rglob("*"))
-        assert values.nbytes < MAX_RATIO * stored
-
-
-# --- neither files nor folders --------------------------------------------------------------------
-
-
-@pytest.fixture
-def soon() -> Iterator[None]:
-    """Nothing may wait for somebody to write into a named pipe."""
-
-    def stop(*_: Any) -> None:
-        raise AssertionError("it waits")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("name", ["zarr.json", "label/zarr.json", "label/c/0", "extra", ".zattrs"])
-@pytest.mark.parametrize("read", [pa.load, read_table, check_place, pa.AblationResult.save])
-def test_a_pipe_in_a_store(store: Path, name: str, read: Callable[..., object]) -> None:
-    loaded = pa.load(store)
-    (store / name).unlink(missing_ok=True)
-    os.mkfifo(store / name)
-    if read is pa.AblationResult.save:
-        if name in ("zarr.json", ".zattrs"):
-            with pytest.raises(OSError, match=f"{name} is neither a file nor a folder"):
-                loaded.save(store)
-        return
-    with pytest.raises(OSError, match=f"{name} is neither a file nor a folder"):
-        read(store)
-
-
-@pytest.mark.usefixtures("soon", "empty_folder")
-@pytest.mark.parametrize(
-    "words",
-    [
-        "run demo:vgg_bn --data pipe",
-        "run demo:vgg_bn --data pipe.npz",
-        "run demo:vgg_bn --data plain.npz --labels pipe",
-        "run demo:vgg_bn --data plain.npz --labels pipe.npy",
-        "run demo:vgg_bn --data demo --weights pipe",
-        "run demo:vgg_bn --data demo --weights pipe.safetensors",
-        "run pipe.pt2 --data demo",
-        "run demo:vgg_bn --data demo --output pipe",
-        "run demo:vgg_bn --data demo --output pipe.zarr",
-        "report pipe",
-        "report pipe.zarr",
-        "plot pipe",
-        "plot pipe --kind cumulative",
-        "significance pipe",
-        "merge pipe pipe.zarr",
-        "correlate run.zarr pipe",
-        "correlate pipe pipe",
-        "prune demo:vgg_bn --data demo --limit 8 --by pipe",
-        "cumulative demo:vgg_bn --data demo --limit 8 --order pipe.csv",
-        "sensitivity demo:vgg_bn --data demo --limit 8 --csv pipe.csv",
-    ],
-)
-def test_a_pipe_where_a_file_is_expected(store: Path, words: str) -> None:
-    np.savez("plain.npz", images=np.zeros((1, 28, 28), np.float32), labels=np.zeros(1, int))
-    for suffix in ("", ".npz", ".npy", ".safetensors", ".pt2", ".zarr", ".csv"):
-        os.mkfifo(f"pipe{suffix}")
-    code, said = invoke(*words.split())
-    assert code == 2, said
-    assert "pyablate: " in said
+def test_a_checkpoint_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"")
+        archive.writestr("a/data/0", bytes(1 << 20))
+    monkeypatch.setattr("pyablate.io.weights.MAX_BYTES", 1 << 19)
+    with pytest.raises(ValueError, match=r"weights: '.*a.pth' unpacks to \d+ bytes, the limit is"):
+        load_model("demo:vgg_bn", tmp_path / "a.pth")

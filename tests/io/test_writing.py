@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("file/units.csv", "--what: file/units.csv cannot be written"),
     ],
 )
-def test_no_place_for_a_file(here: Path, path: str, message: str) -> None:
+def test_no_place_for_a_file(here, path, message):
     with pytest.raises(OSError, match="--what") as raised:
         check_file(Path(path), "--what")
     line, code = error_line(raised.value)
@@ -66,12 +66,12 @@ def test_no_place_for_a_file(here: Path, path: str, message: str) -> None:
         fresh.write_text("never")
 
 
-def test_nothing_is_made_before_the_work(here: Path) -> None:
+def test_nothing_is_made_before_the_work(here):
     check_file(Path("new/folder/units.csv"))
     assert not Path("new").exists()
 
 
-def test_a_file_is_replaced_once_it_is_whole(here: Path) -> None:
+def test_a_file_is_replaced_once_it_is_whole(here):
     with whole(Path("file")) as fresh:
         fresh.write_text("newer")
         assert Path("file").read_text() == "older"
@@ -87,7 +87,7 @@ def _interrupted(path: Path) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_link_stays_a_link(here: Path) -> None:
+def test_a_link_stays_a_link(here):
     for link, target in (("to_file", "file"), ("to_nothing", "new")):
         with whole(Path(link)) as fresh:
             fresh.write_text("newer")
@@ -95,7 +95,7 @@ def test_a_link_stays_a_link(here: Path) -> None:
         assert Path(target).read_text() == "newer"
 
 
-def test_a_full_disk_leaves_what_was_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_there(here, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_what_was_there(here: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "pipe", "run.zarr/zarr.json", "to_store"])
-def test_a_report_replaces_nothing_but_a_file(here: Path, path: str) -> None:
+def test_a_report_replaces_nothing_but_a_file(here, path):
     before = Path("run.zarr/zarr.json").read_bytes()
     code, out = invoke("report", "run.zarr", "-o", path)
     assert code == 2
@@ -130,14 +130,14 @@ def test_a_report_replaces_nothing_but_a_file(here: Path, path: str) -> None:
         ("--model demo:resnet", "--model needs --data"),
     ],
 )
-def test_options_that_say_nothing_are_refused(here: Path, words: str, message: str) -> None:
+def test_options_that_say_nothing_are_refused(here, words, message):
     code, out = invoke("report", "run.zarr", *words.split())
     assert code == 2
     assert message in out
     assert not Path("report.html").exists()
 
 
-def test_no_folder_is_made_for_a_report_of_nothing(here: Path) -> None:
+def test_no_folder_is_made_for_a_report_of_nothing(here):
     code, out = invoke("report", "gone.zarr", "-o", "deep/new/r.html")
     assert code == 2
     assert "gone.zarr" in out
@@ -155,7 +155,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_merge_replaces_no_other_result_unless_told_and_never_a_part(shards: Path) -> None:
+def test_merge_replaces_no_other_result_unless_told_and_never_a_part(shards):
     parts = ["part1.zarr", "part2.zarr"]
     assert invoke("merge", *parts, "-o", "both.zarr")[0] == 0
     shutil.copytree("part1.zarr", "other.zarr")
@@ -172,9 +172,7 @@ def test_merge_replaces_no_other_result_unless_told_and_never_a_part(shards: Pat
     assert len(pa.load("other.zarr").labels) == 8
 
 
-def test_a_table_that_cannot_be_written_does_not_hide_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_cannot_be_written_does_not_hide_the_result(tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -193,9 +191,7 @@ def test_a_table_that_cannot_be_written_does_not_hide_the_result(
     assert len(pa.load("run.zarr").labels) == 8
 
 
-def test_a_folder_whose_name_is_not_unicode_is_a_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_whose_name_is_not_unicode_is_a_class(tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
     for name in (b"bad\xff", b"good"):

@@ -23,7 +23,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["resnet", "alexnet_bn"])
-def test_a_folded_network_has_no_norms_and_the_same_logits(name: str) -> None:
+def test_a_folded_network_has_no_norms_and_the_same_logits(name):
     model, pictures, _ = pa.demo.load(name, limit=5)
     pairs = norms_to_fold(model, pictures)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -65,6 +65,6 @@ _KINDS = ["read twice", "called twice", "untraceable", "another axis", "an axis 
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_what_cannot_be_folded_is_left(kind: str) -> None:
+def test_what_cannot_be_folded_is_left(kind):
     torch.manual_seed(0)
     assert norms_to_fold(lively(Shared(kind)), images(4)) == []

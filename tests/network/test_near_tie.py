@@ -12,7 +12,7 @@ MASKS = [-1e4, -1e9, -1e38, torch.finfo(torch.float32).min, -torch.inf]
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("masked", [1, 4])
-def test_a_masked_class_sets_no_scale(mask: float, masked: int) -> None:
+def test_a_masked_class_sets_no_scale(mask, masked):
     logits = torch.cat([LOGITS, torch.full((2, masked), mask)], dim=1).double()
     assert near_tie.near_tie(logits).tolist() == [False, True]
     assert near_tie.usable(logits).all()
@@ -21,7 +21,7 @@ def test_a_masked_class_sets_no_scale(mask: float, masked: int) -> None:
     assert decision(logits).prediction.tolist() == [0, 0]
 
 
-def test_an_offset_of_all_classes_is_off_the_scale() -> None:
+def test_an_offset_of_all_classes_is_off_the_scale():
     logits = LOGITS.double() + 1e6
     assert near_tie.near_tie(logits).tolist() == [False, True]
     close = torch.tensor([[1e6, 1e6 + 1e-3, 1e6 - 3.0, 1e6 - 4.0]], dtype=torch.float64)
@@ -29,13 +29,13 @@ def test_an_offset_of_all_classes_is_off_the_scale() -> None:
     assert decision(close).prediction.tolist() == [1]
 
 
-def test_equal_but_for_float64s_rounding_is_a_tie_that_the_first_class_wins() -> None:
+def test_equal_but_for_float64s_rounding_is_a_tie_that_the_first_class_wins():
     logits = torch.tensor([[1.0, 1.0 + 2e-16], [0.0, 0.0]], dtype=torch.float64)
     assert decision(logits).prediction.tolist() == [0, 0]
     assert near_tie.near_tie(logits).all()
 
 
-def test_unusable_logits() -> None:
+def test_unusable_logits():
     nan, inf = torch.nan, torch.inf
     rows = [[nan, 1.0], [inf, 1.0], [-inf, -inf], [-inf, 1.0], [2.0, 1.0]]
     assert near_tie.usable(torch.tensor(rows)).tolist() == [False, False, False, True, True]
@@ -43,7 +43,7 @@ def test_unusable_logits() -> None:
         near_tie.check(torch.tensor([True, False]), torch.tensor([6, 7]))
 
 
-def test_difference_looks_at_competing_classes_only() -> None:
+def test_difference_looks_at_competing_classes_only():
     expected = torch.tensor([[1.0, 2.0, -1e9], [torch.nan, 1.0, 2.0], [1.0, 2.0, -torch.inf]])
     found = expected + torch.tensor([[0.25, 0.0, 64.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
     assert near_tie.difference(found, expected).tolist() == [0.25, 0.0, 0.5]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -66,19 +65,19 @@ EVERYTHING = {
 }
 
 
-def test_every_architecture_has_its_expectation() -> None:
+def test_every_architecture_has_its_expectation():
     assert EVERYTHING.keys() == networks.ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_star_selects_activations_and_blocks(name: str) -> None:
+def test_star_selects_activations_and_blocks(name):
     chosen = select(found(name))
     assert [f"{each.name}:{each.channels}" for each in chosen] == EVERYTHING[name].split()
     assert chosen == select(found(name), "*") == select(found(name), ["*"])
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_sites_describe_the_tensors_that_modules_put_out(name: str) -> None:
+def test_sites_describe_the_tensors_that_modules_put_out(name):
     """Run the network with plain hooks: shape, axis and call of every site are what is seen."""
     model, images, _ = networks.network(name)
     outputs: dict[str, list[Tensor]] = {}
@@ -133,7 +132,7 @@ def test_sites_describe_the_tensors_that_modules_put_out(name: str) -> None:
         ("dense", "body.2", 1, 12),
     ],
 )
-def test_units_lie_along(name: str, layer: str, axis: int, channels: int) -> None:
+def test_units_lie_along(name, layer, axis, channels):
     each = site(name, layer)
     assert (each.axis, each.channels) == (axis, channels)
     assert each.shape[axis - 1] == channels
@@ -143,17 +142,17 @@ def test_units_lie_along(name: str, layer: str, axis: int, channels: int) -> Non
     ("name", "head"),
     [("residual", "head"), ("mlp", "8"), ("vit", "head"), ("conv1d", "head")],
 )
-def test_logits_are_classes_not_units(name: str, head: str) -> None:
+def test_logits_are_classes_not_units(name, head):
     assert head not in {each.name for each in found(name)}
     with pytest.raises(ValueError, match=f"no layer that holds units is called '{head}'"):
         select(found(name), head)
 
 
-def test_flatten_holds_no_units() -> None:
+def test_flatten_holds_no_units():
     assert "0" not in {each.name for each in found("mlp")}
 
 
-def test_order_is_that_of_execution() -> None:
+def test_order_is_that_of_execution():
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -173,7 +172,7 @@ def test_order_is_that_of_execution() -> None:
     assert order.index("body.3.relu1") < order.index("body.3.relu2") < order.index("body.3")
 
 
-def test_calls_of_a_module_used_several_times() -> None:
+def test_calls_of_a_module_used_several_times():
     every = {each.name: each for each in found("used_twice")}
     assert {name for name in every if name.startswith(("act", "conv"))} == {
         *("act", "act@1", "act@2", "act@3"),
@@ -187,7 +186,7 @@ def test_calls_of_a_module_used_several_times() -> None:
     assert "gelu@1" not in every
 
 
-def test_calls_with_different_layouts_have_no_common_name() -> None:
+def test_calls_with_different_layouts_have_no_common_name():
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -229,7 +228,7 @@ def test_calls_with_different_layouts_have_no_common_name() -> None:
         ("vit", "*qkv", "blocks.0.attention.qkv blocks.1.attention.qkv blocks.2.attention.qkv"),
     ],
 )
-def test_choosing_layers(name: str, layers: str | list[str], expected: str) -> None:
+def test_choosing_layers(name, layers, expected):
     assert [each.name for each in select(found(name), layers)] == expected.split()
 
 
@@ -244,14 +243,12 @@ def test_choosing_layers(name: str, layers: str | list[str], expected: str) -> N
         (["body.2", 3], TypeError, r"layers: expected strings, got int"),
     ],
 )
-def test_choosing_layers_that_are_not_there(
-    layers: object, error: type[Exception], message: str
-) -> None:
+def test_choosing_layers_that_are_not_there(layers, error, message):
     with pytest.raises(error, match=message):
         select(found("residual"), layers)  # type: ignore[arg-type]
 
 
-def test_a_network_without_activations_says_so() -> None:
+def test_a_network_without_activations_says_so():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     every = sites(model, torch.randn(2, 4))
     assert [each.name for each in every] == ["0", "1"]
@@ -259,7 +256,7 @@ def test_a_network_without_activations_says_so() -> None:
         select(every)
 
 
-def test_parametrized_weights_make_no_block() -> None:
+def test_parametrized_weights_make_no_block():
     model = nn.Sequential(
         parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
         nn.ReLU(),
@@ -279,7 +276,7 @@ def test_parametrized_weights_make_no_block() -> None:
     ]
 
 
-def test_labels() -> None:
+def test_labels():
     every = found("used_twice")
     assert parse_label(every, "gelu:7") == (site("used_twice", "gelu"), 7)
     assert parse_label(every, "act@3:0") == (site("used_twice", "act@3"), 0)
@@ -299,25 +296,20 @@ def test_labels() -> None:
         ("gleu:1", r"called 'gleu'; nearest: gelu"),
     ],
 )
-def test_bad_labels(label: str, message: str) -> None:
+def test_bad_labels(label, message):
     with pytest.raises(ValueError, match=message):
         parse_label(found("used_twice"), label)
 
 
-def test_looking_leaves_the_network_alone() -> None:
+def test_looking_leaves_the_network_alone():
     model = networks.ARCHITECTURES["norm_after_relu"].build().train()
     model.body[2].eval()  # a mixture of modes
-    modes = [module.training for module in model.modules()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.random.get_rng_state()
+    before = state_of(model)
     sites(model, torch.randn(1, 2, 12, 12, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert state_of(model) == before
 
 
-def test_hooks_are_gone_after_a_failure() -> None:
+def test_hooks_are_gone_after_a_failure():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(RuntimeError):
         sites(model, torch.randn(1, 5))
@@ -326,14 +318,14 @@ def test_hooks_are_gone_after_a_failure() -> None:
 
 
 @pytest.mark.parametrize("name", pa.demo.NETWORKS)
-def test_shipped_networks_have_all_their_layers(name: str) -> None:
+def test_shipped_networks_have_all_their_layers(name):
     chosen = select(sites(pa.demo.build(name), torch.zeros(1, 1, 28, 28)))
     count = {"vgg_bn": 5, "resnet": 13}.get(name, 7)
     units = {"vgg_bn": 416, "resnet": 464}.get(name, 760)  # else one of the alexnets
     assert (len(chosen), sum(each.channels for each in chosen)) == (count, units)
 
 
-def test_looking_in_inference_mode() -> None:
+def test_looking_in_inference_mode():
     model, images, _ = networks.network("in_place")
     with torch.inference_mode():
         assert sites(model, images[:1] * 1) == found("in_place")
@@ -342,10 +334,19 @@ def test_looking_in_inference_mode() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and still what people have on disk
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("compile_", [torch.jit.script, lambda net: torch.jit.trace(net, IMAGES)])
-def test_torchscript_is_refused(compile_: Any, whole: bool) -> None:
+def test_torchscript_is_refused(compile_, whole):
     inner = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
     model = compile_(inner) if whole else nn.Sequential(compile_(inner), nn.Flatten())
     with pytest.raises(TypeError, match=f"model: {'this' if whole else '0'} is TorchScript"):
         sites(model, IMAGES)
     with pytest.raises(TypeError, match=r"model: .* is TorchScript"):
         pa.ablate(model, (IMAGES, torch.zeros(2, dtype=torch.int64)))
+
+
+def test_old_weight_norm_after_training():
+    _, images, labels = networks.network("residual", 17)
+    model = networks.made(networks.Between(), images)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.conv1)
+    model(images).sum().backward()  # leaves conv1.weight with a history
+    assert len(pa.ablate(model, (images, labels)).units) == 8

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from support.shelled import invoke
 from support.simulated import from_predictions, simulate
-from typer.testing import CliRunner
 
 import pyablate as pa
-from pyablate.cli.app import app
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -49,7 +48,7 @@ def names(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
-def test_drops_are_in_their_layers_and_the_damaging_stand_out(result: pa.AblationResult) -> None:
+def test_drops_are_in_their_layers_and_the_damaging_stand_out(result):
     axes = result.plot.drops()
     found = points(axes)
     beyond, within = found["unit beyond chance (q ≤ 0.05)"], found["unit within chance"]
@@ -65,7 +64,7 @@ def test_drops_are_in_their_layers_and_the_damaging_stand_out(result: pa.Ablatio
     assert texts == {"unit 2:\nclass 3", "unit 1:\nclass 0"}
 
 
-def test_the_noise_floor_is_the_band(result: pa.AblationResult) -> None:
+def test_the_noise_floor_is_the_band(result):
     (band,) = result.plot.drops(layers="second", names=0).containers
     (bar,) = band.patches
     floor = 100 * result.noise_floor()[6:]
@@ -76,14 +75,14 @@ def test_the_noise_floor_is_the_band(result: pa.AblationResult) -> None:
     assert lines[0].get_segments()[0][:, 1] == pytest.approx(np.median(floor))
 
 
-def test_overall_drops_have_their_own_test(result: pa.AblationResult) -> None:
+def test_overall_drops_have_their_own_test(result):
     axes = result.plot.drops("accuracy_drop", fdr=0.01)
     beyond = points(axes)["unit beyond chance (q ≤ 0.01)"]
     assert sorted(beyond[:, 1]) == pytest.approx(sorted(100 * result.accuracy_drop[[2, 7]]))
     assert not axes.containers  # no floor: a harmless unit's overall drop is 0 on average
 
 
-def test_heat_map(result: pa.AblationResult) -> None:
+def test_heat_map(result):
     axes = result.plot.heat_map(3)
     rows = np.argsort(-result.max_class_drop, kind="stable")[:3]
     (image,) = axes.images
@@ -99,7 +98,7 @@ def test_heat_map(result: pa.AblationResult) -> None:
     assert "percentage points" in axes.figure.axes[1].get_ylabel()
 
 
-def test_heat_map_in_other_orders(result: pa.AblationResult) -> None:
+def test_heat_map_in_other_orders(result):
     chosen = ["second:1", "first:2", "first:0"]
     layer = names(result.plot.heat_map(chosen, order="layer").yaxis)
     assert layer == ["first:0", "first:2", "second:1"]
@@ -117,7 +116,7 @@ def test_heat_map_in_other_orders(result: pa.AblationResult) -> None:
     assert len(result.plot.heat_map("first:2").images[0].get_array()) == 1
 
 
-def test_profile(result: pa.AblationResult) -> None:
+def test_profile(result):
     axes = result.plot.profile("first:2")
     lost, gained = axes.containers
     np.testing.assert_allclose([bar.get_width() for bar in lost], result.lost[2])  # of 100 images
@@ -129,14 +128,14 @@ def test_profile(result: pa.AblationResult) -> None:
     assert "first:2" in axes.get_title()
 
 
-def test_profile_of_the_classes_that_change_most(result: pa.AblationResult) -> None:
+def test_profile_of_the_classes_that_change_most(result):
     axes = result.plot.profile(2, classes=2)
     changed = result.lost[2] + result.gained[2]
     most = sorted(np.argsort(-changed, kind="stable")[:2])
     assert names(axes.yaxis) == [f"class {k}" for k in most]
 
 
-def test_a_class_without_images_is_not_drawn() -> None:
+def test_a_class_without_images_is_not_drawn():
     labels = np.array([0, 0, 2, 2])
     empty = from_predictions(np.array([[1, 0, 2, 2]]), labels, labels, 3)
     assert names(empty.plot.profile(0).yaxis) == ["class 0", "class 2"]
@@ -145,7 +144,7 @@ def test_a_class_without_images_is_not_drawn() -> None:
     empty.plot.drops()
 
 
-def test_nothing_flips() -> None:
+def test_nothing_flips():
     labels = np.array([0, 1])
     still = from_predictions(labels[None].repeat(2, 0), labels, labels, 2)
     still.plot.drops().figure.canvas.draw()
@@ -154,7 +153,7 @@ def test_nothing_flips() -> None:
 
 
 @pytest.mark.parametrize("kind", ["frame", "dataset"])
-def test_scatter(result: pa.AblationResult, kind: str) -> None:
+def test_scatter(result, kind):
     values = np.random.default_rng(1).normal(size=15)
     table: Any = pd.DataFrame({"size": values}, index=result.units["label"])
     if kind == "dataset":
@@ -191,7 +190,7 @@ def cumulative() -> pd.DataFrame:
     return table
 
 
-def test_cumulative_curves(cumulative: pd.DataFrame) -> None:
+def test_cumulative_curves(cumulative):
     axes = pa.plots.cumulative_curves(cumulative)
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(lines) == ["norm", "random (mean, range)", "class: Bag"]
@@ -206,7 +205,7 @@ def test_cumulative_curves(cumulative: pd.DataFrame) -> None:
     assert own.lines[0].get_xdata().tolist() == [2, 1, 0]
 
 
-def test_many_curves_can_be_told_apart() -> None:
+def test_many_curves_can_be_told_apart():
     table = pd.DataFrame(
         {"ranking": [f"r{n}" for n in range(14)], "fraction": 0.0, "accuracy": 1.0}
     )
@@ -215,7 +214,7 @@ def test_many_curves_can_be_told_apart() -> None:
     assert len(looks) == 14
 
 
-def test_a_cumulative_draws_itself(cumulative: pd.DataFrame) -> None:
+def test_a_cumulative_draws_itself(cumulative):
     curves = pa.Cumulative.plot(SimpleNamespace(to_dataframe=lambda: cumulative))  # type: ignore[arg-type]
     assert len(curves.lines) == 3
 
@@ -234,7 +233,7 @@ def pruned() -> pd.DataFrame:
     )
 
 
-def test_prune_curves(pruned: pd.DataFrame) -> None:
+def test_prune_curves(pruned):
     axes = pa.plots.prune_curves(pruned, x="flops")
     lines = {line.get_label(): line.get_xydata().round(6).tolist() for line in axes.lines}
     assert lines == {"l1": [[100, 90], [40, 60]], "random (mean, range)": [[100, 90], [55, 30]]}
@@ -242,7 +241,7 @@ def test_prune_curves(pruned: pd.DataFrame) -> None:
     assert axes.get_xlabel() == "FLOPs of one image"
 
 
-def test_the_axes_given_are_used(result: pa.AblationResult, pruned: pd.DataFrame) -> None:
+def test_the_axes_given_are_used(result, pruned):
     table = pd.DataFrame({"size": np.arange(15.0)}, index=result.units["label"])
     drawings: list[Callable[[Any], Any]] = [
         lambda ax: result.plot.drops(ax=ax),
@@ -276,22 +275,20 @@ def test_the_axes_given_are_used(result: pa.AblationResult, pruned: pd.DataFrame
         (lambda r: pa.plots.cumulative_curves(r.units), ValueError, "column 'order'"),
     ],
 )
-def test_bad_input(
-    result: pa.AblationResult, draw: Any, error: type[Exception], message: str
-) -> None:
+def test_bad_input(result, draw, error, message):
     with pytest.raises(error, match=message):
         draw(result)
     assert not pyplot.get_fignums()  # refused before a figure was made
 
 
-def test_columns_that_cannot_be_drawn(pruned: pd.DataFrame, cumulative: pd.DataFrame) -> None:
+def test_columns_that_cannot_be_drawn(pruned, cumulative):
     with pytest.raises(ValueError, match="y: expected one of"):
         pa.plots.prune_curves(pruned, y="worst_class")
     with pytest.raises(ValueError, match="y: no curve has"):
         pa.plots.cumulative_curves(cumulative[cumulative["target"] == ""], y="target_accuracy")
 
 
-def test_without_matplotlib(result: pa.AblationResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(result, monkeypatch):
     real = builtins.__import__
 
     def missing(name: str, *rest: Any) -> Any:
@@ -336,11 +333,11 @@ def here(
         "cumulative.csv --kind cumulative",
     ],
 )
-def test_plot_on_the_shell(here: Path, words: str) -> None:
+def test_plot_on_the_shell(here, words):
     for name in ("one.png", "two.png"):
-        found = CliRunner().invoke(app, ["plot", *words.split(), "-o", name, "--dpi", "40"])
-        assert found.exit_code == 0, found.output
-        assert f"Written: {name}" in found.output
+        code, said = invoke("plot", *words.split(), "-o", name, "--dpi", "40")
+        assert code == 0, said
+        assert f"Written: {name}" in said
     first = (here / "one.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     assert first == (here / "two.png").read_bytes()  # equal results, equal pictures
@@ -366,16 +363,16 @@ def test_plot_on_the_shell(here: Path, words: str) -> None:
         ("nowhere.zarr", "nowhere.zarr"),
     ],
 )
-def test_bad_input_on_the_shell(here: Path, words: str, message: str) -> None:
-    found = CliRunner().invoke(app, ["plot", *words.split()])
-    assert found.exit_code != 0
-    assert message in found.output
-    assert "Traceback" not in found.output
+def test_bad_input_on_the_shell(here, words, message):
+    code, said = invoke("plot", *words.split())
+    assert code != 0
+    assert message in said
+    assert "Traceback" not in said
     assert not (here / "plot.png").exists()
     assert not (here / "new").exists()
 
 
-def test_capitals_name_a_format_too(here: Path) -> None:
-    found = CliRunner().invoke(app, ["plot", "run.zarr", "-o", "new/H.PNG", "--dpi", "40"])
-    assert found.exit_code == 0, found.output
+def test_capitals_name_a_format_too(here):
+    code, said = invoke("plot", "run.zarr", "-o", "new/H.PNG", "--dpi", "40")
+    assert code == 0, said
     assert (here / "new" / "H.PNG").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,9 +67,7 @@ def stand_in(kind: str, hidden: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["zero", "constant", "mean", "class_mean", "resample", "noise"])
 @pytest.mark.parametrize("batch_size", [None, 4])
-def test_closed_form_of_a_hidden_layer(
-    linear: tuple[nn.Module, Tensor, Tensor], kind: str, batch_size: int | None
-) -> None:
+def test_closed_form_of_a_hidden_layer(linear, kind, batch_size):
     model, images, labels = linear
     with torch.no_grad():
         hidden = model[1](model[0](images))
@@ -88,7 +87,7 @@ def test_closed_form_of_a_hidden_layer(
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_closed_form_of_a_direction(linear: tuple[nn.Module, Tensor, Tensor], given: bool) -> None:
+def test_closed_form_of_a_direction(linear, given):
     model, images, labels = linear
     matrix = torch.randn(HIDDEN, 2, dtype=torch.float64) if given else None
     intervention = Intervention("direction", seed=9, directions=matrix)
@@ -104,9 +103,7 @@ def test_closed_form_of_a_direction(linear: tuple[nn.Module, Tensor, Tensor], gi
     torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-12)
 
 
-def test_ablating_all_orthogonal_directions_leaves_nothing(
-    linear: tuple[nn.Module, Tensor, Tensor],
-) -> None:
+def test_ablating_all_orthogonal_directions_leaves_nothing(linear):
     model, images, labels = linear
     intervention = Intervention("direction", directions=random_rotation(HIDDEN, seed=2))
     group = [f"1:{u}" for u in range(HIDDEN)]
@@ -115,7 +112,7 @@ def test_ablating_all_orthogonal_directions_leaves_nothing(
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
 
 
-def test_zero_equals_cutting_the_next_layers_weights() -> None:
+def test_zero_equals_cutting_the_next_layers_weights():
     model, images, labels = networks.network("pooling")
     rows = list(reference.logits(model, (images, labels), ["features.1", "features.4"]))[1:]
     for row, values in rows:
@@ -127,7 +124,7 @@ def test_zero_equals_cutting_the_next_layers_weights() -> None:
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
 
 
-def test_constant_equals_a_bias_in_the_next_layer() -> None:
+def test_constant_equals_a_bias_in_the_next_layer():
     model, images, labels = networks.network("mlp")
     for row, values in list(
         reference.logits(model, (images, labels), "4", intervention="constant:2")
@@ -140,7 +137,7 @@ def test_constant_equals_a_bias_in_the_next_layer() -> None:
             torch.testing.assert_close(values, moved(images.double()), rtol=0, atol=1e-12)
 
 
-def test_moments_are_over_images_and_positions() -> None:
+def test_moments_are_over_images_and_positions():
     model, images, labels = networks.network("residual")
     double = copy.deepcopy(model).double()
     maps = double.body[:3](images.double()).detach()  # [N, 8, 12, 12]
@@ -163,22 +160,18 @@ def test_moments_are_over_images_and_positions() -> None:
             torch.testing.assert_close(got[1 + unit], expected, rtol=0, atol=1e-11)
 
 
-def test_resample_takes_the_donors_own_map() -> None:
+def test_resample_takes_the_donors_own_map():
     model, images, labels = networks.network("convnext")
     double = copy.deepcopy(model).double()
     donor = donors(6, len(images))
-    hidden: list[Tensor] = []
-    handle = double.first.gelu.register_forward_hook(lambda _m, _i, out: hidden.append(out.clone()))
-    with torch.no_grad():
-        double(images.double())
-    handle.remove()
+    hidden = networks.outputs(double, "first.gelu", images.double())
     got = all_logits(model, (images, labels), "first.gelu", intervention="resample:6")
     for unit in range(14):
 
         def swap(_module: nn.Module, _inputs: object, out: Tensor, unit: int = unit) -> Tensor:
             changed = out.clone()
             for image in range(len(images)):
-                changed[image, :, :, unit] = hidden[0][donor[image], :, :, unit]
+                changed[image, :, :, unit] = hidden[donor[image], :, :, unit]
             return changed
 
         handle = double.first.gelu.register_forward_hook(swap)
@@ -202,7 +195,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("layer", ["act", "act@1", "act@2"])
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample", "noise"])
-def test_a_module_called_twice(layer: str, kind: str) -> None:
+def test_a_module_called_twice(layer, kind):
     torch.manual_seed(0)
     model = Twice().double()
     x, labels = torch.randn(9, 4, dtype=torch.float64), torch.zeros(9, dtype=torch.int64)
@@ -231,7 +224,7 @@ def test_a_module_called_twice(layer: str, kind: str) -> None:
             torch.testing.assert_close(got[1 + unit], model.outer(z), rtol=0, atol=1e-12)
 
 
-def test_rows_follow_execution_order_and_units_ascend() -> None:
+def test_rows_follow_execution_order_and_units_ascend():
     model, images, labels = networks.network("mlp")
     result = reference.ablate(model, (images, labels), ["7:3", "2:15", "2:1", "4", "4:0"])
     expected = ["2:1", "2:15", *[f"4:{u}" for u in range(12)], "7:3"]
@@ -240,7 +233,7 @@ def test_rows_follow_execution_order_and_units_ascend() -> None:
     assert list(result.units["unit"]) == [1, 15, *range(12), 3]
 
 
-def test_groups_replace_together_also_across_layers() -> None:
+def test_groups_replace_together_also_across_layers():
     model, images, labels = networks.network("mlp")
     groups = [["2:1", "2:5"], ["7:0", "2:3"]]
     got = all_logits(model, (images, labels), groups=groups)
@@ -259,7 +252,7 @@ def test_groups_replace_together_also_across_layers() -> None:
     np.testing.assert_array_equal(only.predictions(), result.predictions([1, 2]))
 
 
-def test_predictions_are_the_argmax_of_the_logits() -> None:
+def test_predictions_are_the_argmax_of_the_logits():
     model, images, labels = networks.network("vit")
     result = reference.ablate(model, (images, labels), "blocks.1", batch_size=10)
     values = all_logits(model, (images, labels), "blocks.1")
@@ -270,7 +263,7 @@ def test_predictions_are_the_argmax_of_the_logits() -> None:
     torch.testing.assert_close(values[0], clean, rtol=0, atol=1e-12)
 
 
-def test_first_class_wins_on_equality_and_near_ties_are_told() -> None:
+def test_first_class_wins_on_equality_and_near_ties_are_told():
     values = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0 - 1e-5, 0.0], [2.0, 2.0 - 3e-5, 0.0]])
     np.testing.assert_array_equal(reference.predictions(values), [1, 0, 0])
     np.testing.assert_array_equal(reference.near_ties(values.double()), [True, True, False])
@@ -280,22 +273,19 @@ def test_first_class_wins_on_equality_and_near_ties_are_told() -> None:
     assert not reference.near_ties(torch.ones(4, 1)).any()
 
 
-def test_it_sees_evaluation_mode_and_leaves_training_mode() -> None:
+def test_it_sees_evaluation_mode_and_leaves_training_mode():
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.9), nn.Linear(6, 3)
     )
     x, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
     model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)
     first, second = (all_logits(model, (x, labels), "2") for _ in range(2))
     assert torch.equal(first, second)
-    assert model.training
-    assert all(module.training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model[1].weight.dtype == torch.float32
+    assert state_of(model) == before
 
 
-def test_progress_counts_rows() -> None:
+def test_progress_counts_rows():
     model, images, labels = networks.network("mlp")
     seen: list[tuple[int, int, str]] = []
     reference.ablate(model, (images, labels), "7", progress=lambda *step: seen.append(step))
@@ -303,7 +293,7 @@ def test_progress_counts_rows() -> None:
     assert {total for _, total, _ in seen} == {12}
 
 
-def test_comparing_finds_what_differs() -> None:
+def test_comparing_finds_what_differs():
     model, images, labels = networks.network("mlp")
     result = reference.ablate(model, (images, labels), "7")
     good = reference.compare(result, model, (images, labels), "7")
@@ -328,7 +318,7 @@ def test_comparing_finds_what_differs() -> None:
 
 
 @pytest.mark.parametrize("layers", ["4", ["7", "4"], "7:0"])
-def test_comparing_needs_the_same_rows(layers: str | list[str]) -> None:
+def test_comparing_needs_the_same_rows(layers):
     model, images, labels = networks.network("mlp")
     result = reference.ablate(model, (images, labels), ["7", "2:1"])
     with pytest.raises(ValueError, match="do not give the result's 13 rows"):
@@ -338,7 +328,7 @@ def test_comparing_needs_the_same_rows(layers: str | list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", networks.ARCHITECTURES)
-def test_the_networks_are_worth_ablating(name: str) -> None:
+def test_the_networks_are_worth_ablating(name):
     """Several classes are predicted, each layer has a unit that matters and one that does not."""
     model, images, labels = networks.network(name)
     layers = networks.ARCHITECTURES[name].layers
@@ -350,7 +340,7 @@ def test_the_networks_are_worth_ablating(name: str) -> None:
         assert flips[(result.units["layer"] == layer).to_numpy()].sum() > 0
 
 
-def test_randomise_reaches_every_parameter_and_both_signs() -> None:
+def test_randomise_reaches_every_parameter_and_both_signs():
     model = networks.ARCHITECTURES["norm_after_relu"].build()
     networks.randomise(model, seed=1)
     first = {name: value.clone() for name, value in model.state_dict().items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.state import state_of
 from torch import Tensor, nn
 
+from pyablate import reference
 from pyablate.network.sites import Site, select, sites
 from pyablate.reference.timing import hook_loop_seconds
 from pyablate.result import AblationResult
@@ -37,44 +37,10 @@ def _data(images: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 1, 6, 6, generator=generator), torch.arange(images) % 4
 
 
-def _predictions(model: nn.Module, x: Tensor, site: Site, unit: int) -> Tensor:
-    """Predictions with one unit silenced, layer by layer, without any hook."""
-    for name, module in model.named_children():
-        x = module(x)
-        if name == site.name:
-            keep = torch.ones(site.channels)
-            keep[unit] = 0
-            x = x * keep.reshape(-1, 1, 1)
-    return x.argmax(dim=1)
-
-
-def _result(model: nn.Module, data: tuple[Tensor, Tensor], chosen: list[Site]) -> AblationResult:
-    x, labels = data
-    pairs = [(site, unit) for site in chosen for unit in range(site.channels)]
-    with torch.no_grad():
-        baseline = model(x).argmax(dim=1)
-        ablated = torch.stack([_predictions(model, x, *pair) for pair in pairs])
-    row, image = (ablated != baseline).nonzero(as_tuple=True)
-    units = pd.DataFrame(
-        {
-            "label": [site.label(unit) for site, unit in pairs],
-            "layer": [site.name for site, _ in pairs],
-            "unit": [unit for _, unit in pairs],
-        }
-    )
-    return AblationResult(
-        units=units,
-        labels=labels.numpy(),
-        baseline=baseline.numpy(),
-        flips=Flips.gather(len(pairs), [(row, image, ablated[row, image])]),
-        class_names=("a", "b", "c", "d"),
-    )
-
-
-def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one() -> None:
+def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
-    right = _result(model, data, chosen)
+    right = reference.ablate(model, data, "*")
     assert len(right.flips.image) > 0
     timing = hook_loop_seconds(model, data, chosen, units=100, result=right)
     assert timing.units_timed == timing.units == 8
@@ -88,7 +54,7 @@ def test_all_units_agree_with_a_right_result_and_not_with_a_wrong_one() -> None:
     assert hook_loop_seconds(model, data, chosen, units=100, result=wrong).disagreements > 0
 
 
-def test_few_units_and_images_are_scaled_to_all() -> None:
+def test_few_units_and_images_are_scaled_to_all():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
     timing = hook_loop_seconds(model, data, chosen, units=2, images=6)
@@ -98,10 +64,10 @@ def test_few_units_and_images_are_scaled_to_all() -> None:
     assert timing.pairs_compared == 0
 
 
-def test_batches_count_like_tensors() -> None:
+def test_batches_count_like_tensors():
     model, data = _network(), _data()
     chosen = select(sites(model, data[0]), "*")
-    result = _result(model, data, chosen)
+    result = reference.ablate(model, data, "*")
     batches = list(zip(data[0].split(10), data[1].split(10), strict=True))
     timing = hook_loop_seconds(model, batches, chosen, units=3, images=13, result=result)
     assert (timing.images_timed, timing.images) == (13, 24)
@@ -109,18 +75,13 @@ def test_batches_count_like_tensors() -> None:
     assert timing.disagreements == 0
 
 
-def test_the_model_is_untouched() -> None:
+def test_the_model_is_untouched():
     model, data = _network().train(), _data()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     strides = [parameter.stride() for parameter in model.parameters()]
-    state = torch.get_rng_state()
     hook_loop_seconds(model, data, select(sites(model, data[0]), "*"), units=2)
-    assert model.training
-    assert all(not module._forward_hooks for module in model.modules())
+    assert state_of(model) == before
     assert strides == [parameter.stride() for parameter in model.parameters()]
-    assert torch.equal(state, torch.get_rng_state())
-    for name, tensor in model.state_dict().items():
-        np.testing.assert_array_equal(tensor.numpy(), before[name].numpy())
 
 
 class _Aliases(nn.Module):
@@ -134,7 +95,7 @@ class _Aliases(nn.Module):
         return self.same(x) + x
 
 
-def test_silencing_an_alias_leaves_the_original_alone() -> None:
+def test_silencing_an_alias_leaves_the_original_alone():
     x = torch.tensor([[-1.0, -5.0, -2.0]] * 4)
     site = Site("same", "same", None, 3, 1, (3,), "layer")
     units = pd.DataFrame({"label": ["same:1"], "layer": ["same"], "unit": [1]})
@@ -156,7 +117,7 @@ def test_silencing_an_alias_leaves_the_original_alone() -> None:
         ({"data": []}, "data: expected at least one image, got none"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_named(arguments, message):
     model, data = _network(), _data()
     given = {"data": data, "sites": select(sites(model, data[0]), "*"), **arguments}
     with pytest.raises(ValueError, match=message):

@@ -18,11 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
+from support.shelled import invoke
 from torch import nn
-from typer.testing import CliRunner
 
 import pyablate as pa
-from pyablate.cli.app import app
 from pyablate.report.activating import most_activating
 from pyablate.report.curves import curve_charts, sets_by_class
 from pyablate.report.examples import FLIPPED
@@ -59,14 +58,14 @@ def page(result: AblationResult, tmp_path_factory: pytest.TempPathFactory) -> st
         ([0.5, float("nan"), float("-inf")], "Float32Array"),
     ],
 )
-def test_packed_numbers_come_back(values: list[float], name: str) -> None:
+def test_packed_numbers_come_back(values, name):
     node = packed(values)
     assert node["type"] == name
     np.testing.assert_array_equal(decoded(node), np.array(values, dtype=np.float32))
     assert packed(values) == node
 
 
-def test_numbers_of_the_result(result: AblationResult, page: str) -> None:
+def test_numbers_of_the_result(result, page):
     data = data_of(page)
     tests = result.significance()
     np.testing.assert_array_equal(data["cells"]["lost"], result.lost)
@@ -85,7 +84,7 @@ def test_numbers_of_the_result(result: AblationResult, page: str) -> None:
     assert data["summary"]["audit"]["upper_bound"] == pytest.approx(result.audit.upper_bound)
 
 
-def test_changes_of_prediction_equal_a_plain_count(result: AblationResult, page: str) -> None:
+def test_changes_of_prediction_equal_a_plain_count(result, page):
     moves = data_of(page)["moves"]
     for row in range(len(result.units)):
         after = result.predictions(row)[0]
@@ -100,7 +99,7 @@ def test_changes_of_prediction_equal_a_plain_count(result: AblationResult, page:
         assert moves["total"][row] == len(expected)
 
 
-def test_the_most_frequent_changes_are_kept() -> None:
+def test_the_most_frequent_changes_are_kept():
     classes, images = 20, 4000
     random = np.random.default_rng(0)
     labels = random.integers(0, classes, images)
@@ -118,7 +117,7 @@ def test_the_most_frequent_changes_are_kept() -> None:
     np.testing.assert_array_equal(counts, np.sort(every)[::-1][:MOST_MOVES])
 
 
-def test_attributes_and_their_correlations(result: AblationResult, page: str) -> None:
+def test_attributes_and_their_correlations(result, page):
     found = data_of(page)["attributes"]
     table = attributes_of(result, 4)
     for name, values in zip(found["name"], found["values"], strict=True):
@@ -133,7 +132,7 @@ def test_attributes_and_their_correlations(result: AblationResult, page: str) ->
     assert names == expected["attribute"].tolist()
 
 
-def test_a_class_without_images_and_a_unit_without_flips() -> None:
+def test_a_class_without_images_and_a_unit_without_flips():
     labels = np.array([0, 0, 2, 2])
     flips = Flips.gather(2, [([0], [1], [2])])
     units = pd.DataFrame({"label": ["l:0", "l:1"], "layer": "l", "unit": [0, 1]})
@@ -156,7 +155,7 @@ def _shaded(result: AblationResult) -> torch.Tensor:
     return shade[:, None, None, None].expand(-1, 1, 100, 60) * 4 - 2  # as normalised ones may be
 
 
-def test_images_that_flip_and_their_pictures(result: AblationResult, tmp_path: Path) -> None:
+def test_images_that_flip_and_their_pictures(result, tmp_path):
     images = _shaded(result)
     result.report(tmp_path / "r.html", data=(images, torch.from_numpy(result.labels)))
     found = data_of((tmp_path / "r.html").read_text())["examples"]
@@ -181,9 +180,7 @@ def test_images_that_flip_and_their_pictures(result: AblationResult, tmp_path: P
         assert np.asarray(picture).mean() == pytest.approx(expected, abs=4)
 
 
-def test_pictures_stay_within_their_budget(
-    result: AblationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_stay_within_their_budget(result, tmp_path, monkeypatch):
     monkeypatch.setattr("pyablate.report.examples.BUDGET", 600)
     data = (_shaded(result), torch.from_numpy(result.labels))
     result.report(tmp_path / "r.html", data=data)
@@ -194,12 +191,7 @@ def test_pictures_stay_within_their_budget(
     assert set(found["pictures"]) <= {str(number) for number in found["image"][run]}
 
 
-def test_pictures_give_way_in_a_large_report(
-    result: AblationResult,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_pictures_give_way_in_a_large_report(result, tmp_path, monkeypatch, caplog):
     data = (_shaded(result), torch.from_numpy(result.labels))
     place = tmp_path / "r.html"
 
@@ -241,7 +233,7 @@ class _Twice(nn.Module):
         return self.out(self.hidden(x.mean(dim=(2, 3))))
 
 
-def test_most_activating_images_equal_a_plain_search() -> None:
+def test_most_activating_images_equal_a_plain_search():
     torch.manual_seed(0)
     model = _Twice()
     images = torch.randn(129, 1, 6, 6)  # a batch and a single image
@@ -266,7 +258,7 @@ def test_most_activating_images_equal_a_plain_search() -> None:
         assert len(set(found[row])) == 7
 
 
-def test_groups_have_no_most_activating_images() -> None:
+def test_groups_have_no_most_activating_images():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     data = torch.randn(10, 1, 6, 6), torch.arange(10) % 3
@@ -277,7 +269,7 @@ def test_groups_have_no_most_activating_images() -> None:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def test_names_are_text_and_scripts_are_ours(page: str) -> None:
+def test_names_are_text_and_scripts_are_ours(page):
     assert page.isascii()
     found = elements(page)
     scripts = [attributes for tag, attributes in found.tags if tag == "script"]
@@ -289,7 +281,7 @@ def test_names_are_text_and_scripts_are_ours(page: str) -> None:
     assert data_of(page)["title"] == "<b>T</b> {{ data }}"
 
 
-def test_policy_allows_exactly_the_scripts_of_the_page(page: str) -> None:
+def test_policy_allows_exactly_the_scripts_of_the_page(page):
     found = elements(page)
     policy = next(
         a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"
@@ -306,14 +298,14 @@ def test_policy_allows_exactly_the_scripts_of_the_page(page: str) -> None:
     assert not re.search(r"https?:|\*|unsafe-eval", policy)
 
 
-def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+def test_nothing_is_loaded_from_elsewhere(page):
     for tag, attributes in elements(page).tags:
         for name in ("src", "href", "data", "action", "srcset", "poster"):
             value = attributes.get(name) or "#"
             assert value.startswith("#"), (tag, name, value)
 
 
-def test_equal_results_give_equal_bytes(result: AblationResult, page: str, tmp_path: Path) -> None:
+def test_equal_results_give_equal_bytes(result, page, tmp_path):
     again = replace(result)
     again.report(
         tmp_path / "r.html", attributes=attributes_of(result, 4), title="<b>T</b> {{ data }}"
@@ -321,7 +313,7 @@ def test_equal_results_give_equal_bytes(result: AblationResult, page: str, tmp_p
     assert (tmp_path / "r.html").read_text() == page
 
 
-def test_libraries_are_those_that_are_recorded() -> None:
+def test_libraries_are_those_that_are_recorded():
     vendor = resources.files("pyablate.report") / "assets" / "vendor"
     recorded = dict(
         re.findall(r"`(\S+\.js)`.*`([0-9a-f]{64})`", (vendor / "README.md").read_text())
@@ -331,14 +323,14 @@ def test_libraries_are_those_that_are_recorded() -> None:
         assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
 
 
-def test_every_script_is_on_the_page() -> None:
+def test_every_script_is_on_the_page():
     from pyablate.report.page import SCRIPTS
 
     folder = resources.files("pyablate.report") / "assets" / "js"
     assert sorted(SCRIPTS) == sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_failure_leaves_the_older_report(result: AblationResult, tmp_path: Path) -> None:
+def test_a_failure_leaves_the_older_report(result, tmp_path):
     path = tmp_path / "r.html"
     path.write_text("older")
     with pytest.raises(ValueError, match="curves"):
@@ -350,7 +342,7 @@ def test_a_failure_leaves_the_older_report(result: AblationResult, tmp_path: Pat
 # --- curves and minimal sets ----------------------------------------------------------------------
 
 
-def test_curves_of_every_kind(tmp_path: Path) -> None:
+def test_curves_of_every_kind(tmp_path):
     prune = pd.DataFrame(
         {
             "ranking": ["l1", "l1", "random (layer)", "random (layer)"],
@@ -386,9 +378,7 @@ def test_curves_of_every_kind(tmp_path: Path) -> None:
     json.dumps(charts, allow_nan=False)
 
 
-def test_minimal_sets_from_a_table_and_back_from_csv(
-    result: AblationResult, tmp_path: Path
-) -> None:
+def test_minimal_sets_from_a_table_and_back_from_csv(result, tmp_path):
     table = pd.DataFrame(
         {
             "class": [AWKWARD[1], AWKWARD[0]],
@@ -418,7 +408,7 @@ def test_minimal_sets_from_a_table_and_back_from_csv(
         (pd.DataFrame({"class": [AWKWARD[0]], "units": ["(__import__('os'),"]}), "cannot read"),
     ],
 )
-def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: str) -> None:
+def test_bad_minimal_sets(result, table, message):
     with pytest.raises(ValueError, match=message):
         sets_by_class(table, result)
 
@@ -426,7 +416,7 @@ def test_bad_minimal_sets(result: AblationResult, table: pd.DataFrame, message: 
 # --- bad input, the command, and docs/guides/report.md -------------------------------------------
 
 
-def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path) -> None:
+def test_data_of_another_run_are_refused(result, tmp_path):
     images, labels = _shaded(result), torch.from_numpy(result.labels)
     path = tmp_path / "r.html"
     with pytest.raises(ValueError, match="labels differ"):
@@ -443,25 +433,24 @@ def test_data_of_another_run_are_refused(result: AblationResult, tmp_path: Path)
     assert not path.exists()
 
 
-def test_another_model_is_refused(result: AblationResult, tmp_path: Path) -> None:
+def test_another_model_is_refused(result, tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(6000, 8), nn.ReLU(), nn.Linear(8, 5))
     data = _shaded(result), torch.from_numpy(result.labels)
     with pytest.raises(ValueError, match=r"units of 'block0\.relu', the model does not"):
         result.report(tmp_path / "r.html", model=model, data=data)
 
 
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke
     model, images, labels = pa.demo.load("resnet", limit=40)
     result = pa.ablate(model, (images, labels), ["stem.2"], class_names=pa.demo.CLASSES, audit=0)
     result.save("run.zarr")
     attributes_of(result, 2).reset_index().to_csv("attributes.csv", index=False)
     Path("curve.csv").write_text("layer,fraction,accuracy\na,0,0.9\na,1,0.1\n")
     options = "--model demo:resnet --data demo --limit 40 --attributes attributes.csv"
-    done = run(app, f"report run.zarr -o out/r.html --curves curve.csv {options}".split())
-    assert done.exit_code == 0, done.output
-    assert "Written: out/r.html" in done.output
+    code, said = invoke(*f"report run.zarr -o out/r.html --curves curve.csv {options}".split())
+    assert code == 0, said
+    assert "Written: out/r.html" in said
     data = data_of(Path("out/r.html").read_text())
     assert data["examples"]["activating"].shape == (16, 8)
     assert data["curves"][0]["title"] == "curve.csv"
@@ -475,14 +464,12 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("report run.zarr --fdr 2", "fdr"),
         ("report run.zarr -o run.zarr", "is a folder"),
     ]:
-        failed = run(app, wrong.split())
-        assert failed.exit_code == 2, wrong
-        assert message in failed.output + failed.stderr, wrong
+        code, said = invoke(*wrong.split())
+        assert code == 2, wrong
+        assert message in said, wrong
 
 
-def test_python_in_the_page_on_reports_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_in_the_page_on_reports_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "report.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     code = block.replace("limit=200", "limit=40")

@@ -124,7 +124,7 @@ def title_of_card(page: Page) -> str:
     return page.locator("#card-title").inner_text()
 
 
-def test_overview(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_overview(report, result, open_page):
     page = open_page(report)
     sections = page.locator("main > section > h2").all_inner_texts()
     assert sections == [
@@ -140,7 +140,7 @@ def test_overview(report: Path, result: AblationResult, open_page: Open) -> None
     assert classes == result.classes
 
 
-def test_sorts_the_table(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_sorts_the_table(report, result, open_page):
     page = open_page(report)
     falling = np.sort(result.max_class_drop)[::-1]
     assert figures(column(page, 3)) == pytest.approx(falling[:25], abs=6e-5)
@@ -156,7 +156,7 @@ def test_sorts_the_table(report: Path, result: AblationResult, open_page: Open) 
     assert figures(column(page, 2)) == pytest.approx(drops[25:50], abs=6e-5)
 
 
-def test_searches_the_table(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_searches_the_table(report, result, open_page):
     page = open_page(report)
     page.get_by_label("Search").fill("block1.relu:3")
     expected = [x for x in result.units["label"] if x.startswith("block1.relu:3")]
@@ -171,7 +171,7 @@ def test_searches_the_table(report: Path, result: AblationResult, open_page: Ope
     assert page.get_by_text("No unit matches.").is_visible()
 
 
-def test_card_of_a_unit_by_mouse(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_card_of_a_unit_by_mouse(report, result, open_page):
     page = open_page(report)
     worst = int(result.max_class_drop.argmax())
     page.locator("#unit-table tbody tr").first.click()
@@ -196,7 +196,7 @@ def test_card_of_a_unit_by_mouse(report: Path, result: AblationResult, open_page
     assert not page.locator("#card").is_visible()
 
 
-def test_confusion_change(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_confusion_change(report, result, open_page):
     worst = int(result.max_class_drop.argmax())
     label = result.units["label"][worst]
     page = open_page(report, f"#unit/{label}")
@@ -214,7 +214,7 @@ def test_confusion_change(report: Path, result: AblationResult, open_page: Open)
     assert shown.count() > 1
 
 
-def test_everything_by_keyboard(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_everything_by_keyboard(report, result, open_page):
     page = open_page(report)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the summary"
@@ -240,9 +240,7 @@ def test_everything_by_keyboard(report: Path, result: AblationResult, open_page:
     assert "application" in seen
 
 
-def test_heat_map_is_sorted_read_and_zoomed(
-    report: Path, result: AblationResult, open_page: Open
-) -> None:
+def test_heat_map_is_sorted_read_and_zoomed(report, result, open_page):
     page = open_page(report)
     section = page.locator("#heatmap")
     before = picture(page)
@@ -280,7 +278,7 @@ def test_heat_map_is_sorted_read_and_zoomed(
         assert picture(page) != now, order
 
 
-def test_heat_map_by_pointer(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_heat_map_by_pointer(report, result, open_page):
     page = open_page(report)
     canvas = page.locator(".heat canvas")
     canvas.scroll_into_view_if_needed()
@@ -300,7 +298,7 @@ def test_heat_map_by_pointer(report: Path, result: AblationResult, open_page: Op
     assert picture(page) != whole
 
 
-def test_card_of_a_class(report: Path, result: AblationResult, open_page: Open) -> None:
+def test_card_of_a_class(report, result, open_page):
     page = open_page(report)
     page.locator("#class-table").get_by_role("link", name="class 3", exact=True).click()
     assert title_of_card(page) == "class 3"
@@ -312,7 +310,7 @@ def test_card_of_a_class(report: Path, result: AblationResult, open_page: Open) 
     assert rows.first.locator("td").first.inner_text() == result.units["label"][order[0]]
 
 
-def test_attributes_and_curves(report: Path, open_page: Open) -> None:
+def test_attributes_and_curves(report, open_page):
     page = open_page(report)
     section = page.locator("#attributes")
     assert section.locator("tbody tr").count() == 5
@@ -327,7 +325,7 @@ def test_attributes_and_curves(report: Path, open_page: Open) -> None:
     assert "40" in page.locator("#curves table").inner_text()
 
 
-def test_names_stay_text(open_page: Open, tmp_path: Path) -> None:
+def test_names_stay_text(open_page, tmp_path):
     result = structured(30, len(AWKWARD), 60, 2, AWKWARD)
     awkward = [f"{name}:{row}" for row, name in enumerate(AWKWARD * 6)]
     result = AblationResult(
@@ -386,9 +384,7 @@ def visits() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def test_the_page_is_not_allowed_the_network(
-    browser: Browser, report: Path, tmp_path: Path, visits: tuple[str, list[str]]
-) -> None:
+def test_the_page_is_not_allowed_the_network(browser, report, tmp_path, visits):
     address, asked = visits
     bare = tmp_path / "bare.html"
     bare.write_text("<!doctype html><main aria-busy=false></main>")
@@ -419,7 +415,7 @@ def test_the_page_is_not_allowed_the_network(
 
 
 @pytest.mark.parametrize("where", ["", "#unit/block1.relu:3", "#class/2"])
-def test_narrow(report: Path, open_page: Open, where: str) -> None:
+def test_narrow(report, open_page, where):
     page = open_page(report, where, width=400, has_touch=True)
     over = "e => e.scrollWidth - e.clientWidth"
     assert page.evaluate(f"({over})(document.documentElement)") <= 0
@@ -428,7 +424,7 @@ def test_narrow(report: Path, open_page: Open, where: str) -> None:
     assert page.locator(".heat canvas").bounding_box()["width"] <= 400  # type: ignore[index]
 
 
-def test_dark_and_light(report: Path, open_page: Open) -> None:
+def test_dark_and_light(report, open_page):
     def brightness(page: Page) -> float:
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         return float(np.mean([int(x) for x in re.findall(r"\d+", colour)[:3]]))
@@ -443,7 +439,7 @@ def test_dark_and_light(report: Path, open_page: Open) -> None:
     assert brightness(light) > 200
 
 
-def test_print(report: Path, open_page: Open, tmp_path: Path) -> None:
+def test_print(report, open_page, tmp_path):
     page = open_page(report, color_scheme="dark")
     page.emulate_media(media="print")
     assert not page.locator("#sections").is_visible()
@@ -454,7 +450,7 @@ def test_print(report: Path, open_page: Open, tmp_path: Path) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"  # as it was before
 
 
-def test_without_javascript(browser: Browser, report: Path) -> None:
+def test_without_javascript(browser, report):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report.as_uri())
@@ -462,7 +458,7 @@ def test_without_javascript(browser: Browser, report: Path) -> None:
     context.close()
 
 
-def test_two_thousand_units_and_a_hundred_classes(open_page: Open, tmp_path: Path) -> None:
+def test_two_thousand_units_and_a_hundred_classes(open_page, tmp_path):
     result = structured(2000, 100, 20, 8)
     random = np.random.default_rng(0)
     images = random.random((2000, 1, 28, 28), dtype=np.float32)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,8 @@ import pytest
 import torch
 from support import networks
 from support.faults import audited, break_relu, unmeasured
-from support.killed import network
+from support.runs import Killed, network, stopping
+from support.shelled import TESTS, program
 from support.stores import contents
 from torch import Tensor, nn
 
@@ -30,14 +27,11 @@ from pyablate.results.record import Audit
 from pyablate.runs import run_folder
 from pyablate.runs.state import care_of
 
-HERE = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 IMAGES, BATCH, LATE = 18, 4, 14
 
 Case = tuple[nn.Module, Tensor, Tensor]
-
-
-class Killed(BaseException):
-    """Nobody catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +58,6 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrecisionCascade, "_measure_full", unmeasured)
 
 
-def stopping(at: int) -> Callable[[int, int, str], None]:
-    """A report that ends the process, in a manner of speaking, at a call of it."""
-    calls = iter(range(at))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls, None) is None:
-            raise Killed
-
-    return report
-
-
 def mismatches(result: pa.AblationResult, case: Case) -> int:
     model, images, labels = case
     return reference.compare(result, model, (images, labels), "*").mismatches
@@ -90,14 +73,8 @@ def mismatches(result: pa.AblationResult, case: Case) -> int:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.usefixtures("late")
 def test_a_fault_seen_late_is_mended_everywhere(
-    case: Case,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    precisions: list[torch.dtype],
-    strategy: str,
-    kept: bool,
-) -> None:
+    case, monkeypatch, caplog, tmp_path, precisions, strategy, kept
+):
     sound = ablate(case, measures=["loss"], precision="fp64")
     assert sound.strategy == {"1": "delta", "3": "closed form"}
     assert sound.audit == Audit(16 * (IMAGES - LATE), 0)
@@ -122,16 +99,14 @@ def test_a_fault_seen_late_is_mended_everywhere(
         assert pa.load(place).audit == result.audit
 
 
-def test_the_faults_are_seen_by_nobody_without_an_audit(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_faults_are_seen_by_nobody_without_an_audit(case, monkeypatch):
     break_relu(monkeypatch.setitem, torch.float32)
     result = ablate(case, audit=0)
     assert mismatches(result, case) > 0
     assert result.strategy["1"] == "delta"
 
 
-def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch):
     """One that its calibration misses."""
 
     def learn(cascade: PrecisionCascade, tier: torch.dtype, *_: object) -> None:
@@ -149,9 +124,7 @@ def test_a_fault_of_low_precision_ends_in_full_precision(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("late")
-def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(case, monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)  # unfinished blocks are written down too
     break_relu(monkeypatch.setitem, torch.float32)
     ablate(case, output=tmp_path / "whole.zarr")
@@ -167,9 +140,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("late")
-def test_what_was_begun_with_less_care_is_begun_anew(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_was_begun_with_less_care_is_begun_anew(case, monkeypatch, tmp_path):
     """As where one process was in the midst of a block when another one found the fault."""
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)
     break_relu(monkeypatch.setitem, torch.float32)
@@ -186,9 +157,7 @@ def test_what_was_begun_with_less_care_is_begun_anew(
 
 
 @pytest.mark.usefixtures("late")
-def test_a_block_done_in_parts_is_done_with_one_care(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_block_done_in_parts_is_done_with_one_care(case, monkeypatch, tmp_path):
     break_relu(monkeypatch.setitem, torch.float32)
     place = tmp_path / "run.zarr"
     with pytest.raises(Killed):
@@ -218,7 +187,7 @@ def fickle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
 @pytest.mark.usefixtures("fickle")
-def test_what_stays_is_an_error_that_names_it(case: Case, tmp_path: Path, strategy: str) -> None:
+def test_what_stays_is_an_error_that_names_it(case, tmp_path, strategy):
     place = tmp_path / "run.zarr"
     with pytest.raises(pa.AuditError) as caught:
         ablate(case, strategy=strategy, output=place)
@@ -233,7 +202,7 @@ def test_what_stays_is_an_error_that_names_it(case: Case, tmp_path: Path, strate
 
 
 @pytest.mark.usefixtures("fickle")
-def test_in_memory_too(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_in_memory_too(case, caplog):
     with pytest.raises(pa.AuditError, match="unit 1:3"):
         ablate(case, strategy="replay")
     result = ablate(case, strategy="replay", on_mismatch="warn")
@@ -241,9 +210,7 @@ def test_in_memory_too(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     assert any(record.levelno == logging.ERROR for record in caplog.records)
 
 
-def test_a_fault_of_the_clean_run_is_no_layer_s(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_the_clean_run_is_no_layer_s(case, monkeypatch):
     real = clean_run._predict
 
     def predict(*arguments: Any) -> Tensor:
@@ -255,9 +222,7 @@ def test_a_fault_of_the_clean_run_is_no_layer_s(
 
 
 @pytest.mark.usefixtures("late")
-def test_parts_that_were_computed_otherwise_say_so(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_parts_that_were_computed_otherwise_say_so(case, monkeypatch, tmp_path, caplog):
     break_relu(monkeypatch.setitem, torch.float32)
     places = [tmp_path / f"{number}.zarr" for number in (1, 2)]
     parts = [ablate(case, output=p, shard=(n, 2)) for n, p in enumerate(places, start=1)]
@@ -268,32 +233,23 @@ def test_parts_that_were_computed_otherwise_say_so(
     assert "found layer 1 to be wrong" in caplog.text
 
 
-def test_processes_agree_on_the_care(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "support" / "faults.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def test_processes_agree_on_the_care(tmp_path):
+    program(TESTS / "support" / "faults.py", tmp_path, timeout=300)
 
 
-def test_bad_choices_are_named(case: Case) -> None:
+def test_bad_choices_are_named(case):
     with pytest.raises(ValueError, match='on_mismatch: expected "error" or "warn", got \'no\''):
         ablate(case, on_mismatch="no")
 
 
-def test_older_records_load() -> None:
+def test_older_records_load():
     assert care_of([{"tiers": ["float32"]}, {"care": 2}]) == [Care.USUAL, Care.FLOAT64]
     assert Audit(**{"pairs": 3, "mismatches": 1}) == Audit(3, 1, 0)
 
 
 @pytest.mark.parametrize("care", [Care.FULL, Care.FLOAT64, Care.REPLAY])
 @pytest.mark.parametrize("intervention", ["zero", "resample", "noise", "direction"])
-def test_every_care_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, care: Care, intervention: str
-) -> None:
+def test_every_care_gives_the_same(monkeypatch, care, intervention):
     """From the first image on, on maps, in groups over layers, a few images at a time."""
     monkeypatch.setattr(
         "pyablate.runs.executor.PrecisionCascade", functools.partial(PrecisionCascade, care=care)

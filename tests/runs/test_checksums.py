@@ -9,7 +9,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from support.killed import network
-from support.simulated import simulate
-from support.stores import contents, unseal
+from support import runs
+from support.runs import Killed
+from support.simulated import small
+from support.stores import OLD, as_of_then, contents, unseal
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
@@ -28,28 +29,14 @@ from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.unit_attributes.files import write_attributes
 
-OLD = Path(__file__).parents[1] / "data" / "stored_by_2cd4797"
-
-
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
 
 def run(place: Path, stop_at: int | None = None, **options: Any) -> pa.AblationResult:
-    model, images, labels = network()
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == stop_at:
-            raise Killed
-
-    plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": report}
-    plain |= {"intervention": "mean", "measures": ["loss"]}
-    return pa.ablate(model, (images[:23], labels[:23]), "*", output=place, **{**plain, **options})
+    plain = {"intervention": "mean", "measures": ["loss"]}
+    return runs.run(place, stop_at, **{**plain, **options})
 
 
-def bits(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes, bytes]]:
-    """Random single bits, as many in each file: the file, as it is and with one bit flipped."""
+def bits(folder: Path, count: int, seed: int) -> Iterator[Path]:
+    """Flip random single bits one at a time, as many in each file; say in which."""
     chance = random.Random(seed)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
@@ -58,8 +45,19 @@ def bits(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes, byt
             flipped = bytearray(sound)
             flipped[chance.randrange(len(sound))] ^= 1 << chance.randrange(8)
             path.write_bytes(flipped)
-            yield path, sound, bytes(flipped)
+            yield path
             path.write_bytes(sound)
+
+
+def refused(folder: Path, count: int, seed: int, read: Callable[[], str], error: Any) -> int:
+    """How many flipped bits are noticed; the others must be without effect."""
+    expected, found = read(), 0
+    for path in bits(folder, count, seed):
+        try:
+            assert read() == expected, path
+        except error:
+            found += 1
+    return found
 
 
 def everything(result: pa.AblationResult) -> str:
@@ -71,22 +69,14 @@ def everything(result: pa.AblationResult) -> str:
     return repr((parts, sums, result.units.to_dict(), plain, result.provenance))
 
 
-def test_no_bit_of_a_result_flips_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_of_a_result_flips_unseen(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_say_unsealed", lambda source: None)
     run(tmp_path / "run.zarr")
-    expected = everything(pa.load(tmp_path / "run.zarr"))
-    refused = 0
-    for path, _, _ in bits(tmp_path / "run.zarr", 400, seed=0):
-        try:
-            found = everything(pa.load(tmp_path / "run.zarr"))
-        except OSError:
-            refused += 1
-        else:
-            assert found == expected, path
-    assert refused > 300
+    read = lambda: everything(pa.load(tmp_path / "run.zarr"))  # noqa: E731
+    assert refused(tmp_path / "run.zarr", 400, 0, read, OSError) > 300
 
 
-def test_without_checksums_bits_flip_unseen(tmp_path: Path) -> None:
+def test_without_checksums_bits_flip_unseen(tmp_path):
     """The test above can fail."""
     run(tmp_path / "run.zarr")
     unseal(tmp_path / "run.zarr")
@@ -98,7 +88,7 @@ def test_without_checksums_bits_flip_unseen(tmp_path: Path) -> None:
     assert different > 5
 
 
-def test_no_bit_of_a_table_flips_unseen(tmp_path: Path) -> None:
+def test_no_bit_of_a_table_flips_unseen(tmp_path):
     values = np.random.default_rng(0).normal(size=(3, 2))
     labels = ["a:0", "a:1", "a:2"]
     found = xr.Dataset(
@@ -115,17 +105,11 @@ def test_no_bit_of_a_table_flips_unseen(tmp_path: Path) -> None:
         attributes = {name: value for name, value in table.attrs.items() if name != "checksums"}
         return f"{table.to_dict(data='list') | {'attrs': None}} {attributes}"
 
-    expected, refused = read(), 0
-    for path, _, _ in bits(tmp_path / "table.zarr", 300, seed=1):
-        try:
-            assert read() == expected, path
-        except OSError:
-            refused += 1
-    assert refused > 100
+    assert refused(tmp_path / "table.zarr", 300, 1, read, OSError) > 100
     gc.collect()  # of Zarr's failed tasks: within ast.parse it would break Python 3.11
 
 
-def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_of_a_block_flips_unseen(tmp_path, monkeypatch):
     """Of finished blocks and of one at work: damaged, and computed again, or without effect."""
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)
     with pytest.raises(Killed):
@@ -155,7 +139,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
     expected = {folder / name: read(folder / name) for name in names}
     assert None not in expected.values()
     damaged = 0
-    for path, _, _ in bits(folder, 1200, seed=2):
+    for path in bits(folder, 1200, seed=2):
         if path not in expected:
             continue
         found = read(path)
@@ -164,7 +148,7 @@ def test_no_bit_of_a_block_flips_unseen(tmp_path: Path, monkeypatch: pytest.Monk
     assert damaged > 300
 
 
-def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path: Path) -> None:
+def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path / "run.zarr", stop_at=2)
     place = tmp_path / "run.zarr"
@@ -175,18 +159,10 @@ def test_no_bit_of_what_a_run_begins_with_flips_unseen(tmp_path: Path) -> None:
         used = [manifest[name] for name in ("identity", "block", "memory")]
         return repr((used, [(name, arrays[name].tolist()) for name in arrays]))
 
-    expected, refused = read(), 0
-    for path, _, _ in bits(place, 400, seed=3):
-        try:
-            found = read()
-        except StoreMismatch:
-            refused += 1
-        else:
-            assert found == expected, path
-    assert refused > 200
+    assert refused(place, 400, 3, read, StoreMismatch) > 200
 
 
-def test_what_others_add_does_not_matter(tmp_path: Path) -> None:
+def test_what_others_add_does_not_matter(tmp_path):
     run(tmp_path / "run.zarr")
     expected = everything(pa.load(tmp_path / "run.zarr"))
     group = zarr.open_group(tmp_path / "run.zarr", mode="r+")
@@ -198,7 +174,7 @@ def test_what_others_add_does_not_matter(tmp_path: Path) -> None:
     assert everything(pa.load(tmp_path / "run.zarr")) == expected
 
 
-def test_a_chunk_of_another_result_is_damage(tmp_path: Path) -> None:
+def test_a_chunk_of_another_result_is_damage(tmp_path):
     """What a checksum of each chunk by itself would not tell."""
     run(tmp_path / "run.zarr")
     run(tmp_path / "other.zarr", intervention="zero")
@@ -212,16 +188,14 @@ def test_a_chunk_of_another_result_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "held", [[], {}, 1, {"arrays": {}, "attributes": {}}, {"arrays": {"../x": ""}}]
 )
-def test_checksums_that_are_none(tmp_path: Path, held: Any) -> None:
-    made = simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(0), ["x"] * 3)
-    made.save(tmp_path / "run.zarr")
-    metadata = json.loads((tmp_path / "run.zarr/zarr.json").read_text())
+def test_checksums_that_are_none(store, held):
+    metadata = json.loads((store / "zarr.json").read_text())
     metadata["attributes"]["checksums"] = held
-    (tmp_path / "run.zarr/zarr.json").write_text(json.dumps(metadata))
+    (store / "zarr.json").write_text(json.dumps(metadata))
     with pytest.raises(OSError, match=r"damaged result .*checksums"):
-        pa.load(tmp_path / "run.zarr")
+        pa.load(store)
     with pytest.raises(OSError, match="checksums"):
-        made.save(tmp_path / "run.zarr")
+        small().save(store)
 
 
 # Stored by the last version without checksums
@@ -229,19 +203,13 @@ def test_checksums_that_are_none(tmp_path: Path, held: Any) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what it stored, and the versions of then."""
-    shutil.copytree(OLD, tmp_path / "old")
-    manifest = (OLD / "unfinished.zarr/blocks/manifest.json").read_text()
-    known = json.loads(manifest)["identity"]
-    versions = known["versions"]
-    monkeypatch.setattr(fingerprint.metadata, "version", versions.__getitem__)
-    monkeypatch.setattr(fingerprint, "build_info", lambda: {"version": versions["pyablate"]})
-    # Of torch's own source, where no graph was captured.
-    monkeypatch.setattr(fingerprint, "_structure", lambda *_: known["model"]["structure"])
-    return tmp_path / "old"
+    """What it stored, and the versions of then."""
+    shutil.copytree(OLD / "finished.zarr", tmp_path / "finished.zarr")
+    as_of_then("unfinished.zarr", tmp_path, monkeypatch)
+    return tmp_path
 
 
-def test_an_older_result_loads_with_a_note(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_result_loads_with_a_note(old, caplog):
     with caplog.at_level(logging.INFO, "pyablate"):
         first = pa.load(old / "finished.zarr")
         pa.load(old / "finished.zarr")
@@ -252,7 +220,7 @@ def test_an_older_result_loads_with_a_note(old: Path, caplog: pytest.LogCaptureF
     assert contents(old / "finished.zarr") == contents(OLD / "finished.zarr")
 
 
-def test_an_older_run_goes_on(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_run_goes_on(old, caplog):
     seen: list[int] = []
     found = run(old / "unfinished.zarr", progress=lambda done, total, layer: seen.append(done))
     assert seen[0] > 0
@@ -264,7 +232,7 @@ def test_an_older_run_goes_on(old: Path, caplog: pytest.LogCaptureFixture) -> No
     assert found.audit == before.audit
 
 
-def test_an_older_result_is_replaced(old: Path) -> None:
+def test_an_older_result_is_replaced(old):
     (old / "finished.zarr/notes.txt").write_text("mine")
     run(old / "finished.zarr", fresh=True, intervention="zero")
     assert (old / "finished.zarr/notes.txt").read_text() == "mine"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +16,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from support.killed import network
-from support.stores import contents, unseal
+from support import runs
+from support.networks import Counting
+from support.runs import network
+from support.shelled import ENVIRONMENT, TESTS, program
+from support.stores import OLD, as_of_then, contents, unseal
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
@@ -29,8 +30,8 @@ from pyablate.runs import fingerprint
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runtime.distributed import Ranks, own_device
 
-HERE = Path(__file__).parents[1]
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 
 Part = Callable[..., Path]
 
@@ -52,7 +53,7 @@ def part(tmp_path: Path) -> Part:
 
 
 @pytest.mark.parametrize("measures", [(), ("loss",)])
-def test_merged_shards_are_the_whole(part: Part, tmp_path: Path, measures: tuple[str]) -> None:
+def test_merged_shards_are_the_whole(part, tmp_path, measures):
     # Sums of measures are floating point: only what is cut alike adds up alike.
     shards = [part(number, 3, measures=measures) for number in (1, 2, 3)]
     whole = pa.load(part(1, 1, "whole", measures=measures))
@@ -68,7 +69,7 @@ def test_merged_shards_are_the_whole(part: Part, tmp_path: Path, measures: tuple
     assert pa.load(shards[1]).provenance["data"]["first"] == 6
 
 
-def test_shards_that_do_not_fit_are_named(part: Part) -> None:
+def test_shards_that_do_not_fit_are_named(part):
     first, second, third = (part(number, 3) for number in (1, 2, 3))
     with pytest.raises(ValueError, match=r"images 6 to 12 are missing, before .*3\.zarr"):
         pa.merge([first, third])
@@ -83,7 +84,7 @@ def test_shards_that_do_not_fit_are_named(part: Part) -> None:
         pa.merge([])
 
 
-def test_shards_of_other_runs_are_named(part: Part, tmp_path: Path) -> None:
+def test_shards_of_other_runs_are_named(part, tmp_path):
     first = part(1, 2)
     with pytest.raises(StoreMismatch, match=r"odd\.zarr is of another run .*intervention"):
         pa.merge([first, part(2, 2, "odd", intervention="constant:1")])
@@ -121,7 +122,7 @@ FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("what", ["image", "label", "order"])
 @pytest.mark.parametrize("form", FORMS)
-def test_shards_of_another_data_set_are_refused(part: Part, form: str, what: str) -> None:
+def test_shards_of_another_data_set_are_refused(part, form, what):
     """Their own images are the same: the others are not, of which neither tells."""
     _, images, labels = network()
     first = part(1, 2, data=FORMS[form](images[:20], labels[:20]))
@@ -134,7 +135,7 @@ def test_shards_of_another_data_set_are_refused(part: Part, form: str, what: str
 
 
 @pytest.mark.parametrize("forms", [("pair", "loader"), ("loader", "generator")])
-def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) -> None:
+def test_shards_may_come_in_different_forms(part, forms):
     _, images, labels = network()
     first, second = (
         part(number, 2, data=FORMS[form](images[:20], labels[:20]))
@@ -149,10 +150,10 @@ def test_shards_may_come_in_different_forms(part: Part, forms: tuple[str, str]) 
         pa.merge([first, other])
 
 
-def test_a_shard_reads_few_images_of_the_others(part: Part, monkeypatch: Any) -> None:
+def test_a_shard_reads_few_images_of_the_others(part, monkeypatch):
     _, images, labels = network()
     monkeypatch.setattr(fingerprint, "SAMPLE", 5)
-    counting = _Counting(images[:60], labels[:60])
+    counting = Counting(images[:60], labels[:60])
     part(1, 6, data=DataLoader(counting, 10))
     assert len([index for index in set(counting.asked) if index >= 10]) in (4, 5)
     index: list[int] = []
@@ -172,9 +173,7 @@ def _folder(place: Path, shade: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("what", ["name", "size", "image"])
-def test_shards_of_another_folder_are_refused(
-    part: Part, tmp_path: Path, monkeypatch: Any, what: str
-) -> None:
+def test_shards_of_another_folder_are_refused(part, tmp_path, monkeypatch, what):
     # One image is read, which is not the one that differs.
     monkeypatch.setattr(fingerprint, "SAMPLE", 12 if what == "image" else 1)
     model = torch.nn.Sequential(
@@ -203,7 +202,7 @@ def test_shards_of_another_folder_are_refused(
 
 
 @pytest.mark.parametrize("form", ["pair", "loader"])
-def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, form: str) -> None:
+def test_a_resumed_shard_ends_with_the_same_bytes(part, tmp_path, form):
     _, images, labels = network()
     data = images[:20], labels[:20]
     whole = part(2, 2, "unbroken", data=FORMS["pair"](*data))
@@ -220,54 +219,33 @@ def test_a_resumed_shard_ends_with_the_same_bytes(part: Part, tmp_path: Path, fo
     assert contents(broken) == contents(whole)
 
 
-OLD = HERE / "data" / "stored_by_2cd4797"
-
-
-def test_older_shards_are_merged_with_a_note(tmp_path: Path, caplog: Any) -> None:
+def test_older_shards_are_merged_with_a_note(tmp_path, caplog):
     merged = pa.merge([OLD / "part2.zarr", OLD / "part1.zarr"], tmp_path / "run.zarr")
     assert len(merged.labels) == 23
     assert caplog.text.count("does not tell from which data set") == 2
     assert pa.load(tmp_path / "run.zarr").audit == merged.audit
 
 
-def test_an_older_shard_goes_on(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    place = tmp_path / "part.zarr"
-    shutil.copytree(OLD / "unfinished_part2.zarr", place)
-    known = json.loads((place / "blocks/manifest.json").read_text())["identity"]
-    monkeypatch.setattr(fingerprint.metadata, "version", known["versions"].__getitem__)
-    version = {"version": known["versions"]["pyablate"]}
-    monkeypatch.setattr(fingerprint, "build_info", lambda: version)
-    monkeypatch.setattr(fingerprint, "_structure", lambda *_: known["model"]["structure"])
-    model, images, labels = network()
-    options: dict[str, Any] = {"audit": 20, "strategy": "replay", "shard": (2, 2)}
-    seen: list[int] = []
-    pa.ablate(
-        model,
-        (images[:23], labels[:23]),
-        "*",
-        output=place,
-        progress=lambda done, total, layer: seen.append(done),
-        **options,
-    )
+def test_an_older_shard_goes_on(tmp_path, monkeypatch, caplog):
+    place = as_of_then("unfinished_part2.zarr", tmp_path, monkeypatch)
+    runs.run(place, shard=(2, 2), batch_size=None)
     assert "damaged" not in caplog.text
     unseal(place)
     assert contents(place) == contents(OLD / "part2.zarr")
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
-def test_there_is_no_such_shard(part: Part, shard: tuple[int, int]) -> None:
+def test_there_is_no_such_shard(part, shard):
     with pytest.raises(ValueError, match="shard: expected i/n"):
         part(*shard)
 
 
-def test_a_shard_without_images_is_refused(part: Part) -> None:
+def test_a_shard_without_images_is_refused(part):
     with pytest.raises(ValueError, match="1/50 of 20 images is empty"):
         part(1, 50)
 
 
-def test_distributed_needs_a_folder_and_somebody_who_started_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distributed_needs_a_folder_and_somebody_who_started_it(tmp_path, monkeypatch):
     model, images, labels = network()
     with pytest.raises(ValueError, match="needs output"):
         pa.ablate(model, (images, labels), distributed=True)
@@ -276,14 +254,14 @@ def test_distributed_needs_a_folder_and_somebody_who_started_it(
         pa.ablate(model, (images, labels), distributed=True, output=tmp_path / "run.zarr")
 
 
-def test_parts_cover_everything_once() -> None:
+def test_parts_cover_everything_once():
     for count in (1, 2, 3, 7):
         parts = [list(Ranks(rank, count).part(range(5))) for rank in range(count)]
         assert [item for part in parts for item in part] == list(range(5))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert own_device(True, "cuda") == "cuda:3"
     assert own_device(True, "cuda:1") == "cuda:1"
@@ -291,57 +269,15 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert own_device(False, "cuda") == "cuda"
 
 
-class _Counting(TensorDataset):
-    """A data set that knows which images were asked for."""
-
-    def __init__(self, *tensors: torch.Tensor) -> None:
-        super().__init__(*tensors)
-        self.asked: list[int] = []
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        self.asked.append(index)
-        return super().__getitem__(index)
-
-
-@pytest.mark.parametrize("form", ["pair", "loader", "list", "shuffled"])
-def test_parts_of_the_data_are_those_of_the_whole(form: str) -> None:
-    _, images, labels = network()
-    counting = _Counting(images, labels)
-    sources: dict[str, Any] = {
-        "pair": (images, labels),
-        "loader": DataLoader(counting, batch_size=7),
-        "list": list(zip(images.split(9), labels.split(9), strict=True)),
-        "shuffled": DataLoader(counting, batch_size=7, sampler=[*range(30, 60), *range(30)]),
-    }
-    data = Data(sources[form], dtype=torch.float32, device=torch.device("cpu"))
-    whole = torch.cat([batch.images for batch in data.batches(8)])
-    counting.asked.clear()
-    for part in (range(17, 40), range(0, 3), range(56, 60), range(5, 5)):
-        batches = list(data.batches(8, part))
-        assert [len(batch) for batch in batches[:-1]] == [8] * (len(batches) - 1)
-        index = [int(i) for batch in batches for i in batch.index]
-        assert index == list(part)
-        assert not part or torch.equal(torch.cat([b.images for b in batches]), whole[list(part)])
-    if form == "loader":
-        assert sorted(counting.asked) == [*range(0, 3), *range(17, 40), *range(56, 60)]
-
-
 @pytest.mark.timeout(600)
-def test_processes_of_one_job_are_one_run(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, HERE / "support" / "ranked.py", tmp_path],
-        capture_output=True,
-        text=True,
-        env=_ENVIRONMENT,
-        timeout=580,
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("equal; ")
+def test_processes_of_one_job_are_one_run(tmp_path):
+    said = program(TESTS / "support" / "ranked.py", tmp_path, timeout=580)
+    assert said.startswith("equal; ")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
+def test_torchrun_starts_again_what_was_killed(tmp_path):
     """The command itself, by torchrun: one process is killed, torchrun restarts both."""
     _, images, labels = network()
     np.savez(
@@ -350,19 +286,15 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
         labels=np.tile(labels, 10),
     )
     (tmp_path / "small.py").write_text(
-        "from support import killed\n\ndef make():\n    import torch\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), *killed.network()[0])\n"
+        "from support import runs\n\ndef make():\n    import torch\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *runs.network()[0])\n"
     )
     command = ["pyablate", "run", "small:make", "--data", "images.npz", "--batch-size", "2"]
-    one = subprocess.run(
-        [sys.executable, "-m", *command, "-o", "one.zarr"],
-        cwd=tmp_path, env=_ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
+    program("-m", *command, "-o", "one.zarr", cwd=tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = subprocess.Popen(
         [*torchrun, "--nproc-per-node=2", "--max-restarts=2", "-m", *command, "-o", "two.zarr"],
-        cwd=tmp_path, env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     place = tmp_path / "two.zarr"
     while len(list(place.glob("blocks/?????????.npz"))) < 20:

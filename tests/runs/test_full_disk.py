@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.killed import BATCH, IMAGES, network
+from support.runs import BATCH, IMAGES, network
 from support.stores import contents
 
 import pyablate as pa
@@ -79,7 +79,7 @@ def blocks(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("blocks/?????????.npz"))
 
 
-def test_a_run_on_a_full_disk_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(disk, tmp_path):
     run(tmp_path / "whole.zarr")
     place, count = disk / "run.zarr", IMAGES // BATCH
     leave(disk, 0)
@@ -103,7 +103,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(disk: Path, tmp_path: P
     assert contents(place) == contents(tmp_path / "whole.zarr")
 
 
-def test_a_disk_that_is_full_when_the_result_is_written(disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_when_the_result_is_written(disk, tmp_path):
     run(tmp_path / "whole.zarr")
     place, count = disk / "run.zarr", IMAGES // BATCH
     leave(disk, count + 6)  # the blocks, but not all of the result's files
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_when_the_result_is_written(disk: Path, tmp_path: Pa
     assert contents(place) == contents(tmp_path / "whole.zarr")
 
 
-def test_saving_on_a_full_disk_leaves_what_was_there(disk: Path, tmp_path: Path) -> None:
+def test_saving_on_a_full_disk_leaves_what_was_there(disk, tmp_path):
     run(tmp_path / "whole.zarr")
     result = pa.load(tmp_path / "whole.zarr")
     result.save(disk / "run.zarr")

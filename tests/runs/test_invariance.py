@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.stores import contents
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
 from pyablate.engine import int8_conv
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 INTERVENTIONS = ["zero", "class_mean", "resample:1", "noise:1", "direction:1"]
 GROUPS = [["body.2:0", "body.4:3"], ["body.2:5", "body.2:1"]]
@@ -33,9 +37,9 @@ def stored(tmp_path: Path) -> Callable[..., dict[str, bytes]]:
     def run(model: nn.Module, data: Any, layers: Any, **options: Any) -> dict[str, bytes]:
         folder = tmp_path / f"{next(numbers)}.zarr"
         pa.ablate(model, data, layers, audit=30, progress=False, **options).save(folder)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = contents(folder)
         assert len(files) >= 8
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        return files
 
     return run
 
@@ -44,9 +48,7 @@ Stored = Callable[..., dict[str, bytes]]
 
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
-def test_batch_size_and_memory(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, intervention: str
-) -> None:
+def test_batch_size_and_memory(case, stored, intervention):
     model, images, labels, layers = case
     options: dict[str, Any] = {"intervention": intervention}
     if intervention != "direction:1":
@@ -60,13 +62,13 @@ def test_batch_size_and_memory(
 
 
 @pytest.mark.parametrize("name", ["vit", "inception", "used_twice", "routed"])
-def test_batch_size_on_other_networks(stored: Stored, name: str) -> None:
+def test_batch_size_on_other_networks(stored, name):
     model, images, labels = networks.network(name)
     plain = stored(model, (images, labels), ["*"])
     assert stored(model, (images, labels), ["*"], batch_size=5, memory=1 << 16) == plain
 
 
-def test_threads(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_threads(case, stored):
     model, images, labels, layers = case
     threads = torch.get_num_threads()
     try:
@@ -79,9 +81,7 @@ def test_threads(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stor
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_precision(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, precision: str
-) -> None:
+def test_precision(case, stored, precision):
     if precision == "int8" and not int8_conv.available():
         pytest.skip("this processor has no exact 8-bit products")
     model, images, labels, layers = case
@@ -89,7 +89,7 @@ def test_precision(
     assert stored(model, (images, labels), layers, precision=precision) == plain
 
 
-def test_order_of_layers(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_order_of_layers(case, stored):
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers)
     assert stored(model, (images, labels), layers[::-1]) == plain
@@ -99,9 +99,7 @@ def test_order_of_layers(case: tuple[nn.Module, Tensor, Tensor, list[str]], stor
 
 
 @pytest.mark.parametrize("intervention", ["zero", "mean", "resample:1"])
-def test_form_of_the_data(
-    case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored, intervention: str
-) -> None:
+def test_form_of_the_data(case, stored, intervention):
     model, images, labels, layers = case
 
     def generator() -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,8 +124,9 @@ def test_form_of_the_data(
         assert stored(model, data, layers, intervention=intervention) == plain, form
 
 
-def test_history(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
-    """Neither earlier runs, nor random states, nor the model's mode or layout matter."""
+def test_history(case, stored, monkeypatch):
+    """Neither earlier runs nor random states, modes, layouts or an ambient autocast matter."""
+    monkeypatch.undo()  # each run exports for itself
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers, intervention="resample")
     pa.ablate(model, (images, labels), ["*"], progress=False)
@@ -143,9 +142,12 @@ def test_history(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stor
         assert stored(model, (images, labels), layers, intervention="resample") == plain
     with torch.inference_mode():
         assert stored(model, (images, labels), layers, intervention="resample") == plain
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stored(model, (images, labels), layers, intervention="resample") == plain
+        assert torch.is_autocast_enabled("cpu")
 
 
-def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored: Stored) -> None:
+def test_seeds_matter(case, stored):
     """The comparison of bytes sees a different draw; the audit's seed is provenance, no more."""
     model, images, labels, layers = case
     plain = stored(model, (images, labels), layers, intervention="noise:1")
@@ -157,8 +159,32 @@ def test_seeds_matter(case: tuple[nn.Module, Tensor, Tensor, list[str]], stored:
     assert audited == plain
 
 
-def test_shipped_network(stored: Stored) -> None:
-    model, images, labels = pa.demo.load("alexnet", limit=60)
+def test_shipped_network(stored):
+    model, images, labels = networks.demo("alexnet", 60)
     layers = ["features.9", "classifier.1"]
     plain = stored(model, (images, labels), layers)
     assert stored(model, (images, labels), layers, batch_size=17, memory=1 << 22) == plain
+
+
+class Squeezes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, networks.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.adaptive_avg_pool2d(self.relu(self.conv(x)), 1).squeeze())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize("images", [1, 17])
+def test_a_last_batch_of_one_image(images, strategy):
+    _, x, labels = networks.network("residual", 17)
+    model = networks.made(Squeezes(), x)
+    x, labels = x[:images], labels[:images]
+    result = pa.ablate(model, (x, labels), batch_size=16, strategy=strategy)
+    with torch.no_grad():
+        expected = model(torch.cat([x, x])).argmax(dim=1)[:images]
+    assert (result.baseline == expected.numpy()).all()
+    assert result.audit.mismatches + result.audit.mended == 0

@@ -2,6 +2,7 @@
 
 import pytest
 from support import networks
+from torch import nn
 
 import pyablate as pa
 
@@ -51,3 +52,18 @@ def test_a_network_that_is_not_captured_is_planned_by_replay(monkeypatch):
     plan = pa.plan(model, (images, labels))
     assert set(plan.table["strategy"]) == {"replay"}
     assert plan.clean_seconds > 0
+
+
+def test_a_layer_that_reaches_no_logit_can_be_planned_and_run():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.head = nn.ReLU(), nn.Linear(288, networks.CLASSES)
+
+        def forward(self, x):
+            return self.head(x.flatten(1)) + 0 * self.idle(x).detach().shape[0]
+
+    _, images, labels = networks.network("residual", 17)
+    model = networks.made(Idle(), images)
+    assert pa.plan(model, (images, labels), "idle").table["live"].tolist() == [0.0]
+    assert len(pa.ablate(model, (images, labels), "idle").flips.image) == 0

@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.killed import network
+from support import runs
+from support.runs import SOME, Killed, network, stopping
+from support.shelled import TESTS, program
 from support.stores import contents
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,51 +29,25 @@ from pyablate.runs import blocks, fingerprint, run_folder
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.state import pack_cascade, restore_cascades
 
-HERE = Path(__file__).parents[1]
-
-
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
 
 @pytest.fixture(scope="module")
 def case() -> tuple[nn.Module, Tensor, Tensor]:
     model, images, labels = network()
-    return model, images[:23], labels[:23]
+    return model, images[:SOME], labels[:SOME]
 
 
 Run = Callable[..., pa.AblationResult]
 
 
 @pytest.fixture
-def run(case: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> Run:
-    model, images, labels = case
-
+def run(tmp_path: Path) -> Run:
     def ablate(name: str | None = "run.zarr", **options: Any) -> pa.AblationResult:
-        # Replay needs no capture, which takes longer than all else here.
-        plain = {"batch_size": 5, "audit": 20, "progress": False, "strategy": "replay"}
-        options = {**plain, **options}
-        place = None if name is None else tmp_path / name
-        chosen = options.pop("model", model)
-        data = options.pop("data", (images, labels))
-        layers = options.pop("layers", "*")
-        return pa.ablate(chosen, data, layers, output=place, **options)
+        return runs.run(None if name is None else tmp_path / name, **options)
 
     return ablate
 
 
-def stopping(at: int) -> Callable[[int, int, str], None]:
-    """A report that ends the process, in a manner of speaking, at its ``at``-th call."""
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == at:
-            raise Killed
-
-    return report
-
-
-def test_the_folder_is_what_save_writes(run: Run, tmp_path: Path) -> None:
+def test_the_folder_is_what_save_writes(run, tmp_path):
     result = run(strategy="auto")
     alone = run(None, strategy="auto")
     assert "hash" not in alone.provenance["data"]  # there is nothing to go on with
@@ -90,9 +64,7 @@ def test_the_folder_is_what_save_writes(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("intervention", "strategy"), [("zero", "auto"), ("mean", "auto"), ("resample", "replay")]
 )
-def test_a_run_that_ends_anywhere_goes_on(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intervention: str, strategy: str
-) -> None:
+def test_a_run_that_ends_anywhere_goes_on(run, tmp_path, monkeypatch, intervention, strategy):
     monkeypatch.setattr(run_folder, "SECONDS", 0.0)
     options: dict[str, Any] = {
         "intervention": intervention,
@@ -110,7 +82,7 @@ def test_a_run_that_ends_anywhere_goes_on(
     assert result.audit == pa.Audit(20, 0)
 
 
-def test_each_block_is_computed_once(run: Run, tmp_path: Path) -> None:
+def test_each_block_is_computed_once(run, tmp_path):
     with pytest.raises(Killed):
         run(progress=stopping(9))
     done = len(list((tmp_path / "run.zarr/blocks").glob("?????????.npz")))
@@ -122,9 +94,7 @@ def test_each_block_is_computed_once(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["replace", "rename", "unlink", "rmdir"])
-def test_ends_between_any_two_steps_on_the_disk(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_ends_between_any_two_steps_on_the_disk(run, tmp_path, monkeypatch, step):
     """Where a signal seldom hits: before and after the steps that put things in their place."""
     run("whole.zarr")
     real = getattr(os, step)
@@ -156,9 +126,7 @@ def test_ends_between_any_two_steps_on_the_disk(
 
 
 @pytest.mark.parametrize("gone", ["statistics.npz", "manifest.json"])
-def test_ends_while_tidying_up(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
-) -> None:
+def test_ends_while_tidying_up(run, tmp_path, monkeypatch, gone):
     """The result is there, and of its blocks some files are not."""
     run("whole.zarr", intervention="mean")
 
@@ -182,16 +150,9 @@ def test_ends_while_tidying_up(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_thirty_random_kills(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, HERE / "support" / "killed.py", tmp_path, "30", "1"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        timeout=880,
-    )
-    assert found.returncode == 0, found.stderr
-    assert int(re.match(r"30 killed, (\d+) of them had resumed", found.stdout)[1]) > 5  # type: ignore[index]
+def test_thirty_random_kills(tmp_path):
+    said = program(TESTS / "support" / "killed.py", tmp_path, 30, 1, timeout=880)
+    assert int(re.match(r"30 killed, (\d+) of them had resumed", said)[1]) > 5  # type: ignore[index]
 
 
 _OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -234,9 +195,7 @@ def _other(what: dict[str, Any], model: nn.Module, images: Tensor, labels: Tenso
 
 
 @pytest.mark.parametrize("name", _OTHERS)
-def test_another_run_is_refused_and_named(
-    case: tuple[nn.Module, Tensor, Tensor], run: Run, tmp_path: Path, name: str
-) -> None:
+def test_another_run_is_refused_and_named(case, run, tmp_path, name):
     what, named = _OTHERS[name]
     options = _other(what, *case)
     with pytest.raises(Killed):
@@ -253,7 +212,7 @@ def test_another_run_is_refused_and_named(
     assert contents(tmp_path / "run.zarr") == before
 
 
-def test_other_versions_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_are_refused(run, monkeypatch):
     run()
     real = fingerprint.metadata.version
     monkeypatch.setattr(
@@ -263,9 +222,7 @@ def test_other_versions_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -
         run()
 
 
-def test_what_does_not_matter_is_not_refused(
-    case: tuple[nn.Module, Tensor, Tensor], run: Run, tmp_path: Path
-) -> None:
+def test_what_does_not_matter_is_not_refused(case, run, tmp_path):
     _, images, labels = case
     run("whole.zarr", strategy="auto")
     with pytest.raises(Killed):
@@ -283,7 +240,7 @@ def test_what_does_not_matter_is_not_refused(
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_fresh_starts_over(run: Run, tmp_path: Path) -> None:
+def test_fresh_starts_over(run, tmp_path):
     run("whole.zarr")
     run(intervention="mean", measures=["loss"])
     run(fresh=True)
@@ -294,7 +251,7 @@ def test_fresh_starts_over(run: Run, tmp_path: Path) -> None:
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_a_finished_run_is_read(run: Run, tmp_path: Path) -> None:
+def test_a_finished_run_is_read(run, tmp_path):
     first = run()
     before = contents(tmp_path / "run.zarr")
     calls: list[Any] = []
@@ -304,38 +261,34 @@ def test_a_finished_run_is_read(run: Run, tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.predictions(), second.predictions())
 
 
-def test_damaged_blocks_are_computed_again(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def cut_short(content: bytes) -> bytes:
+    return content[:-130]
+
+
+def flipped(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 0xFF]) + content[half + 1 :]
+
+
+def before_its_beginning(content: bytes) -> bytes:
+    """The archive's directory is larger than the file: [Errno 22] without a name, read from it."""
+    return content[:-10] + (0x7FFFFFFF).to_bytes(4, "little") + content[-6:]
+
+
+def test_damaged_blocks_are_computed_again(run, tmp_path, caplog):
     run("whole.zarr")
     with pytest.raises(Killed):
         run(progress=stopping(20))
-    first, second, *_ = sorted((tmp_path / "run.zarr/blocks").glob("?????????.npz"))
-    first.write_bytes(first.read_bytes()[:-130])
-    flipped = bytearray(second.read_bytes())
-    flipped[len(flipped) // 2] ^= 0xFF
-    second.write_bytes(flipped)
+    found = sorted((tmp_path / "run.zarr/blocks").glob("?????????.npz"))
+    damages = (cut_short, flipped, before_its_beginning)
+    for block, damage in zip(found, damages, strict=False):
+        block.write_bytes(damage(block.read_bytes()))
     run()
-    assert "block 0 is damaged" in caplog.text
-    assert "block 1 is damaged" in caplog.text
+    assert [f"block {number} is damaged" in caplog.text for number in range(3)] == [True] * 3
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_a_block_that_points_before_its_beginning_is_damaged(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Read from the file itself this would be an error of the disk: [Errno 22] without a name."""
-    with pytest.raises(Killed):
-        run(progress=stopping(20))
-    block = min((tmp_path / "run.zarr/blocks").glob("?????????.npz"))
-    content = bytearray(block.read_bytes())
-    content[-10:-6] = (0x7FFFFFFF).to_bytes(4, "little")  # size of the archive's directory
-    block.write_bytes(content)
-    run()
-    assert "block 0 is damaged" in caplog.text
-
-
-def test_a_damaged_manifest_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_refused(run, tmp_path):
     with pytest.raises(Killed):
         run(progress=stopping(14))
     (tmp_path / "run.zarr/blocks/manifest.json").write_text("{")
@@ -344,9 +297,7 @@ def test_a_damaged_manifest_is_refused(run: Run, tmp_path: Path) -> None:
     run(fresh=True)
 
 
-def test_interrupts_keep_what_is_done(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_interrupts_keep_what_is_done(run, tmp_path, caplog):
     def interrupt(done: int, total: int, layer: str) -> None:
         if done >= 10 * 16:
             raise KeyboardInterrupt
@@ -360,9 +311,7 @@ def test_interrupts_keep_what_is_done(
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_a_full_disk_keeps_what_is_done(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_what_is_done(run, tmp_path, monkeypatch):
     run("whole.zarr")
     real = os.fsync
     calls = iter(range(10**9))
@@ -383,7 +332,7 @@ def test_a_full_disk_keeps_what_is_done(
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_a_limit_of_the_system_is_a_full_disk(run: Run, tmp_path: Path) -> None:
+def test_a_limit_of_the_system_is_a_full_disk(run, tmp_path):
     """Files cannot grow: first not even a block's, then not the result's largest array."""
     run("whole.zarr")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -403,7 +352,7 @@ def test_a_limit_of_the_system_is_a_full_disk(run: Run, tmp_path: Path) -> None:
     assert contents(tmp_path / "run.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_one_process_at_a_time(run: Run, tmp_path: Path) -> None:
+def test_one_process_at_a_time(run, tmp_path):
     with (
         run_folder.locked(tmp_path / "run.zarr"),
         pytest.raises(OSError, match="another process is at work"),
@@ -412,7 +361,7 @@ def test_one_process_at_a_time(run: Run, tmp_path: Path) -> None:
     run()
 
 
-def test_nothing_of_others_is_touched(run: Run, tmp_path: Path) -> None:
+def test_nothing_of_others_is_touched(run, tmp_path):
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / "thesis.tex").write_text("mine")
     with pytest.raises(OSError, match="exists and is not a pyablate result"):
@@ -424,7 +373,7 @@ def test_nothing_of_others_is_touched(run: Run, tmp_path: Path) -> None:
             run(name, fresh=True)
 
 
-def test_links_do_not_lead_out_of_the_folder(run: Run, tmp_path: Path) -> None:
+def test_links_do_not_lead_out_of_the_folder(run, tmp_path):
     with pytest.raises(Killed):
         run(progress=stopping(14))
     outside = tmp_path / "outside"
@@ -437,7 +386,7 @@ def test_links_do_not_lead_out_of_the_folder(run: Run, tmp_path: Path) -> None:
     assert contents(outside) == before
 
 
-def test_nothing_is_pickled(run: Run, tmp_path: Path) -> None:
+def test_nothing_is_pickled(run, tmp_path):
     with pytest.raises(Killed):
         run(progress=stopping(14), intervention="mean")
     packed = list((tmp_path / "run.zarr/blocks").glob("*.npz"))
@@ -447,7 +396,7 @@ def test_nothing_is_pickled(run: Run, tmp_path: Path) -> None:
             assert all(held[name].dtype.kind in "iuf" for name in held)
 
 
-def test_calibrations_go_on_where_they_were() -> None:
+def test_calibrations_go_on_where_they_were():
     def cascade() -> PrecisionCascade:
         return PrecisionCascade([torch.bfloat16, torch.float32])
 
@@ -465,7 +414,7 @@ def test_calibrations_go_on_where_they_were() -> None:
     assert double.tiers == [torch.float64]  # calibrated against another precision
 
 
-def test_hashes_of_images_add_up(case: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_hashes_of_images_add_up(case):
     _, images, labels = case
     from pyablate.data.dataset import Data
 
@@ -480,7 +429,7 @@ def test_hashes_of_images_add_up(case: tuple[nn.Module, Tensor, Tensor]) -> None
     assert total(23, (images.flip(0), labels.flip(0))) != whole
 
 
-def test_joining_is_the_same_in_any_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_is_the_same_in_any_grouping(monkeypatch):
     draw = np.random.default_rng(0)
     parts = []
     for _ in range(7):

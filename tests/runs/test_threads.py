@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,8 @@ import psutil
 import pytest
 import torch
 from support import networks
+from support.runs import same
+from support.shelled import ENVIRONMENT
 from support.state import state_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,23 +55,12 @@ def together(works: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def same(one: pa.AblationResult, other: pa.AblationResult) -> bool:
-    return (
-        np.array_equal(one.baseline, other.baseline)
-        and np.array_equal(one.flips.start, other.flips.start)
-        and np.array_equal(one.flips.image, other.flips.image)
-        and np.array_equal(one.flips.prediction, other.flips.prediction)
-        and one.strategy == other.strategy
-        and one.audit == other.audit
-    )
-
-
 def run_of(name: str, **options: Any) -> Callable[[], pa.AblationResult]:
     model, images, labels = networks.network(name)
     return lambda: pa.ablate(model, (images, labels), audit=20, progress=False, **options)
 
 
-def test_runs_in_threads_give_what_single_runs_give() -> None:
+def test_runs_in_threads_give_what_single_runs_give():
     works = [
         run_of("residual", precision="bf16", intervention="noise:3"),
         run_of("vit", precision="fp32", intervention="mean"),
@@ -82,7 +72,7 @@ def test_runs_in_threads_give_what_single_runs_give() -> None:
         assert same(result, expected)
 
 
-def test_one_model_in_several_threads() -> None:
+def test_one_model_in_several_threads():
     model, images, _ = networks.network("residual")
     before = state_of(model)
     sites = pa.sites(model, images[:1])
@@ -101,7 +91,7 @@ def test_one_model_in_several_threads() -> None:
     assert state_of(model) == before
 
 
-def test_copies_carry_no_hooks_of_other_threads() -> None:
+def test_copies_carry_no_hooks_of_other_threads():
     model, images, _ = networks.network("residual")
 
     def hooks() -> int:
@@ -111,7 +101,7 @@ def test_copies_carry_no_hooks_of_other_threads() -> None:
     assert counted == 0
 
 
-def test_what_belongs_to_the_process_comes_back(tmp_path: Path) -> None:
+def test_what_belongs_to_the_process_comes_back(tmp_path):
     pytest.importorskip("torch.export.pt2_archive", reason="torch 2.6 had another archive")
     model, images, _ = networks.network("mlp")
     path = tmp_path / "mlp.pt2"
@@ -141,7 +131,7 @@ def test_what_belongs_to_the_process_comes_back(tmp_path: Path) -> None:
         torch.set_float32_matmul_precision(set_before)
 
 
-def test_a_run_inside_a_run_of_the_same_thread_goes_on() -> None:
+def test_a_run_inside_a_run_of_the_same_thread_goes_on():
     model, images, labels = networks.network("mlp")
     inner: list[pa.AblationResult] = []
 
@@ -153,7 +143,7 @@ def test_a_run_inside_a_run_of_the_same_thread_goes_on() -> None:
     assert same(outer, inner[0])
 
 
-def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
+def test_a_forked_process_does_not_wait_for_threads_it_has_not():
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -197,9 +187,7 @@ class Costliest(TorchDispatchMode):
 
 @pytest.mark.parametrize("strategy", ["auto", "replay"])
 @pytest.mark.parametrize("intervention", ["zero", "mean", "resample"])
-def test_no_call_takes_long(
-    monkeypatch: pytest.MonkeyPatch, intervention: str, strategy: str
-) -> None:
+def test_no_call_takes_long(monkeypatch, intervention, strategy):
     torch.manual_seed(0)
     model = nn.Sequential(
         *[nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()],
@@ -232,7 +220,7 @@ def test_no_call_takes_long(
     assert same(plain, short)
 
 
-def test_linear_maps_of_weights_alone_are_left_whole() -> None:
+def test_linear_maps_of_weights_alone_are_left_whole():
     """As the position bias of some transformers: no image, nothing to cut."""
 
     class Bias(nn.Module):
@@ -249,9 +237,7 @@ def test_linear_maps_of_weights_alone_are_left_whole() -> None:
     assert "replay" not in result.strategy.values()
 
 
-def test_linear_maps_whose_bias_has_a_row_per_image_are_left_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_linear_maps_whose_bias_has_a_row_per_image_are_left_whole(monkeypatch):
     class Rows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,14 +302,14 @@ def _used(process: int) -> float:
 
 
 @pytest.mark.parametrize("kind", _WORKS)
-def test_an_interrupt_returns_within_a_second(kind: str) -> None:
+def test_an_interrupt_returns_within_a_second(kind):
     """Of the processor's time, which no other work on the machine can stretch."""
     source = _INTERRUPTED.replace("{work}", _WORKS[kind])
     started = subprocess.Popen(
         [sys.executable, "-c", source],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     with started as child:
         try:
@@ -344,7 +330,7 @@ def test_an_interrupt_returns_within_a_second(kind: str) -> None:
 
 
 @pytest.mark.parametrize("becomes", ["nothing", "an error"])
-def test_an_interrupt_that_tracing_swallows_is_raised_after_it(becomes: str) -> None:
+def test_an_interrupt_that_tracing_swallows_is_raised_after_it(becomes):
     """As it happens in callbacks of weak references, and in torch's C++."""
 
     class Swallowing(nn.Sequential):
@@ -397,7 +383,7 @@ for intervention in {interventions!r}:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_interrupts_at_random_moments_of_a_large_network() -> None:
+def test_interrupts_at_random_moments_of_a_large_network():
     """Measured in the time of the processor, which no other work on the machine can stretch."""
     interventions = ["zero", "mean", "resample", "zero"]
     chance = random.Random(0)
@@ -405,7 +391,7 @@ def test_interrupts_at_random_moments_of_a_large_network() -> None:
         [sys.executable, "-c", _LARGE.format(interventions=interventions)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(pa.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     taken = []
     with started as child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 import pyablate as pa
 
 RUNS = {"engine": pa.ablate, "oracle": pa.reference.ablate}
+WAYS: dict[str, Callable[..., Any]] = {
+    **RUNS,
+    "replay": partial(pa.ablate, strategy="replay"),
+    "plan": lambda *subject, **options: pa.plan(*subject, **options).explain(),
+}
 
 
 @pytest.fixture
@@ -37,40 +43,24 @@ def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, images, labels
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", WAYS)
 @pytest.mark.parametrize("intervention", ["zero", "noise", "resample", "direction"])
-def test_after_success(
-    subject: tuple[nn.Module, Tensor, Tensor], run: str, intervention: str
-) -> None:
+def test_after_success(subject, run, intervention):
     model, images, labels = subject
     before, pixels, classes = state_of(model), images.clone(), labels.clone()
-    RUNS[run](model, (images, labels), ["body.2"], intervention=intervention, progress=False)
+    WAYS[run](model, (images, labels), ["body.2"], intervention=intervention)
     assert state_of(model) == before
     assert torch.equal(images, pixels)
     assert torch.equal(labels, classes)
 
 
 @pytest.mark.parametrize("name", ["in_place", "used_twice", "vit", "routed", "norm_after_relu"])
-def test_after_success_on_other_networks(name: str) -> None:
+def test_after_success_on_other_networks(name):
     model, images, labels = prepared(name)
     before, pixels = state_of(model), images.clone()
     pa.ablate(model, (images, labels), intervention="mean", progress=False)
     assert state_of(model) == before
     assert torch.equal(images, pixels)
-
-
-def test_after_replay(subject: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = subject
-    before = state_of(model)
-    pa.ablate(model, (images, labels), ["body.2"], strategy="replay", progress=False)
-    assert state_of(model) == before
-
-
-def test_after_planning(subject: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, images, labels = subject
-    before = state_of(model)
-    pa.plan(model, (images, labels)).explain()
-    assert state_of(model) == before
 
 
 def raising_iterable(images: Tensor, labels: Tensor, error: BaseException) -> Iterator[Any]:
@@ -84,9 +74,7 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("error", [Broken("in the second batch"), KeyboardInterrupt()])
-def test_after_the_data_raise(
-    subject: tuple[nn.Module, Tensor, Tensor], run: str, error: BaseException
-) -> None:
+def test_after_the_data_raise(subject, run, error):
     model, images, labels = subject
     before = state_of(model)
 
@@ -105,9 +93,7 @@ def test_after_the_data_raise(
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("error", [Broken("in the model"), KeyboardInterrupt()])
 @pytest.mark.parametrize("calls", [0, 3, 9])
-def test_after_the_model_raises(
-    subject: tuple[nn.Module, Tensor, Tensor], run: str, error: BaseException, calls: int
-) -> None:
+def test_after_the_model_raises(subject, run, error, calls):
     """A module of the caller's gives up after some calls: during the survey, or later."""
     model, images, labels = subject
     left = [calls]
@@ -128,9 +114,7 @@ def test_after_the_model_raises(
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("error", [Broken("in the report"), KeyboardInterrupt()])
-def test_after_an_interruption_of_the_sweep(
-    subject: tuple[nn.Module, Tensor, Tensor], run: str, error: BaseException
-) -> None:
+def test_after_an_interruption_of_the_sweep(subject, run, error):
     model, images, labels = subject
     before = state_of(model)
     seen = []
@@ -147,9 +131,7 @@ def test_after_an_interruption_of_the_sweep(
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_after_bad_input(
-    subject: tuple[nn.Module, Tensor, Tensor], run: Callable[..., Any]
-) -> None:
+def test_after_bad_input(subject, run):
     model, images, labels = subject
     before = state_of(model)
     for bad in ({"layers": "nowhere"}, {"groups": [["body.2:99"]]}, {"intervention": "x"}):
@@ -160,7 +142,7 @@ def test_after_bad_input(
     assert state_of(model) == before
 
 
-def test_the_comparison_would_notice(subject: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_the_comparison_would_notice(subject):
     model = subject[0]
     before = state_of(model)
     disturbances: dict[str, Callable[[], Any]] = {

@@ -11,25 +11,21 @@ import pytest
 from pyablate.runtime import progress
 
 
-def test_a_callable_is_called_itself() -> None:
+def test_a_callable_is_called_itself():
     calls: list[tuple[int, int, str]] = []
     with progress.reporting(lambda *call: calls.append(call)) as report:
         report(1, 4, "features.2")
     assert calls == [(1, 4, "features.2")]
 
 
-def test_false_is_silent(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_false_is_silent(capsys, caplog):
     with caplog.at_level(logging.INFO, "pyablate"), progress.reporting(False) as report:
         report(4, 4, "features.2")
     assert capsys.readouterr() == ("", "")
     assert not caplog.records
 
 
-def test_true_draws_a_bar_with_the_layer_the_speed_and_the_time_left(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_true_draws_a_bar_with_the_layer_the_speed_and_the_time_left(capsys):
     with progress.reporting(True, unit="pairs") as report:
         report(1, 4, "features.2")
         report(3, 4, "features.5")
@@ -48,9 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_without_a_terminal_lines_are_logged_now_and_then(
-    caplog: pytest.LogCaptureFixture, clock: list[float]
-) -> None:
+def test_without_a_terminal_lines_are_logged_now_and_then(caplog, clock):
     with (
         caplog.at_level(logging.INFO, "pyablate"),
         progress.reporting(None, unit="pairs") as report,
@@ -65,14 +59,14 @@ def test_without_a_terminal_lines_are_logged_now_and_then(
     assert messages[-1] == "features.2: 100 % done, 1,000 pairs/s, about 0 s left"
 
 
-def test_what_was_done_before_is_no_speed(clock: list[float]) -> None:
+def test_what_was_done_before_is_no_speed(clock):
     pace = progress.Pace()
     assert pace(900, 1000) == (0.0, None)
     clock[0] += 10
     assert pace(920, 1000) == (2.0, 40.0)
 
 
-def test_json_lines_are_one_record_a_second_and_the_end(clock: list[float]) -> None:
+def test_json_lines_are_one_record_a_second_and_the_end(clock):
     stream = io.StringIO()
     report = progress.JsonLines(stream)
     for eighth in range(24):

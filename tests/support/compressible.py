@@ -90,6 +90,17 @@ class Written(nn.Module):
         return self.fc(self.features(x).reshape(-1, 144))
 
 
+class Shifted(nn.Module):
+    """An exponential makes of a silent channel what is not 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.exp(self.relu(self.conv(x))).mean((2, 3)))
+
+
 def made(network: type[nn.Module], seed: int = 0) -> nn.Module:
     """With random weights, and batch norms that are not the identity."""
     torch.manual_seed(seed)

@@ -20,8 +20,8 @@ from torch import fx
 from pyablate.engine import rules
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import _ablate
-from support.killed import IMAGES
 from support.ranked import ablate, together
+from support.runs import IMAGES
 from support.stores import contents
 
 RELU = torch.ops.aten.relu.default

@@ -18,23 +18,11 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import pyablate as pa
 from pyablate.runs import run_folder
+from support.runs import BATCH, network
 from support.stores import contents
-
-IMAGES, BATCH = 60, 2
-
-
-def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=draw))
-    images = torch.randn(IMAGES, 6, generator=draw)
-    return model.eval(), images, torch.randint(4, (IMAGES,), generator=draw)
 
 
 def once(place: Path, begun: int) -> None:

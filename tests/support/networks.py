@@ -6,6 +6,7 @@ names three layers that hold units: an early, a middle and a late one.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +14,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+import pyablate as pa
 
 CLASSES = 5
+
+Operator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -423,6 +429,23 @@ def norm_after_relu() -> nn.Module:
     return Pooled(nn.Sequential(*body), 12)
 
 
+class Between(nn.Module):
+    """Convolution, ReLU, an operator, convolution, something else, mean, linear."""
+
+    def __init__(self, operator: Operator | None = None, behind: Operator | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 8, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.operator = operator or nn.Identity()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.behind = behind or nn.Identity()
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.operator(self.relu(self.conv1(x))))
+        return self.head(self.behind(y).mean(dim=(2, 3)))
+
+
 class Routed(nn.Module):
     """What happens to an image depends on its values: no graph can hold that."""
 
@@ -488,6 +511,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+class Counting(TensorDataset):
+    """A data set that knows which images were asked for."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
 @cache
 def network(name: str, images: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
     """A network in evaluation mode with random weights, random images and random labels."""
@@ -498,10 +533,42 @@ def network(name: str, images: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
     spread = (images, architecture.shape[0], *[1] * (len(architecture.shape) - 1))
     x = x + torch.randn(spread, generator=generator)
     labels = torch.randint(CLASSES, (images,), generator=generator)
-    model = architecture.build()
+    model = made(architecture.build(), x)
+    model.known_as = name
+    return model, x, labels
+
+
+def made(model: nn.Module, images: Tensor) -> nn.Module:
+    """Give a network random weights whose logits tell the classes of these images apart."""
     randomise(model, seed=1)
-    spread_logits(model, x)
-    return model.eval(), x, labels
+    spread_logits(model, images)
+    return model.eval()
+
+
+def outputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What a module puts out, called once."""
+    held: list[Tensor] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _m, _i, output: held.append(output.clone()))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return held[0]
+
+
+def on_inputs(weight: Tensor, bias: Tensor) -> nn.Module:
+    """The units' outputs are the images' own numbers; a linear layer reads them."""
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return nn.Sequential(OrderedDict(units=nn.ReLU(), head=head)).eval()
+
+
+@cache
+def demo(name: str, limit: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A shipped network and the first images, for tests that leave them as they are."""
+    model, images, labels = pa.demo.load(name, limit=limit)
+    model.known_as = name
+    return model, images, labels
 
 
 def randomise(model: nn.Module, seed: int) -> None:

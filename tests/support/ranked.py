@@ -18,7 +18,7 @@ import torch
 
 import pyablate as pa
 from pyablate.runs import run_folder
-from support.killed import network
+from support.runs import network
 from support.stores import contents
 
 

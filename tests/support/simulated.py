@@ -51,3 +51,8 @@ def simulate(
     flipped = random.random((units, len(labels))) < chance
     other = np.where(right, (labels + 1) % classes, labels)
     return from_predictions(np.where(flipped, other, baseline), baseline, labels, classes, layers)
+
+
+def small(seed: int = 0) -> AblationResult:
+    """Three units of one layer, two classes, four images of each."""
+    return simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(seed), ["x"] * 3)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+
+import pytest
+
+from pyablate.runs import fingerprint
+
+OLD = Path(__file__).parents[1] / "data" / "stored_by_2cd4797"
+"""What the last version without checksums stored; its README says how."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -18,3 +26,14 @@ def unseal(store: Path) -> None:
     metadata = json.loads(place.read_text())
     del metadata["attributes"]["checksums"]
     place.write_text(json.dumps(metadata, indent=2))
+
+
+def as_of_then(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Copy an old run into a folder, and claim the versions that it was made with."""
+    known = json.loads((OLD / name / "blocks/manifest.json").read_text())["identity"]
+    versions = known["versions"]
+    patch.setattr(fingerprint.metadata, "version", versions.__getitem__)
+    patch.setattr(fingerprint, "build_info", lambda: {"version": versions["pyablate"]})
+    # Of torch's own source, where no graph was captured.
+    patch.setattr(fingerprint, "_structure", lambda *_: known["model"]["structure"])
+    return Path(shutil.copytree(OLD / name, folder / name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ import torch
 import xarray as xr
 from scipy import stats
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
 from pyablate.network.sites import copied
 from pyablate.unit_attributes.catalog import CATALOG
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 FORWARD = ["activations", "selectivity", "information", "redundancy", "gradients"]
 NAMES = ["residual", "conv1d", "used_twice", "in_place", "vit"]
@@ -168,11 +170,10 @@ def test_gradients(name):
 
 def test_gradients_are_left_alone():
     model, images, labels = networks.network("residual")
-    flags = [p.requires_grad for p in model.parameters()]
+    before = state_of(model)
     images = images.clone().requires_grad_()
     pa.attributes(model, (images, labels), which="gradients", progress=False)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
+    assert state_of(model) == before
     assert images.grad is None
 
 
@@ -341,29 +342,6 @@ def test_signed_activations_warn_once_and_give_nan(tied, caplog):
     assert not caplog.records
 
 
-@pytest.mark.slow
-def test_a_shipped_network():
-    model, images, labels = pa.demo.load("vgg_bn", limit=300)
-    found = pa.attributes(
-        model, (images, labels), "features.16", ["auc", "mean", "class_correlation"]
-    )
-    held: list[Tensor] = []
-    handle = model.get_submodule("features.16").register_forward_hook(
-        lambda _m, _i, output: held.append(output.mean(dim=(2, 3)))
-    )
-    with torch.no_grad():
-        p = model(images).softmax(dim=1).double().numpy()
-    handle.remove()
-    A, y = held[0].double().numpy(), labels.numpy()
-    np.testing.assert_allclose(found["mean"], A.mean(axis=0), rtol=1e-4)
-    for u in range(0, 128, 9):
-        own = stats.mannwhitneyu(A[y == 4, u], A[y != 4, u]).statistic
-        expected = own / (y == 4).sum() / (y != 4).sum()
-        assert abs(float(found["auc_per_class"][u, 4]) - expected) < 1e-3
-        r = stats.pearsonr(A[:, u], p[:, 4]).statistic
-        assert abs(float(found["class_correlation_per_class"][u, 4]) - r) < 1e-4
-
-
 # --- the table itself -----------------------------------------------------------------------------
 
 
@@ -436,15 +414,7 @@ def test_a_label_that_is_no_class():
         pa.attributes(model, (images, wrong), which="mean")
 
 
-def test_the_example_in_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "guides" / "attributes.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(code) == 1
-    exec(compile(code[0].replace("limit=500", "limit=60"), "attributes.md", "exec"), {})
-    assert "P(x > 0)" in capsys.readouterr().out
-
-
-def test_the_documents_list_every_attribute() -> None:
+def test_the_documents_list_every_attribute():
     text = (Path(__file__).parents[2] / "docs" / "guides" / "attributes.md").read_text()
     for entry in CATALOG:
         row = next(line for line in text.splitlines() if line.startswith(f"| `{entry.name}`"))

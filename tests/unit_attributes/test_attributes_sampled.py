@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from support import networks
+from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
 from pyablate.unit_attributes import _attributes
 
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
 needs_captum = pytest.mark.skipif(
     not _attributes._installed("captum"), reason="Captum is not installed (pip install captum)"
 )
-
-
-def outputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    held: list[Tensor] = []
-    module = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda _m, _i, output: held.append(output.clone()))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    return held[0]
 
 
 def plain(bias: bool = False) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -40,6 +32,7 @@ def plain(bias: bool = False) -> tuple[nn.Sequential, Tensor, Tensor]:
         nn.Conv2d(6, 8, 3, bias=bias), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(32, 7, bias=bias), nn.ReLU(), nn.Linear(7, 4, bias=bias),
     )  # fmt: skip
+    model.known_as = "plain"
     return model.eval(), torch.randn(12, 2, 12, 12), torch.arange(12) % 4
 
 
@@ -52,7 +45,7 @@ def test_hrank_is_the_mean_rank_of_the_maps():
     assert found["hrank"].attrs["sample"] == 9
     chosen = np.round(np.linspace(0, len(images) - 1, 9)).astype(int)
     for layer in ("body.2", "body.4.relu2"):
-        maps = outputs(model, layer, images[chosen]).numpy()
+        maps = networks.outputs(model, layer, images[chosen]).numpy()
         expected = np.linalg.matrix_rank(maps).mean(axis=0)
         got = found["hrank"].to_numpy()[found["layer"].to_numpy() == layer]
         np.testing.assert_allclose(got, expected, atol=1e-9)
@@ -90,7 +83,7 @@ def test_conductance_by_the_path():
     double, tail = copy.deepcopy(model).double(), copy.deepcopy(model[5:]).double()
     for image, label in zip(images.double(), labels, strict=True):
         path = torch.linspace(0, 1, steps + 1, dtype=torch.float64).reshape(-1, 1, 1, 1) * image
-        h = outputs(double, "4", path)
+        h = networks.outputs(double, "4", path)
         middle = ((h[1:] + h[:-1]) / 2).requires_grad_()
         (gradient,) = torch.autograd.grad(tail(middle)[:, label].sum(), middle)
         total += (gradient * (h[1:] - h[:-1])).sum(dim=(0, 2, 3))
@@ -213,16 +206,12 @@ def test_no_rule_gives_nan_and_one_warning(caplog):
 @needs_captum
 def test_captum_leaves_the_model_alone():
     model, images, labels = plain()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     pa.attributes(model, (images, labels), "*", ["lrp", "conductance"], progress=False)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
-    )
-    assert not any(hasattr(module, "rule") for module in model.modules())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert state_of(model) == before
 
 
-def test_without_captum(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_without_captum(monkeypatch, caplog):
     model, images, labels = plain()
     monkeypatch.setattr(_attributes, "_installed", lambda name: False)
     with pytest.raises(ImportError, match=r"lrp is computed by Captum.*pip install"):
@@ -253,7 +242,7 @@ def test_concept_iou():
     assert found["concept"].to_numpy().tolist() == ["rare", "often", "never"]
     row = 0
     for layer in ("body.2", "body.4.relu2"):
-        maps = outputs(model, layer, images)
+        maps = networks.outputs(model, layer, images)
         large = functional.interpolate(maps, size=(24, 18), mode="bilinear").numpy()
         for c in range(maps.shape[1]):
             values = np.sort(maps[:, c].flatten().numpy())[::-1]
@@ -302,7 +291,7 @@ def test_a_unit_that_is_its_concept():
         (np.zeros((24, 1, 8, 8)), "a", TypeError, "concept_names: expected a sequence"),
     ],
 )
-def test_bad_masks(masks: Any, names: Any, error: type[Exception], named: str):
+def test_bad_masks(masks, names, error, named):
     model, images, labels = networks.network("residual")
     with pytest.raises(error, match=named):
         pa.attributes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
 
 
 def attributes_of(model: nn.Module, images: Tensor, which: str, layers: str = "*") -> xr.Dataset:
@@ -51,6 +54,13 @@ def columns(weight: Tensor, groups: int = 1) -> Tensor:
     return torch.stack(out)
 
 
+def joined(*weights: Tensor) -> Tensor:
+    return torch.cat([weight.flatten(1) for weight in weights], dim=1)
+
+
+Find = Callable[[nn.Module], Tensor]
+
+
 def test_plain_chain_through_batch_norm():
     model, found = weights_of("residual", "body.2")
     body = model.body
@@ -66,22 +76,61 @@ def test_plain_chain_through_batch_norm():
     )
 
 
-def test_summed_filters_count_together():
-    model, found = weights_of("residual", "body.4.relu2")
-    block = model.body[4]
-    both = [block.outer[0].weight.flatten(1), block.project[0].weight.flatten(1)]
-    check_made(found, torch.cat(both, dim=1))
-    check_read(found, columns(model.head.weight))
-    for name in ("bn_scale", "bn_active", "bn_mean_relu", "spectral"):
-        assert found[name].isnull().all(), name
+# Layer: the filters that make its units, and the weights that read them.
+FOUND: dict[tuple[str, str], tuple[Find | None, Find]] = {
+    ("residual", "body.4.relu2"): (  # summed filters count together
+        lambda m: joined(m.body[4].outer[0].weight, m.body[4].project[0].weight),
+        lambda m: columns(m.head.weight),
+    ),
+    ("residual", "body.3.relu2"): (  # an identity shortcut has no filter
+        lambda m: m.body[3].outer[0].weight,
+        lambda m: joined(*(columns(p[0].weight) for p in (m.body[4].inner, m.body[4].project))),
+    ),
+    ("grouped_dilated", "body.1"): (
+        lambda m: m.body[0].weight,
+        lambda m: columns(m.body[2].weight, groups=4),
+    ),
+    ("grouped_dilated", "body.5"): (
+        lambda m: m.body[4].weight,
+        lambda m: columns(m.head.weight),
+    ),
+    ("inverted_residual", "body.3.act1"): (
+        lambda m: m.body[3].expand[0].weight,
+        lambda m: columns(m.body[3].depthwise[0].weight, groups=12),
+    ),
+    ("inverted_residual", "body.3.act2"): (
+        lambda m: m.body[3].depthwise[0].weight,
+        lambda m: joined(
+            *map(columns, (m.body[3].excite.reduce.weight, m.body[3].project[0].weight))
+        ),
+    ),
+    # 20 features are the maps [10, 2, 1], flattened; 10 are maxima, which are not followed.
+    ("pooling", "features.7"): (
+        None,
+        lambda m: m.head.weight[:, :20].unflatten(1, (10, 2)).transpose(0, 1),
+    ),
+    ("mlp", "2"): (lambda m: m[1].weight, lambda m: columns(m[3].weight)),
+    ("vit", "blocks.0.mlp.1"): (
+        lambda m: m.blocks[0].mlp[0].weight,
+        lambda m: columns(m.blocks[0].mlp[2].weight),
+    ),
+    ("used_twice", "act@1"): (lambda m: m.stem.weight, lambda m: columns(m.conv.weight)),
+    ("conv1d", "relu2"): (lambda m: m.conv2.weight, lambda m: columns(m.conv3.weight)),
+}
 
 
-def test_an_identity_shortcut_has_no_filter():
-    model, found = weights_of("residual", "body.3.relu2")
-    check_made(found, model.body[3].outer[0].weight)
-    block = model.body[4]
-    read = [columns(block.inner[0].weight), columns(block.project[0].weight)]
-    check_read(found, torch.cat(read, dim=1))
+@pytest.mark.parametrize(("name", "layer"), FOUND)
+def test_filters_are_found(name, layer):
+    model, found = weights_of(name, layer)
+    made, read = FOUND[name, layer]
+    if made is not None:
+        check_made(found, made(model))
+    check_read(found, read(model))
+    if layer == "body.4.relu2":
+        for of_one_filter in ("bn_scale", "bn_active", "bn_mean_relu", "spectral"):
+            assert found[of_one_filter].isnull().all(), of_one_filter
+    if name == "conv1d":
+        np.testing.assert_allclose(found["bn_scale"], model.norm.weight.abs().detach(), rtol=1e-6)
 
 
 def test_joined_branches():
@@ -102,26 +151,6 @@ def test_joined_branches():
     np.testing.assert_allclose(found["bn_scale"], norms.abs().detach(), rtol=1e-6)
 
 
-def test_groups_and_dilation():
-    model, found = weights_of("grouped_dilated", "body.1")
-    check_made(found, model.body[0].weight)
-    check_read(found, columns(model.body[2].weight, groups=4))
-    _, late = weights_of("grouped_dilated", "body.5")
-    check_made(late, model.body[4].weight)
-    check_read(late, columns(model.head.weight))
-
-
-def test_depthwise_convolutions():
-    model, found = weights_of("inverted_residual", "body.3.act1")
-    block = model.body[3]
-    check_made(found, block.expand[0].weight)
-    check_read(found, columns(block.depthwise[0].weight, groups=12))
-    _, after = weights_of("inverted_residual", "body.3.act2")
-    check_made(after, block.depthwise[0].weight)
-    read = [columns(block.excite.reduce.weight), columns(block.project[0].weight)]
-    check_read(after, torch.cat(read, dim=1))
-
-
 def test_shuffled_channels():
     model, found = weights_of("shuffle", "body.3")
     block, after = model.body[3], model.body[4]
@@ -134,35 +163,6 @@ def test_shuffled_channels():
         check_made(found.isel(unit=[unit]), weight.unsqueeze(0))
     # The next block's branch reads the second half; the first half goes to the block after it.
     check_read(found.isel(unit=slice(4, 8)), columns(after.right[0].weight))
-
-
-def test_flattened_maps_and_linear_layers():
-    model, found = weights_of("pooling", "features.7")
-    # 20 features are the maps [10, 2, 1], flattened; 10 are maxima, which are not followed.
-    check_read(found, model.head.weight[:, :20].unflatten(1, (10, 2)).transpose(0, 1))
-    model, found = weights_of("mlp", "2")
-    check_made(found, model[1].weight)
-    check_read(found, columns(model[3].weight))
-
-
-def test_hidden_units_of_a_transformer():
-    model, found = weights_of("vit", "blocks.0.mlp.1")
-    mlp = model.blocks[0].mlp
-    check_made(found, mlp[0].weight)
-    check_read(found, columns(mlp[2].weight))
-
-
-def test_a_module_that_is_called_twice():
-    model, found = weights_of("used_twice", "act@1")
-    check_made(found, model.stem.weight)
-    check_read(found, columns(model.conv.weight))
-
-
-def test_signals():
-    model, found = weights_of("conv1d", "relu2")
-    check_made(found, model.conv2.weight)
-    check_read(found, columns(model.conv3.weight))
-    np.testing.assert_allclose(found["bn_scale"], model.norm.weight.abs().detach(), rtol=1e-6)
 
 
 def test_spectral():

@@ -143,9 +143,7 @@ PROGRAMS: dict[str, Callable[[Path], Change]] = {
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_an_exported_program_runs_no_code(
-    kind: str, exported: Path, tmp_path: Path, trap: Path
-) -> None:
+def test_an_exported_program_runs_no_code(kind, exported, tmp_path, trap):
     path = rewritten(exported, tmp_path / "evil.pt2", PROGRAMS[kind](trap))
     with pytest.raises(ValueError, match=r"model: '.*evil.pt2' (holds|calls|takes)"):
         load_model(str(path))
@@ -153,9 +151,7 @@ def test_an_exported_program_runs_no_code(
 
 
 @pytest.mark.parametrize("kind", ["pickled weight", "pickled inputs", "size that runs"])
-def test_torch_itself_would_have_run_it(
-    kind: str, exported: Path, tmp_path: Path, trap: Path
-) -> None:
+def test_torch_itself_would_have_run_it(kind, exported, tmp_path, trap):
     path = rewritten(exported, tmp_path / "evil.pt2", PROGRAMS[kind](trap))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
@@ -167,15 +163,13 @@ def test_torch_itself_would_have_run_it(
 @pytest.mark.parametrize(
     "member", ["data/aotinductor/model/model.so", "data/constants/custom_obj_0", "x/code.so"]
 )
-def test_an_exported_program_with_foreign_members(
-    member: str, exported: Path, tmp_path: Path
-) -> None:
+def test_an_exported_program_with_foreign_members(member, exported, tmp_path):
     path = rewritten(exported, tmp_path / "a.pt2", lambda _, content: content, **{member: b"x"})
     with pytest.raises(ValueError, match=r"holds (compiled code|pickled objects)"):
         load_model(str(path))
 
 
-def test_an_exported_program_that_claims_too_much(exported: Path, tmp_path: Path) -> None:
+def test_an_exported_program_that_claims_too_much(exported, tmp_path):
     def change(member: str, content: bytes) -> bytes:
         if not member.endswith("model_weights_config.json"):
             return content
@@ -189,6 +183,6 @@ def test_an_exported_program_that_claims_too_much(exported: Path, tmp_path: Path
         load_model(str(rewritten(exported, tmp_path / "a.pt2", change)))
 
 
-def test_a_sound_exported_program_loads(exported: Path, tmp_path: Path) -> None:
+def test_a_sound_exported_program_loads(exported, tmp_path):
     path = rewritten(exported, tmp_path / "a.pt2", lambda _, content: content)
     assert load_model(str(path))(torch.rand(5, 2, 3)).shape == (5, 2)

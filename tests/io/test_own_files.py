@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from support.killed import network
-from support.simulated import simulate
+from support import runs
+from support.runs import Killed
+from support.simulated import small
 from support.stores import contents, unseal
 
 import pyablate as pa
@@ -21,26 +23,13 @@ from pyablate.io import own_files
 from pyablate.results import store
 from pyablate.unit_attributes.files import write_attributes
 
-
-class Killed(BaseException):
-    """Nobody catches it: the end of the process, as far as the folder can tell."""
-
-
-def run(place: Path, stop_at: int | None = None, **options: Any) -> pa.AblationResult:
-    model, images, labels = network()
-    calls = iter(range(10**9))
-
-    def report(done: int, total: int, layer: str) -> None:
-        if next(calls) == stop_at:
-            raise Killed
-
-    plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": report}
-    return pa.ablate(model, (images[:13], labels[:13]), "*", output=place, **{**plain, **options})
+IMAGES = 13
+run = partial(runs.run, images=IMAGES)
 
 
 @pytest.fixture
 def result() -> pa.AblationResult:
-    return simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(0), ["x"] * 3)
+    return small()
 
 
 def notes(folder: Path) -> None:
@@ -54,8 +43,7 @@ def a_store(folder: Path) -> None:
 
 
 def another_result(folder: Path) -> None:
-    made = simulate(np.full((3, 2), 0.5), 0.5, 4, np.random.default_rng(1), ["x"] * 3)
-    made.save(folder / "old.zarr")
+    small(seed=1).save(folder / "old.zarr")
 
 
 def among_the_blocks(folder: Path) -> None:
@@ -86,9 +74,7 @@ def added(folder: Path, put: Callable[[Path], None]) -> dict[str, bytes]:
 @pytest.mark.parametrize("put", LEFT)
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_lies_beside_is_left(
-    tmp_path: Path, put: Callable[[Path], None], fresh: bool, finished: bool
-) -> None:
+def test_what_lies_beside_is_left(tmp_path, put, fresh, finished):
     """Resumed, finished, and begun anew: the run's own files are right, the others as they were."""
     run(tmp_path / "whole.zarr", intervention="mean")
     place = tmp_path / "run.zarr"
@@ -101,13 +87,11 @@ def test_what_lies_beside_is_left(
     run(place, intervention="mean", fresh=fresh)
     assert contents(place) == {**contents(tmp_path / "whole.zarr"), **mine}
     assert (put is not an_empty_folder) or (place / "for later").is_dir()
-    assert len(pa.load(place).labels) == 13
+    assert len(pa.load(place).labels) == IMAGES
 
 
 @pytest.mark.parametrize("put", LEFT)
-def test_a_kill_anywhere_leaves_what_lies_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[Path], None]
-) -> None:
+def test_a_kill_anywhere_leaves_what_lies_beside(tmp_path, monkeypatch, put):
     run(tmp_path / "whole.zarr")
     run(tmp_path / "old.zarr", intervention="mean")
     mine = added(tmp_path / "old.zarr", put)
@@ -135,9 +119,7 @@ def test_a_kill_anywhere_leaves_what_lies_beside(
 
 @pytest.mark.parametrize("name", ["label", "zarr.json", "loss_change_sum"])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_what_is_in_the_way_is_refused_before_the_work(
-    tmp_path: Path, name: str, fresh: bool
-) -> None:
+def test_what_is_in_the_way_is_refused_before_the_work(tmp_path, name, fresh):
     place = tmp_path / "run.zarr"
     with pytest.raises(Killed):
         run(place, stop_at=4)
@@ -154,7 +136,7 @@ def test_what_is_in_the_way_is_refused_before_the_work(
     assert contents(place) == before
 
 
-def test_what_comes_into_the_way_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+def test_what_comes_into_the_way_during_the_run_is_not_replaced(tmp_path):
     run(tmp_path / "whole.zarr")
     place = tmp_path / "run.zarr"
 
@@ -172,7 +154,7 @@ def test_what_comes_into_the_way_during_the_run_is_not_replaced(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["loss_change_sum", "blocks"])
-def test_what_is_in_the_way_of_another_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_what_is_in_the_way_of_another_run_is_refused(tmp_path, name):
     """The result that is there has no sums and no blocks."""
     place = tmp_path / "run.zarr"
     run(place)
@@ -190,9 +172,7 @@ def test_what_is_in_the_way_of_another_run_is_refused(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("inside", ["label/notes.txt", "label/c/notes.txt", "label/mine/x"])
-def test_files_among_our_arrays_are_refused(
-    tmp_path: Path, result: pa.AblationResult, inside: str
-) -> None:
+def test_files_among_our_arrays_are_refused(tmp_path, result, inside):
     place = tmp_path / "run.zarr"
     run(place)
     (place / inside).parent.mkdir(exist_ok=True)
@@ -206,9 +186,7 @@ def test_files_among_our_arrays_are_refused(
 
 
 @pytest.mark.parametrize("put", LEFT)
-def test_save_refuses_what_it_could_not_keep(
-    tmp_path: Path, result: pa.AblationResult, put: Callable[[Path], None]
-) -> None:
+def test_save_refuses_what_it_could_not_keep(tmp_path, result, put):
     place = tmp_path / "run.zarr"
     result.save(place)
     put(place)
@@ -227,9 +205,7 @@ def test_save_refuses_what_it_could_not_keep(
     assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
 
 
-def test_an_array_that_somebody_has_changed_is_not_removed(
-    tmp_path: Path, result: pa.AblationResult
-) -> None:
+def test_an_array_that_somebody_has_changed_is_not_removed(tmp_path, result):
     place = tmp_path / "run.zarr"
     run(place)
     group = zarr.open_group(place, mode="r+")
@@ -242,7 +218,7 @@ def test_an_array_that_somebody_has_changed_is_not_removed(
         assert contents(place) == before
 
 
-def test_folders_that_only_look_like_ours(tmp_path: Path) -> None:
+def test_folders_that_only_look_like_ours(tmp_path):
     """A folder `blocks` with a `manifest.json` is nothing that only runs have."""
     site = tmp_path / "site"
     (site / "blocks").mkdir(parents=True)
@@ -261,9 +237,7 @@ def test_folders_that_only_look_like_ours(tmp_path: Path) -> None:
     assert (place / "blocks" / "manifest.json").exists()
 
 
-def test_tables_of_attributes_and_results_do_not_replace_each_other(
-    tmp_path: Path, result: pa.AblationResult
-) -> None:
+def test_tables_of_attributes_and_results_do_not_replace_each_other(tmp_path, result):
     found = xr.Dataset({"l1": ("unit", [1.0, 2.0])}, coords={"unit": ["a:0", "a:1"]})
     table, place = tmp_path / "table.zarr", tmp_path / "run.zarr"
     write_attributes(found, table)
@@ -284,9 +258,7 @@ def test_tables_of_attributes_and_results_do_not_replace_each_other(
     assert contents(tmp_path) == before
 
 
-def test_results_without_checksums_are_replaced_by_name(
-    tmp_path: Path, result: pa.AblationResult
-) -> None:
+def test_results_without_checksums_are_replaced_by_name(tmp_path, result):
     place = tmp_path / "run.zarr"
     run(place)
     unseal(place)
@@ -301,7 +273,7 @@ def test_results_without_checksums_are_replaced_by_name(
     assert len(pa.load(place).units) == 3
 
 
-def test_the_names_of_our_arrays_are_all_known(tmp_path: Path) -> None:
+def test_the_names_of_our_arrays_are_all_known(tmp_path):
     run(tmp_path / "run.zarr", measures=["loss", "margin"])
     arrays = {path.name for path in (tmp_path / "run.zarr").iterdir() if path.is_dir()}
     assert arrays == set(own_files.ARRAYS)

@@ -2,16 +2,24 @@
 
 import pytest
 import torch
+from support import networks
 from support.oracle import check
 from torch import nn
+from torch.nn import functional
 
 from pyablate.engine import weighted_rules
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
+_, IMAGES, LABELS = networks.network("residual")
 
 
 def perceptron(wide=96, classes=7, seed=0):
     torch.manual_seed(seed)
     layers = [nn.Linear(12, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(wide, classes)).eval()
+    model = nn.Sequential(*layers, nn.Linear(wide, classes)).eval()
+    model.known_as = "perceptron"
+    return model
 
 
 def data(images=9, classes=7):
@@ -83,3 +91,77 @@ def test_what_all_logits_share_costs_no_digits():
     result = check(model, data(40), ["1", "3"], precision="bf16")
     settled = result.effort.pairs_by_precision
     assert settled["bfloat16"] > 0.8 * sum(settled.values())
+
+
+class Flattened(nn.Module):
+    """One linear layer, read by a site of maps and by a site of single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.maps, self.numbers = nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.ReLU()
+        self.hidden, self.head = nn.Linear(8 * 16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = functional.max_pool2d(self.maps(self.conv(x)), 3)
+        return self.head(functional.relu(self.hidden(self.numbers(x.flatten(1)))))
+
+
+def test_one_linear_layer_behind_maps_and_behind_numbers():
+    check(networks.made(Flattened(), IMAGES), (IMAGES, LABELS), ["maps", "numbers"])
+
+
+class Body(nn.Module):
+    """What ``body`` makes of the first layer's units, read by a linear layer."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.known_as = body, body.__name__
+        self.first, self.relu = nn.Conv2d(2, 16, 3, padding=1), nn.ReLU()
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.square, self.other = nn.Linear(16, 16), nn.Linear(16, 5)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.body(self, self.relu(self.first(x)))
+
+
+def rows_per_image(net, x):
+    """Every position is a row of its own."""
+    y = functional.relu(net.second(x)).permute(0, 2, 3, 1).reshape(-1, 16)
+    return net.head(functional.relu(net.square(y)).view(x.shape[0], -1, 16).mean(1))
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_linear_layer_on_several_rows_of_each_image(monkeypatch, precision):
+    monkeypatch.setattr(weighted_rules, "WORTH_GATHERING", 1)
+    monkeypatch.setattr(weighted_rules, "LEAST_RUN", 1)
+    result = check(
+        networks.made(Body(rows_per_image), IMAGES),
+        (IMAGES[:8], LABELS[:8]),
+        "relu",
+        precision=precision,
+    )
+    assert result.strategy == {"relu": "delta"}
+
+
+def bias_behind_the_dense_part(net, x):
+    y = functional.relu(net.second(x)).mean((2, 3))
+    return functional.linear(y, net.other.weight, net.head(y))
+
+
+def bias_on_its_channel(net, x):
+    """All that is left is the last layer, but not by the closed form."""
+    y = x.mean((2, 3))
+    return functional.linear(y, net.square.weight, y)
+
+
+@pytest.mark.parametrize("body", [bias_behind_the_dense_part, bias_on_its_channel])
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_bias_that_changes_with_the_image(body, precision):
+    torch.manual_seed(0)
+    model = Body(body).eval()
+    networks.randomise(model, seed=1)
+    if body is bias_behind_the_dense_part:
+        networks.spread_logits(model, IMAGES)
+    result = check(model, (IMAGES, LABELS), "relu", precision=precision)
+    assert result.strategy == {"relu": "delta"}

@@ -1,0 +1,62 @@
+"""Runs of a small network, and ways to end them before their time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import pyablate as pa
+
+IMAGES, BATCH = 60, 2
+SOME = 23
+"""Images of a run that does not take all of them."""
+
+
+class Killed(BaseException):
+    """Nobody catches it: the end of the process, as far as the folder can tell."""
+
+
+def network() -> tuple[nn.Module, Tensor, Tensor]:
+    """Three linear layers, of which the first two have eight units each; images and labels."""
+    draw = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    model.known_as = "small"
+    images = torch.randn(IMAGES, 6, generator=draw)
+    return model.eval(), images, torch.randint(4, (IMAGES,), generator=draw)
+
+
+def stopping(at: int | None) -> Callable[[int, int, str], None]:
+    """A report that ends the process, in a manner of speaking, at its ``at``-th call."""
+    calls = iter(range(10**9))
+
+    def report(done: int, total: int, layer: str) -> None:
+        if next(calls) == at:
+            raise Killed
+
+    return report
+
+
+def run(
+    place: Path | None, stop_at: int | None = None, images: int = SOME, **options: Any
+) -> pa.AblationResult:
+    """Ablate the small network in blocks of five; by replay, as a capture takes longer than it."""
+    model, x, labels = network()
+    plain = {"batch_size": 5, "audit": 20, "strategy": "replay", "progress": stopping(stop_at)}
+    given = {"model": model, "data": (x[:images], labels[:images]), "layers": "*"}
+    return pa.ablate(**{**plain, **given, **options}, output=place)
+
+
+def same(one: pa.AblationResult, other: pa.AblationResult) -> bool:
+    """Whether two results, or two blocks of them, predict the same everywhere, in one way."""
+    arrays = [(one.baseline, other.baseline)]
+    arrays += [(getattr(one.flips, n), getattr(other.flips, n)) for n in vars(one.flips)]
+    said = [[getattr(it, n, None) for n in ("strategy", "audit")] for it in (one, other)]
+    return said[0] == said[1] and all(np.array_equal(*pair) for pair in arrays)
