@@ -1,22 +1,72 @@
-"""Checks of arguments that many functions share, and how their errors read."""
+"""Validation of arguments: choices, counts, seeds, fractions, names; errors name the nearest."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from numbers import Integral
 from typing import Any
 
 
 def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
-    """Refuse what is not one of the known names.
-
-    Raises
-    ------
-    ValueError
-        Names the argument, what was expected, what came, and the nearest.
-    """
+    """Refuse what is not one of the known names; the error tells the nearest."""
     if given not in known:
-        near = difflib.get_close_matches(str(given), list(known), n=1) or list(known)
-        raise ValueError(
-            f"{argument}: expected one of {', '.join(known)}, got {given!r}; nearest: {near[0]}"
-        )
+        near = _alike(given, known, 1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {given!r}{hint}")
+
+
+def check_choices(argument: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return one name or several as a list, each of them one of the known names."""
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        check_choice(argument, name, known)
+    return names
+
+
+def check_count(argument: str, given: Any, least: int = 1) -> None:
+    """Refuse what is no whole number, or one that is too small."""
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise ValueError(f"{argument}: expected an integer of at least {least}, got {given!r}")
+    if given < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {given!r}")
+
+
+def check_seed(given: Any) -> None:
+    """Refuse what no random generator takes as a seed."""
+    check_count("seed", given, 0)
+
+
+def check_level(argument: str, given: Any) -> None:
+    """Refuse a probability or quantile that is not between 0 and 1, or one of them."""
+    if not 0 < given < 1:
+        raise ValueError(f"{argument}: expected a number between 0 and 1, got {given!r}")
+
+
+def check_fraction(argument: str, given: Any) -> None:
+    """Refuse a share of a whole that is not 0, 1 or between them."""
+    if not 0 <= given <= 1:
+        raise ValueError(f"{argument}: expected a number from 0 to 1, got {given!r}")
+
+
+def check_names(argument: str, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return as many names as there are things to name: by default their numbers."""
+    if given is None:
+        return tuple(map(str, range(count)))
+    if isinstance(given, str):
+        raise TypeError(f"{argument}: expected a sequence of strings, got {given!r}")
+    if len(given) != count:
+        raise ValueError(f"{argument}: expected {count} names, got {len(given)}")
+    return tuple(map(str, given))
+
+
+def nearest(given: object, known: Iterable[object], count: int = 3) -> str:
+    """End of a message about an unknown name: those most like it, or the first that are known."""
+    names = [str(name) for name in islice(known, 10_000)]  # of a million labels, some will do
+    near = _alike(given, names, count) or names[:5]
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def _alike(given: object, known: Iterable[str], count: int) -> list[str]:
+    return difflib.get_close_matches(str(given), list(known), n=count, cutoff=0.3)

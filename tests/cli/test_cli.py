@@ -135,7 +135,7 @@ def test_run_writes_what_the_library_finds(here: Path) -> None:
 
     from small_network import make  # type: ignore[import-not-found]
 
-    from pyablate.cli.specs import load_data
+    from pyablate.cli.data_specs import load_data
 
     data = load_data("images.npz")
     expected = pa.ablate(make().eval(), data.batches, layers=["*"], progress=False)

@@ -8,7 +8,7 @@ import torch
 from support.shelled import invoke
 
 import pyablate as pa
-from pyablate.cli.specs import load_model
+from pyablate.cli.model_specs import load_model
 
 pytest.importorskip("torch_pruning")
 pytestmark = pytest.mark.usefixtures("empty_folder")

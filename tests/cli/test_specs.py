@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyablate import demo
-from pyablate.cli.specs import load_model
+from pyablate.cli.model_specs import load_model
 from pyablate.network import exported as exported_program
 from pyablate.network.exported import original_type
 

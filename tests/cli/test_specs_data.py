@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pyablate import demo
-from pyablate.cli import specs
-from pyablate.cli.specs import load_data
+from pyablate.cli import data_specs
+from pyablate.cli.data_specs import load_data
 from pyablate.io import image_folder
 from pyablate.io.idx import read_idx
 
@@ -169,7 +169,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def _all(data: specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
+def _all(data: data_specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*data.batches, strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -419,7 +419,7 @@ def test_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) ->
     prepare, spec, options, message = BAD_DATA[case]
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(specs, "MAX_BYTES", 5000)
+    monkeypatch.setattr(data_specs, "MAX_BYTES", 5000)
     monkeypatch.setattr(image_folder, "MAX_PIXELS", 10_000)
     with pytest.raises((ValueError, OSError), match=message) as caught:
         list(load_data(spec, **options).batches)

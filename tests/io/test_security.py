@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
 from pyablate.cli.app import app
-from pyablate.cli.specs import load_data, load_model
+from pyablate.cli.data_specs import load_data
+from pyablate.cli.model_specs import load_model
 from pyablate.io import image_folder
 from pyablate.io.zarr_check import check_folder
 
@@ -49,7 +50,7 @@ FORBIDDEN_CALLS = {
 }
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 LOADERS = {"exported.py": "export.load"}  # the one other loader of torch, behind our checks
-IMPORTERS = {"specs.py", "_native.py", "image_folder.py"}  # by name; specs: what the user names
+IMPORTERS = {"model_specs.py", "_native.py", "image_folder.py"}  # of what the user names
 
 
 def called(node: ast.Call) -> str:

@@ -22,7 +22,7 @@ from support.simulated import simulate
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
-from pyablate.cli.specs import load_data
+from pyablate.cli.data_specs import load_data
 from pyablate.io import image_folder
 from pyablate.io.zarr_check import MAX_RATIO, check_folder
 from pyablate.runs.run_folder import check_place
