@@ -121,11 +121,7 @@ def demo(
     check_files(output=output / "units.csv")
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
-        model,
-        (images, labels),
-        layers=["*"],
-        class_names=pa.demo.CLASSES,
-        progress=progress,
+        model, (images, labels), layers=["*"], class_names=pa.demo.CLASSES, progress=progress
     )
     result.save(output / "run.zarr")
     write_csv(result.to_dataframe(), output / "units.csv", "--output")
@@ -135,11 +131,7 @@ def demo(
     show(*lines, written=[output / "run.zarr", output / "units.csv"])
 
 
-def layers(
-    *,
-    network: Network,
-    sample: Sample,
-) -> None:
+def layers(*, network: Network, sample: Sample) -> None:
     """List the layers that hold units: their names, how many units, and whether `*` has them.
 
     Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`

@@ -114,8 +114,7 @@ def prune(
     save: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.pt2",
-            help="Write the smaller network; needs one --by and one --fraction.",
+            metavar="FILE.pt2", help="Write the smaller network; needs one --by and one --fraction."
         ),
     ] = None,
     progress: Bar = None,

@@ -101,13 +101,14 @@ def load_data(
     ImportError
         `spec` is an image folder and Pillow is not installed.
     """
-    check_count("limit", 1 if limit is None else limit)
-    check_count("batch_size", batch_size)
-    check_count("workers", workers, 0)
+    if limit is not None:
+        check_count("limit", limit)
     name = os.fspath(spec)
     path = Path(name)
     if name != "demo" and path.is_dir():
         _refuse("an image folder", labels=labels)
+        check_count("batch_size", batch_size)
+        check_count("workers", workers, 0)
         images = ImageFolder(path, limit=limit, size=size, channels=channels, mean=mean, std=std)
         batches = image_batches(images, batch_size=batch_size, workers=workers)
         return Data(batches, len(images), images.classes, name)

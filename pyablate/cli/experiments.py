@@ -186,14 +186,7 @@ def pairs(
     import pyablate as pa
 
     model, data, options = settings.load(network, images)
-    found = pa.pairs(
-        model,
-        data,
-        layer,
-        units=chosen,
-        intervention=intervention,
-        **options,
-    )
+    found = pa.pairs(model, data, layer, units=chosen, intervention=intervention, **options)
     rows = _pair_rows(found)
     _finish(_pair_table(rows), rows, settings.output, found.result.audit)
 
@@ -268,14 +261,7 @@ def rotation(
     import pyablate as pa
 
     model, data, options = settings.load(network, images)
-    found = pa.rotation_control(
-        model,
-        data,
-        layers,
-        rotations=rotations,
-        fewest=fewest,
-        **options,
-    )
+    found = pa.rotation_control(model, data, layers, rotations=rotations, fewest=fewest, **options)
     table = frame_table(found.table, _ROTATION_COLUMNS, grouped=1)
     _finish(table, found.table, settings.output, found.rotated.audit)
 

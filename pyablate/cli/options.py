@@ -148,8 +148,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug 
 Seeds = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Fdr = Annotated[float, typer.Option(help="Share of wrong ones tolerated among those found.")]
 Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
+    list[str] | None, typer.Option(metavar="GLOB", help="Only these layers; may be given again.")
 ]
 
 
