@@ -93,15 +93,10 @@ def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
 
 
 def error_line(error: BaseException) -> tuple[str | None, int]:
-    """Tell what to print for an exception and which exit code to end with.
+    """Tell what to print for an exception, one line, and which of :data:`EXIT_CODES` to end with.
 
-    Returns
-    -------
-    line : str or None
-        One line; empty for nothing at all; None for an exception nobody foresaw, which deserves
-        its traceback.
-    code : int
-        One of those in :data:`EXIT_CODES`.
+    The line is empty for nothing at all, and None for an exception nobody foresaw, which deserves
+    its traceback.
     """
     if hasattr(error, "format_message"):  # usage errors of the argument parser
         # The message is empty where the help itself was the answer.

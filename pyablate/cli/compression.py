@@ -10,9 +10,9 @@ import typer
 from pyablate.cli.common import check_files
 from pyablate.cli.options import Bar, Device, Images, Network, Preprocessing, Seed
 from pyablate.cli.tables import (
-    Columns,
     chance,
     change,
+    columns,
     count,
     figure,
     frame_table,
@@ -55,44 +55,36 @@ Fraction = Annotated[
 ]
 
 _CURVE_COLUMNS = (
-    ("Ranking", "ranking", str),
-    ("gone", "fraction", lambda share: f"{100 * share:.0f} %"),
-    ("accuracy", "accuracy", points),
-    ("worst class", "worst_class_accuracy", points),
-    ("mean class", "mean_class_accuracy", points),
-    ("loss", "loss", "{:.3f}".format),
-    ("parameters", "parameters", "{:,.0f}".format),
-    ("FLOPs", "flops", "{:,.0f}".format),
+    *columns(str, "Ranking=ranking"),
+    *columns(lambda share: f"{100 * share:.0f} %", "gone=fraction"),
+    *columns(points, "accuracy", "worst class=worst_class_accuracy"),
+    *columns(points, "mean class=mean_class_accuracy"),
+    *columns("{:.3f}".format, "loss"),
+    *columns("{:,.0f}".format, "parameters", "FLOPs=flops"),
 )
 _SENSITIVITY_COLUMNS = (
-    ("Layer", "layer", str),
-    ("gone", "fraction", lambda share: f"{100 * share:.1f} %"),
-    ("units", "units", count),
-    ("accuracy", "accuracy", points),
-    ("drop", "accuracy_drop", change),
-    ("hurts most", "max_class", str),
-    ("by (points)", "max_class_drop", points),
+    *columns(str, "Layer=layer"),
+    *columns(lambda share: f"{100 * share:.1f} %", "gone=fraction"),
+    *columns(count, "units"),
+    *columns(points, "accuracy"),
+    *columns(change, "drop=accuracy_drop"),
+    *columns(str, "hurts most=max_class"),
+    *columns(points, "by (points)=max_class_drop"),
 )
-_BOTH_COLUMNS = (
-    ("Figure", "figure", str),
-    ("before", "before", number),
-    ("after", "after", number),
-)
-_CLASS_COLUMNS: Columns = (
-    ("Class", "class", str),
-    ("images", "images", count),
-    *((name, name, points) for name in ("before", "after", "drop", "excess")),
-    ("lost", "lost", count),
-    ("gained", "gained", count),
-    ("q", "q", chance),
+_BOTH_COLUMNS = (*columns(str, "Figure"), *columns(number, "before", "after"))
+_CLASS_COLUMNS = (
+    *columns(str, "Class=class"),
+    *columns(count, "images"),
+    *columns(points, "before", "after", "drop", "excess"),
+    *columns(count, "lost", "gained"),
+    *columns(chance, "q"),
 )
 _ATTRIBUTION_COLUMNS = (
-    ("Attributions", "method", str),
-    ("figure", "figure", number),
-    ("mean", "mean", figure),
-    ("95 % interval", "interval", number),
-    ("images", "images", count),
-    ("undefined", "undefined", count),
+    *columns(str, "Attributions=method"),
+    *columns(number, "figure"),
+    *columns(figure, "mean"),
+    *columns(number, "95 % interval=interval"),
+    *columns(count, "images", "undefined"),
 )
 
 
@@ -273,7 +265,7 @@ def _comparison_tables(found: Comparison) -> list[Table]:
         ("p of the accuracies", "", chance(summary["p"])),
     ]
     tables = [
-        frame_table(pd.DataFrame(both, columns=["figure", "before", "after"]), _BOTH_COLUMNS),
+        frame_table(pd.DataFrame(both, columns=["Figure", "before", "after"]), _BOTH_COLUMNS),
         frame_table(
             found.classes().sort_values("drop", ascending=False, kind="stable"), _CLASS_COLUMNS
         ),

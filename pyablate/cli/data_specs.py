@@ -26,25 +26,13 @@ MAX_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class Data:
-    """Labelled images.
+    """Images, float32 ``[N, C, H, W]``, labels, int64 ``[N]``, and names of classes if known.
 
-    Attributes
-    ----------
-    batches : (Tensor, Tensor) or iterable of (Tensor, Tensor)
-        Images, float32 ``[N, C, H, W]``, and labels, int64 ``[N]``: at once, or in batches that
-        can be gone through any number of times.
-    count : int
-        Number of images.
-    class_names : tuple of str or None
-        Where the source names its classes.
-    source : str
-        What was read, for the record.
+    They come at once, or in batches that can be gone through any number of times.
     """
 
     batches: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-    count: int
     class_names: tuple[str, ...] | None
-    source: str
 
     def first(self, count: int) -> Tensor:
         """Return the first images, as many as `count` if the first batch has them."""
@@ -111,7 +99,7 @@ def load_data(
         check_count("workers", workers, 0)
         images = ImageFolder(path, limit=limit, size=size, channels=channels, mean=mean, std=std)
         batches = image_batches(images, batch_size=batch_size, workers=workers)
-        return Data(batches, len(images), images.classes, name)
+        return Data(batches, images.classes)
     _refuse(name, size=size, channels=channels)
     class_names: tuple[str, ...] | None = None
     if name == "demo":
@@ -131,7 +119,7 @@ def load_data(
         pair = _tensors(read_idx(path, max_bytes=MAX_BYTES), _read_labels(found), name, limit)
     if mean is not None or std is not None:
         pair = _normalised(pair[0], mean, std), pair[1]
-    return Data(pair, len(pair[1]), class_names, name)
+    return Data(pair, class_names)
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:

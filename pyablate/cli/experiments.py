@@ -20,7 +20,7 @@ from pyablate.cli.options import (
     Preprocessing,
     Seed,
 )
-from pyablate.cli.tables import Columns, chance, change, count, figure, frame_table, points, show
+from pyablate.cli.tables import chance, change, columns, count, figure, frame_table, points, show
 from pyablate.io.atomic import whole, write_csv
 
 if TYPE_CHECKING:
@@ -43,35 +43,22 @@ Column = Annotated[
 _POINTS = 8
 _PAIRS = 10
 _PAIR_COLUMNS = (
-    ("Unit", "first", str),
-    ("and unit", "second", str),
-    ("drop", "first_drop", change),
-    ("drop", "second_drop", change),
-    ("of both", "joint_drop", change),
-    ("interaction", "interaction", change),
-    ("more", "more", count),
-    ("less", "less", count),
-    ("p", "p", chance),
-    ("q", "q", chance),
+    *columns(str, "Unit=first", "and unit=second"),
+    *columns(change, "drop=first_drop", "drop=second_drop", "of both=joint_drop", "interaction"),
+    *columns(count, "more", "less"),
+    *columns(chance, "p", "q"),
 )
 _SET_COLUMNS = (
-    ("Class", "class", str),
-    ("units", "size", count),
-    ("at chance", "reached", lambda reached: "yes" if reached else "no"),
-    ("before", "baseline_accuracy", points),
-    ("after", "accuracy", points),
-    ("others lose", "others_drop", points),
-    ("which", "units", str),
+    *columns(str, "Class=class"),
+    *columns(count, "units=size"),
+    *columns(lambda reached: "yes" if reached else "no", "at chance=reached"),
+    *columns(points, "before=baseline_accuracy", "after=accuracy", "others lose=others_drop"),
+    *columns(str, "which=units"),
 )
 _ROTATION_COLUMNS = (
-    ("Layer", "layer", str),
-    ("Figure", "figure", str),
-    ("units", "units", figure),
-    ("rotated", "rotated", figure),
-    ("difference", "difference", figure),
-    ("from", "difference_low", figure),
-    ("to", "difference_high", figure),
-    ("p", "p", chance),
+    *columns(str, "Layer=layer", "Figure=figure"),
+    *columns(figure, "units", "rotated", "difference", "from=difference_low", "to=difference_high"),
+    *columns(chance, "p"),
 )
 
 
@@ -304,14 +291,13 @@ def _cumulative_table(found: Cumulative) -> Table:
         several = f"{order} (mean of {len(same)})" if len(same) > 1 else str(order)
         area = same["target_area" if target else "area"].mean()
         rows.append([several, target, *accuracy.mean("curve").to_numpy(), area])
-    columns: Columns = (
-        ("Order", "order", str),
-        ("of class", "target", str),
-        *((f"{gone:,} gone", f"{gone}", points) for gone in removed),
-        ("area", "area", figure),
+    shown = (
+        *columns(str, "Order", "of class"),
+        *columns(points, *(f"{gone:,} gone" for gone in removed)),
+        *columns(figure, "area"),
     )
-    frame = pd.DataFrame(rows, columns=[name for _, name, _ in columns])
-    return frame_table(frame, columns)
+    frame = pd.DataFrame(rows, columns=[name for _, name, _ in shown])
+    return frame_table(frame, shown)
 
 
 def _pair_rows(found: Pairs) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import typer
 from pyablate.cli.common import check_files
 from pyablate.cli.options import Csv, Fdr, Only, Run, Seeds, Splits
 from pyablate.cli.summary import worst_units
-from pyablate.cli.tables import Columns, chance, count, frame_table, number, points, show
+from pyablate.cli.tables import chance, columns, count, frame_table, number, points, show
 from pyablate.io.atomic import write_csv
 
 if TYPE_CHECKING:
@@ -21,24 +21,22 @@ if TYPE_CHECKING:
     from pyablate.result import AblationResult
 
 _BEST = 3  # attributes shown of a layer, target and method
-_SIGNIFICANCE_COLUMNS: Columns = (
-    ("Layer", "layer", str),
-    *((heading, heading.lower(), count) for heading in ("Pairs", "harmed", "helped")),
-    ("Unit", "unit", number),
-    ("hurts most", "max_class", str),
-    ("by (points)", "max_class_drop", points),
-    ("noise floor", "noise_floor", points),
-    ("split half", "split_half_drop", points),
-    ("p", "p", chance),
-    ("q", "q", chance),
+_SIGNIFICANCE_COLUMNS = (
+    *columns(str, "Layer=layer"),
+    *columns(count, "Pairs", "harmed", "helped"),
+    *columns(number, "Unit=unit"),
+    *columns(str, "hurts most=max_class"),
+    *columns(points, "by (points)=max_class_drop", "noise floor=noise_floor"),
+    *columns(points, "split half=split_half_drop"),
+    *columns(chance, "p", "q"),
 )
-_CORRELATION_COLUMNS: Columns = (
-    *((name.capitalize(), name, str) for name in ("layer", "target", "method", "attribute")),
-    ("Units", "units", count),
-    ("correlation", "correlation", "{:+.2f}".format),
-    ("interval", "interval", number),
-    ("q", "q", chance),
-    ("by chance", "random_order", "{:.2f}".format),
+_CORRELATION_COLUMNS = (
+    *columns(str, "Layer=layer", "Target=target", "Method=method", "Attribute=attribute"),
+    *columns(count, "Units=units"),
+    *columns("{:+.2f}".format, "correlation"),
+    *columns(number, "interval"),
+    *columns(chance, "q"),
+    *columns("{:.2f}".format, "by chance=random_order"),
 )
 
 
@@ -157,7 +155,7 @@ def _significance_table(result: AblationResult, tests: xr.Dataset, units: pd.Dat
     for rows in layer_rows(result).values():
         of_layer = tests.isel(unit=rows)
         counts = {
-            "pairs": of_layer["p"].notnull(),
+            "Pairs": of_layer["p"].notnull(),
             "harmed": of_layer["significant"] & (of_layer["drop"] > 0),
             "helped": of_layer["significant"] & (of_layer["drop"] < 0),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyablate.cli.tables import count, frame_table, number, points
+from pyablate.cli.tables import columns, count, frame_table, number, points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,20 +18,18 @@ if TYPE_CHECKING:
     from pyablate.result import AblationResult
 
 _COLUMNS = (
-    ("Layer", "layer", str),
-    ("Units", "units", count),
-    ("Computed by", "how", str),
-    ("Largest accuracy drop", "largest", number),
-    ("Unit", "unit", number),
-    ("hurts most", "max_class", str),
-    ("by (points)", "max_class_drop", points),
+    *columns(str, "Layer=layer"),
+    *columns(count, "Units=units"),
+    *columns(str, "Computed by=how"),
+    *columns(number, "Largest accuracy drop=largest", "Unit=unit"),
+    *columns(str, "hurts most=max_class"),
+    *columns(points, "by (points)=max_class_drop"),
 )
 _SITE_COLUMNS = (
-    ("Layer", "name", str),
-    ("Kind", "kind", str),
-    ("Units", "channels", count),
-    ("Output of one image", "shape", lambda shape: " x ".join(map(str, shape))),
-    ('in "*"', "chosen", str),
+    *columns(str, "Layer", "Kind"),
+    *columns(count, "Units"),
+    *columns(lambda shape: " x ".join(map(str, shape)), "Output of one image"),
+    *columns(str, 'in "*"'),
 )
 
 

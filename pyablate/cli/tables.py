@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ _PIPED_WIDTH = 120
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Heading, column of the frame, and how to write its values."""
-Columns = Sequence[Column]
 
 number = "{}".format
 count = "{:,}".format
@@ -42,23 +41,30 @@ def change(share: float) -> str:
     return f"{100 * share:+.2f}"
 
 
-def frame_table(frame: pd.DataFrame, columns: Columns, *, grouped: int = 0) -> Table:
+def columns(written: Callable[[Any], str], *names: str) -> Iterator[Column]:
+    """Columns that are written alike: ``"heading=column of the frame"``, or one name for both."""
+    for each in names:
+        heading, _, name = each.partition("=")
+        yield heading, name or heading, written
+
+
+def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 0) -> Table:
     """Tabulate columns of a frame: text (format `str`) on the left and folded, figures right.
 
     Not a number is shown as ``-``. In the first `grouped` columns a value is shown once for the
     rows that share it and those to its left; an empty line follows the rows that share the first.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, _, written in columns:
+    for heading, _, written in shown:
         if written is str:
             table.add_column(heading, overflow="fold")
         else:  # a heading of one word has nothing to fold, and its figures stay whole
             table.add_column(heading, justify="right", no_wrap=" " not in heading)
     above: list[str] = []
-    for values in zip(*(frame[name] for _, name, _ in columns), strict=True):
+    for values in zip(*(frame[name] for _, name, _ in shown), strict=True):
         cells = [
             "-" if isinstance(value, float) and value != value else written(value)
-            for value, (_, _, written) in zip(values, columns, strict=True)
+            for value, (_, _, written) in zip(values, shown, strict=True)
         ]
         pairs = zip(cells[:grouped], above, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -63,9 +63,7 @@ def test_idx_labels_lie_beside_the_images(
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     data = load_data(tmp_path / images_name)
     images, labels = data.batches
-    assert data.count == 6
     assert data.class_names is None
-    assert data.source == str(tmp_path / images_name)
     assert torch.equal(images, torch.from_numpy(GREY)[:, None] / 255)
     assert labels.dtype == torch.int64
     assert labels.tolist() == LABELS.tolist()
@@ -144,7 +142,7 @@ def test_demo_data() -> None:
     images, labels = demo.images(20)
     assert torch.equal(data.batches[0], images)
     assert torch.equal(data.batches[1], labels)
-    assert (data.count, data.class_names, data.source) == (20, demo.CLASSES, "demo")
+    assert data.class_names == demo.CLASSES
 
 
 # --- image folders --------------------------------------------------------------------------------
@@ -177,7 +175,6 @@ def _all(data: data_specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
 def test_image_folder(folder: Path) -> None:
     data = load_data(folder, batch_size=4)
     images, labels = _all(data)
-    assert data.count == 9
     assert data.class_names == ("ant", "bee", "cat")
     assert labels.tolist() == [0] * 5 + [1] + [2] * 3
     assert images.shape == (9, 3, 8, 12)

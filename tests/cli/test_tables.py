@@ -74,10 +74,10 @@ def test_a_frame_as_a_table() -> None:
             "c": [0.5, np.nan, -1.0, 0.25, 1000.0],
         }
     )
-    columns = (("One", "a", str), ("two", "b", str), ("three", "c", "{:.1f}".format))
-    text = _rendered(tables.frame_table(frame, columns, grouped=2))
+    shown = (*tables.columns(str, "One=a", "b"), *tables.columns("{:.1f}".format, "three=c"))
+    text = _rendered(tables.frame_table(frame, shown, grouped=2))
     head, _, *lines = (line.strip() for line in text.strip().splitlines())
-    assert head.split() == ["One", "two", "three"]
+    assert head.split() == ["One", "b", "three"]
     # Said once while all to the left stays the same; an empty line where the first changes.
     assert [line.split() for line in lines] == [
         *(["x", "p", "0.5"], ["-"], ["q", "-1.0"], []),
