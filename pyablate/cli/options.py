@@ -232,7 +232,7 @@ class Sample:
 
 def by_option(group: Any) -> dict[str, object]:
     """Name the values of a group of options as the command line does."""
-    return {f"--{name.replace('_', '-')}": value for name, value in vars(group).items()}
+    return {f"--{name}": value for name, value in vars(group).items()}
 
 
 def check_needed(option: str, others: Mapping[str, object]) -> None:
