@@ -12,7 +12,7 @@ from typing import Any
 def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
     """Refuse what is not one of the known names; the error tells the nearest."""
     if given not in known:
-        near = difflib.get_close_matches(str(given), list(known), n=1) or list(known)
+        near = _alike(given, known, 1)
         hint = f"; nearest: {near[0]}" if near else ""
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {given!r}{hint}")
 
@@ -64,7 +64,7 @@ def check_names(argument: str, given: Sequence[str] | None, count: int) -> tuple
 def nearest(given: object, known: Iterable[object], count: int = 3) -> str:
     """End of a message about an unknown name: those most like it, or the first that are known."""
     names = [str(name) for name in islice(known, 10_000)]  # of a million labels, some will do
-    near = difflib.get_close_matches(str(given), names, n=count, cutoff=0.3) or names[:5]
+    near = _alike(given, names, count) or names[:5]
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
@@ -72,3 +72,7 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type: those of torch may run to a page."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def _alike(given: object, known: Iterable[str], count: int) -> list[str]:
+    return difflib.get_close_matches(str(given), list(known), n=count, cutoff=0.3)

@@ -1,6 +1,6 @@
 """The shell: ``pyablate demo | run | attributes | significance | correlate | ...``.
 
-The commands of a subject are in ``cli_<subject>.py``. Torch is imported inside the commands, so
+The commands of a subject are in a file of its name. Torch is imported inside the commands, so
 that ``pyablate --help`` answers at once.
 """
 
@@ -16,37 +16,18 @@ import typer
 from typer.core import TyperGroup
 
 from pyablate.cli.attributes import attributes
-from pyablate.cli.common import (
-    INTERRUPTED,
-    error_line,
-    log_to_stderr,
-    network_from,
-    parse_bytes,
-    sample_input,
-)
+from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_bytes
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
-from pyablate.cli.options import (
-    Bar,
-    Debug,
-    InputShape,
-    Intervention,
-    Labels,
-    Layers,
-    Mean,
-    Memory,
-    Model,
-    SampleSpec,
-    Size,
-    Std,
-    Weights,
-)
+from pyablate.cli.options import Bar, Intervention, Layers, Memory, Network, Sample, with_options
 from pyablate.cli.plot import plot
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
 from pyablate.cli.statistics import correlate, significance
-from pyablate.io.atomic import check_file, write_csv
+from pyablate.cli.summary import hook_loop_lines, sites_table, summary
+from pyablate.cli.tables import show
+from pyablate.io.atomic import write_csv
 from pyablate.io.sanitize import visible
 
 
@@ -117,7 +98,6 @@ def _root(
     """
 
 
-@app.command()
 def demo(
     name: Annotated[
         str, typer.Argument(help="alexnet, alexnet_dropout, alexnet_bn, vgg_bn or resnet.")
@@ -125,7 +105,6 @@ def demo(
     limit: Annotated[int, typer.Option(min=1, help="How many of the 10,000 images.")] = 2000,
     output: Annotated[Path, typer.Option(help="Folder for run.zarr and units.csv.")] = Path("demo"),
     progress: Bar = None,
-    debug: Debug = False,
 ) -> None:
     """Ablate every unit of a shipped network over the shipped test images.
 
@@ -133,82 +112,53 @@ def demo(
 
     Try `pyablate demo`, `pyablate demo resnet --limit 500 --output resnet_demo`
     """
-    log_to_stderr(debug)
     import pyablate as pa
-    from pyablate.cli.tables import summary
     from pyablate.reference.timing import hook_loop_seconds
     from pyablate.results.store import check_writable
 
     model, images, labels = pa.demo.load(name, limit=limit)
     check_writable(output / "run.zarr")
-    check_file(output / "units.csv", "--output")
+    check_files(output=output / "units.csv")
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
-        model,
-        (images, labels),
-        layers=["*"],
-        class_names=pa.demo.CLASSES,
-        progress=progress,
+        model, (images, labels), layers=["*"], class_names=pa.demo.CLASSES, progress=progress
     )
     result.save(output / "run.zarr")
     write_csv(result.to_dataframe(), output / "units.csv", "--output")
-    out = summary.console()
-    summary.print_summary(out, result)
+    show(*summary(result))
     timing = hook_loop_seconds(model, (images, labels), sites, result=result)
-    for line in summary.hook_loop_lines(result, timing):
-        out.print(line)
-    out.print(f"Written: {output / 'run.zarr'} and {output / 'units.csv'}")
+    lines = hook_loop_lines(result, timing)
+    show(*lines, written=[output / "run.zarr", output / "units.csv"])
 
 
-@app.command()
-def layers(
-    model: Model,
-    weights: Weights = None,
-    data: SampleSpec = None,
-    labels: Labels = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_shape: InputShape = None,
-    debug: Debug = False,
-) -> None:
+def layers(*, network: Network, sample: Sample) -> None:
     """List the layers that hold units: their names, how many units, and whether `*` has them.
 
     Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`
 
     `pyablate layers net:make --data photos/ --size 224`
     """
-    log_to_stderr(debug)
     import pyablate as pa
-    from pyablate.cli.tables import summary
 
-    network = network_from(model, weights, None)
-    about = {"labels": labels, "size": size, "mean": mean, "std": std}
-    found = pa.sites(network, sample_input(model, network, data, input_shape, **about))
+    model = network.load()
+    found = pa.sites(model, sample.load(network.model, model))
     try:
         selected = pa.select(found, "*")
     except ValueError:  # a network without activation modules: all its layers go by name
         selected = []
-    summary.console().print(summary.sites_table(found, selected))
+    show(sites_table(found, selected))
 
 
-@app.command()
 def plan(
-    model: Model,
-    weights: Weights = None,
-    data: SampleSpec = None,
-    labels: Labels = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_shape: InputShape = None,
+    *,
+    network: Network,
+    sample: Sample,
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images the run would have.")
     ] = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
     memory: Memory = None,
-    debug: Debug = False,
 ) -> None:
     """Say how a run would be done and what it would cost, without running it.
 
@@ -216,18 +166,19 @@ def plan(
 
     `pyablate plan my_module:make_model --data photos/ --size 224 --images 10000`
     """
-    log_to_stderr(debug)
     import pyablate as pa
 
     budget = parse_bytes("--memory", memory)
-    network = network_from(model, weights, None)
-    about = {"labels": labels, "size": size, "mean": mean, "std": std}
-    sample = sample_input(model, network, data, input_shape, **about)
-    made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
+    model = network.load()
+    one = sample.load(network.model, model)
+    made = pa.plan(model, one, layers, images=images, intervention=intervention, memory=budget)
     typer.echo(visible(made.explain(), keep="\n"))
 
 
 for _command in (
+    demo,
+    layers,
+    plan,
     run,
     merge,
     attributes,
@@ -244,7 +195,7 @@ for _command in (
     report,
     doctor,
 ):
-    app.command()(_command)
+    app.command()(with_options(_command))
 
 
 def main() -> None:

@@ -7,31 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pyablate.cli.common import InputError, images_from, log_to_stderr, network_from
-from pyablate.cli.options import (
-    Bar,
-    BatchSize,
-    DataSpec,
-    Debug,
-    Device,
-    Labels,
-    Layers,
-    Limit,
-    Mean,
-    Model,
-    Size,
-    Std,
-    Weights,
-)
-from pyablate.io.atomic import check_file
+from pyablate.cli.common import check_files, check_suffix
+from pyablate.cli.options import Bar, BatchSize, Device, Images, Layers, Network, Preprocessing
+from pyablate.cli.tables import show
 
 
 def attributes(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     which: Annotated[
         list[str],
@@ -46,11 +30,8 @@ def attributes(
         Path,
         typer.Option("--output", "-o", help="A .csv file, one row per unit, or a .zarr folder."),
     ] = Path("attributes.csv"),
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     progress: Bar = None,
-    debug: Debug = False,
 ) -> None:
     """Compute properties of every unit: norms, selectivity, information, gradients and others.
 
@@ -58,29 +39,24 @@ def attributes(
 
     Try `pyablate attributes demo:vgg_bn --data demo --limit 2000 -o attributes.csv`
     """
-    log_to_stderr(debug)
-    if output.suffix not in (".csv", ".zarr"):
-        raise InputError(f"--output: expected a name ending in .csv or .zarr, got {str(output)!r}")
+    check_suffix(output, (".csv", ".zarr"))
     import pyablate as pa
-    from pyablate.cli.tables import summary
     from pyablate.results.store import check_writable
     from pyablate.unit_attributes.files import write_attributes
 
-    check_file(output, "--output") if output.suffix == ".csv" else check_writable(output, str)
-
-    network = network_from(model, weights, device)
-    batches = images_from(data, labels, limit, size, mean, std, batch_size)
+    check_files(output=output) if output.suffix == ".csv" else check_writable(output, str)
+    model = network.load(device)
+    data = images.load(pixels, batch_size)
     found = pa.attributes(
-        network,
-        batches.batches,
+        model,
+        data.batches,
         layers,
         which,
-        class_names=batches.class_names,
+        class_names=data.class_names,
         device=device,
         batch_size=batch_size,
         progress=progress,
     )
     write_attributes(found, output)
-    summary.console().print(
-        f"Written: {output} ({found.sizes['unit']:,} units, {len(found.data_vars)} variables)"
-    )
+    size = f"{found.sizes['unit']:,} units, {len(found.data_vars)} variables"
+    show(f"Written: {output} ({size})")

@@ -1,4 +1,4 @@
-"""What the commands of the shell share: values, networks and images, error lines, messages."""
+"""What the commands of the shell share: values, files, error lines, messages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from pyablate.io.atomic import check_file
 from pyablate.io.sanitize import visible
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import Tensor, nn
-
-    from pyablate.cli.specs import Data
 
 BAD_INPUT = 2
 OTHER_RUN = 3
@@ -41,13 +36,7 @@ class InputError(ValueError):
 
 
 def parse_bytes(option: str, text: str | None) -> int | None:
-    """Turn ``"4GB"``, ``"512MiB"`` or a plain number into bytes; None stays None.
-
-    Raises
-    ------
-    InputError
-        Not a size, or not above zero.
-    """
+    """Turn ``"4GB"``, ``"512MiB"`` or a plain number into bytes above zero; None stays None."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
@@ -57,48 +46,30 @@ def parse_bytes(option: str, text: str | None) -> int | None:
     return int(float(match[1]) * units[match[2]])
 
 
-def parse_numbers(
-    option: str, text: str | None, *, whole: bool = False
-) -> tuple[float, ...] | None:
-    """Turn ``"0.5,0.25"`` into numbers; None stays None.
-
-    Parameters
-    ----------
-    option : str
-        Name for the error message.
-    text : str or None
-        Numbers with commas between.
-    whole : bool
-        Whether they must be whole and above zero.
-
-    Raises
-    ------
-    InputError
-        Something between the commas is not such a number.
-    """
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Turn ``"0.5,0.25"`` into finite numbers; None stays None."""
     if text is None:
         return None
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    good = bool(numbers) and all(map(math.isfinite, numbers))
-    if whole:
-        good = good and all(number >= 1 and number == int(number) for number in numbers)
-    if not good:
-        kind = "whole numbers above 0" if whole else "numbers"
-        raise InputError(f"{option}: expected {kind} with commas between, got {text!r}")
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise InputError(f"{option}: expected numbers with commas between, got {text!r}")
     return numbers
 
 
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Turn ``"2/8"`` into numbers; None stays None.
+def parse_integers(option: str, text: str, least: int) -> list[int]:
+    """Turn ``"3,224,224"`` into whole numbers that are not below `least`."""
+    numbers = parse_numbers(option, text) or ()
+    if any(number < least or number != int(number) for number in numbers):
+        expected = f"whole numbers from {least} with commas between"
+        raise InputError(f"{option}: expected {expected}, got {text!r}")
+    return [int(number) for number in numbers]
 
-    Raises
-    ------
-    InputError
-        Not two whole numbers, or not the first of them from 1 to the second.
-    """
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Turn ``"2/8"`` into two whole numbers, the first from 1 to the second; None stays None."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)
@@ -107,79 +78,25 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def say_written(out: Console, *paths: Path | None) -> None:
-    """Name the files written; None is one that was not asked for."""
-    written = [str(path) for path in paths if path is not None]
-    if written:
-        out.print(f"Written: {' and '.join(written)}")
+def check_files(**paths: Path | None) -> None:
+    """Fail before the work if a file that an option names cannot be written; None is no file."""
+    for option, path in paths.items():
+        if path is not None:
+            check_file(path, f"--{option}")
 
 
-def network_from(spec: str, weights: str | None, device: str | None) -> nn.Module:
-    """Load the network that a command line names (see `pyablate.cli.specs.load_model`)."""
-    from pyablate.cli.specs import load_model
-
-    return load_model(spec, weights=weights, device=device)
-
-
-def images_from(
-    spec: str,
-    labels: str | None = None,
-    limit: int | None = None,
-    size: int | None = None,
-    mean: str | None = None,
-    std: str | None = None,
-    batch_size: int | None = None,
-) -> Data:
-    """Load the images that a command line names (see `pyablate.cli.specs.load_data`)."""
-    from pyablate.cli.specs import load_data
-
-    options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-    return load_data(
-        spec,
-        labels=labels,
-        limit=limit,
-        size=size,
-        mean=parse_numbers("--mean", mean),
-        std=parse_numbers("--std", std),
-        **options,
-    )
-
-
-def sample_input(
-    spec: str, network: nn.Module, data: str | None, shape: str | None, **options: str | int | None
-) -> Tensor:
-    """Make one input for the network: from the data, of the shape given, or a shipped image.
-
-    Further options are those of :func:`images_from`; they belong to the data.
-    """
-    import torch
-
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given and data is None:
-        raise InputError(f"{given[0]}: expected only with --data, whose images it is about")
-    if shape is not None:
-        sizes = [int(number) for number in parse_numbers("--input-shape", shape, whole=True) or ()]
-        # Noise, not zeros: a constant input can hide which tensors are alive.
-        sample = torch.rand(1, *sizes, generator=torch.Generator().manual_seed(0))
-    elif data is not None or spec.startswith("demo:"):
-        batches = images_from(data or "demo", limit=2, **options).batches  # type: ignore[arg-type]
-        sample = batches[0][:1] if isinstance(batches, tuple) else next(iter(batches))[0][:1]
-    else:
-        raise InputError("give --input-shape C,H,W or --data, so that the network can be run once")
-    first = next(iter(network.parameters()), None)
-    return sample if first is None else sample.to(first.device)
+def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file whose name does not tell one of the known formats."""
+    if path.suffix not in suffixes:
+        expected = f"a name ending in {', '.join(suffixes[:-1])} or {suffixes[-1]}"
+        raise InputError(f"--output: expected {expected}, got {str(path)!r}")
 
 
 def error_line(error: BaseException) -> tuple[str | None, int]:
-    """Tell what to print for an exception and which exit code to end with.
+    """Tell what to print for an exception, one line, and which of :data:`EXIT_CODES` to end with.
 
-    Returns
-    -------
-    line : str or None
-        One line; empty for nothing at all; None for an exception nobody foresaw, which deserves
-        its traceback.
-    code : int
-        One of those in :data:`EXIT_CODES`.
+    The line is empty for nothing at all, and None for an exception nobody foresaw, which deserves
+    its traceback.
     """
     if hasattr(error, "format_message"):  # usage errors of the argument parser
         # The message is empty where the help itself was the answer.

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyablate.cli.common import images_from, log_to_stderr, network_from, say_written
-from pyablate.cli.options import (
-    Bar,
-    DataSpec,
-    Debug,
-    Device,
-    Labels,
-    Limit,
-    Mean,
-    Model,
-    Seed,
-    Size,
-    Std,
-    Weights,
+from pyablate.cli.common import check_files
+from pyablate.cli.options import Bar, Device, Images, Network, Preprocessing, Seed
+from pyablate.cli.tables import (
+    chance,
+    change,
+    columns,
+    count,
+    figure,
+    frame_table,
+    number,
+    points,
+    show,
 )
-from pyablate.io.atomic import check_file, write_csv
+from pyablate.io.atomic import write_csv
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from rich.table import Table
+    from torch import nn
 
+    from pyablate.cli.data_specs import Data
+    from pyablate.comparison import Comparison
     from pyablate.compression import Ranking
     from pyablate.result import AblationResult
 
@@ -53,13 +54,44 @@ Fraction = Annotated[
     typer.Option(min=0, max=1, help="Share of the units that goes; may be given again."),
 ]
 
+_CURVE_COLUMNS = (
+    *columns(str, "Ranking=ranking"),
+    *columns(lambda share: f"{100 * share:.0f} %", "gone=fraction"),
+    *columns(points, "accuracy", "worst class=worst_class_accuracy"),
+    *columns(points, "mean class=mean_class_accuracy"),
+    *columns("{:.3f}".format, "loss"),
+    *columns("{:,.0f}".format, "parameters", "FLOPs=flops"),
+)
+_SENSITIVITY_COLUMNS = (
+    *columns(str, "Layer=layer"),
+    *columns(lambda share: f"{100 * share:.1f} %", "gone=fraction"),
+    *columns(count, "units"),
+    *columns(points, "accuracy"),
+    *columns(change, "drop=accuracy_drop"),
+    *columns(str, "hurts most=max_class"),
+    *columns(points, "by (points)=max_class_drop"),
+)
+_BOTH_COLUMNS = (*columns(str, "Figure"), *columns(number, "before", "after"))
+_CLASS_COLUMNS = (
+    *columns(str, "Class=class"),
+    *columns(count, "images"),
+    *columns(points, "before", "after", "drop", "excess"),
+    *columns(count, "lost", "gained"),
+    *columns(chance, "q"),
+)
+_ATTRIBUTION_COLUMNS = (
+    *columns(str, "Attributions=method"),
+    *columns(number, "figure"),
+    *columns(figure, "mean"),
+    *columns(number, "95 % interval=interval"),
+    *columns(count, "images", "undefined"),
+)
+
 
 def prune(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     by: By = ["l1"],  # noqa: B006  # typer copies it
     column: Column = None,
     scope: Scope = "layer",
@@ -67,21 +99,17 @@ def prune(
     seeds: Annotated[int, typer.Option(min=0, help="Random orders to compare with.")] = 3,
     seed: Seed = 0,
     device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the curves as CSV.")
     ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.pt2",
-            help="Write the smaller network; needs one --by and one --fraction.",
+            metavar="FILE.pt2", help="Write the smaller network; needs one --by and one --fraction."
         ),
     ] = None,
     progress: Bar = None,
-    debug: Debug = False,
 ) -> None:
     """Remove more and more units, by one or several rankings, and say what is lost.
 
@@ -91,27 +119,20 @@ def prune(
 
     `pyablate prune demo:vgg_bn --data demo --by l1 --fraction 0.3 --save smaller.pt2`
     """
-    log_to_stderr(debug)
-    from pyablate.cli.tables import summary
-    from pyablate.cli.tables.compression import curve_table
     from pyablate.compression import remove, save_network
     from pyablate.compression._prune_curve import FRACTIONS, prune_curve
 
-    for option, path in (("--csv", csv), ("--save", save)):
-        if path is not None:
-            check_file(path, option)
+    check_files(csv=csv, save=save)
     if save is not None and (len(by) != 1 or len(fraction or []) != 1):
         raise ValueError("--save: expected one --by and one --fraction, which say what to remove")
     if save is not None and save.suffix != ".pt2":
         raise ValueError(f"--save: expected a file called *.pt2, got {str(save)!r}")
     _check_column(column, by)
-    network = network_from(model, weights, device)
-    loaded = images_from(data, labels, limit, size, mean, std)
-    sample = _first_images(loaded.batches)
-    ranked = (network, loaded.batches, column, scope, seed)
-    rankings = {what: _ranking(what, *ranked) for what in by}
+    model = network.load(device)
+    loaded = images.load(pixels)
+    rankings = {what: _ranking(what, model, loaded, column, scope, seed) for what in by}
     curves = prune_curve(
-        network,
+        model,
         loaded.batches,
         rankings,
         fractions=fraction or FRACTIONS,
@@ -123,19 +144,18 @@ def prune(
     if csv is not None:
         write_csv(curves, csv)
     if save is not None and fraction:
-        removal = remove(network, rankings[by[0]], sample, fraction=fraction[0])
+        sample = loaded.first(2)
+        removal = remove(model, rankings[by[0]], sample, fraction=fraction[0])
         save_network(removal.model, sample, save)
-    out = summary.console()
-    out.print(curve_table(curves))
-    say_written(out, csv, save)
+    # Random orders by their mean.
+    means = curves.groupby(["ranking", "fraction"], sort=False).mean(numeric_only=True)
+    show(frame_table(means.reset_index(), _CURVE_COLUMNS, grouped=1), written=[csv, save])
 
 
 def sensitivity(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     by: Annotated[
         str, typer.Option(metavar="WHAT", help="Order within a layer; see `pyablate prune`.")
     ] = "l1",
@@ -147,34 +167,27 @@ def sensitivity(
     ] = None,
     seed: Seed = 0,
     device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The table, .csv or .json; a killed run resumes it."),
     ] = None,
     progress: Bar = None,
-    debug: Debug = False,
 ) -> None:
     """Ablate growing shares of one layer at a time, to see how much of each can go.
 
     Try `pyablate sensitivity demo:resnet --data demo --limit 500 --stop 0.1 --output layers.csv`
     """
-    log_to_stderr(debug)
-    from pyablate.cli.tables import summary
-    from pyablate.cli.tables.compression import sensitivity_table
     from pyablate.compression import sensitivity as measure
     from pyablate.compression._sensitivity import FRACTIONS
 
-    if output is not None:
-        check_file(output, "--output")
+    check_files(output=output)
     _check_column(column, [by])
-    network = network_from(model, weights, device)
-    loaded = images_from(data, labels, limit, size, mean, std)
-    ranking = _ranking(by, network, loaded.batches, column, "layer", seed)
+    model = network.load(device)
+    loaded = images.load(pixels)
+    ranking = _ranking(by, model, loaded, column, "layer", seed)
     found = measure(
-        network,
+        model,
         loaded.batches,
         ranking,
         fractions=fraction or FRACTIONS,
@@ -184,27 +197,21 @@ def sensitivity(
         device=device,
         progress=progress,
     )
-    out = summary.console()
-    out.print(sensitivity_table(found))
-    say_written(out, output)
+    show(frame_table(found, _SENSITIVITY_COLUMNS, grouped=1), written=[output])
 
 
 def compare(
-    model: Model,
+    *,
+    network: Network,
     smaller: Annotated[
         str, typer.Argument(metavar="OTHER", help="The other network.", show_default=False)
     ],
-    data: DataSpec,
-    weights: Weights = None,
     other_weights: Annotated[
         str | None, typer.Option(metavar="FILE", help="Weights of the other network.")
     ] = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    data: Images,
     device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one row per class as CSV.")
     ] = None,
@@ -215,22 +222,16 @@ def compare(
     attributions: Annotated[
         bool, typer.Option(help="Compare attribution maps too (needs Captum).")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Compare two networks with the same classes: which classes suffer, which images differ.
 
     Try `pyablate compare demo:alexnet demo:vgg_bn --data demo --limit 2000 --csv classes.csv`
     """
-    log_to_stderr(debug)
     import pyablate as pa
-    from pyablate.cli.tables import summary
-    from pyablate.cli.tables.compression import comparison_tables
 
-    for option, path in (("--csv", csv), ("--images", images)):
-        if path is not None:
-            check_file(path, option)
-    networks = network_from(model, weights, device), network_from(smaller, other_weights, device)
-    loaded = images_from(data, labels, limit, size, mean, std)
+    check_files(csv=csv, images=images)
+    networks = network.load(device), Network(model=smaller, weights=other_weights).load(device)
+    loaded = data.load(pixels)
     found = pa.compare(
         *networks,
         loaded.batches,
@@ -242,10 +243,39 @@ def compare(
         write_csv(found.classes(), csv)
     if images is not None:
         write_csv(found.images(), images, "--images")
-    out = summary.console()
-    for each in comparison_tables(found):
-        out.print(each)
-    say_written(out, csv, images)
+    show(*_comparison_tables(found), written=[csv, images])
+
+
+def _comparison_tables(found: Comparison) -> list[Table]:
+    """Tabulate figures of both networks, one row per class, and attributions if there are any."""
+    import pandas as pd
+
+    summary = found.summary()
+    names = ("accuracy", "worst_class_accuracy", "mean_class_accuracy", "calibration_error")
+    both: list[tuple[str, ...]] = [
+        (
+            f"{name.replace('_', ' ')}, %",
+            *(points(summary[f"{name}_{which}"]) for which in ("before", "after")),
+        )
+        for name in names
+    ]
+    both += [
+        ("loss", figure(summary["loss_before"]), figure(summary["loss_after"])),
+        ("differing predictions, %", "", points(summary["differing"])),
+        ("p of the accuracies", "", chance(summary["p"])),
+    ]
+    tables = [
+        frame_table(pd.DataFrame(both, columns=["Figure", "before", "after"]), _BOTH_COLUMNS),
+        frame_table(
+            found.classes().sort_values("drop", ascending=False, kind="stable"), _CLASS_COLUMNS
+        ),
+    ]
+    if found.attributions is not None:
+        kept = found.attributions.summary()
+        interval = kept["low"].map(figure) + " to " + kept["high"].map(figure)
+        kept = kept.assign(interval=interval)
+        tables.append(frame_table(kept, _ATTRIBUTION_COLUMNS, grouped=1))
+    return tables
 
 
 def _check_column(column: str | None, by: list[str]) -> None:
@@ -259,22 +289,16 @@ def _check_column(column: str | None, by: list[str]) -> None:
         )
 
 
-def _first_images(batches: object) -> Tensor:
-    """Two images to run the network on."""
-    first: Tensor = batches[0] if isinstance(batches, tuple) else next(iter(batches))[0]  # type: ignore[call-overload]
-    return first[:2]
-
-
 def _ranking(
-    what: str, network: nn.Module, data: Any, column: str | None, scope: str, seed: int
+    what: str, network: nn.Module, images: Data, column: str | None, scope: str, seed: int
 ) -> Ranking:
     import pyablate as pa
     from pyablate.analysis.unit_table import read_table
     from pyablate.compression.filters import CRITERIA, filter_ranking
 
-    sample = _first_images(data)
+    sample = images.first(2)
     if what in CRITERIA:
-        return filter_ranking(network, sample, what, scope=scope, data=data)
+        return filter_ranking(network, sample, what, scope=scope, data=images.batches)
     scores: object = what
     if what != "random":
         path = Path(what)

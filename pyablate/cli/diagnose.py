@@ -26,19 +26,9 @@ _REBUILD = "pip install --force-reinstall --no-deps --no-binary pyablate pyablat
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about an installation.
+    """Something to know about an installation, and what to do about it."""
 
-    Attributes
-    ----------
-    problem : bool
-        Whether something does not work; otherwise a remark.
-    what : str
-        What was found.
-    remedy : str
-        What to do about it.
-    """
-
-    problem: bool
+    problem: bool  # whether something does not work; otherwise a remark
     what: str
     remedy: str
 
@@ -50,13 +40,9 @@ class Finding:
 def facts() -> Facts:
     """Collect what a bug report should say about an installation; takes a second or two.
 
-    Returns
-    -------
-    dict
-        Sections of plain values by name: ``versions`` (None where not installed), ``extras``,
-        ``model libraries``, ``native module``, ``CPU``, ``CUDA`` and ``self-test``; with a torch
-        that can be imported also ``precisions``, the measured rates of a convolution in billions
-        of operations per second (0 where it cannot be done).
+    A version is None where something is not installed. With a torch that can be imported, there
+    are ``precisions`` too: measured rates of a convolution in billions of operations per second
+    (0 where it cannot be done).
     """
     built = build_info()
     found: Facts = {
@@ -95,13 +81,7 @@ def facts() -> Facts:
 
 
 def findings(known: Facts) -> list[Finding]:
-    """Say what is wrong or missing, and what to do.
-
-    Parameters
-    ----------
-    known : dict
-        What `facts` returned.
-    """
+    """Say what is wrong or missing in what `facts` returned, and what to do."""
     return [
         *_packages(known),
         *_native(known["native module"], known["CPU"]),

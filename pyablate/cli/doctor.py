@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pyablate.cli.common import NOT_WELL, log_to_stderr
-from pyablate.cli.options import Debug
+from pyablate.cli.common import NOT_WELL
+from pyablate.cli.tables import console, facts_table
 
 _TITLES = {"precisions": "precisions (billions of operations per second)"}
 
@@ -18,7 +18,6 @@ def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Facts and findings as one JSON object.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Say what is installed and built, test it, and say what to do about what is wrong.
 
@@ -26,23 +25,22 @@ def doctor(
 
     Try `pyablate doctor`, `pyablate doctor --json > doctor.json`
     """
-    log_to_stderr(debug)
-    if not debug:  # how the run of the self-test was done is of no interest
-        logging.getLogger("pyablate").setLevel(logging.WARNING)
-    from pyablate.cli import diagnose as examination
-    from pyablate.cli.tables import summary
+    logger = logging.getLogger("pyablate")
+    if not logger.isEnabledFor(logging.DEBUG):  # how the self-test was run is of no interest
+        logger.setLevel(logging.WARNING)
+    from pyablate.cli import diagnose
 
-    known = examination.facts()
-    found = examination.findings(known)
-    report = examination.as_json(known, found)
+    known = diagnose.facts()
+    found = diagnose.findings(known)
+    report = diagnose.as_json(known, found)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        out = summary.console()
+        out = console()
         for section, values in known.items():
             if values:
                 out.print(_TITLES.get(section, section), style="bold")
-                out.print(summary.facts_table(values))
+                out.print(facts_table(values))
         for finding in found:
             out.print(str(finding))
         out.print("Something does not work." if not report["ok"] else "Everything works.")

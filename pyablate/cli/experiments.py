@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyablate.cli.common import (
-    InputError,
-    images_from,
-    log_to_stderr,
-    network_from,
-    parse_numbers,
-    say_written,
-)
+from pyablate.cli.common import InputError, check_files, check_suffix, parse_integers
 from pyablate.cli.options import (
     Bar,
-    DataSpec,
-    Debug,
     Device,
+    Images,
     Intervention,
-    Labels,
     Layers,
-    Limit,
-    Mean,
-    Model,
+    Network,
     Precision,
+    Preprocessing,
     Seed,
-    Size,
-    Std,
-    Weights,
 )
-from pyablate.io.atomic import check_file, whole, write_csv
+from pyablate.cli.tables import chance, change, columns, count, figure, frame_table, points, show
+from pyablate.io.atomic import whole, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.table import Table
+
+    from pyablate.experiments import Cumulative, Pairs
 
 Rows = Annotated[
     Path | None,
@@ -47,15 +39,61 @@ Column = Annotated[
         metavar="NAME", help="Which attributes of a table to order by; may be given again."
     ),
 ]
-SUFFIXES = (".csv", ".json")
+
+_POINTS = 8
+_PAIRS = 10
+_PAIR_COLUMNS = (
+    *columns(str, "Unit=first", "and unit=second"),
+    *columns(change, "drop=first_drop", "drop=second_drop", "of both=joint_drop", "interaction"),
+    *columns(count, "more", "less"),
+    *columns(chance, "p", "q"),
+)
+_SET_COLUMNS = (
+    *columns(str, "Class=class"),
+    *columns(count, "units=size"),
+    *columns(lambda reached: "yes" if reached else "no", "at chance=reached"),
+    *columns(points, "before=baseline_accuracy", "after=accuracy", "others lose=others_drop"),
+    *columns(str, "which=units"),
+)
+_ROTATION_COLUMNS = (
+    *columns(str, "Layer=layer", "Figure=figure"),
+    *columns(figure, "units", "rotated", "difference", "from=difference_low", "to=difference_high"),
+    *columns(chance, "p"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every experiment takes."""
+
+    precision: Precision = "auto"
+    seed: Seed = 0
+    device: Device = None
+    pixels: Preprocessing
+    output: Rows = None
+    progress: Bar = None
+
+    def load(self, network: Network, images: Images) -> tuple[Any, Any, dict[str, Any]]:
+        """Return the network, the images, and the options of every experiment."""
+        if self.output is not None:
+            check_suffix(self.output, (".csv", ".json"))
+            check_files(output=self.output)
+        model = network.load(self.device)
+        data = images.load(self.pixels)
+        options = {
+            "precision": self.precision,
+            "seed": self.seed,
+            "device": self.device,
+            "class_names": data.class_names,
+            "progress": self.progress,
+        }
+        return model, data.batches, options
 
 
 def cumulative(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     order: Annotated[
         list[str],
@@ -78,15 +116,7 @@ def cumulative(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Random orders.")] = 10,
     intervention: Intervention = "zero",
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    output: Rows = None,
-    progress: Bar = None,
-    debug: Debug = False,
+    settings: Settings,
 ) -> None:
     """Remove units one after another and follow the accuracy.
 
@@ -100,17 +130,13 @@ def cumulative(
     `pyablate cumulative demo:vgg_bn --data demo --layers features.16 --order random
     --order attributes.csv --column class_selectivity --column l1_norm --ascending -o curves.csv`
     """
-    log_to_stderr(debug)
-    _check_output(output)
     orders = _orders(order, column)
     import pyablate as pa
-    from pyablate.cli.tables.experiments import cumulative_table
 
-    network = network_from(model, weights, device)
-    images = images_from(data, labels, limit, size, mean, std)
+    model, data, options = settings.load(network, images)
     found = pa.cumulative(
-        network,
-        images.batches,
+        model,
+        data,
         layers,
         order=orders,
         ascending=ascending,
@@ -118,36 +144,22 @@ def cumulative(
         steps=steps,
         repeats=repeats,
         intervention=intervention,
-        precision=precision,
-        seed=seed,
-        device=device,
-        class_names=images.class_names,
-        progress=progress,
+        **options,
     )
-    _finish(cumulative_table(found), found.to_dataframe(), output, str(found.result.audit))
+    _finish(_cumulative_table(found), found.to_dataframe(), settings.output, found.result.audit)
 
 
 def pairs(
-    model: Model,
-    data: DataSpec,
+    *,
+    network: Network,
+    images: Images,
     layer: Annotated[str, typer.Option(metavar="NAME", help="The layer whose units are paired.")],
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
     units: Annotated[
         str | None,
         typer.Option(metavar="U,U,...", help="Only pairs of these units; all if left out."),
     ] = None,
     intervention: Intervention = "zero",
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    output: Rows = None,
-    progress: Bar = None,
-    debug: Debug = False,
+    settings: Settings,
 ) -> None:
     """Ablate all pairs of units of a layer, to see which do together what neither does alone.
 
@@ -157,36 +169,19 @@ def pairs(
 
     Try `pyablate pairs demo:alexnet --data demo --limit 500 --layer features.4 -o pairs.csv`
     """
-    log_to_stderr(debug)
-    _check_output(output)
-    chosen = None if units is None else [int(u) for u in _whole_numbers("--units", units)]
+    chosen = None if units is None else parse_integers("--units", units, least=0)
     import pyablate as pa
-    from pyablate.cli.tables.experiments import pair_rows, pair_table
 
-    network = network_from(model, weights, device)
-    images = images_from(data, labels, limit, size, mean, std)
-    found = pa.pairs(
-        network,
-        images.batches,
-        layer,
-        units=chosen,
-        intervention=intervention,
-        precision=precision,
-        seed=seed,
-        device=device,
-        class_names=images.class_names,
-        progress=progress,
-    )
-    rows = pair_rows(found)
-    _finish(pair_table(rows), rows, output, str(found.result.audit))
+    model, data, options = settings.load(network, images)
+    found = pa.pairs(model, data, layer, units=chosen, intervention=intervention, **options)
+    rows = _pair_rows(found)
+    _finish(_pair_table(rows), rows, settings.output, found.result.audit)
 
 
 def minimal_sets(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     classes: Annotated[
         list[str] | None,
@@ -203,15 +198,7 @@ def minimal_sets(
         bool, typer.Option("--prune/--no-prune", help="Put back units that are not needed.")
     ] = True,
     intervention: Intervention = "zero",
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    output: Rows = None,
-    progress: Bar = None,
-    debug: Debug = False,
+    settings: Settings,
 ) -> None:
     """Find, for each class, few units without which it is lost.
 
@@ -222,52 +209,34 @@ def minimal_sets(
     Try `pyablate minimal-sets demo:vgg_bn --data demo --limit 1000 --layers features.16
     --class Bag --class Sandal -o sets.json`
     """
-    log_to_stderr(debug)
-    _check_output(output)
     import pyablate as pa
-    from pyablate.cli.tables.experiments import minimal_sets_table
 
-    network = network_from(model, weights, device)
-    images = images_from(data, labels, limit, size, mean, std)
+    model, data, options = settings.load(network, images)
     found = pa.minimal_sets(
-        network,
-        images.batches,
+        model,
+        data,
         layers,
         classes=classes,
         chance=chance,
         largest=largest,
         prune=prune,
         intervention=intervention,
-        precision=precision,
-        seed=seed,
-        device=device,
-        class_names=images.class_names,
-        progress=progress,
+        **options,
     )
     rows = found.table.assign(units=found.table["units"].map(" ".join))
-    _finish(minimal_sets_table(found.table), rows, output, str(found.result.audit))
+    _finish(frame_table(rows, _SET_COLUMNS), rows, settings.output, found.result.audit)
 
 
 def rotation(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     rotations: Annotated[int, typer.Option(min=1, help="Random rotations of each layer.")] = 3,
     fewest: Annotated[
         int, typer.Option(min=1, help="Lost images that a unit must have to count for gini.")
     ] = 10,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    output: Rows = None,
-    progress: Bar = None,
-    debug: Debug = False,
+    settings: Settings,
 ) -> None:
     """Are single units special? Compare them with random directions of the same layer.
 
@@ -276,26 +245,12 @@ def rotation(
 
     Try `pyablate rotation demo:vgg_bn --data demo --limit 1000 --layers features.16 -o turned.csv`
     """
-    log_to_stderr(debug)
-    _check_output(output)
     import pyablate as pa
-    from pyablate.cli.tables.experiments import rotation_table
 
-    network = network_from(model, weights, device)
-    images = images_from(data, labels, limit, size, mean, std)
-    found = pa.rotation_control(
-        network,
-        images.batches,
-        layers,
-        rotations=rotations,
-        fewest=fewest,
-        precision=precision,
-        seed=seed,
-        device=device,
-        class_names=images.class_names,
-        progress=progress,
-    )
-    _finish(rotation_table(found.table), found.table, output, str(found.rotated.audit))
+    model, data, options = settings.load(network, images)
+    found = pa.rotation_control(model, data, layers, rotations=rotations, fewest=fewest, **options)
+    table = frame_table(found.table, _ROTATION_COLUMNS, grouped=1)
+    _finish(table, found.table, settings.output, found.rotated.audit)
 
 
 def _orders(order: list[str], columns: list[str] | None) -> dict[str, Any]:
@@ -319,31 +274,65 @@ def _orders(order: list[str], columns: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _whole_numbers(option: str, text: str) -> list[float]:
-    numbers = parse_numbers(option, text) or ()
-    if any(number < 0 or number != int(number) for number in numbers):
-        raise InputError(f"{option}: expected whole numbers from 0, got {text!r}")
-    return list(numbers)
+def _cumulative_table(found: Cumulative) -> Table:
+    """Tabulate the accuracy at a few steps and the area of each curve; random orders by means."""
+    import numpy as np
+    import pandas as pd
+
+    steps = np.unique(np.linspace(0, found.data.sizes["step"] - 1, _POINTS + 1).round().astype(int))
+    removed = found.data["removed"].to_numpy()[steps]
+    curves = found.area.assign(curve=np.arange(found.data.sizes["curve"]))
+    rows = []
+    for (order, target), same in curves.groupby(["order", "target"], sort=False):
+        name = "class_accuracy" if target else "accuracy"
+        accuracy = found.data[name].isel(curve=same["curve"].to_numpy(), step=steps)
+        if target:
+            accuracy = accuracy.sel({"class": target})
+        several = f"{order} (mean of {len(same)})" if len(same) > 1 else str(order)
+        area = same["target_area" if target else "area"].mean()
+        rows.append([several, target, *accuracy.mean("curve").to_numpy(), area])
+    shown = (
+        *columns(str, "Order", "of class"),
+        *columns(points, *(f"{gone:,} gone" for gone in removed)),
+        *columns(figure, "area"),
+    )
+    frame = pd.DataFrame(rows, columns=[name for _, name, _ in shown])
+    return frame_table(frame, shown)
 
 
-def _check_output(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"--output: expected a name ending in .csv or .json, got {str(path)!r}")
-    check_file(path, "--output")
+def _pair_rows(found: Pairs) -> pd.DataFrame:
+    """One row per pair: labels, drops, interaction overall and of each class, tests."""
+    import pandas as pd
+
+    data, names = found.data, ("joint_drop", "interaction", "more", "less", "p", "q")
+    first, second = data["first"].to_numpy(), data["second"].to_numpy()
+    single = data["drop"].to_series()
+    rows = pd.DataFrame(
+        {
+            "first": first,
+            "second": second,
+            "first_drop": single[first].to_numpy(),
+            "second_drop": single[second].to_numpy(),
+            **{name: data[name].to_numpy() for name in names},
+        }
+    )
+    classes = [f"interaction: {name}" for name in data["class"].to_numpy()]
+    by_class = pd.DataFrame(data["class_interaction"].to_numpy(), columns=classes)
+    return pd.concat([rows, by_class], axis=1)
 
 
-def _finish(shown: Any, rows: pd.DataFrame, path: Path | None, audit: str) -> None:
+def _pair_table(rows: pd.DataFrame) -> Table:
+    """Tabulate the pairs with the strongest interactions, by p and then by size."""
+    size = rows["interaction"].abs()
+    best = rows.assign(size=size).sort_values(["p", "size"], ascending=[True, False], kind="stable")
+    return frame_table(best.head(_PAIRS), _PAIR_COLUMNS)
+
+
+def _finish(table: Table, rows: pd.DataFrame, path: Path | None, audit: object) -> None:
     """Write the rows, then print the table, the audit, and where the rows are."""
-    from pyablate.cli.tables import summary
-
     if path is not None and path.suffix == ".json":
         with whole(path, "--output") as fresh:
             rows.to_json(fresh, orient="records", indent=1, double_precision=15)
     elif path is not None:
         write_csv(rows, path, "--output")
-    out = summary.console()
-    out.print(shown)
-    out.print(f"Audit: {audit}")
-    say_written(out, path)
+    show(table, f"Audit: {audit}", written=[path])

@@ -1,11 +1,26 @@
-"""The options that commands of the shell share."""
+"""The options that commands of the shell share, alone and in groups.
+
+A command takes a group as one parameter. :func:`with_options` shows typer the options in it.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pyablate.cli.common import InputError, log_to_stderr, parse_integers, parse_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyablate.cli.data_specs import Data
 
 _MODEL_HELP = (
     "demo:NAME (a shipped network), module:factory, a .pt2 file from torch.export, "
@@ -130,3 +145,142 @@ Bar = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+Seeds = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Fdr = Annotated[float, typer.Option(help="Share of wrong ones tolerated among those found.")]
+Only = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Only these layers; may be given again.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network that a command works on."""
+
+    model: Model
+    weights: Weights = None
+
+    def load(self, device: str | None = None) -> nn.Module:
+        """Load it (see `pyablate.cli.model_specs.load_model`)."""
+        from pyablate.cli.model_specs import load_model
+
+        return load_model(self.model, weights=self.weights, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to images before the network sees them."""
+
+    size: Size = None
+    mean: Mean = None
+    std: Std = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """The labelled images that a command works on."""
+
+    data: DataSpec
+    labels: Labels = None
+    limit: Limit = None
+
+    def load(self, pixels: Preprocessing, batch_size: int | None = None) -> Data:
+        """Load them (see `pyablate.cli.data_specs.load_data`)."""
+        from pyablate.cli.data_specs import load_data
+
+        options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+        return load_data(
+            self.data,
+            labels=self.labels,
+            limit=self.limit,
+            size=pixels.size,
+            mean=parse_numbers("--mean", pixels.mean),
+            std=parse_numbers("--std", pixels.std),
+            **options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Where a command gets the one input that it runs the network on."""
+
+    data: SampleSpec = None
+    labels: Labels = None
+    pixels: Preprocessing
+    input_shape: InputShape = None
+
+    def load(self, spec: str, network: nn.Module) -> Tensor:
+        """Take one input from the data, of the shape given, or from the shipped images."""
+        import torch
+
+        if self.data is None:
+            check_needed("--data", {"--labels": self.labels, **by_option(self.pixels)})
+        if self.input_shape is not None:
+            sizes = parse_integers("--input-shape", self.input_shape, least=1)
+            # Noise, not zeros: a constant input can hide which tensors are alive.
+            noise = torch.Generator().manual_seed(0)
+            sample = torch.rand(1, *sizes, generator=noise)
+        elif self.data is not None or spec.startswith("demo:"):
+            images = Images(data=self.data or "demo", labels=self.labels, limit=2)
+            sample = images.load(self.pixels).first(1)
+        else:
+            raise InputError(
+                "give --input-shape C,H,W or --data, so that the network can be run once"
+            )
+        parameter = next(iter(network.parameters()), None)
+        return sample if parameter is None else sample.to(parameter.device)
+
+
+def by_option(group: Any) -> dict[str, object]:
+    """Name the values of a group of options as the command line does."""
+    return {f"--{name}": value for name, value in vars(group).items()}
+
+
+def check_needed(option: str, others: Mapping[str, object]) -> None:
+    """Refuse options that say something about another one, which was not given."""
+    for other, value in others.items():
+        if value is not None:
+            raise InputError(f"{other} needs {option}, got none")
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: its groups become the options in them, ``--debug`` is added."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    debugging = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+
+    @functools.wraps(function)
+    def command(*, debug: bool, **values: Any) -> None:
+        log_to_stderr(debug)
+        function(**_grouped(parameters, values))
+
+    single = [*_ungrouped(parameters.values()), debugging]
+    single.sort(key=lambda parameter: parameter.default is not Parameter.empty)  # required first
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in single]
+    )
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in single}
+    return command
+
+
+def _is_group(annotation: Any) -> bool:
+    return is_dataclass(annotation)
+
+
+def _fields(group: Any) -> Mapping[str, Parameter]:
+    return inspect.signature(group, eval_str=True).parameters
+
+
+def _ungrouped(parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+    for parameter in parameters:
+        if _is_group(parameter.annotation):
+            yield from _ungrouped(_fields(parameter.annotation).values())
+        else:
+            yield parameter
+
+
+def _grouped(parameters: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: parameter.annotation(**_grouped(_fields(parameter.annotation), values))
+        if _is_group(parameter.annotation)
+        else values[name]
+        for name, parameter in parameters.items()
+    }

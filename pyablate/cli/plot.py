@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyablate.cli.common import InputError, log_to_stderr
-from pyablate.cli.options import Debug
-from pyablate.io.atomic import check_file, whole
+from pyablate._validation import check_choice
+from pyablate.cli.common import InputError, check_files
+from pyablate.cli.options import Only
+from pyablate.io.atomic import whole
 from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
@@ -42,7 +43,39 @@ _KINDS_OF = {
 _METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What a picture shows; each option is about some kinds only."""
+
+    layers: Only = None
+    unit: Annotated[
+        str | None, typer.Option(metavar="LAYER:UNIT", help="The unit of a profile.")
+    ] = None
+    units: Annotated[int, typer.Option(min=1, help="How many units a heat map shows.")] = 20
+    order: Annotated[
+        str, typer.Option(metavar="NAME", help="Rows of a heat map: drop, layer or cluster.")
+    ] = "drop"
+    attributes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table of attributes of a scatter plot (.csv, .zarr)."),
+    ] = None
+    attribute: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The attribute of a scatter plot.")
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What drops and scatter plots show: max_class_drop, accuracy_drop, and for "
+            "scatter plots split_half_drop, gini, entropy ...",
+        ),
+    ] = None
+    x: Annotated[str | None, typer.Option(metavar="COLUMN", help="Across, of curves.")] = None
+    y: Annotated[str, typer.Option(metavar="COLUMN", help="Upwards, of curves.")] = "accuracy"
+
+
 def plot(
+    *,
     context: typer.Context,
     source: Annotated[
         Path,
@@ -59,36 +92,8 @@ def plot(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="A .png, .svg or .pdf file.")
     ] = Path("plot.png"),
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(metavar="LAYER:UNIT", help="The unit of a profile.")
-    ] = None,
-    units: Annotated[int, typer.Option(min=1, help="How many units a heat map shows.")] = 20,
-    order: Annotated[
-        str, typer.Option(metavar="NAME", help="Rows of a heat map: drop, layer or cluster.")
-    ] = "drop",
-    attributes: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Table of attributes of a scatter plot (.csv, .zarr)."),
-    ] = None,
-    attribute: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The attribute of a scatter plot.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What drops and scatter plots show: max_class_drop, accuracy_drop, and for "
-            "scatter plots split_half_drop, gini, entropy ...",
-        ),
-    ] = None,
-    x: Annotated[str | None, typer.Option(metavar="COLUMN", help="Across, of curves.")] = None,
-    y: Annotated[str, typer.Option(metavar="COLUMN", help="Upwards, of curves.")] = "accuracy",
+    options: Drawing,
     dpi: Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch of a .png file.")] = 150,
-    debug: Debug = False,
 ) -> None:
     """Draw a finished run, or curves.
 
@@ -104,21 +109,15 @@ def plot(
 
     `pyablate plot curves.csv --kind prune --x flops --y worst_class_accuracy`
     """
-    log_to_stderr(debug)
-    if kind not in KINDS:
-        raise InputError(f"--kind: expected one of {', '.join(KINDS)}, got {kind!r}{_near(kind)}")
+    check_choice("--kind", kind, KINDS)
     _check_options(context, kind)
     suffix = output.suffix.lower()
     if suffix not in FORMATS:
         expected = f"a name ending in {', '.join(FORMATS)}"
         raise InputError(f"--output: expected {expected}, got {str(output)!r}")
-    check_file(output, "--output")
-    if kind in _CURVES:
-        axes = _curves(source, kind, x, y)
-    elif kind == "scatter":
-        axes = _scatter(source, attributes, attribute, target, layers)
-    else:
-        axes = _of_result(source, kind, layers, unit, units, order, target)
+    check_files(output=output)
+    _without_screen()
+    axes = (_curves if kind in _CURVES else _of_result)(source, kind, options)
     with whole(output, "--output") as fresh, _about_glyphs():
         axes.figure.savefig(  # type: ignore[union-attr]
             fresh, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix]
@@ -153,12 +152,7 @@ def _about_glyphs() -> Iterator[None]:
         )
 
 
-def _near(kind: str) -> str:
-    near = difflib.get_close_matches(kind, KINDS, n=1)
-    return f"; nearest: {near[0]}" if near else ""
-
-
-def _curves(source: Path, kind: str, x: str | None, y: str) -> Axes:
+def _curves(source: Path, kind: str, options: Drawing) -> Axes:
     import pandas as pd
 
     from pyablate import plots
@@ -169,49 +163,30 @@ def _curves(source: Path, kind: str, x: str | None, y: str) -> Axes:
         table = pd.read_csv(source)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise OSError(f"{source}: not a CSV file: {error}") from None
-    _without_screen()
     if kind == "cumulative":
-        return plots.cumulative_curves(table, x=x or "removed", y=y)
-    return plots.prune_curves(table, x=x or "fraction", y=y)
+        return plots.cumulative_curves(table, x=options.x or "removed", y=options.y)
+    return plots.prune_curves(table, x=options.x or "fraction", y=options.y)
 
 
-def _scatter(
-    source: Path,
-    attributes: Path | None,
-    attribute: str | None,
-    target: str | None,
-    layers: list[str] | None,
-) -> Axes:
+def _of_result(source: Path, kind: str, options: Drawing) -> Axes:
     import pyablate as pa
     from pyablate.analysis.unit_table import read_table
 
-    if attributes is None or attribute is None:
+    attributes, attribute, target = options.attributes, options.attribute, options.target
+    if kind == "scatter" and (attributes is None or attribute is None):
         raise InputError("--kind scatter: needs --attributes FILE and --attribute NAME")
-    result, table = pa.load(source), read_table(attributes)
-    _without_screen()
-    return result.plot.scatter(table, attribute, target or "split_half_drop", layers=layers)
-
-
-def _of_result(
-    source: Path,
-    kind: str,
-    layers: list[str] | None,
-    unit: str | None,
-    units: int,
-    order: str,
-    target: str | None,
-) -> Axes:
-    import pyablate as pa
-
-    if kind == "profile" and unit is None:
+    if kind == "profile" and options.unit is None:
         raise InputError("--kind profile: needs --unit LAYER:UNIT")
-    result = pa.load(source)
-    _without_screen()
+    draw = pa.load(source).plot
     if kind == "profile":
-        return result.plot.profile(str(unit))
+        return draw.profile(str(options.unit))
     if kind == "heat-map":
-        return result.plot.heat_map(units, order=order)  # type: ignore[arg-type]  # checked there
-    return result.plot.drops(target or "max_class_drop", layers=layers)  # type: ignore[arg-type]
+        order: Any = options.order  # checked there
+        return draw.heat_map(options.units, order=order)
+    if attributes is not None and attribute is not None:
+        target = target or "split_half_drop"
+        return draw.scatter(read_table(attributes), attribute, target, layers=options.layers)
+    return draw.drops(target or "max_class_drop", layers=options.layers)  # type: ignore[arg-type]
 
 
 def _without_screen() -> None:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyablate.cli.common import InputError, images_from, log_to_stderr, network_from
+from pyablate.cli.common import check_files
 from pyablate.cli.options import (
-    Debug,
     Device,
+    Fdr,
+    Images,
     Labels,
     Limit,
-    Mean,
+    Network,
+    Preprocessing,
     Run,
     SampleSpec,
-    Size,
-    Std,
     Weights,
+    by_option,
+    check_needed,
 )
-from pyablate.io.atomic import check_file
-
-_Tables = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="Curves of `pyablate prune --csv` and the like; may be given again.",
-    ),
-]
+from pyablate.cli.tables import show
 
 
 def report(
+    *,
     run: Run,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")
@@ -41,7 +35,13 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="Attributes of the units: a .csv file or .zarr group."),
     ] = None,
-    curves: _Tables = None,
+    curves: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Curves of `pyablate prune --csv` and the like; may be given again.",
+        ),
+    ] = None,
     minimal_sets: Annotated[
         Path | None,
         typer.Option(
@@ -60,15 +60,10 @@ def report(
     weights: Weights = None,
     labels: Labels = None,
     limit: Limit = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     device: Device = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Unit ablation",
-    fdr: Annotated[float, typer.Option(help="Share of wrong ones tolerated among those found.")] = (
-        0.05
-    ),
-    debug: Debug = False,
+    fdr: Fdr = 0.05,
 ) -> None:
     """Show a finished run as one HTML file that needs no network and no other file.
 
@@ -82,22 +77,23 @@ def report(
     `pyablate report run.zarr --attributes attributes.csv --model demo:vgg_bn --data demo
     --limit 2000 --curves curve.csv`
     """
-    log_to_stderr(debug)
-    _check_needed("--model", model, {"--weights": weights, "--device": device})
-    of_data = {"--labels": labels, "--limit": limit, "--size": size, "--mean": mean, "--std": std}
-    _check_needed("--data", data, of_data | {"--model": model})
-    check_file(output, "--output")
+    if model is None:
+        check_needed("--model", {"--weights": weights, "--device": device})
+    if data is None:
+        of_data = {"--labels": labels, "--limit": limit, **by_option(pixels), "--model": model}
+        check_needed("--data", of_data)
+    check_files(output=output)
     import pyablate as pa
     from pyablate.analysis.unit_table import read_table
-    from pyablate.cli.tables import summary
 
     result = pa.load(run)
-    images = None if data is None else images_from(data, labels, limit, size, mean, std)
+    images = None if data is None else Images(data=data, labels=labels, limit=limit).load(pixels)
+    network = None if model is None else Network(model=model, weights=weights).load(device)
     given = {"Result": run, "Model": model, "Weights": weights, "Data": data}
     result.report(
         output,
         attributes=None if attributes is None else read_table(attributes),
-        model=None if model is None else network_from(model, weights, device),
+        model=network,
         data=None if images is None else images.batches,
         curves=curves,
         minimal_sets=minimal_sets,
@@ -106,12 +102,4 @@ def report(
         fdr=fdr,
         device=device,
     )
-    size_in_megabytes = output.stat().st_size / 1e6
-    summary.console().print(f"Written: {output} ({size_in_megabytes:.1f} MB)")
-
-
-def _check_needed(option: str, given: object, others: Mapping[str, object]) -> None:
-    """Refuse options that say something about another one which is not there."""
-    for other, value in others.items():
-        if given is None and value is not None:
-            raise InputError(f"{other} needs {option}, got none")
+    show(f"Written: {output} ({output.stat().st_size / 1e6:.1f} MB)")

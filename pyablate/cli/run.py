@@ -9,53 +9,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyablate.cli.common import (
-    EXIT_CODES,
-    InputError,
-    images_from,
-    log_to_stderr,
-    network_from,
-    parse_bytes,
-    parse_shard,
-)
+from pyablate.cli.common import EXIT_CODES, InputError, check_files, parse_bytes, parse_shard
 from pyablate.cli.options import (
     AsJson,
     Bar,
     BatchSize,
     Csv,
-    DataSpec,
-    Debug,
     Device,
     Fresh,
+    Images,
     Intervention,
-    Labels,
     Layers,
-    Limit,
-    Mean,
     Measures,
     Memory,
-    Model,
+    Network,
     OnMismatch,
     Output,
     Precision,
+    Preprocessing,
     Seed,
     Shard,
-    Size,
-    Std,
-    Weights,
 )
-from pyablate.io.atomic import check_file, write_csv
+from pyablate.cli.summary import summary
+from pyablate.cli.tables import show
+from pyablate.io.atomic import write_csv
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
 
 
 def run(
-    model: Model,
-    data: DataSpec,
-    weights: Weights = None,
-    labels: Labels = None,
-    limit: Limit = None,
+    *,
+    network: Network,
+    images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
     precision: Precision = "auto",
@@ -69,12 +55,9 @@ def run(
     fresh: Fresh = False,
     shard: Shard = None,
     csv: Csv = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
+    pixels: Preprocessing,
     progress: Bar = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Ablate every unit of the layers asked for and write the result.
 
@@ -100,31 +83,28 @@ def run(
 
     `pyablate merge part1.zarr part2.zarr -o run.zarr`
     """
-    log_to_stderr(debug)
     import pyablate as pa
-    from pyablate.cli.tables import summary
     from pyablate.runs.run_folder import check_place
     from pyablate.runtime.distributed import is_first, own_device, started_by_torchrun
     from pyablate.runtime.progress import JsonLines
 
     budget, part = parse_bytes("--memory", memory), parse_shard(shard)
     check_place(output, fresh=fresh)
-    if csv is not None:
-        check_file(csv, "--csv")
+    check_files(csv=csv)
     distributed = started_by_torchrun()
     place = own_device(distributed, device)
     device = None if place is None else str(place)
-    network = network_from(model, weights, device)
-    batches = images_from(data, labels, limit, size, mean, std, batch_size)
+    model = network.load(device)
+    data = images.load(pixels, batch_size)
     lines = JsonLines()
     result = pa.ablate(
-        network,
-        batches.batches,
+        model,
+        data.batches,
         layers=layers,
         intervention=intervention,
         precision=precision,
         measures=measures or (),
-        class_names=batches.class_names,
+        class_names=data.class_names,
         device=device,
         batch_size=batch_size,
         memory=budget,
@@ -138,22 +118,21 @@ def run(
     )
     if not is_first():
         return
-    written = [str(output)]
     if csv is not None:
         _write_units(result, csv, output)
-        written.append(str(csv))
+    written = [output, csv]
     if as_json:
-        lines.event("result", **_summary(result), written=written)
-        return
-    out = summary.console()
-    summary.print_summary(out, result)
-    out.print(f"Written: {' and '.join(written)}")
+        paths = [str(path) for path in written if path is not None]
+        lines.event("result", **_record(result), written=paths)
+    else:
+        show(*summary(result), written=written)
 
 
 run.__doc__ = f"{inspect.cleandoc(run.__doc__ or '')}\n\n{EXIT_CODES}"
 
 
 def merge(
+    *,
     parts: Annotated[
         list[Path],
         typer.Argument(
@@ -169,7 +148,6 @@ def merge(
         bool, typer.Option("--fresh", help="Replace the result that is at the output already.")
     ] = False,
     csv: Csv = None,
-    debug: Debug = False,
 ) -> None:
     """Join the results of all shards into that of one run, bit for bit.
 
@@ -178,9 +156,7 @@ def merge(
 
     Try `pyablate merge part1.zarr part2.zarr -o run.zarr`
     """
-    log_to_stderr(debug)
     import pyablate as pa
-    from pyablate.cli.tables import summary
     from pyablate.results.store import check_writable
 
     if any(os.path.realpath(part) == os.path.realpath(output) for part in parts):
@@ -188,14 +164,11 @@ def merge(
     if output.exists() and not fresh:
         raise InputError(f"--output: {output} exists; --fresh replaces a result")
     check_writable(output)
-    if csv is not None:
-        check_file(csv, "--csv")
+    check_files(csv=csv)
     result = pa.merge(parts, output)
     if csv is not None:
         _write_units(result, csv, output)
-    out = summary.console()
-    summary.print_summary(out, result)
-    out.print(f"Written: {output}{f' and {csv}' if csv else ''}")
+    show(*summary(result), written=[output, csv])
 
 
 def _write_units(result: AblationResult, csv: Path, output: Path) -> None:
@@ -207,7 +180,7 @@ def _write_units(result: AblationResult, csv: Path, output: Path) -> None:
         raise OSError(error.errno, reason) from error
 
 
-def _summary(result: AblationResult) -> dict[str, object]:
+def _record(result: AblationResult) -> dict[str, object]:
     return {
         "units": len(result.units),
         "images": len(result.labels),

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyablate.cli.common import log_to_stderr, say_written
-from pyablate.cli.options import Csv, Debug, Run, Splits
-from pyablate.io.atomic import check_file, write_csv
+from pyablate.cli.common import check_files
+from pyablate.cli.options import Csv, Fdr, Only, Run, Seeds, Splits
+from pyablate.cli.summary import worst_units
+from pyablate.cli.tables import chance, columns, count, frame_table, number, points, show
+from pyablate.io.atomic import write_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from rich.table import Table
+
+    from pyablate.result import AblationResult
+
+_BEST = 3  # attributes shown of a layer, target and method
+_SIGNIFICANCE_COLUMNS = (
+    *columns(str, "Layer=layer"),
+    *columns(count, "Pairs", "harmed", "helped"),
+    *columns(number, "Unit=unit"),
+    *columns(str, "hurts most=max_class"),
+    *columns(points, "by (points)=max_class_drop", "noise floor=noise_floor"),
+    *columns(points, "split half=split_half_drop"),
+    *columns(chance, "p", "q"),
+)
+_CORRELATION_COLUMNS = (
+    *columns(str, "Layer=layer", "Target=target", "Method=method", "Attribute=attribute"),
+    *columns(count, "Units=units"),
+    *columns("{:+.2f}".format, "correlation"),
+    *columns(number, "interval"),
+    *columns(chance, "q"),
+    *columns("{:.2f}".format, "by chance=random_order"),
+)
 
 
 def significance(
+    *,
     run: Run,
-    fdr: Annotated[float, typer.Option(help="Share of wrong ones tolerated among those found.")] = (
-        0.05
-    ),
+    fdr: Fdr = 0.05,
     splits: Splits = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
     csv: Csv = None,
@@ -24,7 +51,6 @@ def significance(
         Path | None,
         typer.Option(metavar="FILE", help="Also write the pairs found, one per row, as CSV."),
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Tell which damage of a finished run is more than chance.
 
@@ -36,16 +62,11 @@ def significance(
 
     Try `pyablate significance run.zarr`, `pyablate significance run.zarr --pairs pairs.csv`
     """
-    log_to_stderr(debug)
     import numpy as np
 
     import pyablate as pa
-    from pyablate.cli.tables import summary
-    from pyablate.cli.tables.statistics import significance_table
 
-    for option, path in (("--csv", csv), ("--pairs", pairs)):
-        if path is not None:
-            check_file(path, option)
+    check_files(csv=csv, pairs=pairs)
     result = pa.load(run)
     tests = result.significance(fdr=fdr)
     units = result.max_class_test(splits=splits, seed=seed)
@@ -57,15 +78,15 @@ def significance(
         for name in ("lost", "gained", "drop", "p", "q"):
             found[name] = tests[name].to_numpy()[rows, classes]
         write_csv(found, pairs, "--pairs")
-    out = summary.console()
-    out.print(
-        f"Pairs of unit and class whose accuracy changes, at a false discovery rate of {fdr:g}:"
+    show(
+        f"Pairs of unit and class whose accuracy changes, at a false discovery rate of {fdr:g}:",
+        _significance_table(result, tests, units),
+        written=[csv, pairs],
     )
-    out.print(significance_table(result, tests, units))
-    say_written(out, csv, pairs)
 
 
 def correlate(
+    *,
     run: Run,
     attributes: Annotated[
         Path,
@@ -92,16 +113,12 @@ def correlate(
         list[str],
         typer.Option(metavar="NAME", help="pearson, spearman or kendall; may be given again."),
     ] = ["spearman"],  # noqa: B006  # typer copies it
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only these layers; may be given again."),
-    ] = None,
+    layers: Only = None,
     resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Seeds = 0,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all correlations as CSV.")
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Tell which attributes of units go with the damage that their ablation does, layer by layer.
 
@@ -109,14 +126,10 @@ def correlate(
 
     `pyablate correlate run.zarr attributes.csv --target split_half_drop --csv correlations.csv`
     """
-    log_to_stderr(debug)
     import pyablate as pa
     from pyablate.analysis.unit_table import read_table
-    from pyablate.cli.tables import summary
-    from pyablate.cli.tables.statistics import correlation_table
 
-    if csv is not None:
-        check_file(csv, "--csv")
+    check_files(csv=csv)
     found = pa.correlate(
         pa.load(run),
         read_table(attributes),
@@ -129,6 +142,37 @@ def correlate(
     )
     if csv is not None:
         write_csv(found, csv)
-    out = summary.console()
-    out.print(correlation_table(found))
-    say_written(out, csv)
+    show(_correlation_table(found), written=[csv])
+
+
+def _significance_table(result: AblationResult, tests: xr.Dataset, units: pd.DataFrame) -> Table:
+    """Tabulate, per layer, the pairs found and the units with the largest class drops."""
+    import pandas as pd
+
+    from pyablate.analysis.statistics import layer_rows
+
+    parts = []
+    for rows in layer_rows(result).values():
+        of_layer = tests.isel(unit=rows)
+        counts = {
+            "Pairs": of_layer["p"].notnull(),
+            "harmed": of_layer["significant"] & (of_layer["drop"] > 0),
+            "helped": of_layer["significant"] & (of_layer["drop"] < 0),
+        }
+        sums = {name: int(found.sum()) for name, found in counts.items()}
+        parts.append(worst_units(units.iloc[rows]).assign(**sums))
+    return frame_table(pd.concat(parts), _SIGNIFICANCE_COLUMNS, grouped=4)
+
+
+def _correlation_table(found: pd.DataFrame) -> Table:
+    """Tabulate, per layer, target and method, the attributes that correlate most."""
+    import pandas as pd
+
+    low, high = (found[end].map("{:+.2f}".format) for end in ("low", "high"))
+    interval = (low + " to " + high).where(found["low"].notna())
+    families = found.assign(interval=interval).groupby(["layer", "target", "method"], sort=False)
+    best = [
+        lines.sort_values("correlation", key=abs, ascending=False, kind="stable").head(_BEST)
+        for _, lines in families
+    ]
+    return frame_table(pd.concat(best), _CORRELATION_COLUMNS, grouped=3)

@@ -18,6 +18,7 @@ import xarray as xr
 from PIL import Image
 from support.simulated import simulate
 from support.stores import contents
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import pyablate as pa
@@ -107,12 +108,11 @@ def _error_lines(err: str) -> list[str]:
     return [line for line in err.splitlines() if "native module" not in line]
 
 
-_RUN = ("run", "small_network:make", "--data", "images.npz")
+_DATA = ("small_network:make", "--data", "images.npz")
+_RUN = ("run", *_DATA)
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "run", "merge", "layers", "plan", "significance", "correlate", "doctor"]
-)
+@pytest.mark.parametrize("command", get_command(app).commands)  # type: ignore[attr-defined]
 def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
     code, out, _ = _invoke("--help")
     assert code == 0
@@ -135,7 +135,7 @@ def test_run_writes_what_the_library_finds(here: Path) -> None:
 
     from small_network import make  # type: ignore[import-not-found]
 
-    from pyablate.cli.specs import load_data
+    from pyablate.cli.data_specs import load_data
 
     data = load_data("images.npz")
     expected = pa.ablate(make().eval(), data.batches, layers=["*"], progress=False)
@@ -336,7 +336,7 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
 
 
 _CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
-_ATTRIBUTES = ("attributes", "small_network:make", "--data", "images.npz")
+_ATTRIBUTES = ("attributes", *_DATA)
 
 
 def test_attributes_as_a_table(here: Path) -> None:
@@ -407,9 +407,26 @@ _BAD_INPUT = {
     "attributes over a folder": ((*_ATTRIBUTES, "-o", "notes.zarr"), "notes.zarr"),
     "size of no data": (
         ("plan", "small_network:make", "--input-shape", "1,8,8", "--size", "8"),
-        "--size: expected only with --data",
+        "--size needs --data",
     ),
     "plan without a sample": (("plan", "small_network:make"), "--input-shape"),
+    "no such order": (
+        ("cumulative", *_DATA, "--order", "dorp"),
+        "--order: expected drop, class, random or a .csv",
+    ),
+    "no such table to order by": (("cumulative", *_DATA, "--order", "missing.csv"), "missing.csv"),
+    "column of no table": (("cumulative", *_DATA, "--column", "l1_norm"), "--column"),
+    "rows in another format": (("cumulative", *_DATA, "-o", "a.txt"), "a name ending in .csv or"),
+    "units not numbers": (("pairs", *_DATA, "--layer", "1", "--units", "1,x"), "--units"),
+    "units below 0": (("pairs", *_DATA, "--layer", "1", "--units", "1,-2"), "whole numbers from 0"),
+    "pairs of all layers": (("pairs", *_DATA, "--layer", "*"), "expected one layer"),
+    "rotation of no layer": (("rotation", *_DATA, "--layers", "nowhere"), "nowhere"),
+    "no such ranking": (("prune", *_DATA, "--by", "l3"), "--by"),
+    "fraction above 1": (("prune", *_DATA, "--fraction", "2"), "--fraction"),
+    "column of no result": (("prune", *_DATA, "--column", "accuracy_drop"), "--column"),
+    "column of random": (("sensitivity", *_DATA, "--column", "x", "--by", "random"), "--column"),
+    "sensitivity in text": (("sensitivity", *_DATA, "--output", "a.txt"), "*.csv or *.json"),
+    "no such other network": (("compare", *_DATA[:1], "demo:vgg", *_DATA[1:]), "vgg_bn"),
 }
 
 

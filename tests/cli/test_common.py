@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import pyablate as pa
-from pyablate.cli.common import InputError, error_line, log_to_stderr, parse_bytes, parse_numbers
+from pyablate.cli.common import (
+    InputError,
+    error_line,
+    log_to_stderr,
+    parse_bytes,
+    parse_integers,
+    parse_numbers,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,36 +42,20 @@ def test_bad_sizes_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "whole", "expected"),
-    [
-        (None, False, None),
-        ("0.5", False, (0.5,)),
-        ("0.5,-0.25, 1", False, (0.5, -0.25, 1.0)),
-        ("3,224,224", True, (3.0, 224.0, 224.0)),
-    ],
+    ("text", "expected"), [(None, None), ("0.5", (0.5,)), ("0.5,-0.25, 1", (0.5, -0.25, 1.0))]
 )
-def test_numbers_are_read(
-    text: str | None, whole: bool, expected: tuple[float, ...] | None
-) -> None:
-    assert parse_numbers("--mean", text, whole=whole) == expected
+def test_numbers_are_read(text: str | None, expected: tuple[float, ...] | None) -> None:
+    assert parse_numbers("--mean", text) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "whole"),
-    [
-        ("", False),
-        ("a", False),
-        ("1,,2", False),
-        ("nan", False),
-        ("1,inf", False),
-        ("0,2", True),
-        ("1.5", True),
-        ("-3", True),
-    ],
-)
-def test_bad_numbers_are_refused(text: str, whole: bool) -> None:
-    with pytest.raises(InputError, match=r"--mean: expected .*numbers.* with commas between, got"):
-        parse_numbers("--mean", text, whole=whole)
+def test_integers_are_read() -> None:
+    assert parse_integers("--units", "0,224, 3", least=0) == [0, 224, 3]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "nan", "1,inf", "0,2", "1.5", "-3"])
+def test_bad_numbers_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"--units: expected .*numbers.* with commas between, got"):
+        parse_integers("--units", text, least=1)
 
 
 class _UsageError(Exception):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pyablate.cli.tables import summary
+from pyablate.cli import summary, tables
 from pyablate.network.sites import Site
 from pyablate.reference.timing import HookLoopTiming
 from pyablate.result import AblationResult
@@ -58,14 +58,32 @@ def test_summary_names_the_worst_units_and_the_class_they_hurt(result: AblationR
 
 
 def test_summary_has_accuracy_audit_and_time(result: AblationResult) -> None:
-    out = Console(file=io.StringIO(), width=120)
-    summary.print_summary(out, result)
-    text = out.file.getvalue()  # type: ignore[attr-defined]
+    text = _rendered(*summary.summary(result))
     assert "Baseline accuracy 100.00 % on 10 images; 8 units" in text
     assert "replaced by: zero" in text
     assert "200 pairs" in text
     assert "0 mismatches" in text
     assert "Time: 2.0 s for 80 (unit, image) pairs" in text
+
+
+def test_a_frame_as_a_table() -> None:
+    frame = pd.DataFrame(
+        {
+            "a": ["x", "x", "x", "y", "y"],
+            "b": ["p", "p", "q", "q", "\x1b[31mred"],
+            "c": [0.5, np.nan, -1.0, 0.25, 1000.0],
+        }
+    )
+    shown = (*tables.columns(str, "One=a", "b"), *tables.columns("{:.1f}".format, "three=c"))
+    text = _rendered(tables.frame_table(frame, shown, grouped=2))
+    head, _, *lines = (line.strip() for line in text.strip().splitlines())
+    assert head.split() == ["One", "b", "three"]
+    # Said once while all to the left stays the same; an empty line where the first changes.
+    assert [line.split() for line in lines] == [
+        *(["x", "p", "0.5"], ["-"], ["q", "-1.0"], []),
+        *(["y", "q", "0.2"], ["\\x1b[31mred", "1000.0"]),
+    ]
+    assert len({len(line.rstrip()) for line in text.splitlines() if line.strip()}) == 1  # right
 
 
 def test_ratio_says_that_it_is_scaled(result: AblationResult) -> None:
@@ -104,7 +122,7 @@ def test_layers_say_what_the_star_selects() -> None:
     ("value", "shown"), [(True, "yes"), (False, "no"), (None, "-"), ([], "-"), (["a", "b"], "a, b")]
 )
 def test_facts_are_shown_plainly(value: object, shown: str) -> None:
-    assert _rendered(summary.facts_table({"fact": value})).split(maxsplit=1)[1].strip() == shown
+    assert _rendered(tables.facts_table({"fact": value})).split(maxsplit=1)[1].strip() == shown
 
 
 @pytest.mark.parametrize(

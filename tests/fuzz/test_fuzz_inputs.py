@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
-from pyablate.cli import specs
-from pyablate.cli.specs import load_data, load_model
+from pyablate.cli.data_specs import load_data
+from pyablate.cli.model_specs import load_model
+from pyablate.io.weights import load_state, read_state
 
 REFUSALS = (ValueError, TypeError, OSError, ImportError)  # what the shell turns into one line
 SECONDS = 20.0
@@ -132,8 +133,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _weights(path: Path, _: Path) -> object:
-    state = specs.read_state(path)  # type: ignore[attr-defined]
-    specs.load_state(Small(), state, str(path))  # type: ignore[attr-defined]
+    state = read_state(path)
+    load_state(Small(), state, str(path))
     return None
 
 

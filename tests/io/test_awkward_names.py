@@ -130,7 +130,7 @@ def test_no_control_character_of_a_name_reaches_the_terminal(
 
 
 def test_no_control_character_goes_through_the_console(capsys):
-    from pyablate.cli.tables.summary import console
+    from pyablate.cli.tables import console
 
     console().print("a\x1b[31m[b]c\nd")
     assert capsys.readouterr().out == "a\\x1b[31m[b]c\nd\n"

@@ -15,7 +15,7 @@ import torch
 from support.touch import Touch
 from torch import Tensor, nn
 
-from pyablate.cli.specs import load_model
+from pyablate.cli.model_specs import load_model
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,13 @@ def test_torch_itself_would_have_run_it(kind, exported, tmp_path, trap):
 
 
 @pytest.mark.parametrize(
-    "member", ["data/aotinductor/model/model.so", "data/constants/custom_obj_0", "x/code.so"]
+    "member",
+    [
+        "data/aotinductor/model/model.so",
+        "data/constants/custom_obj_0",
+        "x/code.so",
+        "data/constants/opaque_obj_0",
+    ],
 )
 def test_an_exported_program_with_foreign_members(member, exported, tmp_path):
     path = rewritten(exported, tmp_path / "a.pt2", lambda _, content: content, **{member: b"x"})

@@ -23,7 +23,8 @@ from support.touch import Touch
 
 import pyablate as pa
 from pyablate.analysis.unit_table import read_table
-from pyablate.cli.specs import load_data, load_model
+from pyablate.cli.data_specs import load_data
+from pyablate.cli.model_specs import load_model
 
 PACKAGE = Path(pa.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -41,7 +42,7 @@ FORBIDDEN_CALLS = {
 }
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 LOADERS = {"exported.py": "export.load"}  # the one other loader of torch, behind our checks
-IMPORTERS = {"specs.py", "_native.py", "image_folder.py"}  # by name; specs: what the user names
+IMPORTERS = {"model_specs.py", "_native.py", "image_folder.py"}  # of what the user names
 
 
 def called(node: ast.Call) -> str:

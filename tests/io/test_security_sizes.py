@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import GifImagePlugin, Image
 
-from pyablate.cli.specs import load_data, load_model
+from pyablate.cli.data_specs import load_data
+from pyablate.cli.model_specs import load_model
 from pyablate.io import image_folder
 
 # --- images ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from support.stores import OLD, as_of_then, contents, unseal
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
-from pyablate.cli.specs import load_data
+from pyablate.cli.data_specs import load_data
 from pyablate.data.dataset import Data
 from pyablate.runs import fingerprint
 from pyablate.runs.run_folder import StoreMismatch

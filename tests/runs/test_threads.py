@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyablate as pa
-from pyablate.cli.specs import load_model
+from pyablate.cli.model_specs import load_model
 from pyablate.engine import float64
 from pyablate.network.sites import copied
 from pyablate.runtime import chunking

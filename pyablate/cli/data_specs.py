@@ -1,101 +1,46 @@
-"""Models and data named by a word, as on the command line: ``demo:vgg_bn``, ``images.npz``."""
+"""Labelled images named by a word, as on the command line: ``demo``, ``images.npz``, a folder."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
-import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyablate import demo
+from pyablate._validation import check_count
 from pyablate.io.idx import read_idx
 from pyablate.io.image_folder import ImageFolder, image_batches, moments
-from pyablate.io.weights import load_state, read_state
-from pyablate.network.exported import load_exported
 
-MODEL_SPECS = ("demo:NAME", "module:factory", "FILE.pt2", "torchvision:NAME", "timm:NAME")
 DATA_SPECS = ("demo", "FOLDER", "FILE.npz", "IMAGES-idx3-ubyte[.gz]")
 # Arrays of images and labels in .npz files, in the order looked for; MedMNIST's hold splits.
 NPZ_KEYS = (("images", "labels"), ("x", "y"), ("test_images", "test_labels"))
 # Limit of one decompressed array, against decompression bombs.
 MAX_BYTES = 8 << 30
-_PREFIXES = ("demo", "torchvision", "timm")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Labelled images.
+    """Images, float32 ``[N, C, H, W]``, labels, int64 ``[N]``, and names of classes if known.
 
-    Attributes
-    ----------
-    batches : (Tensor, Tensor) or iterable of (Tensor, Tensor)
-        Images, float32 ``[N, C, H, W]``, and labels, int64 ``[N]``: at once, or in batches that
-        can be gone through any number of times.
-    count : int
-        Number of images.
-    class_names : tuple of str or None
-        Where the source names its classes.
-    source : str
-        What was read, for the record.
+    They come at once, or in batches that can be gone through any number of times.
     """
 
     batches: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-    count: int
     class_names: tuple[str, ...] | None
-    source: str
 
-
-def load_model(
-    spec: str,
-    weights: str | os.PathLike[str] | None = None,
-    *,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """Return the model that `spec` names, in evaluation mode.
-
-    Parameters
-    ----------
-    spec : str
-        ``demo:NAME``, a network shipped with the package; ``module:factory``, a dotted module
-        importable from the working directory and the name of a function that takes no arguments,
-        or of a module instance; ``FILE.pt2``, a program of `torch.export`, exported in evaluation
-        mode with a dynamic batch (it runs what it holds: open only files you trust);
-        ``torchvision:NAME`` or ``timm:NAME``, where installed. The last two come with the
-        pretrained weights of their library, downloaded where needed, unless `weights` is given.
-    weights : path, optional
-        A safetensors file, or a checkpoint read with ``weights_only=True``: a state dict, or a
-        dict with one under any one key ("state_dict", "model", "net", "ema", ...); prefixes of
-        names ("module.", "model.", "backbone.") are matched where exactly one reading fits.
-    device : str or torch.device, optional
-        Where to put the model; by default it stays where it was made.
-
-    Raises
-    ------
-    ValueError
-        `spec`, `weights` or `device` is not what was expected.
-    OSError
-        A file is missing or unreadable.
-    ImportError
-        A module or library is not installed.
-    """
-    place = None if device is None else _usable_device(device)
-    state = None if weights is None else read_state(Path(weights))
-    model = _model(spec, pretrained=state is None)
-    if state is not None:
-        load_state(model, state, os.fspath(weights or ""))
-    return (model if place is None else model.to(place)).eval()
+    def first(self, count: int) -> Tensor:
+        """Return the first images, as many as `count` if the first batch has them."""
+        batches = self.batches
+        images = batches[0] if isinstance(batches, tuple) else next(iter(batches))[0]
+        return images[:count]
 
 
 def load_data(
@@ -147,25 +92,26 @@ def load_data(
     ImportError
         `spec` is an image folder and Pillow is not installed.
     """
-    limit = None if limit is None else _at_least(1, "limit", limit)
+    if limit is not None:
+        check_count("limit", limit)
     name = os.fspath(spec)
     path = Path(name)
     if name != "demo" and path.is_dir():
         _refuse("an image folder", labels=labels)
+        check_count("batch_size", batch_size)
+        check_count("workers", workers, 0)
         images = ImageFolder(path, limit=limit, size=size, channels=channels, mean=mean, std=std)
-        batches = image_batches(
-            images,
-            batch_size=_at_least(1, "batch_size", batch_size),
-            workers=_at_least(0, "workers", workers),
-        )
-        return Data(batches, len(images), images.classes, name)
+        batches = image_batches(images, batch_size=batch_size, workers=workers)
+        return Data(batches, images.classes)
     _refuse(name, size=size, channels=channels)
     class_names: tuple[str, ...] | None = None
     if name == "demo":
         _refuse(name, labels=labels)
         pair, class_names = demo.images(limit), demo.CLASSES
     elif not path.is_file():
-        raise FileNotFoundError(_unknown_data(name))
+        raise FileNotFoundError(
+            f"data: expected {' | '.join(DATA_SPECS)}, found no file or folder {name!r}"
+        )
     elif path.suffix == ".npz":
         arrays = _read_npz(path)
         given = None if labels is None else _read_labels(Path(labels))
@@ -176,124 +122,7 @@ def load_data(
         pair = _tensors(read_idx(path, max_bytes=MAX_BYTES), _read_labels(found), name, limit)
     if mean is not None or std is not None:
         pair = _normalised(pair[0], mean, std), pair[1]
-    return Data(pair, len(pair[1]), class_names, name)
-
-
-# --- models -------------------------------------------------------------------------------------
-
-
-def _model(spec: str, *, pretrained: bool) -> nn.Module:
-    if spec.endswith(".pt2"):
-        return load_exported(Path(spec))
-    prefix, colon, name = spec.partition(":")
-    if not (prefix and colon and name):
-        near = difflib.get_close_matches(spec, demo.NETWORKS, n=1)
-        hint = f"; did you mean demo:{near[0]}?" if near else ""
-        raise ValueError(f"model: expected {' | '.join(MODEL_SPECS)}, got {spec!r}{hint}")
-    if prefix == "demo":
-        return demo.network(name) if pretrained else demo.build(name)
-    if prefix == "torchvision":
-        return _torchvision(name, pretrained)
-    if prefix == "timm":
-        return _timm(name, pretrained)
-    return _from_module(prefix, name, spec)
-
-
-def _torchvision(name: str, pretrained: bool) -> nn.Module:
-    models = _library("torchvision", "torchvision.models")
-    _known("torchvision", name, models.list_models())
-    return _built(lambda: models.get_model(name, weights="DEFAULT" if pretrained else None), name)
-
-
-def _timm(name: str, pretrained: bool) -> nn.Module:
-    timm = _library("timm", "timm")
-    # timm takes "name.tag" for one of several sets of weights.
-    _known("timm", name.partition(".")[0], timm.list_models())
-    return _built(lambda: timm.create_model(name, pretrained=pretrained), name)
-
-
-def _library(name: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"model: {name}:NAME needs {name}, which cannot be imported ({error}): "
-            f"pip install {name}"
-        ) from None
-
-
-def _known(library: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"model: expected the name of a {library} model, got {name!r}{hint}")
-
-
-def _from_module(module: str, name: str, spec: str) -> nn.Module:
-    with _importable_from_cwd():
-        try:
-            found = attrgetter(name)(importlib.import_module(module))
-        except ModuleNotFoundError as error:
-            near = difflib.get_close_matches(module, _PREFIXES, n=1)
-            hint = f"; did you mean {near[0]}:{name}?" if near else ""
-            raise ImportError(f"model: cannot import {module!r} ({error}){hint}") from error
-        except AttributeError as error:
-            raise ValueError(f"model: no {name!r} in the module {module!r} ({error})") from error
-        if isinstance(found, nn.Module):
-            return found
-        if not callable(found):
-            raise ValueError(
-                f"model: expected a function or torch.nn.Module at {spec!r}, "
-                f"found {type(found).__name__}"
-            )
-        return _built(found, spec)
-
-
-def _built(factory: Callable[[], Any], spec: str) -> nn.Module:
-    try:
-        model = factory()
-    except (ImportError, OSError):
-        raise
-    except Exception as error:
-        # Whatever a user's factory raises: the name of the model tells more than the line of ours.
-        raise ValueError(f"model: {spec!r} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model: expected {spec!r} to return a torch.nn.Module, got {type(model).__name__}"
-        )
-    return model
-
-
-@contextmanager
-def _importable_from_cwd() -> Iterator[None]:
-    # As with "python -m"; an installed command has its own folder there instead.
-    cwd = os.getcwd()
-    sys.path.insert(0, cwd)
-    try:
-        yield
-    finally:
-        sys.path.remove(cwd)
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"device: expected one this machine has, got {str(device)!r} ({reason})"
-        ) from None
-    return place
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-def _unknown_data(name: str) -> str:
-    near = difflib.get_close_matches(name, ["demo"], cutoff=0.5)
-    hint = "; did you mean demo?" if near else ""
-    return f"data: expected {' | '.join(DATA_SPECS)}, found no file or folder {name!r}{hint}"
+    return Data(pair, class_names)
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -429,9 +258,3 @@ def _refuse(source: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: expected none with {source}, got {value!r}")
-
-
-def _at_least(least: int, name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    return value

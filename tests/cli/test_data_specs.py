@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pyablate import demo
-from pyablate.cli import specs
-from pyablate.cli.specs import load_data
+from pyablate.cli import data_specs
+from pyablate.cli.data_specs import load_data
 from pyablate.io import image_folder
 from pyablate.io.idx import read_idx
 
@@ -63,9 +63,7 @@ def test_idx_labels_lie_beside_the_images(
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     data = load_data(tmp_path / images_name)
     images, labels = data.batches
-    assert data.count == 6
     assert data.class_names is None
-    assert data.source == str(tmp_path / images_name)
     assert torch.equal(images, torch.from_numpy(GREY)[:, None] / 255)
     assert labels.dtype == torch.int64
     assert labels.tolist() == LABELS.tolist()
@@ -144,7 +142,7 @@ def test_demo_data() -> None:
     images, labels = demo.images(20)
     assert torch.equal(data.batches[0], images)
     assert torch.equal(data.batches[1], labels)
-    assert (data.count, data.class_names, data.source) == (20, demo.CLASSES, "demo")
+    assert data.class_names == demo.CLASSES
 
 
 # --- image folders --------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def _all(data: specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
+def _all(data: data_specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*data.batches, strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -177,7 +175,6 @@ def _all(data: specs.Data) -> tuple[torch.Tensor, torch.Tensor]:
 def test_image_folder(folder: Path) -> None:
     data = load_data(folder, batch_size=4)
     images, labels = _all(data)
-    assert data.count == 9
     assert data.class_names == ("ant", "bee", "cat")
     assert labels.tolist() == [0] * 5 + [1] + [2] * 3
     assert images.shape == (9, 3, 8, 12)
@@ -301,123 +298,105 @@ def _nothing(folder: Path) -> None:
 
 IDX = "t-images-idx3-ubyte"
 GOOD = _idx(LABELS)
-BAD_DATA: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any], str]] = {
-    "missing": (_nothing, "none.npz", {}, "data: expected demo .* found no file or folder"),
-    "misspelt": (_nothing, "demos", {}, "found no file or folder 'demos'; did you mean demo"),
-    "unknown kind": (_files(words=b"x"), "words", {}, "an idx file under another name needs"),
-    "limit 0": (_nothing, "demo", {"limit": 0}, "limit: expected an integer of at least 1, got 0"),
-    "limit text": (_nothing, "demo", {"limit": "9"}, "limit: .* got '9'"),
-    "labels of demo": (_nothing, "demo", {"labels": "y"}, "labels: expected none with demo"),
-    "size of demo": (_nothing, "demo", {"size": 8}, "size: expected none with demo, got 8"),
-    "std 0": (_nothing, "demo", {"std": [0]}, r"std: expected positive figures, got \[0\]"),
-    "mean nan": (_nothing, "demo", {"mean": [float("nan")]}, "mean: expected finite figures"),
-    "mean of 3": (_nothing, "demo", {"mean": [1, 2, 3]}, "mean: expected 1 or 1 figures"),
+# What to write, what to load, the message, the options.
+BAD_DATA: dict[str, tuple[Any, ...]] = {
+    "missing": (_nothing, "none.npz", "data: expected demo .* found no file or folder"),
+    "misspelt": (_nothing, "demos", "found no file or folder 'demos'"),
+    "unknown kind": (_files(words=b"x"), "words", "an idx file under another name needs"),
+    "limit 0": (_nothing, "demo", "limit: expected at least 1, got 0", {"limit": 0}),
+    "limit text": (_nothing, "demo", "limit: .* got '9'", {"limit": "9"}),
+    "labels of demo": (_nothing, "demo", "labels: expected none with demo", {"labels": "y"}),
+    "size of demo": (_nothing, "demo", "size: expected none with demo, got 8", {"size": 8}),
+    "std 0": (_nothing, "demo", r"std: expected positive figures, got \[0\]", {"std": [0]}),
+    "mean nan": (_nothing, "demo", "mean: expected finite figures", {"mean": [float("nan")]}),
+    "mean of 3": (_nothing, "demo", "mean: expected 1 or 1 figures", {"mean": [1, 2, 3]}),
     "idx magic": (
         _files(images=b"\x89PNG", labels=GOOD),
         IDX,
-        {},
         "expected the magic number.*89504e47",
     ),
-    "idx empty": (_files(images=b"", labels=GOOD), IDX, {}, "magic number .* found 0x.empty file"),
-    "idx header": (_files(images=_idx(GREY)[:9], labels=GOOD), IDX, {}, "inside the header"),
+    "idx empty": (_files(images=b"", labels=GOOD), IDX, "magic number .* found 0x.empty file"),
+    "idx header": (_files(images=_idx(GREY)[:9], labels=GOOD), IDX, "inside the header"),
     "idx short": (
         _files(images=_idx(GREY)[:-1], labels=GOOD),
         IDX,
-        {},
         r"header \(6, 5, 4\) asks for 120 bytes of data, found 119",
     ),
-    "idx long": (_files(images=_idx(GREY) + b"x", labels=GOOD), IDX, {}, "120 bytes .* found more"),
+    "idx long": (_files(images=_idx(GREY) + b"x", labels=GOOD), IDX, "120 bytes .* found more"),
     "idx bomb": (
         _files(images=struct.pack(">I3I", 0x803, 1 << 31, 1 << 31, 4), labels=GOOD),
         IDX,
-        {},
         "asks for 18446744073709551616 bytes, the limit is 5000",
     ),
     "idx gzip header": (
         _files(**{IDX + ".gz": b"hello", "labels": GOOD}),
         IDX + ".gz",
-        {},
         "damaged gzip stream .Not a gzipped file",
     ),
-    "idx gzip": (_short_gzip, IDX + ".gz", {}, "t-images-idx3-ubyte.gz': damaged gzip stream"),
-    "idx no gzip": (
-        _files(**{"images.gz": b"hello"}),
-        "images.gz",
-        {},
-        "labels: expected 'labels'",
-    ),
+    "idx gzip": (_short_gzip, IDX + ".gz", "t-images-idx3-ubyte.gz': damaged gzip stream"),
+    "idx no gzip": (_files(**{"images.gz": b"hello"}), "images.gz", "labels: expected 'labels'"),
     "idx counts": (
         _files(images=_idx(GREY), labels=_idx(LABELS[:5])),
         IDX,
-        {},
         "expected as many labels as images .* found 5 labels and 6 images",
     ),
-    "idx no labels": (_files(images=_idx(GREY)), IDX, {}, "labels: expected 't-labels-idx1-ubyte'"),
+    "idx no labels": (_files(images=_idx(GREY)), IDX, "labels: expected 't-labels-idx1-ubyte'"),
     "no such labels": (
         _files(images=_idx(GREY)),
         IDX,
-        {"labels": "none"},
         "labels: expected a file, found none at 'none'",
+        {"labels": "none"},
     ),
-    "npz keys": (
-        _npz(a=GREY, labels=LABELS),
-        "data.npz",
-        {},
-        "images and labels.* found a, labels",
-    ),
-    "npz counts": (_npz(images=GREY, labels=LABELS[1:]), "data.npz", {}, "5 labels and 6 images"),
+    "npz keys": (_npz(a=GREY, labels=LABELS), "data.npz", "images and labels.* found a, labels"),
+    "npz counts": (_npz(images=GREY, labels=LABELS[1:]), "data.npz", "5 labels and 6 images"),
     "npz objects": (
         _npz(images=np.array([{}], dtype=object), labels=LABELS[:1]),
         "data.npz",
-        {},
         "data: cannot read .*allow_pickle",
     ),
-    "npz int64": (_npz(images=GREY.astype(int), labels=LABELS), "data.npz", {}, "found int64"),
+    "npz int64": (_npz(images=GREY.astype(int), labels=LABELS), "data.npz", "found int64"),
     "npz float labels": (
         _npz(images=GREY, labels=LABELS * 0.5),
         "data.npz",
-        {},
         r"labels: expected integers \[N\] .* found float64 \[6\]",
     ),
-    "npz 2-d labels": (_npz(x=GREY, y=LABELS[:, None, None]), "data.npz", {}, r"uint8 \[6, 1, 1\]"),
-    "npz no images": (_npz(x=GREY[:0], y=LABELS[:0]), "data.npz", {}, r"found shape \[0, 5, 4\]"),
-    "npz bomb": (_npz(x=np.zeros(6000), y=LABELS), "data.npz", {}, "unpacks to .* limit is 5000"),
-    "npz short": (_short_npz, "data.npz", {}, "is no .npz file or damaged"),
-    "npz text": (_files(**{"data.npz": b"hello"}), "data.npz", {}, "is no .npz file or damaged"),
+    "npz 2-d labels": (_npz(x=GREY, y=LABELS[:, None, None]), "data.npz", r"uint8 \[6, 1, 1\]"),
+    "npz no images": (_npz(x=GREY[:0], y=LABELS[:0]), "data.npz", r"found shape \[0, 5, 4\]"),
+    "npz bomb": (_npz(x=np.zeros(6000), y=LABELS), "data.npz", "unpacks to .* limit is 5000"),
+    "npz short": (_short_npz, "data.npz", "is no .npz file or damaged"),
+    "npz text": (_files(**{"data.npz": b"hello"}), "data.npz", "is no .npz file or damaged"),
     "npz class names": (
         _npz(x=GREY, y=LABELS, class_names=np.arange(3)),
         "data.npz",
-        {},
         "expected class_names .* to be a list of strings, found int64",
     ),
-    "folder empty": (_nothing, ".", {}, "expected one sub-folder per class in '.', found 0"),
+    "folder empty": (_nothing, ".", "expected one sub-folder per class in '.', found 0"),
     "folder no images": (
         lambda folder: (folder / "a").mkdir(),
         ".",
-        {},
         "data: expected images .* below '.', found none",
     ),
-    "folder labels": (_one_picture, ".", {"labels": "y"}, "labels: expected none with an image"),
-    "folder size": (_one_picture, ".", {"size": 0}, "size: expected SIZE or .* got 0"),
-    "folder crop": (_one_picture, ".", {"size": (4, 5)}, "CROP <= SCALE, got .4, 5."),
-    "folder channels": (_one_picture, ".", {"channels": 2}, "channels: expected 1 or 3, got 2"),
-    "folder std": (_one_picture, ".", {"std": [1, 2]}, "std: expected 1 or 3 figures"),
-    "folder batch": (_one_picture, ".", {"batch_size": 0}, "batch_size: .* at least 1, got 0"),
-    "folder sizes": (_two_sizes, ".", {}, r"one size \[3, 4, 4\], found \[3, 4, 5\] in 'a/1.png'"),
-    "folder truncated": (_truncated_png, ".", {}, "data: cannot decode 'a/0.png'"),
-    "folder bomb": (_large_picture, ".", {}, "'a/0.png' is too large: .* found 100 x 101"),
+    "folder labels": (_one_picture, ".", "labels: expected none with an image", {"labels": "y"}),
+    "folder size": (_one_picture, ".", "size: expected SIZE or .* got 0", {"size": 0}),
+    "folder crop": (_one_picture, ".", "CROP <= SCALE, got .4, 5.", {"size": (4, 5)}),
+    "folder channels": (_one_picture, ".", "channels: expected 1 or 3, got 2", {"channels": 2}),
+    "folder std": (_one_picture, ".", "std: expected 1 or 3 figures", {"std": [1, 2]}),
+    "folder batch": (_one_picture, ".", "batch_size: .* at least 1, got 0", {"batch_size": 0}),
+    "folder sizes": (_two_sizes, ".", r"one size \[3, 4, 4\], found \[3, 4, 5\] in 'a/1.png'"),
+    "folder truncated": (_truncated_png, ".", "data: cannot decode 'a/0.png'"),
+    "folder bomb": (_large_picture, ".", "'a/0.png' is too large: .* found 100 x 101"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    prepare, spec, options, message = BAD_DATA[case]
+    prepare, spec, message, *options = BAD_DATA[case]
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(specs, "MAX_BYTES", 5000)
+    monkeypatch.setattr(data_specs, "MAX_BYTES", 5000)
     monkeypatch.setattr(image_folder, "MAX_PIXELS", 10_000)
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        list(load_data(spec, **options).batches)
+        list(load_data(spec, **dict(*options)).batches)
     assert "\n" not in str(caught.value)
 
 
