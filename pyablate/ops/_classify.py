@@ -81,7 +81,7 @@ def head_flips(
         baseline.contiguous(),
         tolerance.contiguous(),
         out,
-        *context(logits),
+        **context(logits),
     )
     return out
 
@@ -143,7 +143,7 @@ def classify(
         tolerance.contiguous(),
         out,
         relative,
-        *context(logits),
+        **context(logits),
     )
     return out
 
@@ -181,5 +181,5 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     if core is None:
         return reference.confusion_counts(prediction, label, classes)
     out = torch.empty(units, classes, classes, dtype=torch.int32, device=prediction.device)
-    core.confusion_counts(prediction.contiguous(), label.contiguous(), out, *context(prediction))
+    core.confusion_counts(prediction.contiguous(), label.contiguous(), out, **context(prediction))
     return out
