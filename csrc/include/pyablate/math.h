@@ -58,16 +58,14 @@ PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
     return at_most(at_least(x, low), high);
 }
 
-// clamp(z + d) - clamp(z): from inside, d between the bounds seen from z. A z that is NaN, or
-// infinite as its bound is, makes one of these NaN and counts as outside, where it gives NaN.
+// f(z + d) - f(z) for clamp and max(z, 0): what is left of d once z has come to c, the nearest
+// number inside, between the bounds seen from there. A z that is NaN, or infinite as its bound is,
+// makes z - c NaN.
 template <class T>
 PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
-    const T below = low - z, above = high - z;
-    const T inside = clamp(d, below, above);
-    const T outside = clamp(z + d, low, high) - clamp(z, low, high);
-    return where(below <= T(0), where(above >= T(0), inside, outside), outside);
+    const T c = clamp(z, low, high);
+    return clamp(d + (z - c), low - c, high - c);
 }
-
 template <class T>
 PYABLATE_HOST_DEVICE inline T relu_change(T z, T d) {
     const T c = at_least(z, T(0));
