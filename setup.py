@@ -6,6 +6,11 @@ Environment variables:
     ``AUTO`` (default: compile the CUDA backends if nvcc works), ``ON`` or ``OFF``.
 ``PYABLATE_EXTENSION``
     ``OFF`` leaves the native module out; everything then runs on the PyTorch reference.
+``PYABLATE_WERROR``
+    ``ON``: warnings of the compilers are errors, as in CI.
+``CMAKE_ARGS``
+    More options of CMake, for example ``-DCMAKE_CUDA_ARCHITECTURES=86``; of CMake's own variables,
+    ``CXX``, ``CXXFLAGS``, ``CUDACXX`` and ``CUDAARCHS`` are read too.
 ``PYABLATE_SANITIZE``
     For example ``address,undefined``: instrument the native module (see tests/sanitize.sh).
 """
@@ -13,6 +18,7 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NO_COMPILER = """
 pyablate: the native module could not be built: {reason}.
-It needs a C++17 compiler (GCC >= 10 or Clang >= 12; Debian: apt install g++), CMake >= 3.24 and
+It needs a C++20 compiler (GCC >= 10 or Clang >= 12; Debian: apt install g++), CMake >= 3.24 and
 Ninja; the last two come from PyPI by themselves unless build isolation is off.
 To install without it, set PYABLATE_EXTENSION=OFF: everything runs, slower, on PyTorch alone.
 """
@@ -41,7 +47,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Configure and build ``ext``; the module lands where setuptools expects it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
         cmake = shutil.which("cmake")
         if cmake is None:
@@ -61,12 +67,13 @@ class CMakeBuild(build_ext):
             f"-DPYABLATE_VERSION={self.distribution.get_version()}",
             f"-DPYABLATE_CUDA={os.environ.get('PYABLATE_CUDA', 'AUTO').upper()}",
             f"-DPYABLATE_SANITIZE={os.environ.get('PYABLATE_SANITIZE', '')}",
+            f"-DPYABLATE_WERROR={os.environ.get('PYABLATE_WERROR', 'OFF')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
         if shutil.which("ninja") is not None:
             options += ["-G", "Ninja"]
-        return options
+        return options + shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
     @staticmethod
     def _run(command: list[str], cwd: Path, reason: str) -> None:

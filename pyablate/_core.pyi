@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'tensor_access', 'unit_delta', 'unit_delta_scratch', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'tensor_access', 'unit_delta', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
@@ -23,11 +23,11 @@ def classify(logits: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, tol
     ...
 def confusion_counts(prediction: torch.Tensor, label: torch.Tensor, out: torch.Tensor, threads: int, stream: int) -> None:
     ...
-def delta_activation(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def delta_activation(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, out: torch.Tensor | None, codes: tuple[torch.Tensor | None, torch.Tensor | None], activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
-def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], out_size: collections.abc.Sequence[int], scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, out: torch.Tensor | None, codes: tuple[torch.Tensor | None, torch.Tensor | None], channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
-def delta_mean(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, image: torch.Tensor, out: torch.Tensor, channels_last: bool, scratch: torch.Tensor | None, kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def delta_mean(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, out: torch.Tensor, channels_last: bool, activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
 def grid_size(elements: int, per_block: int) -> int:
     """
@@ -37,18 +37,14 @@ def head_flips(logits: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, 
     ...
 def map_moments(x: torch.Tensor, pooled: torch.Tensor, active: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...
-def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, *, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...
 def tensor_access(use_table: bool) -> str:
     """
     Read tensors by the exchange table if allowed and there; tell how they are read.
     """
-def unit_delta(delta: torch.Tensor, weight: torch.Tensor, channel: torch.Tensor, image: torch.Tensor, column: torch.Tensor, base: torch.Tensor | None, base_image: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None, code_scale: torch.Tensor | None, scratch: torch.Tensor | None, stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], kind: int, a: float, b: float, threads: int, stream: int) -> None:
+def unit_delta(delta: torch.Tensor, weight: torch.Tensor, channel: torch.Tensor, image: torch.Tensor, column: torch.Tensor, *, base: torch.Tensor | None, base_image: torch.Tensor, out: torch.Tensor | None, codes: tuple[torch.Tensor | None, torch.Tensor | None], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
-def unit_delta_scratch(delta: torch.Tensor, weight: torch.Tensor, result: torch.Tensor, codes: torch.Tensor | None, stride: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int]) -> int:
-    """
-    Scratch elements that one thread of unit_delta needs on the CPU.
-    """
 def use_isa(name: str) -> bool:
     """
     Use the CPU kernels 'baseline', 'avx2' or 'avx512'; False if this machine cannot.

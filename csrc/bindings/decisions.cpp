@@ -23,18 +23,19 @@ void head_flips(const TensorView& logits, const TensorView& delta, const TensorV
     const std::int64_t images = logits.shape[0], classes = logits.shape[1];
     const std::int64_t units = delta.shape[1];
     const DType dtype = logits.dtype;
-    read<std::int32_t>({"out", out}, DType::int32, {images, units});
-    const HeadFlipsParams params{read<void>({"logits", logits}, dtype, {images, classes}),
-                                 read<void>({"delta", delta}, dtype, {images, units}),
-                                 read<void>({"weight", weight}, dtype, {units, classes}),
-                                 read<void>({"bounds", bounds}, dtype, {3, units}),
-                                 read_index({"baseline", baseline}, images, 0, classes),
-                                 read<void>({"tolerance", tolerance}, dtype, {images}),
-                                 static_cast<std::int32_t*>(out.data),
-                                 images,
-                                 units,
-                                 classes,
-                                 dtype};
+    const HeadFlipsParams params{
+        .logits = read<void>({"logits", logits}, dtype, {images, classes}),
+        .delta = read<void>({"delta", delta}, dtype, {images, units}),
+        .weight = read<void>({"weight", weight}, dtype, {units, classes}),
+        .bounds = read<void>({"bounds", bounds}, dtype, {3, units}),
+        .baseline = read_index({"baseline", baseline}, images, 0, classes),
+        .tolerance = read<void>({"tolerance", tolerance}, dtype, {images}),
+        .out = write<std::int32_t>({"out", out}, DType::int32, {images, units}),
+        .images = images,
+        .units = units,
+        .classes = classes,
+        .dtype = dtype,
+    };
     if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::head_flips, cuda::head_flips);
 }
@@ -53,17 +54,18 @@ void classify(const TensorView& logits, const TensorView& delta, const TensorVie
     const std::int64_t images = logits.shape[0], classes = logits.shape[1];
     const std::int64_t pairs = out.shape[0];
     const DType dtype = logits.dtype;
-    read<std::int32_t>({"out", out}, DType::int32, {pairs});
-    const ClassifyParams params{read<void>({"logits", logits}, dtype, {images, classes}),
-                                read<void>({"delta", delta}, dtype, {pairs, classes}),
-                                read_index({"image", image}, pairs, 0, images),
-                                read<void>({"tolerance", tolerance}, dtype, {images}),
-                                static_cast<std::int32_t*>(out.data),
-                                images,
-                                pairs,
-                                classes,
-                                relative,
-                                dtype};
+    const ClassifyParams params{
+        .logits = read<void>({"logits", logits}, dtype, {images, classes}),
+        .delta = read<void>({"delta", delta}, dtype, {pairs, classes}),
+        .image = read_index({"image", image}, pairs, 0, images),
+        .tolerance = read<void>({"tolerance", tolerance}, dtype, {images}),
+        .out = write<std::int32_t>({"out", out}, DType::int32, {pairs}),
+        .images = images,
+        .pairs = pairs,
+        .classes = classes,
+        .relative = relative,
+        .dtype = dtype,
+    };
     if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::classify, cuda::classify);
 }
@@ -74,18 +76,19 @@ void confusion_counts(const TensorView& prediction, const TensorView& label, con
     check(prediction.dims == 2 && out.dims == 3, "prediction, out: expected [U, N] and [U, K, K]");
     const std::int64_t units = prediction.shape[0], images = prediction.shape[1];
     const std::int64_t classes = out.shape[2];
-    read<std::int32_t>({"out", out}, DType::int32, {units, classes, classes});
     TensorView flat = prediction;
-    check_contiguous({"prediction", prediction});
+    check_dense({"prediction", prediction});
     flat.dims = 1;
     flat.shape[0] = units * images;
     flat.strides[0] = 1;
-    const ConfusionCountsParams params{read_index({"prediction", flat}, units * images, 0, classes),
-                                       read_index({"label", label}, images, 0, classes),
-                                       static_cast<std::int32_t*>(out.data),
-                                       units,
-                                       images,
-                                       classes};
+    const ConfusionCountsParams params{
+        .prediction = read_index({"prediction", flat}, units * images, 0, classes),
+        .label = read_index({"label", label}, images, 0, classes),
+        .out = write<std::int32_t>({"out", out}, DType::int32, {units, classes, classes}),
+        .units = units,
+        .images = images,
+        .classes = classes,
+    };
     if (out.elements() == 0) return;
     run(place, params, threads, stream, cpu::confusion_counts, cuda::confusion_counts);
 }

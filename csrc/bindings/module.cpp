@@ -44,7 +44,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("grid_size", &grid_size, "elements"_a, "per_block"_a,
           "Blocks of a CUDA launch, for tests.");
 
-    define_maps(m);
+    define_units(m);
+    define_deltas(m);
     define_decisions(m);
     define_moments(m);
 }

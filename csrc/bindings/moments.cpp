@@ -8,22 +8,13 @@ namespace pyablate {
 
 namespace {
 
-// A contiguous output of the given dtype and shape.
-template <class T>
-T* write(const Argument& a, DType dtype, std::initializer_list<std::int64_t> shape) {
-    return const_cast<T*>(read<T>(a, dtype, shape));
-}
-
-// A table [units, images] whose rows are parts of longer ones; `row` becomes the distance between
-// them.
-void* write_part(const Argument& a, DType dtype, std::int64_t units, std::int64_t images,
-                 std::int64_t& row) {
+// A table [units, images] whose rows are parts of longer ones.
+void* write_part(const Argument& a, DType dtype, std::int64_t units, std::int64_t images) {
     check_dtype(a, dtype);
     check_shape(a, {units, images});
-    check((images == 1 || a.view.strides[1] == 1) && (units == 1 || a.view.strides[0] >= images),
+    check((images == 1 || a.view->strides[1] == 1) && (units == 1 || a.view->strides[0] >= images),
           a.name, ": expected rows of consecutive entries");
-    row = a.view.strides[0];
-    return a.view.data;
+    return a.view->data;
 }
 
 void map_moments(const TensorView& x, const TensorView& pooled, const TensorView& active,
@@ -40,18 +31,21 @@ void map_moments(const TensorView& x, const TensorView& pooled, const TensorView
     const std::int64_t images = x.shape[0];
     check(row_elements(x) == outer * units * inner && x.elements() > 0,
           "x: expected rows of outer * units * inner elements, at least one");
-    MapMomentsParams params{};
-    params.x = x.data;
-    params.pooled = write_part({"pooled", pooled}, x.dtype, units, images, params.pooled_row);
-    params.active = static_cast<std::uint8_t*>(
-        write_part({"active", active}, DType::uint8, units, images, params.active_row));
-    params.least = write<void>({"least", least}, x.dtype, {units});
-    params.positive = write<std::int64_t>({"positive", positive}, DType::int64, {units});
-    params.images = images;
-    params.outer = outer;
-    params.units = units;
-    params.inner = inner;
-    params.dtype = x.dtype;
+    const MapMomentsParams params{
+        .x = x.data,
+        .pooled = write_part({"pooled", pooled}, x.dtype, units, images),
+        .active =
+            static_cast<std::uint8_t*>(write_part({"active", active}, DType::uint8, units, images)),
+        .least = write<void>({"least", least}, x.dtype, {units}),
+        .positive = write<std::int64_t>({"positive", positive}, DType::int64, {units}),
+        .images = images,
+        .outer = outer,
+        .units = units,
+        .inner = inner,
+        .pooled_row = pooled.strides[0],
+        .active_row = active.strides[0],
+        .dtype = x.dtype,
+    };
     run(place, params, threads, stream, cpu::map_moments, cuda::map_moments);
 }
 
@@ -70,17 +64,19 @@ void class_moments(const TensorView& pooled, const TensorView& active, const Ten
     const std::int64_t units = pooled.shape[0], images = pooled.shape[1];
     const std::int64_t classes = total.shape[1];
     const ClassMomentsParams params{
-        read<void>({"pooled", pooled}, pooled.dtype, {units, images}),
-        read<std::uint8_t>({"active", active}, DType::uint8, {units, images}),
-        read_index({"label", label}, images, 0, classes),
-        write<double>({"total", total}, DType::float64, {units, classes}),
-        write<double>({"square", square}, DType::float64, {units, classes}),
-        write<double>({"maximum", maximum}, DType::float64, {units, classes}),
-        write<std::int64_t>({"active_images", active_images}, DType::int64, {units, classes}),
-        units,
-        images,
-        classes,
-        pooled.dtype};
+        .pooled = read<void>({"pooled", pooled}, pooled.dtype, {units, images}),
+        .active = read<std::uint8_t>({"active", active}, DType::uint8, {units, images}),
+        .label = read_index({"label", label}, images, 0, classes),
+        .total = write<double>({"total", total}, DType::float64, {units, classes}),
+        .square = write<double>({"square", square}, DType::float64, {units, classes}),
+        .maximum = write<double>({"maximum", maximum}, DType::float64, {units, classes}),
+        .active_images =
+            write<std::int64_t>({"active_images", active_images}, DType::int64, {units, classes}),
+        .units = units,
+        .images = images,
+        .classes = classes,
+        .dtype = pooled.dtype,
+    };
     run(place, params, threads, stream, cpu::class_moments, cuda::class_moments);
 }
 
@@ -106,23 +102,26 @@ void class_ranks(const TensorView& x, const TensorView& label, const TensorView&
     const std::int64_t workers = place.cuda ? scratch.shape[0] : threads;
     check(workers <= scratch.shape[0], "scratch: expected a row for each thread");
     const ClassRanksParams params{
-        read<void>({"x", x}, x.dtype, {units, images}),
-        read_index({"label", label}, images, 0, classes),
-        read<std::int64_t>({"count", count}, DType::int64, {classes}),
-        write<std::int64_t>({"rank_sum", rank_sum}, DType::int64, {units, classes}),
-        write<std::int64_t>({"gain", gain}, DType::int64, {units, classes}),
-        write<std::int32_t>({"first", first}, DType::int32, {units, classes}),
-        write<std::int32_t>({"quantiles", quantiles}, DType::int32, {units, bins, classes}),
-        write<std::int32_t>({"widths", widths}, DType::int32, {units, bins}),
-        units,
-        images,
-        classes,
-        bins,
-        top,
-        write<std::int64_t>({"scratch", scratch}, DType::int64,
-                            {scratch.shape[0], class_ranks_scratch(images, classes, x.dtype)}),
-        workers,
-        x.dtype};
+        .x = read<void>({"x", x}, x.dtype, {units, images}),
+        .label = read_index({"label", label}, images, 0, classes),
+        .count = read<std::int64_t>({"count", count}, DType::int64, {classes}),
+        .rank_sum = write<std::int64_t>({"rank_sum", rank_sum}, DType::int64, {units, classes}),
+        .gain = write<std::int64_t>({"gain", gain}, DType::int64, {units, classes}),
+        .first = write<std::int32_t>({"first", first}, DType::int32, {units, classes}),
+        .quantiles =
+            write<std::int32_t>({"quantiles", quantiles}, DType::int32, {units, bins, classes}),
+        .widths = write<std::int32_t>({"widths", widths}, DType::int32, {units, bins}),
+        .units = units,
+        .images = images,
+        .classes = classes,
+        .bins = bins,
+        .top = top,
+        .scratch =
+            write<std::int64_t>({"scratch", scratch}, DType::int64,
+                                {scratch.shape[0], class_ranks_scratch(images, classes, x.dtype)}),
+        .workers = workers,
+        .dtype = x.dtype,
+    };
     run(place, params, threads, stream, cpu::class_ranks, cuda::class_ranks);
 }
 

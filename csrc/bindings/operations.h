@@ -1,6 +1,6 @@
 // What the bindings of the operations share, and what adds them to the module. Each function of
-// Python: validate, leave the GIL, hand over to the backend of the tensors' device. Outputs and
-// scratch come from Python.
+// Python: validate, leave the GIL, hand over to the backend of the tensors' device. Outputs
+// come from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,7 +14,8 @@ namespace pyablate {
 namespace py = pybind11;
 using namespace py::literals;
 
-void define_maps(py::module_& m);
+void define_units(py::module_& m);
+void define_deltas(py::module_& m);
 void define_decisions(py::module_& m);
 void define_moments(py::module_& m);
 

@@ -2,10 +2,9 @@
 // it by pointer, a row or a block at a time, so that none is compiled once per function.
 #pragma once
 
-#include "pyablate/bfloat16.h"
-#include "pyablate/codes.h"
 #include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
+#include "simd.h"
 
 namespace pyablate::PYABLATE_ISA {
 
@@ -16,12 +15,15 @@ struct Change {
     double addend_scale = 1;
 };
 
+template <class P>
+PYABLATE_INLINE Change change_of(const P& p, std::int64_t pair) {
+    return {p.activation, p.scale == nullptr ? 1.0 : p.scale[pair],
+            p.addend_scale == nullptr ? 1.0 : p.addend_scale[pair]};
+}
+
 // (base, delta, addend or null, out, count, change); out may be delta.
 using ChangeRun = void (*)(const void*, const void*, const void*, void*, std::int64_t,
                            const Change&);
-
-// Writes `count` changes as codes; see codes.h.
-void encode(const float* change, std::int64_t count, std::uint8_t* codes, float* scale);
 
 // The version for these dtypes; addend has that of delta.
 ChangeRun find_change_run(ActivationKind kind, DType base, DType delta, DType out);

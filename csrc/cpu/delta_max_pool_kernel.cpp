@@ -3,6 +3,7 @@
 // Channels last: a vector holds neighbouring channels of one window. Otherwise it holds
 // neighbouring windows of one output row, gathered lane by lane unless they touch.
 #include "change.h"
+#include "encode.h"
 #include "isa.h"
 #include "pyablate/dispatch.h"
 #include "simd.h"
@@ -134,10 +135,9 @@ void pool_plane(const DeltaMaxPoolParams& p, const B* base, const D* delta, doub
 // A part is what lies together in the output: a row of a pair (channels last) or a plane. Its
 // changes go through `finish` to `out`; without a function they are the results already.
 template <class D, class B>
-void pool_part(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std::int64_t part,
-               void* out) {
+void pool_part(const DeltaMaxPoolParams& p, std::int64_t size, ChangeRun finish, void* scratch,
+               std::int64_t part, void* out) {
     using T = Compute<D>;
-    const std::int64_t size = cpu::delta_max_pool_part(p);
     T* most = static_cast<T*>(scratch);
     const bool done = finish == nullptr;
     T* change = done ? static_cast<T*>(out) : most + size;
@@ -159,40 +159,37 @@ void pool_part(const DeltaMaxPoolParams& p, ChangeRun finish, void* scratch, std
 
 // All parts of one pair, then their codes.
 template <class D, class B>
-void pool_pair(const DeltaMaxPoolParams& p, ChangeRun finish, float* scratch, std::int64_t pair) {
-    const std::int64_t parts = cpu::delta_max_pool_parts(p), size = cpu::delta_max_pool_part(p);
-    float* whole = scratch + 2 * size;
-    for (std::int64_t part = 0; part < parts; ++part) {
-        pool_part<D, B>(p, finish, scratch, pair * parts + part, whole + part * size);
+void pool_pair(const DeltaMaxPoolParams& p, const cpu::PoolParts& parts, ChangeRun finish,
+               float* scratch, std::int64_t pair) {
+    float* whole = scratch + 2 * parts.size;
+    for (std::int64_t i = 0; i < parts.per_pair; ++i) {
+        pool_part<D, B>(p, parts.size, finish, scratch, pair * parts.per_pair + i,
+                        whole + i * parts.size);
     }
-    const std::int64_t row = parts * size;
-    encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
-    if (p.out == nullptr) return;
-    const ChangeRun keep =
-        find_change_run(ActivationKind::identity, DType::float32, DType::float32, dtype_of<D>);
-    keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});
+    encode(whole, parts.per_pair * parts.size, pair, p.codes, p.out, p.dtype);
 }
 
 }  // namespace
 
-void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,
-                    std::int64_t end) {
+// Items are parts or, with codes, pairs.
+void delta_max_pool(const DeltaMaxPoolParams& p, const cpu::PoolParts& parts, void* scratch,
+                    std::int64_t begin, std::int64_t end) {
     dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         using T = Compute<D>;
         const bool whole = p.codes.values != nullptr;
-        const DType stored = whole ? DType::float32 : dtype_of<D>;
+        const DType stored = whole ? DType::float32 : p.dtype;
         ChangeRun finish = nullptr;
         if (p.activation.kind != ActivationKind::identity || stored != dtype_of<T>) {
             finish = find_change_run(p.activation.kind, dtype_of<T>, dtype_of<T>, stored);
         }
-        const std::int64_t size = cpu::delta_max_pool_part(p);
         for (std::int64_t item = begin; item < end; ++item) {
             if (whole) {
-                pool_pair<D, B>(p, finish, static_cast<float*>(scratch), item);
+                pool_pair<D, B>(p, parts, finish, static_cast<float*>(scratch), item);
             } else {
-                pool_part<D, B>(p, finish, scratch, item, static_cast<D*>(p.out) + item * size);
+                pool_part<D, B>(p, parts.size, finish, scratch, item,
+                                static_cast<D*>(p.out) + item * parts.size);
             }
         }
     });

@@ -27,8 +27,4 @@ void fail_no_version(const char* op, DType dtype, DType base) {
     fail(op, ": no version for a tensor of ", name_of(dtype), " beside one of ", name_of(base));
 }
 
-void fail_no_activation(int number) {
-    fail("activation: no function has the number ", number);
-}
-
 }  // namespace pyablate

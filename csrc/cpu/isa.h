@@ -17,6 +17,31 @@
 
 namespace pyablate {
 
+namespace cpu {
+
+// Elements of a row that are worked on together, so that few long rows feed many threads; as floats
+// they take half of a first cache.
+constexpr std::int64_t activation_block = 4096;
+
+// What is pooled together: an output row of a pair (channels last), or a plane.
+struct PoolParts {
+    std::int64_t size, per_pair;
+};
+
+// How the scratch of one thread of unit_delta is divided, in elements of the dtype of weight.
+struct UnitDeltaScratch {
+    std::int64_t window;   // padded input rows, or the maps of a run of pairs
+    std::int64_t counts;   // nonzero elements up to each position of a window row
+    std::int64_t rows;     // which input row each window row holds
+    std::int64_t results;  // one row of results, before the function
+    std::int64_t whole;    // with codes: all results of a pair
+};
+
+// Pairs of one column that are convolved together where each has a single output position.
+constexpr std::int64_t unit_delta_run = 28;
+
+}  // namespace cpu
+
 // Each works on the items [begin, end) of its operation.
 #define PYABLATE_DECLARE_KERNELS                                                                 \
     void unit_delta(const UnitDeltaParams& p, const cpu::UnitDeltaScratch& sizes, void* scratch, \
@@ -26,8 +51,8 @@ namespace pyablate {
                                 std::int64_t end);                                               \
     void delta_mean(const DeltaMeanParams& p, void* scratch, std::int64_t begin,                 \
                     std::int64_t end);                                                           \
-    void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, std::int64_t begin,          \
-                        std::int64_t end);                                                       \
+    void delta_max_pool(const DeltaMaxPoolParams& p, const cpu::PoolParts& parts, void* scratch, \
+                        std::int64_t begin, std::int64_t end);                                   \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
     void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
     void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end);

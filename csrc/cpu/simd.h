@@ -151,4 +151,13 @@ PYABLATE_INLINE void store_n(S* to, V x, int n) {
     }
 }
 
+// Calls f(offset, n) over [0, count) in steps of V. The whole ones see a constant n, so that their
+// loads and stores are single instructions; the last may be a part.
+template <class V, class F>
+PYABLATE_INLINE void for_vectors(std::int64_t count, F&& f) {
+    std::int64_t i = 0;
+    for (; i + V::size <= count; i += V::size) f(i, V::size);
+    if (i < count) f(i, static_cast<int>(count - i));
+}
+
 }  // namespace pyablate::PYABLATE_ISA

@@ -5,6 +5,7 @@
 // then, for each block of output channels, the sums of all these positions stay in registers while
 // the listed taps go by: per tap one load of the weights for all positions.
 #include "change.h"
+#include "encode.h"
 #include "isa.h"
 #include "pyablate/dispatch.h"
 #include "simd.h"
@@ -193,16 +194,12 @@ struct Finish {
     const UnitDeltaParams& p;
     T* const whole;
     const bool coded;
-    const std::int64_t base_size;
     const ChangeRun run;
 
     Finish(const UnitDeltaParams& params, T* pair_results)
         : p(params),
           whole(pair_results),
           coded(p.codes.values != nullptr),
-          base_size(p.base_dtype == DType::float64    ? 8
-                    : p.base_dtype == DType::bfloat16 ? 2
-                                                      : 4),
           run(p.base == nullptr && (coded || std::is_same_v<D, T>)
                   ? nullptr
                   : find_change_run(p.activation.kind, p.base_dtype, dtype_of<T>,
@@ -224,20 +221,14 @@ struct Finish {
         if (run == nullptr) return;
         const std::int64_t from = p.base_image[pair] * p.out_h * p.out_w * p.outputs + at;
         const char* base = static_cast<const char*>(p.base);
-        run(base == nullptr ? base : base + from * base_size, results, nullptr, target(pair, at),
-            count, {p.activation});
+        run(base == nullptr ? base : base + from * item_size(p.base_dtype), results, nullptr,
+            target(pair, at), count, {p.activation});
     }
 
     // After the last element of a pair.
     void close(std::int64_t pair) const {
         if constexpr (std::is_same_v<T, float>) {
-            if (!coded) return;
-            const std::int64_t row = p.out_h * p.out_w * p.outputs;
-            encode(whole, row, p.codes.values + pair * row, p.codes.scale + pair);
-            if (p.out == nullptr) return;
-            const ChangeRun keep = find_change_run(ActivationKind::identity, DType::float32,
-                                                   DType::float32, dtype_of<D>);
-            keep(nullptr, whole, nullptr, static_cast<D*>(p.out) + pair * row, row, {});
+            if (coded) encode(whole, p.out_h * p.out_w * p.outputs, pair, p.codes, p.out, p.dtype);
         }
     }
 };

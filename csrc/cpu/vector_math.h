@@ -2,6 +2,7 @@
 // (only the few pairs that are rescued in float64 come here).
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "simd.h"

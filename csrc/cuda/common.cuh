@@ -84,37 +84,13 @@ __device__ inline std::int64_t all_threads() {
 }
 
 // f(z + d) - f(z). The function is chosen at run time: all threads take the same branch, and the
-// memory is slower than the switch.
+// memory is slower than the switch. Host too, only since what it calls is.
 template <class T>
-__device__ inline T change(const Activation& f, T z, T d) {
-    using K = ActivationKind;
-    const T a = static_cast<T>(f.a), b = static_cast<T>(f.b);
-    switch (f.kind) {
-        case K::relu:
-            return activate_change<K::relu>(z, d, a, b);
-        case K::hardtanh:
-            return activate_change<K::hardtanh>(z, d, a, b);
-        case K::leaky_relu:
-            return activate_change<K::leaky_relu>(z, d, a, b);
-        case K::elu:
-            return activate_change<K::elu>(z, d, a, b);
-        case K::gelu:
-            return activate_change<K::gelu>(z, d, a, b);
-        case K::gelu_tanh:
-            return activate_change<K::gelu_tanh>(z, d, a, b);
-        case K::silu:
-            return activate_change<K::silu>(z, d, a, b);
-        case K::hardswish:
-            return activate_change<K::hardswish>(z, d, a, b);
-        case K::hardsigmoid:
-            return activate_change<K::hardsigmoid>(z, d, a, b);
-        case K::sigmoid:
-            return activate_change<K::sigmoid>(z, d, a, b);
-        case K::tanh:
-            return activate_change<K::tanh>(z, d, a, b);
-        default:
-            return d;
-    }
+PYABLATE_HOST_DEVICE inline T change(const Activation& f, T z, T d) {
+    return dispatch_activation(f.kind, [&](auto kind) {
+        return activate_change<decltype(kind)::value>(z, d, static_cast<T>(f.a),
+                                                      static_cast<T>(f.b));
+    });
 }
 
 constexpr int block_threads = 256;

@@ -88,7 +88,7 @@ def head_flips(
         baseline.contiguous(),
         tolerance.contiguous(),
         out,
-        *context(logits),
+        **context(logits),
     )
     return out
 
@@ -157,7 +157,7 @@ def classify(
         tolerance.contiguous(),
         out,
         relative,
-        *context(logits),
+        **context(logits),
     )
     return out
 
@@ -202,5 +202,5 @@ def confusion_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     if core is None:
         return reference.confusion_counts(prediction, label, classes)
     out = torch.empty(units, classes, classes, dtype=torch.int32, device=prediction.device)
-    core.confusion_counts(prediction.contiguous(), label.contiguous(), out, *context(prediction))
+    core.confusion_counts(prediction.contiguous(), label.contiguous(), out, **context(prediction))
     return out

@@ -25,11 +25,11 @@ def backend(tensor: Tensor) -> Any:
     return core if tensor.device.type == "cuda" and core.has_cuda else None
 
 
-def context(tensor: Tensor) -> tuple[int, int]:
-    """Return (number of CPU threads, CUDA stream handle) for work on ``tensor``."""
+def context(tensor: Tensor) -> dict[str, int]:
+    """Return number of CPU threads and CUDA stream handle for work on ``tensor``."""
     if tensor.device.type == "cuda":
-        return 1, torch.cuda.current_stream(tensor.device).cuda_stream
-    return torch.get_num_threads(), 0
+        return {"threads": 1, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    return {"threads": torch.get_num_threads(), "stream": 0}
 
 
 def activation_arguments(activation: Activation | None) -> tuple[int, float, float]:

@@ -103,21 +103,17 @@ def delta_activation(
             quantized=quantized,
         )
     else:
-        threads, stream = context(change)
-        scratch = None if quantized is None else torch.empty(threads * change[:1].numel())
         core.delta_activation(
             base,
             change,
-            scales[0],
-            addend,
-            scales[1],
             image.contiguous(),
-            written(result.detach(), quantized),
-            *quantized_arguments(quantized, result),
-            scratch,
-            *activation_arguments(activation),
-            threads,
-            stream,
+            scale=scales[0],
+            addend=addend,
+            addend_scale=scales[1],
+            out=written(result.detach(), quantized),
+            codes=quantized_arguments(quantized, result),
+            activation=activation_arguments(activation),
+            **context(change),
         )
     if written(result, quantized) is None:
         return result.new_empty(0)
@@ -221,26 +217,18 @@ def delta_mean(
     core = backend(change)
     if core is None:
         return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
-    channels_last = layout == torch.channels_last
-    threads, stream = context(change)
-    scratch = None
-    if change.device.type == "cpu":
-        row = delta.shape[1] if channels_last else delta.shape[2] * delta.shape[3]
-        scratch = torch.empty(threads * row, dtype=dtype)
     out = torch.empty(delta.shape[:2], dtype=dtype, device=delta.device)
     core.delta_mean(
         base,
         change,
-        scales[0],
-        addend,
-        scales[1],
         image.contiguous(),
-        out,
-        channels_last,
-        scratch,
-        *activation_arguments(activation),
-        threads,
-        stream,
+        scale=scales[0],
+        addend=addend,
+        addend_scale=scales[1],
+        out=out,
+        channels_last=layout == torch.channels_last,
+        activation=activation_arguments(activation),
+        **context(change),
     )
     return out
 
@@ -304,26 +292,25 @@ def delta_max_pool(
     [[[[3.0]]]]
     """
     check_change(base, delta, image, dims=4)
-    geometry = {
+    window = {
         "kernel": two("kernel", kernel, 1),
         "stride": two("stride", stride, 1),
         "padding": two("padding", padding, 0),
         "dilation": two("dilation", dilation, 1),
-        "out_size": two("out_size", out_size, 0),
     }
+    size = two("out_size", out_size, 0)
     for i in (0, 1):
-        start = (geometry["out_size"][i] - 1) * geometry["stride"][i] - geometry["padding"][i]
+        start = (size[i] - 1) * window["stride"][i] - window["padding"][i]
         if start >= delta.shape[2 + i] > 0:
             raise ValueError(
                 f"out_size: the last window must start inside the maps of {tuple(delta.shape[2:])},"
-                f" got {geometry}"
+                f" got {size} for {window}"
             )
     scales = ready_scales(delta, scale=scale)
     change = dense(delta.detach())
     layout = layout_of(change)
     base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
-    shape = (*delta.shape[:2], *geometry["out_size"])
-    result = output(out, shape, delta, layout)
+    result = output(out, (*delta.shape[:2], *size), delta, layout)
     if result.numel() == 0:
         if quantized is not None:
             quantized.fill(result)
@@ -338,33 +325,24 @@ def delta_max_pool(
             scale=scales[0],
             out=result,
             quantized=quantized,
-            **geometry,
+            out_size=size,
+            **window,
         )
         return result if written(result, quantized) is not None else result.new_empty(0)
     if activation is not None and not activation.monotone:
         change = delta_activation(base, change, image, activation, scale=scales[0])
         base = reference.apply_activation(base.to(reference.compute_dtype(delta.dtype)), activation)
         activation, scales = None, [None]
-    threads, stream = context(change)
-    scratch = None
-    if change.device.type == "cpu":
-        channels_last = layout == torch.channels_last
-        part = (shape[1] if channels_last else shape[2]) * shape[3]
-        parts = 0 if quantized is None else shape[2] if channels_last else shape[1]
-        size = threads * (2 + parts) * part
-        scratch = torch.empty(size, dtype=reference.compute_dtype(delta.dtype))
     core.delta_max_pool(
         base,
         change,
-        scales[0],
         image.contiguous(),
-        written(result, quantized),
-        *quantized_arguments(quantized, result),
-        layout == torch.channels_last,
-        *geometry.values(),
-        scratch,
-        *activation_arguments(activation),
-        threads,
-        stream,
+        scale=scales[0],
+        out=written(result, quantized),
+        codes=quantized_arguments(quantized, result),
+        channels_last=layout == torch.channels_last,
+        activation=activation_arguments(activation),
+        **window,
+        **context(change),
     )
     return result if written(result, quantized) is not None else result.new_empty(0)

@@ -164,7 +164,7 @@ def map_moments(x: Tensor, into: MapMoments, *, axis: int = 1) -> None:
         x = x.contiguous()
         outer, inner = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
     tables = (into.pooled, into.active, into.least, into.positive)
-    core.map_moments(x, *tables, outer, units, inner, *context(x))
+    core.map_moments(x, *tables, outer, units, inner, **context(x))
 
 
 def class_moments(pooled: Tensor, active: Tensor, label: Tensor, classes: int) -> ClassMoments:
@@ -195,7 +195,7 @@ def class_moments(pooled: Tensor, active: Tensor, label: Tensor, classes: int) -
     dtypes = (torch.float64, torch.float64, torch.float64, torch.int64)
     size = (len(pooled), classes)
     tables = [torch.empty(size, dtype=dtype, device=pooled.device) for dtype in dtypes]
-    core.class_moments(pooled, active.contiguous(), label.contiguous(), *tables, *context(pooled))
+    core.class_moments(pooled, active.contiguous(), label.contiguous(), *tables, **context(pooled))
     return ClassMoments(*tables)
 
 
@@ -229,7 +229,7 @@ def class_ranks(x: Tensor, label: Tensor, classes: int, *, bins: int, top: int) 
     core = backend(x)
     if core is None:
         return ClassRanks(*reference.class_ranks(x, label, count, bins, top))
-    units, threads = len(x), context(x)[0]
+    units = len(x)
     ranks = ClassRanks(
         torch.empty(units, classes, dtype=torch.int64, device=x.device),
         torch.empty(units, classes, dtype=torch.int64, device=x.device),
@@ -237,12 +237,12 @@ def class_ranks(x: Tensor, label: Tensor, classes: int, *, bins: int, top: int) 
         torch.empty(units, bins, classes, dtype=torch.int32, device=x.device),
         torch.empty(units, bins, dtype=torch.int32, device=x.device),
     )
-    row = core.class_ranks_scratch(x, classes)
-    workers = threads
+    where = context(x)
+    row, workers = core.class_ranks_scratch(x, classes), where["threads"]
     if x.device.type != "cpu":
         workers = max(1, min(units, _BLOCKS, _SCRATCH // (8 * row)))
     scratch = torch.empty(workers, row, dtype=torch.int64, device=x.device)
-    core.class_ranks(x, label.contiguous(), count, *vars(ranks).values(), top, scratch, *context(x))
+    core.class_ranks(x, label.contiguous(), count, **vars(ranks), top=top, scratch=scratch, **where)
     return ranks
 
 

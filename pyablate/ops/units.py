@@ -90,10 +90,10 @@ def masked_copies(
         unit.contiguous(),
         value.detach().contiguous(),
         out,
-        outer,
-        x.shape[axis],
-        inner,
-        *context(x),
+        outer=outer,
+        units=x.shape[axis],
+        inner=inner,
+        **context(x),
     )
     return out
 
@@ -210,31 +210,18 @@ def unit_delta(
             **geometry,
         )
         return result if written(result, quantized) is not None else result.new_empty(0)
-    threads, stream = context(delta)
-    scratch = None
-    values, code_scale = quantized_arguments(quantized, result)
-    if delta.device.type == "cpu":
-        size_per_thread = core.unit_delta_scratch(
-            delta, weight, result, values, geometry["stride"], geometry["dilation"]
-        )
-        scratch = torch.empty(size_per_thread * threads, dtype=dtype)
     core.unit_delta(
         delta,
         weight,
         channel.contiguous(),
         image.contiguous(),
         column.contiguous(),
-        base,
-        (image if base_image is None else base_image).contiguous(),
-        written(result, quantized),
-        values,
-        code_scale,
-        scratch,
-        geometry["stride"],
-        geometry["padding"],
-        geometry["dilation"],
-        *activation_arguments(activation),
-        threads,
-        stream,
+        base=base,
+        base_image=(image if base_image is None else base_image).contiguous(),
+        out=written(result, quantized),
+        codes=quantized_arguments(quantized, result),
+        activation=activation_arguments(activation),
+        **geometry,
+        **context(delta),
     )
     return result if written(result, quantized) is not None else result.new_empty(0)

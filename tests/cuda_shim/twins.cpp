@@ -44,23 +44,19 @@ void class_ranks(const ClassRanksParams&, int) {
 void map_moments(const MapMomentsParams&, int) {
     std::abort();
 }
-void delta_activation(const DeltaActivationParams&, void*, int) {
+void delta_activation(const DeltaActivationParams&, int) {
     std::abort();
 }
-void delta_mean(const DeltaMeanParams&, void*, int) {
+void delta_mean(const DeltaMeanParams&, int) {
     std::abort();
 }
-void delta_max_pool(const DeltaMaxPoolParams&, void*, int) {
+void delta_max_pool(const DeltaMaxPoolParams&, int) {
     std::abort();
 }
-void unit_delta(const UnitDeltaParams&, void*, int) {
+void unit_delta(const UnitDeltaParams&, int) {
     std::abort();
 }
 
-// Asked for by ops.py, which sees tensors of the CPU.
-UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams&) {
-    return {};
-}
 const Kernels& kernels() {
     static const Kernels none = [] {
         Kernels all{};

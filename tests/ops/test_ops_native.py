@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyablate import _native, ops
 from pyablate.ops import Activation
+from pyablate.ops.activations import ActivationName
 
 needs_core = pytest.mark.skipif(CORE is None, reason=f"no native module: {_native._why_not}")
 
@@ -167,6 +169,30 @@ def test_only_plain_tensors_are_read():
 def test_the_module_checks_for_itself(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call_core(**{"logits": torch.zeros(2, 3), **changes})
+
+
+@needs_core
+def test_the_module_knows_the_functions_of_ops_and_no_others():
+    x = torch.zeros(2, 3)
+    nothing = dict.fromkeys(("scale", "addend", "addend_scale"))
+    known = len(get_args(ActivationName))
+
+    def call(kind):
+        CORE.delta_activation(
+            *(x, x, index([0, 1])),
+            **nothing,
+            out=torch.zeros(2, 3),
+            codes=(None, None),
+            activation=(kind, 0.0, 0.0),
+            threads=1,
+            stream=0,
+        )
+
+    for kind in range(known):
+        call(kind)
+    for kind in (-1, known):
+        with pytest.raises(ValueError, match=f"no function has the number {kind}"):
+            call(kind)
 
 
 def every_operation():

@@ -20,7 +20,7 @@ SHIM = ROOT / "tests" / "cuda_shim"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZERS = "address,undefined"
 FLAGS = [
-    *["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"],
+    *["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"],
     "-ffp-contract=off",  # no fused sums, as with --fmad=false
     *[f"-I{SHIM}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc' / 'include'}"],
 ]

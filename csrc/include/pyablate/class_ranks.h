@@ -68,11 +68,11 @@ template <class T>
 PYABLATE_HOST_DEVICE inline typename Ranked<T>::Bits falling_bits(T x) {
     using Bits = typename Ranked<T>::Bits;
     constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
-    if (x != x) return 0;
     x = x + T(0);  // -0 becomes 0
     Bits bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
-    return (bits & sign) != 0 ? bits : ~(bits | sign);
+    const Bits falling = (bits & sign) != 0 ? bits : ~(bits | sign);
+    return x != x ? 0 : falling;
 }
 
 template <class T>

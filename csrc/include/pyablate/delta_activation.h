@@ -3,7 +3,8 @@
 //   out[p, m] = f(base[image[p], m] + d) - f(base[image[p], m]),
 //   d = delta[p, m] * scale[p] (+ addend[p, m] * addend_scale[p])
 //
-// Rows are flat runs of M elements, all in the same order. out may be delta.
+// Rows are flat runs of M elements, all in the same order. out may be delta. A NaN of base or of d
+// gives NaN, and so does a difference of infinities; the identity reads no base.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +31,8 @@ struct DeltaActivationParams {
 };
 
 namespace cpu {
-// A row is worked on in blocks of this many elements, so that few long rows feed many threads.
-constexpr std::int64_t activation_block = 4096;
-
-// scratch: with codes, threads * width floats
-void delta_activation(const DeltaActivationParams& p, void* scratch, int threads);
-}  // namespace cpu
+void delta_activation(const DeltaActivationParams& p, int threads);
+}
 namespace cuda {
 void delta_activation(const DeltaActivationParams& p, int device, void* stream);
 }

@@ -38,23 +38,8 @@ struct DeltaMaxPoolParams {
 };
 
 namespace cpu {
-// Work is done by output rows of a pair (channels last) or by planes, and with codes by all of a
-// pair's. One thread needs the maxima of such a part and their changes, with codes the results of
-// the whole pair too, in the computing dtype.
-inline std::int64_t delta_max_pool_part(const DeltaMaxPoolParams& p) {
-    return p.channels_last ? p.out_w * p.channels : p.out_h * p.out_w;
+void delta_max_pool(const DeltaMaxPoolParams& p, int threads);
 }
-inline std::int64_t delta_max_pool_parts(const DeltaMaxPoolParams& p) {
-    return p.channels_last ? p.out_h : p.channels;
-}
-inline std::int64_t delta_max_pool_scratch(const DeltaMaxPoolParams& p) {
-    const std::int64_t whole = p.codes.values == nullptr ? 0 : delta_max_pool_parts(p);
-    return (2 + whole) * delta_max_pool_part(p);
-}
-
-// scratch: threads * delta_max_pool_scratch(p) elements of the computing dtype
-void delta_max_pool(const DeltaMaxPoolParams& p, void* scratch, int threads);
-}  // namespace cpu
 namespace cuda {
 void delta_max_pool(const DeltaMaxPoolParams& p, int device, void* stream);
 }

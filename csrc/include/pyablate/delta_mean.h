@@ -2,6 +2,8 @@
 //
 //   out[p, c] = mean over m of  f(base[image[p], c, m] + d) - f(base[image[p], c, m]),
 //   d = delta[p, c, m] * scale[p] (+ addend[p, c, m] * addend_scale[p])
+//
+// NaN and infinities are as in delta_activation.h.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +29,8 @@ struct DeltaMeanParams {
 };
 
 namespace cpu {
-// scratch: threads * channels (channels last) or positions elements of the computing dtype
-inline std::int64_t delta_mean_scratch(const DeltaMeanParams& p) {
-    return p.channels_last ? p.channels : p.positions;
+void delta_mean(const DeltaMeanParams& p, int threads);
 }
-void delta_mean(const DeltaMeanParams& p, void* scratch, int threads);
-}  // namespace cpu
 namespace cuda {
 void delta_mean(const DeltaMeanParams& p, int device, void* stream);
 }

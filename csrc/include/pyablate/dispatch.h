@@ -1,10 +1,7 @@
 // From run-time types to templates: a lambda is called with a value whose type carries the choice.
 #pragma once
 
-#include <type_traits>
-
 #include "pyablate/bfloat16.h"
-#include "pyablate/math.h"
 #include "pyablate/tensor_view.h"
 
 namespace pyablate {
@@ -18,7 +15,6 @@ struct Type {
 // wider instruction set must not leave behind functions that others might be linked to.
 const char* name_of(DType dtype);
 [[noreturn]] void fail_no_version(const char* op, DType dtype, DType base);
-[[noreturn]] void fail_no_activation(int number);
 
 // f(Type<float> or Type<double>)
 template <class F>
@@ -49,39 +45,6 @@ void dispatch_change(const char* op, DType delta, DType base, F&& f) {
     } else {
         fail_no_version(op, delta, base);
     }
-}
-
-// f(std::integral_constant<ActivationKind, kind>)
-template <class F>
-void dispatch_activation(ActivationKind kind, F&& f) {
-    using K = ActivationKind;
-    switch (kind) {
-        case K::identity:
-            return f(std::integral_constant<K, K::identity>{});
-        case K::relu:
-            return f(std::integral_constant<K, K::relu>{});
-        case K::hardtanh:
-            return f(std::integral_constant<K, K::hardtanh>{});
-        case K::leaky_relu:
-            return f(std::integral_constant<K, K::leaky_relu>{});
-        case K::elu:
-            return f(std::integral_constant<K, K::elu>{});
-        case K::gelu:
-            return f(std::integral_constant<K, K::gelu>{});
-        case K::gelu_tanh:
-            return f(std::integral_constant<K, K::gelu_tanh>{});
-        case K::silu:
-            return f(std::integral_constant<K, K::silu>{});
-        case K::hardswish:
-            return f(std::integral_constant<K, K::hardswish>{});
-        case K::hardsigmoid:
-            return f(std::integral_constant<K, K::hardsigmoid>{});
-        case K::sigmoid:
-            return f(std::integral_constant<K, K::sigmoid>{});
-        case K::tanh:
-            return f(std::integral_constant<K, K::tanh>{});
-    }
-    fail_no_activation(static_cast<int>(kind));
 }
 
 }  // namespace pyablate

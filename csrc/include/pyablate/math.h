@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "pyablate/bfloat16.h"
 
@@ -26,6 +27,7 @@ enum class ActivationKind : int {
     sigmoid,
     tanh,
 };
+constexpr int activation_kinds = 12;
 
 struct Activation {
     ActivationKind kind = ActivationKind::identity;
@@ -56,15 +58,14 @@ PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
     return at_most(at_least(x, low), high);
 }
 
-// clamp(z + d) - clamp(z): from inside, the bounds seen from z are low - z and high - z. z - z
-// keeps the NaN of a z that is NaN, or infinite as its bound is.
+// f(z + d) - f(z) for clamp and max(z, 0): what is left of d once z has come to c, the nearest
+// number inside, between the bounds seen from there. A z that is NaN, or infinite as its bound is,
+// makes z - c NaN.
 template <class T>
 PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
-    const T inside = clamp(d + (z - z), low - z, high - z);
-    const T outside = clamp(z + d, low, high) - clamp(z, low, high);
-    return where(z > high, outside, where(z < low, outside, inside));
+    const T c = clamp(z, low, high);
+    return clamp(d + (z - c), low - c, high - c);
 }
-
 template <class T>
 PYABLATE_HOST_DEVICE inline T relu_change(T z, T d) {
     const T c = at_least(z, T(0));
@@ -123,8 +124,11 @@ PYABLATE_HOST_DEVICE inline T activate_change(T z, T d, T a, T b) {
     } else if constexpr (K == ActivationKind::hardtanh) {
         return math::clamp_change(z, d, a, b);
     } else if constexpr (K == ActivationKind::leaky_relu) {
-        // x = max(x, 0) + min(x, 0), and the second changes as the first does upside down
-        return math::relu_change(z, d) - a * math::relu_change(T(0) - z, T(0) - d);
+        // x = max(x, 0) + min(x, 0), and the second changes as the first does upside down. An
+        // infinite z makes one of its parts NaN.
+        const T positive = math::at_least(z, T(0)), negative = z - positive;
+        const T bound = negative - z;  // -positive
+        return math::at_least(d + negative, bound) - a * math::at_least(bound - d, negative);
     } else if constexpr (K == ActivationKind::elu) {
         using std::expm1;
         const T after = expm1(math::at_most(z + d, T(0)));
@@ -134,6 +138,38 @@ PYABLATE_HOST_DEVICE inline T activate_change(T z, T d, T a, T b) {
         return math::clamp_change(z * sixth + T(0.5), d * sixth, T(0), T(1));
     } else {
         return activate<K>(z + d, a, b) - activate<K>(z, a, b);
+    }
+}
+
+// Calls f(std::integral_constant<ActivationKind, kind>); bindings/ has checked the kind.
+template <class F>
+PYABLATE_HOST_DEVICE inline auto dispatch_activation(ActivationKind kind, F&& f) {
+    using K = ActivationKind;
+    switch (kind) {
+        case K::relu:
+            return f(std::integral_constant<K, K::relu>{});
+        case K::hardtanh:
+            return f(std::integral_constant<K, K::hardtanh>{});
+        case K::leaky_relu:
+            return f(std::integral_constant<K, K::leaky_relu>{});
+        case K::elu:
+            return f(std::integral_constant<K, K::elu>{});
+        case K::gelu:
+            return f(std::integral_constant<K, K::gelu>{});
+        case K::gelu_tanh:
+            return f(std::integral_constant<K, K::gelu_tanh>{});
+        case K::silu:
+            return f(std::integral_constant<K, K::silu>{});
+        case K::hardswish:
+            return f(std::integral_constant<K, K::hardswish>{});
+        case K::hardsigmoid:
+            return f(std::integral_constant<K, K::hardsigmoid>{});
+        case K::sigmoid:
+            return f(std::integral_constant<K, K::sigmoid>{});
+        case K::tanh:
+            return f(std::integral_constant<K, K::tanh>{});
+        default:
+            return f(std::integral_constant<K, K::identity>{});
     }
 }
 

@@ -1,11 +1,12 @@
 // The first convolution after a unit: of all its input channels only one changed.
 //
-//   d[p]   = sum over taps (i, j) of  map[p, y sh + i dh - ph, x sw + j dw - pw] * weight[c, i, j,
-//   :] map[p] = delta[image[p], column[p]],   c = channel[column[p]] out[p] = d[p],   or
-//   f(base[row] + d[p]) - f(base[row])  with row = base_image[p]
+//   d[p]   = sum over taps (i, j) of
+//            map[p, y sh + i dh - ph, x sw + j dw - pw] * weight[c, i, j, :]
+//   map[p] = delta[image[p], column[p]],   c = channel[column[p]]
+//   out[p] = d[p],   or   f(base[row] + d[p]) - f(base[row])   with row = base_image[p]
 //
 // Output channels are innermost everywhere but in delta, so that they fill the vectors. A tap whose
-// inputs are all zero is skipped; adding its zeros would not change the sums.
+// inputs are all zero is skipped; adding its zeros would not change the sums, of finite weights.
 #pragma once
 
 #include <cstdint>
@@ -37,27 +38,8 @@ struct UnitDeltaParams {
 };
 
 namespace cpu {
-
-// How the scratch of one thread is divided; all counts are elements of the dtype of weight.
-struct UnitDeltaScratch {
-    std::int64_t window;   // padded input rows, or the maps of a run of pairs
-    std::int64_t counts;   // nonzero elements up to each position of a window row
-    std::int64_t rows;     // which input row each window row holds
-    std::int64_t results;  // one row of results, before the function
-    std::int64_t whole;    // with codes: all results of a pair
-    std::int64_t total;
-};
-
-// Pairs of one column that are convolved together where each has a single output position.
-constexpr std::int64_t unit_delta_run = 28;
-
-UnitDeltaScratch unit_delta_scratch(const UnitDeltaParams& p);
-
-// scratch: threads * unit_delta_scratch(p).total elements of the dtype of weight
-void unit_delta(const UnitDeltaParams& p, void* scratch, int threads);
-
-}  // namespace cpu
-
+void unit_delta(const UnitDeltaParams& p, int threads);
+}
 namespace cuda {
 void unit_delta(const UnitDeltaParams& p, int device, void* stream);
 }

@@ -1,0 +1,176 @@
+// Operations on dense changes: what happens between two convolutions.
+#include "deltas.h"
+
+#include "pyablate/delta_activation.h"
+#include "pyablate/delta_max_pool.h"
+#include "pyablate/delta_mean.h"
+
+namespace pyablate {
+
+namespace {
+
+void delta_activation(const TensorView& base, const TensorView& delta, const TensorView& image,
+                      const MaybeTensor& scale, const MaybeTensor& addend,
+                      const MaybeTensor& addend_scale, const MaybeTensor& out,
+                      const CodeTensors& codes, const Function& activation, int threads,
+                      std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"image", image},
+                                  {"scale", scale},
+                                  {"addend", addend},
+                                  {"addend_scale", addend_scale},
+                                  {"out", out},
+                                  {"codes", codes.first},
+                                  {"code_scale", codes.second}});
+    const TensorView& result = sized(out, codes);
+    check(delta.dims >= 1 && base.dims == delta.dims, "base: expected the dimensions of delta");
+    const std::int64_t pairs = delta.shape[0], images = base.shape[0];
+    const std::int64_t width = row_elements(delta);
+    const bool channels_last = !is_contiguous(delta);
+    check_base_dtype(base, delta.dtype);
+    for (const Argument& x : {Argument{"delta", delta}, Argument{"base", base},
+                              Argument{"addend", addend}, Argument{"out", result}}) {
+        if (x.view == nullptr) continue;
+        check_dense(x, channels_last);
+        check(row_elements(*x.view) == width, x.name, ": expected rows like those of delta");
+        check(x.view == &base || x.view->shape[0] == pairs, x.name,
+              ": expected the length of delta");
+    }
+    check_dtype({"addend", addend}, delta.dtype);
+    const DeltaActivationParams params{
+        .base = base.data,
+        .delta = delta.data,
+        .scale = read<float>({"scale", scale}, DType::float32, {pairs}),
+        .addend = addend ? addend->data : nullptr,
+        .addend_scale = read<float>({"addend_scale", addend_scale}, DType::float32, {pairs}),
+        .image = read_index({"image", image}, pairs, 0, images),
+        .out = data_of(out, delta.dtype, channels_last),
+        .codes = codes_of(codes, result, delta.dtype, channels_last),
+        .images = images,
+        .pairs = pairs,
+        .width = width,
+        .activation = activation_of(activation),
+        .dtype = delta.dtype,
+        .base_dtype = base.dtype,
+    };
+    if (result.elements() == 0) return;
+    run(place, params, threads, stream, cpu::delta_activation, cuda::delta_activation);
+}
+
+struct Maps {
+    std::int64_t pairs, images, channels, height, width;
+};
+
+// The sizes of a delta [P, C, H, W] and its base [N, C, H, W], checked against each other.
+Maps maps_of(const TensorView& base, const TensorView& delta, bool channels_last) {
+    check(delta.dims == 4 && base.dims == 4, "base, delta: expected four dimensions");
+    const Maps maps{delta.shape[0], base.shape[0], delta.shape[1], delta.shape[2], delta.shape[3]};
+    check_base_dtype(base, delta.dtype);
+    check_shape({"base", base}, {maps.images, maps.channels, maps.height, maps.width});
+    check_dense({"delta", delta}, channels_last);
+    check_dense({"base", base}, channels_last);
+    return maps;
+}
+
+void delta_mean(const TensorView& base, const TensorView& delta, const TensorView& image,
+                const MaybeTensor& scale, const MaybeTensor& addend,
+                const MaybeTensor& addend_scale, const TensorView& out, bool channels_last,
+                const Function& activation, int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"image", image},
+                                  {"scale", scale},
+                                  {"addend", addend},
+                                  {"addend_scale", addend_scale},
+                                  {"out", out}});
+    const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
+    check(height * width > 0, "delta: expected maps with at least one position");
+    check_dtype({"addend", addend}, delta.dtype);
+    check_shape({"addend", addend}, {pairs, channels, height, width});
+    check_dense({"addend", addend}, channels_last);
+    const DeltaMeanParams params{
+        .base = base.data,
+        .delta = delta.data,
+        .scale = read<float>({"scale", scale}, DType::float32, {pairs}),
+        .addend = addend ? addend->data : nullptr,
+        .addend_scale = read<float>({"addend_scale", addend_scale}, DType::float32, {pairs}),
+        .image = read_index({"image", image}, pairs, 0, images),
+        .out = write<void>({"out", out}, computing(delta.dtype), {pairs, channels}),
+        .images = images,
+        .pairs = pairs,
+        .channels = channels,
+        .positions = height * width,
+        .channels_last = channels_last,
+        .activation = activation_of(activation),
+        .dtype = delta.dtype,
+        .base_dtype = base.dtype,
+    };
+    if (out.elements() == 0) return;
+    run(place, params, threads, stream, cpu::delta_mean, cuda::delta_mean);
+}
+
+void delta_max_pool(const TensorView& base, const TensorView& delta, const TensorView& image,
+                    const MaybeTensor& scale, const MaybeTensor& out, const CodeTensors& codes,
+                    bool channels_last, const Two& kernel, const Two& stride, const Two& padding,
+                    const Two& dilation, const Function& activation, int threads,
+                    std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"image", image},
+                                  {"scale", scale},
+                                  {"out", out},
+                                  {"codes", codes.first},
+                                  {"code_scale", codes.second}});
+    const TensorView& result = sized(out, codes);
+    const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
+    check(result.dims == 4, "out: expected 4 dimensions, got ", result.dims);
+    check_shape({"out", result}, {pairs, channels, result.shape[2], result.shape[3]});
+    check_window(kernel, stride, padding, dilation);
+    const DeltaMaxPoolParams params{
+        .base = base.data,
+        .delta = delta.data,
+        .scale = read<float>({"scale", scale}, DType::float32, {pairs}),
+        .image = read_index({"image", image}, pairs, 0, images),
+        .out = data_of(out, delta.dtype, channels_last),
+        .codes = codes_of(codes, result, delta.dtype, channels_last),
+        .images = images,
+        .pairs = pairs,
+        .channels = channels,
+        .height = height,
+        .width = width,
+        .out_h = result.shape[2],
+        .out_w = result.shape[3],
+        .kernel_h = kernel[0],
+        .kernel_w = kernel[1],
+        .stride_h = stride[0],
+        .stride_w = stride[1],
+        .padding_h = padding[0],
+        .padding_w = padding[1],
+        .dilation_h = dilation[0],
+        .dilation_w = dilation[1],
+        .channels_last = channels_last,
+        .activation = activation_of(activation),
+        .dtype = delta.dtype,
+        .base_dtype = base.dtype,
+    };
+    check(is_monotone(params.activation), "activation: expected a monotone function");
+    if (result.elements() == 0) return;
+    run(place, params, threads, stream, cpu::delta_max_pool, cuda::delta_max_pool);
+}
+
+}  // namespace
+
+void define_deltas(py::module_& m) {
+    m.def("delta_activation", &delta_activation, "base"_a, "delta"_a, "image"_a, py::kw_only(),
+          "scale"_a, "addend"_a, "addend_scale"_a, "out"_a, "codes"_a, "activation"_a, "threads"_a,
+          "stream"_a);
+    m.def("delta_mean", &delta_mean, "base"_a, "delta"_a, "image"_a, py::kw_only(), "scale"_a,
+          "addend"_a, "addend_scale"_a, "out"_a, "channels_last"_a, "activation"_a, "threads"_a,
+          "stream"_a);
+    m.def("delta_max_pool", &delta_max_pool, "base"_a, "delta"_a, "image"_a, py::kw_only(),
+          "scale"_a, "out"_a, "codes"_a, "channels_last"_a, "kernel"_a, "stride"_a, "padding"_a,
+          "dilation"_a, "activation"_a, "threads"_a, "stream"_a);
+}
+
+}  // namespace pyablate
