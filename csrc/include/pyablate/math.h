@@ -58,14 +58,18 @@ PYABLATE_HOST_DEVICE inline T clamp(T x, T low, T high) {
     return at_most(at_least(x, low), high);
 }
 
-// f(z + d) - f(z) for clamp and max(z, 0): what is left of d once z has come to c, the nearest
-// number inside, between the bounds seen from there. A z that is NaN, or infinite as its bound is,
-// makes z - c NaN.
+// f(z + d) - f(z) for clamp: d from inside, or what is left of z + d from beyond a bound c, between
+// the bounds seen from c. Inside, nothing is added to d but z - z, which keeps a NaN; (z + d) - z
+// would lose its digits. A z that is infinite as its bound is makes NaN.
 template <class T>
 PYABLATE_HOST_DEVICE inline T clamp_change(T z, T d, T low, T high) {
     const T c = clamp(z, low, high);
-    return clamp(d + (z - c), low - c, high - c);
+    const T inside = d + (z - z), outside = (z + d) - c;
+    const T left = where(z > high, outside, where(z < low, outside, inside));
+    return clamp(left, low - c, high - c);
 }
+
+// The same for max(z, 0): z - c is 0 or z itself, which costs no digit.
 template <class T>
 PYABLATE_HOST_DEVICE inline T relu_change(T z, T d) {
     const T c = at_least(z, T(0));
