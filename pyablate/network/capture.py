@@ -50,6 +50,9 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     pair = _two_images(sample)
     program = _export(model, pair, sites)
     graph = _read(program)
+    unseen = {site.name for site in sites}.difference(marker.args[1] for marker in graph.markers)
+    if unseen:
+        raise CaptureError(f"no trace of {', '.join(sorted(unseen))} in the exported graph")
     graph.layout = _layouts(graph, pair)
     if fold:
         fold_batch_norm(graph)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.network.hooks import FunctionResults
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
@@ -32,6 +33,9 @@ from pyablate.runtime.progress import Report, reporting
 
 Change = Callable[[int, Tensor], Tensor | None]
 """Called with the number of a module's call (from 1) and its output; may return another output."""
+
+Place = tuple[str, tuple[str, int] | None]
+"""A module, and which function called after it gives the tensor; None if the module does."""
 
 
 def ablate(
@@ -227,22 +231,28 @@ class _Loop:
         for number, row in enumerate(self.rows):
             yield number, torch.cat([self._ablated(row, batch) for batch in self.batches]).cpu()
 
-    def run(self, images: Tensor, changes: Mapping[str, Change]) -> Tensor:
-        """One forward pass in which ``changes[module]`` may replace the outputs of its calls."""
-        calls: Counter[str] = Counter()
+    def run(self, images: Tensor, changes: Mapping[Place, Change]) -> Tensor:
+        """One forward pass in which ``changes[place]`` may replace the tensors there."""
+        calls: Counter[Place] = Counter()
+        results = FunctionResults()
 
-        def hook_of(name: str) -> Callable[..., Tensor | None]:
+        def hook_of(place: Place) -> Callable[..., Tensor | None]:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-                calls[name] += 1
-                return changes[name](calls[name], output)
+                calls[place] += 1
+                if place[1] is None:
+                    return changes[place](calls[place], output)
+                results.expect(place[1], partial(changes[place], calls[place]))
+                return None
 
             return hook
 
         handles = []
         try:
-            for name in changes:
-                module = self.model.get_submodule(name)
-                handles.append(module.register_forward_hook(hook_of(name)))
+            if any(function for _, function in changes):
+                handles += results.watching(self.model)
+            for place in changes:
+                module = self.model.get_submodule(place[0])
+                handles.append(module.register_forward_hook(hook_of(place)))
             with a_moment(), torch.no_grad():
                 values = self.model(images.clone())  # it may work in place
         finally:
@@ -261,18 +271,18 @@ class _Loop:
             # their maps beside those that they replace.
             images = torch.cat([images, self._images[self._donor[batch.index]]])
 
-        def change_of(module: str) -> Change:
+        def change_of(place: Place) -> Change:
             def change(call: int, output: Tensor) -> Tensor:
                 changed = output.clone()
                 for site, units in row.targets.items():
-                    if site.module == module and site.call in (None, call):
+                    if (site.module, site.function) == place and site.call in (None, call):
                         self._replace(changed, output, site, units, call, batch)
                 return changed
 
             return change
 
-        modules = {site.module for site in row.targets}
-        values = self.run(images, {module: change_of(module) for module in modules})
+        places = {(site.module, site.function) for site in row.targets}
+        values = self.run(images, {place: change_of(place) for place in places})
         return values[: len(batch.images)]
 
     def _replace(
@@ -364,16 +374,17 @@ class _Loop:
         """Collect maps ``[N, C, positions]`` of the intact network by site name and call."""
         maps: list[tuple[tuple[str, int], Tensor]] = []
 
-        def watch(module: str) -> Change:
+        def watch(place: Place) -> Change:
             def note(call: int, output: Tensor) -> None:
                 for site in touched:
-                    if site.module == module and site.call in (None, call):
+                    if (site.module, site.function) == place and site.call in (None, call):
                         units_first = output.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
                         maps.append(((site.name, call), units_first.clone()))
 
             return note
 
-        self.run(batch.images, {site.module: watch(site.module) for site in touched})
+        places = {(site.module, site.function) for site in touched}
+        self.run(batch.images, {place: watch(place) for place in places})
         return maps
 
     def _check_labels(self, classes: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate.network.near_tie import near_tie
-from pyablate.network.sites import Site, evaluation
+from pyablate.network.sites import Site, evaluation, hooked
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
@@ -163,6 +163,11 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     """Logits ``[N, K]`` on the CPU with one unit silenced."""
     parts = []
     for part in x.split(batch):
+        if site.function is not None:
+            which = torch.tensor([unit], device=part.device)
+            with hooked(model, [site], lambda at, _, output: output.index_fill(at.axis, which, 0)):
+                parts.append(model(part.clone()))
+            continue
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:
             parts.append(model(part.clone()))  # it may work in place
