@@ -21,6 +21,7 @@ from pyablate.cli.common import (
     error_line,
     log_to_stderr,
     network_from,
+    parse_axes,
     parse_bytes,
     sample_input,
 )
@@ -28,6 +29,7 @@ from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
 from pyablate.cli.options import (
+    Axes,
     Bar,
     Debug,
     InputShape,
@@ -170,6 +172,7 @@ def layers(
     mean: Mean = None,
     std: Std = None,
     input_shape: InputShape = None,
+    axis: Axes = None,
     debug: Debug = False,
 ) -> None:
     """List the layers that hold units: their names, how many units, and whether `*` has them.
@@ -181,15 +184,19 @@ def layers(
     log_to_stderr(debug)
     import pyablate as pa
     from pyablate.cli.tables import summary
+    from pyablate.network.sites import surveyed
 
     network = network_from(model, weights, None)
     about = {"labels": labels, "size": size, "mean": mean, "std": std}
-    found = pa.sites(network, sample_input(model, network, data, input_shape, **about))
+    sample = sample_input(model, network, data, input_shape, **about)
+    seen = surveyed(network, sample, parse_axes(axis))
     try:
-        selected = pa.select(found, "*")
-    except ValueError:  # a network without activation modules: all its layers go by name
+        selected = pa.select(seen.sites, "*")
+    except ValueError:  # a network without nonlinearities: all its layers go by name
         selected = []
-    summary.console().print(summary.sites_table(found, selected))
+    summary.console().print(summary.sites_table(seen.sites, selected))
+    for remark in seen.remarks(selected, everything=True):
+        typer.echo(visible(remark))
 
 
 @app.command()
@@ -207,6 +214,7 @@ def plan(
     ] = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
+    axis: Axes = None,
     memory: Memory = None,
     debug: Debug = False,
 ) -> None:
@@ -223,7 +231,15 @@ def plan(
     network = network_from(model, weights, None)
     about = {"labels": labels, "size": size, "mean": mean, "std": std}
     sample = sample_input(model, network, data, input_shape, **about)
-    made = pa.plan(network, sample, layers, images=images, intervention=intervention, memory=budget)
+    made = pa.plan(
+        network,
+        sample,
+        layers,
+        images=images,
+        intervention=intervention,
+        axis=parse_axes(axis),
+        memory=budget,
+    )
     typer.echo(visible(made.explain(), keep="\n"))
 
 

@@ -57,6 +57,23 @@ def parse_bytes(option: str, text: str | None) -> int | None:
     return int(float(match[1]) * units[match[2]])
 
 
+def parse_axes(given: list[str] | None) -> dict[str, int]:
+    """Turn ``["layer=1"]`` into axes by layer.
+
+    Raises
+    ------
+    InputError
+        Not a name and a number, or a layer twice.
+    """
+    axes: dict[str, int] = {}
+    for text in given or ():
+        match = re.fullmatch(r"(.+)=(-?\d+)", text)
+        if match is None or match[1] in axes:
+            raise InputError(f"--axis: expected LAYER=N such as layer1=1, once each, got {text!r}")
+        axes[match[1]] = int(match[2])
+    return axes
+
+
 def parse_numbers(
     option: str, text: str | None, *, whole: bool = False
 ) -> tuple[float, ...] | None:

@@ -15,11 +15,13 @@ from pyablate.cli.common import (
     images_from,
     log_to_stderr,
     network_from,
+    parse_axes,
     parse_bytes,
     parse_shard,
 )
 from pyablate.cli.options import (
     AsJson,
+    Axes,
     Bar,
     BatchSize,
     Csv,
@@ -58,6 +60,7 @@ def run(
     limit: Limit = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
+    axis: Axes = None,
     precision: Precision = "auto",
     measures: Measures = None,
     on_mismatch: OnMismatch = "error",
@@ -122,6 +125,7 @@ def run(
         batches.batches,
         layers=layers,
         intervention=intervention,
+        axis=parse_axes(axis),
         precision=precision,
         measures=measures or (),
         class_names=batches.class_names,

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark
 from pyablate.network.graph_passes import channels_last, fold_batch_norm, fold_padding
-from pyablate.network.sites import Site, evaluation, hooked
+from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
 from pyablate.runtime import interrupts
 from pyablate.runtime.locks import a_moment
 
@@ -65,7 +65,13 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with a_moment(), _quiet(), evaluation(model), hooked(model, sites, change):
+    with (
+        a_moment(),
+        _quiet(),
+        evaluation(model),
+        without_recorders(model, pair),  # which would be shown tensors without values
+        hooked(model, sites, change),
+    ):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False

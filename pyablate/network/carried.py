@@ -129,7 +129,7 @@ class Carried:
 
 
 def _before(steps: Sequence[Step], logits: Step | None) -> set[Step]:
-    """Steps that the logits follow from."""
+    """Collect the steps that the logits follow from."""
     found = {logits} if logits is not None else set()
     for step in reversed(steps):
         if step in found:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -134,6 +135,48 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def without_recorders(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Take a caller's hooks away that return nothing: they record, and are no part of the network.
+
+    They are told from those that do change something by one forward pass of ``images``, in which
+    none of them is left out.
+    """
+    tables = [
+        table
+        for module in model.modules()
+        for table in (module._forward_hooks, module._forward_pre_hooks)
+        if table
+    ]
+    saved = [dict(table) for table in tables]
+    changing: set[int] = set()
+
+    def noting(key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def noted(*arguments: Any, **named: Any) -> Any:
+            result = hook(*arguments, **named)
+            if result is not None:
+                changing.add(key)
+            return result
+
+        return noted
+
+    try:
+        if tables:
+            for table in tables:
+                table.update({key: noting(key, hook) for key, hook in table.items()})
+            with evaluation(model), torch.no_grad():
+                model(images.clone())
+            for table, hooks in zip(tables, saved, strict=True):
+                table.clear()
+                table.update({key: hook for key, hook in hooks.items() if key in changing})
+        yield
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.clear()
+            table.update(hooks)
 
 
 class FunctionResults(TorchFunctionMode):

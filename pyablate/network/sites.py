@@ -2,15 +2,17 @@
 
 A *site* is the output of a module (or of one call of it) that has the batch first and an axis
 whose entries are units: the channels of a map, the features of a fully connected layer, the
-hidden features of a transformer's MLP.  Sites are found by running the network once on a small
-sample with forward hooks, so this works for every network, whether or not it can be exported.
+hidden features of a transformer's MLP. Where units pass a nonlinearity that no module's output
+stands for (a residual sum, a functional norm or gate), it is the result of that function. Sites are
+found by running the network once on a small sample and watching every operator, so this works for
+every network, whether or not it can be exported.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ __all__ = [
     "Kind",
     "Site",
     "Survey",
+    "asks_for_everything",
     "check_model",
     "copied",
     "evaluation",
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 
-def sites(model: nn.Module, sample: Tensor) -> list[Site]:
+def sites(model: nn.Module, sample: Tensor, *, axis: Mapping[str, int] | None = None) -> list[Site]:
     """List every site of a network, in the order in which the network computes them.
 
     Parameters
@@ -43,26 +46,39 @@ def sites(model: nn.Module, sample: Tensor) -> list[Site]:
         The network. It is run once in evaluation mode without gradients and left as it was.
     sample : Tensor
         A batch of inputs, ``[N, ...]``; one image is enough.
+    axis : dict, optional
+        Axis of the units of some layers, by name, where you know better than the graph: 0 is the
+        batch.
 
     Returns
     -------
     list of Site
-        Modules whose output is one floating-point tensor ``[N, ..., units, ...]``. The
+        Modules whose output is one floating-point tensor ``[N, ..., units, ...]``, and results of
+        functions where units pass a nonlinearity that no module's output stands for. The
         network's own output (its logits) is not a site: it holds classes.
 
     Raises
     ------
+    ValueError
+        ``axis`` names no layer, or an axis that it has not.
     TypeError
         ``model`` is no module, or (in part) TorchScript, where hooks do not reach.
     """
-    return surveyed(model, sample).sites
+    return surveyed(model, sample, axis).sites
 
 
-def surveyed(model: nn.Module, sample: Tensor) -> Survey:
+def surveyed(model: nn.Module, sample: Tensor, axis: Mapping[str, int] | None = None) -> Survey:
     """Find the sites as :func:`sites` does, and which weights have their units at which of them."""
     check_model(model)
     with a_moment(), torch.inference_mode(False):
-        return survey(model, sample.clone())
+        return survey(model, sample.clone()).with_axes(axis or {})
+
+
+def asks_for_everything(
+    layers: str | Sequence[str] | None, groups: Sequence[Sequence[str]] | None = None
+) -> bool:
+    """Whether ``"*"`` is among the layers, given or by default."""
+    return groups is None if layers is None else "*" in _as_list(layers)
 
 
 def check_model(model: object) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -58,17 +61,67 @@ class Survey:
         weights, and the sites that have its units, one by one.
     guessed : frozenset of str
         Sites whose axis does not follow from the weights.
+    given : dict of str to int
+        Axes that the caller gave, by site.
     """
 
     sites: list[Site]
     weighted: list[tuple[str, frozenset[str]]]
     guessed: frozenset[str]
+    given: Mapping[str, int] = field(default_factory=dict)
 
     def left_out(self, chosen: Iterable[Site]) -> list[str]:
         """Name the modules that hold weights and have units in none of some sites."""
         names = {site.name for site in chosen}
         missing = [module for module, sites in self.weighted if names.isdisjoint(sites)]
         return list(dict.fromkeys(missing))
+
+    def remarks(self, chosen: Sequence[Site], *, everything: bool) -> list[str]:
+        """Say what should be known of a selection; ``everything`` if ``"*"`` was asked for."""
+        missing = self.left_out(chosen) if everything else []
+        guessed = [site for site in chosen if site.name in self.guessed]
+        found = []
+        if missing:
+            found.append(
+                f"the units of {len(missing)} modules with weights are in no chosen layer: "
+                f"{_alike(missing)}; name such layers to ablate them, too"
+            )
+        if guessed:
+            axes = ", ".join(f"{site.name} {list(site.shape)}: {site.axis}" for site in guessed)
+            found.append(
+                "the axis of the units could not be followed from the weights and is a guess "
+                f"(batch counts as 0) for {axes}; axis= sets another"
+            )
+        return found
+
+    def with_axes(self, given: Mapping[str, int]) -> Survey:
+        """Set the axis of some sites, by name; 0 is the batch, negative ones count from the end.
+
+        Raises
+        ------
+        ValueError, TypeError
+            No such site or axis.
+        """
+        known = {site.name: site for site in self.sites}
+        for name, axis in given.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+                raise ValueError(
+                    f"axis: no layer that holds units is called {name!r}"
+                    + (f"; nearest: {', '.join(near)}" if near else "")
+                )
+            last = len(known[name].shape)
+            if not isinstance(axis, int) or isinstance(axis, bool):
+                raise TypeError(f"axis: expected an integer for {name!r}, got {axis!r}")
+            if not 1 <= axis % (last + 1) <= last or not -last <= axis <= last:
+                raise ValueError(f"axis: expected 1 to {last} for {name!r}, got {axis}")
+            at = axis % (last + 1)
+            site = known[name]
+            known[name] = replace(site, axis=at, channels=site.shape[at - 1])
+        axes = {name: known[name].axis for name in given}
+        return replace(
+            self, sites=list(known.values()), guessed=self.guessed.difference(given), given=axes
+        )
 
 
 def survey(model: nn.Module, sample: Tensor) -> Survey:
@@ -354,6 +407,16 @@ def _is_block(module: nn.Module) -> bool:
 def _holds_weights(module: nn.Module) -> bool:
     own = any(True for _ in module.parameters(recurse=False))
     return own or "parametrizations" in module._modules
+
+
+def _alike(names: Sequence[str]) -> str:
+    """List names, those that differ in numbers only as one with their count."""
+    counts = Counter(re.sub(r"\d+", "*", name) if name else "the network itself" for name in names)
+    single = {re.sub(r"\d+", "*", name): name for name in names if name}
+    return ", ".join(
+        single.get(form, form) if count == 1 else f"{form} ({count})"
+        for form, count in counts.items()
+    )
 
 
 def _layout(call: _Call) -> tuple[int, int]:

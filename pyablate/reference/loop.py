@@ -45,6 +45,7 @@ def ablate(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -67,6 +68,8 @@ def ablate(
         What stands in for a unit; see :class:`pyablate.interventions.Intervention`.
     groups : sequence of sequence of str, optional
         Units ``"layer:unit"`` that are ablated together, of one layer or of several.
+    axis : dict, optional
+        Axis of the units of some layers, by name.
     class_names : sequence of str, optional
         One name per class; the class numbers by default.
     device : str or torch.device, optional
@@ -92,7 +95,7 @@ def ablate(
     TypeError, ValueError
         An argument is not what is described here; the message says which and why.
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
     labels = torch.cat([batch.labels for batch in loop.batches]).cpu().numpy()
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
@@ -145,6 +148,7 @@ def logits(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -158,7 +162,7 @@ def logits(
     logits : Tensor
         Float64 ``[N, K]``, on the CPU.
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
     return loop.logits()
 
 
@@ -205,6 +209,7 @@ class _Loop:
         device: str | torch.device | None,
         seed: int,
         batch_size: int | None,
+        axis: Mapping[str, int] | None,
     ) -> _Loop:
         """Check the arguments and make the float64 copy."""
         specification = parse(intervention, seed=seed)
@@ -216,7 +221,7 @@ class _Loop:
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
         batches = list(images.batches(batch_size or 256))
-        found = sites(double, batches[0].images[:1])
+        found = sites(double, batches[0].images[:1], axis=axis)
         return cls(double, batches, rows_of(found, layers, groups, specification), specification)
 
     def logits(self) -> Iterator[tuple[int, Tensor]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,13 +159,21 @@ class _Silence:
         return silenced
 
 
+def _silenced(unit: int) -> Callable[[Site, int, Tensor], Tensor]:
+    """Give a change that zeroes one unit of what a function returns."""
+
+    def change(site: Site, _call: int, output: Tensor) -> Tensor:
+        return output.index_fill(site.axis, torch.tensor([unit], device=output.device), 0)
+
+    return change
+
+
 def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> Tensor:
     """Logits ``[N, K]`` on the CPU with one unit silenced."""
     parts = []
     for part in x.split(batch):
         if site.function is not None:
-            which = torch.tensor([unit], device=part.device)
-            with hooked(model, [site], lambda at, _, output: output.index_fill(at.axis, which, 0)):
+            with hooked(model, [site], _silenced(unit)):
                 parts.append(model(part.clone()))
             continue
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def ablate(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
@@ -75,6 +76,9 @@ def ablate(
     groups : sequence of sequences of str, optional
         Units ``"layer:unit"`` to ablate together, one row of the result per group, after the
         rows of ``layers``.
+    axis : dict, optional
+        Axis of the units of some layers, by name, 0 being the batch, where you know better than
+        :func:`pyablate.sites`, which follows it from the weights.
     class_names : sequence of str, optional
         One per class; by default the class numbers.
     device : str or torch.device, optional
@@ -166,10 +170,13 @@ def ablate(
             memory=memory,
             strategy=strategy,
             precision=precision,
+            axis=axis,
             measures=recorded,
             measured=read_statistics(place) if place is not None and goes_on else None,
             ranks=ranks,
         )
+        for remark in setup.remarks if ranks.first else ():
+            logger.warning("%s", remark)
         images, dtype = shard_images(shard, len(setup.data)), own_dtype(model)
         size = min(setup.batch_size, -(-len(images) // ranks.count))
         layout = Layout(images, size, setup.memory)

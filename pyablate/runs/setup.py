@@ -24,7 +24,7 @@ from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.graph import Graph
 from pyablate.network.model_checks import alike, open_up, two_images
-from pyablate.network.sites import Site, check_model
+from pyablate.network.sites import Site, asks_for_everything, check_model
 from pyablate.runs.calibration import calibrate
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
@@ -75,6 +75,10 @@ class Setup:
     memory: int
     at_a_time: int
     """Images of one pass through the model: see :func:`images_at_a_time`."""
+    axes: Mapping[str, int]
+    """Axes of units that the caller gave, by layer."""
+    remarks: tuple[str, ...]
+    """What should be known of the layers chosen."""
 
     @property
     def slice_bytes(self) -> int:
@@ -102,6 +106,7 @@ def prepare(
     memory: int | None,
     strategy: str,
     precision: str,
+    axis: Mapping[str, int] | None = None,
     measures: Sequence[str] = (),
     measured: Mapping[str, np.ndarray] | None = None,
     ranks: Ranks | None = None,
@@ -111,7 +116,7 @@ def prepare(
     ``measured`` are statistics that an earlier process packed, taken instead of measuring them;
     ``ranks`` the processes that measure them together.
     """
-    ready = open_up(model, source, class_names, device, double=precision == "fp64")
+    ready = open_up(model, source, class_names, device, double=precision == "fp64", axis=axis)
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, layers, groups, intervention)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
@@ -158,6 +163,8 @@ def prepare(
         batch_size=size,
         memory=budget,
         at_a_time=at_a_time,
+        axes=ready.survey.given,
+        remarks=tuple(ready.survey.remarks(marked, everything=asks_for_everything(layers, groups))),
     )
 
 

@@ -124,18 +124,22 @@ def hook_loop_lines(result: AblationResult, timing: HookLoopTiming) -> list[str]
 
 
 def sites_table(sites: Sequence[Site], selected: Sequence[Site]) -> Table:
-    """Tabulate the layers that can be named: kind, units, shape, and whether ``*`` has them."""
+    """Tabulate the layers that can be named: kind, units, shape, axis, and whether ``*`` has them.
+
+    The axis of the units counts the batch as 0.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Layer", overflow="fold")
     table.add_column("Kind")
     table.add_column("Units", justify="right")
     table.add_column("Output of one image", justify="right")
+    table.add_column("Axis", justify="right")
     table.add_column('in "*"')
     chosen = {site.name for site in selected}
     for site in sites:
         shape = " x ".join(str(size) for size in site.shape)
         mark = "yes" if site.name in chosen else ""
-        table.add_row(cell(site.name), site.kind, f"{site.channels:,}", shape, mark)
+        table.add_row(cell(site.name), site.kind, f"{site.channels:,}", shape, str(site.axis), mark)
     return table
 
 
