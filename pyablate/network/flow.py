@@ -211,7 +211,9 @@ def _axes(step: Step, func: Any, args: Any, kwargs: Any, before: list[Step | Non
         return _mapped(step, before)
     if op in _DATA_AND_WEIGHT:
         a, b = step.inputs[-2:]
-        return [*a.axes[:-1], b.axes[-1]]
+        # Heads are those of the values, not of the queries and keys that weigh them.
+        both = zip(a.axes[:-2], b.axes[:-2], strict=False)
+        return [*(two if _generation(two) else one for one, two in both), a.axes[-2], b.axes[-1]]
     if op in _RESHAPES:
         return _regrouped(first.axes, shape)
     if op in ("permute", "transpose", "t", "numpy_T"):
@@ -229,8 +231,9 @@ def _axes(step: Step, func: Any, args: Any, kwargs: Any, before: list[Step | Non
         return [first.axes[0], ((shape[1], _generation(first.axes[1])),), *_positions(shape[2:])]
     if step.pointwise and op != "glu":
         return _broadcast(step.inputs, shape)
-    if "attention" in op and len(shape) == len(first.shape):
-        return [*_resized(first.axes, shape)[:-1], *_resized(step.inputs[-1].axes, shape)[-1:]]
+    if "attention" in op and len(step.inputs) > 2 and len(shape) == len(first.shape):
+        values = _resized(step.inputs[2].axes, shape)
+        return [*values[:-2], first.axes[-2], values[-1]]
     same = len(first.shape) == len(shape)
     return _resized(first.axes, shape) if same else _positions(shape)
 
@@ -253,12 +256,10 @@ def _positions(shape: Iterable[int]) -> list[Axis]:
 
 
 def _generation(axis: Axis) -> int:
-    """Which weights made an axis: their number, 0 for positions, -1 for both at once."""
+    """Which weights made an axis: the latest of them, 0 for positions, -1 for both at once."""
     factors = [factor for factor in axis if factor[0] > 1] or axis
-    generations = {generation for _, generation in factors}
-    if len(generations) == 1:
-        return generations.pop()
-    return _MIXED if generations else 0
+    generations = [generation for _, generation in factors]
+    return _MIXED if 0 in generations and any(generations) else max(generations, default=0)
 
 
 def _latest(step: Step) -> int:

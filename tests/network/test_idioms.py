@@ -47,6 +47,8 @@ def test_units_lie_along_the_axis_that_the_weights_make(name: str) -> None:
     seen = surveyed(idiom.build(), images(idiom))
     found = {f"{site.name}:{site.channels}@{site.axis}" for site in seen.sites}
     assert set(idiom.units.split()) <= found, found
+    named = {unit.partition(":")[0] for unit in idiom.units.split()}
+    assert not seen.guessed & named
 
 
 @pytest.mark.parametrize("name", IDIOMS)

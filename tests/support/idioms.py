@@ -167,6 +167,28 @@ class Attention(nn.Module):
         return x + self.proj((weights @ v).transpose(1, 2).reshape(n, length, width))
 
 
+class ThreeMaps(nn.Module):
+    """Attention of the library's function, or of matrix products, on maps of their own."""
+
+    def __init__(self, width: int, heads: int, *, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.stay, self.proj = nn.Identity(), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, q, k = (
+            one(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for one in (self.v, self.q, self.k)
+        )
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            weights = torch.einsum("bhlk,bhtk->bhlt", q, k).softmax(-1)
+            mixed = torch.einsum("bhlt,bhtv->bhlv", weights, v)
+        return x + self.proj(self.stay(mixed.transpose(1, 2).flatten(2)))
+
+
 class ChannelAttention(nn.Module):
     """The attention of XCiT: features attend to features."""
 
@@ -395,6 +417,10 @@ MAPS: dict[str, Idiom] = {
     ),
     "xcit": Idiom(
         _made(lambda: Tokens(ChannelAttention(16, 2))), "blocks.0.proj:16@2 blocks.0:16@2"
+    ),
+    "three_maps": Idiom(
+        _made(lambda: Tokens(ThreeMaps(16, 2, fused=True), ThreeMaps(16, 4, fused=False))),
+        "blocks.0.v:16@2 blocks.0.stay:16@2 blocks.0:16@2 blocks.1.stay:16@2 blocks.1:16@2",
     ),
     "pvt_v2": Idiom(
         _made(lambda: Tokens(MixedMlp(16, 24))),
