@@ -1,11 +1,12 @@
-"""List which units are found in the architectures of timm and transformers, and how they would run.
+"""List which units are found in architectures of timm and transformers, and how they would run.
 
     python tools/architectures.py [NAME ...] [--depth 2]
 
-Weights are random; nothing is downloaded. The libraries are no dependencies of pyablate: what is not
-installed is left out. One line per architecture: layers and units of ``"*"``, how many of these layers
-have their units on which axis (batch counts as 0), how many axes are guesses, modules with weights whose
-units are in no chosen layer, and whether the network is captured or must run by replay.
+Weights are random; nothing is downloaded. The libraries are no dependencies of pyablate: what is
+not installed is left out. One line per architecture: layers and units of ``"*"``, how many of these
+layers have their units on which axis (batch counts as 0), the axes that are guesses, modules with
+weights whose units are in no chosen layer, and whether the network is captured or must run by
+replay.
 """
 
 from __future__ import annotations
@@ -22,23 +23,30 @@ from torch import Tensor, nn
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.sites import select, surveyed
 
-TRANSFORMERS = """beit bit convnext convnextv2 cvt data2vec-vision deit dinov2 dinov2_with_registers
-    donut-swin efficientnet focalnet hgnet_v2 hiera ijepa levit mobilenet_v1 mobilenet_v2 mobilevit
-    mobilevitv2 poolformer pp_lcnet pvt pvt_v2 regnet resnet segformer siglip swiftformer swin swinv2
-    textnet vit vit_msn""".split()
+TRANSFORMERS = """
+    beit bit convnext convnextv2 cvt data2vec-vision deit dinov2 dinov2_with_registers
+    donut-swin efficientnet focalnet hgnet_v2 hiera ijepa levit mobilenet_v1 mobilenet_v2
+    mobilevit mobilevitv2 poolformer pp_lcnet pvt pvt_v2 regnet resnet segformer siglip
+    swiftformer swin swinv2 textnet vit vit_msn
+""".split()
 
-TIMM = """beit_base_patch16_224 botnet26t_256 cait_xxs24_224 caformer_s18 coat_tiny coatnet_nano_rw_224
-    convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_9_240 cspresnet50 davit_tiny
-    deit3_small_patch16_224 deit_tiny_distilled_patch16_224 densenet121 dla34 dpn68 edgenext_xx_small
-    efficientformer_l1 efficientnet_b0 efficientnetv2_rw_t eva02_tiny_patch14_224 fastvit_t8
-    focalnet_tiny_srf gcvit_xxtiny gernet_s ghostnet_100 hardcorenas_a hgnet_tiny hrnet_w18_small
-    inception_v3 lcnet_050 levit_128s maxvit_rmlp_nano_rw_256 mixer_s32_224 mnasnet_100
-    mobilenetv2_100 mobilenetv3_small_100 mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny
-    nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0 regnetx_002 regnety_002 repvgg_a0 res2net50_14w_8s
-    resmlp_12_224 resnest14d resnet18 resnetv2_50 rexnet_100 selecsls42 sequencer2d_s skresnet18
-    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tf_efficientnet_b0 tiny_vit_5m_224
-    tnt_s_patch16_224 twins_pcpvt_small vgg11_bn visformer_tiny vit_base_patch32_clip_quickgelu_224
-    vit_small_patch32_224 volo_d1_224 xception41 xcit_nano_12_p16_224""".split()
+TIMM = """
+    beit_base_patch16_224 botnet26t_256 cait_xxs24_224 caformer_s18 coat_tiny
+    coatnet_nano_rw_224 convit_tiny convmixer_768_32 convnext_atto convnextv2_atto
+    crossvit_9_240 cspresnet50 davit_tiny deit3_small_patch16_224
+    deit_tiny_distilled_patch16_224 densenet121 dla34 dpn68 edgenext_xx_small
+    efficientformer_l1 efficientnet_b0 efficientnetv2_rw_t eva02_tiny_patch14_224
+    fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gernet_s ghostnet_100 hardcorenas_a
+    hgnet_tiny hrnet_w18_small inception_v3 lcnet_050 levit_128s maxvit_rmlp_nano_rw_256
+    mixer_s32_224 mnasnet_100 mobilenetv2_100 mobilenetv3_small_100 mobileone_s0
+    mobilevit_xxs mobilevitv2_050 mvitv2_tiny nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0
+    regnetx_002 regnety_002 repvgg_a0 res2net50_14w_8s resmlp_12_224 resnest14d resnet18
+    resnetv2_50 rexnet_100 selecsls42 sequencer2d_s skresnet18
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tf_efficientnet_b0
+    tiny_vit_5m_224 tnt_s_patch16_224 twins_pcpvt_small vgg11_bn visformer_tiny
+    vit_base_patch32_clip_quickgelu_224 vit_small_patch32_224 volo_d1_224 xception41
+    xcit_nano_12_p16_224
+""".split()
 
 
 class Logits(nn.Module):

@@ -8,6 +8,7 @@ reshapes, permutations, splits and joins instead of being guessed from sizes.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,19 +144,19 @@ class Flow(TorchDispatchMode):
 
     inside: Sequence[tuple[str, nn.Module]]
     steps: list[Step] = field(default_factory=list)
-    _held: dict[int, tuple[Tensor, Step]] = field(default_factory=dict)
+    _known: dict[int, tuple[weakref.ref[Tensor], Step]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def begin(self, images: Tensor) -> None:
         """Take a tensor for the images."""
-        self._hold(images, Step("", 0, tuple(images.shape), _positions(images.shape)))
+        self._remember(images, Step("", 0, tuple(images.shape), _positions(images.shape)))
 
     def step(self, tensor: Any) -> Step | None:
         """Return the step of a tensor as it is now; None if it does not depend on the images."""
-        held = self._held.get(id(tensor)) if isinstance(tensor, Tensor) else None
-        return held[1] if held else None
+        known = self._known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return known[1] if known is not None and known[0]() is tensor else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and note it."""
@@ -192,7 +193,7 @@ class Flow(TorchDispatchMode):
         self.steps.append(step)
         for source in dict.fromkeys(inputs):
             source.readers.append(step)
-        self._hold(tensor, step)
+        self._remember(tensor, step)
 
     @staticmethod
     def _maps_by_weights(op: str, before: list[Step | None]) -> bool:
@@ -200,8 +201,8 @@ class Flow(TorchDispatchMode):
             return any(before[at] is None for at in _DATA_AND_WEIGHT[op])
         return op in ("convolution", "embedding", "linear") or "rnn" in op
 
-    def _hold(self, tensor: Tensor, step: Step) -> None:
-        self._held[id(tensor)] = (tensor, step)  # which keeps the number from being given again
+    def _remember(self, tensor: Tensor, step: Step) -> None:
+        self._known[id(tensor)] = (weakref.ref(tensor), step)  # large networks need the memory
 
 
 def _axes(step: Step, func: Any, args: Any, kwargs: Any, before: list[Step | None]) -> list[Axis]:
