@@ -96,7 +96,9 @@ def line(model: nn.Module, shape: tuple[int, ...]) -> str:
     chosen = select(seen.sites)
     axes = Counter(f"{site.axis} of {len(site.shape) + 1}" for site in chosen)
     guessed = [site.name for site in chosen if site.name in seen.guessed]
-    left = dict.fromkeys(re.sub(r"\d+", "*", name) for name in seen.left_out(chosen))
+    left = dict.fromkeys(
+        re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in seen.left_out(chosen)
+    )
     try:
         capture(model, sample, chosen)
         strategy = "captured"

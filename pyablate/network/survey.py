@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -410,12 +409,13 @@ def _holds_weights(module: nn.Module) -> bool:
 
 
 def _alike(names: Sequence[str]) -> str:
-    """List names, those that differ in numbers only as one with their count."""
-    counts = Counter(re.sub(r"\d+", "*", name) if name else "the network itself" for name in names)
-    single = {re.sub(r"\d+", "*", name): name for name in names if name}
+    """List names, those that differ in a number between dots only as one with their count."""
+    by_form: dict[str, list[str]] = {}
+    for name in names:
+        by_form.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     return ", ".join(
-        single.get(form, form) if count == 1 else f"{form} ({count})"
-        for form, count in counts.items()
+        f"{form} ({len(alike)})" if len(alike) > 1 else alike[0] or "the network itself"
+        for form, alike in by_form.items()
     )
 
 
