@@ -128,6 +128,8 @@ def set_rules(traced: nn.Module) -> None:
 
 def _last_node(graph: fx.Graph, site: Site) -> fx.Node | None:
     """Node that holds the output of a site's module, as far as names tell."""
+    if site.function is not None:
+        return None
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == site.module]
     if calls:
         number = (site.call or 1) - 1

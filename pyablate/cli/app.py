@@ -16,11 +16,20 @@ import typer
 from typer.core import TyperGroup
 
 from pyablate.cli.attributes import attributes
-from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_bytes
+from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, parse_bytes
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
-from pyablate.cli.options import Bar, Intervention, Layers, Memory, Network, Sample, with_options
+from pyablate.cli.options import (
+    Axes,
+    Bar,
+    Intervention,
+    Layers,
+    Memory,
+    Network,
+    Sample,
+    with_options,
+)
 from pyablate.cli.plot import plot
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
@@ -131,7 +140,7 @@ def demo(
     show(*lines, written=[output / "run.zarr", output / "units.csv"])
 
 
-def layers(*, network: Network, sample: Sample) -> None:
+def layers(*, network: Network, sample: Sample, axis: Axes = None) -> None:
     """List the layers that hold units: their names, how many units, and whether `*` has them.
 
     Try `pyablate layers demo:resnet`, `pyablate layers net:make --input-shape 3,224,224`
@@ -139,14 +148,17 @@ def layers(*, network: Network, sample: Sample) -> None:
     `pyablate layers net:make --data photos/ --size 224`
     """
     import pyablate as pa
+    from pyablate.network.sites import surveyed
 
     model = network.load()
-    found = pa.sites(model, sample.load(network.model, model))
+    seen = surveyed(model, sample.load(network.model, model), parse_axes(axis))
     try:
-        selected = pa.select(found, "*")
-    except ValueError:  # a network without activation modules: all its layers go by name
+        selected = pa.select(seen.sites, "*")
+    except ValueError:  # a network without nonlinearities: all its layers go by name
         selected = []
-    show(sites_table(found, selected))
+    show(sites_table(seen.sites, selected))
+    for remark in seen.remarks(selected, everything=True):
+        typer.echo(visible(remark))
 
 
 def plan(
@@ -158,6 +170,7 @@ def plan(
     ] = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
+    axis: Axes = None,
     memory: Memory = None,
 ) -> None:
     """Say how a run would be done and what it would cost, without running it.
@@ -171,7 +184,15 @@ def plan(
     budget = parse_bytes("--memory", memory)
     model = network.load()
     one = sample.load(network.model, model)
-    made = pa.plan(model, one, layers, images=images, intervention=intervention, memory=budget)
+    made = pa.plan(
+        model,
+        one,
+        layers,
+        images=images,
+        intervention=intervention,
+        axis=parse_axes(axis),
+        memory=budget,
+    )
     typer.echo(visible(made.explain(), keep="\n"))
 
 

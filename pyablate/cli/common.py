@@ -46,6 +46,17 @@ def parse_bytes(option: str, text: str | None) -> int | None:
     return int(float(match[1]) * units[match[2]])
 
 
+def parse_axes(given: list[str] | None) -> dict[str, int]:
+    """Turn ``["layer=1"]`` into axes by layer, each named once."""
+    axes: dict[str, int] = {}
+    for text in given or ():
+        match = re.fullmatch(r"(.+)=(-?\d+)", text)
+        if match is None or match[1] in axes:
+            raise InputError(f"--axis: expected LAYER=N such as layer1=1, once each, got {text!r}")
+        axes[match[1]] = int(match[2])
+    return axes
+
+
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     """Turn ``"0.5,0.25"`` into finite numbers; None stays None."""
     if text is None:

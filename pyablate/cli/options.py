@@ -53,6 +53,15 @@ Layers = Annotated[
         "and block output; `pyablate layers` lists them all.",
     ),
 ]
+Axes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="LAYER=N",
+        help="Axis of a layer's units, 0 being the batch, where it was found wrongly; may be given "
+        "again.",
+    ),
+]
 Intervention = Annotated[
     str,
     typer.Option(

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyablate.cli.common import EXIT_CODES, InputError, check_files, parse_bytes, parse_shard
+from pyablate.cli.common import (
+    EXIT_CODES,
+    InputError,
+    check_files,
+    parse_axes,
+    parse_bytes,
+    parse_shard,
+)
 from pyablate.cli.options import (
     AsJson,
+    Axes,
     Bar,
     BatchSize,
     Csv,
@@ -44,6 +52,7 @@ def run(
     images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
+    axis: Axes = None,
     precision: Precision = "auto",
     measures: Measures = None,
     on_mismatch: OnMismatch = "error",
@@ -102,6 +111,7 @@ def run(
         data.batches,
         layers=layers,
         intervention=intervention,
+        axis=parse_axes(axis),
         precision=precision,
         measures=measures or (),
         class_names=data.class_names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from pyablate.cli.tables import columns, count, frame_table, number, points
@@ -29,7 +30,7 @@ _SITE_COLUMNS = (
     *columns(str, "Layer", "Kind"),
     *columns(count, "Units"),
     *columns(lambda shape: " x ".join(map(str, shape)), "Output of one image"),
-    *columns(str, 'in "*"'),
+    *columns(str, "Axis", 'in "*"'),
 )
 
 
@@ -96,14 +97,15 @@ def hook_loop_lines(result: AblationResult, timing: HookLoopTiming) -> list[str]
 
 
 def sites_table(sites: Sequence[Site], selected: Sequence[Site]) -> Table:
-    """Tabulate the layers that can be named: kind, units, shape, and whether ``*`` has them."""
+    """Tabulate the layers that can be named: kind, units, shape, axis, and whether ``*`` has them.
+
+    The axis of the units counts the batch as 0.
+    """
     import pandas as pd
 
+    about = attrgetter("name", "kind", "channels", "shape", "axis")
     chosen = {site.name for site in selected}
-    rows = [
-        (site.name, site.kind, site.channels, site.shape, "yes" if site.name in chosen else "")
-        for site in sites
-    ]
+    rows = [(*about(site), "yes" if site.name in chosen else "") for site in sites]
     frame = pd.DataFrame(rows, columns=[name for _, name, _ in _SITE_COLUMNS])
     return frame_table(frame, _SITE_COLUMNS)
 

@@ -16,7 +16,7 @@ from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_padding
-from pyablate.network.sites import Site, evaluation, hooked
+from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
 from pyablate.runtime import interrupts
 
 
@@ -47,6 +47,9 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     pair = _noisy(two_images(sample))
     program = _export(model, pair, sites)
     graph = _read(program)
+    unseen = {site.name for site in sites}.difference(marker.args[1] for marker in graph.markers)
+    if unseen:
+        raise CaptureError(f"no trace of {', '.join(sorted(unseen))} in the exported graph")
     graph.layout = _layouts(graph, pair)
     if fold:
         fold_batch_norm(graph)
@@ -59,7 +62,12 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
     def change(site: Site, call: int, output: Tensor) -> Tensor:
         return cast(Tensor, mark(output, site.name, call))
 
-    with quiet_export(), evaluation(model), hooked(model, sites, change):
+    with (
+        quiet_export(),
+        evaluation(model),
+        without_recorders(model, pair),  # which would be shown tensors without values
+        hooked(model, sites, change),
+    ):
         try:
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False

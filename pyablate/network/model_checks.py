@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyablate.network.forward import (
     two_images,
     usable_device,
 )
-from pyablate.network.sites import Site, copied, sites
+from pyablate.network.sites import Site, Survey, copied, surveyed
 
 logger = logging.getLogger("pyablate")
 
@@ -42,8 +42,8 @@ class Ready:
         On the model's device and in its dtype; labels beyond its classes are errors.
     batch : Batch
         The first images.
-    sites : list of Site
-        All of them.
+    survey : Survey
+        All sites, and where the weights have their units.
     classes : int
         Number of logits.
     class_names : tuple of str
@@ -53,9 +53,14 @@ class Ready:
     model: nn.Module
     data: Data
     batch: Batch
-    sites: list[Site]
+    survey: Survey
     classes: int
     class_names: tuple[str, ...]
+
+    @property
+    def sites(self) -> list[Site]:
+        """All of them."""
+        return self.survey.sites
 
 
 def open_up(
@@ -65,6 +70,7 @@ def open_up(
     device: str | torch.device | None,
     *,
     double: bool = False,
+    axis: Mapping[str, int] | None = None,
 ) -> Ready:
     """Copy the model, look at the first images and check that the two fit."""
     work, dtype, where = _working_copy(model, device, double=double)
@@ -72,7 +78,7 @@ def open_up(
     batch = data.first(SAMPLE)
     sample = batch.images
     try:
-        found = sites(work, sample)
+        found = surveyed(work, sample, axis)
     except RuntimeError as error:
         raise ValueError(
             f"data: the model fails on images of shape {list(sample.shape[1:])}: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ def compare(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -80,7 +81,13 @@ def compare(
     >>> pa.reference.compare(fast, model, few, ["features.16:14"]).mismatches
     0
     """
-    options = {"groups": groups, "device": device, "seed": seed, "batch_size": batch_size}
+    options = {
+        "groups": groups,
+        "axis": axis,
+        "device": device,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     total = Agreement(0, 0, 0)
     last = -1
     for last, values in logits(model, data, layers, intervention=intervention, **options):  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.forward import check_logits, device_of, forward, usable_device
+from pyablate.network.hooks import FunctionResults
 from pyablate.network.model_checks import check_weights
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
@@ -36,6 +37,9 @@ from pyablate.runtime.progress import Report, reporting
 Change = Callable[[int, Tensor], Tensor | None]
 """Called with the number of a module's call (from 1) and its output; may return another output."""
 
+Place = tuple[str, tuple[str, int] | None]
+"""A module, and which function called after it gives the tensor; None if the module does."""
+
 
 def ablate(
     model: nn.Module,
@@ -44,6 +48,7 @@ def ablate(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -66,6 +71,8 @@ def ablate(
         What replaces a unit; see :class:`pyablate.interventions.Intervention`.
     groups : sequence of sequence of str, optional
         Units ``"layer:unit"`` that are ablated together, of one layer or of several.
+    axis : dict, optional
+        Axis of the units of some layers, by name.
     class_names : sequence of str, optional
         One name per class; the class numbers by default.
     device : str or torch.device, optional
@@ -98,7 +105,7 @@ def ablate(
     >>> np.array_equal(slow.predictions()[0], result.predictions()[14, :5])
     True
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
     labels = torch.cat([batch.labels for batch in loop.batches]).cpu().numpy()
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
@@ -149,6 +156,7 @@ def logits(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -168,7 +176,7 @@ def logits(
     >>> [row for row, _ in pa.reference.logits(model, few, ["features.16:14"])]
     [-1, 0]
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size)
+    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
     return loop.logits()
 
 
@@ -226,6 +234,7 @@ class _Loop:
         device: str | torch.device | None,
         seed: int,
         batch_size: int | None,
+        axis: Mapping[str, int] | None,
     ) -> _Loop:
         """Check the arguments and make the float64 copy."""
         specification = parse(intervention, seed=seed)
@@ -238,7 +247,7 @@ class _Loop:
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
         batches = list(images.batches(batch_size or 256))
-        found = sites(double, batches[0].images[:1])
+        found = sites(double, batches[0].images[:1], axis=axis)
         return cls(double, batches, rows_of(found, layers, groups, specification), specification)
 
     def logits(self) -> Iterator[tuple[int, Tensor]]:
@@ -253,22 +262,28 @@ class _Loop:
         for number, row in enumerate(self.rows):
             yield number, torch.cat([self._ablated(row, batch) for batch in self.batches]).cpu()
 
-    def run(self, images: Tensor, changes: Mapping[str, Change]) -> Tensor:
-        """One forward pass in which ``changes[module]`` may replace the outputs of its calls."""
-        calls: Counter[str] = Counter()
+    def run(self, images: Tensor, changes: Mapping[Place, Change]) -> Tensor:
+        """One forward pass in which ``changes[place]`` may replace the tensors there."""
+        calls: Counter[Place] = Counter()
+        results = FunctionResults()
 
-        def hook_of(name: str) -> Callable[..., Tensor | None]:
+        def hook_of(place: Place) -> Callable[..., Tensor | None]:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-                calls[name] += 1
-                return changes[name](calls[name], output)
+                calls[place] += 1
+                if place[1] is None:
+                    return changes[place](calls[place], output)
+                results.expect(place[1], partial(changes[place], calls[place]))
+                return None
 
             return hook
 
         handles = []
         try:
-            for name in changes:
-                module = self.model.get_submodule(name)
-                handles.append(module.register_forward_hook(hook_of(name)))
+            if any(function for _, function in changes):
+                handles += results.watching(self.model)
+            for place in changes:
+                module = self.model.get_submodule(place[0])
+                handles.append(module.register_forward_hook(hook_of(place)))
             with export_lock(), torch.no_grad():
                 values = forward(self.model, images)
         finally:
@@ -284,18 +299,18 @@ class _Loop:
             # their maps beside those that they replace.
             images = torch.cat([images, self._images[self._donor[batch.index]]])
 
-        def change_of(module: str) -> Change:
+        def change_of(place: Place) -> Change:
             def change(call: int, output: Tensor) -> Tensor:
                 changed = output.clone()
                 for site, units in row.targets.items():
-                    if site.module == module and site.call in (None, call):
+                    if (site.module, site.function) == place and site.call in (None, call):
                         self._replace(changed, output, site, units, call, batch)
                 return changed
 
             return change
 
-        modules = {site.module for site in row.targets}
-        values = self.run(images, {module: change_of(module) for module in modules})
+        places = {(site.module, site.function) for site in row.targets}
+        values = self.run(images, {place: change_of(place) for place in places})
         return values[: len(batch.images)]
 
     def _replace(
@@ -387,17 +402,18 @@ class _Loop:
         """Collect maps ``[N, C, positions]`` of the intact network by site name and call."""
         maps: list[tuple[tuple[str, int], Tensor]] = []
 
-        def watch(module: str) -> Change:
+        def watch(place: Place) -> Change:
             def note(call: int, output: Tensor) -> None:
                 for site in touched:
-                    if site.module == module and site.call in (None, call):
+                    if (site.module, site.function) == place and site.call in (None, call):
                         own = output[: len(batch.images)]
                         units_first = own.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
                         maps.append(((site.name, call), units_first.clone()))
 
             return note
 
-        self.run(batch.images, {site.module: watch(site.module) for site in touched})
+        places = {(site.module, site.function) for site in touched}
+        self.run(batch.images, {place: watch(place) for place in places})
         return maps
 
     def _check_labels(self, classes: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_count
 from pyablate.network.forward import device_of, forward
 from pyablate.network.near_tie import near_tie
-from pyablate.network.sites import Site, evaluation
+from pyablate.network.sites import Site, evaluation, hooked
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
@@ -155,10 +155,23 @@ class _Silence:
         return silenced
 
 
+def _silenced(unit: int) -> Callable[[Site, int, Tensor], Tensor]:
+    """Give a change that zeroes one unit of what a function returns."""
+
+    def change(site: Site, _call: int, output: Tensor) -> Tensor:
+        return output.index_fill(site.axis, torch.tensor([unit], device=output.device), 0)
+
+    return change
+
+
 def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> Tensor:
     """Logits ``[N, K]`` on the CPU with one unit silenced."""
     parts = []
     for part in x.split(batch):
+        if site.function is not None:
+            with hooked(model, [site], _silenced(unit)):
+                parts.append(model(part.clone()))
+            continue
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:
             parts.append(forward(model, part))

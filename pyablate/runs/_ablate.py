@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def ablate(
     *,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
@@ -76,6 +77,9 @@ def ablate(
     groups : sequence of sequences of str, optional
         Units ``"layer:unit"`` to ablate together, one row of the result per group, after the
         rows of ``layers``.
+    axis : dict, optional
+        Axis of the units of some layers, by name, 0 being the batch, where you know better than
+        :func:`pyablate.sites`, which follows it from the weights.
     class_names : sequence of str, optional
         One per class; by default the class numbers.
     device : str or torch.device, optional
@@ -154,6 +158,7 @@ def ablate(
             strategy=strategy,
             precision=precision,
             measures=check_measures(measures),
+            axis=axis,
         ),
         output=None if output is None else Path(output),
         audit=audit,
@@ -242,7 +247,10 @@ def _capture(model: nn.Module, data: Any, options: _RunOptions, ranks: Ranks) ->
     goes_on = place is not None and not options.fresh and has_statistics(place)
     if ranks.tell(goes_on) and place is not None:
         measured = read_statistics(place)
-    return prepare(model, data, options.setup, measured=measured, ranks=ranks)
+    setup = prepare(model, data, options.setup, measured=measured, ranks=ranks)
+    for remark in setup.remarks if ranks.first else ():
+        logger.warning("%s", remark)
+    return setup
 
 
 def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) -> _RunPlan:

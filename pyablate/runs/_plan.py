@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,8 @@ class Plan:
         Predicted time of the clean runs, one per image.
     peaks : Peaks
         What this machine was measured to do just now.
+    remarks : tuple of str
+        What should be known of the layers chosen: weights whose units are in none of them.
 
     Examples
     --------
@@ -107,6 +109,7 @@ class Plan:
     tiers: tuple[str, ...]
     clean_seconds: float
     peaks: Peaks
+    remarks: tuple[str, ...] = ()
 
     @property
     def gflops(self) -> float:
@@ -149,6 +152,7 @@ class Plan:
             f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
             f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
             f"live share was measured on {min(_SAMPLE, self.images)} images",
+            *self.remarks,
         ]
         if result is not None:
             spent = sum(result.effort.layer_seconds.values())
@@ -164,6 +168,7 @@ def plan(
     images: int | None = None,
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
+    axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
@@ -173,7 +178,7 @@ def plan(
 
     Parameters
     ----------
-    model, data, layers, intervention, groups, device, batch_size, memory, precision
+    model, data, layers, intervention, groups, axis, device, batch_size, memory, precision
         As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
     images : int, optional
         Predict for this many images; by default for as many as ``data`` has.
@@ -203,6 +208,7 @@ def plan(
         batch_size=batch_size,
         memory=memory,
         precision=precision,
+        axis=axis,
     )
     check_options(model, options)
     if isinstance(data, Tensor):
@@ -216,7 +222,7 @@ def plan(
     tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
     pairs = min((row.pop("slice") for row in rows), default=1)
     table = pd.DataFrame(rows)
-    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks)
+    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks, setup.remarks)
 
 
 def _clean_seconds(setup: Setup, peaks: Peaks) -> float:

@@ -64,6 +64,8 @@ def identify(
     }
     if directions is not None:
         options["directions"] = _directions(directions)
+    if setup.axes:
+        options["axis"] = dict(sorted(setup.axes.items()))
     return {
         "model": {
             "structure": _structure(setup.model, setup.graph),

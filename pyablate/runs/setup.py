@@ -27,7 +27,7 @@ from pyablate.network.capture import CaptureError, capture
 from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
-from pyablate.network.sites import Site, check_model
+from pyablate.network.sites import Site, asks_for_everything, check_model
 from pyablate.runs.calibration import calibrate
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
@@ -71,6 +71,10 @@ class Setup:
     memory: int
     at_a_time: int
     """Images of one pass through the model: see :func:`images_at_a_time`."""
+    axes: Mapping[str, int]
+    """Axes of units that the caller gave, by layer."""
+    remarks: tuple[str, ...]
+    """What should be known of the layers chosen."""
 
     @cached_property
     def own(self) -> Replay:
@@ -103,6 +107,7 @@ class SetupOptions:
     strategy: str = "auto"
     precision: str = "auto"
     measures: tuple[str, ...] = ()
+    axis: Mapping[str, int] | None = None
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -121,9 +126,12 @@ def prepare(
     """
     intervention, precision = options.intervention, options.precision
     double = precision == "fp64"
-    ready = open_up(model, source, options.class_names, options.device, double=double)
+    ready = open_up(
+        model, source, options.class_names, options.device, double=double, axis=options.axis
+    )
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
+    everything = asks_for_everything(options.layers, options.groups)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
     graph = None if options.strategy == "replay" else _capture(work, sample, marked)
     _hold(data, intervention)
@@ -165,6 +173,8 @@ def prepare(
         batch_size=size,
         memory=memory,
         at_a_time=at_a_time,
+        axes=ready.survey.given,
+        remarks=tuple(ready.survey.remarks(marked, everything=everything)),
     )
 
 

@@ -25,14 +25,14 @@ def conductance(
 ) -> dict[str, Tensor]:
     """Conductance of the labelled class's logit through each unit, float64 ``[N, C]`` by site.
 
-    The path leads from a zero image to the image. Parts of a module's calls (``name@k``) are left
-    out: Captum attributes to whole modules.
+    The path leads from a zero image to the image. Parts of a module's calls (``name@k``) and what
+    functions return are left out: Captum attributes to whole modules.
     """
     from captum.attr import LayerConductance
 
     found: dict[str, Tensor] = {}
     for site in sites:
-        if site.call is not None:
+        if site.call is not None or site.function is not None:
             continue
         method = LayerConductance(model, model.get_submodule(site.module))
         parts = []

@@ -224,9 +224,26 @@ def test_layers_are_listed_with_what_the_star_selects(here: Path) -> None:
         code, out, err = _invoke("layers", "small_network:make", *sample)
         assert code == 0, err
         rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
-        assert rows["1"] == ["1", "activation", "4", "4", "x", "6", "x", "6", "yes"]
+        assert rows["1"] == ["1", "activation", "4", "4", "x", "6", "x", "6", "1", "yes"]
         assert rows["0"][1] == "layer"
         assert rows["0"][-1] != "yes"
+
+
+def test_layers_say_what_star_leaves_out_and_take_an_axis(here: Path) -> None:
+    (here / "own.py").write_text(
+        "from torch import nn\n"
+        "make = lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 5, 3), nn.ReLU(), "
+        "nn.Flatten(), nn.Linear(80, 4))\n"
+    )
+    sample = ("own:make", "--input-shape", "1,8,8", "--axis", "2=-1")
+    code, out, err = _invoke("layers", *sample)
+    assert code == 0, err
+    assert "the units of 1 modules with weights are in no chosen layer: 0;" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
+    assert rows["2"] == ["2", "activation", "4", "5", "x", "4", "x", "4", "3", "yes"]
+    code, out, err = _invoke("plan", *sample)
+    assert code == 0, err
+    assert out.count("in no chosen layer: 0;") == 1
 
 
 def test_layers_of_a_network_without_activations_are_listed_all_the_same(here: Path) -> None:
@@ -389,6 +406,8 @@ _BAD_INPUT = {
     "output over something else": ((*_RUN, "--output", "notes"), "notes"),
     "csv over a folder": ((*_RUN, "--csv", "notes"), "notes"),
     "layers without a sample": (("layers", "small_network:make"), "--input-shape"),
+    "axis not a number": ((*_RUN, "--axis", "1=last"), "--axis: expected LAYER=N"),
+    "axis of no layer": ((*_RUN, "--axis", "one=1"), "axis: no layer"),
     "shape not numbers": (("layers", "small_network:make", "--input-shape", "a"), "--input-shape"),
     "no such run": (("significance", "gone.zarr"), "gone.zarr"),
     "significance of something else": (("significance", "notes"), "notes"),

@@ -1,0 +1,247 @@
+"""Sites, and how their tensors are seen and replaced while a network runs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from pyablate.runtime.locks import export_lock
+
+Kind = Literal["activation", "block", "layer"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that holds units.
+
+    Attributes
+    ----------
+    name : str
+        Dotted module name; with ``@k`` behind it, the k-th call only (counted from 1).
+    module : str
+        Dotted module name.
+    call : int or None
+        Which call of the module; None means every call.
+    channels : int
+        Number of units.
+    axis : int
+        Axis of the units in the output, batch included (never 0).
+    shape : tuple of int
+        Shape of the output for one image, batch left out.
+    kind : {"activation", "block", "layer"}
+        ``"*"`` selects activations and blocks; layers are asked for by name.
+    function : (str, int) or None
+        Where the tensor is not what the module returns, but what a function of torch returns that
+        the network calls afterwards: name of the function, and which of the calls by that name
+        since the module returned, from 1.
+
+    Examples
+    --------
+    >>> site = pa.sites(model, images[:1])[-1]
+    >>> site.name, site.channels, site.kind
+    ('pool', 128, 'layer')
+    """
+
+    name: str
+    module: str
+    call: int | None
+    channels: int
+    axis: int
+    shape: tuple[int, ...]
+    kind: Kind
+    function: tuple[str, int] | None = None
+
+    def label(self, unit: int) -> str:
+        """Name of one unit, ``"layer:unit"``."""
+        return f"{self.name}:{unit}"
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them.
+
+    Of a compiled one the network as it was.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    with export_lock():  # without hooks that another thread may have put on it
+        history = {
+            id(value): value.detach().clone()
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+        # A dozen empty tables of hooks in each module are most of what copying costs.
+        empty: dict[int, Any] = {
+            id(value): OrderedDict()
+            for module in model.modules()
+            for value in vars(module).values()
+            if type(value) is OrderedDict and not value
+        }
+        return copy.deepcopy(model, history | empty)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a network in evaluation mode and give every module its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, targets: Iterable[Site], change: Callable[[Site, int, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let ``change(site, call, output)`` replace the output at each call of the sites' modules.
+
+    A call (counted from 1 within one forward pass of ``model``) that no target names is left
+    alone. The hooks are gone afterwards, whatever happened.
+    """
+    by_module: dict[str, list[Site]] = {}
+    for site in targets:
+        by_module.setdefault(site.module, []).append(site)
+    calls: dict[str, int] = {}
+    handles = [model.register_forward_pre_hook(lambda *_: calls.clear())]
+    results = FunctionResults()
+    if any(site.function for sites in by_module.values() for site in sites):
+        handles += results.watching(model)
+
+    def watch(name: str) -> Callable[..., Tensor | None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+            call = calls[name] = calls.get(name, 0) + 1
+            changed = output
+            for site in by_module[name]:
+                if site.call not in (None, call):
+                    continue
+                if site.function is None:
+                    changed = change(site, call, changed)
+                else:
+                    results.expect(site.function, functools.partial(change, site, call))
+            return changed
+
+        return hook
+
+    try:
+        for name in by_module:
+            handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def without_recorders(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Take a caller's hooks away that return nothing: they record, and are no part of the network.
+
+    They are told from those that do change something by one forward pass of ``images``, in which
+    none of them is left out.
+    """
+    tables = [
+        table
+        for module in model.modules()
+        for table in (module._forward_hooks, module._forward_pre_hooks)
+        if table
+    ]
+    saved = [dict(table) for table in tables]
+    changing: set[int] = set()
+
+    def noting(key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def noted(*arguments: Any, **named: Any) -> Any:
+            result = hook(*arguments, **named)
+            if result is not None:
+                changing.add(key)
+            return result
+
+        return noted
+
+    try:
+        if tables:
+            for table in tables:
+                table.update({key: noting(key, hook) for key, hook in table.items()})
+            with evaluation(model), torch.no_grad():
+                model(images.clone())
+            for table, hooks in zip(tables, saved, strict=True):
+                table.clear()
+                table.update({key: hook for key, hook in hooks.items() if key in changing})
+        yield
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.clear()
+            table.update(hooks)
+
+
+class FunctionResults(TorchFunctionMode):
+    """Replaces what functions of torch return to the network that calls them.
+
+    A residual sum, a functional batch norm or a gate is no module's output. Such a tensor is told
+    by the module whose call came before and by the functions that the network called since, which
+    are the same however and wherever the network is run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._expected: list[_Expected] = []
+
+    def watching(self, model: nn.Module) -> list[RemovableHandle]:
+        """Watch the forward passes of a network until the handles are removed."""
+
+        def enter(*_: Any) -> None:
+            self._expected.clear()
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(*_: Any) -> None:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        return [
+            model.register_forward_pre_hook(enter),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+
+    def expect(self, function: tuple[str, int], change: Callable[[Tensor], Tensor | None]) -> None:
+        """Let ``change`` see, and perhaps replace, the result of a function called from now on."""
+        name, number = function
+        self._expected.append(_Expected(name, number, change))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, and change its result if it is expected."""
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor):
+            return result
+        name, given = function_name(func), result
+        for one in list(self._expected):
+            one.left -= one.name == name
+            if one.left == 0:
+                self._expected.remove(one)
+                changed = one.change(result)
+                result = result if changed is None else changed
+        if result is not given and any(given is argument for argument in args):
+            result = given.copy_(result)  # in place: the network may look at its argument
+        return result
+
+
+@dataclass(eq=False)
+class _Expected:
+    name: str
+    left: int
+    change: Callable[[Tensor], Tensor | None]
+
+
+def function_name(function: Any) -> str:
+    """Name of a function of torch, the same for its forms: ``Tensor.relu_`` is a ``relu``."""
+    name = str(getattr(function, "__name__", type(function).__name__))
+    return name.partition(".")[0].strip("_")
