@@ -50,9 +50,9 @@ class Exact:
     replay : Replay
         The model itself in float64, for donors and statistics.
     recomputed : set of Job
-        Jobs of which the perturbed values are computed instead of differences, as they are where
-        the clean run holds NaN or infinity: base + (after - before) is not after where numbers
-        that are equal are compared, or where 1 becomes 1e-20 and counts as that.
+        Jobs of which the perturbed values are computed instead of differences: base + (after -
+        before) is not after where numbers that are equal are compared, where something is NaN or
+        infinite, or where 1 becomes 1e-20 and counts as that.
     """
 
     graph: Graph
@@ -121,7 +121,7 @@ class Exact:
         """Change the clean logits ``[P, K]`` of some pairs to those without their units."""
         job, size = sweep.suffix.job, sweep.suffix.pairs_in(SLICE)(torch.float64)
         parts = zip(*(whole.split(size) for whole in (row, image, logits)), strict=True)
-        if job in self.recomputed or _is_irregular(sweep.clean.tensors):
+        if job in self.recomputed:
             for rows, images, part in parts:
                 part.copy_(sweep.recompute(rows, images))
             return
@@ -135,6 +135,8 @@ class Exact:
             if change.lost is not None and bool(change.lost.any()):
                 lost = change.lost
                 part[lost] = sweep.recompute(rows[lost], images[lost])
+        # Replay decides them; a look at it here would be a wait for the device.
+        logits.masked_fill_(_is_irregular(sweep.clean.tensors), torch.nan)
 
     def _clean(self, few: Batch, keep: set[fx.Node]) -> dict[fx.Node, Value]:
         """Run the intact network on a few images, or take what is held of them."""
@@ -160,17 +162,18 @@ class Exact:
         return {}
 
 
-def _is_irregular(tensors: Mapping[fx.Node, Value]) -> bool:
+def _is_irregular(tensors: Mapping[fx.Node, Value]) -> Tensor:
     """Whether the clean run holds NaN, or infinity where no mask stands: no delta is right there.
 
-    The sum of what is masked by minus infinity is minus infinity.
+    A bool ``[]`` on the device. The sum of what is masked by minus infinity is minus infinity.
     """
-    return any(
-        bool(torch.isnan(total)) or (may_be_infinite(node) and not bool(torch.isfinite(total)))
+    totals = {
+        node: value.sum()
         for node, value in tensors.items()
         if isinstance(value, Tensor) and value.is_floating_point()
-        for total in [value.sum()]
-    )
+    }
+    bad = [t.isnan() if not may_be_infinite(n) else ~t.isfinite() for n, t in totals.items()]
+    return torch.stack(bad).any()
 
 
 def exact(graph: Graph | None, replay: Replay, sample: Batch) -> Exact | Replay:

@@ -65,8 +65,6 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
-    irregular : set of Job
-        Of which it has been told that something inside is not finite.
     cascades : dict
         Precisions and care of each job.
     suffixes : dict
@@ -81,7 +79,6 @@ class BlockSweep:
     on_mismatch: str = "error"
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    irregular: set[Job] = field(default_factory=set)
     cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
@@ -262,7 +259,7 @@ class BlockSweep:
         """Predictions of every pair that can differ from the clean run's."""
         cascade = self.cascades[job]
         if clean.irregular:
-            self._tell_irregular(job)
+            self._give_up_deltas(job)
         if cascade.care >= Care.FLOAT64 or clean.irregular:
             yield from self._in_float64(job, batch, clean, record)
         elif job not in self.suffixes:
@@ -274,10 +271,12 @@ class BlockSweep:
                 found = self._by_deltas(job, batch, clean, record)
             yield found
 
-    def _tell_irregular(self, job: Job) -> None:
-        if job not in self.irregular:
-            self.irregular.add(job)
-            logger.info("%s: something inside is not finite: float64 decides all pairs", job.name)
+    def _give_up_deltas(self, job: Job) -> None:
+        """Let float64 compute values of a job: what is not finite has no difference."""
+        exact = self.setup.exact
+        if isinstance(exact, Exact) and job not in exact.recomputed:
+            logger.info("%s: something inside is not finite: values instead of deltas", job.name)
+            exact.recomputed.add(job)
 
     def _by_deltas(self, job: Job, batch: Batch, clean: Clean, record: Record | None) -> Predicted:
         """By the closed form or tier after tier, at last in float64.

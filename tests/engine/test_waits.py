@@ -327,14 +327,14 @@ class NoKernels:
     """A module whose operations are launched and do nothing: sizes are all that matters here."""
 
     def __getattr__(self, name):
-        return lambda *_: None
+        return lambda *_, **__: None
 
 
 def test_native_operations_do_not_wait(monkeypatch):
     """The functions round the kernels, which the tests above take for one launch."""
     for module in (elementwise, _classify, units):
         monkeypatch.setattr(module, "backend", lambda _: NoKernels())
-        monkeypatch.setattr(module, "context", lambda _: (1, 0))
+        monkeypatch.setattr(module, "context", lambda _: {"threads": 1, "stream": 0})
     maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
     pair = there(torch.zeros(5, dtype=torch.int32))
     relu = Activation("relu")
