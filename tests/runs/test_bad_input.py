@@ -125,10 +125,6 @@ VALUES: Cases = {
         with_data(lambda a: (a.images, a.labels[:5])),
         r"data: batch 0: expected images \[N, \.\.\.\] and labels \[N\], got \[24, .*\[5\]",
     ),
-    "labels of two dimensions": (
-        with_data(lambda a: (a.images, a.labels[:, None].expand(-1, 2))),
-        r"labels \[24, 2\] must be one-hot",
-    ),
     "batch of another size": (
         with_data(lambda a: [*a.batches, (a.images[:4, :, :10, :10], a.labels[:4])]),
         r"data: batch 3: images of shape \[2, 10, 10\], but earlier ones have \[2, 12, 12\]",
@@ -218,12 +214,16 @@ VALUES: Cases = {
         with_options(class_names=["a", "b"]),
         r"class_names: expected 5 names, got 2",
     ),
-    "unknown measure": (with_options(measures=["los"]), "some of loss, margin, got 'los'"),
+    "unknown measure": (with_options(measures=["los"]), "of loss, margin, got 'los'"),
     "batch size 0": (with_options(batch_size=0), r"batch_size: expected .*got 0"),
     "batch size 2.5": (with_options(batch_size=2.5), r"batch_size: expected .*got 2\.5"),
 }
 
 TYPES: Cases = {
+    "labels of two dimensions": (
+        with_data(lambda a: (a.images, a.labels[:, None].expand(-1, 2))),
+        r"labels \[24, 2\] must be one-hot",
+    ),
     "layer of another type": (with_layers([3]), r"layers: expected strings, got int"),
     "not iterable": (with_data(lambda _: 7), r"data: expected .*got int"),
     "images alone": (with_data(lambda a: a.images), r"data: expected .*got Tensor"),
