@@ -6,13 +6,13 @@ the clean logits and a pair's change of them, whatever the precision in which th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyablate._validation import check_choice
 from pyablate.results.measures import MEASURES, Accuracy
 
 Record = Callable[[Tensor, Tensor, Tensor], None]
@@ -30,12 +30,7 @@ def check_measures(measures: Sequence[str]) -> tuple[str, ...]:
     if isinstance(measures, str) or not isinstance(measures, Sequence):
         raise TypeError(f"measures: expected a list of names, got {measures!r}")
     for name in measures:
-        if name not in MEASURES:
-            near = difflib.get_close_matches(str(name), MEASURES, n=1) or MEASURES
-            expected = ", ".join(MEASURES)
-            raise ValueError(
-                f"measures: expected some of {expected}, got {name!r}; nearest: {near[0]}"
-            )
+        check_choice("measures", name, MEASURES)
     return tuple(name for name in MEASURES if name in measures)
 
 
