@@ -45,11 +45,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
         ``torch.export`` fails, or the graph does something across images.
     """
     pair = _noisy(two_images(sample))
-    program = _export(model, pair, sites)
-    graph = _read(program)
-    unseen = {site.name for site in sites}.difference(marker.args[1] for marker in graph.markers)
-    if unseen:
-        raise CaptureError(f"no trace of {', '.join(sorted(unseen))} in the exported graph")
+    graph = _read(_export(model, pair, sites))
     graph.layout = _layouts(graph, pair)
     if fold:
         fold_batch_norm(graph)
@@ -59,7 +55,10 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
 
 
 def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.export.ExportedProgram:
+    unseen = {site.name for site in sites}
+
     def change(site: Site, call: int, output: Tensor) -> Tensor:
+        unseen.discard(site.name)
         return cast(Tensor, mark(output, site.name, call))
 
     with (
@@ -72,9 +71,12 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
             program = torch.export.export(
                 model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False
             )
-            return cast(torch.export.ExportedProgram, program.run_decompositions({}))
+            program = program.run_decompositions({})
         except Exception as error:  # torch.export raises many types; each means the same here
             raise CaptureError(f"torch.export: {first_line(error)}") from error
+    if unseen:
+        raise CaptureError(f"torch.export did not come by {', '.join(sorted(unseen))}")
+    return cast(torch.export.ExportedProgram, program)
 
 
 def _read(program: torch.export.ExportedProgram) -> Graph:

@@ -20,10 +20,12 @@ def calibrate(
     classes: int,
     *,
     batch_size: int,
+    dtype: torch.dtype,
     ranks: Ranks,
 ) -> dict[Key, Statistics]:
     """Means and variances of every unit over the whole data, accumulated in float64.
 
+    The model runs in ``dtype``, its own.
     Each of several processes reads its own part of the data.
     """
     totals: dict[Key, list[Tensor]] = {}
@@ -32,7 +34,7 @@ def calibrate(
     if part is not None and not part:
         raise ValueError(f"data: {len(data)} images are too few for {ranks.count} processes")
     for batch in data.batches(batch_size, part):
-        for key, maps in clean_maps(model, batch.images, sites).items():
+        for key, maps in clean_maps(model, batch.images.to(dtype), sites).items():
             shapes[key] = tuple(maps.shape[2:])
             flat = maps.double().flatten(2) if maps.ndim > 2 else maps.double().unsqueeze(2)
             moments = torch.stack([flat.mean(2), flat.square().mean(2)])  # [2, N, channels]

@@ -141,22 +141,28 @@ def prepare(
     exact_model, decisive = in_double(work, pair)
     at_a_time = images_at_a_time(exact_model, pair.to(decisive))
     size = options.batch_size or _images_per_batch(graph, jobs, sample, memory)
-    statistics: Mapping[Key, Statistics] = {}
-    if intervention.needs_statistics and measured:
-        statistics = unpack_statistics(measured, data.device)
-    elif intervention.needs_statistics:
-        statistics = calibrate(
-            work,
-            data,
-            marked,
-            ready.classes,
-            batch_size=min(size, at_a_time),
-            ranks=ranks or Ranks(),
-        )
+    statistics: dict[Key, Statistics] = {}  # read by replay, once they are there
     replay = Replay(exact_model, decisive, data, statistics, min(ROWS, at_a_time))
     decided = exact(graph, replay, ready.batch)
     if graph is not None and isinstance(decided, Exact) and not options.measures:
         graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
+    abrupt = _is_abrupt(work, graph, jobs, decided, sample)
+    if intervention.needs_statistics and measured:
+        statistics.update(unpack_statistics(measured, data.device))
+    elif intervention.needs_statistics:
+        # In front of a site, too, low precision may fall on another side of a jump.
+        judge, dtype = (exact_model, decisive) if abrupt else (work, data.dtype)
+        statistics.update(
+            calibrate(
+                judge,
+                data,
+                marked,
+                ready.classes,
+                batch_size=min(size, at_a_time),
+                dtype=dtype,
+                ranks=ranks or Ranks(),
+            )
+        )
     return Setup(
         model=work,
         graph=graph,
@@ -168,7 +174,7 @@ def prepare(
         statistics=statistics,
         exact=decided,
         replay=replay,
-        abrupt=_is_abrupt(work, graph, jobs, decided, sample),
+        abrupt=abrupt,
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=memory,

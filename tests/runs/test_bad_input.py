@@ -214,7 +214,10 @@ VALUES: Cases = {
         with_options(class_names=["a", "b"]),
         r"class_names: expected 5 names, got 2",
     ),
-    "unknown measure": (with_options(measures=["los"]), "expected one of loss, margin, got 'los'; nearest: loss"),
+    "unknown measure": (
+        with_options(measures=["los"]),
+        "expected one of loss, margin, got 'los'; nearest: loss",
+    ),
     "batch size 0": (with_options(batch_size=0), r"batch_size: expected .*got 0"),
     "batch size 2.5": (with_options(batch_size=2.5), r"batch_size: expected .*got 2\.5"),
 }
