@@ -114,8 +114,8 @@ def test_layers_say_what_the_star_selects() -> None:
     ]
     text = _rendered(summary.sites_table(sites, sites[1:]))
     rows = [line.split() for line in text.splitlines() if "features" in line]
-    assert rows[0] == ["features.0", "layer", "4", "4", "x", "8", "x", "8"]
-    assert rows[1] == ["features.1", "activation", "4", "4", "x", "8", "x", "8", "yes"]
+    assert rows[0] == ["features.0", "layer", "4", "4", "x", "8", "x", "8", "1"]
+    assert rows[1] == ["features.1", "activation", "4", "4", "x", "8", "x", "8", "1", "yes"]
 
 
 @pytest.mark.parametrize(
