@@ -110,13 +110,13 @@ class Effort:
 
     @property
     def settled(self) -> dict[str, int]:
-        """Former name of :attr:`pairs_by_precision`; deprecated."""
+        """Former name of ``pairs_by_precision``; deprecated."""
         _warn_renamed("settled", "pairs_by_precision")
         return self.pairs_by_precision
 
     @property
     def doubt(self) -> dict[str, dict[str, float]]:
-        """Former name of :attr:`error_bounds`; deprecated."""
+        """Former name of ``error_bounds``; deprecated."""
         _warn_renamed("doubt", "error_bounds")
         return self.error_bounds
 
