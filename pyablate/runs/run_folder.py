@@ -364,7 +364,7 @@ def check_place(path: Path, *, fresh: bool = False) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Make and hold a run's folder, so that no second process works on it; a kill lets it go.
+    """Lock a run's folder, so that no second process works on it; a kill lets it go.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Process-wide locks around runs and around torch.export.
+"""The lock of a process around runs, and the lock around torch.export.
 
 torch keeps in global variables what exporting, loading of programs and the precision of matrix
 products need. While one thread exports, a module that another thread calls may be traced too, and
