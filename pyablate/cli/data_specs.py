@@ -61,9 +61,9 @@ def load_data(
     ----------
     spec : str or path
         ``demo``, the shipped images; a folder with one sub-folder of images per class (sorted
-        names are the classes); an ``.npz`` file with arrays ``images`` and ``labels``, or ``x``
-        and ``y``, or ``test_images`` and ``test_labels`` (the test split of MedMNIST), and
-        optionally ``class_names``; an idx file, gzipped or not.
+        names are the classes, as numbers if all of them are); an ``.npz`` file with arrays
+        ``images`` and ``labels``, or ``x`` and ``y``, or ``test_images`` and ``test_labels`` (the
+        test split of MedMNIST), and optionally ``class_names``; an idx file, gzipped or not.
         In files, uint8 is scaled to ``[0, 1]`` and floats stay as they are; ``[N, H, W]`` is taken
         as grey images, ``[N, H, W, C]`` with 1, 3 or 4 channels becomes ``[N, C, H, W]``.
     labels : path, optional

@@ -337,7 +337,7 @@ def _are_numbers(labels: Any) -> bool:
     """Whether a list holds numbers, or one-hot rows, of images rather than batches."""
     if not isinstance(labels, (list, tuple)):
         return False
-    return all(isinstance(n, (int, np.integer)) for one in labels for n in _listed(one))
+    return all(isinstance(n, (int, float, np.number)) for one in labels for n in _listed(one))
 
 
 def _listed(item: Any) -> list[Any]:

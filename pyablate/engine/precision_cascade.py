@@ -275,7 +275,9 @@ class PrecisionCascade:
         """Logit changes of all of some pairs; None if there are none."""
         found = [
             # What a recording gives stands until its next call.
-            replace(part, logits=part.logits.clone())
+            replace(
+                part, logits=part.logits.clone(), steps=_kept(part.steps), lost=_kept(part.lost)
+            )
             for _, part in self._slices(live, row, image, tier, size)
             if part is not None
         ]
@@ -404,3 +406,7 @@ def sample(row: Tensor, size: int, preferred: Tensor | None = None) -> Tensor:
     draw = torch.Generator().manual_seed(len(row))
     place = torch.arange(size) + torch.rand(size, generator=draw, dtype=torch.float64)
     return order[(place * (len(row) / size)).long().clamp(max=len(row) - 1)]
+
+
+def _kept(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

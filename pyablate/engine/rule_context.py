@@ -41,7 +41,7 @@ class Pairs(Protocol):
     eight_bit: bool  # whether convolutions run in 8-bit integers
     quantized: dict[fx.Node, Quantized]  # of deltas that an 8-bit convolution will read
     steps: list[Tensor]  # of the quantized values that 8-bit convolutions have read
-    lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.precision_cascade.Changed`
+    lost: list[Tensor]  # bool [P]: see :class:`pyablate.engine.logit_change.Changed`
     image: Tensor  # int32 [P], position in the batch
     image_long: Tensor  # int64 [P], the same
     column: Tensor  # int64 [P], position in the job

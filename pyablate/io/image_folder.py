@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
@@ -25,6 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 # The limit above which Pillow itself suspects a decompression bomb.
 MAX_PIXELS = 89_478_485
 _GREY_MODES = ("1", "L", "I")  # and those that begin so, such as LA and I;16
+_EXPANDED = ("PNG", "PPM")  # whose 16 bits Pillow may hand out as 32
 _SYSTEM = ("__MACOSX", "@eaDir")  # what archivers and servers leave beside the images
 _LOOKED_AT = 16
 
@@ -137,6 +139,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 with _decoding(path):
                     self._decode(path)
             except ValueError as error:
+                if error.__context__ is not None and is_shortage(error.__context__):
+                    raise  # the file is sound
                 self.skipped[path] = str(error).removeprefix("data: ")
         self.files = [item for item in self.files if item[0] not in self.skipped]
         if not self.files:
@@ -159,8 +163,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         with self._open(path) as image:
             if self._size is not None:
                 _check_scaled(path, *self._scaled(image))
-            upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
-            converted = self._of_8_bits(upright, path).convert("L" if self.channels == 1 else "RGB")
+            converted = self._of_8_bits(_upright(image), path).convert(
+                "L" if self.channels == 1 else "RGB"
+            )
         if self._size is not None:
             converted = self._cut_out(converted, self._size[1])
         return np.array(converted, dtype=np.uint8)
@@ -189,6 +194,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def _of_8_bits(self, image: Any, path: Path) -> Any:
         if not image.mode.startswith("I"):
             return image
+        if image.mode == "I" and image.format not in _EXPANDED:
+            raise ValueError(f"data: expected 8 or 16 bits a channel, found 32 in {str(path)!r}")
         values = np.asarray(image).astype(np.int64)  # Pillow would clip them
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError(f"data: expected 8 or 16 bits a channel, found 32 in {str(path)!r}")
@@ -279,6 +286,15 @@ def _decoding(path: Path) -> Iterator[None]:
         if str(error).startswith("data:"):
             raise
         raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
+
+
+def _upright(image: Any) -> Any:
+    """Turn an image as its EXIF orientation says; metadata that are damaged say nothing."""
+    image.load()  # what is damaged in the image itself is an error
+    try:
+        return importlib.import_module("PIL.ImageOps").exif_transpose(image)
+    except (SyntaxError, ValueError, KeyError, TypeError, ZeroDivisionError, struct.error):
+        return image
 
 
 def _check_scaled(path: Path, width: int, height: int) -> None:

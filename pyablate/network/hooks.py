@@ -127,7 +127,8 @@ def hooked(
                 if site.call not in (None, call):
                     continue
                 if site.function is None:
-                    changed = change(site, call, changed)
+                    with results.paused():
+                        changed = change(site, call, changed)
                 else:
                     results.expect(site.function, functools.partial(change, site, call))
             return changed
@@ -196,6 +197,16 @@ class FunctionResults(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._expected: list[_Expected] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no call of a function meanwhile: it is not the network's."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def watching(self, model: nn.Module) -> list[RemovableHandle]:
         """Watch the forward passes of a network until the handles are removed."""
@@ -220,7 +231,7 @@ class FunctionResults(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and change its result if it is expected."""
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor):
+        if self._paused or not isinstance(result, Tensor):
             return result
         name, given = function_name(func), result
         for one in list(self._expected):

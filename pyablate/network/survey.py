@@ -43,10 +43,6 @@ _ROWS = 7
 """Images of the survey: a number that is unlikely to be some other axis's length."""
 
 
-_ROWS = 7
-"""Images of the survey: a number that is unlikely to be some other axis's length."""
-
-
 @dataclass(frozen=True)
 class Survey:
     """What one forward pass of a network showed.
@@ -238,7 +234,10 @@ class _Pass:
         function = self.functions[end.function]
         count = self.functions[call.functions : end.function + 1].count(function)
         several = sum(other.name == call.name for other in self.calls) > 1
-        name = f"{call.name}.{function}" + (f"@{call.number}" if several else "")
+        name = f"{call.name}.{function}"
+        if name in dict(self.model.named_modules()):  # which may be a site by itself
+            name += "()"
+        name += f"@{call.number}" if several else ""
         site = Site(
             name=name,
             module=call.name,

@@ -271,7 +271,8 @@ class _Loop:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
                 calls[place] += 1
                 if place[1] is None:
-                    return changes[place](calls[place], output)
+                    with results.paused():
+                        return changes[place](calls[place], output)
                 results.expect(place[1], partial(changes[place], calls[place]))
                 return None
 

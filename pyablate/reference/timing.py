@@ -170,7 +170,7 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     for part in x.split(batch):
         if site.function is not None:
             with hooked(model, [site], _silenced(unit)):
-                parts.append(model(part.clone()))
+                parts.append(forward(model, part))
             continue
         handle = model.get_submodule(site.module).register_forward_hook(_Silence(site, unit))
         try:

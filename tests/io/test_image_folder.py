@@ -93,6 +93,12 @@ def test_images_are_turned_as_exif_says(orientation: int, tmp_path: Path) -> Non
     assert ImageFolder(tmp_path, size=4)[0][0].shape == (3, 4, 4)
 
 
+def test_damaged_exif_says_nothing(tmp_path: Path) -> None:
+    saved(tmp_path / "a" / "0.jpg", grey(), exif=b"Exif\x00\x00no such header")
+    image, _ = ImageFolder(tmp_path)[0]
+    assert image.shape == (3, 4, 6)
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_images_of_16_bits_are_scaled_to_8(
     suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -112,6 +118,7 @@ def test_images_of_16_bits_are_scaled_to_8(
     [
         (np.full((4, 4), 0.5, dtype=np.float32), "found floats"),
         (np.full((4, 4), 1 << 20, dtype=np.int32), "found 32"),
+        (np.full((4, 4), 200, dtype=np.int32), "found 32"),
     ],
 )
 def test_deeper_images_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:

@@ -179,3 +179,25 @@ def test_recording_hooks_see_real_tensors_only() -> None:
     assert "replay" not in result.strategy.values()
     assert set(seen) == {Tensor}
     assert len(model.conv2._forward_hooks) == 2
+
+
+class Product(nn.Module):
+    """Two layers whose product is a tensor of no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x) * self.b(x))
+
+
+def test_functions_that_draw_a_replacement_are_not_the_networks() -> None:
+    """Noise for a unit of ``b`` multiplies, too, before the network does."""
+    torch.manual_seed(0)
+    model, data = Product().eval(), (torch.randn(40, 6), torch.arange(40) % 3)
+    groups = [["a.mul:0", "b:1"]]
+    options = {"groups": groups, "intervention": "noise"}
+    for strategy in ("auto", "replay"):
+        result = pa.ablate(model, data, strategy=strategy, progress=False, **options)
+        assert pa.reference.compare(result, model, data, **options).mismatches == 0
