@@ -102,6 +102,7 @@ const bool less = a < b;
     assert cuda_on_cpu.to_cpp(source, "x.cu") == expected
 
 
+@pytest.mark.timeout(3000)  # some ten minutes of one idle core, under AddressSanitizer
 def test_backends_equal_the_reference(tmp_path):
     pytest.importorskip("pybind11")
     module = cuda_on_cpu.build_module(tmp_path)
@@ -122,7 +123,7 @@ def test_backends_equal_the_reference(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400
