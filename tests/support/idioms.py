@@ -189,13 +189,8 @@ class ThreeMaps(nn.Module):
         return x + self.proj(self.stay(mixed.transpose(1, 2).flatten(2)))
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(Attention):
     """The attention of XCiT: features attend to features."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
