@@ -8,7 +8,7 @@ ERRORS = (MemoryError, RuntimeError)
 """What to catch; :func:`is_shortage` tells which of them it is."""
 
 
-def is_shortage(error: Exception) -> bool:
+def is_shortage(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
