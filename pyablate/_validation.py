@@ -50,15 +50,37 @@ def check_fraction(argument: str, given: Any) -> None:
         raise ValueError(f"{argument}: expected a number from 0 to 1, got {given!r}")
 
 
-def check_names(argument: str, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """Return as many names as there are things to name: by default their numbers."""
+def check_names(
+    argument: str, given: Sequence[str] | Mapping[Any, str] | None, count: int
+) -> tuple[str, ...]:
+    """Return as many names as there are things to name: by default their numbers.
+
+    A mapping of numbers to names, such as ``id2label`` of Hugging Face, is put in order.
+    """
     if given is None:
         return tuple(map(str, range(count)))
+    if isinstance(given, Mapping):
+        given = by_number(argument, given)
     if isinstance(given, str):
         raise TypeError(f"{argument}: expected a sequence of strings, got {given!r}")
     if len(given) != count:
         raise ValueError(f"{argument}: expected {count} names, got {len(given)}")
     return tuple(map(str, given))
+
+
+def by_number(argument: str, given: Mapping[Any, Any]) -> list[Any]:
+    """Return the values of a mapping with the keys 0, 1, ..., numbers or text, in their order."""
+    try:
+        found = {int(number): value for number, value in given.items()}
+    except (TypeError, ValueError):
+        key = next((key for key in given if not str(key).strip().isdecimal()), None)
+        raise ValueError(f"{argument}: expected numbers from 0 as keys, got {key!r}") from None
+    gap = next((number for number in range(len(given)) if number not in found), None)
+    if gap is not None:
+        raise ValueError(
+            f"{argument}: expected the numbers 0 to {len(given) - 1}, {gap} is not among them"
+        )
+    return [found[number] for number in range(len(given))]
 
 
 def nearest(given: object, known: Iterable[object], count: int = 3) -> str:

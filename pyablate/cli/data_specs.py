@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyablate import demo
 from pyablate._validation import check_count
+from pyablate.io.class_map import class_map
 from pyablate.io.idx import read_idx
 from pyablate.io.image_folder import ImageFolder, image_batches, moments
 
@@ -52,6 +53,8 @@ def load_data(
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    on_bad: str | None = None,
+    classes: Any = None,
     batch_size: int = 128,
     workers: int = 0,
 ) -> Data:
@@ -80,6 +83,11 @@ def load_data(
         RGB unless the images are grey.
     mean, std : sequence of float, optional
         Per channel or one for all; the images, in ``[0, 1]``, become ``(images - mean) / std``.
+    on_bad : {"error", "skip"}, optional
+        Image folders only: what happens to files that cannot be decoded, by default an error.
+    classes : path, mapping or sequence, optional
+        The classes of the network, as :func:`pyablate.io.class_map.class_map` takes them: names
+        of the outputs, among which the sub-folders of an image folder are looked up.
     batch_size, workers : int
         Image folders only: images per batch, and decoding processes besides this one.
 
@@ -90,7 +98,7 @@ def load_data(
     OSError
         A file is missing or unreadable.
     ImportError
-        `spec` is an image folder and Pillow is not installed.
+        `spec` is an image folder and Pillow is not installed; or a library of `classes`.
     """
     if limit is not None:
         check_count("limit", limit)
@@ -100,10 +108,19 @@ def load_data(
         _refuse("an image folder", labels=labels)
         check_count("batch_size", batch_size)
         check_count("workers", workers, 0)
-        images = ImageFolder(path, limit=limit, size=size, channels=channels, mean=mean, std=std)
+        images = ImageFolder(
+            path,
+            limit=limit,
+            size=size,
+            channels=channels,
+            mean=mean,
+            std=std,
+            on_bad=on_bad or "error",
+            class_index=classes,
+        )
         batches = image_batches(images, batch_size=batch_size, workers=workers)
         return Data(batches, images.classes)
-    _refuse(name, size=size, channels=channels)
+    _refuse(name, size=size, channels=channels, on_bad=on_bad)
     class_names: tuple[str, ...] | None = None
     if name == "demo":
         _refuse(name, labels=labels)
@@ -122,6 +139,8 @@ def load_data(
         pair = _tensors(read_idx(path, max_bytes=MAX_BYTES), _read_labels(found), name, limit)
     if mean is not None or std is not None:
         pair = _normalised(pair[0], mean, std), pair[1]
+    if classes is not None:
+        class_names = class_map(classes).names
     return Data(pair, class_names)
 
 

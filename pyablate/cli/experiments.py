@@ -183,7 +183,7 @@ def minimal_sets(
     network: Network,
     images: Images,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
-    classes: Annotated[
+    chosen: Annotated[
         list[str] | None,
         typer.Option("--class", metavar="NAME", help="Only this class; may be given again."),
     ] = None,
@@ -216,7 +216,7 @@ def minimal_sets(
         model,
         data,
         layers,
-        classes=classes,
+        classes=chosen,
         chance=chance,
         largest=largest,
         prune=prune,

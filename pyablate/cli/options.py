@@ -112,6 +112,28 @@ Mean = Annotated[
     str | None, typer.Option(metavar="M,M,M", help="Subtracted from each channel, after /255.")
 ]
 Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="What each channel is divided by.")]
+Channels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=3, help="1 (grey) or 3 (RGB), where images of a folder are not what they seem."
+    ),
+]
+OnBadImage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What happens to image files that cannot be decoded: error (if left out), or skip, "
+        "which lists them first.",
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="The network's classes (JSON or a name a line; imagenet where timm or torchvision is "
+        "installed): folders are looked up among them by WordNet id, name or number.",
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -177,11 +199,14 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What is done to images before the network sees them."""
+    """How images and their classes are read."""
 
     size: Size = None
     mean: Mean = None
     std: Std = None
+    channels: Channels = None
+    on_bad_image: OnBadImage = None
+    classes: Classes = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +229,9 @@ class Images:
             size=pixels.size,
             mean=parse_numbers("--mean", pixels.mean),
             std=parse_numbers("--std", pixels.std),
+            channels=pixels.channels,
+            on_bad=pixels.on_bad_image,
+            classes=pixels.classes,
             **options,
         )
 
@@ -241,7 +269,7 @@ class Sample:
 
 def by_option(group: Any) -> dict[str, object]:
     """Name the values of a group of options as the command line does."""
-    return {f"--{name}": value for name, value in vars(group).items()}
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(group).items()}
 
 
 def check_needed(option: str, others: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyablate.io.class_map import class_map
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.out_of_memory import is_shortage
 
@@ -52,11 +53,15 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     on_bad : {"error", "skip"}
         What happens to files that cannot be decoded: an error when one is read, or they are left
         out and listed; ``"skip"`` decodes every file once to find them.
+    class_index : path, mapping or sequence, optional
+        The classes of the network, in any form that :func:`pyablate.io.class_map.class_map` takes,
+        among which the sub-folders are looked up by WordNet id, class name or number; some may
+        have no folder.
 
     Attributes
     ----------
     classes : tuple of str
-        Names of the sub-folders.
+        Names of the sub-folders, or of all classes of `class_index`.
     files : list of (Path, int)
         Images and their classes, in order.
     skipped : dict of Path to str
@@ -74,7 +79,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     OSError
         The folder cannot be read.
     ValueError
-        There are no sub-folders or no images, or an option is out of range.
+        There are no sub-folders or no images, an option is out of range, or a sub-folder is none
+        of the classes of `class_index`.
     """
 
     def __init__(
@@ -87,20 +93,31 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         on_bad: str = "error",
+        class_index: Any = None,
     ) -> None:
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad: expected 'error' or 'skip', got {on_bad!r}")
         _pillow()  # missing, it is missed now and not at the first image
         self._folder = folder
         self._size = None if size is None else _scale_and_crop(size)
-        self.classes = _in_order([p.name for p in folder.iterdir() if _is_class(p)])
-        if not self.classes:
+        names = [p.name for p in folder.iterdir() if _is_class(p)]
+        if not names:
             raise ValueError(f"data: expected one sub-folder per class in {str(folder)!r}, found 0")
-        self.files = _spread([_images(folder / name) for name in self.classes], limit)
+        if class_index is None:
+            names = list(_in_order(names))
+            self.classes, numbers = tuple(names), list(range(len(names)))
+        else:
+            known = class_map(class_index)
+            self.classes, numbers = known.names, known.match(names)
+        by_folder = [
+            [(path, number) for path in _images(folder / name)]
+            for number, name in sorted(zip(numbers, names, strict=True))
+        ]
+        self.files = _spread(by_folder, limit)
         if not self.files:
             kinds = " ".join(SUFFIXES)
             raise ValueError(f"data: expected images ({kinds}) below {str(folder)!r}, found none")
-        self._warn_of_empty_classes()
+        self._warn_of_empty_classes(numbers)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
         self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
@@ -131,7 +148,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         """Name each image by class and path below its folder, with the size of its file."""
         for path, label in self.files:
             name = path.relative_to(self._folder).as_posix()
-            yield f"{label} {path.stat().st_size} {name}"
+            with _decoding(path):
+                size = path.stat().st_size
+            yield f"{label} {size} {name}"
 
     def _leave_out_damaged(self) -> None:
         for path, _ in self.files:
@@ -224,9 +243,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                     return 3
         return 1
 
-    def _warn_of_empty_classes(self) -> None:
+    def _warn_of_empty_classes(self, expected: Sequence[int]) -> None:
         seen = {label for _, label in self.files}
-        empty = [name for label, name in enumerate(self.classes) if label not in seen]
+        empty = [self.classes[label] for label in expected if label not in seen]
         if empty:
             _log.warning(
                 "%d of the classes have no image among those read, such as %r", len(empty), empty[0]
@@ -280,6 +299,11 @@ def _decoding(path: Path) -> Iterator[None]:
         with export_lock(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except FileNotFoundError:
+        raise ValueError(
+            f"data: {str(path)!r} has been removed since the folder was listed; put it back, and a "
+            "run with an output goes on where it stopped"
+        ) from None
     except Exception as error:
         if is_shortage(error):
             raise ValueError(f"data: not enough memory to read {str(path)!r}") from None
@@ -348,7 +372,6 @@ def _images(folder: Path) -> list[Path]:
     )
 
 
-def _spread(by_class: list[list[Path]], limit: int | None) -> list[tuple[Path, int]]:
-    labelled = [[(path, label) for path in paths] for label, paths in enumerate(by_class)]
-    in_turn = [item for item in chain(*zip_longest(*labelled)) if item is not None]
+def _spread(by_folder: list[list[tuple[Path, int]]], limit: int | None) -> list[tuple[Path, int]]:
+    in_turn = [item for item in chain(*zip_longest(*by_folder)) if item is not None]
     return sorted(in_turn[:limit], key=lambda item: (item[1], item[0]))
