@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from pyablate.interventions import Intervention, parse
 from pyablate.network.forward import own_dtype
 from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
+from pyablate.runs.chance import chance_remark
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify
 from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
@@ -181,6 +183,7 @@ def ablate(
             sweep = _sweep(setup, plan, options, held, ranks)
             if ranks.first:
                 result = _collect(setup, plan, held)
+                _warn_of_chance(chance_remark(result))
             ranks.wait(lambda: None)
         if options.output is not None and not ranks.first:
             result = load(options.output)
@@ -320,6 +323,13 @@ def _collect(setup: Setup, plan: _RunPlan, held: Held) -> AblationResult:
     if isinstance(held, RunStore):
         held.finish(result)
     return result
+
+
+@functools.cache
+def _warn_of_chance(remark: str | None) -> None:
+    """Say it once, however often the same images are gone through."""
+    if remark:
+        logger.warning("%s", remark)
 
 
 def _with_all_images(
