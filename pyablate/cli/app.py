@@ -151,7 +151,7 @@ def layers(*, network: Network, sample: Sample, axis: Axes = None) -> None:
     from pyablate.network.sites import surveyed
 
     model = network.load()
-    seen = surveyed(model, sample.load(network.model, model), parse_axes(axis))
+    seen = surveyed(model, sample.load(network, model), parse_axes(axis))
     try:
         selected = pa.select(seen.sites, "*")
     except ValueError:  # a network without nonlinearities: all its layers go by name
@@ -183,7 +183,7 @@ def plan(
 
     budget = parse_bytes("--memory", memory)
     model = network.load()
-    one = sample.load(network.model, model)
+    one = sample.load(network, model)
     made = pa.plan(
         model,
         one,

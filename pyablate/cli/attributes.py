@@ -46,7 +46,7 @@ def attributes(
 
     check_files(output=output) if output.suffix == ".csv" else check_writable(output, str)
     model = network.load(device)
-    data = images.load(pixels, batch_size)
+    data = images.load(pixels, network.pixels(model), batch_size)
     found = pa.attributes(
         model,
         data.batches,

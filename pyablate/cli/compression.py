@@ -129,7 +129,7 @@ def prune(
         raise ValueError(f"--save: expected a file called *.pt2, got {str(save)!r}")
     _check_column(column, by)
     model = network.load(device)
-    loaded = images.load(pixels)
+    loaded = images.load(pixels, network.pixels(model))
     rankings = {what: _ranking(what, model, loaded, column, scope, seed) for what in by}
     curves = prune_curve(
         model,
@@ -184,7 +184,7 @@ def sensitivity(
     check_files(output=output)
     _check_column(column, [by])
     model = network.load(device)
-    loaded = images.load(pixels)
+    loaded = images.load(pixels, network.pixels(model))
     ranking = _ranking(by, model, loaded, column, "layer", seed)
     found = measure(
         model,
@@ -231,7 +231,7 @@ def compare(
 
     check_files(csv=csv, images=images)
     networks = network.load(device), Network(model=smaller, weights=other_weights).load(device)
-    loaded = data.load(pixels)
+    loaded = data.load(pixels, network.pixels(networks[0]))
     found = pa.compare(
         *networks,
         loaded.batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -20,11 +21,55 @@ from pyablate.io.class_map import class_map
 from pyablate.io.idx import read_idx
 from pyablate.io.image_folder import ImageFolder, image_batches, moments
 
+_log = logging.getLogger("pyablate")
+
 DATA_SPECS = ("demo", "FOLDER", "FILE.npz", "IMAGES-idx3-ubyte[.gz]")
 # Arrays of images and labels in .npz files, in the order looked for; MedMNIST's hold splits.
 NPZ_KEYS = (("images", "labels"), ("x", "y"), ("test_images", "test_labels"))
 # Limit of one decompressed array, against decompression bombs.
 MAX_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the images of a known model are prepared.
+
+    Attributes
+    ----------
+    origin : str
+        The model.
+    size : (int, int) or None
+        Shorter side after scaling, and side of the central square that is cut out.
+    interpolation : str or None
+        How pixels are scaled.
+    mean, std : sequence of float or None
+        Per channel, of images in ``[0, 1]``.
+    """
+
+    origin: str
+    size: tuple[int, int] | None
+    interpolation: str | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+    def complete(self, **given: Any) -> dict[str, Any]:
+        """Put what the model brings where nothing was given, and say which was used."""
+        used = {
+            name: getattr(self, name) if value is None else value for name, value in given.items()
+        }
+        told = [
+            f"{name} {_told(value)} {f'of {self.origin}' if given[name] is None else 'as given'}"
+            for name, value in used.items()
+            if value is not None
+        ]
+        _log.info("data: %s", "; ".join(told))
+        return used
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, str | int):
+        return str(value)
+    return ",".join(f"{number:g}" for number in value)
 
 
 @dataclass(frozen=True)
@@ -50,11 +95,13 @@ def load_data(
     labels: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     size: int | tuple[int, int] | None = None,
+    interpolation: str | None = None,
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     on_bad: str | None = None,
     classes: Any = None,
+    own: Pixels | None = None,
     batch_size: int = 128,
     workers: int = 0,
 ) -> Data:
@@ -78,6 +125,8 @@ def load_data(
     size : int or (int, int), optional
         Image folders only: scale the shorter side to `size`, then cut out the central square; a
         pair gives the two lengths apart, as in ``(256, 224)``.
+    interpolation : str, optional
+        Image folders only: how pixels are scaled to `size`; by default "bilinear".
     channels : {1, 3}, optional
         Image folders only: decode as grey or RGB. By default as many as `mean` has entries, else
         RGB unless the images are grey.
@@ -88,6 +137,9 @@ def load_data(
     classes : path, mapping or sequence, optional
         The classes of the network, as :func:`pyablate.io.class_map.class_map` takes them: names
         of the outputs, among which the sub-folders of an image folder are looked up.
+    own : Pixels, optional
+        What the model brings, where `size`, `interpolation`, `mean` or `std` is not given: for
+        image folders, and the last two for files of uint8, which are not prepared yet.
     batch_size, workers : int
         Image folders only: images per batch, and decoding processes besides this one.
 
@@ -108,20 +160,20 @@ def load_data(
         _refuse("an image folder", labels=labels)
         check_count("batch_size", batch_size)
         check_count("workers", workers, 0)
+        given = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
         images = ImageFolder(
             path,
             limit=limit,
-            size=size,
             channels=channels,
-            mean=mean,
-            std=std,
+            **(own.complete(**given) if own else given),
             on_bad=on_bad or "error",
             class_index=classes,
         )
         batches = image_batches(images, batch_size=batch_size, workers=workers)
         return Data(batches, images.classes)
-    _refuse(name, size=size, channels=channels, on_bad=on_bad)
+    _refuse(name, size=size, interpolation=interpolation, channels=channels, on_bad=on_bad)
     class_names: tuple[str, ...] | None = None
+    whole_numbers = False
     if name == "demo":
         _refuse(name, labels=labels)
         pair, class_names = demo.images(limit), demo.CLASSES
@@ -131,12 +183,16 @@ def load_data(
         )
     elif path.suffix == ".npz":
         arrays = _read_npz(path)
-        given = None if labels is None else _read_labels(Path(labels))
-        pair = _tensors(*_images_and_labels(arrays, given, name), name, limit)
+        apart = None if labels is None else _read_labels(Path(labels))
+        read = _images_and_labels(arrays, apart, name)
+        pair, whole_numbers = _tensors(*read, name, limit), read[0].dtype == np.uint8
         class_names = _class_names(arrays, name)
     else:
-        found = Path(labels) if labels is not None else _labels_beside(path)
-        pair = _tensors(read_idx(path, max_bytes=MAX_BYTES), _read_labels(found), name, limit)
+        beside = Path(labels) if labels is not None else _labels_beside(path)
+        read = read_idx(path, max_bytes=MAX_BYTES), _read_labels(beside)
+        pair, whole_numbers = _tensors(*read, name, limit), read[0].dtype == np.uint8
+    if own and whole_numbers:
+        mean, std = own.complete(mean=mean, std=std).values()
     if mean is not None or std is not None:
         pair = _normalised(pair[0], mean, std), pair[1]
     if classes is not None:

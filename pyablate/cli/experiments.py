@@ -79,7 +79,7 @@ class Settings:
             check_suffix(self.output, (".csv", ".json"))
             check_files(output=self.output)
         model = network.load(self.device)
-        data = images.load(self.pixels)
+        data = images.load(self.pixels, network.pixels(model))
         options = {
             "precision": self.precision,
             "seed": self.seed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,11 @@ from torch import nn
 
 from pyablate import demo
 from pyablate._validation import nearest
+from pyablate.cli.data_specs import Pixels
 from pyablate.io.weights import load_state, read_state
 from pyablate.network.exported import load_exported
+
+_log = logging.getLogger("pyablate")
 
 MODEL_SPECS = ("demo:NAME", "module:factory", "FILE.pt2", "torchvision:NAME", "timm:NAME")
 _PREFIXES = ("demo", "torchvision", "timm")
@@ -91,6 +96,28 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     # timm takes "name.tag" for one of several sets of weights.
     _known("timm", name.partition(".")[0], timm.list_models())
     return _built(lambda: timm.create_model(name, pretrained=pretrained), name)
+
+
+def own_pixels(spec: str, model: nn.Module) -> Pixels | None:
+    """Return how a model of timm or torchvision wants its images prepared; None of others."""
+    library, _, name = spec.partition(":")
+    if library == "timm":
+        found = importlib.import_module("timm.data").resolve_data_config({}, model=model)
+        height, width = found["input_size"][-2:]
+        size = (math.floor(width / found["crop_pct"]), width) if height == width else None
+        if size is None or found.get("crop_mode", "center") != "center":
+            _log.warning(
+                "data: %s takes images of %d x %d, cropped by %r: expected squares from the centre; "
+                "prepare the images beforehand for the accuracy it is known for",
+                *(spec, height, width, found.get("crop_mode", "center")),
+            )
+        return Pixels(spec, size, found["interpolation"], found["mean"], found["std"])
+    if library == "torchvision":
+        models = importlib.import_module("torchvision.models")
+        found = models.get_model_weights(name).DEFAULT.transforms()
+        size = found.resize_size[0], found.crop_size[0]
+        return Pixels(spec, size, found.interpolation.value, found.mean, found.std)
+    return None
 
 
 def _library(name: str, module: str) -> Any:

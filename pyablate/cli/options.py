@@ -20,7 +20,7 @@ from pyablate.cli.common import InputError, log_to_stderr, parse_integers, parse
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pyablate.cli.data_specs import Data
+    from pyablate.cli.data_specs import Data, Pixels
 
 _MODEL_HELP = (
     "demo:NAME (a shipped network), module:factory, a .pt2 file from torch.export, "
@@ -106,7 +106,15 @@ Memory = Annotated[
 ]
 Size = Annotated[
     int | None,
-    typer.Option(min=1, help="Resize the shorter side to this, then crop the centre square."),
+    typer.Option(
+        min=1,
+        help="Resize the shorter side to this, then crop the centre square. Models of timm and "
+        "torchvision bring size, interpolation, mean and std.",
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="How --size scales: bilinear (if left out), bicubic, ..."),
 ]
 Mean = Annotated[
     str | None, typer.Option(metavar="M,M,M", help="Subtracted from each channel, after /255.")
@@ -196,12 +204,19 @@ class Network:
 
         return load_model(self.model, weights=self.weights, device=device)
 
+    def pixels(self, model: nn.Module) -> Pixels | None:
+        """Tell how the loaded network wants its images (see `own_pixels` there)."""
+        from pyablate.cli.model_specs import own_pixels
+
+        return own_pixels(self.model, model)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How images and their classes are read."""
 
     size: Size = None
+    interpolation: Interpolation = None
     mean: Mean = None
     std: Std = None
     channels: Channels = None
@@ -217,7 +232,9 @@ class Images:
     labels: Labels = None
     limit: Limit = None
 
-    def load(self, pixels: Preprocessing, batch_size: int | None = None) -> Data:
+    def load(
+        self, pixels: Preprocessing, own: Pixels | None, batch_size: int | None = None
+    ) -> Data:
         """Load them (see `pyablate.cli.data_specs.load_data`)."""
         from pyablate.cli.data_specs import load_data
 
@@ -227,11 +244,13 @@ class Images:
             labels=self.labels,
             limit=self.limit,
             size=pixels.size,
+            interpolation=pixels.interpolation,
             mean=parse_numbers("--mean", pixels.mean),
             std=parse_numbers("--std", pixels.std),
             channels=pixels.channels,
             on_bad=pixels.on_bad_image,
             classes=pixels.classes,
+            own=own,
             **options,
         )
 
@@ -245,7 +264,7 @@ class Sample:
     pixels: Preprocessing
     input_shape: InputShape = None
 
-    def load(self, spec: str, network: nn.Module) -> Tensor:
+    def load(self, network: Network, model: nn.Module) -> Tensor:
         """Take one input from the data, of the shape given, or from the shipped images."""
         import torch
 
@@ -256,14 +275,14 @@ class Sample:
             # Noise, not zeros: a constant input can hide which tensors are alive.
             noise = torch.Generator().manual_seed(0)
             sample = torch.rand(1, *sizes, generator=noise)
-        elif self.data is not None or spec.startswith("demo:"):
+        elif self.data is not None or network.model.startswith("demo:"):
             images = Images(data=self.data or "demo", labels=self.labels, limit=2)
-            sample = images.load(self.pixels).first(1)
+            sample = images.load(self.pixels, network.pixels(model)).first(1)
         else:
             raise InputError(
                 "give --input-shape C,H,W or --data, so that the network can be run once"
             )
-        parameter = next(iter(network.parameters()), None)
+        parameter = next(iter(model.parameters()), None)
         return sample if parameter is None else sample.to(parameter.device)
 
 

@@ -87,8 +87,13 @@ def report(
     from pyablate.analysis.unit_table import read_table
 
     result = pa.load(run)
-    images = None if data is None else Images(data=data, labels=labels, limit=limit).load(pixels)
-    network = None if model is None else Network(model=model, weights=weights).load(device)
+    network = own = images = None
+    if model is not None:
+        spec = Network(model=model, weights=weights)
+        network = spec.load(device)
+        own = spec.pixels(network)
+    if data is not None:
+        images = Images(data=data, labels=labels, limit=limit).load(pixels, own)
     given = {"Result": run, "Model": model, "Weights": weights, "Data": data}
     result.report(
         output,

@@ -104,7 +104,7 @@ def run(
     place = own_device(distributed, device)
     device = None if place is None else str(place)
     model = network.load(device)
-    data = images.load(pixels, batch_size)
+    data = images.load(pixels, network.pixels(model), batch_size)
     lines = JsonLines()
     result = pa.ablate(
         model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
 from pyablate.runtime.host_to_device import sent
+
+_log = logging.getLogger("pyablate")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Data:
     source : pair of arrays, DataLoader or iterable of (images, labels)
         A pair is taken whole. Anything else is iterated; batches may have any sizes.
     dtype, device
-        What the images become.
+        What the images become; those of uint8 are scaled to ``[0, 1]``, which the log tells once.
 
     Raises
     ------
@@ -141,7 +145,7 @@ class Data:
                 )
             ]
         images = torch.as_tensor(self._source[0][0])
-        return images[index.to(images.device)].to(self.device, self.dtype)
+        return self._converted(images[index.to(images.device)])
 
     @property
     def dataset(self) -> Any:
@@ -188,7 +192,7 @@ class Data:
 
     def _join(self, first: int, parts: list[tuple[Tensor, Tensor]]) -> Batch:
         joined = parts[0][0] if len(parts) == 1 else torch.cat([images for images, _ in parts])
-        images = joined.to(self.device, self.dtype)
+        images = self._converted(joined)
         total = float(images.detach().sum())
         if not math.isfinite(total):  # as one of them is not, or the sum overflows
             finite = torch.isfinite(images).flatten(1).all(dim=1)
@@ -204,6 +208,13 @@ class Data:
             )
         labels = sent(labels, self.device)
         return Batch(torch.arange(first, first + len(images)), images, labels)
+
+    def _converted(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images.to(self.device, self.dtype)
+        _say_scaled()
+        # In float32 whatever the dtype: all precisions are to have the same images.
+        return (images.to(self.device, torch.float32) / 255).to(self.dtype)
 
     def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, item in enumerate(self._source):
@@ -243,6 +254,12 @@ class Data:
             )
         self._shape = shape
         return images, labels.to("cpu", torch.int64)
+
+
+@functools.cache
+def _say_scaled() -> None:
+    """Say it once."""
+    _log.warning("data: images of uint8 are scaled from 0..255 to 0..1; give floats to avoid that")
 
 
 def class_numbers(labels: Any, where: str) -> Tensor:

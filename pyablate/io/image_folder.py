@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyablate._validation import check_choice
 from pyablate.io.class_map import class_map
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.out_of_memory import is_shortage
@@ -28,6 +29,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 MAX_PIXELS = 89_478_485
 _GREY_MODES = ("1", "L", "I")  # and those that begin so, such as LA and I;16
 _EXPANDED = ("PNG", "PPM")  # whose 16 bits Pillow may hand out as 32
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 _SYSTEM = ("__MACOSX", "@eaDir")  # what archivers and servers leave beside the images
 _LOOKED_AT = 16
 
@@ -45,6 +47,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     size : int or (int, int), optional
         Scale the shorter side to `size`, then cut out the central square of `size` pixels; a pair
         gives the two lengths apart, as in ``(256, 224)``. By default images stay as they are.
+    interpolation : str, optional
+        How pixels are scaled to `size`: one of :data:`INTERPOLATIONS`, by default "bilinear".
     channels : {1, 3}, optional
         Grey or RGB. By default as many as `mean` has entries, else RGB unless the images looked at
         first are all grey.
@@ -89,6 +93,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         *,
         limit: int | None = None,
         size: int | tuple[int, int] | None = None,
+        interpolation: str | None = None,
         channels: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -97,6 +102,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     ) -> None:
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad: expected 'error' or 'skip', got {on_bad!r}")
+        check_choice("interpolation", interpolation or "bilinear", INTERPOLATIONS)
+        self._interpolation = (interpolation or "bilinear").upper()
         _pillow()  # missing, it is missed now and not at the first image
         self._folder = folder
         self._size = None if size is None else _scale_and_crop(size)
@@ -231,7 +238,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def _cut_out(self, image: Any, crop: int) -> Any:
         width, height = self._scaled(image)
-        image = image.resize((width, height), _pillow().Resampling.BILINEAR)
+        image = image.resize((width, height), _pillow().Resampling[self._interpolation])
         left, top = (round((side - crop) / 2) for side in (width, height))
         return image.crop((left, top, left + crop, top + crop))
 

@@ -70,7 +70,7 @@ def ablate(
         Trained classifier: images ``[N, ...]`` to logits ``[N, classes]``. It comes back as it
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
     data : pair of arrays, DataLoader or iterable of (images, labels)
-        Images ``[N, ...]`` and integer labels ``[N]``.
+        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pyablate import demo
 from pyablate.cli import data_specs
-from pyablate.cli.data_specs import load_data
+from pyablate.cli.data_specs import Pixels, load_data
 from pyablate.io import image_folder
 from pyablate.io.idx import read_idx
 
@@ -206,6 +206,56 @@ def test_size_scales_and_crops_the_centre(tmp_path: Path) -> None:
     assert images.shape == (2, 3, 2, 2)
 
 
+def test_interpolation(tmp_path: Path) -> None:
+    pixels = np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((2, 2), np.uint8))
+    _picture(tmp_path / "a" / "0.png", pixels)
+    for name in image_folder.INTERPOLATIONS:
+        method = Image.Resampling[name.upper()]
+        expected = np.asarray(Image.fromarray(pixels).resize((5, 5), method))
+        found, _ = _all(load_data(tmp_path, size=5, interpolation=name))
+        np.testing.assert_array_equal((found[0, 0] * 255).round().numpy(), expected)
+
+
+OWN = Pixels("timm:some_net", (8, 6), "nearest", (0.5,), (0.25,))
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "centre", "told"),
+    [
+        ({}, (1, 6, 6), 0.5, "size 8,6 of timm:some_net; interpolation nearest of timm:some_net"),
+        ({"size": 4}, (1, 4, 4), 0.5, "size 4 as given; interpolation nearest of timm:some_net"),
+        ({"mean": [0.0], "std": [1.0]}, (1, 6, 6), 0.0, "mean 0 as given; std 1 as given"),
+        ({"std": [1.0]}, (1, 6, 6), 0.5, "mean 0.5 of timm:some_net; std 1 as given"),
+    ],
+)
+def test_what_a_model_brings_and_what_is_given(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, Any],
+    shape: tuple[int, ...],
+    centre: float,
+    told: str,
+) -> None:
+    caplog.set_level("INFO", logger="pyablate")
+    _picture(tmp_path / "a" / "0.png", np.full((16, 16), 102, dtype=np.uint8))
+    images, _ = _all(load_data(tmp_path, own=OWN, **given))
+    assert images.shape[1:] == shape
+    deviation = 1.0 if "std" in given else 0.25
+    torch.testing.assert_close(images, torch.full_like(images, (0.4 - centre) / deviation))
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"), [(GREY, (GREY / 255 - 0.5) / 0.25), (FLOATS[..., 0], FLOATS[..., 0])]
+)
+def test_a_model_prepares_files_of_whole_numbers_only(
+    tmp_path: Path, pixels: np.ndarray, expected: np.ndarray
+) -> None:
+    np.savez(tmp_path / "data.npz", images=pixels[:, None], labels=LABELS)
+    images, _ = load_data(tmp_path / "data.npz", own=OWN).batches
+    np.testing.assert_allclose(images.numpy()[:, 0], expected, atol=1e-6)
+
+
 def test_grey_images_and_channels(tmp_path: Path) -> None:
     _picture(tmp_path / "a" / "0.png", np.full((4, 4), 51, dtype=np.uint8))
     grey, _ = _all(load_data(tmp_path))
@@ -379,6 +429,12 @@ BAD_DATA: dict[str, tuple[Any, ...]] = {
     "folder labels": (_one_picture, ".", "labels: expected none with an image", {"labels": "y"}),
     "folder size": (_one_picture, ".", "size: expected SIZE or .* got 0", {"size": 0}),
     "folder crop": (_one_picture, ".", "CROP <= SCALE, got .4, 5.", {"size": (4, 5)}),
+    "folder interpolation": (
+        _one_picture,
+        ".",
+        "interpolation: expected one of bilinear, .* got 'cubic'; nearest: bicubic",
+        {"interpolation": "cubic"},
+    ),
     "folder channels": (_one_picture, ".", "channels: expected 1 or 3, got 2", {"channels": 2}),
     "folder std": (_one_picture, ".", "std: expected 1 or 3 figures", {"std": [1, 2]}),
     "folder batch": (_one_picture, ".", "batch_size: .* at least 1, got 0", {"batch_size": 0}),

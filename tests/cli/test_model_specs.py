@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyablate import demo
-from pyablate.cli.model_specs import load_model
+from pyablate.cli.data_specs import Pixels
+from pyablate.cli.model_specs import load_model, own_pixels
 from pyablate.network import exported as exported_program
 from pyablate.network.exported import original_type
 
@@ -238,6 +239,62 @@ def test_library_is_asked_for_its_weights_unless_some_are_given(
         assert asked == [("resnet18", {"pretrained": not own_weights})]
     with pytest.raises(ValueError, match=f"name of a {library} model, got 'resnt18'; nearest: res"):
         load_model(f"{library}:resnt18")
+
+
+TIMM = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "crop_pct": 0.95,
+    "crop_mode": "center",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "size", "told"),
+    [
+        ({}, (235, 224), False),
+        ({"crop_pct": 1.0, "input_size": (3, 288, 288)}, (288, 288), False),
+        ({"crop_mode": "squash"}, (235, 224), True),
+        ({"input_size": (3, 256, 128)}, None, True),
+    ],
+)
+def test_images_of_a_timm_model(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, Any],
+    size: Any,
+    told: bool,
+) -> None:
+    data = ModuleType("timm.data")
+    data.resolve_data_config = lambda _, model: TIMM | changed  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.data", data)
+    found = own_pixels("timm:resnet18", _net())
+    assert found == Pixels("timm:resnet18", size, "bicubic", TIMM["mean"], TIMM["std"])
+    assert ("expected squares from the centre" in caplog.text) == told
+
+
+def test_images_of_a_torchvision_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = SimpleNamespace(
+        crop_size=[224],
+        resize_size=[256],
+        mean=[0.5, 0.4, 0.3],
+        std=[0.2, 0.3, 0.4],
+        interpolation=SimpleNamespace(value="bilinear"),
+    )
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: preset))
+    models = SimpleNamespace(get_model_weights=lambda _name: weights)
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    found = own_pixels("torchvision:resnet18", _net())
+    assert found == Pixels("torchvision:resnet18", (256, 224), "bilinear", preset.mean, preset.std)
+
+
+@pytest.mark.parametrize("spec", ["demo:vgg_bn", "some_nets:Net", "net.pt2"])
+def test_other_models_say_nothing_of_their_images(spec: str) -> None:
+    assert own_pixels(spec, _net()) is None
 
 
 # --- exported programs ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support.runs import network, same
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import pyablate as pa
-from pyablate.data.dataset import Data, class_numbers
+from pyablate.data.dataset import Data, _say_scaled, class_numbers
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
 
@@ -136,3 +136,35 @@ def test_one_hot_labels_of_a_loader_give_the_same_result() -> None:
     found = pa.ablate(model, loader, progress=False)
     assert np.array_equal(found.labels, labels.numpy())
     assert np.array_equal(found.predictions(slice(None)), expected.predictions(slice(None)))
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "loader", "batches"])
+def test_images_of_uint8_are_scaled_and_that_is_said_once(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_scaled.cache_clear()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 1, 3, 3), dtype=np.uint8)
+    images, labels = torch.from_numpy(pixels), torch.arange(6)
+    source: Any = {
+        "numpy": (pixels, labels.numpy()),
+        "torch": (images, labels),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=4),
+        "batches": [(images[:4], labels[:4]), (images[4:], labels[4:])],
+    }[form]
+    expected = images.float() / 255
+    for dtype in (torch.float32, torch.float64):
+        data = Data(source, dtype=dtype, device=torch.device("cpu"))
+        assert torch.equal(torch.cat([b.images for b in data.batches(5)]), expected.to(dtype))
+        data.hold()
+        assert torch.equal(data.at(torch.tensor([5, 0])), expected[[5, 0]].to(dtype))
+    assert sum("are scaled from 0..255" in message for message in caplog.messages) == 1
+
+
+def test_uint8_gives_the_result_of_scaled_floats() -> None:
+    model = networks.residual().eval()
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 2, 8, 8), dtype=np.uint8)
+    labels = np.arange(12) % networks.CLASSES
+    expected = pa.ablate(model, (pixels.astype(np.float32) / 255, labels), progress=False)
+    for module in (pa, pa.reference):
+        found = module.ablate(model, (pixels, labels), progress=False)
+        assert np.array_equal(found.predictions(), expected.predictions())
