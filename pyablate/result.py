@@ -61,6 +61,9 @@ class AblationResult(Record):
         Hashes of model and options, versions, and of runs with ``output`` or ``shard`` the hash of
         the data, where :func:`pyablate.ablate` made the result; see
         :mod:`pyablate.runs.fingerprint`.
+    labelled : bool
+        Whether the data had labels. If not, ``labels`` are the intact network's predictions, and
+        every accuracy is agreement with it.
 
     Examples
     --------

@@ -251,10 +251,12 @@ def _comparison_tables(found: Comparison) -> list[Table]:
     import pandas as pd
 
     summary = found.summary()
-    names = ("accuracy", "worst_class_accuracy", "mean_class_accuracy", "calibration_error")
+    names = ["accuracy", "worst_class_accuracy", "mean_class_accuracy"]
+    if found.labelled:
+        names.append("calibration_error")  # of how sure a network is of what is right
     both: list[tuple[str, ...]] = [
         (
-            f"{name.replace('_', ' ')}, %",
+            f"{name.replace('_', ' ').replace('accuracy', found.word)}, %",
             *(points(summary[f"{name}_{which}"]) for which in ("before", "after")),
         )
         for name in names
@@ -262,7 +264,7 @@ def _comparison_tables(found: Comparison) -> list[Table]:
     both += [
         ("loss", figure(summary["loss_before"]), figure(summary["loss_after"])),
         ("differing predictions, %", "", points(summary["differing"])),
-        ("p of the accuracies", "", chance(summary["p"])),
+        (f"p of the {'accuracies' if found.labelled else 'agreements'}", "", chance(summary["p"])),
     ]
     tables = [
         frame_table(pd.DataFrame(both, columns=["Figure", "before", "after"]), _BOTH_COLUMNS),

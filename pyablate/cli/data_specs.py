@@ -76,17 +76,18 @@ def _told(value: Any) -> str:
 class Data:
     """Images, float32 ``[N, C, H, W]``, labels, int64 ``[N]``, and names of classes if known.
 
-    They come at once, or in batches that can be gone through any number of times.
+    They come at once, or in batches that can be gone through any number of times. Without labels,
+    a pair has None for them, and batches are images alone.
     """
 
-    batches: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+    batches: tuple[Tensor, Tensor | None] | Iterable[Any]
     class_names: tuple[str, ...] | None
 
     def first(self, count: int) -> Tensor:
         """Return the first images, as many as `count` if the first batch has them."""
         batches = self.batches
-        images = batches[0] if isinstance(batches, tuple) else next(iter(batches))[0]
-        return images[:count]
+        images = batches[0] if isinstance(batches, tuple) else next(iter(batches))
+        return (images if isinstance(images, Tensor) else images[0])[:count]
 
 
 def load_data(
@@ -102,6 +103,7 @@ def load_data(
     on_bad: str | None = None,
     classes: Any = None,
     own: Pixels | None = None,
+    unlabelled: bool = False,
     batch_size: int = 128,
     workers: int = 0,
 ) -> Data:
@@ -140,6 +142,9 @@ def load_data(
     own : Pixels, optional
         What the model brings, where `size`, `interpolation`, `mean` or `std` is not given: for
         image folders, and the last two for files of uint8, which are not prepared yet.
+    unlabelled : bool
+        Take images alone: all that lie below a folder, whatever its sub-folders; of files no
+        labels are read.
     batch_size, workers : int
         Image folders only: images per batch, and decoding processes besides this one.
 
@@ -154,6 +159,8 @@ def load_data(
     """
     if limit is not None:
         check_count("limit", limit)
+    if unlabelled:
+        _refuse("unlabelled", labels=labels)
     name = os.fspath(spec)
     path = Path(name)
     if name != "demo" and path.is_dir():
@@ -161,22 +168,25 @@ def load_data(
         check_count("batch_size", batch_size)
         check_count("workers", workers, 0)
         given = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
-        images = ImageFolder(
+        folder = ImageFolder(
             path,
             limit=limit,
             channels=channels,
             **(own.complete(**given) if own else given),
             on_bad=on_bad or "error",
             class_index=classes,
+            labelled=not unlabelled,
         )
-        batches = image_batches(images, batch_size=batch_size, workers=workers)
-        return Data(batches, images.classes)
+        batches = image_batches(folder, batch_size=batch_size, workers=workers)
+        return Data(batches, folder.classes or None)
     _refuse(name, size=size, interpolation=interpolation, channels=channels, on_bad=on_bad)
     class_names: tuple[str, ...] | None = None
+    pair: tuple[Tensor, Tensor | None]
     whole_numbers = False
     if name == "demo":
         _refuse(name, labels=labels)
-        pair, class_names = demo.images(limit), demo.CLASSES
+        images, known = demo.images(limit)
+        pair, class_names = (images, None if unlabelled else known), demo.CLASSES
     elif not path.is_file():
         raise FileNotFoundError(
             f"data: expected {' | '.join(DATA_SPECS)}, found no file or folder {name!r}"
@@ -184,12 +194,15 @@ def load_data(
     elif path.suffix == ".npz":
         arrays = _read_npz(path)
         apart = None if labels is None else _read_labels(Path(labels))
-        read = _images_and_labels(arrays, apart, name)
+        read = _images_and_labels(arrays, apart, name, unlabelled=unlabelled)
         pair, whole_numbers = _tensors(*read, name, limit), read[0].dtype == np.uint8
         class_names = _class_names(arrays, name)
     else:
-        beside = Path(labels) if labels is not None else _labels_beside(path)
-        read = read_idx(path, max_bytes=MAX_BYTES), _read_labels(beside)
+        numbers = None
+        if not unlabelled:
+            beside = Path(labels) if labels is not None else _labels_beside(path)
+            numbers = _read_labels(beside)
+        read = read_idx(path, max_bytes=MAX_BYTES), numbers
         pair, whole_numbers = _tensors(*read, name, limit), read[0].dtype == np.uint8
     if own and whole_numbers:
         mean, std = own.complete(mean=mean, std=std).values()
@@ -220,14 +233,15 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _images_and_labels(
-    arrays: dict[str, NDArray[Any]], labels: NDArray[Any] | None, name: str
-) -> tuple[NDArray[Any], NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]], labels: NDArray[Any] | None, name: str, *, unlabelled: bool
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
     for images_key, labels_key in NPZ_KEYS:
-        if images_key in arrays and (labels is not None or labels_key in arrays):
-            return arrays[images_key], arrays[labels_key] if labels is None else labels
+        if images_key in arrays and (unlabelled or labels is not None or labels_key in arrays):
+            read = arrays.get(labels_key) if labels is None else labels
+            return arrays[images_key], None if unlabelled else read
     raise ValueError(
         f"data: expected arrays images and labels, or x and y, or test_images and test_labels, in "
-        f"{name!r}, found {', '.join(arrays) or 'none'}"
+        f"{name!r}, found {', '.join(arrays) or 'none'}; images alone go by --unlabelled"
     )
 
 
@@ -284,11 +298,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _tensors(
-    images: NDArray[Any], labels: NDArray[Any], name: str, limit: int | None
-) -> tuple[Tensor, Tensor]:
-    if labels.ndim == 2 and labels.shape[1] == 1:
+    images: NDArray[Any], labels: NDArray[Any] | None, name: str, limit: int | None
+) -> tuple[Tensor, Tensor | None]:
+    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"labels: expected integers [N] for {name!r}, found {labels.dtype} {list(labels.shape)}"
         )
@@ -297,18 +311,18 @@ def _tensors(
             f"data: expected uint8 or float images [N, ...] in {name!r}, "
             f"found {images.dtype} {list(images.shape)}"
         )
-    if len(images) != len(labels):
+    if labels is not None and len(images) != len(labels):
         raise ValueError(
             f"data: expected as many labels as images in {name!r}, "
             f"found {len(labels)} labels and {len(images)} images"
         )
     if not images.size:
         raise ValueError(f"data: expected images in {name!r}, found shape {list(images.shape)}")
-    images, labels = _channels_first(images[:limit]), labels[:limit]
+    images = _channels_first(images[:limit])
     pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     if images.dtype == np.uint8:
         pixels /= 255
-    return pixels, torch.from_numpy(labels.astype(np.int64))
+    return pixels, None if labels is None else torch.from_numpy(labels[:limit].astype(np.int64))
 
 
 def _channels_first(images: NDArray[Any]) -> NDArray[Any]:

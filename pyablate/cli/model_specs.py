@@ -107,8 +107,8 @@ def own_pixels(spec: str, model: nn.Module) -> Pixels | None:
         size = (math.floor(width / found["crop_pct"]), width) if height == width else None
         if size is None or found.get("crop_mode", "center") != "center":
             _log.warning(
-                "data: %s takes images of %d x %d, cropped by %r: expected squares from the centre; "
-                "prepare the images beforehand for the accuracy it is known for",
+                "data: %s takes images of %d x %d, cropped by %r: expected squares from the "
+                "centre; prepare the images beforehand for the accuracy it is known for",
                 *(spec, height, width, found.get("crop_mode", "center")),
             )
         return Pixels(spec, size, found["interpolation"], found["mean"], found["std"])

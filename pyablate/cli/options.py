@@ -142,6 +142,14 @@ Classes = Annotated[
         "installed): folders are looked up among them by WordNet id, name or number.",
     ),
 ]
+Unlabelled = Annotated[
+    bool,
+    typer.Option(
+        "--unlabelled",
+        help="Images without labels: the intact network's predictions stand in (run, compare), and "
+        "all images below a folder are taken.",
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -222,6 +230,7 @@ class Preprocessing:
     channels: Channels = None
     on_bad_image: OnBadImage = None
     classes: Classes = None
+    unlabelled: Unlabelled = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +260,7 @@ class Images:
             on_bad=pixels.on_bad_image,
             classes=pixels.classes,
             own=own,
+            unlabelled=pixels.unlabelled,
             **options,
         )
 
@@ -294,7 +304,7 @@ def by_option(group: Any) -> dict[str, object]:
 def check_needed(option: str, others: Mapping[str, object]) -> None:
     """Refuse options that say something about another one, which was not given."""
     for other, value in others.items():
-        if value is not None:
+        if value is not None and value is not False:
             raise InputError(f"{other} needs {option}, got none")
 
 

@@ -197,6 +197,7 @@ def _record(result: AblationResult) -> dict[str, object]:
         "classes": result.classes,
         "flips": len(result.flips.image),
         "baseline_accuracy": result.baseline_accuracy,
+        "labelled": result.labelled,
         "audit": {
             "pairs": result.audit.pairs,
             "mismatches": result.audit.mismatches,

@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from pyablate.reference.timing import HookLoopTiming
     from pyablate.result import AblationResult
 
-_COLUMNS = (
-    *columns(str, "Layer=layer"),
-    *columns(count, "Units=units"),
-    *columns(str, "Computed by=how"),
-    *columns(number, "Largest accuracy drop=largest", "Unit=unit"),
-    *columns(str, "hurts most=max_class"),
-    *columns(points, "by (points)=max_class_drop"),
-)
 _SITE_COLUMNS = (
     *columns(str, "Layer", "Kind"),
     *columns(count, "Units"),
@@ -37,9 +29,12 @@ _SITE_COLUMNS = (
 def summary(result: AblationResult) -> list[RenderableType]:
     """Describe a run in lines and a table."""
     units, images = len(result.units), len(result.labels)
+    baseline = f"Baseline accuracy {points(result.baseline_accuracy)} %"
+    if not result.labelled:
+        baseline = "No labels: agreement with the intact network's predictions"
     return [
-        f"Baseline accuracy {points(result.baseline_accuracy)} % on {images:,} images; "
-        f"{units:,} units, one at a time, replaced by: {result.intervention}",
+        f"{baseline} on {images:,} images; {units:,} units, one at a time, "
+        f"replaced by: {result.intervention}",
         summary_table(result),
         f"Audit: {result.audit}",
         *(
@@ -51,7 +46,7 @@ def summary(result: AblationResult) -> list[RenderableType]:
 
 
 def summary_table(result: AblationResult) -> Table:
-    """Tabulate, per layer, its units, largest accuracy drop and five worst class drops.
+    """Tabulate, per layer, its units, largest drop of all images and five worst class drops.
 
     Drops are in percentage points, positive where ablation does harm.
     """
@@ -63,7 +58,15 @@ def summary_table(result: AblationResult) -> Table:
         largest = f"{points(first['accuracy_drop'])} (unit {first['unit']})"
         how = result.strategy.get(str(layer), "")
         parts.append(worst_units(rows).assign(units=len(rows), how=how, largest=largest))
-    return frame_table(pd.concat(parts), _COLUMNS, grouped=4)
+    shown = (
+        *columns(str, "Layer=layer"),
+        *columns(count, "Units=units"),
+        *columns(str, "Computed by=how"),
+        *columns(number, f"Largest {result.word} drop=largest", "Unit=unit"),
+        *columns(str, "hurts most=max_class"),
+        *columns(points, "by (points)=max_class_drop"),
+    )
+    return frame_table(pd.concat(parts), shown, grouped=4)
 
 
 def worst_units(units: pd.DataFrame) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from pyablate.comparison.preservation import Preservation, preserved_between
 from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
 from pyablate.result import AblationResult
-from pyablate.results.record import Floats, Ints
+from pyablate.results.record import Floats, Ints, word
 from pyablate.runtime.determinism import undisturbed
 
 _FEWEST = 3  # two points always lie on a line
@@ -49,7 +49,8 @@ def compare(
         The original and the other network: images ``[N, ...]`` to logits ``[N, classes]``. Both
         stay as they are.
     data : pair of arrays, DataLoader or iterable of (images, labels)
-        As for :func:`pyablate.ablate`; the same images for both.
+        As for :func:`pyablate.ablate`; the same images for both. Without labels the original's
+        predictions stand in.
     class_names : sequence of str, optional
         One per class; by default the class numbers.
     fdr : float
@@ -91,11 +92,12 @@ def compare(
     methods = _methods(attributions, masks)
     with undisturbed():
         original, other, dtype = prepared_pair(model, smaller, device)
-        images = Data(data, dtype=dtype, device=device_of(original))
+        images = Data(data, dtype=dtype, device=device_of(original), unlabelled=True)
         images.hold_if_read_once()
         before = evaluate(original, images, batch_size)
+        stand_in = None if images.labelled else before.prediction
         try:
-            after = evaluate(other, images, batch_size)
+            after = evaluate(other, images, batch_size, labels=stand_in)
         except (TypeError, ValueError) as error:
             if not str(error).startswith("model:"):
                 raise  # of the data, or from the network's own code
@@ -112,7 +114,7 @@ def compare(
             kept = preserved_between(
                 original, other, images, before, after, methods=methods, masks=masks, seed=seed
             )
-    return Comparison(before, after, names, fdr, bins, kept)
+    return Comparison(before, after, names, fdr, bins, kept, images.labelled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,8 @@ class Comparison:
         Of the calibration error.
     attributions : Preservation or None
         How alike their attributions are, if that was asked for.
+    labelled : bool
+        Whether the data had labels; if not, every accuracy is agreement with the original.
 
     Examples
     --------
@@ -145,13 +149,19 @@ class Comparison:
     fdr: float = 0.05
     bins: int = 15
     attributions: Preservation | None = None
+    labelled: bool = True
 
     def __repr__(self) -> str:
         """Accuracies and differences in one line."""
         return (
-            f"Comparison(accuracy {self.before.accuracy:.4f} -> {self.after.accuracy:.4f}, "
+            f"Comparison({self.word} {self.before.accuracy:.4f} -> {self.after.accuracy:.4f}, "
             f"{len(self.differing)} of {len(self.before.labels)} predictions differ)"
         )
+
+    @property
+    def word(self) -> str:
+        """What a share of right predictions is: accuracy, or without labels agreement."""
+        return word(self.labelled)
 
     @cached_property
     def differing(self) -> Ints:

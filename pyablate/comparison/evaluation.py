@@ -34,7 +34,8 @@ class Evaluation:
     Attributes
     ----------
     labels, prediction : int64 [image]
-        True and predicted class; of equal logits the first class.
+        True and predicted class; of equal logits the first class. Without labels the original
+        network's predictions stand in.
     confidence : float64 [image]
         Probability of the predicted class.
     losses : float64 [image]
@@ -102,11 +103,13 @@ def evaluate(
     batch_size: int | None = None,
     *,
     exact: Callable[[Tensor], Tensor] | None = None,
+    labels: Ints | None = None,
 ) -> Evaluation:
     """Run a network over the data.
 
     The model is in evaluation mode, in the dtype and on the device of the data; ``exact`` is the
-    same network in float64, by default a copy. By default 64 images at a time on a CPU, whose
+    same network in float64, by default a copy; ``labels`` stand in for those of data that have
+    none, by default the network's own predictions. By default 64 images at a time on a CPU, whose
     caches hold no more, or 256. Predictions are those in float64, near ties apart.
     """
     keep_freed_blocks()
@@ -128,8 +131,13 @@ def evaluate(
             if len(close):
                 logits[close] = forward(exact, batch.images[close].double())
             top = logits.softmax(dim=1).max(dim=1).values
-            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-            found = (batch.labels, logits.argmax(dim=1), top, losses)
+            prediction = truth = logits.argmax(dim=1)
+            if data.labelled:
+                truth = batch.labels
+            elif labels is not None:
+                truth = torch.from_numpy(labels[batch.index.numpy()]).to(logits.device)
+            losses = functional.cross_entropy(logits, truth, reduction="none")
+            found = (truth, prediction, top, losses)
             parts.append(tuple(each.cpu().numpy() for each in found))
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Evaluation(joined[0], joined[1], joined[2], joined[3], classes)

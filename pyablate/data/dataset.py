@@ -30,7 +30,7 @@ class Batch:
     images : Tensor
         ``[N, ...]``, in the engine's dtype and on its device.
     labels : Tensor
-        int64 ``[N]``, on the engine's device.
+        int64 ``[N]``, on the engine's device; -1 where the data have none.
     """
 
     index: Tensor
@@ -65,35 +65,52 @@ class Batch:
 
 
 class Data:
-    """Labelled images, read once per pass and handed out in batches of any size.
+    """Images and labels, read once per pass and handed out in batches of any size.
 
     Parameters
     ----------
     source : pair of arrays, DataLoader or iterable of (images, labels)
-        A pair is taken whole. Anything else is iterated; batches may have any sizes.
+        A pair is taken whole. Anything else is iterated; batches may have any sizes. Images alone
+        (an array, ``(images, None)``, batches without labels) where ``unlabelled`` are taken.
     dtype, device
         What the images become; those of uint8 are scaled to ``[0, 1]``, which the log tells once.
+    unlabelled : bool
+        Whether images without labels are taken; then all labels are -1.
+
+    Attributes
+    ----------
+    labelled : bool
+        Whether there are labels; as long as no image has been read, True.
 
     Raises
     ------
     TypeError
-        Not a pair, not iterable, items that are not (images, labels), or labels that
-        :func:`class_numbers` does not take.
+        Not a pair, not iterable, items that are not (images, labels), labels that
+        :func:`class_numbers` does not take, or none where they are needed.
     ValueError
         Empty, lengths or image shapes that differ, negative labels, images with NaN or infinities;
         the message says where.
     """
 
-    def __init__(self, source: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        unlabelled: bool = False,
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.labelled = True
+        self._unlabelled = unlabelled
         self.classes: int | None = None  # labels from here on are errors, once it is known
         self._shape: tuple[int, ...] | None = None
         if _is_pair(source):
             self._source: Iterable[Any] = [tuple(source)]
-        elif isinstance(source, (Tensor, np.ndarray, str, bytes, dict)) or not isinstance(
-            source, Iterable
-        ):
+        elif isinstance(source, (Tensor, np.ndarray)):
+            self._source = [(source, None)]
+        elif isinstance(source, (str, bytes, dict)) or not isinstance(source, Iterable):
             raise TypeError(
                 "data: expected (images, labels), a DataLoader or an iterable of (x, y), "
                 f"got {type(source).__name__}"
@@ -118,7 +135,8 @@ class Data:
         """Keep every image in memory, so that the data can be read again and at random."""
         if not isinstance(self._source, list):
             # Copies: the source may fill the same memory again and again.
-            self._source = [(images.clone(), labels.clone()) for images, labels in self._raw()]
+            pairs = [(images.clone(), labels.clone()) for images, labels in self._raw()]
+            self._source = pairs if self.labelled else [(images, None) for images, _ in pairs]
 
     def hold_if_read_once(self) -> None:
         """Keep the images of a source that can be iterated only once, such as a generator."""
@@ -138,12 +156,8 @@ class Data:
         if not isinstance(self._source, list):
             raise RuntimeError("hold the data before reading it at random")
         if len(self._source) > 1:
-            self._source = [
-                (
-                    torch.cat([torch.as_tensor(images) for images, _ in self._source]),
-                    torch.cat([torch.as_tensor(labels) for _, labels in self._source]),
-                )
-            ]
+            images, labels = (torch.cat(parts) for parts in zip(*self._raw(), strict=True))
+            self._source = [(images, labels if self.labelled else None)]
         images = torch.as_tensor(self._source[0][0])
         return self._converted(images[index.to(images.device)])
 
@@ -235,16 +249,21 @@ class Data:
                 return
 
     def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
-            raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
-        images, labels = torch.as_tensor(item[0]), class_numbers(item[1], f"data: batch {number}")
+        where = f"data: batch {number}"
+        given, known = _images_and_labels(item, where)
+        images = torch.as_tensor(given)
+        if known is None:
+            if not self._unlabelled:
+                raise TypeError(f"{where}: expected (images, labels), got images without labels")
+            labels = torch.full(images.shape[:1], -1)
+        else:
+            labels = class_numbers(known, where)
         if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
                 f"data: batch {number}: expected images [N, ...] and labels [N], got "
                 f"{list(images.shape)} and {list(labels.shape)}"
             )
-        if len(labels) and int(labels.min()) < 0:
+        if known is not None and len(labels) and int(labels.min()) < 0:
             raise ValueError(f"data: batch {number}: negative label {int(labels.min())}")
         shape = tuple(images.shape[1:])
         if self._shape not in (None, shape):
@@ -252,7 +271,9 @@ class Data:
                 f"data: batch {number}: images of shape {list(shape)}, but earlier ones have "
                 f"{list(self._shape or ())}"
             )
-        self._shape = shape
+        if self._shape is not None and self.labelled != (known is not None):
+            raise ValueError(f"{where}: expected labels for all images or for none")
+        self._shape, self.labelled = shape, known is not None
         return images, labels.to("cpu", torch.int64)
 
 
@@ -305,6 +326,16 @@ def class_numbers(labels: Any, where: str) -> Tensor:
     return found
 
 
+def _images_and_labels(item: Any, where: str) -> tuple[Any, Any]:
+    """Take a batch apart; no labels are None."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        return item, None
+    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+        return (*item, None)[:2]
+    kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
+    raise TypeError(f"{where}: expected (images, labels), got {kind}")
+
+
 def gathered(source: Any) -> tuple[Tensor, Tensor]:
     """All images ``[N, ...]`` and labels, int64 ``[N]``, of a source as they are, to be split."""
     data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
@@ -342,12 +373,15 @@ def _only(loader: DataLoader[Any], part: Sequence[int]) -> DataLoader[Any]:
 
 
 def _is_pair(source: Any) -> bool:
-    return (
-        isinstance(source, (tuple, list))
-        and len(source) == 2
-        and isinstance(source[0], (Tensor, np.ndarray))
-        and (isinstance(source[1], (Tensor, np.ndarray)) or _are_numbers(source[1]))
-    )
+    if not isinstance(source, (tuple, list)) or len(source) != 2:
+        return False
+    images, labels = source
+    if not isinstance(images, (Tensor, np.ndarray)):
+        return False
+    if isinstance(labels, (Tensor, np.ndarray)):
+        # A list of two may as well hold two batches of images.
+        return isinstance(source, tuple) or labels.ndim < 3
+    return labels is None or _are_numbers(labels)
 
 
 def _are_numbers(labels: Any) -> bool:

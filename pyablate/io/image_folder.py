@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyablate._validation import check_choice
-from pyablate.io.class_map import class_map
+from pyablate.io.class_map import ClassMap, class_map
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.out_of_memory import is_shortage
 
@@ -34,7 +34,7 @@ _SYSTEM = ("__MACOSX", "@eaDir")  # what archivers and servers leave beside the 
 _LOOKED_AT = 16
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
+class ImageFolder(Dataset[Any]):
     """The images below `folder`, in the order of class and file name.
 
     Parameters
@@ -61,13 +61,16 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         The classes of the network, in any form that :func:`pyablate.io.class_map.class_map` takes,
         among which the sub-folders are looked up by WordNet id, class name or number; some may
         have no folder.
+    labelled : bool
+        Whether sub-folders are classes. If not, all images below `folder` are taken, without
+        labels.
 
     Attributes
     ----------
     classes : tuple of str
         Names of the sub-folders, or of all classes of `class_index`.
     files : list of (Path, int)
-        Images and their classes, in order.
+        Images and their classes, in order; -1 without labels.
     skipped : dict of Path to str
         Files left out, and why.
 
@@ -99,6 +102,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         std: Sequence[float] | None = None,
         on_bad: str = "error",
         class_index: Any = None,
+        labelled: bool = True,
     ) -> None:
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad: expected 'error' or 'skip', got {on_bad!r}")
@@ -107,24 +111,19 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         _pillow()  # missing, it is missed now and not at the first image
         self._folder = folder
         self._size = None if size is None else _scale_and_crop(size)
-        names = [p.name for p in folder.iterdir() if _is_class(p)]
-        if not names:
-            raise ValueError(f"data: expected one sub-folder per class in {str(folder)!r}, found 0")
-        if class_index is None:
-            names = list(_in_order(names))
-            self.classes, numbers = tuple(names), list(range(len(names)))
-        else:
-            known = class_map(class_index)
-            self.classes, numbers = known.names, known.match(names)
-        by_folder = [
-            [(path, number) for path in _images(folder / name)]
-            for number, name in sorted(zip(numbers, names, strict=True))
-        ]
+        self._labelled = labelled
+        known = None if class_index is None else class_map(class_index)
+        self.classes: tuple[str, ...] = known.names if known else ()
+        folders = _class_folders(folder, known) if labelled else [(-1, ".")]
+        if labelled and not known:
+            self.classes = tuple(name for _, name in folders)
+        by_folder = [[(path, n) for path in _images(folder / name)] for n, name in folders]
         self.files = _spread(by_folder, limit)
         if not self.files:
             kinds = " ".join(SUFFIXES)
             raise ValueError(f"data: expected images ({kinds}) below {str(folder)!r}, found none")
-        self._warn_of_empty_classes(numbers)
+        if labelled:
+            self._warn_of_empty_classes([number for number, _ in folders])
         if channels not in (None, 1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
         self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
@@ -139,8 +138,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         """Return the number of images."""
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return image `index`, float32 ``[channels, H, W]``, and its class index.
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+        """Return image `index`, float32 ``[channels, H, W]``, and its class index, if there is one.
 
         Raises
         ------
@@ -149,7 +148,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         """
         path, label = self.files[index]
         with _decoding(path):
-            return self._read(path), label
+            return (self._read(path), label) if self._labelled else self._read(path)
 
     def listing(self) -> Iterator[str]:
         """Name each image by class and path below its folder, with the size of its file."""
@@ -259,9 +258,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             )
 
 
-def image_batches(
-    images: ImageFolder, *, batch_size: int, workers: int = 0
-) -> DataLoader[tuple[Tensor, int]]:
+def image_batches(images: ImageFolder, *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
     """Return the images in order, in batches; drawing them leaves the global random state alone."""
     # A loader without a generator of its own takes a seed from the global one at every pass.
     generator = torch.Generator()
@@ -343,6 +340,19 @@ def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:
     if not good or not 1 <= pair[1] <= pair[0]:
         raise ValueError(f"size: expected SIZE or (SCALE, CROP) with CROP <= SCALE, got {size!r}")
     return pair[0], pair[1]
+
+
+def _class_folders(folder: Path, known: ClassMap | None) -> list[tuple[int, str]]:
+    """Return number and name of each sub-folder, in the order of the classes."""
+    names = [path.name for path in folder.iterdir() if _is_class(path)]
+    if not names:
+        raise ValueError(
+            f"data: expected one sub-folder per class in {str(folder)!r}, found 0; images without "
+            "classes go by --unlabelled (labelled=False)"
+        )
+    if known is None:
+        return list(enumerate(_in_order(names)))
+    return sorted(zip(known.match(names), names, strict=True))
 
 
 def _is_class(path: Path) -> bool:

@@ -71,10 +71,14 @@ def open_up(
     *,
     double: bool = False,
     axis: Mapping[str, int] | None = None,
+    unlabelled: bool = False,
 ) -> Ready:
-    """Copy the model, look at the first images and check that the two fit."""
+    """Copy the model, look at the first images and check that the two fit.
+
+    ``unlabelled`` is whether images without labels will do.
+    """
     work, dtype, where = _working_copy(model, device, double=double)
-    data = Data(source, dtype=dtype, device=where)
+    data = Data(source, dtype=dtype, device=where, unlabelled=unlabelled)
     batch = data.first(SAMPLE)
     sample = batch.images
     try:

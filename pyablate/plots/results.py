@@ -57,6 +57,10 @@ class ResultPlots:
 
     result: Record
 
+    def _said(self, label: str) -> str:
+        """Say agreement instead of accuracy where there are no labels."""
+        return label.replace("accuracy", self.result.word)
+
     def drops(
         self,
         drop: Literal["max_class_drop", "accuracy_drop"] = "max_class_drop",
@@ -121,7 +125,11 @@ class ResultPlots:
                 text = _name(self.result, row, with_class=drop == "max_class_drop")
                 axes.annotate(text, (place[row], drops[row]), **ABOVE)
         tick(axes.xaxis, list(chosen), turned=len(chosen) > 5)
-        axes.set(xlim=(-0.5, len(chosen) - 0.5), xlabel="layer", ylabel=label_of(drop)[0])
+        axes.set(
+            xlim=(-0.5, len(chosen) - 0.5),
+            xlabel="layer",
+            ylabel=label_of(drop)[0].replace("accuracy", self.result.word),
+        )
         axes.margins(y=0.12)
         legend(axes)
         return axes
@@ -177,7 +185,13 @@ class ResultPlots:
         tick(axes.xaxis, list(result.class_names), turned=True)
         axes.set(xlabel="class", ylabel=f"unit switched off (dot: q ≤ {fdr:g})")
         beyond = "neither" if limit is None else "both"
-        axes.figure.colorbar(image, ax=axes, label=CLASS_DROP, extend=beyond, shrink=0.8)
+        axes.figure.colorbar(
+            image,
+            ax=axes,
+            label=CLASS_DROP.replace("accuracy", result.word),
+            extend=beyond,
+            shrink=0.8,
+        )
         return axes
 
     def profile(
@@ -310,7 +324,7 @@ class ResultPlots:
                 "linewidths": 0,
             }
             axes.scatter(numbers[rows], scale * values[rows], label=entry(meaning), **style)
-        axes.set(xlabel=plain(attribute.replace("_", " ")), ylabel=label)
+        axes.set(xlabel=plain(attribute.replace("_", " ")), ylabel=self._said(label))
         legend(axes, title=f"{method}, 95 % interval")
         return axes
 

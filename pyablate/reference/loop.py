@@ -63,7 +63,7 @@ def ablate(
     model : nn.Module
         A network that turns images ``[N, ...]`` into logits ``[N, K]``. It is copied, not touched.
     data : pair of arrays, DataLoader or iterable of (x, y)
-        Images ``[N, ...]`` and integer labels ``[N]``.
+        Images ``[N, ...]`` and integer labels ``[N]``; without labels see :func:`pyablate.ablate`.
     layers : str or sequence of str, optional
         Layer names, globs and single units ``"layer:unit"``. None is ``"*"``, or nothing if
         ``groups`` is given.
@@ -117,6 +117,7 @@ def ablate(
             predicted = predictions(values)
             if row < 0:
                 baseline = predicted
+                labels = labels if loop.labelled else baseline
                 names = check_names("class_names", class_names, values.shape[1])
             flipped = np.flatnonzero(predicted != baseline)
             pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
@@ -138,6 +139,7 @@ def ablate(
         intervention=str(loop.intervention),
         strategy={row.layer: "reference" for row in loop.rows},
         measures={name: Measure(np.array(found[1:]) - found[0]) for name, found in sums.items()},
+        labelled=loop.labelled,
     )
 
 
@@ -222,6 +224,7 @@ class _Loop:
     batches: list[Batch]
     rows: list[Row]
     intervention: Intervention
+    labelled: bool
 
     @classmethod
     def prepare(
@@ -245,10 +248,13 @@ class _Loop:
         place = device_of(model) if device is None else usable_device(device)
         double = copied(model).to(place).double().eval()
         double.requires_grad_(False)
-        images = Data(data, dtype=torch.float64, device=place)
+        images = Data(data, dtype=torch.float64, device=place, unlabelled=True)
         batches = list(images.batches(batch_size or 256))
+        if specification.kind == "class_mean" and not images.labelled:
+            raise ValueError("intervention: class_mean needs labels, these data have none")
         found = sites(double, batches[0].images[:1], axis=axis)
-        return cls(double, batches, rows_of(found, layers, groups, specification), specification)
+        rows = rows_of(found, layers, groups, specification)
+        return cls(double, batches, rows, specification, images.labelled)
 
     def logits(self) -> Iterator[tuple[int, Tensor]]:
         """Logits of every row, the intact network first."""
@@ -369,18 +375,19 @@ class _Loop:
     def _moments(self) -> dict[tuple[str, int], _Moments]:
         """Statistics of every site in the rows, by site name and call; two clean passes."""
         touched = list({site: None for row in self.rows for site in row.targets})
-        classes = 1 + max(int(batch.labels.max()) for batch in self.batches)
+        classes = 1 + max(0, *(int(batch.labels.max()) for batch in self.batches))
         sums: dict[tuple[str, int], Tensor] = {}  # [K, C]
         squares: dict[tuple[str, int], Tensor] = {}  # [C], about the mean
         positions: dict[tuple[str, int], int] = {}
         images = torch.zeros(classes, dtype=torch.float64)
 
         for batch in self.batches:
-            images += torch.bincount(batch.labels.cpu(), minlength=classes)
+            labels = batch.labels.clamp(min=0)  # without labels no class mean is asked for
+            images += torch.bincount(labels.cpu(), minlength=classes)
             for key, maps in self._clean_maps(touched, batch):
                 per_image = maps.sum(dim=2)
                 total = sums.setdefault(key, per_image.new_zeros(classes, maps.shape[1]))
-                total.index_add_(0, batch.labels, per_image)
+                total.index_add_(0, labels, per_image)
                 positions[key] = maps.shape[2]
         everything = {key: float(images.sum()) * positions[key] for key in sums}
         mean = {key: total.sum(dim=0) / everything[key] for key, total in sums.items()}

@@ -66,6 +66,7 @@ def _summary(result: Record, significant: np.ndarray) -> dict[str, Any]:
         "images": len(result.labels),
         "intervention": result.intervention,
         "accuracy": result.baseline_accuracy,
+        "word": result.word,
         "flips": len(result.flips.image),
         "hurt_pairs": int(hurt.sum()),
         "audit": {

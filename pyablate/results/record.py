@@ -194,6 +194,11 @@ class Flips:
         return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
 
 
+def word(labelled: bool) -> str:
+    """Say what a share of right predictions is called."""
+    return "accuracy" if labelled else "agreement"
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """Predictions of a network with each unit ablated, and what is counted from them.
@@ -215,14 +220,26 @@ class Record:
     effort: Effort = field(default_factory=lambda: Effort())
     measures: dict[str, Measure] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    labelled: bool = True
 
     def __repr__(self) -> str:
         """Size and summary in one line."""
         return (
             f"{type(self).__name__}({len(self.units)} units, {len(self.labels)} images, "
             f"{self.classes} classes, {self.intervention}, "
-            f"baseline accuracy {self.baseline_accuracy:.4f}, {len(self.flips.image)} flips)"
+            f"{self._baseline}, {len(self.flips.image)} flips)"
         )
+
+    @property
+    def _baseline(self) -> str:
+        if not self.labelled:
+            return "no labels"
+        return f"baseline accuracy {self.baseline_accuracy:.4f}"
+
+    @property
+    def word(self) -> str:
+        """What a share of right predictions is: accuracy, or without labels agreement."""
+        return word(self.labelled)
 
     @property
     def classes(self) -> int:

@@ -129,6 +129,7 @@ def _read(source: Path, attrs: dict[str, Any], kind: type[R]) -> R:
             for name, accuracy in attrs.get("measures", {}).items()
         },
         provenance=dict(attrs.get("provenance", {})),
+        labelled=attrs.get("labelled", True),
     )
 
 
@@ -205,6 +206,7 @@ def write(result: Record, path: Path) -> None:
             "unit_labels": list(result.units["label"]),
             **_accuracies(result),
             "provenance": result.provenance,
+            **({} if result.labelled else {"labelled": False}),
         },
     )
     arrays = {

@@ -71,6 +71,8 @@ def ablate(
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
     data : pair of arrays, DataLoader or iterable of (images, labels)
         Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``.
+        Without labels (images alone, or None for the labels) the intact network's predictions
+        stand in, and what is called accuracy is agreement with them.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
@@ -360,6 +362,7 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         strategy=metadata.strategy,
         measures=metadata.measures,
         provenance={**identity, "data": {**identity["data"], **hashed}},
+        labelled=setup.data.labelled,
     )
 
 

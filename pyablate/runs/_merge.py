@@ -99,7 +99,7 @@ def _check_alike(found: Sequence[tuple[Path, AblationResult]]) -> None:
 def _work(part: AblationResult) -> dict[str, Any]:
     """Say what a part was made of, its own images apart."""
     data = part.provenance["data"]
-    told = {name: data[name] for name in ("images", *_WHOLE) if name in data}
+    told = {name: data[name] for name in ("images", "labels", *_WHOLE) if name in data}
     return {**part.provenance, "data": told}
 
 
@@ -172,10 +172,12 @@ def _strategies(parts: Sequence[AblationResult]) -> dict[str, str]:
 
 
 def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> AblationResult:
+    told = part.provenance["data"]
     data = {
-        "images": part.provenance["data"]["images"],
+        "images": told["images"],
         "first": 0,
         "count": len(found.labels),
+        **({"labels": told["labels"]} if "labels" in told else {}),
         "hash": f"{found.metadata.hash:064x}",
     }
     return replace(

@@ -39,8 +39,9 @@ def calibrate(
             flat = maps.double().flatten(2) if maps.ndim > 2 else maps.double().unsqueeze(2)
             moments = torch.stack([flat.mean(2), flat.square().mean(2)])  # [2, N, channels]
             sums = torch.zeros(2, classes, flat.shape[1]).to(moments)
-            sums.index_add_(1, batch.labels, moments)
-            count = torch.bincount(batch.labels, minlength=classes)
+            labels = batch.labels.clamp(min=0)  # without labels no class mean is asked for
+            sums.index_add_(1, labels, moments)
+            count = torch.bincount(labels, minlength=classes)
             held = totals.setdefault(key, [torch.zeros_like(sums), torch.zeros_like(count)])
             held[0] += sums
             held[1] += count

@@ -182,6 +182,8 @@ class BlockSweep:
             if len(batch) == 1 or not out_of_memory.is_shortage(error):
                 raise
         else:
+            if not setup.data.labelled:
+                batch = replace(batch, labels=clean.prediction.long())
             yield batch, clean
             return
         for half in _halves(batch):

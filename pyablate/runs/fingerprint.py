@@ -66,12 +66,13 @@ def identify(
         options["directions"] = _directions(directions)
     if setup.axes:
         options["axis"] = dict(sorted(setup.axes.items()))
+    labels = {} if setup.data.labelled else {"labels": "none"}
     return {
         "model": {
             "structure": _structure(setup.model, setup.graph),
             "weights": _weights(setup.model, dtype),
         },
-        "data": {"images": len(setup.data), "first": images.start, "count": len(images)},
+        "data": {"images": len(setup.data), "first": images.start, "count": len(images), **labels},
         "units": {"count": setup.rows, "hash": _text(json.dumps(members))},
         "classes": {"count": setup.classes, "hash": _text(json.dumps(setup.class_names))},
         "options": options,
@@ -97,7 +98,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 _READ_LATER = [("data", name) for name in ("hash", "others", "sample", "files")]
 """Known when all images have been read, or only of shards and where other images replace units."""
 
-_HASHES = ("hash", "others", "sample", "files", "structure", "weights", "directions")
+_HASHES = ("labels", "hash", "others", "sample", "files", "structure", "weights", "directions")
 
 _NAMES = {
     "model.structure": "the model's structure",
@@ -105,6 +106,7 @@ _NAMES = {
     "data.images": "the number of images",
     "data.first": "the first image of the shard",
     "data.count": "the number of images of the shard",
+    "data.labels": "whether there are labels",
     "data.hash": "the images or labels",
     "data.others": "the images or labels",
     "data.sample": "the images or labels of the whole data set",

@@ -127,8 +127,15 @@ def prepare(
     intervention, precision = options.intervention, options.precision
     double = precision == "fp64"
     ready = open_up(
-        model, source, options.class_names, options.device, double=double, axis=options.axis
+        model,
+        source,
+        options.class_names,
+        options.device,
+        double=double,
+        axis=options.axis,
+        unlabelled=True,
     )
+    check_labels(ready.data, intervention)
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
     everything = asks_for_everything(options.layers, options.groups)
@@ -181,6 +188,24 @@ def prepare(
         at_a_time=at_a_time,
         axes=ready.survey.given,
         remarks=tuple(ready.survey.remarks(marked, everything=everything)),
+    )
+
+
+def check_labels(data: Data, intervention: Intervention) -> None:
+    """Say what stands in for missing labels, and refuse what needs them beforehand.
+
+    Raises
+    ------
+    ValueError
+        The intervention does.
+    """
+    if data.labelled:
+        return
+    if intervention.kind == "class_mean":
+        raise ValueError("intervention: class_mean needs labels, these data have none")
+    logger.info(
+        "data: no labels: the intact network's predictions stand in, so accuracy is "
+        "agreement with them"
     )
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import pyablate as pa
 from pyablate.cli.app import app
+from pyablate.cli.data_specs import load_data
 from pyablate.io.image_folder import ImageFolder, image_batches
 
 _NETWORK = """
@@ -120,3 +121,44 @@ def test_a_file_removed_since_the_listing_does_not_lose_the_run(
     again = run("run.zarr")
     assert any("2 of 3 blocks are there already" in message for message in caplog.messages)
     assert np.array_equal(again.predictions(), run("whole.zarr").predictions())
+
+
+def test_images_without_labels(here: Path) -> None:
+    for name in ("ant", "bee", "cat"):
+        for path in (here / "photos" / name).iterdir():
+            path.rename(here / "photos" / f"{name}{path.name}")
+        (here / "photos" / name).rmdir()
+    code, _, err = _invoke(*_RUN)
+    assert (code, "found 0; images without classes go by --unlabelled" in err) == (2, True)
+    code, out, err = _invoke(*_RUN, "--unlabelled", *_CLASSES)
+    assert code == 0, err
+    assert "No labels: agreement with the intact network's predictions on 12 images" in out
+    assert "Largest agreement drop" in out
+    assert "ccuracy" not in out
+    result = pa.load("run.zarr")
+    assert (result.labelled, len(result.labels)) == (False, 12)
+    assert result.class_names == ("dog", "cat", "bee", "ant")
+    rest = (*_RUN[2:], "--unlabelled")
+    code, out, err = _invoke("compare", "net_of_data:make", "net_of_data:make", *rest)
+    assert code == 0, err
+    assert "worst class agreement, %" in out
+    assert "ccurac" not in out
+    code, _, err = _invoke("attributes", "net_of_data:make", *rest)
+    assert (code, "expected (images, labels), got images without labels" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["npz", "idx", "demo"])
+def test_files_without_labels(here: Path, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 6, 6), dtype=np.uint8)
+    np.savez("data.npz", images=pixels)
+    header = np.array([0x803, *pixels.shape], dtype=">u4").tobytes()
+    Path("digits").write_bytes(header + pixels.tobytes())
+    spec = {"npz": "data.npz", "idx": "digits", "demo": "demo"}[kind]
+    batches = load_data(spec, unlabelled=True, limit=5).batches
+    assert isinstance(batches, tuple)
+    assert (len(batches[0]), batches[1]) == (5, None)
+    with pytest.raises(ValueError, match="labels: expected none with unlabelled, got 'y"):
+        load_data(spec, unlabelled=True, labels="y.npy")
+    if kind == "npz":
+        with pytest.raises(ValueError, match="found images; images alone go by --unlabelled"):
+            load_data(spec)

@@ -104,7 +104,7 @@ function unitCard(unit) {
       tile(points(units.max_class_drop[unit]), "largest class drop", [classLink(worst), `, q ${chance(units.q[unit])}`]),
       tile(points(units.noise_floor[unit]), "noise floor", "the same for a harmless unit"),
       tile(points(units.split_half_drop[unit]), "split-half class drop"),
-      tile(signedPoints(units.accuracy_drop[unit]), "accuracy drop"),
+      tile(signedPoints(units.accuracy_drop[unit]), `${score()} drop`),
       tile(count(units.flips[unit]), "changed predictions", `of ${count(data.summary.images)}`),
     ),
     part("Classes hurt and helped", ...classesOf(unit)),
@@ -296,14 +296,14 @@ function classCard(k) {
           `lost ${count(data.cells.lost[at])}, gained ${count(data.cells.gained[at])}, q ${chance(data.cells.q[at])}`,
         ];
       },
-      "Drop of the class accuracy (percentage points)");
+      `Drop of the class ${score()} (percentage points)`);
   return [
     top,
     cardTitle(className(k)),
     make(
       "div",
       { class: "tiles" },
-      tile(percent(data.classes.accuracy[k]), "accuracy of the intact network", `${count(images)} images`),
+      tile(percent(data.classes.accuracy[k]), `${score()} of the intact network`, `${count(images)} images`),
       tile(points(d3.max(drops)), "largest drop by one unit"),
       tile(count(hurt), "units hurt it", `more than chance, q \u2264 ${data.fdr}`),
       tile(count(found.length - hurt), "units help when ablated"),

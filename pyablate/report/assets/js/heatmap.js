@@ -31,7 +31,7 @@ function heatmapSection() {
   const classOrders = [
     ["given", "Given order"],
     ["harm", "Mean drop"],
-    ["accuracy", "Accuracy"],
+    ["accuracy", titled(score())],
     ["cluster", "Cluster (hurt by the same units)"],
     ["name", "Name"],
   ];
@@ -416,7 +416,7 @@ function drawLegend(holder, palette, extreme) {
   );
   const missing = Array.from(data.classes.size).some((images) => images === 0);
   holder.replaceChildren(
-    make("span", {}, "Drop of class accuracy (points)"),
+    make("span", {}, `Drop of class ${score()} (points)`),
     make("span", { class: "steps" }, boxes),
     ...(missing ? [swatch("unknown", "class without images")] : []),
   );

@@ -135,7 +135,7 @@ function layersTable() {
     { title: "Layer", cell: (row) => row.layer.name },
     { title: "Units", numeric: true, cell: (row) => count(row.units) },
     { title: "More than chance", numeric: true, cell: (row) => count(row.found) },
-    { title: "Largest accuracy drop", numeric: true, cell: (row) => points(data.units.accuracy_drop[row.largest]) },
+    { title: `Largest ${score()} drop`, numeric: true, cell: (row) => points(data.units.accuracy_drop[row.largest]) },
     { title: "by unit", cell: (row) => unitLink(row.largest) },
     { title: "Largest class drop", numeric: true, cell: (row) => points(data.units.max_class_drop[row.worst]) },
     { title: "by unit", cell: (row) => unitLink(row.worst) },

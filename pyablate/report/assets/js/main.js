@@ -14,10 +14,11 @@ function summarySection() {
     make(
       "div",
       { class: "tiles" },
-      tile(percent(summary.accuracy), "accuracy of the intact network"),
+      tile(percent(summary.accuracy), `${score()} of the intact network`,
+        score() === "agreement" ? "no labels: its predictions stand in" : null),
       tile(points(data.units.max_class_drop[worst]), "largest drop of a class (points)",
         [unitLink(worst), " hurts ", classLink(data.units.max_class[worst])]),
-      tile(points(data.units.accuracy_drop[largest]), "largest drop of the accuracy (points)", unitLink(largest)),
+      tile(points(data.units.accuracy_drop[largest]), `largest drop of the ${score()} (points)`, unitLink(largest)),
       tile(count(data.units.q.filter((q) => q <= data.fdr).length), "units hurt a class more than chance",
         `${count(summary.hurt_pairs)} (unit, class) pairs stand out one by one`),
       tile(`${(100 * summary.flips / pairs).toPrecision(2)} %`, "of the predictions change", `${count(summary.flips)} flips`),
@@ -44,7 +45,7 @@ function classesSection() {
   const columns = [
     { title: "Class", cell: (row) => classLink(row.k) },
     { title: "Images", numeric: true, cell: (row) => count(data.classes.size[row.k]) },
-    { title: "Accuracy", numeric: true, cell: (row) => percent(data.classes.accuracy[row.k]) },
+    { title: titled(score()), numeric: true, cell: (row) => percent(data.classes.accuracy[row.k]) },
     { title: "Largest drop", numeric: true, cell: (row) => points(row.drop) },
     { title: "", cell: (row) => bar(row.drop / extreme) },
     { title: "by unit", cell: (row) => (row.worst === null ? "\u2013" : unitLink(row.worst)) },

@@ -26,7 +26,7 @@ function unitColumns() {
   });
   return [
     { key: "label", title: "Unit", by: (unit) => unit, cell: unitLink },
-    figure("accuracy_drop", "Accuracy drop", units.accuracy_drop, points, "percentage points, all images"),
+    figure("accuracy_drop", titled(`${score()} drop`), units.accuracy_drop, points, "percentage points, all images"),
     figure("max_class_drop", "Largest class drop", units.max_class_drop, points, "percentage points of that class"),
     {
       key: "max_class", title: "of class", by: (unit) => className(units.max_class[unit]),
