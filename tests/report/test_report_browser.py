@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -477,3 +478,18 @@ def test_two_thousand_units_and_a_hundred_classes(open_page, tmp_path):
     page.get_by_label("Search").fill(worst)
     page.locator("#unit-table tbody a", has_text=re.compile(f"^{re.escape(worst)}$")).click()
     assert title_of_card(page) == worst
+
+
+def test_without_labels_the_page_speaks_of_agreement(result, open_page, tmp_path):
+    unlabelled = dataclasses.replace(result, labels=result.baseline, labelled=False)
+    unlabelled.report(tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html")
+    assert "agreement of the intact network" in page.locator("#summary").inner_text()
+    shown = [page.locator("body").inner_text()]
+    for name in ("#unit-table", "#class-table a"):
+        page.locator(f"{name} tbody tr" if name == "#unit-table" else name).first.click()
+        title_of_card(page)
+        shown.append(page.locator("body").inner_text())
+        page.keyboard.press("Escape")
+    assert [text for text in shown if "ccuracy" in text] == []
+    assert "agreement of the intact network" in shown[2]
