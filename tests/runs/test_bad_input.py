@@ -105,6 +105,10 @@ def logits(change: Callable[[Tensor], Any]) -> Spoil:
 Cases = dict[str, tuple[Spoil, str]]
 
 VALUES: Cases = {
+    "labels missing later": (
+        with_data(lambda a: [*a.batches[:2], a.batches[2][:1]]),
+        r"data: batch 2: expected labels for all images or for none",
+    ),
     # layers
     "unknown layer": (with_layers("body.9"), r"called 'body\.9'; nearest: .*body\.\d"),
     "misspelt layer": (with_layers("body.3.rel1"), r"nearest: .*body\.3\.relu1"),
@@ -229,16 +233,11 @@ TYPES: Cases = {
     ),
     "layer of another type": (with_layers([3]), r"layers: expected strings, got int"),
     "not iterable": (with_data(lambda _: 7), r"data: expected .*got int"),
-    "images alone": (with_data(lambda a: a.images), r"data: expected .*got Tensor"),
     "a path": (with_data(lambda _: "images"), r"data: expected .*got str"),
     "a dictionary": (with_data(lambda a: {"x": a.images}), r"data: .*got dict"),
-    "images without labels": (
-        with_data(lambda a: [(a.images,)]),
-        r"data: batch 0: expected \(images, labels\), got 1 items",
-    ),
-    "labels missing later": (
-        with_data(lambda a: [*a.batches[:2], a.batches[2][:1]]),
-        r"data: batch 2: expected \(images, labels\), got 1 items",
+    "three things in a batch": (
+        with_data(lambda a: [(a.images, a.labels, a.labels)]),
+        r"data: batch 0: expected \(images, labels\), got 3 items",
     ),
     "labels that are no integers": (
         with_data(lambda a: (a.images, a.labels.float())),
