@@ -19,11 +19,13 @@ from pyablate import demo
 from pyablate._validation import check_count
 from pyablate.io.class_map import class_map
 from pyablate.io.idx import read_idx
-from pyablate.io.image_folder import ImageFolder, image_batches, moments
+from pyablate.io.image_files import image_batches, moments
+from pyablate.io.image_folder import ImageFolder
+from pyablate.io.tar_shards import TarShards, archives
 
 _log = logging.getLogger("pyablate")
 
-DATA_SPECS = ("demo", "FOLDER", "FILE.npz", "IMAGES-idx3-ubyte[.gz]")
+DATA_SPECS = ("demo", "FOLDER", "FILE.npz", "FILE.tar", "IMAGES-idx3-ubyte[.gz]")
 # Arrays of images and labels in .npz files, in the order looked for; MedMNIST's hold splits.
 NPZ_KEYS = (("images", "labels"), ("x", "y"), ("test_images", "test_labels"))
 # Limit of one decompressed array, against decompression bombs.
@@ -113,7 +115,8 @@ def load_data(
     ----------
     spec : str or path
         ``demo``, the shipped images; a folder with one sub-folder of images per class (sorted
-        names are the classes, as numbers if all of them are); an ``.npz`` file with arrays
+        names are the classes, as numbers if all of them are); a tar archive of images and ``.cls``
+        files, or a folder of such shards; an ``.npz`` file with arrays
         ``images`` and ``labels``, or ``x`` and ``y``, or ``test_images`` and ``test_labels`` (the
         test split of MedMNIST), and optionally ``class_names``; an idx file, gzipped or not.
         In files, uint8 is scaled to ``[0, 1]`` and floats stay as they are; ``[N, H, W]`` is taken
@@ -125,17 +128,17 @@ def load_data(
         Number of images: the first ones, but in an image folder spread evenly over the classes,
         because its files come sorted by class.
     size : int or (int, int), optional
-        Image folders only: scale the shorter side to `size`, then cut out the central square; a
+        Image files only: scale the shorter side to `size`, then cut out the central square; a
         pair gives the two lengths apart, as in ``(256, 224)``.
     interpolation : str, optional
-        Image folders only: how pixels are scaled to `size`; by default "bilinear".
+        Image files only: how pixels are scaled to `size`; by default "bilinear".
     channels : {1, 3}, optional
-        Image folders only: decode as grey or RGB. By default as many as `mean` has entries, else
+        Image files only: decode as grey or RGB. By default as many as `mean` has entries, else
         RGB unless the images are grey.
     mean, std : sequence of float, optional
         Per channel or one for all; the images, in ``[0, 1]``, become ``(images - mean) / std``.
     on_bad : {"error", "skip"}, optional
-        Image folders only: what happens to files that cannot be decoded, by default an error.
+        Image files only: what happens to files that cannot be decoded, by default an error.
     classes : path, mapping or sequence, optional
         The classes of the network, as :func:`pyablate.io.class_map.class_map` takes them: names
         of the outputs, among which the sub-folders of an image folder are looked up.
@@ -146,7 +149,7 @@ def load_data(
         Take images alone: all that lie below a folder, whatever its sub-folders; of files no
         labels are read.
     batch_size, workers : int
-        Image folders only: images per batch, and decoding processes besides this one.
+        Image files only: images per batch, and decoding processes besides this one.
 
     Raises
     ------
@@ -163,12 +166,13 @@ def load_data(
         _refuse("unlabelled", labels=labels)
     name = os.fspath(spec)
     path = Path(name)
-    if name != "demo" and path.is_dir():
+    if name != "demo" and (path.is_dir() or (path.suffix == ".tar" and path.is_file())):
         _refuse("an image folder", labels=labels)
         check_count("batch_size", batch_size)
         check_count("workers", workers, 0)
         given = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
-        folder = ImageFolder(
+        read_as = TarShards if archives(path) else ImageFolder
+        folder = read_as(
             path,
             limit=limit,
             channels=channels,

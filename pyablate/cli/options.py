@@ -28,7 +28,8 @@ _MODEL_HELP = (
 )
 _DATA_HELP = (
     "demo (the shipped images), a folder with one sub-folder per class, an .npz file with images "
-    "and labels, or an idx file (-idx3-ubyte, .gz or not)."
+    "and labels, an idx file (-idx3-ubyte, .gz or not), or a .tar file or folder of these with "
+    "images and .cls files (WebDataset)."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 Weights = Annotated[

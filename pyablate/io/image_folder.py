@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from pyablate._validation import check_choice
 from pyablate.io.class_map import ClassMap, class_map
-from pyablate.runtime.locks import export_lock
-from pyablate.runtime.out_of_memory import is_shortage
+from pyablate.io.image_files import SUFFIXES, ImageFiles, Source, pillow
 
 _log = logging.getLogger("pyablate")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-# The limit above which Pillow itself suspects a decompression bomb.
-MAX_PIXELS = 89_478_485
-_GREY_MODES = ("1", "L", "I")  # and those that begin so, such as LA and I;16
-_EXPANDED = ("PNG", "PPM")  # whose 16 bits Pillow may hand out as 32
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 _SYSTEM = ("__MACOSX", "@eaDir")  # what archivers and servers leave beside the images
-_LOOKED_AT = 16
 
 
-class ImageFolder(Dataset[Any]):
+class ImageFolder(ImageFiles):
     """The images below `folder`, in the order of class and file name.
 
     Parameters
@@ -44,19 +26,6 @@ class ImageFolder(Dataset[Any]):
         that are all whole numbers are sorted as numbers. Hidden and system folders do not count.
     limit : int, optional
         Number of images, taken in turn from every class, because files come sorted by class.
-    size : int or (int, int), optional
-        Scale the shorter side to `size`, then cut out the central square of `size` pixels; a pair
-        gives the two lengths apart, as in ``(256, 224)``. By default images stay as they are.
-    interpolation : str, optional
-        How pixels are scaled to `size`: one of :data:`INTERPOLATIONS`, by default "bilinear".
-    channels : {1, 3}, optional
-        Grey or RGB. By default as many as `mean` has entries, else RGB unless the images looked at
-        first are all grey.
-    mean, std : sequence of float, optional
-        Per channel, subtracted and divided by, after scaling to ``[0, 1]``.
-    on_bad : {"error", "skip"}
-        What happens to files that cannot be decoded: an error when one is read, or they are left
-        out and listed; ``"skip"`` decodes every file once to find them.
     class_index : path, mapping or sequence, optional
         The classes of the network, in any form that :func:`pyablate.io.class_map.class_map` takes,
         among which the sub-folders are looked up by WordNet id, class name or number; some may
@@ -64,6 +33,8 @@ class ImageFolder(Dataset[Any]):
     labelled : bool
         Whether sub-folders are classes. If not, all images below `folder` are taken, without
         labels.
+    **options
+        How images are decoded: see :class:`pyablate.io.image_files.ImageFiles`.
 
     Attributes
     ----------
@@ -73,11 +44,6 @@ class ImageFolder(Dataset[Any]):
         Images and their classes, in order; -1 without labels.
     skipped : dict of Path to str
         Files left out, and why.
-
-    Notes
-    -----
-    Images are turned as their EXIF orientation says. Those of 16 bits are scaled to 8, which the
-    log tells once.
 
     Raises
     ------
@@ -95,159 +61,21 @@ class ImageFolder(Dataset[Any]):
         folder: Path,
         *,
         limit: int | None = None,
-        size: int | tuple[int, int] | None = None,
-        interpolation: str | None = None,
-        channels: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        on_bad: str = "error",
         class_index: Any = None,
         labelled: bool = True,
+        **options: Any,
     ) -> None:
-        if on_bad not in ("error", "skip"):
-            raise ValueError(f"on_bad: expected 'error' or 'skip', got {on_bad!r}")
-        check_choice("interpolation", interpolation or "bilinear", INTERPOLATIONS)
-        self._interpolation = (interpolation or "bilinear").upper()
-        _pillow()  # missing, it is missed now and not at the first image
-        self._folder = folder
-        self._size = None if size is None else _scale_and_crop(size)
-        self._labelled = labelled
+        pillow()  # what is missing is told before the folder is gone through
         known = None if class_index is None else class_map(class_index)
-        self.classes: tuple[str, ...] = known.names if known else ()
+        classes = known.names if known else ()
         folders = _class_folders(folder, known) if labelled else [(-1, ".")]
         if labelled and not known:
-            self.classes = tuple(name for _, name in folders)
+            classes = tuple(name for _, name in folders)
         by_folder = [[(path, n) for path in _images(folder / name)] for n, name in folders]
-        self.files = _spread(by_folder, limit)
-        if not self.files:
-            kinds = " ".join(SUFFIXES)
-            raise ValueError(f"data: expected images ({kinds}) below {str(folder)!r}, found none")
+        files = _spread(by_folder, limit)
+        super().__init__(folder, files, classes, labelled=labelled, **options)
         if labelled:
             self._warn_of_empty_classes([number for number, _ in folders])
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
-        self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
-        self._mean, self._std = moments(mean, std, self.channels)
-        self._first_shape: tuple[int, ...] | None = None
-        self._told = False
-        self.skipped: dict[Path, str] = {}
-        if on_bad == "skip":
-            self._leave_out_damaged()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
-        """Return image `index`, float32 ``[channels, H, W]``, and its class index, if there is one.
-
-        Raises
-        ------
-        ValueError
-            The file is damaged, too large, or of another size than the first one read.
-        """
-        path, label = self.files[index]
-        with _decoding(path):
-            return (self._read(path), label) if self._labelled else self._read(path)
-
-    def listing(self) -> Iterator[str]:
-        """Name each image by class and path below its folder, with the size of its file."""
-        for path, label in self.files:
-            name = path.relative_to(self._folder).as_posix()
-            with _decoding(path):
-                size = path.stat().st_size
-            yield f"{label} {size} {name}"
-
-    def _leave_out_damaged(self) -> None:
-        for path, _ in self.files:
-            try:
-                with _decoding(path):
-                    self._decode(path)
-            except ValueError as error:
-                if error.__context__ is not None and is_shortage(error.__context__):
-                    raise  # the file is sound
-                self.skipped[path] = str(error).removeprefix("data: ")
-        self.files = [item for item in self.files if item[0] not in self.skipped]
-        if not self.files:
-            raise ValueError(f"data: none of the images below {str(self._folder)!r} can be decoded")
-        for path, why in self.skipped.items():
-            _log.warning("data: %r is left out: %s", str(path), why)
-
-    def _read(self, path: Path) -> Tensor:
-        pixels = self._decode(path)
-        image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1) / 255
-        self._first_shape = self._first_shape or tuple(image.shape)
-        if tuple(image.shape) != self._first_shape:
-            raise ValueError(
-                f"data: expected images of one size {list(self._first_shape)}, found "
-                f"{list(image.shape)} in {str(path)!r}; give size= to scale and crop"
-            )
-        return (image - self._mean) / self._std
-
-    def _decode(self, path: Path) -> Any:
-        with self._open(path) as image:
-            if self._size is not None:
-                _check_scaled(path, *self._scaled(image))
-            converted = self._of_8_bits(_upright(image), path).convert(
-                "L" if self.channels == 1 else "RGB"
-            )
-        if self._size is not None:
-            converted = self._cut_out(converted, self._size[1])
-        return np.array(converted, dtype=np.uint8)
-
-    def _open(self, path: Path) -> Any:
-        pillow = _pillow()  # no attribute: decoding processes get a pickled copy of this object
-        with _decoding(path):
-            try:
-                image = pillow.open(path)
-            except pillow.DecompressionBombError as error:
-                raise ValueError(f"data: {str(path)!r} is too large ({error})") from None
-        if image.width * image.height > MAX_PIXELS:
-            found = f"{image.width} x {image.height}"
-            image.close()
-            raise ValueError(
-                f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels, "
-                f"found {found}"
-            )
-        if image.mode == "F":
-            image.close()
-            raise ValueError(
-                f"data: expected 8 or 16 bits a channel, found floats in {str(path)!r}"
-            )
-        return image
-
-    def _of_8_bits(self, image: Any, path: Path) -> Any:
-        if not image.mode.startswith("I"):
-            return image
-        if image.mode == "I" and image.format not in _EXPANDED:
-            raise ValueError(f"data: expected 8 or 16 bits a channel, found 32 in {str(path)!r}")
-        values = np.asarray(image).astype(np.int64)  # Pillow would clip them
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(f"data: expected 8 or 16 bits a channel, found 32 in {str(path)!r}")
-        if not self._told:
-            self._told = True
-            _log.info("data: images of 16 bits are scaled to 8, such as %r", str(path))
-        return _pillow().fromarray(((values * 0xFF + 0x7FFF) // 0xFFFF).astype(np.uint8))
-
-    # Both round the way torchvision's Resize and CenterCrop do, so that accuracies compare.
-    def _scaled(self, image: Any) -> tuple[int, int]:
-        assert self._size is not None
-        short = max(1, min(image.size))
-        return self._size[0] * image.width // short, self._size[0] * image.height // short
-
-    def _cut_out(self, image: Any, crop: int) -> Any:
-        width, height = self._scaled(image)
-        image = image.resize((width, height), _pillow().Resampling[self._interpolation])
-        left, top = (round((side - crop) / 2) for side in (width, height))
-        return image.crop((left, top, left + crop, top + crop))
-
-    def _guess_channels(self) -> int:
-        for path, _ in self.files[:: max(1, len(self.files) // _LOOKED_AT)]:
-            # What is damaged is reported when its turn to be decoded comes.
-            with contextlib.suppress(ValueError), self._open(path) as image:
-                if not image.mode.startswith(_GREY_MODES):
-                    return 3
-        return 1
 
     def _warn_of_empty_classes(self, expected: Sequence[int]) -> None:
         seen = {label for _, label in self.files}
@@ -256,90 +84,6 @@ class ImageFolder(Dataset[Any]):
             _log.warning(
                 "%d of the classes have no image among those read, such as %r", len(empty), empty[0]
             )
-
-
-def image_batches(images: ImageFolder, *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
-    """Return the images in order, in batches; drawing them leaves the global random state alone."""
-    # A loader without a generator of its own takes a seed from the global one at every pass.
-    generator = torch.Generator()
-    return DataLoader(images, batch_size, num_workers=workers, generator=generator)
-
-
-def moments(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation as float32 tensors ``[channels, 1, 1]``; 0 and 1 by default.
-
-    Raises
-    ------
-    ValueError
-        The lengths do not fit `channels`, a figure is not finite, or a deviation is not positive.
-    """
-    tensors = []
-    for name, given, default in (("mean", mean, 0.0), ("std", std, 1.0)):
-        values = torch.tensor([default] if given is None else list(given), dtype=torch.float32)
-        if values.ndim != 1 or len(values) not in (1, channels):
-            raise ValueError(f"{name}: expected 1 or {channels} figures, got {given!r}")
-        if not values.isfinite().all() or (name == "std" and (values <= 0).any()):
-            kind = "positive" if name == "std" else "finite"
-            raise ValueError(f"{name}: expected {kind} figures, got {given!r}")
-        tensors.append(values.expand(channels).reshape(-1, 1, 1))
-    return tensors[0], tensors[1]
-
-
-def _pillow() -> Any:
-    try:
-        return importlib.import_module("PIL.Image")
-    except ImportError:
-        raise ImportError("image folders need Pillow: pip install pillow") from None
-
-
-@contextlib.contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow raises about a damaged file into one error with the file's name."""
-    try:
-        # About sizes, which the header tells before any decoding, and about damaged metadata. The
-        # filters are the whole process's: threads that change them at once would mix them up.
-        with export_lock(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except FileNotFoundError:
-        raise ValueError(
-            f"data: {str(path)!r} has been removed since the folder was listed; put it back, and a "
-            "run with an output goes on where it stopped"
-        ) from None
-    except Exception as error:
-        if is_shortage(error):
-            raise ValueError(f"data: not enough memory to read {str(path)!r}") from None
-        if str(error).startswith("data:"):
-            raise
-        raise ValueError(f"data: cannot decode {str(path)!r} ({error})") from None
-
-
-def _upright(image: Any) -> Any:
-    """Turn an image as its EXIF orientation says; metadata that are damaged say nothing."""
-    image.load()  # what is damaged in the image itself is an error
-    try:
-        return importlib.import_module("PIL.ImageOps").exif_transpose(image)
-    except (SyntaxError, ValueError, KeyError, TypeError, ZeroDivisionError, struct.error):
-        return image
-
-
-def _check_scaled(path: Path, width: int, height: int) -> None:
-    # The sides keep their ratio, and a strip one pixel wide may be a million long.
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"data: {str(path)!r} is too large: expected at most {MAX_PIXELS} pixels after scaling "
-            f"to size=, which would make {width} x {height}"
-        )
-
-
-def _scale_and_crop(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    good = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    if not good or not 1 <= pair[1] <= pair[0]:
-        raise ValueError(f"size: expected SIZE or (SCALE, CROP) with CROP <= SCALE, got {size!r}")
-    return pair[0], pair[1]
 
 
 def _class_folders(folder: Path, known: ClassMap | None) -> list[tuple[int, str]]:
@@ -356,10 +100,11 @@ def _class_folders(folder: Path, known: ClassMap | None) -> list[tuple[int, str]
 
 
 def _is_class(path: Path) -> bool:
-    return path.is_dir() and not _is_hidden(path.name)
+    return path.is_dir() and not is_hidden(path.name)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder does not count, by its name."""
     return name.startswith(".") or name in _SYSTEM
 
 
@@ -384,11 +129,11 @@ def _images(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES
-        and not any(map(_is_hidden, path.relative_to(folder).parts))
+        and not any(map(is_hidden, path.relative_to(folder).parts))
         and path.is_file()
     )
 
 
-def _spread(by_folder: list[list[tuple[Path, int]]], limit: int | None) -> list[tuple[Path, int]]:
+def _spread(by_folder: list[list[tuple[Path, int]]], limit: int | None) -> list[tuple[Source, int]]:
     in_turn = [item for item in chain(*zip_longest(*by_folder)) if item is not None]
     return sorted(in_turn[:limit], key=lambda item: (item[1], item[0]))

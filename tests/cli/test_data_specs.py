@@ -18,7 +18,7 @@ from PIL import Image
 from pyablate import demo
 from pyablate.cli import data_specs
 from pyablate.cli.data_specs import Pixels, load_data
-from pyablate.io import image_folder
+from pyablate.io import image_files
 from pyablate.io.idx import read_idx
 
 # --- idx files ------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_size_scales_and_crops_the_centre(tmp_path: Path) -> None:
 def test_interpolation(tmp_path: Path) -> None:
     pixels = np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((2, 2), np.uint8))
     _picture(tmp_path / "a" / "0.png", pixels)
-    for name in image_folder.INTERPOLATIONS:
+    for name in image_files.INTERPOLATIONS:
         method = Image.Resampling[name.upper()]
         expected = np.asarray(Image.fromarray(pixels).resize((5, 5), method))
         found, _ = _all(load_data(tmp_path, size=5, interpolation=name))
@@ -450,7 +450,7 @@ def test_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) ->
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data_specs, "MAX_BYTES", 5000)
-    monkeypatch.setattr(image_folder, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 10_000)
     with pytest.raises((ValueError, OSError), match=message) as caught:
         list(load_data(spec, **dict(*options)).batches)
     assert "\n" not in str(caught.value)

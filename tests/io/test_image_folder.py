@@ -144,5 +144,5 @@ def test_what_cannot_be_decoded_is_left_out_and_listed(
     (tmp_path / "a" / "0.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the images below .* can be decoded"):
         ImageFolder(tmp_path, on_bad="skip")
-    with pytest.raises(ValueError, match="on_bad: expected 'error' or 'skip', got 'warn'"):
+    with pytest.raises(ValueError, match="on_bad: expected one of error, skip, got 'warn'"):
         ImageFolder(tmp_path, on_bad="warn")

@@ -42,7 +42,8 @@ FORBIDDEN_CALLS = {
 }
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 LOADERS = {"exported.py": "export.load"}  # the one other loader of torch, behind our checks
-IMPORTERS = {"model_specs.py", "_native.py", "image_folder.py"}  # of what the user names
+# Of what the user names, or of what need not be installed.
+IMPORTERS = {"model_specs.py", "_native.py", "image_files.py", "class_map.py"}
 
 
 def called(node: ast.Call) -> str:

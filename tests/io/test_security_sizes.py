@@ -17,7 +17,7 @@ from PIL import GifImagePlugin, Image
 
 from pyablate.cli.data_specs import load_data
 from pyablate.cli.model_specs import load_model
-from pyablate.io import image_folder
+from pyablate.io import image_files
 
 # --- images ---------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def test_no_memory_for_an_image_names_the_file(step, error, tmp_path, monkeypatc
     def fail(*_: Any) -> None:
         raise error()
 
-    monkeypatch.setattr(image_folder.ImageFolder, step, fail)
+    monkeypatch.setattr(image_files.ImageFiles, step, fail)
     with pytest.raises(ValueError, match=r"data: not enough memory to read '.*a.png'"):
         list(data.batches)
 
@@ -130,7 +130,7 @@ def test_truncated_images(tmp_path, suffix, keep):
 
 
 def test_the_limit_of_pixels_is_pillows_own():
-    assert Image.MAX_IMAGE_PIXELS == image_folder.MAX_PIXELS
+    assert Image.MAX_IMAGE_PIXELS == image_files.MAX_PIXELS
 
 
 # --- arrays and checkpoints ---------------------------------------------------------------------
