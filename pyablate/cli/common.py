@@ -79,6 +79,16 @@ def parse_integers(option: str, text: str, least: int) -> list[int]:
     return [int(number) for number in numbers]
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Turn ``"256,224"`` or ``"224"`` into the shorter side and the crop; None stays None."""
+    if text is None:
+        return None
+    numbers = parse_integers("--size", text, least=1)
+    if len(numbers) > 2 or numbers[-1] > numbers[0]:
+        raise InputError(f"--size: expected N, or N,CROP with CROP up to N, got {text!r}")
+    return numbers[0], numbers[-1]
+
+
 def parse_shard(text: str | None) -> tuple[int, int] | None:
     """Turn ``"2/8"`` into two whole numbers, the first from 1 to the second; None stays None."""
     if text is None:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyablate.cli.common import InputError, log_to_stderr, parse_integers, parse_numbers
+from pyablate.cli.common import (
+    InputError,
+    log_to_stderr,
+    parse_integers,
+    parse_numbers,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,11 +112,12 @@ Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay under, for example 4GB.")
 ]
 Size = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        min=1,
-        help="Resize the shorter side to this, then crop the centre square. Models of timm and "
-        "torchvision bring size, interpolation, mean and std.",
+        metavar="N[,CROP]",
+        help="Resize the shorter side to this, then crop the centre square of the same size, or of "
+        "another, as in 256,224. Models of timm and torchvision bring size, interpolation, mean "
+        "and std.",
     ),
 ]
 Interpolation = Annotated[
@@ -253,7 +260,7 @@ class Images:
             self.data,
             labels=self.labels,
             limit=self.limit,
-            size=pixels.size,
+            size=parse_size(pixels.size),
             interpolation=pixels.interpolation,
             mean=parse_numbers("--mean", pixels.mean),
             std=parse_numbers("--std", pixels.std),

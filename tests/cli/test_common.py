@@ -15,6 +15,7 @@ from pyablate.cli.common import (
     parse_bytes,
     parse_integers,
     parse_numbers,
+    parse_size,
 )
 
 
@@ -39,6 +40,19 @@ def test_sizes_are_read(text: str | None, expected: int | None) -> None:
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"--memory: expected a size such as 4GB .*, got"):
         parse_bytes("--memory", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, None), ("224", (224, 224)), ("256,224", (256, 224))]
+)
+def test_size_and_crop_are_read(text: str | None, expected: tuple[int, int] | None) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "2.5", "224,256", "9,8,7", "big"])
+def test_bad_size_and_crop_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=f"--size: expected .* got {text!r}"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize(
