@@ -135,7 +135,7 @@ def prepare(
         axis=options.axis,
         unlabelled=True,
     )
-    check_labels(ready.data, intervention)
+    _check_labels(ready.data, intervention)
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
     everything = asks_for_everything(options.layers, options.groups)
@@ -191,7 +191,7 @@ def prepare(
     )
 
 
-def check_labels(data: Data, intervention: Intervention) -> None:
+def _check_labels(data: Data, intervention: Intervention) -> None:
     """Say what stands in for missing labels, and refuse what needs them beforehand.
 
     Raises
