@@ -278,7 +278,10 @@ class _Sizes:
         if any(spec != flat[0][1] for _, spec in flat[1:]):
             _refuse("what it computes depends", aligned[-1])
         with self.graph.inserting_before(node):
-            leaves = [self._leaf(values, node, partners) for values in zip(*(f[0] for f in flat))]
+            leaves = [
+                self._leaf(values, node, partners)
+                for values in zip(*(f[0] for f in flat), strict=True)
+            ]
         node.args, node.kwargs = pytree.tree_unflatten(leaves, flat[0][1])
 
     def _leaf(

@@ -78,10 +78,10 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> Parts:
 
 
 def _layouts(graph: Graph, pair: Tensor) -> dict[fx.Node, Any]:
-    """Find out where tensors keep their images: swap two, and see what swaps with them."""
+    """Find out where tensors keep their images: swap two, repeat one, and see what follows."""
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     nodes = [node for node in nodes if graph.size(node, 1) is None]
-    swap = torch.tensor([1, 0], device=pair.device)
+    swap = torch.tensor([1, 0, 1], device=pair.device)
     values, swapped = graph.run(pair, nodes), graph.run(pair[swap], nodes)
     found: dict[fx.Node, Any] = {graph.images: BatchLayout(0)}
     varying = set(graph.after([graph.images]))
@@ -110,7 +110,7 @@ def _layout(
         if torch.allclose(straight, after, rtol=1e-3, atol=1e-5, equal_nan=True):
             return layout
     draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    what = "draws random numbers" if draws else "mixes images"
+    what = "draws random numbers" if draws else "mixes images or counts them"
     raise CaptureError(f"{node.name} ({node.target}) {what}{line_of(node)}")
 
 

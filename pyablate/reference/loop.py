@@ -31,6 +31,7 @@ from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
 from pyablate.results.record import Flips
+from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.progress import Report, reporting
 
@@ -285,7 +286,7 @@ class _Loop:
             for place in changes:
                 module = self.model.get_submodule(place[0])
                 handles.append(module.register_forward_hook(hook_of(place)))
-            with export_lock(), torch.no_grad():
+            with export_lock(), uncompiled(), torch.no_grad():
                 values = forward(self.model, images)
         finally:
             for handle in handles:

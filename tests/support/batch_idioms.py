@@ -86,8 +86,6 @@ CAPTURED: dict[str, Callable[[Batches, Tensor], Tensor]] = {
     "view_by_int": lambda _net, h: h.view(int(h.shape[0]), 6, -1).mean(2),
     "view_by_numpy": lambda _net, h: h.reshape(int(np.prod(h.shape[:1])), 6, -1).mean(2),
     "size_in_arithmetic": lambda _net, h: h.reshape(h.size(0) * 6, -1).mean(1).view(h.size(0), 6),
-    "size_as_a_float": lambda _net, h: _whole(h) * h.size(0) ** 0.5 / h.size(0) ** 0.5,
-    "divided_by_len": lambda _net, h: h.sum((2, 3)) / len(h) * len(h),
     "iterated": lambda _net, h: torch.stack([one.mean((1, 2)) for one in h]),
     "iterated_twice": lambda _net, h: torch.stack(
         [(a + b).mean((1, 2)) for a, b in zip(h, h, strict=True)]
@@ -130,11 +128,15 @@ REPLAYED: dict[str, tuple[Callable[[Batches, Tensor], Tensor], str]] = {
     ),
     "weight_as_a_number": (
         lambda net, h: _whole(h) * net.first[0, 0, 0].abs().item(),
-        "torch.export: Could not guard on data-dependent expression .* at ",
+        "a tensor's value becomes a number of Python at ",
     ),
     "branch_on_values": (
         lambda _net, h: _whole(h) if (h > 1e9).any() else 2 * _whole(h),
         "torch.export: Could not guard on data-dependent expression .* at ",
+    ),
+    "size_as_a_float": (
+        lambda _net, h: _whole(h) * h.size(0) ** 0.5 / h.size(0) ** 0.5,
+        r"mul\w* \(aten.mul.Tensor\) mixes images or counts them at ",
     ),
     "masked_rows": (_masked, "a tensor's value becomes a number of Python at "),
     "through_numpy": (
