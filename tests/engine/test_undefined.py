@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.oracle import check
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -49,14 +48,18 @@ def subject(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (images, torch.arange(30) % 4)
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp64"])
-@pytest.mark.parametrize("strategy", ["auto", "replay"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "fp64"}, {"precision": "bf16"}, {"strategy": "replay"}],
+    ids=["auto", "fp64", "bf16", "replay"],
+)
 @pytest.mark.parametrize("name", BEHIND)
-def test_a_prediction_that_there_is_not_is_none(name: str, strategy: str, precision: str) -> None:
+def test_a_prediction_that_there_is_not_is_none(name: str, options: dict[str, str]) -> None:
     model, data = subject(name)
-    result = check(model, data, ["act"], strategy=strategy, precision=precision)
+    result = pa.ablate(model, data, ["act"], audit=60, progress=False, **options)
     oracle = pa.reference.ablate(model, data, ["act"], progress=False)
     np.testing.assert_array_equal(result.predictions(), oracle.predictions())
+    assert result.audit == pa.Audit(60, 0)
     none = result.predictions() < 0
     assert 0 < none.sum() < none.size
     np.testing.assert_array_equal(result.undefined.sum(axis=1), none.sum(axis=1))
@@ -84,22 +87,16 @@ def test_none_counts_as_wrong_and_apart(tmp_path: Path, caplog: pytest.LogCaptur
     assert (tmp_path / "page.html").stat().st_size > 0
 
 
-def test_a_run_that_goes_on_keeps_them(tmp_path: Path) -> None:
-    model, (images, labels) = subject("some_images")
-    whole = pa.ablate(model, (images, labels), ["act"], progress=False)
-    parts = [
-        pa.ablate(
-            model,
-            (images, labels),
-            ["act"],
-            shard=(i, 2),
-            output=tmp_path / f"{i}.zarr",
-            progress=False,
-        )
-        for i in (1, 2)
-    ]
-    joined = pa.merge(parts)
+def test_shards_join_and_measures_are_not_numbers(tmp_path: Path) -> None:
+    model, data = subject("some_images")
+    options = {"layers": ["act"], "measures": ["loss"], "progress": False}
+    whole = pa.ablate(model, data, **options)
+    paths = [tmp_path / f"{number}.zarr" for number in (1, 2)]
+    for number, path in enumerate(paths, 1):
+        pa.ablate(model, data, shard=(number, 2), output=path, **options)
+    joined = pa.merge(paths)
     np.testing.assert_array_equal(joined.predictions(), whole.predictions())
+    np.testing.assert_array_equal(np.isnan(joined.loss_change), joined.undefined.any(axis=1))
 
 
 def test_the_intact_network_has_to_predict() -> None:

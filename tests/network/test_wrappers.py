@@ -1,4 +1,4 @@
-"""Networks that are wrapped, compiled or called in an unusual way: the same units, by the same names."""
+"""Networks that are wrapped, compiled or declared unusually: the same units, by the same names."""
 
 from __future__ import annotations
 
