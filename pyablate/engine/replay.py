@@ -112,7 +112,7 @@ class Decision:
     Attributes
     ----------
     prediction : Tensor
-        int32 ``[P]``; both are where the logits were.
+        int32 ``[P]``, -1 where there is none; both are where the logits were.
     near_tie : Tensor
         bool ``[P]``: the two best logits are too close for the answer to mean anything.
     """
@@ -122,9 +122,13 @@ class Decision:
 
 
 def decision(logits: Tensor) -> Decision:
-    """Take the best class of each row; of those that are equal but for rounding the first."""
+    """Take the best class of each row; of those that are equal but for rounding the first.
+
+    Logits that are NaN or infinite (only masked classes may be minus infinity) predict none.
+    """
     level = logits.amax(dim=1) - near_tie.ROUNDING * near_tie.magnitude(logits)
     prediction = (logits >= level.unsqueeze(1)).int().argmax(dim=1).to(torch.int32)
+    prediction = prediction.masked_fill(~near_tie.usable(logits), -1)
     return Decision(prediction, near_tie.near_tie(logits))
 
 

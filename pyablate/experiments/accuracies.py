@@ -60,7 +60,7 @@ def _false_change(result: AblationResult) -> Ints:
     shape = len(result.units), result.classes
     change = np.zeros(shape[0] * shape[1], dtype=np.int64)
     for sign, predicted in ((1, result.flips.prediction), (-1, result.baseline[image])):
-        false = predicted != result.labels[image]
+        false = (predicted != result.labels[image]) & (predicted >= 0)
         cell = row[false] * result.classes + predicted[false]
         change += sign * np.bincount(cell, minlength=len(change))
     return change.reshape(shape)

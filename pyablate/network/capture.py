@@ -7,21 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
-from torch.export.graph_signature import InputKind, OutputKind
 
-from pyablate._validation import first_line
+from pyablate.network import any_batch
+from pyablate.network.any_batch import CaptureError, Parts, line_of
 from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
-from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark, tensor
+from pyablate.network.graph import MARKER, BatchLayout, Graph, aten, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
 from pyablate.runtime import interrupts
-
-
-class CaptureError(Exception):
-    """The model cannot be captured; it runs by replay instead."""
 
 
 @interrupts.remembered()
@@ -45,7 +40,16 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
         ``torch.export`` fails, or the graph does something across images.
     """
     pair = _noisy(two_images(sample))
-    graph = _read(_export(model, pair, sites))
+    parts = _export(model, pair, sites)
+    graph = Graph(
+        graph=parts.graph,
+        images=parts.images,
+        logits=parts.logits,
+        output=parts.logits,
+        constants=parts.constants,
+        symbol=parts.images.meta["val"].shape[0].node.expr,
+        markers=[node for node in parts.graph.nodes if node.target is MARKER],
+    )
     graph.layout = _layouts(graph, pair)
     if fold:
         fold_batch_norm(graph)
@@ -54,7 +58,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     return graph
 
 
-def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> Parts:
     unseen = {site.name for site in sites}
 
     def change(site: Site, call: int, output: Tensor) -> Tensor:
@@ -67,73 +71,24 @@ def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> torch.expo
         without_recorders(model, pair),  # which would be shown tensors without values
         hooked(model, sites, change),
     ):
-        try:
-            program = torch.export.export(
-                model, (pair,), dynamic_shapes=({0: Dim.AUTO},), strict=False
-            )
-            program = program.run_decompositions({})
-        except Exception as error:  # torch.export raises many types; each means the same here
-            raise CaptureError(f"torch.export: {first_line(error)}") from error
+        parts = any_batch.export(model, pair)
     if unseen:
         raise CaptureError(f"torch.export did not come by {', '.join(sorted(unseen))}")
-    return cast(torch.export.ExportedProgram, program)
-
-
-def _read(program: torch.export.ExportedProgram) -> Graph:
-    constants: dict[fx.Node, Tensor] = {}
-    inputs: list[fx.Node] = []
-    held = {**program.constants, **program.state_dict}
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for spec in program.graph_signature.input_specs:
-        node = placeholders[spec.arg.name]
-        if spec.kind is InputKind.USER_INPUT:
-            inputs.append(node)
-        else:
-            value = held[cast(str, spec.target)]
-            constants[node] = value.detach() if isinstance(value, Tensor) else value
-    # A network that works in place on the images has their new values as an output besides.
-    outputs = [
-        node
-        for node, spec in zip(
-            cast(tuple[fx.Node, ...], program.graph.output_node().args[0]),
-            program.graph_signature.output_specs,
-            strict=True,
-        )
-        if spec.kind is not OutputKind.USER_INPUT_MUTATION
-    ]
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise CaptureError("the model takes or returns more than one tensor")
-    size = inputs[0].meta["val"].shape[0]
-    if not is_symbolic(size):
-        raise CaptureError("the batch size is fixed in the exported graph")
-    _drop_assertions(program.graph)
-    program.graph.eliminate_dead_code()
-    return Graph(
-        graph=program.graph,
-        images=inputs[0],
-        logits=outputs[0],
-        output=outputs[0],
-        constants=constants,
-        symbol=size.node.expr,
-        markers=[node for node in program.graph.nodes if node.target is MARKER],
-    )
-
-
-def _drop_assertions(graph: fx.Graph) -> None:
-    """Erase what computes nothing, such as the checks of dtypes that every ``.to()`` leaves."""
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and node.meta.get("val") is None:
-            graph.erase_node(node)
+    return parts
 
 
 def _layouts(graph: Graph, pair: Tensor) -> dict[fx.Node, Any]:
-    """Find out where tensors keep their images: swap two, and see what swaps with them."""
+    """Find out where tensors keep their images: swap two, repeat one, and see what follows."""
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     nodes = [node for node in nodes if graph.size(node, 1) is None]
-    swap = torch.tensor([1, 0], device=pair.device)
+    swap = torch.tensor([1, 0, 1], device=pair.device)
     values, swapped = graph.run(pair, nodes), graph.run(pair[swap], nodes)
     found: dict[fx.Node, Any] = {graph.images: BatchLayout(0)}
+    varying = set(graph.after([graph.images]))
+    graph.numbering.update(node for node in nodes if _numbers(node, varying))
     for node in nodes:
+        if node in graph.numbering:
+            continue
         metas, before, after = node.meta["val"], values[node], swapped[node]
         if isinstance(metas, Tensor):
             found[node] = _layout(graph, node, metas, tensor(before), tensor(after), swap)
@@ -154,7 +109,23 @@ def _layout(
             continue
         if torch.allclose(straight, after, rtol=1e-3, atol=1e-5, equal_nan=True):
             return layout
-    raise CaptureError(f"{node.name} ({node.target}) mixes images")
+    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    what = "draws random numbers" if draws else "mixes images or counts them"
+    raise CaptureError(f"{node.name} ({node.target}) {what}{line_of(node)}")
+
+
+def _numbers(node: fx.Node, varying: set[fx.Node]) -> bool:
+    """Whether a node numbers the images, so that something can be taken of each."""
+    sizes = getattr(node.meta["val"], "shape", ())
+    return (
+        node not in varying
+        and any(map(is_symbolic, sizes))
+        and all(
+            _numbers(user, varying)
+            or (user.target is aten.index.Tensor and node is not user.args[0])
+            for user in node.users
+        )
+    )
 
 
 def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:

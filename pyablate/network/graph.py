@@ -31,6 +31,13 @@ def _(x: Tensor, name: str, call: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@mark.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, name: str, call: int) -> tuple[Tensor, int]:
+    """Let a mark on one image, as a batch of one, stand for that on all of them."""
+    rows = x.movedim(in_dims[0], 0)
+    return mark(rows.flatten(0, 1), name, call).unflatten(0, rows.shape[:2]), 0
+
+
 MARKER = torch.ops.pyablate.site.default
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
@@ -87,6 +94,8 @@ class Graph:
         Where each tensor keeps its images; a list for a node that holds several.
     markers : list of fx.Node
         One per (site, call) in execution order.
+    numbering : set of fx.Node
+        What counts the images, ``arange(len(x))`` as an index: it has no rows to gather.
     """
 
     graph: fx.Graph
@@ -98,6 +107,7 @@ class Graph:
     unrounded: dict[fx.Node, Tensor] = field(default_factory=dict)
     layout: dict[fx.Node, Any] = field(default_factory=dict)
     markers: list[fx.Node] = field(default_factory=list)
+    numbering: set[fx.Node] = field(default_factory=set)
     _linear: dict[Any, tuple[int, int] | None] = field(default_factory=dict, repr=False)
     _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -165,11 +175,14 @@ class Graph:
         kwargs = fx.node.map_arg(node.kwargs, resolve)
         return function(node)(*args, **kwargs)
 
-    def size(self, node: fx.Node, rows: int) -> int | None:
-        """Value of a node that is a size (it depends on the number of rows only), else None."""
+    def size(self, node: fx.Node, rows: int) -> int | float | bool | None:
+        """Value of a node that is a number (it follows from the number of rows only), else None."""
         meta = node.meta.get("val")
         if isinstance(meta, torch.SymInt):
             return self._count(meta, rows)
+        if isinstance(meta, (torch.SymFloat, torch.SymBool)):
+            value = meta.node.expr.subs(self.symbol, rows)
+            return float(value) if isinstance(meta, torch.SymFloat) else bool(value)
         return None
 
     def _count(self, size: Any, rows: int) -> int:
@@ -219,11 +232,16 @@ class Graph:
 
     def pick(self, node: fx.Node, value: Value, image: Tensor) -> Value:
         """Gather images from a node's value; what does not depend on images stays as it is."""
+        if node in self.numbering:
+            return self._number(node, len(image))
         layout = self.layout.get(node)
         if isinstance(value, (list, tuple)):
             layouts = layout if isinstance(layout, list) else [layout] * len(value)
             return [_pick(one, item, image) for one, item in zip(layouts, value, strict=True)]
         return _pick(layout, value, image)
+
+    def _number(self, node: fx.Node, rows: int) -> Any:
+        return self.evaluate(node, lambda source: self._number(source, rows), rows)
 
     def joins(self, node: fx.Node) -> bool:
         """Whether a node's values for parts of a batch can be joined to that of the whole."""

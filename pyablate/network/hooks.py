@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,27 +66,52 @@ class Site:
         return f"{self.name}:{unit}"
 
 
+def seen_through(model: nn.Module) -> nn.Module:
+    """Return the network itself, whatever DataParallel and torch.compile have wrapped.
+
+    A copy, where parts of it are wrapped: those have other names then.
+    """
+    model = _inside(model)
+    return copied(model) if any(_inside(part) is not part for part in model.modules()) else model
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Copy a model, also one that holds tensors with a history, as old weight norm leaves them.
 
-    Of a compiled one the network as it was.
+    Of what is compiled or parallel, in whole or in part, the network as it was.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
     with export_lock():  # without hooks that another thread may have put on it
-        history = {
+        known: dict[int, Any] = {
             id(value): value.detach().clone()
             for module in model.modules()
             for value in vars(module).values()
             if isinstance(value, Tensor) and not value.is_leaf
         }
         # A dozen empty tables of hooks in each module are most of what copying costs.
-        empty: dict[int, Any] = {
+        known |= {
             id(value): OrderedDict()
             for module in model.modules()
             for value in vars(module).values()
             if type(value) is OrderedDict and not value
         }
-        return copy.deepcopy(model, history | empty)
+        for module in reversed(list(model.modules())):  # the inner ones first
+            if _inside(module) is not module:
+                known[id(module)] = copy.deepcopy(_inside(module), known)
+        network = copy.deepcopy(model, known)
+    for module in network.modules():
+        if module._compiled_call_impl is not None:  # by `module.compile()`
+            module._compiled_call_impl = None
+    return network
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    while True:
+        if "_orig_mod" in module._modules:  # of torch.compile
+            module = cast(nn.Module, module._modules["_orig_mod"])
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
 
 
 @contextmanager

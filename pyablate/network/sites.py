@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import nearest
-from pyablate.network.hooks import Kind, Site, copied, evaluation, hooked
+from pyablate.network.hooks import Kind, Site, copied, evaluation, hooked, seen_through
 from pyablate.network.survey import Survey, survey
+from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
 
 __all__ = [
@@ -75,8 +76,8 @@ def sites(model: nn.Module, sample: Tensor, *, axis: Mapping[str, int] | None = 
 def surveyed(model: nn.Module, sample: Tensor, axis: Mapping[str, int] | None = None) -> Survey:
     """Find the sites as :func:`sites` does, and which weights have their units at which of them."""
     check_model(model)
-    with export_lock(), torch.inference_mode(False):
-        return survey(model, sample.clone()).with_axes(axis or {})
+    with export_lock(), uncompiled(), torch.inference_mode(False):
+        return survey(seen_through(model), sample.clone()).with_axes(axis or {})
 
 
 def asks_for_everything(

@@ -25,12 +25,13 @@ from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.forward import check_logits, device_of, forward, usable_device
 from pyablate.network.hooks import FunctionResults
 from pyablate.network.model_checks import check_weights
-from pyablate.network.near_tie import near_tie
+from pyablate.network.near_tie import check, near_tie
 from pyablate.network.sites import Site, check_model, copied, sites
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
 from pyablate.results.record import Flips
+from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.progress import Report, reporting
 
@@ -116,6 +117,7 @@ def ablate(
         for row, values in loop.logits():
             predicted = predictions(values)
             if row < 0:
+                check(torch.from_numpy(predicted >= 0), torch.arange(len(predicted)))
                 baseline = predicted
                 labels = labels if loop.labelled else baseline
                 names = check_names("class_names", class_names, values.shape[1])
@@ -185,12 +187,15 @@ def logits(
 def predictions(values: Tensor) -> np.ndarray:
     """Class with the largest logit, the first one on equality: ``[N, K]`` to int64 ``[N]``.
 
+    -1, no class, where a logit is NaN or plus infinity, or all are minus infinity.
+
     Examples
     --------
     >>> pa.reference.predictions(torch.tensor([[1.0, 3.0, 3.0]])).tolist()
     [1]
     """
-    return np.asarray(values.numpy().argmax(axis=1), dtype=np.int64)
+    largest = values.amax(dim=1)  # NaN where there is one
+    return torch.where(largest.isfinite(), values.argmax(dim=1), -1).numpy()
 
 
 def near_ties(values: Tensor) -> np.ndarray:
@@ -291,7 +296,7 @@ class _Loop:
             for place in changes:
                 module = self.model.get_submodule(place[0])
                 handles.append(module.register_forward_hook(hook_of(place)))
-            with export_lock(), torch.no_grad():
+            with export_lock(), uncompiled(), torch.no_grad():
                 values = forward(self.model, images)
         finally:
             for handle in handles:

@@ -23,6 +23,7 @@ from pyablate._validation import check_count
 from pyablate.network.forward import device_of, forward
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation, hooked
+from pyablate.reference.loop import predictions
 
 if TYPE_CHECKING:
     from pyablate.result import AblationResult
@@ -245,5 +246,6 @@ def _compare(
     ours = np.asarray(result.predictions(rows))
     theirs = torch.stack([logits[i] for i in known]).double()
     tie = near_tie(theirs).numpy()
-    differs = theirs.argmax(dim=-1).numpy() != ours[:, : theirs.shape[1]]
+    found = np.stack([predictions(values) for values in theirs])
+    differs = found != ours[:, : theirs.shape[1]]
     return int((~tie).sum()), int(tie.sum()), int((differs & ~tie).sum())

@@ -116,6 +116,7 @@ def _units(result: Record) -> dict[str, Any]:
         "max_class_drop": result.max_class_drop,
         "max_class": result.max_class,
         "flips": np.diff(result.flips.start),
+        "undefined": result.undefined.sum(axis=1),
         "noise_floor": worst["noise_floor"].to_numpy(),
         "split_half_drop": worst["split_half_drop"].to_numpy(),
         "p": worst["p"].to_numpy(),
@@ -166,8 +167,8 @@ def _moves(result: Record) -> dict[str, Any]:
     """Count images by true class, prediction before and after; the most frequent of each unit."""
     k = result.classes
     image = result.flips.image
-    after = result.flips.prediction.astype(np.int64)
-    key = (result.labels[image] * k + result.baseline[image]) * k + after
+    after = result.flips.prediction.astype(np.int64) + 1  # 0 is none
+    key = (result.labels[image] * k + result.baseline[image]) * (k + 1) + after
     start, found, counts, total = [0], [], [], []
     for row in range(len(result.units)):
         run = slice(result.flips.start[row], result.flips.start[row + 1])
@@ -181,9 +182,9 @@ def _moves(result: Record) -> dict[str, Any]:
     return {
         "start": packed(np.array(start)),
         "total": packed(np.array(total, dtype=np.int64)),
-        "label": packed(kinds // (k * k)),
-        "before": packed(kinds // k % k),
-        "after": packed(kinds % k),
+        "label": packed(kinds // (k * (k + 1))),
+        "before": packed(kinds // (k + 1) % k),
+        "after": packed(kinds % (k + 1) - 1),
         "count": packed(_joined(counts)),
     }
 

@@ -137,7 +137,7 @@ class Flips:
     image : int32 [flip]
         Image index, ascending within a row.
     prediction : int32 [flip]
-        The new class.
+        The new class; -1 where there is none, since the logits became NaN or infinite.
 
     Examples
     --------
@@ -272,6 +272,14 @@ class Record:
         return self._count(self.flips.prediction == self.labels[self.flips.image])
 
     @cached_property
+    def undefined(self) -> Ints:
+        """int64 [unit, class]: images of a class without a prediction, as logits are not finite.
+
+        Their prediction is -1, "none"; they count as wrong.
+        """
+        return self._count(self.flips.prediction < 0)
+
+    @cached_property
     def accuracy(self) -> Floats:
         """float64 [unit]: accuracy with the unit ablated."""
         return self.baseline_accuracy - self.accuracy_drop
@@ -351,7 +359,7 @@ class Record:
         Returns
         -------
         ndarray
-            int64 ``[len(rows), image]``.
+            int64 ``[len(rows), image]``; -1 where there is none, see :attr:`undefined`.
         """
         chosen = self.rows(rows)
         predicted = np.tile(self.baseline, (len(chosen), 1))
@@ -367,13 +375,13 @@ class Record:
         -------
         ndarray
             int64 ``[len(rows), class, predicted]``; a single label or number gives
-            ``[class, predicted]``.
+            ``[class, predicted]``. Images without a prediction are in none, see :attr:`undefined`.
         """
         chosen = self.rows(rows)
         k = self.classes
         counts = np.empty((len(chosen), k, k), dtype=np.int64)
         for out, predicted in zip(counts, map(self.predictions, chosen), strict=True):
-            cell = self.labels * k + predicted[0]
+            cell = (self.labels * k + predicted[0])[predicted[0] >= 0]
             out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
         return counts[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else counts
 
@@ -401,6 +409,7 @@ class Record:
                 "class_accuracy_drop": (per_class, self.class_accuracy_drop),
                 "lost": (per_class, self.lost),
                 "gained": (per_class, self.gained),
+                "undefined": (per_class, self.undefined),
                 **measured,
             },
             coords=coordinates(self),
@@ -414,6 +423,8 @@ class Record:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per unit: drops, the class hurt most, and the drop of every class.
 
+        ``flips`` counts changed predictions, ``undefined`` those of them that are none.
+
         Where recorded, also the changes of loss and margin, overall and of every class.
         """
         summary = pd.DataFrame(
@@ -423,6 +434,7 @@ class Record:
                 "max_class_drop": self.max_class_drop,
                 "max_class": np.array(self.class_names, dtype=object)[self.max_class],
                 "flips": np.diff(self.flips.start),
+                "undefined": self.undefined.sum(axis=1),
             }
         )
         per_class = [self._columns("drop", self.class_accuracy_drop)]

@@ -147,16 +147,16 @@ def _check_numbers(
         ("flip_image", _within(flips.image, images)),
         ("label", images > 0 and _within(labels, classes)),
         ("baseline", _within(baseline, classes)),
-        ("flip_prediction", _within(flips.prediction, classes)),
+        ("flip_prediction", _within(flips.prediction, classes, first=-1)),
     ):
         if not right:
             raise ValueError(f"{name} does not fit the other arrays")
 
 
-def _within(numbers: np.ndarray, stop: int) -> bool:
+def _within(numbers: np.ndarray, stop: int, *, first: int = 0) -> bool:
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         return False
-    return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < stop)
+    return not len(numbers) or (int(numbers.min()) >= first and int(numbers.max()) < stop)
 
 
 def check_writable(path: str | os.PathLike[str], kind: type = int) -> None:

@@ -322,6 +322,13 @@ def _collect(setup: Setup, plan: _RunPlan, held: Held) -> AblationResult:
     if plan.shard:  # what `merge` compares, as it was when the run began
         identity = held.identity if isinstance(held, RunStore) else plan.known
     result = _result(setup, held.collect(), identity, plan.hashing)
+    undefined = int(result.undefined.sum())
+    if undefined:
+        logger.warning(
+            "%s predictions are none, since logits became NaN or infinite; they count as wrong "
+            "(column undefined)",
+            f"{undefined:,}",
+        )
     if isinstance(held, RunStore):
         held.finish(result)
     return result

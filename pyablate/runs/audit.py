@@ -90,7 +90,7 @@ class Auditor:
         """Look whether the clean run is at fault: no care that a job takes would mend that."""
         image = torch.tensor(sorted({pair.image for pair in audited.wrong})) - int(batch.index[0])
         exact = decision(self.setup.replay.logits(batch, None, image, image))
-        found, names = clean.predicted[image], self.setup.class_names
+        found, names = clean.predicted[image], (*self.setup.class_names, "none")
         wrong = ((found != exact.prediction) & ~exact.near_tie).nonzero().flatten().tolist()
         for place in wrong[:1]:
             self.give_up(
@@ -116,7 +116,7 @@ class Auditor:
 
     def describe(self, job: Job, audited: Audited) -> str:
         """Name the first pair that differs."""
-        pair, names = audited.wrong[0], self.setup.class_names
+        pair, names = audited.wrong[0], (*self.setup.class_names, "none")  # by -1
         members = job.members[pair.row - job.rows.start]
         unit = "+".join(f"{name}:{unit}" for name, unit in members)
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -17,7 +18,17 @@ def undisturbed() -> Iterator[None]:
     An ambient autocast or TF32 would round the clean run and all that is compared with it. All of
     this is the whole process's: other threads wait for their turn.
     """
-    with run_lock(), _plain_arithmetic():
+    with run_lock(), _plain_arithmetic(), uncompiled():
+        yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let functions of torch.compile run as they are written: compiled, they call no hooks."""
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import, and every torch.compile did
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
         yield
 
 

@@ -47,15 +47,6 @@ def test_a_network_that_works_in_place_on_its_own_shortcut(name, caplog):
     assert "works in place on a tensor that is read elsewhere" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
-def test_a_compiled_network_is_taken_as_it_was():
-    model, images, labels = Case(Network((Conv(out=4), Act("ReLU")), classes=4), images=8).subject()
-    plain = pa.ablate(model, (images, labels))
-    compiled = pa.ablate(torch.compile(model), (images, labels))
-    assert list(compiled.units["label"]) == list(plain.units["label"])
-    assert (compiled.predictions() == plain.predictions()).all()
-
-
 @pytest.mark.parametrize("name", ["routed", "guarded"])
 def test_what_defeats_export_is_replayed_and_says_so(name, caplog):
     model, images, labels = networks.network(name)

@@ -37,6 +37,9 @@ function unitColumns() {
     figure("q", "q", units.q, chance, "chance of a harmless unit to show as much, adjusted over the layer (Benjamini-Hochberg)"),
     figure("hurt", "Classes hurt", hurt, count, `classes hurt by more than chance, each tested by itself, q <= ${data.fdr}`),
     figure("flips", "Changed", units.flips, count, "images whose prediction changes"),
+    ...(d3.max(units.undefined)
+      ? [figure("undefined", "None", units.undefined, count, "images without a prediction: logits NaN or infinite")]
+      : []),
   ];
 }
 

@@ -26,7 +26,7 @@ const score = () => data.summary.word;
 const titled = (text) => text[0].toUpperCase() + text.slice(1);
 const cell = (unit, k) => unit * classCount() + k;
 const layerName = (unit) => data.layers[data.units.layer[unit]].name;
-const className = (k) => data.classes.name[k];
+const className = (k) => (k < 0 ? "none" : data.classes.name[k]); // logits NaN or infinite
 
 // Accuracy drop of one class; NaN for a class without images.
 function classDrop(unit, k) {
