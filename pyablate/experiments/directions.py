@@ -69,7 +69,7 @@ def rotations(
     return {
         site.name: torch.cat(
             [
-                random_rotation(site.channels, seed=seed * turns + place * count + turn)
+                random_rotation(site.features, seed=seed * turns + place * count + turn)
                 for turn in range(count)
             ],
             dim=1,
@@ -113,7 +113,7 @@ def principal_components(
     with undisturbed(), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, data, device)
         found = select(ready.sites, layers)
-        moments = {site.name: _Moments(site.channels) for site in found}
+        moments = {site.name: _Moments(site.features) for site in found}
         for batch in ready.data.batches(batch_size or BATCH):
             for (name, _call), maps in clean_maps(ready.model, batch.images, found).items():
                 moments[name].add(maps)
@@ -199,9 +199,9 @@ def _singular_vectors(graph: Graph, site: Site) -> Tensor:
         order = mine[link.channel[mine].argsort(stable=True)]
         columns = columns_by_input(graph, link.node)[order]
         units, times = link.channel[order].unique(return_counts=True)
-        if len(units) < site.channels or bool((times != times[0]).any()):
+        if len(units) < site.features or bool((times != times[0]).any()):
             raise ValueError(f"layers: not all units of {site.name!r} are read alike")
-        parts.append(columns.reshape(site.channels, -1))
+        parts.append(columns.reshape(site.features, -1))
     if not parts:
         raise ValueError(f"layers: no constant weights read the units of {site.name!r}")
     vectors: Tensor = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False).U

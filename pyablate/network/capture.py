@@ -14,9 +14,10 @@ from pyablate._validation import first_line
 from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
-from pyablate.network.graph import MARKER, BatchLayout, Graph, is_symbolic, mark, tensor
+from pyablate.network.graph import MARKER, Graph, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
+from pyablate.network.layout import BatchLayout
 from pyablate.runtime import interrupts
 
 

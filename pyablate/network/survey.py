@@ -13,10 +13,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pyablate._validation import nearest
+from pyablate.network.attention import Attention, Part, attentions
 from pyablate.network.carried import Carried
 from pyablate.network.exported import original_type
 from pyablate.network.flow import Flow, Step
-from pyablate.network.hooks import Kind, Site, evaluation, function_name
+from pyablate.network.hooks import SPEAKING, Kind, Site, evaluation, function_name, inside
+from pyablate.network.layout import Within
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(nn, name)
@@ -138,6 +140,7 @@ class _Call:
     """Operators that had run when the module returned."""
     functions: int
     """Functions of torch that had been called when the module returned."""
+    within: Within
     feeds_activation: bool = False
 
 
@@ -174,10 +177,10 @@ class _Pass:
     def survey(self) -> Survey:
         """Say what was seen: sites by modules, and those that nonlinearities make besides."""
         carried = Carried(self.flow.steps, self.logits)
-        chosen = [place for place in self._module_places() if place.site.kind != "layer"]
+        chosen = [place for place in self._module_places() if place.site.kind in SPEAKING]
         reached = carried.names({place.site.name: place.steps for place in chosen})
         unheard = [source for source in self._sources(carried) if not reached[source]]
-        inner = list(self._speaking(carried, unheard))
+        inner = [*self._speaking(carried, unheard), *self._attention_places(carried)]
         places = sorted([*self._module_places(), *inner], key=lambda place: place.order)
         reached = carried.names({place.site.name: place.steps for place in places})
         return Survey(
@@ -250,6 +253,83 @@ class _Pass:
         )
         return _Place(site, [end], end.number, guessed=False)
 
+    def _attention_places(self, carried: Carried) -> Iterator[_Place]:
+        """Give places to heads, in front of the output projection, and to queries, keys, values."""
+        found = list(attentions(self.flow.steps, carried.live))
+        taken = dict(self.model.named_modules())
+        for one in found:
+            alike = [other for other in found if other.module == one.module]
+            number = f"@{1 + alike.index(one)}" if len(alike) > 1 else ""
+            for what, place in (("heads", self._heads(one)), *self._parts(one)):
+                name = f"{one.module}.{what}" if one.module else what
+                name += "()" if name in taken else ""
+                if place is not None:
+                    kind: Kind = "heads" if what == "heads" else "part"
+                    yield replace(place, site=replace(place.site, name=name + number, kind=kind))
+
+    def _heads(self, attention: Attention) -> _Place | None:
+        """Find the last tensor that can be replaced, in which each head is a slice."""
+        for step in reversed(attention.joined):
+            place = self._place_of(step)
+            if place is not None:
+                count = attention.heads
+                width = place.site.channels // count
+                site = replace(place.site, channels=count, width=width)
+                return replace(place, site=site)
+        return None
+
+    def _parts(self, attention: Attention) -> Iterator[tuple[str, _Place | None]]:
+        """Find queries, keys and values that are not all that a module returns."""
+        for name, part in attention.parts.items():
+            made = [c for c in self.calls if c.name == part.maker.source and c.step is not None]
+            call = next((c for c in made if c.steps >= part.maker.number), None)
+            if call is None or call.step is None or call.shape[call.axis] != part.maker.units:
+                alone = map(self._place_of, reversed(part.alone))
+                yield name, next((place for place in alone if place is not None), None)
+            elif part.length < part.maker.units:
+                yield name, self._cut(self._place_of(call.step), part)
+
+    def _cut(self, place: _Place | None, part: Part) -> _Place | None:
+        """Give a place to a part of the features."""
+        if place is None:
+            return None
+        site = place.site
+        within = replace(site.within, part=(site.axis, part.start, part.length))
+        shape = list(site.shape)
+        shape[site.axis - 1] = part.length
+        site = replace(site, channels=part.length, within=within, shape=tuple(shape))
+        return replace(place, site=site)
+
+    def _place_of(self, step: Step) -> _Place | None:
+        """Give a place to a tensor, if a module or a function returned it."""
+        axis, layout = step.feature_axis(), step.images()
+        if axis is None or layout is None or axis == layout.axis:
+            return None
+        call = next((call for call in reversed(self.calls) if call.step is step), None)
+        function = None
+        if call is None and step.function is not None:
+            call = next((c for c in reversed(self.calls) if c.functions <= step.function), None)
+            name = self.functions[step.function]
+            between = self.functions[call.functions if call else 0 : step.function + 1]
+            function = (name, between.count(name))
+        if call is None:
+            return None
+        several = sum(other.name == call.name for other in self.calls) > 1
+        at = layout.axis_there(axis)
+        site = Site(
+            name="",
+            module=call.name,
+            call=call.number if several else None,
+            channels=step.shape[axis],
+            axis=at,
+            shape=layout.shape_first(step.shape)[1:],
+            kind="layer",
+            function=function,
+            within=Within(None if function else call.within.item, layout),
+        )
+        order = step.number if function else call.steps
+        return _Place(site, [step], order, guessed=False)
+
     def _module_places(self) -> list[_Place]:
         places: list[_Place] = []
         by_name: dict[str, list[_Call]] = {}
@@ -274,6 +354,7 @@ class _Pass:
             axis=call.axis,
             shape=call.shape[1:],
             kind=kind,
+            within=call.within,
         )
         steps = [other.step for other in calls if other.step is not None]
         plain = _Place(site, steps, call.steps, call.guessed)
@@ -316,30 +397,56 @@ class _Pass:
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             self.inside.pop()
-            holds = (
-                isinstance(output, Tensor)
-                and output.is_floating_point()
-                and output.ndim >= 2
-                and output.shape[0] == _ROWS
-            )
-            if holds:
-                self._note(name, module, output)
+            several = isinstance(output, (tuple, list))
+            # What the library's attention returns is told by the module around it.
+            if several and not isinstance(module, nn.MultiheadAttention):
+                items = (self._within(one, number) for number, one in enumerate(output))
+                within = next((one for one in items if one is not None), None)
+            else:
+                within = self._within(output, None)
+            if within is not None:
+                tensor = output if within.item is None else output[within.item]
+                self._note(name, module, tensor, within)
 
         return hook
 
-    def _note(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _within(self, output: Any, item: int | None) -> Within | None:
+        """Say where the images lie in what a module returned; None if that holds no units."""
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
+            return None
+        step = self.flow.step(output)
+        axis, layout = (step.feature_axis(), step.images()) if step else (None, None)
+        if layout is None or layout.plain:
+            # Of several tensors it is the one whose units are known.
+            holds = output.shape[0] == _ROWS and (item is None or axis is not None)
+            return Within(item) if holds else None
+        return Within(item, layout) if axis not in (None, layout.axis) else None
+
+    def _note(self, name: str, module: nn.Module, output: Tensor, within: Within) -> None:
         step = self.flow.step(output)
         axis = None if step is None else step.feature_axis()
         known = axis is not None
+        shape = within.images.shape_first(output.shape)
         if axis is None:
             axis = self._guess(module, output)
         else:
-            self.last_axis = axis if output.ndim < 3 or axis < output.ndim - 1 else -1
+            axis = within.images.axis_there(axis)
+            self.last_axis = axis if len(shape) < 3 or axis < len(shape) - 1 else -1
         number = 1 + sum(call.name == name for call in self.calls)
-        shape = tuple(output.shape)
-        guessed = not known and output.ndim > 2
-        steps, functions = len(self.flow.steps), len(self.functions)
-        self.calls.append(_Call(name, number, module, shape, axis, guessed, step, steps, functions))
+        self.calls.append(
+            _Call(
+                name=name,
+                number=number,
+                module=module,
+                shape=shape,
+                axis=axis,
+                guessed=not known and output.ndim > 2,
+                step=step,
+                steps=len(self.flow.steps),
+                functions=len(self.functions),
+                within=within,
+            )
+        )
 
     def _guess(self, module: nn.Module, output: Tensor) -> int:
         """Guess the axis where it does not follow from weights: no weights yet, or units split."""
@@ -360,19 +467,23 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Mark the module whose output is activated, unless an activation module does it."""
-        watched, inside = self.watched, self.watched.inside
+        watched, running = self.watched, self.watched.inside
         # An exported program calls the ATen overload where the model called a function.
         named = func
         if isinstance(func, torch._ops.OpOverload):
             named = getattr(torch, func._schema.name.removeprefix("aten::"), None)
         if named in _FUNCTIONAL_ACTIVATIONS and args and isinstance(args[0], Tensor):
-            module = inside[-1][1] if inside else self.watched.model
+            module = running[-1][1] if running else watched.model
             step = watched.flow.step(args[0])
             functional_call = not issubclass(original_type(module), _ACTIVATIONS)
             for call in watched.calls if functional_call and step is not None else ():
                 if call.step is step:
                     call.feeds_activation = True
                     break
+        opened = inside(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **(kwargs or {}))
         before = len(watched.flow.steps)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -415,5 +526,5 @@ def _alike(names: Sequence[str]) -> str:
     )
 
 
-def _layout(call: _Call) -> tuple[int, int]:
-    return call.shape[call.axis], call.axis
+def _layout(call: _Call) -> tuple[int, int, Within]:
+    return call.shape[call.axis], call.axis, call.within

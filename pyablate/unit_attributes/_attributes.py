@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_count
 from pyablate.interventions import parse
 from pyablate.network.model_checks import open_up
-from pyablate.network.sites import check_model
+from pyablate.network.sites import check_channels, check_model
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
@@ -119,6 +119,7 @@ def attributes(
     with undisturbed(), torch.inference_mode(False):
         ready = open_up(model, data, class_names, device)
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))
+        check_channels(job.sites[0] for job in jobs)
         ready.data.hold_if_read_once()
         covered = None
         if any(entry.family == "concepts" for entry in entries):
