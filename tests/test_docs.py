@@ -85,7 +85,9 @@ _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.D
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["tutorials/start.md", "explanation/exactness.md"])
+@pytest.mark.parametrize(
+    "page", ["tutorials/start.md", "explanation/exactness.md", "guides/layers.md"]
+)
 def test_a_page_prints_what_it_says(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)

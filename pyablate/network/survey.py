@@ -13,12 +13,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pyablate._validation import nearest
-from pyablate.network.attention import Attention, Part, attentions
 from pyablate.network.carried import Carried
 from pyablate.network.exported import original_type
 from pyablate.network.flow import Flow, Step
 from pyablate.network.hooks import SPEAKING, Kind, Site, evaluation, function_name, inside
 from pyablate.network.layout import Within
+from pyablate.network.transformers import Attention, Part, attentions, streams
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(nn, name)
@@ -180,7 +180,7 @@ class _Pass:
         chosen = [place for place in self._module_places() if place.site.kind in SPEAKING]
         reached = carried.names({place.site.name: place.steps for place in chosen})
         unheard = [source for source in self._sources(carried) if not reached[source]]
-        inner = [*self._speaking(carried, unheard), *self._attention_places(carried)]
+        inner = [*self._speaking(carried, unheard), *self._transformer_places(carried)]
         places = sorted([*self._module_places(), *inner], key=lambda place: place.order)
         reached = carried.names({place.site.name: place.steps for place in places})
         return Survey(
@@ -253,19 +253,29 @@ class _Pass:
         )
         return _Place(site, [end], end.number, guessed=False)
 
-    def _attention_places(self, carried: Carried) -> Iterator[_Place]:
-        """Give places to heads, in front of the output projection, and to queries, keys, values."""
-        found = list(attentions(self.flow.steps, carried.live))
+    def _transformer_places(self, carried: Carried) -> Iterator[_Place]:
+        """Give places to heads, queries, keys, values, and sums on the stream within a block."""
+        found: dict[str, list[_Place]] = {}
+
+        def add(module: str, what: str, place: _Place | None) -> None:
+            if place is not None:
+                name = f"{module}.{what}" if module else what
+                found.setdefault(name, []).append(place)
+
+        for one in attentions(self.flow.steps, carried.live):
+            add(one.module, "heads", self._heads(one))
+            for what, place in self._parts(one):
+                add(one.module, what, place)
+        for step in streams(self.flow.steps, carried.live):
+            if all(call.step is not step for call in self.calls):
+                add(step.within, "stream", self._place_of(step))
         taken = dict(self.model.named_modules())
-        for one in found:
-            alike = [other for other in found if other.module == one.module]
-            number = f"@{1 + alike.index(one)}" if len(alike) > 1 else ""
-            for what, place in (("heads", self._heads(one)), *self._parts(one)):
-                name = f"{one.module}.{what}" if one.module else what
-                name += "()" if name in taken else ""
-                if place is not None:
-                    kind: Kind = "heads" if what == "heads" else "part"
-                    yield replace(place, site=replace(place.site, name=name + number, kind=kind))
+        for name, places in found.items():
+            name += "()" if name in taken else ""
+            for number, place in enumerate(places, 1):
+                full = f"{name}@{number}" if len(places) > 1 else name
+                kind: Kind = "heads" if place.site.width > 1 else "part"
+                yield replace(place, site=replace(place.site, name=full, kind=kind))
 
     def _heads(self, attention: Attention) -> _Place | None:
         """Find the last tensor that can be replaced, in which each head is a slice."""

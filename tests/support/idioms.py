@@ -229,6 +229,35 @@ class ChannelAttention(Attention):
         return x + self.proj(mixed.permute(0, 3, 1, 2).reshape(n, length, width))
 
 
+class Tuples(nn.Module):
+    """A block that returns its sum among other things, and reads such a tuple."""
+
+    def __init__(self, width: int, heads: int, *, windows: bool = False) -> None:
+        super().__init__()
+        self.attention = Windows(width, heads, 2) if windows else Attention(width, heads)
+        self.mlp = Mlp(width, 24, nn.GELU())
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor, int]) -> tuple[Tensor, Tensor, int]:
+        x = x[0] if isinstance(x, tuple) else x
+        y = self.mlp(self.attention(x))
+        return 0.5 * y, x.mean(-1), y.shape[1]
+
+
+class Last(nn.Module):
+    """Takes the tensor out of a tuple."""
+
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        return x[0]
+
+
+class WindowedMlp(Mlp):
+    """An MLP on windows that are folded into the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        return super().forward(x.reshape(n * 4, length // 4, width)).reshape(n, length, width)
+
+
 class Mixer(nn.Module):
     """The block of an MLP mixer: tokens mix, then features."""
 
@@ -423,6 +452,20 @@ IDIOMS: dict[str, Idiom] = {
         made(lambda: Tokens(MixedMlp(16, 24))),
         "blocks.0.act:24 blocks.0:16",
     ),
+    "tuples": Idiom(
+        made(lambda: Tokens(Tuples(16, 2), Tuples(16, 2, windows=True), Last())),
+        "blocks.0.attention:16 blocks.0.mlp.act:24 blocks.0.mlp:16 blocks.0:16 "
+        "blocks.1.attention:16 blocks.1.mlp.act:24 blocks.1.mlp:16 blocks.1:16",
+        left_out="blocks.0.attention.qkv blocks.1.attention.qkv",
+    ),
+    "windows": Idiom(
+        made(lambda: Tokens(WindowedMlp(16, 24, nn.GELU()))),
+        "blocks.0.act:24 blocks.0:16",
+    ),
+    "tokens_first": Idiom(
+        made(lambda: Tokens(Mlp(16, 24, nn.GELU()), sequence_first=True)),
+        "blocks.0.act:24 blocks.0:16",
+    ),
     "gated": Idiom(
         made(lambda: Tokens(Gated(16, 24))),
         "blocks.0.w1:24 blocks.0:16",
@@ -453,6 +496,15 @@ MAPS: dict[str, Idiom] = {
         made(lambda: Tokens(MixedMlp(16, 24))),
         "blocks.0.fc1:24@2 blocks.0.dwconv:24@1 blocks.0.act:24@2 blocks.0:16@2",
     ),
+    "windows": Idiom(
+        made(lambda: Tokens(WindowedMlp(16, 24, nn.GELU()))),
+        "blocks.0.norm:16@3 blocks.0.fc1:24@3 blocks.0.act:24@3 blocks.0:16@2",
+    ),
+    "tokens_first": Idiom(
+        made(lambda: Tokens(Mlp(16, 24, nn.GELU()), sequence_first=True)),
+        "blocks.0.norm:16@2 blocks.0.fc1:24@2 blocks.0.act:24@2 blocks.0:16@2",
+    ),
+    "tuples": Idiom(made(lambda: Tokens(Tuples(16, 2), Last())), "blocks.0:16@2"),
     "mixer": Idiom(
         made(lambda: Tokens(Mixer(16, 16))),
         "blocks.0.tokens1:11@2 blocks.0.act1:11@2 blocks.0.act2:14@2 blocks.0:16@2",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import networks
-from support.idioms import IDIOMS, ThreeMaps, Tokens, TorchBlock, Windows, made
+from support.idioms import IDIOMS, Last, ThreeMaps, Tokens, TorchBlock, Tuples, Windows, made
 from support.oracle import check
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         lambda: Tokens(nn.TransformerEncoderLayer(16, 2, 24), sequence_first=True)
     ),
     "windows": made(lambda: Tokens(Windows(16, 2, 2))),
+    "tuples": made(lambda: Tokens(Tuples(16, 2, windows=True), Last())),
 }
 
 HEADS = {
@@ -38,6 +39,7 @@ HEADS = {
     "encoder": "blocks.0.self_attn.heads:2x8",
     "sequence_first": "blocks.0.self_attn.heads:2x8",
     "windows": "blocks.0.heads:2x8",
+    "tuples": "blocks.0.attention.heads:2x8",
 }
 """Layers of heads, with their number and the features of each."""
 
@@ -49,6 +51,7 @@ PARTS = {
     "encoder": "blocks.0.self_attn.q:16 blocks.0.self_attn.k:16 blocks.0.self_attn.v:16",
     "sequence_first": "blocks.0.self_attn.q:16 blocks.0.self_attn.k:16 blocks.0.self_attn.v:16",
     "windows": "blocks.0.q:16 blocks.0.k:16 blocks.0.v:16",
+    "tuples": "blocks.0.attention.q:16 blocks.0.attention.k:16 blocks.0.attention.v:16",
 }
 
 
@@ -61,7 +64,7 @@ def data(count: int = 12) -> tuple[Tensor, Tensor]:
 def test_heads_queries_keys_and_values_are_found(name: str) -> None:
     seen = surveyed(NETWORKS[name](), data(1)[0])
     heads = [site for site in seen.sites if site.kind == "heads"]
-    parts = [site for site in seen.sites if site.kind == "part"]
+    parts = [one for one in seen.sites if one.kind == "part" and one.name[-2:-1] == "."]
     assert [f"{one.name}:{one.channels}x{one.width}" for one in heads] == HEADS[name].split()
     assert [f"{one.name}:{one.channels}" for one in parts] == PARTS[name].split()
     assert not {"heads", "part"} & {site.kind for site in select(seen.sites)}
@@ -146,6 +149,16 @@ def test_the_parts_of_a_map_are_its_units(name: str) -> None:
         weight[37], bias[37] = 0, 0
     _, silenced = next(reference.logits(model, some, [f"{layer}:5"]))
     torch.testing.assert_close(rows[1][1], silenced)
+
+
+def test_the_stream_between_attention_and_mlp() -> None:
+    model, images, labels = networks.network("vit", 20)
+    found = {site.name: site for site in pa.sites(model, images[:1])}
+    assert [name for name in found if "stream" in name] == [
+        f"blocks.{at}.stream" for at in range(3)
+    ]
+    assert (found["blocks.1.stream"].channels, found["blocks.1.stream"].axis) == (8, 2)
+    check(model, (images, labels), ["blocks.1.stream"], intervention="mean")
 
 
 def test_heads_are_ablated_together_in_groups_and_by_replay() -> None:

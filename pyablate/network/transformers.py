@@ -1,4 +1,4 @@
-"""Attention in a forward pass: its heads, and where its queries, keys and values come from."""
+"""Transformers in a forward pass: heads, queries, keys and values, and the residual stream."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def attentions(steps: Sequence[Step], live: AbstractSet[Step]) -> Iterator[Atten
         joined = list(_joined(step, split, live)) if shared else []
         if joined:
             yield Attention(step.within, heads, joined, _parts(step, steps))
+
+
+def streams(steps: Sequence[Step], live: AbstractSet[Step]) -> Iterator[Step]:
+    """Find sums on a residual stream: one branch reads them, and so does the next sum."""
+    for step in steps:
+        if step in live and _sums(step):
+            readers = [reader for reader in step.readers if reader in live]
+            if len(readers) > 1 and any(_sums(reader) for reader in readers):
+                yield step
+
+
+def _sums(step: Step) -> bool:
+    return step.op == "add" and len({one for one in step.inputs if one.shape == step.shape}) > 1
 
 
 def _heads(step: Step) -> list[Factor]:
