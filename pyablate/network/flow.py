@@ -136,6 +136,12 @@ class Step:
         latest = latest_of(origin)
         return latest > 0 and not any(_made_by(axis, latest) for axis in self.axes)
 
+    @property
+    def split(self) -> bool:
+        """Whether features lie along several axes, as those of attention heads do."""
+        latest = max(map(_generation, self.axes[1:]), default=0)
+        return latest > 0 and sum(_generation(axis) == latest for axis in self.axes[1:]) > 1
+
     def images(self) -> BatchLayout | None:
         """Say where the images lie, if that is known."""
         for at, axis in enumerate(self.axes):

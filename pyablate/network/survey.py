@@ -391,7 +391,8 @@ class _Pass:
             return "activation"
         if issubclass(kind, _ACTIVATIONS):
             return "activation"
-        if _is_block(call.module) and not known and not holds_others:
+        no_axis = call.guessed and call.step is not None and call.step.split
+        if _is_block(call.module) and not known and not holds_others and not no_axis:
             return "block"
         return "layer"
 
