@@ -236,7 +236,7 @@ class _Pass:
             return None
         function = self.functions[end.function]
         count = self.functions[call.functions : end.function + 1].count(function)
-        several = sum(other.name == call.name for other in self.calls) > 1
+        several = sum(self._name(other) == self._name(call) for other in self.calls) > 1
         name = f"{call.name}.{function}"
         if name in dict(self.model.named_modules()):  # which may be a site by itself
             name += "()"
@@ -324,7 +324,7 @@ class _Pass:
             function = (name, between.count(name))
         if call is None:
             return None
-        several = sum(other.name == call.name for other in self.calls) > 1
+        several = sum(self._name(other) == self._name(call) for other in self.calls) > 1
         at = layout.axis_there(axis)
         site = Site(
             name="",
@@ -344,20 +344,27 @@ class _Pass:
         places: list[_Place] = []
         by_name: dict[str, list[_Call]] = {}
         for call in self.calls:
-            by_name.setdefault(call.name, []).append(call)
+            by_name.setdefault(self._name(call), []).append(call)
         seen: set[Step] = set()
         for call in self.calls:
             is_logits = call.step is not None and call.step is self.logits
             if not is_logits and not issubclass(original_type(call.module), _NO_UNITS):
-                places += self._places_of(call, by_name[call.name], known=call.step in seen)
+                alike = by_name[self._name(call)]
+                places += self._places_of(call, alike, known=call.step in seen)
             if call.step is not None:
                 seen.add(call.step)
         return places
 
+    def _name(self, call: _Call) -> str:
+        """Name of what a module returned: of several tensors all but the first are numbered."""
+        items = (other.within.item for other in self.calls if other.name == call.name)
+        item = call.within.item
+        return call.name if item == next(items) else f"{call.name}({(item or 0) + 1})"
+
     def _places_of(self, call: _Call, calls: list[_Call], *, known: bool) -> list[_Place]:
         kind = self._kind(call, known)
         site = Site(
-            name=call.name,
+            name=self._name(call),
             module=call.name,
             call=None,
             channels=call.shape[call.axis],
@@ -375,7 +382,7 @@ class _Pass:
         separate = not any(True for _ in call.module.parameters())
         one_call = replace(
             site,
-            name=f"{call.name}@{call.number}",
+            name=f"{site.name}@{call.number}",
             call=call.number,
             kind=kind if separate else "layer",
         )
@@ -408,16 +415,12 @@ class _Pass:
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             self.inside.pop()
-            several = isinstance(output, (tuple, list))
+            if not isinstance(output, (tuple, list)):
+                self._note(name, module, output, None)
             # What the library's attention returns is told by the module around it.
-            if several and not isinstance(module, nn.MultiheadAttention):
-                items = (self._within(one, number) for number, one in enumerate(output))
-                within = next((one for one in items if one is not None), None)
-            else:
-                within = self._within(output, None)
-            if within is not None:
-                tensor = output if within.item is None else output[within.item]
-                self._note(name, module, tensor, within)
+            elif not isinstance(module, nn.MultiheadAttention):
+                for number, one in enumerate(output):
+                    self._note(name, module, one, number)
 
         return hook
 
@@ -433,7 +436,10 @@ class _Pass:
             return Within(item) if holds else None
         return Within(item, layout) if axis not in (None, layout.axis) else None
 
-    def _note(self, name: str, module: nn.Module, output: Tensor, within: Within) -> None:
+    def _note(self, name: str, module: nn.Module, output: Any, item: int | None) -> None:
+        within = self._within(output, item)
+        if within is None:
+            return
         step = self.flow.step(output)
         axis = None if step is None else step.feature_axis()
         known = axis is not None
@@ -443,7 +449,7 @@ class _Pass:
         else:
             axis = within.images.axis_there(axis)
             self.last_axis = axis if len(shape) < 3 or axis < len(shape) - 1 else -1
-        number = 1 + sum(call.name == name for call in self.calls)
+        number = 1 + sum((call.name, call.within.item) == (name, item) for call in self.calls)
         self.calls.append(
             _Call(
                 name=name,

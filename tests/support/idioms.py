@@ -243,11 +243,30 @@ class Tuples(nn.Module):
         return 0.5 * y, x.mean(-1), y.shape[1]
 
 
+class Two(nn.Module):
+    """A block with two streams, as in TNT and CoaT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = Mlp(width, 24, nn.GELU()), Mlp(width, 20, nn.GELU())
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> list[Tensor]:
+        one, two = x
+        return [0.5 * self.one(one), self.two(two) + one]
+
+
+class Both(nn.Module):
+    """The same tensor twice."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.flip(1)
+
+
 class Last(nn.Module):
     """Takes the tensor out of a tuple."""
 
     def forward(self, x: tuple[Tensor, ...]) -> Tensor:
-        return x[0]
+        return torch.cat(list(x[:2]), 2) if x[1].ndim == x[0].ndim else x[0]
 
 
 class WindowedMlp(Mlp):
@@ -457,6 +476,13 @@ IDIOMS: dict[str, Idiom] = {
         "blocks.0.attention:16 blocks.0.mlp.act:24 blocks.0.mlp:16 blocks.0:16 "
         "blocks.1.attention:16 blocks.1.mlp.act:24 blocks.1.mlp:16 blocks.1:16",
         left_out="blocks.0.attention.qkv blocks.1.attention.qkv",
+    ),
+    "two_streams": Idiom(
+        made(lambda: Tokens(Both(), Two(16), Two(16), Last(), nn.Linear(32, 16))),
+        "blocks.1.one.act:24 blocks.1.one:16 blocks.1.two.act:20 blocks.1.two:16 blocks.1:16 "
+        "blocks.1(2):16 blocks.2.one.act:24 blocks.2.one:16 blocks.2.two.act:20 blocks.2.two:16 "
+        "blocks.2:16 blocks.2(2):16",
+        left_out="blocks.4",
     ),
     "windows": Idiom(
         made(lambda: Tokens(WindowedMlp(16, 24, nn.GELU()))),
