@@ -1,6 +1,6 @@
 """List which units are found in architectures of timm and transformers, and how they would run.
 
-    python tools/architectures.py [NAME ...] [--depth 2] [--output docs/results/architectures.md]
+    python tools/architectures.py [NAME ...] [--output docs/results/architectures.md]
 
 Weights are random; nothing is downloaded. The libraries are no dependencies of pyablate: what is
 not installed is left out. One row per architecture: layers and units of ``"*"``, how many of these
@@ -127,8 +127,8 @@ class Found(NamedTuple):
     seconds: str
 
 
-def found(model: nn.Module, shape: tuple[int, ...]) -> Found:
-    """Look for units, and capture the network."""
+def found(model: nn.Module, shape: tuple[int, ...], *, captured: bool = True) -> Found:
+    """Look for units, and capture the network if that is wanted."""
     sample = torch.randn(2, *shape)
     begin = time.perf_counter()
     seen = surveyed(model, sample)
@@ -136,9 +136,11 @@ def found(model: nn.Module, shape: tuple[int, ...]) -> Found:
     chosen = select(seen.sites)
     axes = Counter(f"{site.axis} of {len(site.shape) + 1}" for site in chosen)
     heads = [site for site in seen.sites if site.kind == "heads"]
+    strategy = "not tried"
     try:
-        capture(model, sample, [*chosen, *heads])
-        strategy = "captured"
+        if captured:
+            capture(model, sample, [*chosen, *heads])
+            strategy = "captured"
     except CaptureError as error:
         strategy = f"replay ({error})"
     return Found(
@@ -167,13 +169,15 @@ def known() -> Iterator[tuple[str, Callable[[str, int], tuple[nn.Module, tuple[i
 def page(rows: dict[str, Found], depth: int) -> str:
     """Lay out what was found as a page of the documents."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
-    replayed = sum(row.strategy != "captured" for row in rows.values())
+    replayed = sum(row.strategy.startswith("replay") for row in rows.values())
+    tried = sum(row.strategy != "not tried" for row in rows.values())
     lines = [
         "# Architectures: which units are found",
         "",
         f"Written by `python tools/architectures.py` on {datetime.date.today()}, with {versions}. "
         f"Random weights, {depth} blocks where a network can be made with few, images of "
-        f"{SIZE} x {SIZE} where it takes them. {len(rows)} networks, {replayed} of them by replay.",
+        f"{SIZE} x {SIZE} where it takes them. {len(rows)} networks; the capture of {tried} was "
+        f"tried, and {replayed} of these go by replay.",
         "",
         '"Axes" counts the layers of `"*"` by the axis of their units and the number of axes, of '
         'which the batch is axis 0; "heads" are those of attention, in how many layers; "left out" '
@@ -202,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="some of them; all by default")
     parser.add_argument("--depth", type=int, default=2, help="blocks of plain transformers")
+    parser.add_argument("--no-capture", action="store_true", help="look for units only: fast")
     parser.add_argument("--output", type=Path, help="page to write the table to")
     given = parser.parse_args()
     declare_operators()
@@ -215,7 +220,7 @@ def main() -> None:
             print(f"{name}: not made ({type(error).__name__}: {str(error)[:80]})", flush=True)
             continue
         try:
-            rows[name] = found(model, shape)
+            rows[name] = found(model, shape, captured=not given.no_capture)
             print(f"{name}: {rows[name]}", flush=True)
         except Exception as error:  # the next may do better
             print(f"{name}: FAILED ({type(error).__name__}: {str(error)[:200]})", flush=True)
