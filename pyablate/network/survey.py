@@ -229,6 +229,11 @@ class _Pass:
                     return call
         return None
 
+    def _several(self, call: _Call) -> bool:
+        """Whether a module is called more than once."""
+        alike = (o for o in self.calls if (o.name, o.within.item) == (call.name, call.within.item))
+        return sum(1 for _ in alike) > 1
+
     def _inner_place(self, call: _Call, end: Step) -> _Place | None:
         """Give a place to what a function returned some time after a module did."""
         axis = end.feature_axis()
@@ -236,7 +241,7 @@ class _Pass:
             return None
         function = self.functions[end.function]
         count = self.functions[call.functions : end.function + 1].count(function)
-        several = sum(self._name(other) == self._name(call) for other in self.calls) > 1
+        several = self._several(call)
         name = f"{call.name}.{function}"
         if name in dict(self.model.named_modules()):  # which may be a site by itself
             name += "()"
@@ -324,7 +329,7 @@ class _Pass:
             function = (name, between.count(name))
         if call is None:
             return None
-        several = sum(self._name(other) == self._name(call) for other in self.calls) > 1
+        several = self._several(call)
         at = layout.axis_there(axis)
         site = Site(
             name="",
