@@ -29,7 +29,7 @@ from pyablate.network.capture import CaptureError, capture
 from pyablate.network.sites import select, surveyed
 
 TRANSFORMERS = """
-    beit bit convnextv2 cvt dinov2 donut-swin focalnet hiera levit mobilevit mobilevitv2 poolformer
+    beit bit convnextv2 cvt dinov2 donut-swin focalnet hiera mobilevit mobilevitv2 poolformer
     pvt pvt_v2 regnet segformer siglip swiftformer swin swinv2 vit vit_msn
 """.split()
 
