@@ -86,7 +86,8 @@ _BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.D
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["tutorials/start.md", "guides/your-data.md", "explanation/exactness.md"]
+    "page",
+    ["tutorials/start.md", "guides/your-data.md", "guides/layers.md", "explanation/exactness.md"],
 )
 def test_a_page_prints_what_it_says(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")

@@ -128,7 +128,7 @@ def set_rules(traced: nn.Module) -> None:
 
 def _last_node(graph: fx.Graph, site: Site) -> fx.Node | None:
     """Node that holds the output of a site's module, as far as names tell."""
-    if site.function is not None:
+    if not site.plain:
         return None
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == site.module]
     if calls:

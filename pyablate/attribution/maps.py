@@ -93,7 +93,7 @@ def _grad_cam(model: nn.Module, images: Tensor, layer: str | None) -> Method:
     from captum.attr import LayerAttribution, LayerGradCam
 
     site = map_site(model, images[:1], layer)
-    if site.axis != 1 or len(site.shape) != 3 or site.call is not None or site.function:
+    if site.axis != 1 or len(site.shape) != 3 or site.call is not None or not site.plain:
         raise ValueError(
             f"layer: Grad-CAM needs a module that gives maps [N, channels, h, w] once, "
             f"{site.name} gives {list(site.shape)} with units on axis {site.axis}"

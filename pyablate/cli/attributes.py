@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pyablate.cli.common import check_files, check_suffix
-from pyablate.cli.options import Bar, BatchSize, Device, Images, Layers, Network, Preprocessing
+from pyablate.cli.common import check_files, check_suffix, parse_axes
+from pyablate.cli.options import (
+    Axes,
+    Bar,
+    BatchSize,
+    Device,
+    Images,
+    Layers,
+    Network,
+    Preprocessing,
+)
 from pyablate.cli.tables import show
 
 
@@ -24,6 +33,7 @@ def attributes(
             help="Attributes or families of them; may be given again. `all` is all of them.",
         ),
     ] = ["all"],  # noqa: B006  # typer copies it
+    axis: Axes = None,
     device: Device = None,
     batch_size: BatchSize = None,
     output: Annotated[
@@ -53,6 +63,7 @@ def attributes(
         layers,
         which,
         class_names=data.class_names,
+        axis=parse_axes(axis),
         device=device,
         batch_size=batch_size,
         progress=progress,

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyablate.cli.common import InputError, check_files, check_suffix, parse_integers
+from pyablate.cli.common import (
+    InputError,
+    check_files,
+    check_suffix,
+    parse_axes,
+    parse_integers,
+)
 from pyablate.cli.options import (
+    Axes,
     Bar,
     Device,
     Images,
@@ -68,6 +75,7 @@ class Settings:
 
     precision: Precision = "auto"
     seed: Seed = 0
+    axis: Axes = None
     device: Device = None
     pixels: Preprocessing
     output: Rows = None
@@ -83,6 +91,7 @@ class Settings:
         options = {
             "precision": self.precision,
             "seed": self.seed,
+            "axis": parse_axes(self.axis),
             "device": self.device,
             "class_names": data.class_names,
             "progress": self.progress,

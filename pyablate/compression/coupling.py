@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from pyablate._validation import first_line
+from pyablate.network.hooks import SPEAKING
 from pyablate.network.sites import (
     Site,
     check_model,
@@ -98,7 +99,7 @@ class Coupling:
     model : nn.Module
         The copy.
     sites : list of Site
-        All sites, in the order of the network.
+        All sites, in the order of the network, but for attention heads, queries, keys and values.
     sample : Tensor
         The sample in the dtype and on the device of the model.
     classes : list of Coupled
@@ -116,7 +117,8 @@ class Coupling:
             parameter.requires_grad_(parameter.is_floating_point())
         first = next(self.model.parameters(), sample)
         self.sample = sample[:2].detach().to(first.device, first.dtype)
-        self.sites = sites(self.model, self.sample)
+        every = sites(self.model, self.sample)
+        self.sites = [site for site in every if site.kind not in ("heads", "part")]
         self._graph, self._nodes = _trace(self.model, self.sample, self.sites)
         self._entries = {site.name: self._follow(site) for site in self.sites}
         self._group_of, self.classes = self._couple()
@@ -270,7 +272,7 @@ class Coupling:
         Activations and blocks; and where a layer is read without one of these in between (the
         linear bottleneck of an inverted residual), that layer.
         """
-        active = {site.name for site in self.sites if site.kind != "layer"}
+        active = {site.name for site in self.sites if site.kind in SPEAKING}
         silent = {id(node) for name in active for node in self._nodes[name]}
         plain = {
             id(node): site.name

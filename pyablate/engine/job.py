@@ -52,14 +52,18 @@ class Job:
     @cached_property
     def single(self) -> bool:
         """Whether each ablation changes one channel of one site, and nothing else there."""
-        return self.channelwise and all(len(members) == 1 for members in self.members)
+        alone = self.channelwise and self.sites[0].width == 1
+        return alone and all(len(members) == 1 for members in self.members)
 
     @cached_property
     def units(self) -> Tensor:
-        """int64 [column]: the unit of each ablation, or all that channelwise groups are made of."""
+        """int64 [column]: the unit of each ablation, or all that channelwise groups are made of.
+
+        Of attention heads, their features.
+        """
         if self.single:
             return torch.tensor([members[0][1] for members in self.members])
-        return torch.tensor(sorted({unit for members in self.members for _, unit in members}))
+        return self.masks[self.sites[0].name].any(dim=0).nonzero().squeeze(1)
 
     @cached_property
     def belongs(self) -> Tensor:
@@ -69,7 +73,7 @@ class Job:
     @cached_property
     def whole(self) -> bool:
         """Whether the columns are all units of the site in order."""
-        return self.units.tolist() == list(range(self.sites[0].channels))
+        return self.units.tolist() == list(range(self.sites[0].features))
 
     def on(self, device: torch.device) -> OnDevice:
         """Give what lists the members on a device, sent there once."""
@@ -115,7 +119,7 @@ class Job:
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:
-        """Bool [row, channels] of each site: which units each ablation touches."""
+        """Bool [row, features] of each site: what each ablation touches."""
         masks = {
             site.name: torch.zeros(len(self.members), site.channels, dtype=torch.bool)
             for site in self.sites
@@ -123,6 +127,8 @@ class Job:
         for row, members in enumerate(self.members):
             for name, unit in members:
                 masks[name][row, unit] = True
+        for site in self.sites:
+            masks[site.name] = masks[site.name].repeat_interleave(site.width, dim=1)
         return masks
 
     def _project(self, site: Site, values: Tensor, row: Tensor) -> Tensor:
@@ -202,8 +208,8 @@ class OnDevice:
     def axes(self, site: Site, dtype: torch.dtype) -> Tensor:
         """Direction of each row, ``[row, channels]``; zeros where a row has none here."""
         if (site.name, dtype) not in self._axes:
-            matrix = self.job.intervention.matrix(site.name, site.channels)
-            axes = matrix.new_zeros(len(self.job.members), site.channels)
+            matrix = self.job.intervention.matrix(site.name, site.features)
+            axes = matrix.new_zeros(len(self.job.members), site.features)
             for number, members in enumerate(self.job.members):
                 for name, unit in members:
                     if name == site.name:

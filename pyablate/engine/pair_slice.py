@@ -14,7 +14,8 @@ from pyablate.engine.logit_change import Changed, carried
 from pyablate.engine.rule_context import Delta, DenseDelta
 from pyablate.engine.suffix import usual
 from pyablate.engine.sweep import Sweep
-from pyablate.network.graph import BatchLayout, Value, tensor
+from pyablate.network.graph import Value, tensor
+from pyablate.network.layout import BatchLayout
 from pyablate.ops.quantized import Quantized
 
 

@@ -112,7 +112,7 @@ class Sweep:
         image = torch.arange(base.shape[0], device=base.device).unsqueeze(1)
         value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
-        held = ChannelDelta(value, site.axis, unit, site.channels, whole=whole)
+        held = ChannelDelta(value, site.axis, unit, site.features, whole=whole)
         return held.with_values(value - held.of(base))
 
     def _constant(self, marker: fx.Node) -> ConstantDelta:
@@ -122,7 +122,7 @@ class Sweep:
         image = torch.arange(images, device=base.device).unsqueeze(1)
         value = self._replacements(marker, image).to(base.dtype)
         whole = self.suffix.job.whole
-        return ConstantDelta(value.flatten(1), site.axis, self._units, site.channels, whole=whole)
+        return ConstantDelta(value.flatten(1), site.axis, self._units, site.features, whole=whole)
 
     @property
     def _units(self) -> Tensor:

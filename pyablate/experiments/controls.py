@@ -152,7 +152,13 @@ def rotation_control(
     _check(("units", "rotated"), fewest, resamples, confidence)
     held = gathered(data)
     axes = directions.rotations(
-        model, held, layers, count=rotations, seed=seed, device=options.get("device")
+        model,
+        held,
+        layers,
+        count=rotations,
+        seed=seed,
+        device=options.get("device"),
+        axis=options.get("axis"),
     )
     common = {"class_names": class_names, "seed": seed, **options}
     units = ablate(model, held, list(axes), **common)

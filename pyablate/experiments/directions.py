@@ -6,7 +6,7 @@ as :class:`pyablate.Intervention` takes them: ``Intervention("direction", direct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pyablate.interventions import random_rotation
 from pyablate.network.capture import capture
 from pyablate.network.channel_tracking import readers
 from pyablate.network.graph import Graph
-from pyablate.network.sites import Site, select
+from pyablate.network.sites import Site, check_channels, select
 from pyablate.runtime.determinism import undisturbed
 from pyablate.unit_attributes.weights import columns_by_input
 
@@ -35,12 +35,13 @@ def rotations(
     count: int = 1,
     seed: int = 0,
     device: str | torch.device | None = None,
+    axis: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Random orthogonal axes of each layer, as many as it has units, ``count`` times over.
 
     Parameters
     ----------
-    model, data, layers, device
+    model, data, layers, device, axis
         As for :func:`pyablate.ablate`; only the first images are looked at.
     count : int
         Rotations, side by side: columns ``r * units`` to ``(r + 1) * units - 1`` are the r-th.
@@ -64,7 +65,8 @@ def rotations(
     """
     check_count("count", count)
     check_seed(seed)
-    found = select(opened(model, data, device).sites, layers)
+    found = select(opened(model, data, device, axis).sites, layers)
+    check_channels(found)
     turns = len(found) * count
     return {
         site.name: torch.cat(
@@ -85,6 +87,7 @@ def principal_components(
     *,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
+    axis: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Principal components of each layer's activations, largest variance first.
 
@@ -92,7 +95,7 @@ def principal_components(
 
     Parameters
     ----------
-    model, data, layers, batch_size, device
+    model, data, layers, batch_size, device, axis
         As for :func:`pyablate.ablate`.
 
     Returns
@@ -111,9 +114,9 @@ def principal_components(
     torch.Size([128, 128])
     """
     with undisturbed(), torch.inference_mode(False), torch.no_grad():
-        ready = opened(model, data, device)
+        ready = opened(model, data, device, axis)
         found = select(ready.sites, layers)
-        moments = {site.name: _Moments(site.channels) for site in found}
+        moments = {site.name: _Moments(site.features) for site in found}
         for batch in ready.data.batches(batch_size or BATCH):
             for (name, _call), maps in clean_maps(ready.model, batch.images, found).items():
                 moments[name].add(maps)
@@ -126,6 +129,7 @@ def next_weights(
     layers: str | Sequence[str],
     *,
     device: str | torch.device | None = None,
+    axis: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Directions to which the next layer listens most: singular vectors of its weights.
 
@@ -135,7 +139,7 @@ def next_weights(
 
     Parameters
     ----------
-    model, data, layers, device
+    model, data, layers, device, axis
         As for :func:`pyablate.ablate`; only the first images are looked at, to follow the network.
 
     Returns
@@ -157,7 +161,7 @@ def next_weights(
     torch.Size([64, 64])
     """
     with undisturbed(), torch.inference_mode(False):
-        ready = opened(model, data, device)
+        ready = opened(model, data, device, axis)
         found = select(ready.sites, layers)
         graph = capture(ready.model, ready.batch.images, found, fold=False)
         return {site.name: _singular_vectors(graph, site) for site in found}
@@ -199,9 +203,9 @@ def _singular_vectors(graph: Graph, site: Site) -> Tensor:
         order = mine[link.channel[mine].argsort(stable=True)]
         columns = columns_by_input(graph, link.node)[order]
         units, times = link.channel[order].unique(return_counts=True)
-        if len(units) < site.channels or bool((times != times[0]).any()):
+        if len(units) < site.features or bool((times != times[0]).any()):
             raise ValueError(f"layers: not all units of {site.name!r} are read alike")
-        parts.append(columns.reshape(site.channels, -1))
+        parts.append(columns.reshape(site.features, -1))
     if not parts:
         raise ValueError(f"layers: no constant weights read the units of {site.name!r}")
     vectors: Tensor = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False).U

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,16 @@ from pyablate.results.record import Ints
 from pyablate.runtime.determinism import undisturbed
 
 
-def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
+def opened(
+    model: nn.Module,
+    data: Any,
+    device: str | torch.device | None = None,
+    axis: Mapping[str, int] | None = None,
+) -> Ready:
     """Copy the model and look at the data, as :func:`pyablate.ablate` will."""
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
-        return open_up(model, data, None, device)
+        return open_up(model, data, None, device, axis=axis)
 
 
 def labels_of(found: Sequence[Site]) -> list[str]:

@@ -13,9 +13,10 @@ from pyablate.network.any_batch import CaptureError, Parts, line_of
 from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
-from pyablate.network.graph import MARKER, BatchLayout, Graph, aten, is_symbolic, mark, tensor
+from pyablate.network.graph import MARKER, Graph, aten, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
+from pyablate.network.layout import BatchLayout
 from pyablate.runtime import interrupts
 
 

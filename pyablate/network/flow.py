@@ -7,20 +7,43 @@ reshapes, permutations, splits and joins instead of being guessed from sizes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Axis = tuple[tuple[int, int], ...]
-"""Factors (size, generation) of an axis, the outermost first; generation 0 are positions."""
+from pyablate.network.layout import BatchLayout
+
+
+class Factor(NamedTuple):
+    """Part of an axis.
+
+    Attributes
+    ----------
+    size : int
+        Entries.
+    generation : int
+        Number of the map by weights that made them; 0 of positions, -2 of images.
+    stride : int
+        How far apart in the output dimension of that map two neighbours lie.
+    """
+
+    size: int
+    generation: int = 0
+    stride: int = 1
+
+
+Axis = tuple[Factor, ...]
+"""Factors of an axis, the outermost first."""
 
 _MIXED = -1  # features and positions in one factor
+_IMAGES = -2
 
 _DATA_AND_WEIGHT = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _REDUCTIONS = frozenset(
@@ -28,6 +51,8 @@ _REDUCTIONS = frozenset(
     "any all argmax argmin".split()
 )
 _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias unsqueeze squeeze".split())
+_PERMUTATIONS = frozenset("permute transpose t numpy_T".split())
+_CUTS = frozenset("select unbind slice split split_with_sizes".split())
 _JOINS = frozenset({"cat", "stack"})
 _NORMS = frozenset(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
@@ -60,8 +85,13 @@ class Step:
         Arguments that depend on the images.
     pointwise : bool
         Whether the operator treats every element by itself.
+    within : str
+        The innermost module that was running.
     source : str or None
-        The innermost module that was running, where the operator is a map by weights.
+        The same, where the operator is a map by weights.
+    offset : int or None
+        Where its features begin in the output dimension of the map that made them; None where
+        that is not known.
     readers : list of Step
         Operators that take this tensor.
     function : int or None
@@ -74,7 +104,9 @@ class Step:
     axes: list[Axis]
     inputs: list[Step] = field(default_factory=list)
     pointwise: bool = False
+    within: str = ""
     source: str | None = None
+    offset: int | None = None
     depthwise: bool = False
     readers: list[Step] = field(default_factory=list)
     function: int | None = None
@@ -95,19 +127,50 @@ class Step:
             return self.depthwise
         if self.op in _DATA_AND_WEIGHT:  # of two tensors: one axis of each is summed over
             at = -1 if origin is self.inputs[-2] else -2
-            return not _made_by(origin.axes[at], _latest(origin))
-        if "attention" in self.op:  # query, key, value
+            return not _made_by(origin.axes[at], latest_of(origin))
+        if self.attends:  # query, key, value
             return len(self.inputs) < 3 or origin is self.inputs[2]
         return not (self.op in _REDUCTIONS and self._sums_features(origin))
 
     def _sums_features(self, origin: Step) -> bool:
-        latest = _latest(origin)
+        latest = latest_of(origin)
         return latest > 0 and not any(_made_by(axis, latest) for axis in self.axes)
+
+    @property
+    def split(self) -> bool:
+        """Whether features lie along several axes, as those of attention heads do."""
+        latest = max(map(_generation, self.axes[1:]), default=0)
+        return latest > 0 and sum(_generation(axis) == latest for axis in self.axes[1:]) > 1
+
+    def images(self) -> BatchLayout | None:
+        """Say where the images lie, if that is known."""
+        for at, axis in enumerate(self.axes):
+            for place, factor in enumerate(axis):
+                whole = math.prod(one.size for one in axis)
+                if factor.generation == _IMAGES and whole == self.shape[at]:
+                    outer = math.prod(one.size for one in axis[:place])
+                    return BatchLayout(at, whole // (outer * factor.size), outer)
+        return None
+
+    def features(self) -> list[Factor]:
+        """Factors that the latest weights made, in the order of the axes."""
+        latest = latest_of(self)
+        return [one for axis in self.axes for one in axis if one.generation == latest > 0]
+
+    @property
+    def multiplies_matrices(self) -> bool:
+        """Whether this is a product of two tensors that vary."""
+        return self.op in _DATA_AND_WEIGHT and self.source is None
+
+    @property
+    def attends(self) -> bool:
+        """Whether this is the library's attention."""
+        return "attention" in self.op
 
     @property
     def mixes(self) -> bool:
         """Whether this is a map by weights or a product of matrices."""
-        return self.source is not None or self.op in _DATA_AND_WEIGHT or "attention" in self.op
+        return self.source is not None or self.op in _DATA_AND_WEIGHT or self.attends
 
     @property
     def normalises(self) -> bool:
@@ -151,7 +214,9 @@ class Flow(TorchDispatchMode):
 
     def begin(self, images: Tensor) -> None:
         """Take a tensor for the images."""
-        self._remember(images, Step("", 0, tuple(images.shape), _positions(images.shape)))
+        step = Step("", 0, tuple(images.shape), _positions(images.shape))
+        step.axes[0] = (Factor(len(images), _IMAGES),)
+        self._remember(images, step)
 
     def step(self, tensor: Any) -> Step | None:
         """Return the step of a tensor as it is now; None if it does not depend on the images."""
@@ -166,8 +231,8 @@ class Flow(TorchDispatchMode):
         before = [self.step(argument) for argument in args]
         out = func(*args, **kwargs)
         if inputs:
-            for tensor in _tensors([out]):
-                self._note(func, args, kwargs, tensor, inputs, before)
+            for part, tensor in enumerate(_tensors([out])):
+                self._note(func, args, kwargs, tensor, inputs, before, part)
         return out
 
     def _note(
@@ -178,6 +243,7 @@ class Flow(TorchDispatchMode):
         tensor: Tensor,
         inputs: list[Step],
         before: list[Step | None],
+        part: int,
     ) -> None:
         op = func._schema.name.partition("::")[2]
         op = op if op.startswith("_") else op.rstrip("_")
@@ -185,11 +251,13 @@ class Flow(TorchDispatchMode):
         number = len(self.steps) + 1
         shape = tuple(tensor.shape)
         step = Step(op, number, shape, _positions(shape), inputs, pointwise)
+        step.within = self.inside[-1][0] if self.inside else ""
         if self._maps_by_weights(op, before):
-            step.source = self.inside[-1][0] if self.inside else ""
+            step.source = step.within
             groups = _argument(func, args, kwargs, "groups") if op == "convolution" else 1
             step.depthwise = groups > 1 and groups == inputs[0].shape[1] == shape[1]
         step.axes = _axes(step, func, args, kwargs, before)
+        step.offset = _offset(step, func, args, kwargs, part)
         self.steps.append(step)
         for source in dict.fromkeys(inputs):
             source.readers.append(step)
@@ -217,7 +285,7 @@ def _axes(step: Step, func: Any, args: Any, kwargs: Any, before: list[Step | Non
         return [*(two if _generation(two) else one for one, two in both), a.axes[-2], b.axes[-1]]
     if op in _RESHAPES:
         return _regrouped(first.axes, shape)
-    if op in ("permute", "transpose", "t", "numpy_T"):
+    if op in _PERMUTATIONS:
         return _permuted(first, func, args, kwargs)
     if op == "expand":
         return _broadcast([first], shape)
@@ -229,7 +297,8 @@ def _axes(step: Step, func: Any, args: Any, kwargs: Any, before: list[Step | Non
     if op in _REDUCTIONS:
         return _reduced(first, shape, _argument(func, args, kwargs, "dim"))
     if op == "im2col":
-        return [first.axes[0], ((shape[1], _generation(first.axes[1])),), *_positions(shape[2:])]
+        features = (Factor(shape[1], _generation(first.axes[1])),)
+        return [first.axes[0], features, *_positions(shape[2:])]
     if step.pointwise and op != "glu":
         return _broadcast(step.inputs, shape)
     if "attention" in op and len(step.inputs) > 2 and len(shape) == len(first.shape):
@@ -244,52 +313,87 @@ def _mapped(step: Step, before: list[Step | None]) -> list[Axis]:
     shape, data = step.shape, step.inputs[0]
     if step.op in _DATA_AND_WEIGHT and before[_DATA_AND_WEIGHT[step.op][0]] is None:
         axes = _resized(data.axes, shape)
-        return [*axes[:-2], ((shape[-2], step.number),), axes[-1]]
+        return [*axes[:-2], (Factor(shape[-2], step.number),), axes[-1]]
     if step.op == "convolution":
-        return [data.axes[0], ((shape[1], step.number),), *_positions(shape[2:])]
+        return [data.axes[0], (Factor(shape[1], step.number),), *_positions(shape[2:])]
     kept = data.axes if step.op == "embedding" else data.axes[:-1]
     kept = kept if len(kept) == len(shape) - 1 else _positions(shape[:-1])
-    return [*kept, ((shape[-1], step.number),)]
+    return [*kept, (Factor(shape[-1], step.number),)]
+
+
+def _offset(step: Step, func: Any, args: Any, kwargs: Any, part: int) -> int | None:
+    """Say where the features of a step's tensor begin in what the map that made them returned."""
+    first, op = step.inputs[0], step.op
+    if step.source is not None:
+        return 0
+    if first.offset is None or op not in _CUTS:
+        whole = op in _RESHAPES | _PERMUTATIONS | {"expand"} or step.pointwise or step.normalises
+        return first.offset if whole and op != "glu" else None
+
+    def given(name: str) -> Any:
+        return _argument(func, args, kwargs, name)
+
+    dim = given("dim") % len(first.axes)
+    if op == "select":
+        start = given("index")
+    elif op == "slice":
+        start = given("start") or 0
+    elif op == "split_with_sizes":
+        start = sum(given("split_sizes")[:part])
+    else:
+        start = part * (given("split_size") or 1)
+    if not _made_by(first.axes[dim], latest_of(first)) or start == 0:
+        return first.offset
+    cut = consecutive(first.axes[dim])
+    stride = first.axes[dim][-1].stride
+    return first.offset + start % first.shape[dim] * stride if cut else None
+
+
+def consecutive(factors: Sequence[Factor]) -> bool:
+    """Whether factors, the outermost first, run through features at one distance."""
+    pairs = itertools.pairwise(factors)
+    return all(outer.stride == inner.size * inner.stride for outer, inner in pairs)
 
 
 def _positions(shape: Iterable[int]) -> list[Axis]:
-    return [((int(size), 0),) for size in shape]
+    return [(Factor(int(size)),) for size in shape]
 
 
 def _generation(axis: Axis) -> int:
     """Which weights made an axis: the latest of them, 0 for positions, -1 for both at once."""
-    factors = [factor for factor in axis if factor[0] > 1] or axis
-    generations = [generation for _, generation in factors]
+    factors = [factor for factor in axis if factor.size > 1] or axis
+    generations = [0 if one.generation == _IMAGES else one.generation for one in factors]
     return _MIXED if 0 in generations and any(generations) else max(generations, default=0)
 
 
-def _latest(step: Step) -> int:
-    return max((generation for axis in step.axes for _, generation in axis), default=0)
+def latest_of(step: Step) -> int:
+    """Return the number of the latest map by weights that made features of a step's tensor."""
+    return max((one.generation for axis in step.axes for one in axis), default=0)
 
 
 def _made_by(axis: Axis, number: int) -> bool:
-    return number > 0 and any(generation == number for _, generation in axis)
+    return number > 0 and any(one.generation == number for one in axis)
 
 
 def _regrouped(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
     """Spread the factors of all axes, in order, over the axes of a reshaped tensor."""
-    left = [factor for axis in axes for factor in axis if factor[0] != 1][::-1]
+    left = [factor for axis in axes for factor in axis if factor.size != 1][::-1]
     found: list[Axis] = []
     for size in shape:
-        axis: list[tuple[int, int]] = []
+        axis: list[Factor] = []
         wanted = int(size)
         while wanted > 1:
             if not left:
                 return _positions(shape)
-            have, generation = left.pop()
+            have, generation, stride = left.pop()
             part = math.gcd(have, wanted)
             if part != min(have, wanted):
                 return _positions(shape)
-            axis.append((part, generation))
+            axis.append(Factor(part, generation, stride * (have // part)))
             if have > part:
-                left.append((have // part, generation))
+                left.append(Factor(have // part, generation, stride))
             wanted //= part
-        found.append(tuple(axis) or ((1, 0),))
+        found.append(tuple(axis) or (Factor(1),))
     return found
 
 
@@ -311,7 +415,7 @@ def _broadcast(inputs: Sequence[Step], shape: Sequence[int]) -> list[Axis]:
         full = [s.axes[axis] for s in inputs if len(s.axes) >= -axis and s.shape[axis] != 1]
         whole = [s.axes[axis] for s in inputs if s.shape == tuple(shape)] or full
         common = [a for a in whole if _generation(a) == 0] or whole or full
-        found.append(max(common, key=_generation) if common else ((int(shape[axis]), 0),))
+        found.append(max(common, key=_generation) if common else (Factor(int(shape[axis])),))
     kept = [_generation(axis) for axis in found]
     if not any(kept):  # features of one along one axis, of another along another
         candidates = [s for s in inputs if s.shape == tuple(shape)]
@@ -327,15 +431,15 @@ def _joined(step: Step, dim: int | None) -> list[Axis]:
         return _positions(shape)
     axes = [max(pair, key=_generation) for pair in zip(*(s.axes for s in parts), strict=False)]
     if len(parts[0].axes) < len(shape):
-        return [*axes[:at], ((shape[at], 0),), *axes[at:]]
-    axes[at] = ((shape[at], _generation(axes[at])),)
+        return [*axes[:at], (Factor(shape[at]),), *axes[at:]]
+    axes[at] = (Factor(shape[at], _generation(axes[at])),)
     return axes
 
 
 def _reduced(first: Step, shape: Sequence[int], dims: Any) -> list[Axis]:
     if len(first.axes) == len(shape):
         return [
-            ((1, 0),) if new == 1 else axis for axis, new in zip(first.axes, shape, strict=True)
+            (Factor(1),) if new == 1 else axis for axis, new in zip(first.axes, shape, strict=True)
         ]
     given = [dims] if isinstance(dims, int) else list(dims or ())
     gone = {dim % len(first.axes) for dim in given}
@@ -346,7 +450,9 @@ def _reduced(first: Step, shape: Sequence[int], dims: Any) -> list[Axis]:
 def _resized(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
     """Keep what each axis is made of where only its length changes."""
     return [
-        axis if math.prod(size for size, _ in axis) == new else ((int(new), _generation(axis)),)
+        axis
+        if math.prod(one.size for one in axis) == new
+        else (Factor(int(new), _generation(axis), axis[-1].stride),)
         for axis, new in zip(axes, shape, strict=False)
     ]
 

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
+from pyablate.network.layout import BatchLayout
 from pyablate.runtime.chunking import portions
 
 aten = torch.ops.aten
@@ -51,27 +52,6 @@ Value = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """Where a tensor keeps the images: ``shape[axis] == outer * images * inner``."""
-
-    axis: int
-    inner: int = 1
-    outer: int = 1
-
-    @property
-    def plain(self) -> bool:
-        """Whether the tensor has exactly one row per image, first."""
-        return self == BatchLayout(0)
-
-    def pick(self, x: Tensor, image: Tensor) -> Tensor:
-        """Gather images: the batch becomes ``len(image)`` long."""
-        if self.inner == self.outer == 1:
-            return x.index_select(self.axis, image)
-        split: Tensor = x.unflatten(self.axis, (self.outer, -1, self.inner))
-        return split.index_select(self.axis + 1, image).flatten(self.axis, self.axis + 2)
 
 
 @dataclass

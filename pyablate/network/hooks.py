@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,15 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pyablate.network.layout import WHOLE, Within
 from pyablate.runtime.locks import export_lock
 
-Kind = Literal["activation", "block", "layer"]
+Kind = Literal["activation", "block", "layer", "heads", "part"]
+SPEAKING: tuple[Kind, ...] = ("activation", "block")
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,17 @@ class Site:
         Axis of the units in the output, batch included (never 0).
     shape : tuple of int
         Shape of the output for one image, batch left out.
-    kind : {"activation", "block", "layer"}
-        ``"*"`` selects activations and blocks; layers are asked for by name.
+    kind : {"activation", "block", "layer", "heads", "part"}
+        ``"*"`` selects activations and blocks; layers, attention heads and parts of layers
+        (queries, keys, values) are asked for by name.
     function : (str, int) or None
         Where the tensor is not what the module returns, but what a function of torch returns that
         the network calls afterwards: name of the function, and which of the calls by that name
         since the module returned, from 1.
+    width : int
+        Consecutive entries along the axis that make one unit: more than one for attention heads.
+    within : Within
+        Which tensor this is, where it is not simply all that is returned, images first.
 
     Examples
     --------
@@ -60,6 +69,22 @@ class Site:
     shape: tuple[int, ...]
     kind: Kind
     function: tuple[str, int] | None = None
+    width: int = 1
+    within: Within = WHOLE
+
+    @property
+    def features(self) -> int:
+        """Entries along the axis of the units."""
+        return self.channels * self.width
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is all that a module returns, and each entry is a unit."""
+        return self.function is None and self.within == WHOLE and self.width == 1
+
+    def entries(self, unit: int) -> range:
+        """Entries along the axis that are one unit."""
+        return range(unit * self.width, (unit + 1) * self.width)
 
     def label(self, unit: int) -> str:
         """Name of one unit, ``"layer:unit"``."""
@@ -130,7 +155,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def hooked(
     model: nn.Module, targets: Iterable[Site], change: Callable[[Site, int, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Let ``change(site, call, output)`` replace the output at each call of the sites' modules.
+    """Let ``change(site, call, tensor)`` replace the sites' tensors at each call of their modules.
 
     A call (counted from 1 within one forward pass of ``model``) that no target names is left
     alone. The hooks are gone afterwards, whatever happened.
@@ -144,8 +169,13 @@ def hooked(
     if any(site.function for sites in by_module.values() for site in sites):
         handles += results.watching(model)
 
-    def watch(name: str) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+    def replaced(site: Site, call: int, output: Any) -> Any:
+        tensor = site.within.of(output)
+        changed = change(site, call, tensor)
+        return output if changed is tensor else site.within.put(output, changed)
+
+    def watch(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             call = calls[name] = calls.get(name, 0) + 1
             changed = output
             for site in by_module[name]:
@@ -153,9 +183,9 @@ def hooked(
                     continue
                 if site.function is None:
                     with results.paused():
-                        changed = change(site, call, changed)
+                        changed = replaced(site, call, changed)
                 else:
-                    results.expect(site.function, functools.partial(change, site, call))
+                    results.expect(site.function, functools.partial(replaced, site, call))
             return changed
 
         return hook
@@ -255,6 +285,10 @@ class FunctionResults(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and change its result if it is expected."""
+        opened = inside(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if self._paused or not isinstance(result, Tensor):
             return result
@@ -275,6 +309,22 @@ class _Expected:
     name: str
     left: int
     change: Callable[[Tensor], Tensor | None]
+
+
+def inside(function: Any) -> Callable[..., Any] | None:
+    """Give the function that does the same with the functions that it calls in sight, if any.
+
+    All that ``nn.MultiheadAttention`` does is one function of torch, which hides what it calls
+    from a mode that was told of itself.
+    """
+    return _ATTENTION if function is functional.multi_head_attention_forward else None
+
+
+_ATTENTION = types.FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**vars(functional), "has_torch_function": lambda _tensors: False},
+    argdefs=functional.multi_head_attention_forward.__defaults__,
+)
 
 
 def function_name(function: Any) -> str:

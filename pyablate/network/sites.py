@@ -11,13 +11,21 @@ every network, whether or not it can be exported.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyablate._validation import nearest
-from pyablate.network.hooks import Kind, Site, copied, evaluation, hooked, seen_through
+from pyablate.network.hooks import (
+    SPEAKING,
+    Kind,
+    Site,
+    copied,
+    evaluation,
+    hooked,
+    seen_through,
+)
 from pyablate.network.survey import Survey, survey
 from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
@@ -27,6 +35,7 @@ __all__ = [
     "Site",
     "Survey",
     "asks_for_everything",
+    "check_channels",
     "check_model",
     "copied",
     "evaluation",
@@ -116,7 +125,8 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
     layers : str or sequence of str, optional
         Dotted module names, taken as they are, and globs. ``"*"`` (the default) is every
         activation and block output. Any other glob selects the activations and blocks that it
-        matches, or, if it matches none of these, all the layers that it matches.
+        matches, or, if it matches none of these, all the layers that it matches, or, if it matches
+        none either, all heads, queries, keys and values.
 
     Raises
     ------
@@ -132,6 +142,22 @@ def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> 
     for pattern in _as_list(layers):
         wanted.update(site.name for site in _matches(found, pattern))
     return [site for site in found if site.name in wanted]
+
+
+def check_channels(chosen: Iterable[Site]) -> None:
+    """Check that units are single channels or features.
+
+    Raises
+    ------
+    ValueError
+        A layer holds attention heads, which are several features each.
+    """
+    for site in chosen:
+        if site.width > 1:
+            raise ValueError(
+                f"layers: {site.name!r} holds attention heads, {site.width} features each; "
+                "expected layers whose units are single channels or features"
+            )
 
 
 def parse_label(
@@ -178,7 +204,7 @@ def _matches(found: Sequence[Site], pattern: str) -> list[Site]:
     if not any(mark in pattern for mark in "*?["):
         return [_named(found, pattern)]
     matched = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
-    speaking = [site for site in matched if site.kind != "layer"]
+    speaking = [site for site in matched if site.kind in SPEAKING]
     if pattern == "*" and not speaking:
         raise ValueError(
             'layers: "*" means activation and block outputs, and this network has none; name the '
@@ -186,7 +212,7 @@ def _matches(found: Sequence[Site], pattern: str) -> list[Site]:
         )
     if not matched:
         raise ValueError(f"layers: no layer matches {pattern!r}{_nearest(found, pattern)}")
-    return speaking or matched
+    return speaking or [site for site in matched if site.kind == "layer"] or matched
 
 
 def _named(found: Sequence[Site], name: str) -> Site:

@@ -16,7 +16,9 @@ from pyablate._validation import nearest
 from pyablate.network.carried import Carried
 from pyablate.network.exported import original_type
 from pyablate.network.flow import Flow, Step
-from pyablate.network.hooks import Kind, Site, evaluation, function_name
+from pyablate.network.hooks import SPEAKING, Kind, Site, evaluation, function_name, inside
+from pyablate.network.layout import Within
+from pyablate.network.transformers import Attention, Part, attentions, streams
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(nn, name)
@@ -138,6 +140,7 @@ class _Call:
     """Operators that had run when the module returned."""
     functions: int
     """Functions of torch that had been called when the module returned."""
+    within: Within
     feeds_activation: bool = False
 
 
@@ -174,10 +177,10 @@ class _Pass:
     def survey(self) -> Survey:
         """Say what was seen: sites by modules, and those that nonlinearities make besides."""
         carried = Carried(self.flow.steps, self.logits)
-        chosen = [place for place in self._module_places() if place.site.kind != "layer"]
+        chosen = [place for place in self._module_places() if place.site.kind in SPEAKING]
         reached = carried.names({place.site.name: place.steps for place in chosen})
         unheard = [source for source in self._sources(carried) if not reached[source]]
-        inner = list(self._speaking(carried, unheard))
+        inner = [*self._speaking(carried, unheard), *self._transformer_places(carried)]
         places = sorted([*self._module_places(), *inner], key=lambda place: place.order)
         reached = carried.names({place.site.name: place.steps for place in places})
         return Survey(
@@ -226,6 +229,11 @@ class _Pass:
                     return call
         return None
 
+    def _several(self, call: _Call) -> bool:
+        """Whether a module is called more than once."""
+        alike = (o for o in self.calls if (o.name, o.within.item) == (call.name, call.within.item))
+        return sum(1 for _ in alike) > 1
+
     def _inner_place(self, call: _Call, end: Step) -> _Place | None:
         """Give a place to what a function returned some time after a module did."""
         axis = end.feature_axis()
@@ -233,7 +241,7 @@ class _Pass:
             return None
         function = self.functions[end.function]
         count = self.functions[call.functions : end.function + 1].count(function)
-        several = sum(other.name == call.name for other in self.calls) > 1
+        several = self._several(call)
         name = f"{call.name}.{function}"
         if name in dict(self.model.named_modules()):  # which may be a site by itself
             name += "()"
@@ -250,30 +258,125 @@ class _Pass:
         )
         return _Place(site, [end], end.number, guessed=False)
 
+    def _transformer_places(self, carried: Carried) -> Iterator[_Place]:
+        """Give places to heads, queries, keys, values, and sums on the stream within a block."""
+        found: dict[str, list[_Place]] = {}
+
+        def add(module: str, what: str, place: _Place | None) -> None:
+            if place is not None:
+                name = f"{module}.{what}" if module else what
+                found.setdefault(name, []).append(place)
+
+        for one in attentions(self.flow.steps, carried.live):
+            add(one.module, "heads", self._heads(one))
+            for what, place in self._parts(one):
+                add(one.module, what, place)
+        for step in streams(self.flow.steps, carried.live):
+            if all(call.step is not step for call in self.calls):
+                add(step.within, "stream", self._place_of(step))
+        taken = dict(self.model.named_modules())
+        for name, places in found.items():
+            name += "()" if name in taken else ""
+            for number, place in enumerate(places, 1):
+                full = f"{name}@{number}" if len(places) > 1 else name
+                kind: Kind = "heads" if place.site.width > 1 else "part"
+                yield replace(place, site=replace(place.site, name=full, kind=kind))
+
+    def _heads(self, attention: Attention) -> _Place | None:
+        """Find the last tensor that can be replaced, in which each head is a slice."""
+        for step in reversed(attention.joined):
+            place = self._place_of(step)
+            if place is not None:
+                count = attention.heads
+                width = place.site.channels // count
+                site = replace(place.site, channels=count, width=width)
+                return replace(place, site=site)
+        return None
+
+    def _parts(self, attention: Attention) -> Iterator[tuple[str, _Place | None]]:
+        """Find queries, keys and values that are not all that a module returns."""
+        for name, part in attention.parts.items():
+            made = [c for c in self.calls if c.name == part.maker.source and c.step is not None]
+            call = next((c for c in made if c.steps >= part.maker.number), None)
+            if call is None or call.step is None or call.shape[call.axis] != part.maker.units:
+                alone = map(self._place_of, reversed(part.alone))
+                yield name, next((place for place in alone if place is not None), None)
+            elif part.length < part.maker.units:
+                yield name, self._cut(self._place_of(call.step), part)
+
+    def _cut(self, place: _Place | None, part: Part) -> _Place | None:
+        """Give a place to a part of the features."""
+        if place is None:
+            return None
+        site = place.site
+        within = replace(site.within, part=(site.axis, part.start, part.length))
+        shape = list(site.shape)
+        shape[site.axis - 1] = part.length
+        site = replace(site, channels=part.length, within=within, shape=tuple(shape))
+        return replace(place, site=site)
+
+    def _place_of(self, step: Step) -> _Place | None:
+        """Give a place to a tensor, if a module or a function returned it."""
+        axis, layout = step.feature_axis(), step.images()
+        if axis is None or layout is None or axis == layout.axis:
+            return None
+        call = next((call for call in reversed(self.calls) if call.step is step), None)
+        function = None
+        if call is None and step.function is not None:
+            call = next((c for c in reversed(self.calls) if c.functions <= step.function), None)
+            name = self.functions[step.function]
+            between = self.functions[call.functions if call else 0 : step.function + 1]
+            function = (name, between.count(name))
+        if call is None:
+            return None
+        several = self._several(call)
+        at = layout.axis_there(axis)
+        site = Site(
+            name="",
+            module=call.name,
+            call=call.number if several else None,
+            channels=step.shape[axis],
+            axis=at,
+            shape=layout.shape_first(step.shape)[1:],
+            kind="layer",
+            function=function,
+            within=Within(None if function else call.within.item, layout),
+        )
+        order = step.number if function else call.steps
+        return _Place(site, [step], order, guessed=False)
+
     def _module_places(self) -> list[_Place]:
         places: list[_Place] = []
         by_name: dict[str, list[_Call]] = {}
         for call in self.calls:
-            by_name.setdefault(call.name, []).append(call)
+            by_name.setdefault(self._name(call), []).append(call)
         seen: set[Step] = set()
         for call in self.calls:
             is_logits = call.step is not None and call.step is self.logits
             if not is_logits and not issubclass(original_type(call.module), _NO_UNITS):
-                places += self._places_of(call, by_name[call.name], known=call.step in seen)
+                alike = by_name[self._name(call)]
+                places += self._places_of(call, alike, known=call.step in seen)
             if call.step is not None:
                 seen.add(call.step)
         return places
 
+    def _name(self, call: _Call) -> str:
+        """Name of what a module returned: of several tensors all but the first are numbered."""
+        items = (other.within.item for other in self.calls if other.name == call.name)
+        item = call.within.item
+        return call.name if item == next(items) else f"{call.name}({(item or 0) + 1})"
+
     def _places_of(self, call: _Call, calls: list[_Call], *, known: bool) -> list[_Place]:
         kind = self._kind(call, known)
         site = Site(
-            name=call.name,
+            name=self._name(call),
             module=call.name,
             call=None,
             channels=call.shape[call.axis],
             axis=call.axis,
             shape=call.shape[1:],
             kind=kind,
+            within=call.within,
         )
         steps = [other.step for other in calls if other.step is not None]
         plain = _Place(site, steps, call.steps, call.guessed)
@@ -284,7 +387,7 @@ class _Pass:
         separate = not any(True for _ in call.module.parameters())
         one_call = replace(
             site,
-            name=f"{call.name}@{call.number}",
+            name=f"{site.name}@{call.number}",
             call=call.number,
             kind=kind if separate else "layer",
         )
@@ -300,7 +403,8 @@ class _Pass:
             return "activation"
         if issubclass(kind, _ACTIVATIONS):
             return "activation"
-        if _is_block(call.module) and not known and not holds_others:
+        no_axis = call.guessed and call.step is not None and call.step.split
+        if _is_block(call.module) and not known and not holds_others and not no_axis:
             return "block"
         return "layer"
 
@@ -316,30 +420,55 @@ class _Pass:
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             self.inside.pop()
-            holds = (
-                isinstance(output, Tensor)
-                and output.is_floating_point()
-                and output.ndim >= 2
-                and output.shape[0] == _ROWS
-            )
-            if holds:
-                self._note(name, module, output)
+            if not isinstance(output, (tuple, list)):
+                self._note(name, module, output, None)
+            # What the library's attention returns is told by the module around it.
+            elif not isinstance(module, nn.MultiheadAttention):
+                for number, one in enumerate(output):
+                    self._note(name, module, one, number)
 
         return hook
 
-    def _note(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _within(self, output: Any, item: int | None) -> Within | None:
+        """Say where the images lie in what a module returned; None if that holds no units."""
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
+            return None
+        step = self.flow.step(output)
+        axis, layout = (step.feature_axis(), step.images()) if step else (None, None)
+        if layout is None or layout.plain:
+            # Of several tensors it is the one whose units are known.
+            holds = output.shape[0] == _ROWS and (item is None or axis is not None)
+            return Within(item) if holds else None
+        return Within(item, layout) if axis not in (None, layout.axis) else None
+
+    def _note(self, name: str, module: nn.Module, output: Any, item: int | None) -> None:
+        within = self._within(output, item)
+        if within is None:
+            return
         step = self.flow.step(output)
         axis = None if step is None else step.feature_axis()
         known = axis is not None
+        shape = within.images.shape_first(output.shape)
         if axis is None:
             axis = self._guess(module, output)
         else:
-            self.last_axis = axis if output.ndim < 3 or axis < output.ndim - 1 else -1
-        number = 1 + sum(call.name == name for call in self.calls)
-        shape = tuple(output.shape)
-        guessed = not known and output.ndim > 2
-        steps, functions = len(self.flow.steps), len(self.functions)
-        self.calls.append(_Call(name, number, module, shape, axis, guessed, step, steps, functions))
+            axis = within.images.axis_there(axis)
+            self.last_axis = axis if len(shape) < 3 or axis < len(shape) - 1 else -1
+        number = 1 + sum((call.name, call.within.item) == (name, item) for call in self.calls)
+        self.calls.append(
+            _Call(
+                name=name,
+                number=number,
+                module=module,
+                shape=shape,
+                axis=axis,
+                guessed=not known and output.ndim > 2,
+                step=step,
+                steps=len(self.flow.steps),
+                functions=len(self.functions),
+                within=within,
+            )
+        )
 
     def _guess(self, module: nn.Module, output: Tensor) -> int:
         """Guess the axis where it does not follow from weights: no weights yet, or units split."""
@@ -360,19 +489,23 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Mark the module whose output is activated, unless an activation module does it."""
-        watched, inside = self.watched, self.watched.inside
+        watched, running = self.watched, self.watched.inside
         # An exported program calls the ATen overload where the model called a function.
         named = func
         if isinstance(func, torch._ops.OpOverload):
             named = getattr(torch, func._schema.name.removeprefix("aten::"), None)
         if named in _FUNCTIONAL_ACTIVATIONS and args and isinstance(args[0], Tensor):
-            module = inside[-1][1] if inside else self.watched.model
+            module = running[-1][1] if running else watched.model
             step = watched.flow.step(args[0])
             functional_call = not issubclass(original_type(module), _ACTIVATIONS)
             for call in watched.calls if functional_call and step is not None else ():
                 if call.step is step:
                     call.feeds_activation = True
                     break
+        opened = inside(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **(kwargs or {}))
         before = len(watched.flow.steps)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -415,5 +548,5 @@ def _alike(names: Sequence[str]) -> str:
     )
 
 
-def _layout(call: _Call) -> tuple[int, int]:
-    return call.shape[call.axis], call.axis
+def _layout(call: _Call) -> tuple[int, int, Within]:
+    return call.shape[call.axis], call.axis, call.within

@@ -313,10 +313,12 @@ class _Loop:
 
         def change_of(place: Place) -> Change:
             def change(call: int, output: Tensor) -> Tensor:
-                changed = output.clone()
+                changed = output
                 for site, units in row.targets.items():
                     if (site.module, site.function) == place and site.call in (None, call):
-                        self._replace(changed, output, site, units, call, batch)
+                        own = site.within.of(changed).clone()
+                        self._replace(own, site.within.of(output), site, units, call, batch)
+                        changed = site.within.put(changed, own)
                 return changed
 
             return change
@@ -328,10 +330,10 @@ class _Loop:
     def _replace(
         self, changed: Tensor, output: Tensor, site: Site, units: list[int], call: int, batch: Batch
     ) -> None:
-        """Write the replacement of the units into ``changed``, a copy of the site's output."""
+        """Write the replacement of the units into ``changed``, a copy of the site's tensor."""
         rows = changed[: len(batch.images)]
         if self.intervention.kind == "direction":
-            matrix = self.intervention.matrix(site.name, site.channels)
+            matrix = self.intervention.matrix(site.name, site.features)
             q = matrix[:, units].to(output.device)
             a = rows.movedim(site.axis, -1)  # a view: [N, ..., channels]
             a -= (a @ q) @ q.T
@@ -419,7 +421,7 @@ class _Loop:
             def note(call: int, output: Tensor) -> None:
                 for site in touched:
                     if (site.module, site.function) == place and site.call in (None, call):
-                        own = output[: len(batch.images)]
+                        own = site.within.of(output)[: len(batch.images)]
                         units_first = own.movedim(site.axis, 1).unsqueeze(-1).flatten(2)
                         maps.append(((site.name, call), units_first.clone()))
 

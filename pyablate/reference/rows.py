@@ -20,7 +20,7 @@ class Row:
     unit : int
         Number of the unit in its layer, -1 for a group.
     targets : mapping of Site to list of int
-        The units that are replaced together.
+        The entries along the axis of the units that are replaced together, or the directions.
     """
 
     label: str
@@ -60,7 +60,7 @@ def _unit_rows(
     for site in select(found, names) if names or not asked else []:
         units[site.name] = set(range(_count(site, intervention)))
     return [
-        Row(site.label(unit), site.name, unit, {site: [unit]})
+        Row(site.label(unit), site.name, unit, {site: _entries(site, unit, intervention)})
         for site in found
         for unit in sorted(units.get(site.name, ()))
     ]
@@ -91,7 +91,7 @@ def _group_rows(
         seen[key] = number
         targets: dict[Site, list[int]] = {}
         for site, unit in members:
-            targets.setdefault(site, []).append(unit)
+            targets.setdefault(site, []).extend(_entries(site, unit, intervention))
         rows.append(
             Row(
                 label="+".join(site.label(unit) for site, unit in members),
@@ -117,8 +117,12 @@ def _unit(found: Sequence[Site], label: str, intervention: Intervention) -> tupl
     return site, unit
 
 
+def _entries(site: Site, unit: int, intervention: Intervention) -> list[int]:
+    return [unit] if intervention.kind == "direction" else list(site.entries(unit))
+
+
 def _count(site: Site, intervention: Intervention) -> int:
     """Count the units of a site; under ``direction`` a unit is a direction."""
     if intervention.kind == "direction":
-        return intervention.matrix(site.name, site.channels).shape[1]
+        return intervention.matrix(site.name, site.features).shape[1]
     return site.channels

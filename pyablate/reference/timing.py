@@ -157,10 +157,11 @@ class _Silence:
 
 
 def _silenced(unit: int) -> Callable[[Site, int, Tensor], Tensor]:
-    """Give a change that zeroes one unit of what a function returns."""
+    """Give a change that zeroes one unit of a tensor that is not simply a module's output."""
 
     def change(site: Site, _call: int, output: Tensor) -> Tensor:
-        return output.index_fill(site.axis, torch.tensor([unit], device=output.device), 0)
+        entries = torch.tensor(site.entries(unit), device=output.device)
+        return output.index_fill(site.axis, entries, 0)
 
     return change
 
@@ -169,7 +170,7 @@ def _predict(model: nn.Module, x: Tensor, batch: int, site: Site, unit: int) -> 
     """Logits ``[N, K]`` on the CPU with one unit silenced."""
     parts = []
     for part in x.split(batch):
-        if site.function is not None:
+        if not site.plain:
             with hooked(model, [site], _silenced(unit)):
                 parts.append(forward(model, part))
             continue

@@ -46,7 +46,8 @@ def most_activating(
                 output.movedim(site.axis, 1).flatten(2) if output.ndim > 2 else output[..., None]
             )
             # A module that is called again adds to what it said before: A is over all calls.
-            totals[site.name] = totals.get(site.name, 0) + moved.mean(dim=2)
+            units = moved.mean(dim=2).unflatten(1, (site.channels, site.width)).mean(dim=2)
+            totals[site.name] = totals.get(site.name, 0) + units
             return output
 
         with hooked(ready.model, sites, see):

@@ -65,7 +65,7 @@ def _units_by_site(
 def _count_units(site: Site, intervention: Intervention) -> int:
     if intervention.kind != "direction":
         return site.channels
-    return intervention.matrix(site.name, site.channels).shape[1]
+    return intervention.matrix(site.name, site.features).shape[1]
 
 
 def _groups_by_sites(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_count
 from pyablate.interventions import parse
 from pyablate.network.model_checks import open_up
-from pyablate.network.sites import check_model
+from pyablate.network.sites import check_channels, check_model
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
@@ -45,6 +45,7 @@ def attributes(
     bins: int = 16,
     top: int = 60,
     sample: int = 256,
+    axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     progress: bool | Report | None = None,
@@ -78,6 +79,8 @@ def attributes(
         Images that precision_at looks at.
     sample : int
         Images, evenly spaced in the data, for hrank, conductance and lrp.
+    axis : dict, optional
+        Axis of the units of some layers, as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional
@@ -117,8 +120,9 @@ def attributes(
     named = {which} if isinstance(which, str) else set(which)
     entries = _available(entries, named, masks is not None)
     with undisturbed(), torch.inference_mode(False):
-        ready = open_up(model, data, class_names, device)
+        ready = open_up(model, data, class_names, device, axis=axis)
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))
+        check_channels(job.sites[0] for job in jobs)
         ready.data.hold_if_read_once()
         covered = None
         if any(entry.family == "concepts" for entry in entries):

@@ -32,7 +32,7 @@ def conductance(
 
     found: dict[str, Tensor] = {}
     for site in sites:
-        if site.call is not None or site.function is not None:
+        if site.call is not None or not site.plain:
             continue
         method = LayerConductance(model, model.get_submodule(site.module))
         parts = []

@@ -129,6 +129,21 @@ def test_an_axis_is_set_by_who_knows_better() -> None:
     assert pa.sites(model, x, axis={"blocks.0": -1}) == pa.sites(model, x)
 
 
+def test_an_axis_is_taken_wherever_layers_are() -> None:
+    model, x = IDIOMS["vit"].build(), images(IDIOMS["vit"], 12)
+    data, axis = (x, torch.arange(12) % 4), {"blocks.0": 1}
+    table = pa.attributes(model, data, ["blocks.0"], ["mean"], axis=axis)
+    with torch.no_grad():
+        by_token = model.blocks[0](model.norm(model.patches(x).flatten(2).transpose(1, 2)))
+    assert table["mean"].values == pytest.approx(by_token.mean((0, 2)).numpy(), abs=1e-5)
+    curve = pa.cumulative(model, data, ["blocks.0"], axis=axis, order="random", steps=1, repeats=1)
+    assert curve.to_dataframe()["removed"].max() == 16
+    found = pa.directions.principal_components(
+        model, data, ["blocks.1.act"], axis={"blocks.1.act": 1}
+    )
+    assert found["blocks.1.act"].shape == (16, 16)  # tokens, not the 24 hidden features
+
+
 @pytest.mark.parametrize(
     ("axis", "error", "message"),
     [
@@ -167,6 +182,25 @@ def test_an_axis_that_was_guessed_is_said(caplog: pytest.LogCaptureFixture) -> N
     caplog.clear()
     pa.ablate(Split().eval(), (x, torch.arange(4)), audit=0, axis={"act": 2})
     assert "guess" not in caplog.text
+
+
+def test_a_block_whose_features_are_split_is_no_layer_of_the_star() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x).relu()).unflatten(2, (4, 4)).transpose(1, 2)
+
+    class Joined(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(1, 2).flatten(2)
+
+    seen = surveyed(Tokens(Heads(), Joined()).eval(), torch.randn(1, 1, 8, 8))
+    chosen = select(seen.sites)
+    assert [site.name for site in chosen] == ["blocks.0.fc1"]
+    assert seen.left_out(chosen) == ["patches", "blocks.0.fc2"]
 
 
 def test_recording_hooks_see_real_tensors_only() -> None:

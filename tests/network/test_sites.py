@@ -94,6 +94,8 @@ def test_sites_describe_the_tensors_that_modules_put_out(name):
     every = found(name)
     assert len({each.name for each in every}) == len(every)
     for each in every:
+        if each.kind in ("heads", "part"):
+            continue  # of which tests/network/test_transformers.py knows
         calls = outputs[each.module]
         shown = calls if each.call is None else [calls[each.call - 1]]
         assert each.name == each.module + (f"@{each.call}" if each.call else "")

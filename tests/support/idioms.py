@@ -189,6 +189,34 @@ class ThreeMaps(nn.Module):
         return x + self.proj(self.stay(mixed.transpose(1, 2).flatten(2)))
 
 
+class TorchBlock(nn.Module):
+    """The library's attention, with its weights asked for or not."""
+
+    def __init__(self, width: int, heads: int, *, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+class Windows(Attention):
+    """Attention within windows that are folded into the batch, as in Swin."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__(width, heads)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        side, w = int(length**0.5), self.window
+        x = x.view(n, side // w, w, side // w, w, width).permute(0, 1, 3, 2, 4, 5)
+        x = super().forward(x.reshape(-1, w * w, width))
+        x = x.view(-1, side // w, side // w, w, w, width).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, length, width)
+
+
 class ChannelAttention(Attention):
     """The attention of XCiT: features attend to features."""
 
@@ -199,6 +227,54 @@ class ChannelAttention(Attention):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         return x + self.proj(mixed.permute(0, 3, 1, 2).reshape(n, length, width))
+
+
+class Tuples(nn.Module):
+    """A block that returns its sum among other things, and reads such a tuple."""
+
+    def __init__(self, width: int, heads: int, *, windows: bool = False) -> None:
+        super().__init__()
+        self.attention = Windows(width, heads, 2) if windows else Attention(width, heads)
+        self.mlp = Mlp(width, 24, nn.GELU())
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor, int]) -> tuple[Tensor, Tensor, int]:
+        x = x[0] if isinstance(x, tuple) else x
+        y = self.mlp(self.attention(x))
+        return 0.5 * y, x.mean(-1), y.shape[1]
+
+
+class Two(nn.Module):
+    """A block with two streams, as in TNT and CoaT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = Mlp(width, 24, nn.GELU()), Mlp(width, 20, nn.GELU())
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> list[Tensor]:
+        one, two = x
+        return [0.5 * self.one(one), self.two(two) + one]
+
+
+class Both(nn.Module):
+    """The same tensor twice."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.flip(1)
+
+
+class Last(nn.Module):
+    """Takes the tensor out of a tuple."""
+
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(list(x[:2]), 2) if x[1].ndim == x[0].ndim else x[0]
+
+
+class WindowedMlp(Mlp):
+    """An MLP on windows that are folded into the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        return super().forward(x.reshape(n * 4, length // 4, width)).reshape(n, length, width)
 
 
 class Mixer(nn.Module):
@@ -218,8 +294,11 @@ class Mixer(nn.Module):
 class Tokens(nn.Module):
     """Patches of an image as tokens, blocks, and the mean of the tokens classified."""
 
-    def __init__(self, *blocks: nn.Module, width: int = 16, patch: int = 2) -> None:
+    def __init__(
+        self, *blocks: nn.Module, width: int = 16, patch: int = 2, sequence_first: bool = False
+    ) -> None:
         super().__init__()
+        self.sequence_first = sequence_first
         self.patches = nn.Conv2d(1, width, patch, patch)
         self.stay = nn.Identity()
         self.norm = nn.LayerNorm(width)
@@ -228,9 +307,10 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stay(self.patches(x).flatten(2).transpose(1, 2)))
+        x = x.transpose(0, 1) if self.sequence_first else x
         for block in self.blocks:
             x = block(x)
-        return self.fc(x.mean(1))
+        return self.fc(x.mean(0 if self.sequence_first else 1))
 
 
 class ChannelsLast(nn.Module):
@@ -273,7 +353,7 @@ class Bare(nn.Module):
         return F.conv2d(x, self.weight, padding=1)
 
 
-def _made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Make the network with weights that are the same every time."""
 
     def build() -> nn.Module:
@@ -291,7 +371,7 @@ def _made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _between(function: Callable[[Tensor], Tensor], units: str = "conv1:6 conv2:10") -> Idiom:
-    return Idiom(_made(lambda: Between(function, halves="." in units)), units)
+    return Idiom(made(lambda: Between(function, halves="." in units)), units)
 
 
 IDIOMS: dict[str, Idiom] = {
@@ -314,13 +394,13 @@ IDIOMS: dict[str, Idiom] = {
     "glu_by_hand": _between(
         lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(), "conv1.mul:6 conv2.mul:10"
     ),
-    "functional_norm": Idiom(_made(FunctionalNorm), "conv.relu:6"),
-    "inline_residual": Idiom(_made(InlineResidual), "bn1:6 bn2.relu:6 conv3:5"),
+    "functional_norm": Idiom(made(FunctionalNorm), "conv.relu:6"),
+    "inline_residual": Idiom(made(InlineResidual), "bn1:6 bn2.relu:6 conv3:5"),
     "inline_residual_in_place": Idiom(
-        _made(lambda: InlineResidual(in_place=True)), "bn1:6 bn2.relu:6 conv3:5"
+        made(lambda: InlineResidual(in_place=True)), "bn1:6 bn2.relu:6 conv3:5"
     ),
     "own_activation": Idiom(
-        _made(
+        made(
             lambda: nn.Sequential(
                 nn.Conv2d(1, 6, 3),
                 QuickGELU(),
@@ -333,7 +413,7 @@ IDIOMS: dict[str, Idiom] = {
         "1:6",
     ),
     "padding_inside": Idiom(
-        _made(
+        made(
             lambda: nn.Sequential(
                 Padded(1, 6, 3),
                 nn.BatchNorm2d(6),
@@ -349,7 +429,7 @@ IDIOMS: dict[str, Idiom] = {
         "2:6 5:5",
     ),
     "bare_weights": Idiom(
-        _made(
+        made(
             lambda: nn.Sequential(
                 Bare(1, 6),
                 nn.BatchNorm2d(6),
@@ -364,7 +444,7 @@ IDIOMS: dict[str, Idiom] = {
         "2:6 4:5",
     ),
     "no_nonlinearity": Idiom(
-        _made(
+        made(
             lambda: nn.Sequential(
                 nn.Conv2d(1, 6, 3),
                 nn.Conv2d(6, 5, 3),
@@ -378,56 +458,86 @@ IDIOMS: dict[str, Idiom] = {
         left_out="0",
     ),
     "vit": Idiom(
-        _made(lambda: Tokens(Attention(16, 2), Mlp(16, 24, QuickGELU()))),
+        made(lambda: Tokens(Attention(16, 2), Mlp(16, 24, QuickGELU()))),
         "blocks.0:16 blocks.1.act:24 blocks.1:16",
         left_out="blocks.0.qkv",
     ),
     "xcit": Idiom(
-        _made(lambda: Tokens(ChannelAttention(16, 2), Mlp(16, 24, nn.GELU()))),
+        made(lambda: Tokens(ChannelAttention(16, 2), Mlp(16, 24, nn.GELU()))),
         "blocks.0:16 blocks.1.act:24 blocks.1:16",
         left_out="blocks.0.qkv",
     ),
     "pvt_v2": Idiom(
-        _made(lambda: Tokens(MixedMlp(16, 24))),
+        made(lambda: Tokens(MixedMlp(16, 24))),
+        "blocks.0.act:24 blocks.0:16",
+    ),
+    "tuples": Idiom(
+        made(lambda: Tokens(Tuples(16, 2), Tuples(16, 2, windows=True), Last())),
+        "blocks.0.attention:16 blocks.0.mlp.act:24 blocks.0.mlp:16 blocks.0:16 "
+        "blocks.1.attention:16 blocks.1.mlp.act:24 blocks.1.mlp:16 blocks.1:16",
+        left_out="blocks.0.attention.qkv blocks.1.attention.qkv",
+    ),
+    "two_streams": Idiom(
+        made(lambda: Tokens(Both(), Two(16), Two(16), Last(), nn.Linear(32, 16))),
+        "blocks.1.one.act:24 blocks.1.one:16 blocks.1.two.act:20 blocks.1.two:16 blocks.1:16 "
+        "blocks.1(2):16 blocks.2.one.act:24 blocks.2.one:16 blocks.2.two.act:20 blocks.2.two:16 "
+        "blocks.2:16 blocks.2(2):16",
+        left_out="blocks.4",
+    ),
+    "windows": Idiom(
+        made(lambda: Tokens(WindowedMlp(16, 24, nn.GELU()))),
+        "blocks.0.act:24 blocks.0:16",
+    ),
+    "tokens_first": Idiom(
+        made(lambda: Tokens(Mlp(16, 24, nn.GELU()), sequence_first=True)),
         "blocks.0.act:24 blocks.0:16",
     ),
     "gated": Idiom(
-        _made(lambda: Tokens(Gated(16, 24))),
+        made(lambda: Tokens(Gated(16, 24))),
         "blocks.0.w1:24 blocks.0:16",
     ),
     "mixer": Idiom(
-        _made(lambda: Tokens(Mixer(16, 16))),
+        made(lambda: Tokens(Mixer(16, 16))),
         "blocks.0.act1:11 blocks.0.act2:14 blocks.0:16",
     ),
-    "channels_last": Idiom(_made(ChannelsLast), "act:8", left_out="conv"),
-    "words": Idiom(_made(Words), "fc1:16", left_out="embedding"),
+    "channels_last": Idiom(made(ChannelsLast), "act:8", left_out="conv"),
+    "words": Idiom(made(Words), "fc1:16", left_out="embedding"),
 }
 """What ``"*"`` selects, with the number of units, and what is left."""
 
 MAPS: dict[str, Idiom] = {
     "patches": Idiom(
-        _made(lambda: Tokens(Attention(16, 2), Mlp(16, 24, QuickGELU()))),
+        made(lambda: Tokens(Attention(16, 2), Mlp(16, 24, QuickGELU()))),
         "patches:16@1 stay:16@2 norm:16@2 blocks.0.qkv:48@2 blocks.0.proj:16@2 blocks.0:16@2 "
         "blocks.1.fc1:24@2 blocks.1.act:24@2 blocks.1.keep:24@2 blocks.1:16@2",
     ),
     "xcit": Idiom(
-        _made(lambda: Tokens(ChannelAttention(16, 2))), "blocks.0.proj:16@2 blocks.0:16@2"
+        made(lambda: Tokens(ChannelAttention(16, 2))), "blocks.0.proj:16@2 blocks.0:16@2"
     ),
     "three_maps": Idiom(
-        _made(lambda: Tokens(ThreeMaps(16, 2, fused=True), ThreeMaps(16, 4, fused=False))),
+        made(lambda: Tokens(ThreeMaps(16, 2, fused=True), ThreeMaps(16, 4, fused=False))),
         "blocks.0.v:16@2 blocks.0.stay:16@2 blocks.0:16@2 blocks.1.stay:16@2 blocks.1:16@2",
     ),
     "pvt_v2": Idiom(
-        _made(lambda: Tokens(MixedMlp(16, 24))),
+        made(lambda: Tokens(MixedMlp(16, 24))),
         "blocks.0.fc1:24@2 blocks.0.dwconv:24@1 blocks.0.act:24@2 blocks.0:16@2",
     ),
+    "windows": Idiom(
+        made(lambda: Tokens(WindowedMlp(16, 24, nn.GELU()))),
+        "blocks.0.norm:16@3 blocks.0.fc1:24@3 blocks.0.act:24@3 blocks.0:16@2",
+    ),
+    "tokens_first": Idiom(
+        made(lambda: Tokens(Mlp(16, 24, nn.GELU()), sequence_first=True)),
+        "blocks.0.norm:16@2 blocks.0.fc1:24@2 blocks.0.act:24@2 blocks.0:16@2",
+    ),
+    "tuples": Idiom(made(lambda: Tokens(Tuples(16, 2), Last())), "blocks.0:16@2"),
     "mixer": Idiom(
-        _made(lambda: Tokens(Mixer(16, 16))),
+        made(lambda: Tokens(Mixer(16, 16))),
         "blocks.0.tokens1:11@2 blocks.0.act1:11@2 blocks.0.act2:14@2 blocks.0:16@2",
     ),
     "channels_last": Idiom(
-        _made(ChannelsLast), "conv:8@1 stay:8@3 norm:8@3 fc1:8@3 act:8@3 back:8@1"
+        made(ChannelsLast), "conv:8@1 stay:8@3 norm:8@3 fc1:8@3 act:8@3 back:8@1"
     ),
-    "words": Idiom(_made(Words), "embedding:16@2 stay:16@2 fc1:16@2"),
+    "words": Idiom(made(Words), "embedding:16@2 stay:16@2 fc1:16@2"),
 }
 """Layers with their numbers of units and axes, batch included."""
