@@ -19,6 +19,8 @@ from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
 from pyablate.network.layout import BatchLayout
 from pyablate.runtime import interrupts
 
+__all__ = ["CaptureError", "capture"]
+
 
 @interrupts.remembered()
 def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True) -> Graph:
