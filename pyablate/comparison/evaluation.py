@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +17,7 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
+from pyablate.network.classifier import classifier, take_inputs
 from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
@@ -101,7 +101,7 @@ def evaluate(
     data: Data,
     batch_size: int | None = None,
     *,
-    exact: Callable[[Tensor], Tensor] | None = None,
+    exact: nn.Module | None = None,
 ) -> Evaluation:
     """Run a network over the data.
 
@@ -117,6 +117,8 @@ def evaluate(
     classes = 0
     with torch.no_grad():
         for batch in data.batches(size):
+            for one in (model, exact):
+                take_inputs(one, data.inputs)
             logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
             _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)
@@ -139,7 +141,7 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype."""
     check_model(model)
     dtype = own_dtype(model)
-    work = copied(model).to(device_of(model) if device is None else device)
+    work = classifier(model).to(device_of(model) if device is None else device)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()
     # Convolutions of few channels are up to twice as fast with the channels last.
     work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
+from pyablate.data.inputs import Inputs, is_integer, is_structured, labels_apart
 from pyablate.runtime.host_to_device import sent
 
 
@@ -66,7 +67,9 @@ class Data:
     Parameters
     ----------
     source : pair of arrays, DataLoader or iterable of (images, labels)
-        A pair is taken whole. Anything else is iterated; batches may have any sizes.
+        A pair is taken whole. Anything else is iterated; batches may have any sizes. For images
+        may stand a dict or tuple of several inputs, for a pair or a batch a dict of inputs and
+        "labels": see :mod:`pyablate.data.inputs`.
     dtype, device
         What the images become.
 
@@ -84,10 +87,17 @@ class Data:
         self.dtype = dtype
         self.device = device
         self.classes: int | None = None  # labels from here on are errors, once it is known
+        self.inputs: Inputs | None = None
+        """How several inputs lie in one image, known when the first batch has been read."""
+        self.integers: Inputs | None = None
+        """How a model may need images that came as integers: as indices."""
         self._shape: tuple[int, ...] | None = None
-        if _is_pair(source):
-            self._source: Iterable[Any] = [tuple(source)]
-        elif isinstance(source, (Tensor, np.ndarray, str, bytes, dict)) or not isinstance(
+        if isinstance(source, Mapping):
+            self._source: Iterable[Any] = [self._check(0, source)]
+        elif _is_pair(source):
+            whole = tuple(source)
+            self._source = [self._check(0, whole) if is_structured(whole[0]) else whole]
+        elif isinstance(source, (Tensor, np.ndarray, str, bytes)) or not isinstance(
             source, Iterable
         ):
             raise TypeError(
@@ -224,10 +234,13 @@ class Data:
                 return
 
     def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(item, Mapping):
+            item = labels_apart(item, f"data: batch {number}")
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
             raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
-        images, labels = torch.as_tensor(item[0]), class_numbers(item[1], f"data: batch {number}")
+        images = self._packed(number, item[0])
+        labels = class_numbers(item[1], f"data: batch {number}")
         if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
                 f"data: batch {number}: expected images [N, ...] and labels [N], got "
@@ -243,6 +256,26 @@ class Data:
             )
         self._shape = shape
         return images, labels.to("cpu", torch.int64)
+
+    def _packed(self, number: int, given: Any) -> Tensor:
+        """One tensor of what a batch has for images."""
+        if not is_structured(given):
+            images = torch.as_tensor(given)
+            if is_integer(images) and self.inputs is None:
+                self.integers = Inputs.of(images)
+            return images
+        try:
+            inputs = Inputs.of(given)
+            packed = inputs.pack(given, self.dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"data: batch {number}: {error}") from None
+        if self.inputs not in (None, inputs):
+            raise ValueError(
+                f"data: batch {number}: inputs {inputs}, but earlier ones are {self.inputs}; pad "
+                "all of them to one length"
+            )
+        self.inputs = inputs
+        return packed
 
 
 def class_numbers(labels: Any, where: str) -> Tensor:
@@ -288,15 +321,21 @@ def class_numbers(labels: Any, where: str) -> Tensor:
     return found
 
 
-def gathered(source: Any) -> tuple[Tensor, Tensor]:
-    """All images ``[N, ...]`` and labels, int64 ``[N]``, of a source as they are, to be split."""
-    data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
+def gathered(source: Any) -> tuple[Any, Tensor]:
+    """Read all images and labels, int64 ``[N]``, of a source as they are, to be split.
+
+    Images are a tensor ``[N, ...]``, or where a model takes several inputs the dict or tuple of
+    them: see :func:`pyablate.data.inputs.chosen`.
+    """
+    data = Data(source, dtype=torch.float64, device=torch.device("cpu"))
     parts = [part for part in data._raw() if len(part[0])]
     if not parts:
         raise ValueError("data: no images")
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    images, labels = parts[0]
+    if len(parts) > 1:
+        images = torch.cat([part for part, _ in parts])
+        labels = torch.cat([part for _, part in parts])
+    return images if data.inputs is None else data.inputs.as_given(images), labels
 
 
 def _by_index(loader: DataLoader[Any]) -> bool:
@@ -328,7 +367,7 @@ def _is_pair(source: Any) -> bool:
     return (
         isinstance(source, (tuple, list))
         and len(source) == 2
-        and isinstance(source[0], (Tensor, np.ndarray))
+        and (isinstance(source[0], (Tensor, np.ndarray)) or is_structured(source[0]))
         and (isinstance(source[1], (Tensor, np.ndarray)) or _are_numbers(source[1]))
     )
 

@@ -65,7 +65,8 @@ def pairs(
     3
     """
     images, labels = gathered(data)
-    sites = select(opened(model, (images, labels), options.get("device")).sites, layer)
+    ready = opened(model, (images, labels), options.get("device"), options.get("logits"))
+    sites = select(ready.sites, layer)
     if len(sites) != 1:
         found = ", ".join(site.name for site in sites)
         raise ValueError(f"layer: expected one layer, {layer!r} selects {found}")

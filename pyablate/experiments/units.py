@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyablate._validation import nearest
+from pyablate.network.classifier import Choice
 from pyablate.network.model_checks import Ready, open_up
 from pyablate.network.sites import Site, check_model
 from pyablate.result import AblationResult
@@ -17,11 +18,13 @@ from pyablate.results.record import Ints
 from pyablate.runtime.determinism import undisturbed
 
 
-def opened(model: nn.Module, data: Any, device: str | torch.device | None = None) -> Ready:
+def opened(
+    model: nn.Module, data: Any, device: str | torch.device | None = None, logits: Choice = None
+) -> Ready:
     """Copy the model and look at the data, as :func:`pyablate.ablate` will."""
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
-        return open_up(model, data, None, device)
+        return open_up(model, data, None, device, logits=logits)
 
 
 def labels_of(found: Sequence[Site]) -> list[str]:

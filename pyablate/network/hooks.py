@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-
-from pyablate.runtime.locks import export_lock
 
 Kind = Literal["activation", "block", "layer"]
 
@@ -64,29 +60,6 @@ class Site:
     def label(self, unit: int) -> str:
         """Name of one unit, ``"layer:unit"``."""
         return f"{self.name}:{unit}"
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them.
-
-    Of a compiled one the network as it was.
-    """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    with export_lock():  # without hooks that another thread may have put on it
-        history = {
-            id(value): value.detach().clone()
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor) and not value.is_leaf
-        }
-        # A dozen empty tables of hooks in each module are most of what copying costs.
-        empty: dict[int, Any] = {
-            id(value): OrderedDict()
-            for module in model.modules()
-            for value in vars(module).values()
-            if type(value) is OrderedDict and not value
-        }
-        return copy.deepcopy(model, history | empty)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyablate._native import build_info
 from pyablate.data.dataset import Batch, Data
+from pyablate.network.classifier import choice_of
 from pyablate.network.graph import MARKER, Graph
 from pyablate.runtime.distributed import MODULUS
 
@@ -211,7 +212,8 @@ def _structure(model: nn.Module, graph: Graph | None) -> str:
     if graph is not None:
         return _operations(graph)
     kinds = dict.fromkeys(type(module) for module in model.modules())
-    return _text("\n".join([repr(model), *map(_source, kinds)]))
+    told = [choice] if (choice := choice_of(model)) else []
+    return _text("\n".join([repr(model), *map(_source, kinds), *told]))
 
 
 def _operations(graph: Graph) -> str:

@@ -24,6 +24,7 @@ from pyablate.engine.replay import ROWS, Replay, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
+from pyablate.network.classifier import Choice, check_choice_of_logits
 from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
@@ -108,6 +109,7 @@ class SetupOptions:
     precision: str = "auto"
     measures: tuple[str, ...] = ()
     axis: Mapping[str, int] | None = None
+    logits: Choice = None
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -127,7 +129,13 @@ def prepare(
     intervention, precision = options.intervention, options.precision
     double = precision == "fp64"
     ready = open_up(
-        model, source, options.class_names, options.device, double=double, axis=options.axis
+        model,
+        source,
+        options.class_names,
+        options.device,
+        double=double,
+        axis=options.axis,
+        logits=options.logits,
     )
     work, data, sample = ready.model, ready.data, ready.batch.images
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
@@ -223,6 +231,7 @@ def _is_abrupt(
 def check_options(model: Any, options: SetupOptions) -> None:
     """Check the arguments that need nothing else to be known."""
     check_model(model)
+    check_choice_of_logits(options.logits)
     for name, value in (("batch_size", options.batch_size), ("memory", options.memory)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
