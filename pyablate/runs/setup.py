@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyablate.data.dataset import Data
 from pyablate.engine import int8_conv
-from pyablate.engine.discontinuous import jumps, observed_jump, steep
+from pyablate.engine.discontinuous import behind_images, jumps, observed_jump, steep
 from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
 from pyablate.engine.microbenchmarks import convolution_rate
@@ -217,7 +217,7 @@ def _is_abrupt(
         if jump is not None:
             logger.info("all pairs are decided in float64, since %s jumps", jump)
         return jump is not None
-    abrupt = {*steep(graph, sample), *jumps(graph.after([graph.images]))}
+    abrupt = {*steep(graph, sample), *jumps(behind_images(graph))}
     if abrupt:
         names = ", ".join(sorted({str(node.target) for node in abrupt}))
         logger.info("all pairs are decided in float64, since %s jumps or is steep", names)
