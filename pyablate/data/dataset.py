@@ -143,13 +143,9 @@ class Data:
         """Images by index, after :meth:`hold`."""
         if not isinstance(self._source, list):
             raise RuntimeError("hold the data before reading it at random")
-        if len(self._source) > 1:
-            self._source = [
-                (
-                    torch.cat([torch.as_tensor(images) for images, _ in self._source]),
-                    torch.cat([torch.as_tensor(labels) for _, labels in self._source]),
-                )
-            ]
+        if len(self._source) > 1 or not isinstance(self._source[0], tuple):
+            parts = list(self._raw())
+            self._source = [tuple(torch.cat(part) for part in zip(*parts, strict=True))]
         images = torch.as_tensor(self._source[0][0])
         return images[index.to(images.device)].to(self.device, self.dtype)
 

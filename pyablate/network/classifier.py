@@ -72,7 +72,7 @@ def classifier(model: nn.Module, *, logits: Choice = None) -> nn.Module:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice_of_logits(logits)
     work = copied(model)
-    _Forward(work.forward, logits).put_on(work)
+    _Forward.for_(work, logits).put_on(work)
     return work
 
 
@@ -89,7 +89,7 @@ def giving_logits(
 ) -> Iterator[None]:
     """Let a model take one tensor and return its logits for a while, without a copy."""
     before = dict(vars(model))
-    _Forward(model.forward, logits, inputs).put_on(model)
+    _Forward.for_(model, logits, inputs).put_on(model)
     try:
         yield
     finally:
@@ -131,10 +131,19 @@ class _Forward:
     """Forward of a working copy, in place of that of its class."""
 
     def __init__(
-        self, inner: Callable[..., Any], logits: Choice, inputs: Inputs | None = None
+        self, inner: Callable[..., Any], choices: tuple[Choice, ...], inputs: Inputs | None
     ) -> None:
-        self.inner, self.logits, self.inputs = inner, logits, inputs
+        self.inner, self.choices, self.inputs = inner, choices, inputs
         self.said = False
+
+    @classmethod
+    def for_(cls, model: nn.Module, logits: Choice, inputs: Inputs | None = None) -> _Forward:
+        """Make one for a model, whose outputs may be chosen from already."""
+        own = cls.of(model)
+        if own is None:
+            return cls(model.forward, (logits,), inputs)
+        more = () if logits is None else (logits,)
+        return cls(own.inner, (*own.choices, *more), inputs or own.inputs)
 
     @classmethod
     def of(cls, model: nn.Module) -> _Forward | None:
@@ -150,39 +159,38 @@ class _Forward:
         """Return the logits; what is no tensor even then is handed on, to be refused."""
         inputs = self.inputs
         found = self.inner(images) if inputs is None else inputs.call(self.inner, images)
-        if self.logits is None and isinstance(found, Tensor):
-            return found
-        taken, name = _taken(found, self.logits)
-        if self.logits is None and name and not self.said:
-            logger.info(
-                "model: it returns %s; %s is taken as the logits (logits= picks another)",
-                contents(found),
-                name,
-            )
-            self.said = True
-        return taken
+        for choice in self.choices:
+            taken, name = _taken(found, choice)
+            if name and not self.said:
+                logger.info(
+                    "model: it returns %s; %s is taken as the logits (logits= picks another)",
+                    contents(found),
+                    name,
+                )
+                self.said = True
+            found = taken
+        return found
 
     def __repr__(self) -> str:
         """Choices only; functions by name."""
-        given = getattr(self.logits, "__qualname__", self.logits)
-        parts = [f"logits={given}"] * (given is not None)
-        parts += [str(self.inputs)] * (self.inputs is not None)
-        owner = getattr(self.inner, "__self__", None)
-        inner = repr(owner) if isinstance(owner, _Forward) else ""
-        return "; ".join([*parts, *[inner] * bool(inner)])
+        given = [getattr(one, "__qualname__", one) for one in self.choices if one is not None]
+        parts = [f"logits={one}" for one in given]
+        return "; ".join(parts if self.inputs is None else [*parts, str(self.inputs)])
 
 
 def _taken(found: Any, logits: Choice) -> tuple[Any, str]:
-    """Take the logits out of what a model returned, and say which they are."""
+    """Take the logits out of what a model returned; if unasked, say which they are."""
     if callable(logits):
-        return logits(found), "what the function returns"
+        return logits(found), ""
     if logits == BINARY:
         taken, name = _taken(found, None)
         return _two_classes(taken), name
     if isinstance(logits, str):
-        return _named(found, logits), repr(logits)
+        return _named(found, logits), ""
     if isinstance(logits, int):
-        return _numbered(found, logits), f"item {logits}"
+        return _numbered(found, logits), ""
+    if isinstance(found, Tensor):
+        return found, ""
     if isinstance(found, Mapping):
         return (found["logits"], "'logits'") if "logits" in found else (found, "")
     if hasattr(found, "logits"):
