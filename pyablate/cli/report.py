@@ -14,6 +14,7 @@ from pyablate.cli.options import (
     Images,
     Labels,
     Limit,
+    Logits,
     Network,
     Preprocessing,
     Run,
@@ -58,6 +59,7 @@ def report(
         ),
     ] = None,
     weights: Weights = None,
+    logits: Logits = None,
     labels: Labels = None,
     limit: Limit = None,
     pixels: Preprocessing,
@@ -78,7 +80,7 @@ def report(
     --limit 2000 --curves curve.csv`
     """
     if model is None:
-        check_needed("--model", {"--weights": weights, "--device": device})
+        check_needed("--model", {"--weights": weights, "--logits": logits, "--device": device})
     if data is None:
         of_data = {"--labels": labels, "--limit": limit, **by_option(pixels), "--model": model}
         check_needed("--data", of_data)
@@ -88,7 +90,9 @@ def report(
 
     result = pa.load(run)
     images = None if data is None else Images(data=data, labels=labels, limit=limit).load(pixels)
-    network = None if model is None else Network(model=model, weights=weights).load(device)
+    network = None
+    if model is not None:
+        network = Network(model=model, weights=weights, logits=logits).load(device)
     given = {"Result": run, "Model": model, "Weights": weights, "Data": data}
     result.report(
         output,

@@ -17,7 +17,7 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
-from pyablate.network.classifier import classifier, take_inputs
+from pyablate.network.classifier import giving_logits, take_inputs
 from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
@@ -115,7 +115,7 @@ def evaluate(
     rounding = Rounding()
     parts: list[tuple[NDArray[Any], ...]] = []
     classes = 0
-    with torch.no_grad():
+    with torch.no_grad(), giving_logits(model), giving_logits(exact):
         for batch in data.batches(size):
             for one in (model, exact):
                 take_inputs(one, data.inputs)
@@ -141,7 +141,7 @@ def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Mo
     """Copy a network for evaluation, in float32 (float64 if it is), and tell the dtype."""
     check_model(model)
     dtype = own_dtype(model)
-    work = classifier(model).to(device_of(model) if device is None else device)
+    work = copied(model).to(device_of(model) if device is None else device)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()
     # Convolutions of few channels are up to twice as fast with the channels last.
     work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

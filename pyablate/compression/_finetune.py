@@ -22,6 +22,7 @@ from pyablate.attribution.collapsed import (
 from pyablate.comparison.evaluation import prepared
 from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit
 from pyablate.data.dataset import Data
+from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
 from pyablate.runtime.determinism import undisturbed
@@ -155,7 +156,8 @@ def finetune(
             found = map_site(teacher, sample, layers[0]), map_site(tuned, sample, layers[1])
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)
-        history = fit(tuned, held, loss, schedule, report=report)
+        with giving_logits(tuned, inputs=held.inputs):
+            history = fit(tuned, held, loss, schedule, report=report)
     return FineTuned(tuned, pd.DataFrame(history), schedule)
 
 

@@ -143,7 +143,9 @@ class _Forward:
         if own is None:
             return cls(model.forward, (logits,), inputs)
         more = () if logits is None else (logits,)
-        return cls(own.inner, (*own.choices, *more), inputs or own.inputs)
+        found = cls(own.inner, (*own.choices, *more), inputs or own.inputs)
+        found.said = own.said
+        return found
 
     @classmethod
     def of(cls, model: nn.Module) -> _Forward | None:

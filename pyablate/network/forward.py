@@ -48,7 +48,7 @@ def check_logits(found: Any, images: int) -> Tensor:
         )
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != images:
         got = list(found.shape) if isinstance(found, Tensor) else contents(found)
-        other = "" if isinstance(found, Tensor) else "; logits= says which of them they are"
+        other = "" if isinstance(found, Tensor) else "; logits= of ablate or classifier picks one"
         raise TypeError(f"model: expected logits [N, classes], got {got}{other}")
     return found
 

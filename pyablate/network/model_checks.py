@@ -97,17 +97,23 @@ def fit_inputs(model: nn.Module, data: Data, sample: Tensor) -> None:
     ValueError
         The model fails on them.
     """
-    failed: Exception | None = None
-    for inputs in (data.inputs, data.integers) if data.integers else (data.inputs,):
-        take_inputs(model, inputs)
-        try:
-            with torch.no_grad():
-                forward(model, two_images(sample))
-            return
-        except (RuntimeError, IndexError, TypeError) as error:
-            failed = failed or error
-    what = f"images of shape {list(sample.shape[1:])}" if data.inputs is None else data.inputs
-    raise ValueError(f"data: the model fails on {what}: {first_line(failed)}") from failed
+    take_inputs(model, data.inputs)
+    failed = _failure(model, sample)
+    if failed is not None and data.integers is not None:
+        take_inputs(model, data.integers)
+        failed = _failure(model, sample) and failed
+    if failed is not None:
+        what = data.inputs or f"images of shape {list(sample.shape[1:])}"
+        raise ValueError(f"data: the model fails on {what}: {first_line(failed)}") from failed
+
+
+def _failure(model: nn.Module, sample: Tensor) -> Exception | None:
+    try:
+        with torch.no_grad():
+            forward(model, two_images(sample))
+    except (RuntimeError, IndexError, TypeError) as error:
+        return error
+    return None
 
 
 def _working_copy(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from pyablate._validation import nearest
 from pyablate.data.inputs import Inputs
@@ -124,7 +124,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(
                 f"model: {name or 'the model'} ({type(module).__name__}) takes the shape of its "
                 "weights from its first input and has seen none; run the model on a batch, then "
