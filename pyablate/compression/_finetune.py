@@ -149,10 +149,10 @@ def finetune(
         tuned, dtype = prepared(model, device)
         held = Data(data, dtype=dtype, device=device_of(tuned))
         held.hold()
+        sample = held.first(2).images
         loss = cross_entropy(tuned)
         if preserve_attributions and original is not None:
             teacher = _prepared_original(original, tuned, dtype)
-            sample = held.first(2).images
             found = map_site(teacher, sample, layers[0]), map_site(tuned, sample, layers[1])
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)

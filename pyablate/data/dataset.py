@@ -235,6 +235,8 @@ class Data:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             kind = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
             raise TypeError(f"data: batch {number}: expected (images, labels), got {kind}")
+        if item[1] is None:
+            raise TypeError(f"data: batch {number}: expected (images, labels), got no labels")
         images = self._packed(number, item[0])
         labels = class_numbers(item[1], f"data: batch {number}")
         if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):

@@ -130,20 +130,21 @@ def is_structured(given: Any) -> bool:
 
 
 def labels_apart(batch: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Any]:
-    """Split a batch that is a mapping into its inputs and its labels.
+    """Split a batch that is a mapping into its inputs and its labels, None if it has none.
 
     Raises
     ------
     TypeError
-        No labels, or nothing else.
+        There are no inputs, or two kinds of labels.
     """
-    found = [key for key in LABELS if key in batch]
-    if len(found) != 1 or len(batch) < 2:
+    inputs = {key: value for key, value in batch.items() if key not in LABELS}
+    found = [batch[key] for key in LABELS if key in batch]
+    if not inputs or len(found) > 1:
         raise TypeError(
             f"{where}: expected a mapping of inputs and {' or '.join(map(repr, LABELS))}, got "
-            f"{type(batch).__name__} of {', '.join(map(repr, batch)) or 'nothing'}"
+            f"one of {', '.join(map(repr, batch)) or 'nothing'}"
         )
-    return {key: value for key, value in batch.items() if key != found[0]}, batch[found[0]]
+    return inputs, found[0] if found else None
 
 
 def chosen(images: Any, which: Tensor) -> Any:

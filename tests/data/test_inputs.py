@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_them(tmp_path: Any) -> None:
 LARGE = DRAWN["ids"] + 2**24
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "no labels": (WORDS_AND_MASK, TypeError, "'labels' or 'label', got dict of 'input_ids', 'att"),
+    "no labels": (WORDS_AND_MASK, TypeError, r"data: batch 0: expected \(images, labels\), got no"),
     "labels alone": ({"labels": LABELS}, TypeError, "expected a mapping of inputs and 'labels'"),
     "text beside": (
         [{**batch, "text": ["so"] * len(batch["labels"])} for batch in batches(WORDS_AND_MASK)],
