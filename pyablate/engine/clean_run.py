@@ -17,14 +17,12 @@ from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
 from pyablate.network.forward import forward
 from pyablate.network.graph import CONVOLUTIONS, Graph, Value, tensor
+from pyablate.runtime.chunking import CLEAN_SLICE
 from pyablate.runtime.host_to_device import sent
 
 FIRST, LATER = 8, 4
 """Images of the first batch, and of each later one, that are watched: their logits are computed in
 float64 as well."""
-
-CACHED = 4 << 20
-"""Bytes of the widest tensor up to which the clean run takes images together."""
 
 
 def run_graph(
@@ -70,7 +68,7 @@ def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -
     kept = sum(graph.elements(node) for node in wanted)
     if images.device.type != "cpu" or kept >= widest:
         return len(images)
-    return max(16, CACHED // (widest * images.element_size()))
+    return max(16, CLEAN_SLICE // (widest * images.element_size()))
 
 
 def run_model(

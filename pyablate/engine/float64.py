@@ -24,13 +24,10 @@ from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.network import near_tie
 from pyablate.network.graph import Graph, Value, tensor
-from pyablate.runtime.chunking import LARGEST
+from pyablate.runtime.chunking import DOUBLE_SLICE, LARGEST
 from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
-
-SLICE = 16 << 20
-"""Bytes of the widest delta of one slice of pairs."""
 
 IMAGES = 32
 """Images whose float64 tensors are held at a time, fewer where these are large."""
@@ -119,7 +116,7 @@ class Exact:
 
     def _ablate(self, sweep: Sweep, row: Tensor, image: Tensor, logits: Tensor) -> None:
         """Change the clean logits ``[P, K]`` of some pairs to those without their units."""
-        job, size = sweep.suffix.job, sweep.suffix.pairs_in(SLICE)(torch.float64)
+        job, size = sweep.suffix.job, sweep.suffix.pairs_in(DOUBLE_SLICE)(torch.float64)
         parts = zip(*(whole.split(size) for whole in (row, image, logits)), strict=True)
         if job in self.recomputed:
             for rows, images, part in parts:

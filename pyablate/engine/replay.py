@@ -19,11 +19,10 @@ from pyablate.engine.replacements import Key, Replacements, Statistics, donor_ma
 from pyablate.network import near_tie
 from pyablate.network.forward import forward
 from pyablate.network.sites import Site, copied, hooked
+from pyablate.runtime import chunking
 from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
-
-ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class Replay:
     dtype: torch.dtype
     data: Data
     statistics: Mapping[Key, Statistics]
-    rows: int = ROWS
+    rows: int = chunking.REPLAYED
 
     def logits(self, batch: Batch, job: Job | None, row: Tensor, image: Tensor) -> Tensor:
         """Logits of each pair.

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
 from pyablate.engine import int8_conv
 from pyablate.engine.discontinuous import behind_images, jumps, observed_jump, steep
@@ -20,7 +21,7 @@ from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
 from pyablate.engine.microbenchmarks import convolution_rate
 from pyablate.engine.replacements import Key, Statistics
-from pyablate.engine.replay import ROWS, Replay, in_double
+from pyablate.engine.replay import Replay, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
@@ -29,17 +30,17 @@ from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
-from pyablate.runs.calibration import calibrate
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
+from pyablate.runs.unit_statistics import measure_units
 from pyablate.runtime.allocator import keep_freed_blocks
-from pyablate.runtime.chunking import DEVICE_SLICE, LARGEST, SLICE
+from pyablate.runtime.chunking import DEVICE_SLICE, LARGEST, REPLAYED, SLICE
 from pyablate.runtime.distributed import Ranks
 
 logger = logging.getLogger("pyablate")
 
+STRATEGIES = ("auto", "replay")
 PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
-
 
 SAME = 1e-3
 """Share of the largest logit by which a captured network may differ from the model: rounding."""
@@ -150,7 +151,7 @@ def prepare(
     at_a_time = images_at_a_time(exact_model, pair.to(decisive))
     size = options.batch_size or _images_per_batch(graph, jobs, sample, memory)
     statistics: dict[Key, Statistics] = {}  # read by replay, once they are there
-    replay = Replay(exact_model, decisive, data, statistics, min(ROWS, at_a_time))
+    replay = Replay(exact_model, decisive, data, statistics, min(REPLAYED, at_a_time))
     decided = exact(graph, replay, ready.batch)
     if graph is not None and isinstance(decided, Exact) and not options.measures:
         graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
@@ -161,7 +162,7 @@ def prepare(
         # In front of a site, too, low precision may fall on another side of a jump.
         judge, dtype = (exact_model, decisive) if abrupt else (work, data.dtype)
         statistics.update(
-            calibrate(
+            measure_units(
                 judge,
                 data,
                 marked,
@@ -233,13 +234,10 @@ def check_options(model: Any, options: SetupOptions) -> None:
     check_model(model)
     check_choice_of_logits(options.logits)
     for name, value in (("batch_size", options.batch_size), ("memory", options.memory)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if options.strategy not in ("auto", "replay"):
-        raise ValueError(f'strategy: expected "auto" or "replay", got {options.strategy!r}')
-    if options.precision not in PRECISIONS:
-        expected = ", ".join(PRECISIONS)
-        raise ValueError(f"precision: expected one of {expected}, got {options.precision!r}")
+        if value is not None:
+            check_count(name, value)
+    check_choice("strategy", options.strategy, STRATEGIES)
+    check_choice("precision", options.precision, PRECISIONS)
 
 
 def _low_precisions(

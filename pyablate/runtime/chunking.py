@@ -27,6 +27,15 @@ DEVICE_SLICE = 256 << 20
 """The same on a GPU: one pass over it takes some 0.1 ms at 2 to 3 TB/s, as long as launching tens
 of operations. By arithmetic, not measured."""
 
+DOUBLE_SLICE = 16 << 20
+"""That of float64, where fewer pairs come and more are done to each."""
+
+CLEAN_SLICE = 4 << 20
+"""Bytes of the widest tensor up to which the clean run takes images together."""
+
+REPLAYED = 64
+"""Pairs that are replayed together, fewer where one image alone takes long."""
+
 NUMBERS = 1 << 22
 """Numbers that statistics and attributes work on at a time: some tens of megabytes an array."""
 

@@ -211,7 +211,7 @@ def test_no_call_takes_long(monkeypatch, intervention, strategy):
             )
         return result, seen.most
 
-    monkeypatch.setattr(float64, "SLICE", 20_000)
+    monkeypatch.setattr(float64, "DOUBLE_SLICE", 20_000)
     plain, most = run()
     assert most > limit
     monkeypatch.setattr(chunking, "LONGEST", limit)

@@ -1,4 +1,4 @@
-"""Calibration: means and variances of every unit over the data, in float64."""
+"""Statistics of the units: means and variances of each over the data, in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyablate.network.sites import Site
 from pyablate.runtime.distributed import Ranks
 
 
-def calibrate(
+def measure_units(
     model: nn.Module,
     data: Data,
     sites: Sequence[Site],
