@@ -93,24 +93,38 @@ def _empty_tables(model: nn.Module) -> dict[int, Any]:
     }
 
 
-def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
-    """Give a function whose closure refers to modules of the model those of the copy instead."""
+def _rebound(
+    function: FunctionType, memo: Mapping[int, Any], around: tuple[FunctionType, ...] = ()
+) -> FunctionType:
+    """Give a function whose closure refers to modules of the model those of the copy instead.
+
+    ``around`` are the functions in whose closures it was found: it may refer to itself.
+    """
 
     def of_copy(value: Any) -> Any:
         if isinstance(value, nn.Module):
             return memo.get(id(value), value)
         if isinstance(value, MethodType):
-            return MethodType(value.__func__, of_copy(value.__self__))
-        return _rebound(value, memo) if isinstance(value, FunctionType) else value
+            owner = of_copy(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        if isinstance(value, FunctionType) and value not in (*around, function):
+            return _rebound(value, memo, (*around, function))
+        return value
 
-    before = [cell.cell_contents for cell in function.__closure__ or ()]
+    try:
+        before = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a variable that has no value yet
+        return function
     after = [of_copy(value) for value in before]
-    if all(new == old for new, old in zip(after, before, strict=True)):
+    if all(new is old for new, old in zip(after, before, strict=True)):
         return function
     cells = tuple(map(CellType, after))
     found = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
     )
+    for cell, old in zip(cells, before, strict=True):
+        if old is function:
+            cell.cell_contents = found
     found.__kwdefaults__ = function.__kwdefaults__
     found.__dict__.update(function.__dict__)
     return found

@@ -257,7 +257,8 @@ class _Loop:
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place)
         batches = list(images.batches(batch_size or 256))
-        fit_inputs(double, images, batches[0].images)
+        if images.inputs or images.integers:
+            fit_inputs(double, images, batches[0].images)
         found = sites(double, batches[0].images[:1], axis=axis)
         return cls(double, batches, rows_of(found, layers, groups, specification), specification)
 

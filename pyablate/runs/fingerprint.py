@@ -266,7 +266,7 @@ def table_fingerprint(model: nn.Module, data: Any, choices: Any) -> str:
 
     Short, since it stands in each row. Unlike :func:`identify` it needs no captured network.
     """
-    digest = hashlib.sha256(repr(model).encode())
+    digest = hashlib.sha256((repr(model) + choice_of(model)).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(_bytes(value.detach().cpu()))
