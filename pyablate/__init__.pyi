@@ -37,6 +37,7 @@ from .experiments import minimal_sets as minimal_sets
 from .experiments import pairs as pairs
 from .experiments import rotation_control as rotation_control
 from .interventions import Intervention as Intervention
+from .network.classifier import classifier as classifier
 from .network.sites import Site as Site
 from .network.sites import select as select
 from .network.sites import sites as sites

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_choice, check_count
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
+from pyablate.network.classifier import giving_logits
 from pyablate.network.sites import check_model, evaluation
 from pyablate.results.record import Floats
 
@@ -74,7 +75,12 @@ def attribution_maps(
         import captum.attr  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    with torch.inference_mode(False), torch.enable_grad(), evaluation(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluation(model),
+        giving_logits(model),
+    ):
         if method == "grad_cam":
             attribute = _grad_cam(model, images, layer)
         elif method == "lrp":

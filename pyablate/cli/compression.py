@@ -230,7 +230,8 @@ def compare(
     import pyablate as pa
 
     check_files(csv=csv, images=images)
-    networks = network.load(device), Network(model=smaller, weights=other_weights).load(device)
+    other = Network(model=smaller, weights=other_weights, logits=network.logits)
+    networks = network.load(device), other.load(device)
     loaded = data.load(pixels, network.pixels(networks[0]))
     found = pa.compare(
         *networks,

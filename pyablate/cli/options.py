@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
@@ -41,6 +42,14 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_de
 Weights = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Weights: .safetensors, or a checkpoint of tensors."),
+]
+Logits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which output of the model the logits are, where it returns several: a key or a "
+        "place, counted from 0. `binary` makes two classes of a single logit.",
+    ),
 ]
 DataSpec = Annotated[str, typer.Option("--data", metavar="DATA", help=_DATA_HELP)]
 SampleSpec = Annotated[str | None, typer.Option("--data", metavar="DATA", help=_DATA_HELP)]
@@ -213,12 +222,18 @@ class Network:
 
     model: Model
     weights: Weights = None
+    logits: Logits = None
 
     def load(self, device: str | None = None) -> nn.Module:
-        """Load it (see `pyablate.cli.model_specs.load_model`)."""
+        """Load it (see `pyablate.cli.model_specs.load_model`) as a network that gives logits."""
         from pyablate.cli.model_specs import load_model
+        from pyablate.network.classifier import classifier
 
-        return load_model(self.model, weights=self.weights, device=device)
+        network = load_model(self.model, weights=self.weights, device=device)
+        if self.logits is None:
+            return network
+        number = re.fullmatch(r"-?\d{1,9}", self.logits)
+        return classifier(network, logits=int(self.logits) if number else self.logits)
 
     def pixels(self, model: nn.Module) -> Pixels | None:
         """Tell how the loaded network wants its images (see `own_pixels` there)."""

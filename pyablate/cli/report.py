@@ -14,6 +14,7 @@ from pyablate.cli.options import (
     Images,
     Labels,
     Limit,
+    Logits,
     Network,
     Preprocessing,
     Run,
@@ -58,6 +59,7 @@ def report(
         ),
     ] = None,
     weights: Weights = None,
+    logits: Logits = None,
     labels: Labels = None,
     limit: Limit = None,
     pixels: Preprocessing,
@@ -78,7 +80,7 @@ def report(
     --limit 2000 --curves curve.csv`
     """
     if model is None:
-        check_needed("--model", {"--weights": weights, "--device": device})
+        check_needed("--model", {"--weights": weights, "--logits": logits, "--device": device})
     if data is None:
         of_data = {"--labels": labels, "--limit": limit, **by_option(pixels), "--model": model}
         check_needed("--data", of_data)
@@ -89,7 +91,7 @@ def report(
     result = pa.load(run)
     network = own = images = None
     if model is not None:
-        spec = Network(model=model, weights=weights)
+        spec = Network(model=model, weights=weights, logits=logits)
         network = spec.load(device)
         own = spec.pixels(network)
     if data is not None:

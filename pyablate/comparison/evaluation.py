@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +17,7 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
+from pyablate.network.classifier import giving_logits, take_inputs
 from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
@@ -102,7 +102,7 @@ def evaluate(
     data: Data,
     batch_size: int | None = None,
     *,
-    exact: Callable[[Tensor], Tensor] | None = None,
+    exact: nn.Module | None = None,
     labels: Ints | None = None,
 ) -> Evaluation:
     """Run a network over the data.
@@ -118,8 +118,10 @@ def evaluate(
     rounding = Rounding()
     parts: list[tuple[NDArray[Any], ...]] = []
     classes = 0
-    with torch.no_grad():
+    with torch.no_grad(), giving_logits(model), giving_logits(exact):
         for batch in data.batches(size):
+            for one in (model, exact):
+                take_inputs(one, data.inputs)
             logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
             _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)

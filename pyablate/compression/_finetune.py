@@ -22,6 +22,7 @@ from pyablate.attribution.collapsed import (
 from pyablate.comparison.evaluation import prepared
 from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit
 from pyablate.data.dataset import Data
+from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
 from pyablate.runtime.determinism import undisturbed
@@ -148,14 +149,15 @@ def finetune(
         tuned, dtype = prepared(model, device)
         held = Data(data, dtype=dtype, device=device_of(tuned))
         held.hold()
+        sample = held.first(2).images
         loss = cross_entropy(tuned)
         if preserve_attributions and original is not None:
             teacher = _prepared_original(original, tuned, dtype)
-            sample = held.first(2).images
             found = map_site(teacher, sample, layers[0]), map_site(tuned, sample, layers[1])
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)
-        history = fit(tuned, held, loss, schedule, report=report)
+        with giving_logits(tuned, inputs=held.inputs):
+            history = fit(tuned, held, loss, schedule, report=report)
     return FineTuned(tuned, pd.DataFrame(history), schedule)
 
 

@@ -19,6 +19,7 @@ from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
+from pyablate.network.classifier import classifier
 from pyablate.network.forward import device_of
 from pyablate.network.sites import Site, copied
 from pyablate.runtime.determinism import undisturbed
@@ -101,7 +102,7 @@ def prune_curve(
     shares = _fractions(fractions)
     named = _named(rankings)
     with undisturbed():
-        work, dtype = prepared(model, device)
+        work, dtype = prepared(classifier(model), device)
         images = Data(data, dtype=dtype, device=device_of(work))
         images.hold_if_read_once()
         points = _Points(work, images, batch_size)

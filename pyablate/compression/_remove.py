@@ -14,7 +14,7 @@ from pyablate._validation import first_line
 from pyablate.compression._rank import Ranking
 from pyablate.compression.coupling import Coupling
 from pyablate.network import near_tie
-from pyablate.network.forward import forward
+from pyablate.network.forward import check_logits, forward
 from pyablate.network.sites import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
@@ -196,8 +196,7 @@ def silenced(
 
     chosen = [site for site in found if site.name in by_site]
     with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
-        logits: Tensor = forward(model, images)
-    return logits
+        return check_logits(forward(model, images), len(images))
 
 
 def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:

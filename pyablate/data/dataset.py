@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
+from pyablate.data.inputs import Inputs, is_integer, is_structured, labels_apart
 from pyablate.runtime.host_to_device import sent
 
 _log = logging.getLogger("pyablate")
@@ -70,8 +71,10 @@ class Data:
     Parameters
     ----------
     source : pair of arrays, DataLoader or iterable of (images, labels)
-        A pair is taken whole. Anything else is iterated; batches may have any sizes. Images alone
-        (an array, ``(images, None)``, batches without labels) where ``unlabelled`` are taken.
+        A pair is taken whole. Anything else is iterated; batches may have any sizes. For images
+        may stand a dict or tuple of several inputs, for a pair or a batch a dict of inputs and
+        "labels": see :mod:`pyablate.data.inputs`. Images alone (an array, ``(images, None)``,
+        batches without labels) where ``unlabelled`` are taken.
     dtype, device
         What the images become; those of uint8 are scaled to ``[0, 1]``, which the log tells once.
     unlabelled : bool
@@ -105,12 +108,18 @@ class Data:
         self.labelled = True
         self._unlabelled = unlabelled
         self.classes: int | None = None  # labels from here on are errors, once it is known
+        self.inputs: Inputs | None = None
+        """How several inputs lie in one image, known when the first batch has been read."""
+        self.integers: Inputs | None = None
+        """How a model may need images that came as integers: as indices."""
         self._shape: tuple[int, ...] | None = None
-        if _is_pair(source):
-            self._source: Iterable[Any] = [tuple(source)]
+        if isinstance(source, Mapping):
+            self._source: Iterable[Any] = [source]
+        elif _is_pair(source):
+            self._source = [tuple(source)]
         elif isinstance(source, (Tensor, np.ndarray)):
             self._source = [(source, None)]
-        elif isinstance(source, (str, bytes, dict)) or not isinstance(source, Iterable):
+        elif isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
             raise TypeError(
                 "data: expected (images, labels), a DataLoader or an iterable of (x, y), "
                 f"got {type(source).__name__}"
@@ -155,7 +164,7 @@ class Data:
         """Images by index, after :meth:`hold`."""
         if not isinstance(self._source, list):
             raise RuntimeError("hold the data before reading it at random")
-        if len(self._source) > 1:
+        if len(self._source) > 1 or not _is_plain(self._source[0]):
             images, labels = (torch.cat(parts) for parts in zip(*self._raw(), strict=True))
             self._source = [(images, labels if self.labelled else None)]
         images = torch.as_tensor(self._source[0][0])
@@ -251,7 +260,7 @@ class Data:
     def _check(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
         where = f"data: batch {number}"
         given, known = _images_and_labels(item, where)
-        images = torch.as_tensor(given)
+        images = self._packed(given, where)
         if known is None:
             if not self._unlabelled:
                 raise TypeError(f"{where}: expected (images, labels), got images without labels")
@@ -275,6 +284,26 @@ class Data:
             raise ValueError(f"{where}: expected labels for all images or for none")
         self._shape, self.labelled = shape, known is not None
         return images, labels.to("cpu", torch.int64)
+
+    def _packed(self, given: Any, where: str) -> Tensor:
+        """One tensor of what a batch has for images."""
+        if not is_structured(given):
+            images = torch.as_tensor(given)
+            if is_integer(images) and self.inputs is None:
+                self.integers = Inputs.of(images)
+            return images
+        try:
+            inputs = Inputs.of(given)
+            packed = inputs.pack(given, self.dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        if self.inputs not in (None, inputs):
+            raise ValueError(
+                f"{where}: inputs {inputs}, but earlier ones are {self.inputs}; pad "
+                "all of them to one length"
+            )
+        self.inputs = inputs
+        return packed
 
 
 @functools.cache
@@ -328,6 +357,8 @@ def class_numbers(labels: Any, where: str) -> Tensor:
 
 def _images_and_labels(item: Any, where: str) -> tuple[Any, Any]:
     """Take a batch apart; no labels are None."""
+    if isinstance(item, Mapping):
+        return labels_apart(item, where)
     if isinstance(item, (Tensor, np.ndarray)):
         return item, None
     if isinstance(item, (tuple, list)) and len(item) in (1, 2):
@@ -336,15 +367,26 @@ def _images_and_labels(item: Any, where: str) -> tuple[Any, Any]:
     raise TypeError(f"{where}: expected (images, labels), got {kind}")
 
 
-def gathered(source: Any) -> tuple[Tensor, Tensor]:
-    """All images ``[N, ...]`` and labels, int64 ``[N]``, of a source as they are, to be split."""
-    data = Data(source, dtype=torch.float32, device=torch.device("cpu"))  # neither is used
+def _is_plain(item: Any) -> bool:
+    """Whether a batch is a pair of one array of images and whatever labels."""
+    return isinstance(item, tuple) and isinstance(item[0], (Tensor, np.ndarray))
+
+
+def gathered(source: Any) -> tuple[Any, Tensor]:
+    """Read all images and labels, int64 ``[N]``, of a source as they are, to be split.
+
+    Images are a tensor ``[N, ...]``, or where a model takes several inputs the dict or tuple of
+    them: see :func:`pyablate.data.inputs.chosen`.
+    """
+    data = Data(source, dtype=torch.float64, device=torch.device("cpu"))
     parts = [part for part in data._raw() if len(part[0])]
     if not parts:
         raise ValueError("data: no images")
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    images, labels = parts[0]
+    if len(parts) > 1:
+        images = torch.cat([part for part, _ in parts])
+        labels = torch.cat([part for _, part in parts])
+    return images if data.inputs is None else data.inputs.as_given(images), labels
 
 
 def _by_index(loader: DataLoader[Any]) -> bool:
@@ -376,7 +418,7 @@ def _is_pair(source: Any) -> bool:
     if not isinstance(source, (tuple, list)) or len(source) != 2:
         return False
     images, labels = source
-    if not isinstance(images, (Tensor, np.ndarray)):
+    if not isinstance(images, (Tensor, np.ndarray)) and not is_structured(images):
         return False
     if isinstance(labels, (Tensor, np.ndarray)):
         # A list of two may as well hold two batches of images.

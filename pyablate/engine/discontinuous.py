@@ -71,6 +71,18 @@ EXPONENTIALS: frozenset[Target] = frozenset({aten.exp.default, aten.exp2.default
 HANDED_ON: frozenset[Target] = SAME | {aten._to_copy.default, aten.to.dtype}
 """What a mask goes through on its way from a comparison to a product."""
 
+PARTS: frozenset[Target] = frozenset(
+    {
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.split_with_sizes.default,
+        aten.view.default,
+        operator.getitem,
+    }
+)
+"""What cuts a tensor into parts, as several inputs of a network are from one."""
+
 WIDTHS: Mapping[Target, float] = {
     aten.sigmoid.default: 1.0,
     aten.tanh.default: 1.0,
@@ -92,6 +104,19 @@ def jumps(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         if any(source in changed and _floats(source) for source in node.all_input_nodes)
         and (_divides_with_rounding(node) or node.target in STEPS or _decides(node))
     ]
+
+
+def behind_images(graph: Graph) -> list[fx.Node]:
+    """Nodes that change with the images, but for parts of these themselves.
+
+    What is given is exact in any precision: indices and masks that are made of it do not jump.
+    """
+    given = {graph.images}
+    for node in graph.graph.nodes:
+        sources = [source for source in node.all_input_nodes if graph.size(source, 1) is None]
+        if node.target in PARTS and given.issuperset(sources):
+            given.add(node)
+    return [node for node in graph.after([graph.images]) if node not in given]
 
 
 def steep(graph: Graph, sample: Tensor) -> list[fx.Node]:

@@ -6,7 +6,6 @@ does the whole job for models that cannot be captured.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pyablate.engine.job import Job
 from pyablate.engine.replacements import Key, Replacements, Statistics, donor_maps
 from pyablate.network import near_tie
 from pyablate.network.forward import forward
-from pyablate.network.sites import Site, hooked
+from pyablate.network.sites import Site, copied, hooked
 from pyablate.runtime import chunking
 from pyablate.runtime.host_to_device import sent
 
@@ -134,7 +133,7 @@ def decision(logits: Tensor) -> Decision:
 
 def in_double(model: nn.Module, images: Tensor) -> tuple[nn.Module, torch.dtype]:
     """Copy a network in float64, or in its own precision where it cannot run in float64."""
-    double = copy.deepcopy(model).double()
+    double = copied(model).double()
     try:
         with torch.no_grad():
             double(images.to(torch.float64, copy=True))  # it may work in place

@@ -106,7 +106,7 @@ def cumulative(
     check_count("repeats", repeats)
     orders = named(order)
     images, labels = gathered(data)
-    ready = opened(model, (images, labels), options.get("device"), options.get("axis"))
+    ready = opened(model, (images, labels), options)
     units = labels_of(select(ready.sites, layers))
     common = {"intervention": intervention, "class_names": class_names, "seed": seed, **options}
     measuring = images, labels

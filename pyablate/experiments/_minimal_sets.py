@@ -94,7 +94,7 @@ def minimal_sets(
     if largest is not None:
         check_count("largest", largest)
     halves = split(data, seed=seed)
-    ready = opened(model, halves.choosing, options.get("device"), options.get("axis"))
+    ready = opened(model, halves.choosing, options)
     units = labels_of(select(ready.sites, layers))
     common = {"intervention": intervention, "class_names": class_names, "seed": seed, **options}
 

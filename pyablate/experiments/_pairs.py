@@ -65,7 +65,7 @@ def pairs(
     3
     """
     images, labels = gathered(data)
-    ready = opened(model, (images, labels), options.get("device"), options.get("axis"))
+    ready = opened(model, (images, labels), options)
     sites = select(ready.sites, layer)
     if len(sites) != 1:
         found = ", ".join(site.name for site in sites)

@@ -18,6 +18,7 @@ from pyablate.analysis.targets import gini
 from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
 from pyablate.interventions import Intervention
+from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
@@ -151,8 +152,9 @@ def rotation_control(
     check_seed(seed)
     _check(("units", "rotated"), fewest, resamples, confidence)
     held = gathered(data)
+    network = classifier(model, logits=options.get("logits"))
     axes = directions.rotations(
-        model,
+        network,
         held,
         layers,
         count=rotations,

@@ -65,7 +65,7 @@ def rotations(
     """
     check_count("count", count)
     check_seed(seed)
-    found = select(opened(model, data, device, axis).sites, layers)
+    found = select(opened(model, data, {"device": device, "axis": axis}).sites, layers)
     check_channels(found)
     turns = len(found) * count
     return {
@@ -114,7 +114,7 @@ def principal_components(
     torch.Size([128, 128])
     """
     with undisturbed(), torch.inference_mode(False), torch.no_grad():
-        ready = opened(model, data, device, axis)
+        ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         moments = {site.name: _Moments(site.features) for site in found}
         for batch in ready.data.batches(batch_size or BATCH):
@@ -161,7 +161,7 @@ def next_weights(
     torch.Size([64, 64])
     """
     with undisturbed(), torch.inference_mode(False):
-        ready = opened(model, data, device, axis)
+        ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         graph = capture(ready.model, ready.batch.images, found, fold=False)
         return {site.name: _singular_vectors(graph, site) for site in found}

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyablate._validation import check_seed
 from pyablate.analysis.statistics import random_half
 from pyablate.data.dataset import gathered
+from pyablate.data.inputs import chosen
 
 Images = tuple[Tensor, Tensor]
 
@@ -40,6 +41,6 @@ def split(data: Any, *, seed: int) -> Halves:
         half[0] = not half[0]
     first = torch.from_numpy(half)
     return Halves(
-        (images[first.to(images.device)], labels[first]),
-        (images[~first.to(images.device)], labels[~first]),
+        (chosen(images, first), labels[first]),
+        (chosen(images, ~first), labels[~first]),
     )

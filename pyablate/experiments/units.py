@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,12 @@ from pyablate.results.record import Ints
 from pyablate.runtime.determinism import undisturbed
 
 
-def opened(
-    model: nn.Module,
-    data: Any,
-    device: str | torch.device | None = None,
-    axis: Mapping[str, int] | None = None,
-) -> Ready:
-    """Copy the model and look at the data, as :func:`pyablate.ablate` will."""
+def opened(model: nn.Module, data: Any, options: Mapping[str, Any] = MappingProxyType({})) -> Ready:
+    """Copy the model and look at the data, as :func:`pyablate.ablate` will with these options."""
+    known: dict[str, Any] = {name: options.get(name) for name in ("axis", "logits")}
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
-        return open_up(model, data, None, device, axis=axis)
+        return open_up(model, data, None, options.get("device"), **known)
 
 
 def labels_of(found: Sequence[Site]) -> list[str]:

@@ -75,12 +75,12 @@ def export(model: nn.Module, pair: Tensor) -> Parts:
     parts = _dynamic(_Plain(model), pair)
     unfit = _unfit_size(parts)
     reasons = []
-    for form in (_Plain, _OneByOne) if unfit else ():
+    for form in (_Plain, _OneByOne):
+        if unfit is None:
+            break
         try:
             parts = _dynamic(_generalised(form(model), pair, unfit), pair)
             unfit = _unfit_size(parts)
-            if unfit is None:
-                break
             reasons.append(CaptureError(f"its graph does not hold for {unfit} images"))
         except CaptureError as error:
             reasons.append(error)

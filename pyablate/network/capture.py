@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from pyablate.network import any_batch
 from pyablate.network.any_batch import CaptureError, Parts, line_of
 from pyablate.network.batch_norm import fold_batch_norm
+from pyablate.network.classifier import varied
 from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, Graph, aten, is_symbolic, mark, tensor
@@ -42,7 +43,7 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
     CaptureError
         ``torch.export`` fails, or the graph does something across images.
     """
-    pair = _noisy(two_images(sample))
+    pair = _noisy(model, sample)
     parts = _export(model, pair, sites)
     graph = Graph(
         graph=parts.graph,
@@ -141,7 +142,10 @@ def _candidates(meta: Tensor, symbol: Any) -> Iterator[BatchLayout]:
                     yield BatchLayout(axis, inner=int(factor) // outer, outer=outer)
 
 
-def _noisy(pair: Tensor) -> Tensor:
-    """Make two images different, so that no tensor is the same on both."""
+def _noisy(model: nn.Module, sample: Tensor) -> Tensor:
+    """Two images that differ, so that no tensor is the same on both."""
+    pair = two_images(sample)
     noise = torch.randn(pair.shape, generator=torch.Generator().manual_seed(0)).to(pair)
-    return pair + (0.1 * pair.std() + 1e-3) * noise
+    differs = (sample != sample[0]).int().argmax(dim=0, keepdim=True)  # 0 where none does
+    others = torch.cat([sample[:1], sample.gather(0, differs)])  # of integers, which stay whole
+    return varied(model, pair, lambda x: x + (0.1 * x.std() + 1e-3) * noise, others)

@@ -7,7 +7,7 @@ else has to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -41,10 +41,34 @@ def two_images(sample: Tensor) -> Tensor:
 
 def check_logits(found: Any, images: int) -> Tensor:
     """Refuse what a network returned if it is not one tensor of logits ``[N, classes]``."""
+    if isinstance(found, Tensor) and found.shape in ((images,), (images, 1)):
+        raise ValueError(
+            "model: expected logits of at least 2 classes, got 1; one logit an image is made "
+            'two classes by logits="binary" (of ablate, or of classifier)'
+        )
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != images:
-        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"model: expected logits [N, classes], got {got}")
+        got = list(found.shape) if isinstance(found, Tensor) else contents(found)
+        other = "" if isinstance(found, Tensor) else "; logits= of ablate or classifier picks one"
+        raise TypeError(f"model: expected logits [N, classes], got {got}{other}")
     return found
+
+
+def contents(found: Any) -> str:
+    """Say what a network returned: types, names and shapes."""
+    if isinstance(found, Tensor):
+        return f"a tensor {list(found.shape)}"
+    kind = type(found).__name__
+    if isinstance(found, Mapping):
+        items = [f"{key!r} {_shape(one)}" for key, one in found.items()]
+    elif isinstance(found, (tuple, list)):
+        items = [_shape(one) for one in found]
+    else:
+        items = [f"{name!r} {_shape(one)}" for name, one in getattr(found, "__dict__", {}).items()]
+    return f"{kind} of {', '.join(items) or 'nothing'}"
+
+
+def _shape(item: Any) -> str:
+    return str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__
 
 
 def device_of(model: nn.Module) -> torch.device:

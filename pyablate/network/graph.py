@@ -220,7 +220,7 @@ class Graph:
             return [_pick(one, item, image) for one, item in zip(layouts, value, strict=True)]
         return _pick(layout, value, image)
 
-    def _number(self, node: fx.Node, rows: int) -> Any:
+    def _number(self, node: fx.Node, rows: int) -> Value:
         return self.evaluate(node, lambda source: self._number(source, rows), rows)
 
     def joins(self, node: fx.Node) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pyablate.network.layout import WHOLE, Within
-from pyablate.runtime.locks import export_lock
 
 Kind = Literal["activation", "block", "layer", "heads", "part"]
 SPEAKING: tuple[Kind, ...] = ("activation", "block")
@@ -89,54 +86,6 @@ class Site:
     def label(self, unit: int) -> str:
         """Name of one unit, ``"layer:unit"``."""
         return f"{self.name}:{unit}"
-
-
-def seen_through(model: nn.Module) -> nn.Module:
-    """Return the network itself, whatever DataParallel and torch.compile have wrapped.
-
-    A copy, where parts of it are wrapped: those have other names then.
-    """
-    model = _inside(model)
-    return copied(model) if any(_inside(part) is not part for part in model.modules()) else model
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Copy a model, also one that holds tensors with a history, as old weight norm leaves them.
-
-    Of what is compiled or parallel, in whole or in part, the network as it was.
-    """
-    with export_lock():  # without hooks that another thread may have put on it
-        known: dict[int, Any] = {
-            id(value): value.detach().clone()
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor) and not value.is_leaf
-        }
-        # A dozen empty tables of hooks in each module are most of what copying costs.
-        known |= {
-            id(value): OrderedDict()
-            for module in model.modules()
-            for value in vars(module).values()
-            if type(value) is OrderedDict and not value
-        }
-        for module in reversed(list(model.modules())):  # the inner ones first
-            if _inside(module) is not module:
-                known[id(module)] = copy.deepcopy(_inside(module), known)
-        network = copy.deepcopy(model, known)
-    for module in network.modules():
-        if module._compiled_call_impl is not None:  # by `module.compile()`
-            module._compiled_call_impl = None
-    return network
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    while True:
-        if "_orig_mod" in module._modules:  # of torch.compile
-            module = cast(nn.Module, module._modules["_orig_mod"])
-        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
-        else:
-            return module
 
 
 @contextmanager

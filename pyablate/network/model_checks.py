@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from pyablate._validation import check_names, first_line
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
+from pyablate.network.classifier import Choice, classifier, take_inputs, varied
 from pyablate.network.forward import (
     check_logits,
     device_of,
+    forward,
     own_dtype,
     two_images,
     usable_device,
 )
-from pyablate.network.sites import Site, Survey, copied, surveyed
+from pyablate.network.sites import Site, Survey, surveyed
 
 logger = logging.getLogger("pyablate")
 
@@ -72,34 +74,59 @@ def open_up(
     double: bool = False,
     axis: Mapping[str, int] | None = None,
     unlabelled: bool = False,
+    logits: Choice = None,
 ) -> Ready:
     """Copy the model, look at the first images and check that the two fit.
 
     ``unlabelled`` is whether images without labels will do.
     """
-    work, dtype, where = _working_copy(model, device, double=double)
+    work, dtype, where = _working_copy(model, device, double=double, logits=logits)
     data = Data(source, dtype=dtype, device=where, unlabelled=unlabelled)
     batch = data.first(SAMPLE)
     sample = batch.images
-    try:
-        found = surveyed(work, sample, axis)
-    except RuntimeError as error:
-        raise ValueError(
-            f"data: the model fails on images of shape {list(sample.shape[1:])}: "
-            f"{first_line(error)}"
-        ) from error
+    fit_inputs(work, data, sample)
+    found = surveyed(work, sample, axis)
     classes = data.classes = _count_classes(work, sample)
     _check_independence(work, sample)
     return Ready(work, data, batch, found, classes, _check_names(class_names, classes))
 
 
+def fit_inputs(model: nn.Module, data: Data, sample: Tensor) -> None:
+    """Let a working copy take the data as they come, its first images being ``sample``.
+
+    Integers that came as a plain tensor are numbers, and indices where the model fails on numbers.
+
+    Raises
+    ------
+    ValueError
+        The model fails on them.
+    """
+    take_inputs(model, data.inputs)
+    failed = _failure(model, sample)
+    if failed is not None and data.integers is not None:
+        take_inputs(model, data.integers)
+        failed = _failure(model, sample) and failed
+    if failed is not None:
+        what = data.inputs or f"images of shape {list(sample.shape[1:])}"
+        raise ValueError(f"data: the model fails on {what}: {first_line(failed)}") from failed
+
+
+def _failure(model: nn.Module, sample: Tensor) -> Exception | None:
+    try:
+        with torch.no_grad():
+            forward(model, two_images(sample))
+    except (RuntimeError, IndexError, TypeError) as error:
+        return error
+    return None
+
+
 def _working_copy(
-    model: nn.Module, device: str | torch.device | None, *, double: bool
+    model: nn.Module, device: str | torch.device | None, *, double: bool, logits: Choice
 ) -> tuple[nn.Module, torch.dtype, torch.device]:
     """Copy the model to work on, so that nothing can happen to the caller's."""
     where = device_of(model) if device is None else usable_device(device)
     dtype = torch.float64 if double else own_dtype(model)
-    work = copied(model).to(where)
+    work = classifier(model, logits=logits).to(where)
     work = (work.double() if dtype == torch.float64 else work.float()).eval()  # not the complex
     for tensor in (*work.parameters(), *work.buffers()):
         tensor.requires_grad_(False)
@@ -110,8 +137,8 @@ def _working_copy(
 def check_weights(model: nn.Module) -> None:
     """Refuse weights that are not finite, and batch norm by the statistics of each batch."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+            bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
             raise ValueError(f"model: {name} holds NaN or infinite values, the first at {bad}")
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -124,10 +151,7 @@ def check_weights(model: nn.Module) -> None:
 
 def _count_classes(model: nn.Module, sample: Tensor) -> int:
     with torch.no_grad():
-        logits = check_logits(model(two_images(sample)), 2)
-    if logits.shape[1] < 2:
-        raise ValueError(f"model: expected logits of at least 2 classes, got {logits.shape[1]}")
-    return logits.shape[1]
+        return check_logits(forward(model, two_images(sample)), 2).shape[1]
 
 
 def _check_independence(model: nn.Module, sample: Tensor) -> None:
@@ -135,7 +159,8 @@ def _check_independence(model: nn.Module, sample: Tensor) -> None:
     first, second = sample[0], sample[-1]
     with torch.no_grad():
         alone = model(torch.stack([first, second]))[0]
-        other = model(torch.stack([first, 1.5 * second + 1.0]))[0]
+        changed = varied(model, second, lambda image: 1.5 * image + 1.0, first)
+        other = model(torch.stack([first, changed]))[0]
     if not alike(other, alone, 2e-3):
         raise ValueError(
             "model: the logits of an image change with the other images of its batch; each image "

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyablate._validation import nearest
-from pyablate.network.hooks import (
-    SPEAKING,
-    Kind,
-    Site,
-    copied,
-    evaluation,
-    hooked,
-    seen_through,
-)
+from pyablate.data.inputs import Inputs
+from pyablate.network.classifier import Choice, check_choice_of_logits, giving_logits
+from pyablate.network.copies import copied, seen_through
+from pyablate.network.forward import own_dtype
+from pyablate.network.hooks import SPEAKING, Kind, Site, evaluation, hooked
 from pyablate.network.survey import Survey, survey
 from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
@@ -47,18 +45,27 @@ __all__ = [
 ]
 
 
-def sites(model: nn.Module, sample: Tensor, *, axis: Mapping[str, int] | None = None) -> list[Site]:
+def sites(
+    model: nn.Module,
+    sample: Any,
+    *,
+    axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
+) -> list[Site]:
     """List every site of a network, in the order in which the network computes them.
 
     Parameters
     ----------
     model : nn.Module
         The network. It is run once in evaluation mode without gradients and left as it was.
-    sample : Tensor
-        A batch of inputs, ``[N, ...]``; one image is enough.
+    sample : Tensor, dict or tuple of Tensor
+        A batch of inputs, ``[N, ...]``; one image is enough. Several inputs of the network by
+        keyword or by position.
     axis : dict, optional
         Axis of the units of some layers, by name, where you know better than the graph: 0 is the
         batch.
+    logits : str, int or callable, optional
+        What the network's logits are, where it returns more; see :func:`pyablate.classifier`.
 
     Returns
     -------
@@ -79,14 +86,30 @@ def sites(model: nn.Module, sample: Tensor, *, axis: Mapping[str, int] | None = 
     >>> [site.name for site in pa.sites(model, images[:1]) if site.kind == "activation"]
     ['features.2', 'features.6', 'features.9', 'features.13', 'features.16']
     """
-    return surveyed(model, sample, axis).sites
+    return surveyed(model, sample, axis, logits).sites
 
 
-def surveyed(model: nn.Module, sample: Tensor, axis: Mapping[str, int] | None = None) -> Survey:
+def surveyed(
+    model: nn.Module,
+    sample: Any,
+    axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
+) -> Survey:
     """Find the sites as :func:`sites` does, and which weights have their units at which of them."""
     check_model(model)
-    with export_lock(), uncompiled(), torch.inference_mode(False):
-        return survey(seen_through(model), sample.clone()).with_axes(axis or {})
+    check_choice_of_logits(logits)
+    inputs = None
+    if not isinstance(sample, Tensor):
+        inputs = Inputs.of(sample)
+        sample = inputs.pack(sample, own_dtype(model))
+    model = seen_through(model)
+    with (
+        export_lock(),
+        uncompiled(),
+        torch.inference_mode(False),
+        giving_logits(model, logits, inputs),
+    ):
+        return survey(model, sample.clone()).with_axes(axis or {})
 
 
 def asks_for_everything(
@@ -103,10 +126,18 @@ def check_model(model: object) -> None:
     ------
     TypeError
         It is no module, or (in part) compiled to TorchScript, where hooks do not reach.
+    ValueError
+        A lazy module has no weights yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise ValueError(
+                f"model: {name or 'the model'} ({type(module).__name__}) takes the shape of its "
+                "weights from its first input and has seen none; run the model on a batch, then "
+                "load its weights"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             what = f"{name} is" if name else "this is"
             raise TypeError(

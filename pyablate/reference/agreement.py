@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from pyablate.interventions import Intervention
-from pyablate.reference.loop import logits, near_ties, predictions
+from pyablate.network.classifier import Choice
+from pyablate.reference import loop
+from pyablate.reference.loop import near_ties, predictions
 from pyablate.result import AblationResult
 
 _EXAMPLES = 5
@@ -63,6 +65,7 @@ def compare(
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
     axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -84,13 +87,15 @@ def compare(
     options = {
         "groups": groups,
         "axis": axis,
+        "logits": logits,
         "device": device,
         "seed": seed,
         "batch_size": batch_size,
     }
     total = Agreement(0, 0, 0)
     last = -1
-    for last, values in logits(model, data, layers, intervention=intervention, **options):  # type: ignore[arg-type]
+    rows = loop.logits(model, data, layers, intervention=intervention, **options)  # type: ignore[arg-type]
+    for last, values in rows:
         if last >= len(result.units):
             break
         given = result.baseline if last < 0 else result.predictions([last])[0]

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pyablate._validation import check_choices, check_count, check_names
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
+from pyablate.network.classifier import Choice, classifier
 from pyablate.network.forward import check_logits, device_of, forward, usable_device
 from pyablate.network.hooks import FunctionResults
-from pyablate.network.model_checks import check_weights
+from pyablate.network.model_checks import check_weights, fit_inputs
 from pyablate.network.near_tie import check, near_tie
-from pyablate.network.sites import Site, check_model, copied, sites
+from pyablate.network.sites import Site, check_model, sites
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
 from pyablate.results.measures import MEASURES, Measure
@@ -50,6 +51,7 @@ def ablate(
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
     axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -74,6 +76,8 @@ def ablate(
         Units ``"layer:unit"`` that are ablated together, of one layer or of several.
     axis : dict, optional
         Axis of the units of some layers, by name.
+    logits : str, int or callable, optional
+        As of :func:`pyablate.ablate`.
     class_names : sequence of str, optional
         One name per class; the class numbers by default.
     device : str or torch.device, optional
@@ -106,7 +110,9 @@ def ablate(
     >>> np.array_equal(slow.predictions()[0], result.predictions()[14, :5])
     True
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
+    loop = _Loop.prepare(
+        model, data, layers, intervention, groups, device, seed, batch_size, axis, logits
+    )
     labels = torch.cat([batch.labels for batch in loop.batches]).cpu().numpy()
     pieces: list[tuple[Any, Any, Any]] = []
     baseline = np.empty(0, dtype=np.int64)
@@ -161,6 +167,7 @@ def logits(
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
     axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -180,7 +187,9 @@ def logits(
     >>> [row for row, _ in pa.reference.logits(model, few, ["features.16:14"])]
     [-1, 0]
     """
-    loop = _Loop.prepare(model, data, layers, intervention, groups, device, seed, batch_size, axis)
+    loop = _Loop.prepare(
+        model, data, layers, intervention, groups, device, seed, batch_size, axis, logits
+    )
     return loop.logits()
 
 
@@ -243,6 +252,7 @@ class _Loop:
         seed: int,
         batch_size: int | None,
         axis: Mapping[str, int] | None,
+        logits: Choice,
     ) -> _Loop:
         """Check the arguments and make the float64 copy."""
         specification = parse(intervention, seed=seed)
@@ -251,12 +261,14 @@ class _Loop:
         check_model(model)
         check_weights(model)
         place = device_of(model) if device is None else usable_device(device)
-        double = copied(model).to(place).double().eval()
+        double = classifier(model, logits=logits).to(place).double().eval()
         double.requires_grad_(False)
         images = Data(data, dtype=torch.float64, device=place, unlabelled=True)
         batches = list(images.batches(batch_size or 256))
         if specification.kind == "class_mean" and not images.labelled:
             raise ValueError("intervention: class_mean needs labels, these data have none")
+        if images.inputs or images.integers:
+            fit_inputs(double, images, batches[0].images)
         found = sites(double, batches[0].images[:1], axis=axis)
         rows = rows_of(found, layers, groups, specification)
         return cls(double, batches, rows, specification, images.labelled)
@@ -264,8 +276,6 @@ class _Loop:
     def logits(self) -> Iterator[tuple[int, Tensor]]:
         """Logits of every row, the intact network first."""
         clean = torch.cat([self.run(batch.images, {}) for batch in self.batches])
-        if clean.shape[1] < 2:
-            raise ValueError(f"model: expected logits of at least 2 classes, got {clean.shape[1]}")
         self._check_labels(clean.shape[1])
         yield -1, clean.cpu()
         if self.intervention.needs_statistics:

@@ -8,7 +8,6 @@ over the layers, give the time of all by scaling.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count
+from pyablate.network.classifier import classifier
 from pyablate.network.forward import device_of, forward
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation, hooked
@@ -110,7 +110,7 @@ def hook_loop_seconds(
         check_count("images", images)
     x, total = _gather(data, images)
     chosen = _spread(sites, units)
-    plain = copy.deepcopy(model)
+    plain = classifier(model)
     with evaluation(plain), torch.inference_mode():
         x, batch, channels_last = _fastest(plain, x.to(device_of(model)))
         start = time.perf_counter()

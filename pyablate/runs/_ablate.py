@@ -20,6 +20,7 @@ from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
 from pyablate.interventions import Intervention, parse
+from pyablate.network.classifier import Choice
 from pyablate.network.forward import own_dtype
 from pyablate.result import AblationResult, load
 from pyablate.runs.blocks import Block
@@ -44,6 +45,7 @@ def ablate(
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
     axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
@@ -70,9 +72,10 @@ def ablate(
         Trained classifier: images ``[N, ...]`` to logits ``[N, classes]``. It comes back as it
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
     data : pair of arrays, DataLoader or iterable of (images, labels)
-        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``.
-        Without labels (images alone, or None for the labels) the intact network's predictions
-        stand in, and what is called accuracy is agreement with them.
+        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``. A
+        dict or tuple of several inputs may stand for the images, a dict of inputs and "labels" for
+        a pair. Without labels (images alone, or None for the labels) the intact network's
+        predictions stand in, and what is called accuracy is agreement with them.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
@@ -84,6 +87,9 @@ def ablate(
     axis : dict, optional
         Axis of the units of some layers, by name, 0 being the batch, where you know better than
         :func:`pyablate.sites`, which follows it from the weights.
+    logits : str, int or callable, optional
+        What the model's logits are, where it returns more than one tensor, or ``"binary"`` where it
+        returns one logit an image; see :func:`pyablate.classifier`.
     class_names : sequence of str, optional
         One per class; by default the class numbers.
     device : str or torch.device, optional
@@ -163,6 +169,7 @@ def ablate(
             precision=precision,
             measures=check_measures(measures),
             axis=axis,
+            logits=logits,
         ),
         output=None if output is None else Path(output),
         audit=audit,

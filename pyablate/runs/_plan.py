@@ -22,6 +22,7 @@ from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import Intervention, parse
 from pyablate.network.aten import SAME
+from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
@@ -169,6 +170,7 @@ def plan(
     intervention: str | Intervention = "zero",
     groups: Sequence[Sequence[str]] | None = None,
     axis: Mapping[str, int] | None = None,
+    logits: Choice = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
@@ -178,7 +180,7 @@ def plan(
 
     Parameters
     ----------
-    model, data, layers, intervention, groups, axis, device, batch_size, memory, precision
+    model, data, layers, intervention, groups, axis, logits, device, batch_size, memory, precision
         As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
     images : int, optional
         Predict for this many images; by default for as many as ``data`` has.
@@ -209,6 +211,7 @@ def plan(
         memory=memory,
         precision=precision,
         axis=axis,
+        logits=logits,
     )
     check_options(model, options)
     if isinstance(data, Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyablate._native import build_info
 from pyablate.data.dataset import Batch, Data
+from pyablate.network.classifier import choice_of
 from pyablate.network.graph import MARKER, Graph
 from pyablate.runtime.distributed import MODULUS
 
@@ -213,7 +214,8 @@ def _structure(model: nn.Module, graph: Graph | None) -> str:
     if graph is not None:
         return _operations(graph)
     kinds = dict.fromkeys(type(module) for module in model.modules())
-    return _text("\n".join([repr(model), *map(_source, kinds)]))
+    told = [choice] if (choice := choice_of(model)) else []
+    return _text("\n".join([repr(model), *map(_source, kinds), *told]))
 
 
 def _operations(graph: Graph) -> str:
@@ -266,7 +268,7 @@ def table_fingerprint(model: nn.Module, data: Any, choices: Any) -> str:
 
     Short, since it stands in each row. Unlike :func:`identify` it needs no captured network.
     """
-    digest = hashlib.sha256(repr(model).encode())
+    digest = hashlib.sha256((repr(model) + choice_of(model)).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(_bytes(value.detach().cpu()))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
 from pyablate.engine import int8_conv
-from pyablate.engine.discontinuous import jumps, observed_jump, steep
+from pyablate.engine.discontinuous import behind_images, jumps, observed_jump, steep
 from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
 from pyablate.engine.microbenchmarks import convolution_rate
@@ -25,6 +25,7 @@ from pyablate.engine.replay import Replay, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
+from pyablate.network.classifier import Choice, check_choice_of_logits
 from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
@@ -109,6 +110,7 @@ class SetupOptions:
     precision: str = "auto"
     measures: tuple[str, ...] = ()
     axis: Mapping[str, int] | None = None
+    logits: Choice = None
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -135,6 +137,7 @@ def prepare(
         double=double,
         axis=options.axis,
         unlabelled=True,
+        logits=options.logits,
     )
     _check_labels(ready.data, intervention)
     work, data, sample = ready.model, ready.data, ready.batch.images
@@ -235,7 +238,7 @@ def _is_abrupt(
         if jump is not None:
             logger.info("all pairs are decided in float64, since %s jumps", jump)
         return jump is not None
-    abrupt = {*steep(graph, sample), *jumps(graph.after([graph.images]))}
+    abrupt = {*steep(graph, sample), *jumps(behind_images(graph))}
     if abrupt:
         names = ", ".join(sorted({str(node.target) for node in abrupt}))
         logger.info("all pairs are decided in float64, since %s jumps or is steep", names)
@@ -249,6 +252,7 @@ def _is_abrupt(
 def check_options(model: Any, options: SetupOptions) -> None:
     """Check the arguments that need nothing else to be known."""
     check_model(model)
+    check_choice_of_logits(options.logits)
     for name, value in (("batch_size", options.batch_size), ("memory", options.memory)):
         if value is not None:
             check_count(name, value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyablate._validation import check_count
 from pyablate.interventions import parse
+from pyablate.network.classifier import Choice, check_choice_of_logits
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import check_channels, check_model
 from pyablate.runs.job_list import plan_jobs
@@ -42,6 +43,7 @@ def attributes(
     masks: Any = None,
     concept_names: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
+    logits: Choice = None,
     bins: int = 16,
     top: int = 60,
     sample: int = 256,
@@ -73,6 +75,8 @@ def attributes(
         data; anything that is indexed by a slice of images.
     concept_names, class_names : sequence of str, optional
         One per concept and class; by default their numbers.
+    logits : str, int or callable, optional
+        As of :func:`pyablate.ablate`.
     bins : int
         Bins of the activation for mutual_information, kl_selectivity and entropy.
     top : int
@@ -113,6 +117,7 @@ def attributes(
     """
     entries = list(choose(which))
     check_model(model)
+    check_choice_of_logits(logits)
     for name, number in (("bins", bins), ("top", top), ("sample", sample)):
         check_count(name, number)
     if batch_size is not None:
@@ -120,7 +125,7 @@ def attributes(
     named = {which} if isinstance(which, str) else set(which)
     entries = _available(entries, named, masks is not None)
     with undisturbed(), torch.inference_mode(False):
-        ready = open_up(model, data, class_names, device, axis=axis)
+        ready = open_up(model, data, class_names, device, axis=axis, logits=logits)
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))
         check_channels(job.sites[0] for job in jobs)
         ready.data.hold_if_read_once()

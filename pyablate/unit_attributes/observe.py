@@ -110,11 +110,8 @@ class _Watch:
     def run(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward, and backward where gradients are asked for; logits ``[N, K]``."""
         self.batch, self.held = batch, {}
-        images = batch.images
         with torch.set_grad_enabled(self.gradients), hooked(model, self.sites, self._see):
-            if self.gradients:
-                images = images.detach().requires_grad_()
-            logits: Tensor = forward(model, images)
+            logits: Tensor = forward(model, batch.images)
             for name in self.repeated:
                 calls = [_flat(maps, self._site(name)) for maps in self.held[name]]
                 self._reduce(replace(self._site(name), axis=1), torch.cat(calls, dim=2))
@@ -131,6 +128,8 @@ class _Watch:
             self.held.setdefault(site.name, []).append(output.clone())
         if not self.gradients:
             return output
+        if not output.requires_grad:  # as nothing in front of it does
+            output = output.detach().requires_grad_()
         self.held.setdefault(site.name, []).append(output)
         return output.clone()
 

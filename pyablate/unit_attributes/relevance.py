@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.attribution.maps import parts_of
+from pyablate.network.classifier import inputs_of
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
@@ -30,6 +31,10 @@ def conductance(
     """
     from captum.attr import LayerConductance
 
+    inputs = inputs_of(model)
+    if inputs is not None and any(inputs.dtypes):
+        logger.warning("conductance is NaN: no path leads from zero to inputs that are integers")
+        return {}
     found: dict[str, Tensor] = {}
     for site in sites:
         if site.call is not None or not site.plain:

@@ -49,6 +49,16 @@ def explode():
     raise ValueError("first line\\nsecond line")
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fine, self.coarse = make()[:-1], nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        pooled = self.body(x)
+        return {"fine": self.fine(pooled), "coarse": self.coarse(pooled)}
+
+
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 """
@@ -81,6 +91,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _invoke(*arguments: str) -> tuple[int, str, str]:
     outcome = CliRunner().invoke(app, list(arguments))
     return outcome.exit_code, outcome.stdout, outcome.stderr
+
+
+@pytest.mark.parametrize(("logits", "classes"), [("fine", 3), ("1", 4)])
+def test_another_output_is_taken_as_the_logits(here: Path, logits: str, classes: int) -> None:
+    network = ("small_network:TwoHeads", "--logits", logits)
+    sample, data = ("--input-shape", "1,8,8"), ("--data", "images.npz")
+    for arguments in (
+        ("layers", *network, *sample),
+        ("plan", *network, *sample),
+        ("run", *network, *data, "--output", "two.zarr"),
+        ("attributes", *network, *data, "--which", "l1_norm", "-o", "two.csv"),
+        ("compare", *network, "small_network:TwoHeads", *data),
+        ("report", "two.zarr", "-o", "two.html", "--model", *network, *data),
+    ):
+        code, out, err = _invoke(*arguments)
+        assert code == 0, (arguments, out, err)
+    assert len(pa.load("two.zarr").class_names) == classes
+
+
+def test_outputs_that_are_no_logits_are_named(here: Path) -> None:
+    code, _, err = _invoke("run", "small_network:TwoHeads", "--data", "images.npz")
+    assert code == 2
+    (line,) = _error_lines(err)
+    assert "got dict of 'fine' [2, 3], 'coarse' [2, 4]; logits=" in line
 
 
 # A shell starts what runs in the background with interrupts ignored, and children inherit that.

@@ -163,6 +163,7 @@ VALUES: Cases = {
         r"model: body\.1\.running_var holds .*NaN or infinite",
     ),
     "one class": (logits(lambda z: z[:, :1]), "expected logits of at least 2 classes, got 1"),
+    "one logit": (logits(lambda z: z.sum(dim=1)), r'got 1; .* two classes by logits="binary"'),
     "batch statistics": (
         with_model(normalise_by_batch),
         r"model: body\.3 normalises by the statistics of each batch",
@@ -234,7 +235,6 @@ TYPES: Cases = {
     "layer of another type": (with_layers([3]), r"layers: expected strings, got int"),
     "not iterable": (with_data(lambda _: 7), r"data: expected .*got int"),
     "a path": (with_data(lambda _: "images"), r"data: expected .*got str"),
-    "a dictionary": (with_data(lambda a: {"x": a.images}), r"data: .*got dict"),
     "three things in a batch": (
         with_data(lambda a: [(a.images, a.labels, a.labels)]),
         r"data: batch 0: expected \(images, labels\), got 3 items",
@@ -251,10 +251,9 @@ TYPES: Cases = {
         with_model(lambda _: lambda x: x),
         r"model: expected an nn\.Module, got func",
     ),
-    "two outputs": (logits(lambda z: (z, z)), r"model: expected logits \[.*classes\], got tuple"),
-    "one logit for all": (
-        logits(lambda z: z.sum(dim=1)),
-        r"model: expected logits \[.*classes\], got \[2",
+    "two outputs": (
+        logits(lambda z: {"a": z, "b": z}),
+        r"model: expected logits \[.*classes\], got dict of 'a' \[.*; logits= of ablate or",
     ),
     "labels without lists": (
         with_options(groups=["body.2:1", "body.2:2"]),

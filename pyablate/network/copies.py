@@ -1,0 +1,195 @@
+"""Copies of a user's model, whatever it holds besides its weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyablate._validation import first_line
+from pyablate.runtime.locks import export_lock
+
+logger = logging.getLogger("pyablate")
+
+_SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
+"""What a copy may share with the model and nobody notices."""
+
+
+def seen_through(model: nn.Module) -> nn.Module:
+    """Return the network itself, whatever DataParallel and torch.compile have wrapped.
+
+    A copy, where parts of it are wrapped: those have other names then.
+    """
+    model = _inside(model)
+    return copied(model) if any(_inside(part) is not part for part in model.modules()) else model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model, also one that holds what :func:`copy.deepcopy` refuses.
+
+    Tensors with a history or of inference mode (old weight norm, activations that a pass left) are
+    copied without it. Locks, files and the like are shared with the model, which is logged.
+    Functions that were put on the model in place of its own, and hooks, refer to the copy. Of
+    what is compiled or parallel, in whole or in part, the network as it was.
+
+    Raises
+    ------
+    TypeError
+        Something refuses even so; the message names it.
+    """
+    model = _inside(model)
+    # The lock: without hooks that another thread may have put on it.
+    with export_lock(), torch.inference_mode(False):
+        memo = _plain_tensors(model) | _empty_tables(model)
+        try:
+            found = _deepcopy(model, memo)
+        except Exception:  # whatever an object raises that does not like it
+            memo |= _awkward(model)
+            try:
+                found = _deepcopy(model, memo)
+            except Exception as error:
+                raise TypeError(
+                    f"model: {type(model).__name__} cannot be copied: {first_line(error)}"
+                ) from error
+    return found
+
+
+def _deepcopy(model: nn.Module, known: Mapping[int, Any]) -> nn.Module:
+    memo = dict(known)
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if _inside(module) is not module:
+            memo[id(module)] = copy.deepcopy(_inside(module), memo)
+    found = copy.deepcopy(model, memo)
+    for module in found.modules():
+        if module._compiled_call_impl is not None:  # by `module.compile()`
+            module._compiled_call_impl = None
+        own = vars(module)
+        owner = getattr(own.get("forward"), "__self__", None)  # which may hold functions
+        inner = {} if owner is None or isinstance(owner, nn.Module) else vars(owner)
+        for table in (own, inner, module._forward_hooks, module._forward_pre_hooks):
+            for key, value in cast(dict[Any, Any], table).items():
+                if isinstance(value, FunctionType):
+                    table[key] = _rebound(value, memo)
+    return found
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    while True:
+        if "_orig_mod" in module._modules:  # of torch.compile
+            module = cast(nn.Module, module._modules["_orig_mod"])
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
+
+
+def _plain_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copy the tensors of modules that have a history or come from inference mode."""
+    return {
+        id(value): _plain(value)
+        for module in model.modules()
+        for table in (vars(module), module._parameters, module._buffers)
+        for value in table.values()
+        if isinstance(value, Tensor) and (not value.is_leaf or value.is_inference())
+    }
+
+
+def _plain(value: Tensor) -> Tensor:
+    found = value.detach().clone()
+    return nn.Parameter(found, value.requires_grad) if isinstance(value, nn.Parameter) else found
+
+
+def _empty_tables(model: nn.Module) -> dict[int, Any]:
+    """Make the dozen empty tables of hooks in each module anew, most of what copying costs."""
+    return {
+        id(value): OrderedDict()
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value) is OrderedDict and not value
+    }
+
+
+def _rebound(
+    function: FunctionType, memo: Mapping[int, Any], around: tuple[FunctionType, ...] = ()
+) -> FunctionType:
+    """Give a function whose closure refers to modules of the model those of the copy instead.
+
+    ``around`` are the functions in whose closures it was found: it may refer to itself.
+    """
+
+    def of_copy(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return memo.get(id(value), value)
+        if isinstance(value, MethodType):
+            owner = of_copy(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        if isinstance(value, FunctionType) and value not in (*around, function):
+            return _rebound(value, memo, (*around, function))
+        return value
+
+    try:
+        before = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a variable that has no value yet
+        return function
+    after = [of_copy(value) for value in before]
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        return function
+    cells = tuple(map(CellType, after))
+    found = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    for cell, old in zip(cells, before, strict=True):
+        if old is function:
+            cell.cell_contents = found
+    found.__kwdefaults__ = function.__kwdefaults__
+    found.__dict__.update(function.__dict__)
+    return found
+
+
+def _awkward(model: nn.Module) -> dict[int, Any]:
+    """Say what stands in the copy for the objects that cannot be copied, by their id."""
+    weights = (*model.parameters(), *model.buffers())
+    passed: dict[int, Any] = {id(one): one for one in (*model.modules(), *weights)}
+    found: dict[int, Any] = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            for path, one in _refusing(value, f"{prefix}.{name}".lstrip("."), passed):
+                found[id(one)] = _plain(one) if isinstance(one, Tensor) else one
+                if not isinstance(one, (Tensor, *_SHARED)):
+                    _say_shared(path, type(one).__name__)
+    return found
+
+
+@functools.cache  # a run makes several copies
+def _say_shared(path: str, kind: str) -> None:
+    logger.warning(
+        "model: %s (%s) cannot be copied, and the working copy uses the model's own; set it to "
+        "None meanwhile if a run should leave it alone",
+        path,
+        kind,
+    )
+
+
+def _refusing(value: Any, path: str, passed: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    """Find what refuses to be copied, in dicts and lists too; ``passed`` need not be looked at."""
+    if id(value) in passed:
+        return
+    try:
+        copy.deepcopy(value, dict(passed))
+        return
+    except Exception:  # as above
+        passed[id(value)] = value
+    if isinstance(value, (Mapping, list, tuple, set)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, one in items:
+            yield from _refusing(one, f"{path}.{key}", passed)
+    else:
+        yield path, value
