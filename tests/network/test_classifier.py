@@ -154,7 +154,7 @@ REFUSED = {
     ),
     "no such attribute": (Output, "aux", ValueError, "logits: .* Output of 'logits' .*got 'aux'"),
     "no such place": (lambda z, a: (z, a), 2, ValueError, r"logits: .* tuple of .*, got 2"),
-    "a place in a tensor": (lambda z, a: z, 0, ValueError, r"logits: .* a tensor \[2, 4\], got 0"),
+    "a place in a tensor": (lambda z, a: z, 0, ValueError, r"logits: .* a tensor \[\d, 4\], got 0"),
     "nothing": (lambda z, a: None, None, TypeError, "got NoneType"),
     "an empty tuple": (lambda z, a: (), None, TypeError, "got tuple of nothing"),
     "maps first": (lambda z, a: (z[..., None], a), None, TypeError, r"got \[\d, 4, 1\]"),
@@ -165,7 +165,7 @@ REFUSED = {
         'at least 2 classes, got 1; .*logits="binary"',
     ),
     "one column unasked": (lambda z, a: z[:, :1], None, ValueError, 'logits="binary"'),
-    "many logits as one": (lambda z, a: z, "binary", ValueError, r"one logit .*got .*\[2, 4\]"),
+    "many logits as one": (lambda z, a: z, "binary", ValueError, r"one logit .*got .*\[\d, 4\]"),
     "a truth value": (lambda z, a: z, True, TypeError, "logits: expected a string, .*got True"),
     "a list": (lambda z, a: z, ["logits"], TypeError, "logits: expected a string"),
 }

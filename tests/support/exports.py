@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pyablate.network import capture
+from pyablate.network.any_batch import Parts
 
 _kept: dict[Any, Any] = {}
 
@@ -31,13 +31,10 @@ def keep(patch: pytest.MonkeyPatch) -> None:
             _kept[key] = export(model, pair, sites)
         whole = _kept[key]
         graph = copy.deepcopy(whole.graph)  # whoever reads a program changes its graph
-        for new, old in zip(graph.nodes, whole.graph.nodes, strict=True):
+        node = dict(zip(whole.graph.nodes, graph.nodes, strict=True))
+        for old, new in node.items():
             new.name = old.name  # a copy avoids Python's own names, such as input
-        return SimpleNamespace(
-            graph=graph,
-            graph_signature=whole.graph_signature,
-            constants=whole.constants,
-            state_dict=whole.state_dict,
-        )
+        constants = {node[old]: value for old, value in whole.constants.items()}
+        return Parts(graph, node[whole.images], node[whole.logits], constants)
 
     patch.setattr(capture, "_export", kept)
