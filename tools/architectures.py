@@ -188,7 +188,8 @@ def page(rows: dict[str, Found], depth: int) -> str:
         "|---|---:|---:|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        cells = [f"`{name}`", *row[:-1]]
+        quoted = row._replace(left_out=" ".join(f"`{one}`" for one in row.left_out.split()))
+        cells = [f"`{name}`", *quoted[:-1]]
         lines.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
