@@ -17,8 +17,10 @@ def test_a_case_writes_its_record_and_its_table(tmp_path):
     asked = ["--images", "16", "--rounds", "1", "--no-compile", "--results", str(tmp_path)]
     case = "benchmarks/bench_heads.py::test_shipped[resnet]"
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # Within one of several processes of tests, nothing would be measured.
+    alone = {key: value for key, value in os.environ.items() if "XDIST" not in key}
     done = subprocess.run(
-        [*pytest_, case, *asked], cwd=ROOT, capture_output=True, text=True, check=False
+        [*pytest_, case, *asked], cwd=ROOT, env=alone, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
