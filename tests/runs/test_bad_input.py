@@ -277,7 +277,10 @@ TYPES: Cases = {
 # Of the engine alone.
 ENGINE: Cases = {
     "no memory": (with_options(memory=0), r"memory: expected at least 1, got 0"),
-    "memory as text": (with_options(memory="4G"), r"memory: expected an integer of at least 1, got '4G'"),
+    "memory as text": (
+        with_options(memory="4G"),
+        r"memory: expected an integer of at least 1, got '4G'",
+    ),
     "negative audit": (with_options(audit=-1), r"audit: .*got -1"),
     "half an audit": (with_options(audit=0.5), r"audit: .*got 0\.5"),
     "unknown strategy": (with_options(strategy="fast"), r"strategy: expected .*got 'fast'"),
