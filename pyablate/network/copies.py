@@ -68,6 +68,8 @@ def _deepcopy(model: nn.Module, known: Mapping[int, Any]) -> nn.Module:
         if _inside(module) is not module:
             memo[id(module)] = copy.deepcopy(_inside(module), memo)
     found = copy.deepcopy(model, memo)
+    if "forward" in vars(model):  # which a traced network (fx.GraphModule) leaves behind
+        vars(found)["forward"] = copy.deepcopy(vars(model)["forward"], memo)
     for module in found.modules():
         if module._compiled_call_impl is not None:  # by `module.compile()`
             module._compiled_call_impl = None
@@ -120,7 +122,9 @@ def _empty_tables(model: nn.Module) -> dict[int, Any]:
 def _rebound(
     function: FunctionType, memo: Mapping[int, Any], around: tuple[FunctionType, ...] = ()
 ) -> FunctionType:
-    """Give a function whose closure refers to modules of the model those of the copy instead.
+    """Give a function that refers to modules of the model those of the copy instead.
+
+    It may do so by its closure or, as in notebooks, by a name of its module.
 
     ``around`` are the functions in whose closures it was found: it may refer to itself.
     """
@@ -140,11 +144,23 @@ def _rebound(
     except ValueError:  # a variable that has no value yet
         return function
     after = [of_copy(value) for value in before]
-    if all(new is old for new, old in zip(after, before, strict=True)):
+    names = {
+        name: function.__globals__[name]
+        for name in function.__code__.co_names
+        if isinstance(function.__globals__.get(name), (nn.Module, MethodType))
+    }
+    moved = {name: of_copy(value) for name, value in names.items()}
+    if all(new is old for new, old in zip(after, before, strict=True)) and all(
+        moved[name] is names[name] for name in names
+    ):
         return function
     cells = tuple(map(CellType, after))
     found = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        function.__code__,
+        {**function.__globals__, **moved} if moved else function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        cells,
     )
     for cell, old in zip(cells, before, strict=True):
         if old is function:

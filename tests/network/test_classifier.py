@@ -16,7 +16,7 @@ from support.oracle import check
 from torch import Tensor, nn
 
 import pyablate as pa
-from pyablate.network.sites import surveyed
+from pyablate.network.sites import copied, surveyed
 
 Pair = namedtuple("Pair", "auxiliary logits")
 
@@ -199,8 +199,8 @@ def test_a_classifier_is_taken_everywhere() -> None:
     model = TwoHeads(FORMS["key"].form)
     coarse = pa.classifier(model, logits="coarse")
     data = images(12), torch.arange(12) % 4
-    for copied in (coarse, copy.deepcopy(coarse), pa.classifier(coarse)):
-        assert isinstance(copied(data[0]), Tensor)
+    for each in (coarse, copy.deepcopy(coarse), pa.classifier(coarse)):
+        assert isinstance(each(data[0]), Tensor)
     assert torch.equal(coarse(data[0]), model(data[0])["coarse"])
     direct = pa.ablate(model, data, "act", logits="coarse", progress=False)
     again = pa.ablate(coarse, data, "act", progress=False)
@@ -211,6 +211,12 @@ def test_a_classifier_is_taken_everywhere() -> None:
     assert pa.plan(model, data, "act", logits="coarse").table["units"].tolist() == [6]
     curve = pa.cumulative(model, data, "act", order="random", steps=2, repeats=1, logits="coarse")
     assert curve.result.baseline.tolist() == again.baseline.tolist()
+
+
+def test_a_traced_network_keeps_its_choice_when_it_is_copied() -> None:
+    traced = torch.fx.symbolic_trace(TwoHeads(FORMS["key"].form))
+    taken = copied(pa.classifier(traced, logits="coarse"))
+    assert torch.equal(taken(images(3)), traced(images(3))["coarse"])
 
 
 def test_choices_follow_one_another() -> None:

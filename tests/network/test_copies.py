@@ -161,3 +161,13 @@ def test_hooks_and_functions_refer_to_the_copy() -> None:
         assert copy(IMAGES).abs().sum() > 0
     assert model.held == []
     assert len(copy.held) == 1
+
+
+def test_functions_of_a_notebook_refer_to_the_copy() -> None:
+    names: dict[str, Any] = {"model": hooked()}
+    exec("own = model.forward\nmodel.forward = lambda x: 2 * own(x)", names)
+    copy = copied(names["model"])
+    with torch.no_grad():
+        names["model"].fc2.weight.zero_()
+        assert copy(IMAGES).abs().sum() > 0
+        assert names["model"](IMAGES).abs().sum() == 0
