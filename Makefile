@@ -2,7 +2,7 @@
 #
 #   make demo       set everything up, ablate every unit of a shipped network, show what came out
 #   make build      virtual environment, dependencies, extension built from source
-#   make test       build, then the tests
+#   make test       build, then the tests, in two processes (JOBS=)
 #   make fuzz       500 random networks, thousands of damaged files (FUZZ=, SEED=, FUZZ_MINUTES=)
 #   make lint       what must be clean before a commit;  make format puts most of it right
 #   make bench      benchmarks (equal answers first, then times)
@@ -47,8 +47,11 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/.
 	@$(BIN)/python -m pip install -q -e '.[dev,test]'
 	@touch $@
 
+# Tests compute on one thread each. A file stays in one process, for what its tests share.
+JOBS ?= 2
+
 test: build
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Another seed every night, and the same all through it: `make fuzz SEED=20261122` has it back.
 FUZZ ?= 500

@@ -11,6 +11,11 @@ from support import exports, simulated
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that may take longest, lest one process waits for the other's."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
     """A folder that only executed code makes."""
