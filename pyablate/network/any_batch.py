@@ -74,19 +74,19 @@ def export(model: nn.Module, pair: Tensor) -> Parts:
     """
     parts = _dynamic(_Plain(model), pair)
     unfit = _unfit_size(parts)
+    if unfit is None:
+        return parts
     reasons = []
     for form in (_Plain, _OneByOne):
-        if unfit is None:
-            break
         try:
             parts = _dynamic(_generalised(form(model), pair, unfit), pair)
-            unfit = _unfit_size(parts)
-            reasons.append(CaptureError(f"its graph does not hold for {unfit} images"))
+            still = _unfit_size(parts)
+            if still is None:
+                return parts
+            reasons.append(CaptureError(f"its graph does not hold for {still} images"))
         except CaptureError as error:
             reasons.append(error)
-    if unfit is not None:
-        raise reasons[0]
-    return parts
+    raise reasons[0]
 
 
 class _Plain(nn.Module):

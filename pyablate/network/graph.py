@@ -221,7 +221,7 @@ class Graph:
         return _pick(layout, value, image)
 
     def _number(self, node: fx.Node, rows: int) -> Value:
-        return cast(Value, self.evaluate(node, lambda source: self._number(source, rows), rows))
+        return cast(Value, self.evaluate(node, lambda one: self._number(one, rows), rows))
 
     def joins(self, node: fx.Node) -> bool:
         """Whether a node's values for parts of a batch can be joined to that of the whole."""
