@@ -423,9 +423,8 @@ class Record:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per unit: drops, the class hurt most, and the drop of every class.
 
-        ``flips`` counts changed predictions, ``undefined`` those of them that are none.
-
-        Where recorded, also the changes of loss and margin, overall and of every class.
+        ``flips`` counts changed predictions; where some of them are none, ``undefined`` counts
+        those. Where recorded, also the changes of loss and margin, overall and of every class.
         """
         summary = pd.DataFrame(
             {
@@ -434,9 +433,10 @@ class Record:
                 "max_class_drop": self.max_class_drop,
                 "max_class": np.array(self.class_names, dtype=object)[self.max_class],
                 "flips": np.diff(self.flips.start),
-                "undefined": self.undefined.sum(axis=1),
             }
         )
+        if self.undefined.any():
+            summary["undefined"] = self.undefined.sum(axis=1)
         per_class = [self._columns("drop", self.class_accuracy_drop)]
         for name in self.measures:
             summary[f"{name}_change"] = self._mean_change(name)
