@@ -13,7 +13,7 @@ from support.oracle import check
 from torch import Tensor, distributed, nn
 
 import pyablate as pa
-from pyablate.network.hooks import copied
+from pyablate.network.copies import copied
 
 LAYERS = ["body.conv", "body.bn", "body.act", "body"]
 
