@@ -17,8 +17,9 @@ from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
 from pyablate.network import near_tie
-from pyablate.network.classifier import giving_logits, take_inputs
+from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import check_logits, device_of, forward, own_dtype
+from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
@@ -120,8 +121,9 @@ def evaluate(
     classes = 0
     with torch.no_grad(), giving_logits(model), giving_logits(exact):
         for batch in data.batches(size):
-            for one in (model, exact):
-                take_inputs(one, data.inputs)
+            if not parts and (data.inputs or data.integers):
+                fit_inputs(model, data, batch.images)
+                fit_inputs(exact, data, batch.images.double())
             logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
             _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)

@@ -24,6 +24,7 @@ from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit
 from pyablate.data.dataset import Data
 from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import device_of
+from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import Site
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
@@ -157,6 +158,8 @@ def finetune(
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)
         with giving_logits(tuned, inputs=held.inputs):
+            if held.integers is not None:
+                fit_inputs(tuned, held, sample)
             history = fit(tuned, held, loss, schedule, report=report)
     return FineTuned(tuned, pd.DataFrame(history), schedule)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -14,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
-from pyablate.data.inputs import Inputs, is_integer, is_structured, labels_apart
+from pyablate.data.inputs import Inputs, is_integer, is_structured, labels_apart, scaled
 from pyablate.runtime.host_to_device import sent
-
-_log = logging.getLogger("pyablate")
 
 
 @dataclass(frozen=True)
@@ -235,9 +231,7 @@ class Data:
     def _converted(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images.to(self.device, self.dtype)
-        _say_scaled()
-        # In float32 whatever the dtype: all precisions are to have the same images.
-        return (images.to(self.device, torch.float32) / 255).to(self.dtype)
+        return scaled(images.to(self.device), self.dtype)
 
     def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, item in enumerate(self._source):
@@ -287,29 +281,26 @@ class Data:
 
     def _packed(self, given: Any, where: str) -> Tensor:
         """One tensor of what a batch has for images."""
-        if not is_structured(given):
-            images = torch.as_tensor(given)
-            if is_integer(images) and self.inputs is None:
-                self.integers = Inputs.of(images)
-            return images
+        structured = is_structured(given)
+        if not structured:
+            images = given = torch.as_tensor(given)
+            if not is_integer(images):
+                return images
         try:
             inputs = Inputs.of(given)
             packed = inputs.pack(given, self.dtype)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
-        if self.inputs not in (None, inputs):
+        if not structured:
+            self.integers = inputs if self.inputs is None else None
+            return packed
+        if self.inputs is not None and not self.inputs.takes(inputs):
             raise ValueError(
                 f"{where}: inputs {inputs}, but earlier ones are {self.inputs}; pad "
                 "all of them to one length"
             )
-        self.inputs = inputs
+        self.inputs = self.inputs or inputs
         return packed
-
-
-@functools.cache
-def _say_scaled() -> None:
-    """Say it once."""
-    _log.warning("data: images of uint8 are scaled from 0..255 to 0..1; give floats to avoid that")
 
 
 def class_numbers(labels: Any, where: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+_log = logging.getLogger("pyablate")
 
 LABELS = ("labels", "label")
 """Keys of the labels in a batch that is a mapping, as Hugging Face's data sets have them."""
@@ -67,7 +71,19 @@ class Inputs:
         if len({len(part) for part in parts}) > 1:
             counts = dict(zip(self.called, map(len, parts), strict=True))
             raise ValueError(f"expected inputs of as many images each, got {counts}")
-        return torch.cat([part.reshape(len(part), -1).to(dtype) for part in parts], dim=1)
+        flat = [part.reshape(len(part), -1) for part in parts]
+        return torch.cat(
+            [scaled(one, dtype) if one.dtype == torch.uint8 else one.to(dtype) for one in flat],
+            dim=1,
+        )
+
+    def takes(self, other: Inputs) -> bool:
+        """Whether a batch is like the first one, but for the width of its integers."""
+        return (self.names, self.shapes, [dtype is None for dtype in self.dtypes]) == (
+            other.names,
+            other.shapes,
+            [dtype is None for dtype in other.dtypes],
+        )
 
     def unpack(self, images: Tensor) -> list[Tensor]:
         """Return the inputs in the model's shapes and dtypes."""
@@ -120,6 +136,18 @@ class Inputs:
 def is_integer(part: Tensor) -> bool:
     """Whether numbers stand for themselves: integers and booleans, but for bytes of images."""
     return not part.is_floating_point() and not part.is_complex() and part.dtype != torch.uint8
+
+
+def scaled(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring bytes of images to ``[0, 1]``, which the log tells once."""
+    _say_scaled()
+    # In float32 whatever the dtype: all precisions are to have the same images.
+    return (images.to(torch.float32) / 255).to(dtype)
+
+
+@functools.cache
+def _say_scaled() -> None:
+    _log.warning("data: images of uint8 are scaled from 0..255 to 0..1; give floats to avoid that")
 
 
 def is_structured(given: Any) -> bool:

@@ -87,9 +87,10 @@ class _Sample:
     def number(self, known: ClassMap | None) -> int:
         """Class of the image."""
         text = (self.label or "").strip()
-        if known is not None and text:
+        is_number = text.isascii() and text.isdecimal()
+        if known is not None and text and not is_number:
             return known.match([text])[0]
-        if not text.isascii() or not text.isdecimal():
+        if not is_number:
             shown = repr(text) if text else "none"
             raise ValueError(
                 f"data: expected the class of {str(self.image)!r} as a number in a .cls file "

@@ -6,9 +6,11 @@ the forward of a working copy is wrapped, so that its modules keep their names.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -174,10 +176,26 @@ class _Forward:
         return found
 
     def __repr__(self) -> str:
-        """Choices only; functions by name."""
-        given = [getattr(one, "__qualname__", one) for one in self.choices if one is not None]
+        """Choices only; functions by name and by what they do."""
+        given = [_told(one) for one in self.choices if one is not None]
         parts = [f"logits={one}" for one in given]
         return "; ".join(parts if self.inputs is None else [*parts, str(self.inputs)])
+
+
+def _told(choice: Any) -> Any:
+    """Tell a choice in the same words in every process, and another function in others."""
+    if not callable(choice):
+        return choice
+    code = getattr(choice, "__code__", None) or getattr(type(choice).__call__, "__code__", None)
+    name = getattr(choice, "__qualname__", type(choice).__qualname__)
+    return f"{name} {hashlib.sha256(_does(code).encode()).hexdigest()[:16]}"
+
+
+def _does(code: CodeType | None) -> str:
+    if code is None:
+        return ""
+    inside = [_does(one) if isinstance(one, CodeType) else one for one in code.co_consts]
+    return repr((code.co_code.hex(), code.co_names, inside))
 
 
 def _taken(found: Any, logits: Choice) -> tuple[Any, str]:

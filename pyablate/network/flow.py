@@ -328,7 +328,7 @@ def _offset(step: Step, func: Any, args: Any, kwargs: Any, part: int) -> int | N
         return 0
     if first.offset is None or op not in _CUTS:
         whole = op in _RESHAPES | _PERMUTATIONS | {"expand"} or step.pointwise or step.normalises
-        return first.offset if whole and op != "glu" else None
+        return _common_offset(step) if whole and op != "glu" else None
 
     def given(name: str) -> Any:
         return _argument(func, args, kwargs, name)
@@ -342,11 +342,22 @@ def _offset(step: Step, func: Any, args: Any, kwargs: Any, part: int) -> int | N
         start = sum(given("split_sizes")[:part])
     else:
         start = part * (given("split_size") or 1)
-    if not _made_by(first.axes[dim], latest_of(first)) or start == 0:
+    if not _made_by(first.axes[dim], latest_of(first)):
+        return first.offset
+    if op == "slice" and (given("step") or 1) != 1:
+        return None
+    if start == 0:
         return first.offset
     cut = consecutive(first.axes[dim])
     stride = first.axes[dim][-1].stride
     return first.offset + start % first.shape[dim] * stride if cut else None
+
+
+def _common_offset(step: Step) -> int | None:
+    """Offset of the features that a step's inputs share; none of a sum of different parts."""
+    latest = max(map(latest_of, step.inputs))
+    found = {one.offset for one in step.inputs if latest_of(one) == latest} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def consecutive(factors: Sequence[Factor]) -> bool:

@@ -104,6 +104,8 @@ class Survey:
             if name not in known:
                 near = nearest(name, list(known))
                 raise ValueError(f"axis: no layer that holds units is called {name!r}{near}")
+            if known[name].width > 1:
+                raise ValueError(f"axis: {name!r} holds heads; the network itself splits them")
             last = len(known[name].shape)
             if not isinstance(axis, int) or isinstance(axis, bool):
                 raise TypeError(f"axis: expected an integer for {name!r}, got {axis!r}")

@@ -14,7 +14,8 @@ from support.runs import network, same
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import pyablate as pa
-from pyablate.data.dataset import Data, _say_scaled, class_numbers
+from pyablate.data.dataset import Data, class_numbers
+from pyablate.data.inputs import _say_scaled
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
 

@@ -312,6 +312,48 @@ def test_integers_of_images_stay_numbers() -> None:
     assert data.first(2).images.dtype == torch.float32
 
 
+def test_indices_alone_are_taken_by_what_evaluates() -> None:
+    data = DRAWN["ids"], LABELS
+    assert pa.compare(Bag(), Bag(), data).summary()["accuracy_before"] == pytest.approx(
+        (text_of(Bag()) == LABELS).double().mean().item()
+    )
+    assert pa.finetune(Bag(), data, epochs=1, batch_size=9).model is not None
+
+
+def text_of(model: nn.Module) -> Tensor:
+    """Predictions of a model of indices alone."""
+    with torch.no_grad():
+        return model(DRAWN["ids"]).argmax(1)
+
+
+def test_indices_alone_are_refused_where_rounding_would_change_them() -> None:
+    with pytest.raises(ValueError, match=r"data: batch 0: .* holds integers that torch.float32"):
+        pa.ablate(Bag(), (LARGE * 2 + 1, LABELS), "act", progress=False)
+
+
+def test_bytes_among_several_inputs_are_scaled_as_those_alone() -> None:
+    given = torch.randint(0, 256, (4, 2, 3), dtype=torch.uint8)
+    packed = Inputs.of({"pixels": given, "ids": LABELS[:4]}).pack(
+        {"pixels": given, "ids": LABELS[:4]}, torch.float32
+    )
+    torch.testing.assert_close(packed[:, :6], given.flatten(1) / 255)
+    assert packed[:, 6].tolist() == LABELS[:4].tolist()
+
+
+def test_another_function_for_the_logits_is_another_run(tmp_path: Any) -> None:
+    class Two(Bag):
+        def forward(self, words: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(words)
+            return {"one": logits, "other": -logits}
+
+    model, options = Two(), {"output": tmp_path / "run.zarr", "strategy": "replay"}
+    choices = [lambda o: o["one"], lambda o: o["other"]]
+    pa.ablate(model, (DRAWN["ids"], LABELS), "act", logits=choices[0], **options)
+    pa.ablate(model, (DRAWN["ids"], LABELS), "act", logits=lambda o: o["one"], **options)
+    with pytest.raises(pa.runs.StoreMismatch):
+        pa.ablate(model, (DRAWN["ids"], LABELS), "act", logits=choices[1], **options)
+
+
 def test_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -199,3 +199,39 @@ def test_experiments_take_heads() -> None:
     model = NETWORKS["maps"]()
     curve = pa.cumulative(model, data(), ["*.heads"], steps=[1, 2])
     assert sorted(set(curve.to_dataframe()["removed"])) == [0, 1, 2, 6]
+
+
+class Cut(nn.Module):
+    """Attention whose queries, keys and values are cut out of one map in an unusual way."""
+
+    def __init__(self, cut: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], width: int) -> None:
+        super().__init__()
+        self.cut, self.qkv, self.proj = cut, nn.Linear(16, width), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.cut(self.qkv(x)))
+        y = (q @ k.transpose(-2, -1) / 3).softmax(-1) @ v
+        return x + self.proj(y.transpose(1, 2).flatten(2))
+
+
+def _strided(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return z[..., 0::3], z[..., 1::3], z[..., 2::3]
+
+
+def _summed(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, w = z.chunk(4, -1)
+    return q, k, 0.5 * w + v
+
+
+@pytest.mark.parametrize(("cut", "width", "found"), [(_strided, 48, ""), (_summed, 64, "q k")])
+def test_parts_are_runs_of_what_one_map_returns(cut: Any, width: int, found: str) -> None:
+    model = made(lambda: Tokens(Cut(cut, width)))()
+    parts = [site.name for site in pa.sites(model, data(2)[0]) if site.kind == "part"]
+    named = [name.removeprefix("blocks.0.") for name in parts if "stream" not in name]
+    assert named == found.split()
+
+
+def test_heads_have_the_axis_that_the_network_gives_them() -> None:
+    layer = "blocks.0.heads"
+    with pytest.raises(ValueError, match=f"axis: '{layer}' holds heads"):
+        pa.ablate(NETWORKS["softmax"](), data(), layer, axis={layer: 1})
