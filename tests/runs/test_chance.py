@@ -12,6 +12,7 @@ from support.simulated import from_predictions
 from torch import nn
 
 import pyablate as pa
+from pyablate.runs._ablate import _warn_of_chance
 from pyablate.runs.chance import chance_remark
 
 TRUTH = np.arange(60) % 6
@@ -44,6 +45,7 @@ def test_what_is_said_of_a_network_at_chance(
 
 
 def test_a_run_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_chance.cache_clear()
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     images = torch.randn(24, 4)
