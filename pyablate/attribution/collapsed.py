@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyablate.network.classifier import giving_logits
 from pyablate.network.sites import Site, hooked, select, sites
 
 VARIANTS = ("weighted", "equal", "stochastic")
@@ -43,7 +44,7 @@ def tapped(model: nn.Module, site: Site, images: Tensor) -> tuple[Tensor, Tensor
         seen.append(output if output.requires_grad else output.detach().requires_grad_())
         return seen[-1].clone()  # what follows may work in place
 
-    with torch.enable_grad(), hooked(model, [site], see):
+    with torch.enable_grad(), giving_logits(model), hooked(model, [site], see):
         logits = model(images)
     if len(seen) != 1:
         raise ValueError(f'layer: {site.name} runs {len(seen)} times; name one call, "name@1"')

@@ -198,7 +198,7 @@ def _prepared_original(original: nn.Module, tuned: nn.Module, dtype: torch.dtype
 
 
 def _check_classes(original: nn.Module, tuned: nn.Module, sample: Tensor) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), giving_logits(original), giving_logits(tuned):
         expected, got = original(sample).shape[1], tuned(sample).shape[1]
     if expected != got:
         raise ValueError(f"original: expected {got} classes as of the model, got {expected}")

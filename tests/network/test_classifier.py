@@ -260,3 +260,17 @@ def test_a_function_on_the_instance_is_the_networks_forward() -> None:
     assert surveyed(model, x).sites
     result = check(model, (x, torch.arange(8) % 4), ["act"])
     check_by_hand(result, TwoHeads(FORMS["tensor"].form), "act", lambda one: one(x.double()))
+
+
+def test_attributions_are_of_the_logits_that_are_taken() -> None:
+    data = images(16), torch.arange(16) % 4
+    model, plain = TwoHeads(FORMS["dict"].form), TwoHeads(FORMS["tensor"].form)
+    one, other = (
+        pa.finetune(each, data, epochs=1, original=each, preserve_attributions=True, seed=0)
+        for each in (model, plain)
+    )
+    assert one.history.equals(other.history)
+    compared = [pa.compare(each, each, data, attributions=True) for each in (model, plain)]
+    for each in compared:
+        assert each.attributions is not None
+        assert (each.attributions.maps["cosine"].dropna() > 0.999).all()
