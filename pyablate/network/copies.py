@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -124,7 +125,7 @@ def _rebound(
 ) -> FunctionType:
     """Give a function that refers to modules of the model those of the copy instead.
 
-    It may do so by its closure or, as in notebooks, by a name of its module.
+    It may do so by its closure, by a default or, as in notebooks, by a name of its module.
 
     ``around`` are the functions in whose closures it was found: it may refer to itself.
     """
@@ -150,22 +151,25 @@ def _rebound(
         if isinstance(function.__globals__.get(name), (nn.Module, MethodType))
     }
     moved = {name: of_copy(value) for name, value in names.items()}
-    if all(new is old for new, old in zip(after, before, strict=True)) and all(
-        moved[name] is names[name] for name in names
-    ):
+    defaults = tuple(map(of_copy, function.__defaults__ or ()))
+    keywords = {name: of_copy(value) for name, value in (function.__kwdefaults__ or {}).items()}
+    old = [*before, *names.values(), *(function.__defaults__ or ())]
+    old += (function.__kwdefaults__ or {}).values()
+    new = [*after, *moved.values(), *defaults, *keywords.values()]
+    if all(map(operator.is_, old, new)):
         return function
     cells = tuple(map(CellType, after))
     found = FunctionType(
         function.__code__,
         {**function.__globals__, **moved} if moved else function.__globals__,
         function.__name__,
-        function.__defaults__,
+        defaults or None,
         cells,
     )
-    for cell, old in zip(cells, before, strict=True):
-        if old is function:
+    for cell, value in zip(cells, before, strict=True):
+        if value is function:
             cell.cell_contents = found
-    found.__kwdefaults__ = function.__kwdefaults__
+    found.__kwdefaults__ = keywords or None
     found.__dict__.update(function.__dict__)
     return found
 

@@ -171,3 +171,14 @@ def test_functions_of_a_notebook_refer_to_the_copy() -> None:
         names["model"].fc2.weight.zero_()
         assert copy(IMAGES).abs().sum() > 0
         assert names["model"](IMAGES).abs().sum() == 0
+
+
+def test_defaults_of_functions_refer_to_the_copy() -> None:
+    model = hooked()
+    own = type(model).forward
+    model.forward = lambda x, network=model: 2 * own(network, x)
+    copy = copied(model)
+    with torch.no_grad():
+        model.fc2.weight.zero_()
+        assert copy(IMAGES).abs().sum() > 0
+        assert model(IMAGES).abs().sum() == 0
