@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyablate.network import any_batch
-from pyablate.network.any_batch import CaptureError as CaptureError
-from pyablate.network.any_batch import Parts, line_of
+from pyablate.network.any_batch import CaptureError, Parts, line_of
 from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.classifier import varied
 from pyablate.network.exported import quiet_export

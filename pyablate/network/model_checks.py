@@ -84,40 +84,35 @@ def open_up(
     data = Data(source, dtype=dtype, device=where, unlabelled=unlabelled)
     batch = data.first(SAMPLE)
     sample = batch.images
-    fit_inputs(work, data, sample)
+    returned = fit_inputs(work, data, sample)
     found = surveyed(work, sample, axis)
-    classes = data.classes = _count_classes(work, sample)
+    classes = data.classes = check_logits(returned, 2).shape[1]
     _check_independence(work, sample)
     return Ready(work, data, batch, found, classes, _check_names(class_names, classes))
 
 
-def fit_inputs(model: nn.Module, data: Data, sample: Tensor) -> None:
+def fit_inputs(model: nn.Module, data: Data, sample: Tensor) -> Any:
     """Let a working copy take the data as they come, its first images being ``sample``.
 
     Integers that came as a plain tensor are numbers, and indices where the model fails on numbers.
+    Returns what the model returns for the first and the last image.
 
     Raises
     ------
     ValueError
         The model fails on them.
     """
-    take_inputs(model, data.inputs)
-    failed = _failure(model, sample)
-    if failed is not None and data.integers is not None:
-        take_inputs(model, data.integers)
-        failed = _failure(model, sample) and failed
-    if failed is not None:
-        what = data.inputs or f"images of shape {list(sample.shape[1:])}"
-        raise ValueError(f"data: the model fails on {what}: {first_line(failed)}") from failed
-
-
-def _failure(model: nn.Module, sample: Tensor) -> Exception | None:
-    try:
-        with torch.no_grad():
-            forward(model, two_images(sample))
-    except (RuntimeError, IndexError, TypeError) as error:
-        return error
-    return None
+    failures: list[Exception] = []
+    for inputs in (data.inputs,) if data.integers is None else (data.inputs, data.integers):
+        take_inputs(model, inputs)
+        try:
+            with torch.no_grad():
+                return forward(model, two_images(sample))
+        except (RuntimeError, IndexError, TypeError) as error:
+            failures.append(error)
+    what = data.inputs or f"images of shape {list(sample.shape[1:])}"
+    reason = first_line(failures[0])
+    raise ValueError(f"data: the model fails on {what}: {reason}") from failures[0]
 
 
 def _working_copy(
@@ -147,11 +142,6 @@ def check_weights(model: nn.Module) -> None:
                 f"model: {name} normalises by the statistics of each batch, so a prediction "
                 "depends on the other images; give it running statistics"
             )
-
-
-def _count_classes(model: nn.Module, sample: Tensor) -> int:
-    with torch.no_grad():
-        return check_logits(forward(model, two_images(sample)), 2).shape[1]
 
 
 def _check_independence(model: nn.Module, sample: Tensor) -> None:

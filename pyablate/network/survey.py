@@ -154,6 +154,8 @@ class _Pass:
     calls: list[_Call] = field(default_factory=list)
     inside: list[tuple[str, nn.Module]] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)
+    first_items: dict[str, int | None] = field(default_factory=dict)
+    """Place of the first tensor with units in what a module returns."""
     last_axis: int = 1
     logits: Step | None = None
 
@@ -364,9 +366,9 @@ class _Pass:
 
     def _name(self, call: _Call) -> str:
         """Name of what a module returned: of several tensors all but the first are numbered."""
-        items = (other.within.item for other in self.calls if other.name == call.name)
         item = call.within.item
-        return call.name if item == next(items) else f"{call.name}({(item or 0) + 1})"
+        is_first = item == self.first_items[call.name]
+        return call.name if is_first else f"{call.name}({(item or 0) + 1})"
 
     def _places_of(self, call: _Call, calls: list[_Call], *, known: bool) -> list[_Place]:
         kind = self._kind(call, known)
@@ -457,6 +459,7 @@ class _Pass:
             axis = within.images.axis_there(axis)
             self.last_axis = axis if len(shape) < 3 or axis < len(shape) - 1 else -1
         number = 1 + sum((call.name, call.within.item) == (name, item) for call in self.calls)
+        self.first_items.setdefault(name, item)
         self.calls.append(
             _Call(
                 name=name,

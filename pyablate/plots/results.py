@@ -125,11 +125,8 @@ class ResultPlots:
                 text = _name(self.result, row, with_class=drop == "max_class_drop")
                 axes.annotate(text, (place[row], drops[row]), **ABOVE)
         tick(axes.xaxis, list(chosen), turned=len(chosen) > 5)
-        axes.set(
-            xlim=(-0.5, len(chosen) - 0.5),
-            xlabel="layer",
-            ylabel=label_of(drop)[0].replace("accuracy", self.result.word),
-        )
+        ylabel = self._said(label_of(drop)[0])
+        axes.set(xlim=(-0.5, len(chosen) - 0.5), xlabel="layer", ylabel=ylabel)
         axes.margins(y=0.12)
         legend(axes)
         return axes
@@ -185,13 +182,8 @@ class ResultPlots:
         tick(axes.xaxis, list(result.class_names), turned=True)
         axes.set(xlabel="class", ylabel=f"unit switched off (dot: q ≤ {fdr:g})")
         beyond = "neither" if limit is None else "both"
-        axes.figure.colorbar(
-            image,
-            ax=axes,
-            label=CLASS_DROP.replace("accuracy", result.word),
-            extend=beyond,
-            shrink=0.8,
-        )
+        label = self._said(CLASS_DROP)
+        axes.figure.colorbar(image, ax=axes, label=label, extend=beyond, shrink=0.8)
         return axes
 
     def profile(

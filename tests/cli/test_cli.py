@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 from PIL import Image
+from support.shelled import invoke_apart
 from support.simulated import simulate
 from support.stores import contents
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import pyablate as pa
 from pyablate.cli.app import app
@@ -88,11 +88,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _invoke(*arguments: str) -> tuple[int, str, str]:
-    outcome = CliRunner().invoke(app, list(arguments))
-    return outcome.exit_code, outcome.stdout, outcome.stderr
-
-
 @pytest.mark.parametrize(("logits", "classes"), [("fine", 3), ("1", 4)])
 def test_another_output_is_taken_as_the_logits(here: Path, logits: str, classes: int) -> None:
     network = ("small_network:TwoHeads", "--logits", logits)
@@ -105,13 +100,13 @@ def test_another_output_is_taken_as_the_logits(here: Path, logits: str, classes:
         ("compare", *network, "small_network:TwoHeads", *data),
         ("report", "two.zarr", "-o", "two.html", "--model", *network, *data),
     ):
-        code, out, err = _invoke(*arguments)
+        code, out, err = invoke_apart(*arguments)
         assert code == 0, (arguments, out, err)
     assert len(pa.load("two.zarr").class_names) == classes
 
 
 def test_outputs_that_are_no_logits_are_named(here: Path) -> None:
-    code, _, err = _invoke("run", "small_network:TwoHeads", "--data", "images.npz")
+    code, _, err = invoke_apart("run", "small_network:TwoHeads", "--data", "images.npz")
     assert code == 2
     (line,) = _error_lines(err)
     assert "got dict of 'fine' [2, 3], 'coarse' [2, 4]; logits=" in line
@@ -148,22 +143,22 @@ _RUN = ("run", *_DATA)
 
 @pytest.mark.parametrize("command", get_command(app).commands)  # type: ignore[attr-defined]
 def test_every_command_is_in_the_help_and_has_its_own(command: str) -> None:
-    code, out, _ = _invoke("--help")
+    code, out, _ = invoke_apart("--help")
     assert code == 0
     assert command in out
-    code, out, _ = _invoke(command, "--help")
+    code, out, _ = invoke_apart(command, "--help")
     assert code == 0
     assert "--debug" in out
     assert f"pyablate {command}" in out  # an example
 
 
 def test_version_is_the_package_version() -> None:
-    assert _invoke("--version") == (0, f"pyablate {metadata.version('pyablate')}\n", "")
+    assert invoke_apart("--version") == (0, f"pyablate {metadata.version('pyablate')}\n", "")
     assert pa.__version__ == pa.build_info()["version"] == metadata.version("pyablate")
 
 
 def test_run_writes_what_the_library_finds(here: Path) -> None:
-    code, out, err = _invoke(*_RUN, "--output", "out/small.zarr", "--csv", "tables/units.csv")
+    code, out, err = invoke_apart(*_RUN, "--output", "out/small.zarr", "--csv", "tables/units.csv")
     assert code == 0, err
     saved = pa.load("out/small.zarr")
 
@@ -186,7 +181,7 @@ def test_run_writes_what_the_library_finds(here: Path) -> None:
 
 
 def test_run_takes_its_options(here: Path) -> None:
-    code, out, err = _invoke(
+    code, out, err = invoke_apart(
         *_RUN, "--layers", "3", "--limit", "6", "--intervention", "constant:-2",
         "--batch-size", "4", "--memory", "1GB", "--device", "cpu", "--seed", "3",
         "--mean", "0.5", "--std", "0.25", "--no-progress",
@@ -200,23 +195,23 @@ def test_run_takes_its_options(here: Path) -> None:
 
 
 def test_run_replaces_another_run_only_when_told_to(here: Path) -> None:
-    assert _invoke(*_RUN, "--limit", "3")[0] == 0
-    code, _, err = _invoke(*_RUN, "--limit", "4")
+    assert invoke_apart(*_RUN, "--limit", "3")[0] == 0
+    code, _, err = invoke_apart(*_RUN, "--limit", "4")
     assert code == 3
     assert "the number of images (3, now 4)" in err
     assert "--fresh" in err
     assert len(pa.load("run.zarr").labels) == 3
-    assert _invoke(*_RUN, "--limit", "3")[0] == 0  # which is read, not done again
-    assert _invoke(*_RUN, "--limit", "4", "--fresh")[0] == 0
+    assert invoke_apart(*_RUN, "--limit", "3")[0] == 0  # which is read, not done again
+    assert invoke_apart(*_RUN, "--limit", "4", "--fresh")[0] == 0
     assert len(pa.load("run.zarr").labels) == 4
-    code, _, err = _invoke(*_RUN, "--output", "notes", "--fresh")
+    code, _, err = invoke_apart(*_RUN, "--output", "notes", "--fresh")
     assert code == 2
     assert "notes" in err
     assert (here / "notes" / "a.txt").read_text() == "not a result"
 
 
 def test_run_for_machines(here: Path) -> None:
-    code, out, err = _invoke(*_RUN, "--json", "--batch-size", "4")
+    code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4")
     assert code == 0, err
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
@@ -227,7 +222,7 @@ def test_run_for_machines(here: Path) -> None:
     assert records[-1]["images"] == 12
     assert records[-1]["baseline_accuracy"] == result.baseline_accuracy
     assert records[-1]["audit"]["mismatches"] == 0
-    code, out, _ = _invoke(*_RUN, "--json", "--seed", "5")
+    code, out, _ = invoke_apart(*_RUN, "--json", "--seed", "5")
     assert code == 3
     (record,) = map(json.loads, out.splitlines())
     assert record["event"] == "error"
@@ -236,18 +231,18 @@ def test_run_for_machines(here: Path) -> None:
 
 
 def test_shards_are_merged(here: Path) -> None:
-    assert _invoke(*_RUN)[0] == 0
+    assert invoke_apart(*_RUN)[0] == 0
     for number in (1, 2):
         part = ("--shard", f"{number}/2", "--output", f"part{number}.zarr")
-        assert _invoke(*_RUN, *part)[0] == 0
-    code, out, err = _invoke(
+        assert invoke_apart(*_RUN, *part)[0] == 0
+    code, out, err = invoke_apart(
         "merge", "part2.zarr", "part1.zarr", "-o", "both.zarr", "--csv", "b.csv"
     )
     assert code == 0, err
     assert "on 12 images" in out
     assert contents(here / "both.zarr") == contents(here / "run.zarr")
     assert len(pd.read_csv("b.csv")) == 10
-    code, _, err = _invoke("merge", "part2.zarr", "-o", "one.zarr")
+    code, _, err = invoke_apart("merge", "part2.zarr", "-o", "one.zarr")
     assert code == 2
     assert "images 0 to 5 are missing" in err
     assert not (here / "one.zarr").exists()
@@ -255,7 +250,7 @@ def test_shards_are_merged(here: Path) -> None:
 
 def test_layers_are_listed_with_what_the_star_selects(here: Path) -> None:
     for sample in (("--input-shape", "1,8,8"), ("--data", "images.npz")):
-        code, out, err = _invoke("layers", "small_network:make", *sample)
+        code, out, err = invoke_apart("layers", "small_network:make", *sample)
         assert code == 0, err
         rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
         assert rows["1"] == ["1", "activation", "4", "4", "x", "6", "x", "6", "1", "yes"]
@@ -270,31 +265,31 @@ def test_layers_say_what_star_leaves_out_and_take_an_axis(here: Path) -> None:
         "nn.Flatten(), nn.Linear(80, 4))\n"
     )
     sample = ("own:make", "--input-shape", "1,8,8", "--axis", "2=-1")
-    code, out, err = _invoke("layers", *sample)
+    code, out, err = invoke_apart("layers", *sample)
     assert code == 0, err
     assert "the units of 1 modules with weights are in no chosen layer: 0;" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
     assert rows["2"] == ["2", "activation", "4", "5", "x", "4", "x", "4", "3", "yes"]
-    code, out, err = _invoke("plan", *sample)
+    code, out, err = invoke_apart("plan", *sample)
     assert code == 0, err
     assert out.count("in no chosen layer: 0;") == 1
 
 
 def test_layers_of_a_network_without_activations_are_listed_all_the_same(here: Path) -> None:
     class_layer = "0"
-    code, out, err = _invoke("layers", "small_network:plain", "--input-shape", "64")
+    code, out, err = invoke_apart("layers", "small_network:plain", "--input-shape", "64")
     assert code == 0, err
     assert class_layer not in {line.split()[0] for line in out.splitlines()[2:] if line.strip()}
 
 
 def test_a_shipped_network_needs_no_shape() -> None:
-    code, out, err = _invoke("layers", "demo:vgg_bn")
+    code, out, err = invoke_apart("layers", "demo:vgg_bn")
     assert code == 0, err
     assert "features.2" in out
 
 
 def test_plan_explains_without_running(here: Path) -> None:
-    code, out, err = _invoke(
+    code, out, err = invoke_apart(
         "plan", "small_network:make", "--input-shape", "1,8,8", "--images", "1000"
     )
     assert code == 0, err
@@ -309,13 +304,13 @@ def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:
         Image.new("L", (30 + number, 20), 9).save(here / "photos" / name / "a.png")
     for command in ("layers", "plan"):
         sample = (command, "small_network:make", "--data", "photos")
-        code, _, err = _invoke(*sample)
+        code, _, err = invoke_apart(*sample)
         assert code == 2
         assert "give size=" in err
-        code, out, err = _invoke(*sample, "--size", "10", "--mean", "0.5", "--std", "0.25")
+        code, out, err = invoke_apart(*sample, "--size", "10", "--mean", "0.5", "--std", "0.25")
         assert code == 0, err
         assert "8 x 8" in out or command == "plan"
-        code, _, err = _invoke(*sample, "--labels", "units.csv")
+        code, _, err = invoke_apart(*sample, "--labels", "units.csv")
         assert code == 2
         assert "labels: expected none with an image folder" in err
 
@@ -323,7 +318,7 @@ def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:
 def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> None:
     loss = np.array([[0.0, 0.9, 0.0], [0.02, 0.0, 0.5], [0.0, 0.0, 0.0]])
     simulate(loss, 0.02, 60, np.random.default_rng(0), ["a", "b", "b"]).save("planted.zarr")
-    code, out, err = _invoke(
+    code, out, err = invoke_apart(
         "significance", "planted.zarr", "--fdr", "0.1", "--csv", "units.csv",
         "--pairs", "pairs.csv",
     )  # fmt: skip
@@ -345,11 +340,11 @@ def test_significance_prints_and_writes_what_the_library_finds(here: Path) -> No
 
 
 def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
-    assert _invoke(*_RUN)[0] == 0
+    assert invoke_apart(*_RUN)[0] == 0
     result = pa.load("run.zarr")
     table = pd.DataFrame({"good": result.accuracy_drop + 0.0, "number": np.arange(10.0)})
     table.set_index(pd.Index(result.units["label"], name="unit")).to_csv("attributes.csv")
-    code, out, err = _invoke(
+    code, out, err = invoke_apart(
         "correlate", "run.zarr", "attributes.csv", "--target", "accuracy_drop", "--layers", "3",
         "--method", "kendall", "--resamples", "30", "--seed", "2", "--csv", "found.csv",
     )  # fmt: skip
@@ -372,7 +367,7 @@ def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
-    code, out, err = _invoke("demo", "--limit", "64", "--output", str(tmp_path / "demo"))
+    code, out, err = invoke_apart("demo", "--limit", "64", "--output", str(tmp_path / "demo"))
     assert code == 0, err
     result = pa.load(tmp_path / "demo" / "run.zarr")
     table = pd.read_csv(tmp_path / "demo" / "units.csv")
@@ -391,7 +386,7 @@ _ATTRIBUTES = ("attributes", *_DATA)
 
 
 def test_attributes_as_a_table(here: Path) -> None:
-    code, out, _ = _invoke(*_ATTRIBUTES, "--which", "auc", "--which", "weights", "-o", "a.csv")
+    code, out, _ = invoke_apart(*_ATTRIBUTES, "--which", "auc", "--which", "weights", "-o", "a.csv")
     assert code == 0
     assert "10 units" in out
     table = pd.read_csv("a.csv")
@@ -402,7 +397,7 @@ def test_attributes_as_a_table(here: Path) -> None:
 
 def test_attributes_as_zarr_replace_an_older_one(here: Path) -> None:
     for which in ("weights", "auc"):
-        assert _invoke(*_ATTRIBUTES, "--which", which, "-o", "a.zarr")[0] == 0
+        assert invoke_apart(*_ATTRIBUTES, "--which", which, "-o", "a.zarr")[0] == 0
     found = xr.open_zarr("a.zarr", chunks=None)
     assert found["auc_per_class"].shape == (10, 3)
     assert "l1_norm" not in found
@@ -486,7 +481,7 @@ _BAD_INPUT = {
 @pytest.mark.parametrize("case", _BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(here: Path, case: str) -> None:
     arguments, named = _BAD_INPUT[case]
-    code, _, err = _invoke(*arguments)
+    code, _, err = invoke_apart(*arguments)
     assert code == 2
     lines = _error_lines(err)
     assert len(lines) == 1
@@ -501,7 +496,7 @@ def test_of_several_processes_the_first_writes_the_error(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, err = _invoke("run", "net:nope", "--data", "images.npz", "--json")
+    code, out, err = invoke_apart("run", "net:nope", "--data", "images.npz", "--json")
     assert code == 2
     assert len(_error_lines(err)) == 1
     assert len(out.splitlines()) == lines

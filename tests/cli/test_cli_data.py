@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from support.shelled import invoke_apart
 
 import pyablate as pa
-from pyablate.cli.app import app
 from pyablate.cli.data_specs import load_data
 from pyablate.io.image_files import image_batches
 from pyablate.io.image_folder import ImageFolder
@@ -46,35 +45,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _invoke(*arguments: str) -> tuple[int, str, str]:
-    outcome = CliRunner().invoke(app, list(arguments))
-    return outcome.exit_code, outcome.stdout, outcome.stderr
-
-
 _RUN = ("run", "net_of_data:make", "--data", "photos", "--channels", "1")
 _CLASSES = ("--classes", "classes.txt")
 
 
 def test_damaged_images_are_an_error_or_left_out(here: Path) -> None:
     (here / "photos/bee/1.png").write_bytes(b"no image")
-    code, _, err = _invoke(*_RUN, *_CLASSES)
+    code, _, err = invoke_apart(*_RUN, *_CLASSES)
     assert (code, "cannot decode 'photos/bee/1.png'" in err) == (2, True)
-    code, _, err = _invoke(*_RUN, *_CLASSES, "--on-bad-image", "skip", "--fresh")
+    code, _, err = invoke_apart(*_RUN, *_CLASSES, "--on-bad-image", "skip", "--fresh")
     assert code == 0, err
     assert "'photos/bee/1.png' is left out" in err
     assert pa.load("run.zarr").labels.tolist() == [1] * 4 + [2] * 3 + [3] * 4
-    code, _, err = _invoke(*_RUN, "--on-bad-image", "drop")
+    code, _, err = invoke_apart(*_RUN, "--on-bad-image", "drop")
     assert (code, "on_bad: expected one of error, skip, got 'drop'" in err) == (2, True)
 
 
 def test_folders_are_looked_up_among_the_classes(here: Path) -> None:
-    code, _, err = _invoke(*_RUN, *_CLASSES)
+    code, _, err = invoke_apart(*_RUN, *_CLASSES)
     assert code == 0, err
     result = pa.load("run.zarr")
     assert result.class_names == ("dog", "cat", "bee", "ant")
     assert result.labels.tolist() == [1] * 4 + [2] * 4 + [3] * 4
     (here / "photos/bee").rename(here / "photos/beee")
-    code, _, err = _invoke(*_RUN, *_CLASSES)
+    code, _, err = invoke_apart(*_RUN, *_CLASSES)
     assert (code, "1 of 3 folders are none of the 4 classes: 'beee'; nearest: bee" in err) == (
         2,
         True,
@@ -87,12 +81,12 @@ def test_every_command_with_data_takes_the_options(here: Path, command: str) -> 
     second = ("net_of_data:make",) if command == "compare" else ()
     first, *rest = _RUN[1:]
     options = (*rest, *_CLASSES, "--on-bad-image", "skip")
-    code, _, err = _invoke(command, first, *second, *options)
+    code, _, err = invoke_apart(command, first, *second, *options)
     assert code == 0, err
 
 
 def test_options_without_data_are_refused(here: Path) -> None:
-    code, _, err = _invoke("layers", "net_of_data:make", "--on-bad-image", "skip")
+    code, _, err = invoke_apart("layers", "net_of_data:make", "--on-bad-image", "skip")
     assert (code, "--on-bad-image needs --data" in err) == (2, True)
 
 
@@ -129,9 +123,9 @@ def test_images_without_labels(here: Path) -> None:
         for path in (here / "photos" / name).iterdir():
             path.rename(here / "photos" / f"{name}{path.name}")
         (here / "photos" / name).rmdir()
-    code, _, err = _invoke(*_RUN)
+    code, _, err = invoke_apart(*_RUN)
     assert (code, "found 0; images without classes go by --unlabelled" in err) == (2, True)
-    code, out, err = _invoke(*_RUN, "--unlabelled", *_CLASSES)
+    code, out, err = invoke_apart(*_RUN, "--unlabelled", *_CLASSES)
     assert code == 0, err
     assert "No labels: agreement with the intact network's predictions on 12 images" in out
     assert "Largest agreement drop" in out
@@ -140,11 +134,11 @@ def test_images_without_labels(here: Path) -> None:
     assert (result.labelled, len(result.labels)) == (False, 12)
     assert result.class_names == ("dog", "cat", "bee", "ant")
     rest = (*_RUN[2:], "--unlabelled")
-    code, out, err = _invoke("compare", "net_of_data:make", "net_of_data:make", *rest)
+    code, out, err = invoke_apart("compare", "net_of_data:make", "net_of_data:make", *rest)
     assert code == 0, err
     assert "worst class agreement, %" in out
     assert "ccurac" not in out
-    code, _, err = _invoke("attributes", "net_of_data:make", *rest)
+    code, _, err = invoke_apart("attributes", "net_of_data:make", *rest)
     assert (code, "expected (images, labels), got images without labels" in err) == (2, True)
 
 

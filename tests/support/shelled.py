@@ -26,6 +26,12 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return found.exit_code, found.output
 
 
+def invoke_apart(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    found = CliRunner().invoke(app, list(arguments))
+    return found.exit_code, found.stdout, found.stderr
+
+
 def program(*arguments: object, **options: Any) -> str:
     """Run Python on a file or a module of the tests; what it prints."""
     command = [sys.executable, *map(str, arguments)]
