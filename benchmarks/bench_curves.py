@@ -46,7 +46,7 @@ def timed(job, *given, **options):
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    for name in pa.demo.NETWORKS:
+    for name in SHIPPED:
         model, images, labels = pa.demo.load(name, limit=count)
         ranking = pa.compression.filter_ranking(model, images[:1], "l1")
         seconds: dict[str, list[float]] = {"curve": [], "loop": [], "tuned": []}

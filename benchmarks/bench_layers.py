@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from measure import Job, Settings, compare, planned
 from rivals import Cached, Captum
-from subjects import cut
+from subjects import SHIPPED, cut
 from torch.profiler import ProfilerActivity, profile
 
 import pyablate as pa
@@ -18,7 +18,7 @@ BY_CAPTUM = {"alexnet": "features.9", "vgg_bn": "features.9", "resnet": "stage2.
 def layers() -> list[tuple[str, str]]:
     images, _ = pa.demo.images(2)
     found = []
-    for network in pa.demo.NETWORKS:
+    for network in SHIPPED:
         sites = pa.select(pa.sites(pa.demo.network(network), images))
         found += [(network, site.name) for site in sites]
     return found

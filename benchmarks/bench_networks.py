@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from measure import Job, Settings, compare, planned
 from rivals import Hooks
+from subjects import SHIPPED
 
 import pyablate as pa
 
 
-@pytest.mark.parametrize("network", pa.demo.NETWORKS)
+@pytest.mark.parametrize("network", SHIPPED)
 def test_network(benchmark: Any, settings: Settings, network: str) -> None:
     model = pa.demo.network(network).to(settings.device)
     images, labels = (part.to(settings.device) for part in pa.demo.images(settings.images))

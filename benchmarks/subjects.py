@@ -15,6 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pyablate import demo
 
 
+SHIPPED = ("alexnet", "alexnet_dropout", "alexnet_bn", "vgg_bn", "resnet")
+"""The shipped networks that are timed; `Cut` takes chains and residual blocks of convolutions."""
+
+
 def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules in the order in which they run, sequential containers opened, dropout left out.
 
