@@ -12,6 +12,7 @@ import sys
 import time
 
 import torch
+from subjects import SHIPPED
 
 import pyablate as pa
 from pyablate.compression._remove import silenced

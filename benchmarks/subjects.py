@@ -14,7 +14,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pyablate import demo
 
-
 SHIPPED = ("alexnet", "alexnet_dropout", "alexnet_bn", "vgg_bn", "resnet")
 """The shipped networks that are timed; `Cut` takes chains and residual blocks of convolutions."""
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyablate.demo import NETWORKS, build
 from pyablate.io.idx import read_idx
 
-SHIFT = 2  # pixels, in each direction
+SHIFT = 2  # pixels, in each direction, by default
 # Peak learning rate: batch norm bears steps that throw a plain network off.
 PEAK_RATE = {
     "alexnet": 0.04,
@@ -31,7 +31,10 @@ PEAK_RATE = {
     "alexnet_bn": 0.2,
     "vgg_bn": 0.2,
     "resnet": 0.3,
+    "vit": 0.002,
+    "convnext": 0.004,
 }
+ADAMW = ("vit", "convnext")  # layer norm and attention: plain SGD learns them slowly
 
 
 def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -42,16 +45,21 @@ def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def augmented_batches(
-    images: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+    *,
+    shift: int = SHIFT,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches, each image mirrored or not and moved by up to SHIFT pixels."""
+    """Yield shuffled batches, each image mirrored or not and moved by up to `shift` pixels."""
     count, height, width = images.shape
-    padded = nn.functional.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
+    padded = nn.functional.pad(images, (shift, shift, shift, shift))
     order = torch.randperm(count, generator=generator)
     # An incomplete last batch would give batch norm noisier statistics: it is left out.
     for chosen in order.split(batch_size)[: max(1, count // batch_size)]:
         size = len(chosen)
-        top, left = torch.randint(0, 2 * SHIFT + 1, (2, size, 1), generator=generator)
+        top, left = torch.randint(0, 2 * shift + 1, (2, size, 1), generator=generator)
         mirrored = torch.rand(size, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
         rows = top + torch.arange(height)
@@ -68,15 +76,20 @@ def train(
     peak_rate: float,
     seed: int,
     bfloat16: bool = True,
+    adamw: bool = False,
 ) -> None:
-    """Train `model` in place: SGD with momentum, one cycle of the learning rate.
+    """Train `model` in place: SGD with momentum or AdamW, one cycle of the learning rate.
 
     `batches` gives the batches of one epoch, `steps` in number.
     """
     generator = torch.Generator().manual_seed(seed)
     model.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=peak_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.05)
+        if adamw
+        else torch.optim.SGD(
+            model.parameters(), lr=peak_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
     )
     total_steps = epochs * steps
     if total_steps < 5:
@@ -120,6 +133,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--peak-rate", type=float, help="default: by network")
+    parser.add_argument(
+        "--shift", type=int, default=SHIFT, help="pixels to move images by, at most"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=int, help="use the first LIMIT images only, to try it out")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
@@ -138,12 +154,13 @@ def main() -> None:
     peak_rate = options.peak_rate or PEAK_RATE[options.name]
     train(
         model,
-        partial(augmented_batches, images, labels, options.batch_size),
+        partial(augmented_batches, images, labels, options.batch_size, shift=options.shift),
         epochs=options.epochs,
         steps=max(1, len(images) // options.batch_size),
         peak_rate=peak_rate,
         seed=options.seed,
         bfloat16=not options.float32,
+        adamw=options.name in ADAMW,
     )
     test_images, test_labels = (part[: options.limit] for part in read_images(options.data, "t10k"))
     if options.half:
@@ -157,6 +174,8 @@ def main() -> None:
         "torch": str(torch.__version__),
         "batch_size": options.batch_size,
         "peak_rate": peak_rate,
+        "shift": options.shift,
+        "optimizer": "AdamW" if options.name in ADAMW else "SGD",
         "bfloat16": not options.float32,
         "threads": options.threads,
     }

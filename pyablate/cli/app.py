@@ -109,7 +109,10 @@ def _root(
 
 def demo(
     name: Annotated[
-        str, typer.Argument(help="alexnet, alexnet_dropout, alexnet_bn, vgg_bn or resnet.")
+        str,
+        typer.Argument(
+            help="alexnet, alexnet_dropout, alexnet_bn, vgg_bn, resnet, vit or convnext."
+        ),
     ] = "vgg_bn",
     limit: Annotated[int, typer.Option(min=1, help="How many of the 10,000 images.")] = 2000,
     output: Annotated[Path, typer.Option(help="Folder for run.zarr and units.csv.")] = Path("demo"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pyablate._validation import check_count, nearest
 from pyablate.io.idx import read_idx
@@ -213,12 +214,175 @@ class ResNet(nn.Module):
         return self.fc(self.flatten(self.pool(x)))  # type: ignore[no-any-return]
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention: every token reads from all tokens.
+
+    Parameters
+    ----------
+    width : int
+        Number of features of a token, a multiple of `heads`.
+    heads : int
+        Number of heads.
+
+    Examples
+    --------
+    >>> pa.demo.Attention(64, heads=4)(torch.zeros(2, 49, 64)).shape
+    torch.Size([2, 49, 64])
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return what the heads read, projected, same shape."""
+        split = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # [N, T, 3, heads, features]
+        queries, keys, values = split.permute(2, 0, 3, 1, 4).unbind()
+        read = functional.scaled_dot_product_attention(queries, keys, values)
+        return self.proj(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a GELU network of one hidden layer, each behind a layer norm and added.
+
+    Parameters
+    ----------
+    width, heads : int
+        As of `Attention`; the hidden layer is twice as wide.
+
+    Examples
+    --------
+    >>> pa.demo.TransformerBlock(64, heads=4)(torch.zeros(2, 49, 64)).shape
+    torch.Size([2, 49, 64])
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the block's output, same shape."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
+
+
+class ViT(nn.Module):
+    """Vision transformer: 49 overlapping patches of 7 x 7 pixels, three blocks, mean over patches.
+
+    After Dosovitskiy et al., *An Image is Worth 16x16 Words*, 2021,
+    `arXiv:2010.11929 <https://arxiv.org/abs/2010.11929>`_.
+
+    Examples
+    --------
+    >>> pa.demo.ViT()(images[:2]).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 64
+        self.normalize = Normalize()
+        self.patches = nn.Conv2d(1, width, 7, stride=4, padding=2)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 49, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads=4) for _ in range(3)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, ``[N, 10]``."""
+        tokens = self.patches(self.normalize(images)).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))  # type: ignore[no-any-return]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a feature map.
+
+    Examples
+    --------
+    >>> pa.demo.ChannelNorm(32)(torch.zeros(2, 32, 14, 14)).shape
+    torch.Size([2, 32, 14, 14])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised map ``[N, C, H, W]``, same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise conv5x5, layer norm, a GELU network at each position, scaled and added.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels; the hidden layer has four times as many.
+
+    Examples
+    --------
+    >>> pa.demo.ConvNeXtBlock(32)(torch.zeros(2, 32, 14, 14)).shape
+    torch.Size([2, 32, 14, 14])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
+        self.scale = nn.Parameter(0.1 * torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, same shape."""
+        inner = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
+        return x + (self.scale * inner).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+class ConvNeXt(nn.Module):
+    """One block of 32 channels on 14 pixels, three of 64 on 7; layer norm and no batch norm.
+
+    After Liu et al., *A ConvNet for the 2020s*, 2022,
+    `arXiv:2201.03545 <https://arxiv.org/abs/2201.03545>`_.
+
+    Examples
+    --------
+    >>> pa.demo.ConvNeXt()(images[:2]).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.stem = nn.Sequential(nn.Conv2d(1, 32, 2, stride=2), ChannelNorm(32))
+        self.stage1 = nn.Sequential(ConvNeXtBlock(32))
+        self.downsample = nn.Sequential(ChannelNorm(32), nn.Conv2d(32, 64, 2, stride=2))
+        self.stage2 = nn.Sequential(*(ConvNeXtBlock(64) for _ in range(3)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, ``[N, 10]``."""
+        x = self.stage1(self.stem(self.normalize(images)))
+        x = self.stage2(self.downsample(x))
+        return self.head(self.norm(self.flatten(self.pool(x))))  # type: ignore[no-any-return]
+
+
 _FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "alexnet": AlexNet,
     "alexnet_dropout": lambda: AlexNet(dropout=0.5),
     "alexnet_bn": lambda: AlexNet(batch_norm=True),
     "vgg_bn": VGG,
     "resnet": ResNet,
+    "vit": ViT,
+    "convnext": ConvNeXt,
 }
 NETWORKS: tuple[str, ...] = tuple(_FACTORIES)
 

@@ -322,9 +322,9 @@ def test_hooks_are_gone_after_a_failure():
 @pytest.mark.parametrize("name", pa.demo.NETWORKS)
 def test_shipped_networks_have_all_their_layers(name):
     chosen = select(sites(pa.demo.build(name), torch.zeros(1, 1, 28, 28)))
-    count = {"vgg_bn": 5, "resnet": 13}.get(name, 7)
-    units = {"vgg_bn": 416, "resnet": 464}.get(name, 760)  # else one of the alexnets
-    assert (len(chosen), sum(each.channels for each in chosen)) == (count, units)
+    sizes = {"vgg_bn": (5, 416), "resnet": (13, 464), "vit": (6, 576), "convnext": (8, 1120)}
+    expected = sizes.get(name, (7, 760))  # else one of the alexnets
+    assert (len(chosen), sum(each.channels for each in chosen)) == expected
 
 
 def test_looking_in_inference_mode():
