@@ -180,6 +180,26 @@ class Data:
             yield Batch(torch.as_tensor(index[place : place + len(images)]), images, labels)
             place += len(images)
 
+    def chosen(self, index: Sequence[int], size: int) -> Iterator[Batch]:
+        """Hand out only these images, given in ascending order, ``size`` at a time.
+
+        A source that cannot be read by index is read up to its end.
+        """
+        wanted = torch.as_tensor(list(index))
+        for batch in self._around(wanted, size):
+            here = torch.isin(batch.index, wanted).nonzero().squeeze(1)
+            if len(here):
+                yield from batch.take(here).split(size)
+
+    def _around(self, wanted: Tensor, size: int) -> Iterator[Batch]:
+        """Hand out batches among which these images are."""
+        if self.dataset is None:
+            yield from self.batches(size)
+            return
+        for batch in self.some(wanted.tolist()):
+            images, labels = self._converted(batch.images), sent(batch.labels, self.device)
+            yield Batch(batch.index, images, labels)
+
     def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
         """Hand out batches of ``size`` images (the last may be smaller), of all or of a ``part``.
 

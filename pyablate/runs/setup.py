@@ -30,6 +30,7 @@ from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
+from pyablate.results.screening import GUARANTEES
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
 from pyablate.runs.unit_statistics import measure_units
@@ -109,6 +110,7 @@ class SetupOptions:
     strategy: str = "auto"
     precision: str = "auto"
     measures: tuple[str, ...] = ()
+    guarantee: str = "exact"
     axis: Mapping[str, int] | None = None
     logits: Choice = None
 
@@ -258,6 +260,12 @@ def check_options(model: Any, options: SetupOptions) -> None:
             check_count(name, value)
     check_choice("strategy", options.strategy, STRATEGIES)
     check_choice("precision", options.precision, PRECISIONS)
+    check_choice("guarantee", options.guarantee, GUARANTEES)
+    if options.guarantee != "exact" and options.measures:
+        raise ValueError(
+            f"measures: {', '.join(options.measures)} need the logits of every pair; expected "
+            f'guarantee="exact", got {options.guarantee!r}'
+        )
 
 
 def _low_precisions(
