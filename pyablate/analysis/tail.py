@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -14,18 +13,17 @@ SHARE = 0.05
 """Share of the sample that counts as its tail, of :data:`LEAST` errors at least."""
 
 LEAST = 10
-CONFIDENCE = 0.95
-STEEPEST = 8.0
-"""Largest exponent that a sample can make plausible."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Upper bound of the chance that an error is larger than a number.
+    """Chance that the next error is larger than a number, as a sample of errors suggests.
 
-    Beyond ``start`` the chance falls with a power of the number (Pareto), the exponent by Hill's
-    estimator (1975); both it and the share of errors beyond ``start`` are taken at the careful end
-    of their confidence interval, so that few errors give a wide tail.
+    Beyond ``start`` errors are taken to be of Pareto kind: the chance falls with a power of the
+    number. The exponent is not known but for what ``count`` errors tell of it, whose posterior is a
+    gamma distribution (of Hill's likelihood, 1975, with the prior 1 / exponent). Averaged over that
+    the chance is ``share * (1 + log(number / start) / logs) ** -count``: Pareto's where the errors
+    are many, and with a wider tail where they are few.
 
     Attributes
     ----------
@@ -34,51 +32,49 @@ class Tail:
     start : float
         Where the tail begins.
     share : float
-        Upper bound of the chance to be in it.
-    exponent : float
-        Lower bound of that of the power.
+        Chance to be in it.
+    count : int
+        Errors of the sample beyond its start.
+    logs : float
+        Sum of the logarithms of their ratios to it.
 
     Examples
     --------
     >>> from pyablate.analysis.tail import Tail
-    >>> errors = np.random.default_rng(0).pareto(3.0, 1000)
-    >>> tail = Tail.of(errors)
-    >>> bool(tail.chance(100.0) > 101.0**-3)
+    >>> tail = Tail.of(np.random.default_rng(0).pareto(3.0, 10_000))
+    >>> bool(0.5 < tail.chance(20.0) * 21.0**3 < 3)  # of this distribution it is (1 + x)^-3
     True
     """
 
     errors: Floats
     start: float
     share: float
-    exponent: float
+    count: int
+    logs: float
 
     @classmethod
     def of(cls, errors: ArrayLike) -> Tail:
         """Fit a tail to errors ``[n]``; NaN counts as infinite, n may be 0."""
         known = np.sort(np.nan_to_num(np.asarray(errors, np.float64), nan=np.inf, posinf=np.inf))
-        positive = int((known > 0).sum())
-        count = min(max(LEAST, int(np.ceil(SHARE * len(known)))), positive)
-        if count < 2:  # no tail to be seen: the least that can be said of those not seen
-            start = float(known[-1]) if positive else 0.0
-            return cls(known, start, float(_upper(positive, len(known))), 0.0)
-        tail = known[-count:]
+        count = min(max(LEAST, int(np.ceil(SHARE * len(known)))), int((known > 0).sum()) - 1)
+        if count < 1:  # no tail is to be seen
+            return cls(known, 0.0, _next(0, len(known)), 0, 0.0)
+        start, tail = known[-count - 1], known[-count:]
         with np.errstate(invalid="ignore"):
-            mean = float(np.nan_to_num(np.log(tail / tail[0]).mean(), nan=np.inf))
-        careful = max(0.0, 1.0 - stats.norm.ppf(CONFIDENCE) / np.sqrt(count))
-        exponent = careful * min(STEEPEST, 1.0 / max(mean, 1e-9))
-        return cls(known, float(tail[0]), float(_upper(count, len(known))), exponent)
+            logs = float(np.nan_to_num(np.log(tail / start).sum(), nan=np.inf))
+        return cls(known, float(start), _next(count, len(known)), count, logs)
 
     def chance(self, larger: ArrayLike) -> Floats:
-        """Upper bound of the chance that an error is larger than each of some numbers."""
+        """Chance that the next error is larger than each of some numbers."""
         number = np.asarray(larger, np.float64)
         above = len(self.errors) - np.searchsorted(self.errors, number, side="right")
-        seen = _upper(above, len(self.errors))
-        if self.start <= 0:
-            return np.where(number < 0, 1.0, seen)
+        seen = np.minimum(1.0, (above + 1) / (len(self.errors) + 1))
+        if not self.count:
+            return seen
         with np.errstate(divide="ignore", invalid="ignore"):
-            power = (np.maximum(number, self.start) / self.start) ** -self.exponent
-        beyond = self.share * np.nan_to_num(power, nan=1.0)
-        return np.where(number < self.start, seen, beyond)
+            beyond = np.log(np.maximum(number, self.start) / self.start) / self.logs
+            power = (1.0 + np.nan_to_num(beyond, nan=0.0)) ** -self.count
+        return np.where(number < self.start, seen, self.share * power)
 
     def threshold(self, scores: ArrayLike, risk: float) -> float:
         """Smallest score above which as few scores as ``risk`` are expected below their error.
@@ -104,9 +100,6 @@ class Tail:
         return float(ordered[safe]) if safe else float("inf")
 
 
-def _upper(count: ArrayLike, of: int) -> Floats:
-    """One-sided upper bound of a share, ``count`` of ``of`` seen (Clopper and Pearson 1934)."""
-    seen = np.asarray(count, np.float64)
-    if not of:
-        return np.ones_like(seen)
-    return np.where(seen >= of, 1.0, stats.beta.ppf(CONFIDENCE, seen + 1, np.maximum(of - seen, 1)))
+def _next(count: int, of: int) -> float:
+    """Chance that the next of ``of`` numbers is among the ``count`` largest, or above them."""
+    return min(1.0, (count + 1) / (of + 1))

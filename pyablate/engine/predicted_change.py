@@ -14,7 +14,7 @@ logits over the classes (Johnson and Lindenstrauss 1984; Achlioptas 2003).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,109 +26,14 @@ from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.replacements import Replacements
-from pyablate.engine.score import Score, joined
+from pyablate.engine.score import Directions, Prediction, Score, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.network.graph import CONVOLUTIONS, MARKER, Graph, Value, tensor
 from pyablate.runtime.host_to_device import sent
 
-FEW_CLASSES = 32
-"""Classes up to which every other class is a direction: no more passes than :data:`COMPETITORS`
-and :data:`RANDOM` together, and nothing is left to estimate."""
-
-COMPETITORS = 8
-RANDOM = 16
-
 IMAGES = 64
 """Images of one backward pass, fewer where their activations are large."""
-
-
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """Directions over the classes, for some images.
-
-    Attributes
-    ----------
-    prediction : Tensor
-        int64 ``[N]``: the intact network's classes.
-    competitors : Tensor
-        int64 ``[N, M]``: other classes, nearest first.
-    margins : Tensor
-        ``[N, M]``: lead of the prediction over each of them, in logits.
-    rest : Tensor
-        ``[N]``: lead over the nearest class that is none of them; infinite where there is none.
-    signs : Tensor
-        ``[R, K]``: random signs less their mean; none where the competitors are all classes.
-    """
-
-    prediction: Tensor
-    competitors: Tensor
-    margins: Tensor
-    rest: Tensor
-    signs: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, prediction: Tensor) -> Directions:
-        """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``."""
-        images, classes = logits.shape
-        few = classes <= FEW_CLASSES
-        count = classes - 1 if few else COMPETITORS
-        chosen = prediction.long()
-        others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
-        best = others.topk(min(count + 1, classes), dim=1)
-        own = logits.gather(1, chosen.unsqueeze(1))
-        margins = own - best.values
-        rest = logits.new_full((images,), torch.inf) if few else margins[:, count]
-        signs = logits.new_zeros(0, classes) if few else _signs(classes, logits)
-        return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
-
-    def __len__(self) -> int:
-        return self.competitors.shape[1] + len(self.signs)
-
-    def vectors(self) -> Iterable[Tensor]:
-        """Give one ``[N, K]`` after the other."""
-        images, classes = len(self.prediction), self.signs.shape[1]
-        zeros = self.margins.new_zeros(images, classes)
-        own = zeros.scatter(1, self.prediction.unsqueeze(1), 1.0)
-        for number in range(self.competitors.shape[1]):
-            yield own.scatter(1, self.competitors[:, number : number + 1], -1.0)
-        for sign in self.signs:
-            yield sign.expand(images, -1)
-
-    def project(self, change: Tensor, image: Tensor) -> Tensor:
-        """Take the changes ``[P, D]`` along the directions of logit changes ``[P, K]``."""
-        own = change.gather(1, self.prediction[image].unsqueeze(1))
-        margins = own - change.gather(1, self.competitors[image])
-        return torch.cat([margins, change @ self.signs.t()], dim=1)
-
-    def score(self, changes: Tensor, image: Tensor | None = None) -> Score:
-        """Lowest margin that changes leave, and their size.
-
-        Parameters
-        ----------
-        changes : Tensor
-            ``[N, ..., D]``, or ``[P, D]`` with ``image``.
-        image : Tensor, optional
-            int64 ``[P]``: which image each row belongs to.
-        """
-        margins, rest = self.margins, self.rest
-        if image is not None:
-            margins, rest = margins[image], rest[image]
-        between = [1] * (changes.ndim - 2)
-        margins = margins.reshape(len(margins), *between, -1)
-        count = margins.shape[-1]
-        lowest = (margins + changes[..., :count]).amin(dim=-1)
-        lowest = torch.minimum(lowest, rest.reshape(len(rest), *between))
-        if len(self.signs):
-            return Score(lowest, changes[..., count:].square().mean(dim=-1).sqrt())
-        high, low = changes.amax(dim=-1).clamp(min=0), changes.amin(dim=-1).clamp(max=0)
-        return Score(lowest, high - low)
-
-
-def _signs(classes: int, like: Tensor) -> Tensor:
-    draw = torch.Generator().manual_seed(classes)
-    signs = torch.randint(0, 2, (RANDOM, classes), generator=draw).to(like) * 2 - 1
-    return signs - signs.mean(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +75,8 @@ class Predictor:
         What lies behind the sites of each job that is predicted.
     replacements : callable
         ``replacements(batch, job)``.
+    places : sequence of fx.Node
+        Narrow places where changes are looked at again.
     memory : int
         Bytes that may be held.
     """
@@ -177,26 +84,37 @@ class Predictor:
     graph: Graph
     suffixes: Mapping[Job, Suffix]
     replacements: Callable[[Batch, Job], Replacements]
+    places: Sequence[fx.Node]
     memory: int
 
-    def scores(self, batch: Batch, clean: Clean) -> dict[Job, Score]:
-        """Predict every pair of a batch; ``lowest`` and ``size`` are ``[N, row]``, on the CPU.
+    def predict(self, batch: Batch, clean: Clean) -> Prediction:
+        """Predict every pair of a batch.
 
         Raises
         ------
         RuntimeError
             An operator of the network has no derivative.
         """
-        found: dict[Job, list[Score]] = {job: [] for job in self.suffixes}
+        directions = Directions.of(clean.logits, clean.prediction)
+        scores: dict[Job, list[Score]] = {job: [] for job in self.suffixes}
+        gradients: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
         for image in torch.arange(len(batch)).split(self._images):
-            there = sent(image, clean.logits.device)
-            directions = Directions.of(clean.logits[there], clean.prediction[there])
-            for job, changes in self._changes(batch.take(image), directions).items():
-                found[job].append(directions.score(changes))
-        return {job: joined(parts) for job, parts in found.items()}
+            some = directions.take(sent(image, clean.logits.device))
+            changes, there = self._changes(batch.take(image), some)
+            for job, change in changes.items():
+                scores[job].append(some.score(change))
+            for place, gradient in there.items():
+                gradients[place].append(gradient)
+        return Prediction(
+            {job: joined(parts) for job, parts in scores.items()},
+            directions,
+            {place: torch.cat(parts) for place, parts in gradients.items()},
+        )
 
-    def _changes(self, batch: Batch, directions: Directions) -> dict[Job, Tensor]:
-        """Predicted changes of each job's pairs, ``[N, row, D]``."""
+    def _changes(
+        self, batch: Batch, directions: Directions
+    ) -> tuple[dict[Job, Tensor], dict[fx.Node, Tensor]]:
+        """Predicted changes of each job's pairs, ``[N, row, D]``, and gradients at the places."""
         tensors = self._run(batch.images)
         logits = tensor(tensors[self.graph.logits])
         with torch.no_grad():
@@ -206,12 +124,10 @@ class Predictor:
                 job: self._parts(Sweep(suffix, clean, self.replacements(batch, job)))
                 for job, suffix in self.suffixes.items()
             }
-        inputs = {
-            node: value
-            for node in dict.fromkeys(node for some in parts.values() for node in some)
-            if (value := tensor(tensors[node])).requires_grad
-        }
+        nodes = dict.fromkeys([*self.places, *(node for some in parts.values() for node in some)])
+        inputs = {node: value for node in nodes if (value := tensor(tensors[node])).requires_grad}
         found: dict[Job, list[Tensor]] = {job: [] for job in parts}
+        there: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
         for vector in directions.vectors():
             gradients = _gradients(logits, inputs, vector)
             with torch.no_grad():
@@ -219,7 +135,10 @@ class Predictor:
                     along = [some[node].along(gradients[node]) for node in some if node in inputs]
                     none = logits.new_zeros(len(batch), len(job.members))
                     found[job].append(sum(along, none))
-        return {job: torch.stack(changes, dim=2) for job, changes in found.items()}
+                for place in self.places:
+                    there[place].append(gradients[place].flatten(1))
+        changes = {job: torch.stack(own, dim=2) for job, own in found.items()}
+        return changes, {place: torch.stack(own, dim=1) for place, own in there.items()}
 
     def _run(self, images: Tensor) -> dict[fx.Node, Value]:
         """Run the intact network for backward passes, which end at the first site."""

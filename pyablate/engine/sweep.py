@@ -29,6 +29,9 @@ from pyablate.network.sites import Site
 
 aten = torch.ops.aten
 
+Step = tuple[fx.Node, list[fx.Node], list[fx.Node]]
+"""A node, what it reads, and what is then of no more use."""
+
 
 @dataclass(eq=False)
 class Sweep:
@@ -264,13 +267,11 @@ class Sweep:
         return job.change(site, values, row, replacement)
 
     @cached_property
-    def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    def steps(self) -> list[Step]:
         """Nodes of the dense part, what each of them reads, and what is then of no more use."""
         return self._steps_of(self.deferred if self.suffix.job.channelwise else self.suffix.nodes)
 
-    def _steps_of(
-        self, nodes: Sequence[fx.Node]
-    ) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    def _steps_of(self, nodes: Sequence[fx.Node]) -> list[Step]:
         steps = []
         later = {self.graph.logits}
         for node in reversed(nodes):

@@ -8,6 +8,7 @@ bounds how many of the others are wrong. Nothing here needs torch.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -69,8 +70,11 @@ class LayerScreening:
     near, far : Sampled
         Pairs settled at first, with scores up to twice the threshold and beyond. Those opened
         again when the threshold was raised stay counted: what the sample says is about all.
+    by_stage : dict of str to int
+        Pairs settled at first by the gradient at the unit (an empty name), and by that at each
+        narrow place of the network to which their change was carried.
     threshold : float
-        Score above which a prediction settles a pair, in the end.
+        Score above which the gradient at the unit settles a pair, in the end.
     raised : int
         How often the sample made it larger.
     """
@@ -80,6 +84,7 @@ class LayerScreening:
     computed: int = 0
     near: Sampled = field(default_factory=Sampled)
     far: Sampled = field(default_factory=Sampled)
+    by_stage: dict[str, int] = field(default_factory=dict)
     threshold: float = 0.0
     raised: int = 0
 
@@ -91,6 +96,7 @@ class LayerScreening:
             self.computed + other.computed,
             self.near + other.near,
             self.far + other.far,
+            dict(Counter(self.by_stage) + Counter(other.by_stage)),
             max(self.threshold, other.threshold),
             max(self.raised, other.raised),
         )
@@ -198,6 +204,7 @@ class Screening:
                 "pairs": layer.pairs,
                 "silent": layer.silent,
                 "settled": layer.settled,
+                "settled_later": sum(layer.by_stage.values()) - layer.by_stage.get("", 0),
                 "computed": layer.computed,
                 "sampled": layer.near.sampled + layer.far.sampled,
                 "wrong": layer.near.wrong + layer.far.wrong,

@@ -29,9 +29,10 @@ from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify
 from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
-from pyablate.runs.screening import Screen, Thresholds, measure
+from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runs.state import unpack_thresholds
+from pyablate.runs.thresholds import Thresholds, measure
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
 from pyablate.runtime.progress import Report, reporting

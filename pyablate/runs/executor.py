@@ -201,7 +201,7 @@ class BlockSweep:
             if not setup.data.labelled:
                 batch = replace(batch, labels=clean.prediction.long())
             if self.screen is not None:
-                clean = replace(clean, scores=self.screen.scores(batch, clean))
+                clean = self.screen.predict(batch, clean)
             yield batch, clean
             return
         for half in _halves(batch):
@@ -333,23 +333,24 @@ class BlockSweep:
         decide: Decide = functools.partial(
             cascade.classify, change, clean=clean, size=size, record=record, truth=truth
         )
-        if self.screen is None or job not in clean.scores:
+        if self.screen is None:
             return row, image, decide(row, image)
-        return row, image, self._screened(self.screen, job, batch, clean, row, image, decide)
+        return row, image, self._screened(self.screen, sweep, batch, row, image, decide)
 
     def _screened(
         self,
         screen: Screen,
-        job: Job,
+        sweep: Sweep,
         batch: Batch,
-        clean: Clean,
         row: Tensor,
         image: Tensor,
         decide: Decide,
     ) -> Tensor:
         """Settle live pairs by prediction where that will do; decide the others, and a sample."""
-        choice = screen.choose(job, batch, clean, row, image)
-        intact = clean.predicted[image]
+        job, intact = sweep.suffix.job, sweep.clean.predicted[image]
+        choice = screen.choose(sweep, batch, row, image)
+        if choice is None:
+            return decide(row, image)
         found, computed = intact.clone(), torch.zeros(len(row), dtype=torch.bool)
         forced = self.auditor.draws(job, batch, row, image)
         while True:

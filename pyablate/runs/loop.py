@@ -23,7 +23,6 @@ from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
-from pyablate.runs.screening import Thresholds
 from pyablate.runs.state import (
     care_of,
     pack_statistics,
@@ -31,6 +30,7 @@ from pyablate.runs.state import (
     restore_care,
     restore_cascades,
 )
+from pyablate.runs.thresholds import Thresholds
 from pyablate.runtime.distributed import MODULUS, Ranks
 from pyablate.runtime.progress import Report
 
