@@ -79,7 +79,8 @@ def shapley(
     target : str or int, optional
         Name or number of a class: performance on its images only.
     measure : {"accuracy", "loss"}
-        Performance is accuracy, or minus the mean cross-entropy in nats.
+        Performance is accuracy, or minus the mean cross-entropy in nats, as exact as the
+        ``measures`` of :func:`pyablate.ablate`.
     permutations : int
         Orders to draw, at most.
     truncation : float, optional

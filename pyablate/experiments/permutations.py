@@ -138,17 +138,20 @@ def estimate(lost: Lost, units: int, rules: Rules, generator: np.random.Generato
             f"without all units, got {rules.truncation!r}"
         )
     count = np.zeros(units, dtype=np.int64)
-    total, squares = np.zeros((2, units))
+    value, squares = np.zeros((2, units))  # means, and sums of squared deviations from them
     active = np.ones(units, dtype=bool)
     drawn = 0
     for size in rules.rounds:
         orders = generator.permuted(np.tile(np.arange(units), (size, 1)), axis=1)
         added = _marginals(lost, everything, orders, active, rules.truncation)
-        drawn += size
+        mean = added.mean(axis=0)
+        apart, share = mean - value[active], size / (count[active] + size)
+        value[active] += apart * share
+        squares[active] += np.square(added - mean).sum(axis=0)
+        squares[active] += np.square(apart) * share * count[active]
         count[active] += size
-        total[active] += added.sum(axis=0)
-        squares[active] += np.square(added).sum(axis=0)
-        value, error, width = _means(count, total, squares, rules)
+        drawn += size
+        error, width = _errors(count, squares, rules)
         lower, upper = value - width, value + width
         if rules.interval == "bernstein":
             lower, upper = np.maximum(lower, -RANGE / 2), np.minimum(upper, RANGE / 2)
@@ -193,21 +196,17 @@ def _stages(units: int, count: int) -> Iterator[slice]:
         yield slice(start, stop)
 
 
-def _means(
-    count: Ints, total: Floats, squares: Floats, rules: Rules
-) -> tuple[Floats, Floats, Floats]:
-    """Means, their standard errors, and half-widths of their intervals, float64 [unit]."""
-    value = total / count
+def _errors(count: Ints, squares: Floats, rules: Rules) -> tuple[Floats, Floats]:
+    """Give standard errors of means, and half-widths of their intervals, float64 [unit]."""
     degrees = np.where(count > 1, count - 1, np.nan)
-    variance = np.maximum(squares - total * value, 0.0) / degrees
-    error = np.sqrt(variance / count)
+    error = np.sqrt(squares / degrees / count)
     risk = (1 - rules.confidence) / (len(count) * len(rules.rounds))  # of one interval
     if rules.interval == "bernstein":
         term = math.log(4 / risk)  # of one side
         width = np.sqrt(2 * term) * error + 7 * RANGE * term / (3 * degrees)
     else:
         width = stats.t.isf(risk / 2, degrees) * error
-    return value, error, np.where(count > 1, width, np.inf)
+    return error, np.where(count > 1, width, np.inf)
 
 
 def _decided(value: Floats, lower: Floats, upper: Floats, rules: Rules) -> Bools:

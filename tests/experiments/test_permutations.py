@@ -143,6 +143,7 @@ def test_sampling_stops_unit_by_unit():
     found = run(Game(table), interval="student", tolerance=0.01, permutations=400)
     assert found.samples[0] == 40 < found.samples[1:].min()
     assert found.value[0] == pytest.approx(0.5)
+    assert found.standard_error[0] < 1e-15
     exact = shapley_values(Game(table))
     assert (np.abs(found.value - exact) < 5 * found.standard_error + 1e-12).all()
 
