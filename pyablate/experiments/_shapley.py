@@ -88,8 +88,8 @@ def shapley(
         all units; what is left counts 0. That saves the sets which have lost everything, and
         moves the sum of the values by at most so much. By default all orders are gone through.
     tolerance : float
-        Half-width of an interval from which on a unit is known well enough; with ``top``, how far
-        the wrong side of the middle an interval may reach.
+        Half-width of an interval below which a unit is known well enough, and sampling stops for
+        it; with ``top``, how far an interval may reach beyond the middle.
     confidence : float
         Probability with which all intervals hold together, whenever sampling stops.
     interval : {"bernstein", "student"}, optional
@@ -176,7 +176,7 @@ def shapley(
         "images": len(images),
         "audit": str(sets.audit),
     }
-    return Shapley(_dataset(units, found, {**about, **asdict(rules)}), sets.audit)
+    return Shapley(_dataset(units, found, asdict(rules) | about), sets.audit)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

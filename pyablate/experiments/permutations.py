@@ -212,7 +212,7 @@ def _errors(count: Ints, squares: Floats, rules: Rules) -> tuple[Floats, Floats]
 def _decided(value: Floats, lower: Floats, upper: Floats, rules: Rules) -> Bools:
     """Which units are known as well as was asked for, bool [unit]."""
     if rules.top is None:
-        known: Bools = (upper - lower) / 2 <= rules.tolerance
+        known: Bools = (upper - lower) / 2 < rules.tolerance
         return known
     largest = np.sort(value)[::-1]
     between = (largest[rules.top - 1] + largest[rules.top]) / 2

@@ -469,8 +469,8 @@ _BAD_INPUT = {
     "units below 0": (("pairs", *_DATA, "--layer", "1", "--units", "1,-2"), "whole numbers from 0"),
     "pairs of all layers": (("pairs", *_DATA, "--layer", "*"), "expected one layer"),
     "more top units than there are": (
-        ("shapley", *_DATA, "--layers", "features.11:3", "--top", "1"),
-        "fewer than all 1",
+        ("shapley", *_DATA, "--layers", "1:0", "--top", "1"),
+        "fewer than all 1 units",
     ),
     "values of the loss by a bound": (
         ("shapley", *_DATA, "--measure", "loss", "--interval", "bernstein"),
