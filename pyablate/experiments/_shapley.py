@@ -29,7 +29,7 @@ MEASURES = ("accuracy", "loss")
 FIGURES = ("value", "standard_error", "lower", "upper", "samples", "decided")
 
 PAIRS = 2 * NUMBERS
-"""Pairs of a set and an image that are ablated in one run: their flips fill some hundred MB."""
+"""Pairs of a set and an image, or a unit, in one run: their flips fill some hundred megabytes."""
 
 OWN = ("groups", "measures", "output", "fresh", "shard", "distributed")
 """Options of :func:`pyablate.ablate` that the many runs behind the values have no use for."""
@@ -163,7 +163,7 @@ def shapley(
 
     most = permutations * len(units)
     with reporting(progress, unit="sets") as report:
-        sets = _Sets(ablated, units, len(images), most, report)
+        sets = _Sets(ablated, units, len(labels), most, report)
         found = estimate(sets, len(units), rules, np.random.default_rng(seed))
         report(most, most, "+".join(dict.fromkeys(sets.layers)))
     about = {
@@ -173,7 +173,7 @@ def shapley(
         "permutations": found.permutations,
         "evaluations": len(sets.known),
         "intervention": str(parse(intervention, seed=seed)),
-        "images": len(images),
+        "images": len(labels),
         "audit": str(sets.audit),
     }
     return Shapley(_dataset(units, found, asdict(rules) | about), sets.audit)
@@ -237,17 +237,17 @@ class _Sets:
         self.ablated = ablated
         self.units = np.array(units, dtype=object)
         self.layers = np.array([label.rpartition(":")[0] for label in units], dtype=object)
-        self.at_a_time = max(1, PAIRS // images)
+        self.at_a_time = max(1, PAIRS // max(images, len(units)))
         self.most, self.asked, self.report = most, 0, report
         self.known: dict[bytes, float] = {}
         self.audit = Audit(0, 0)
 
-    def __call__(self, ranks: Ints, counts: Ints) -> Floats:
+    def __call__(self, ranks: Ints, order: Ints, count: Ints) -> Floats:
         """Ablate sets of units; see :data:`pyablate.experiments.permutations.Lost`."""
-        found = np.empty(len(counts))
-        for start in range(0, len(counts), self.at_a_time):
+        found = np.empty(len(count))
+        for start in range(0, len(count), self.at_a_time):
             some = slice(start, start + self.at_a_time)
-            sets = ranks[some] < counts[some, None]
+            sets = ranks[order[some]] < count[some, None]
             keys = [key.tobytes() for key in np.packbits(sets, axis=1)]
             new = {key: each for key, each in zip(keys, sets, strict=True) if key not in self.known}
             if new:

@@ -21,9 +21,10 @@ from pyablate._validation import check_choice, check_count, check_level
 from pyablate.results.record import Floats, Ints
 
 Bools = NDArray[np.bool_]
-Lost = Callable[[Ints, Ints], Floats]
-"""``lost(ranks, counts)``: what is lost without the first ``counts[i]`` units of an order in which
-unit ``u`` is at place ``ranks[i, u]``; int64 [set, unit] and int64 [set] to float64 [set]."""
+Lost = Callable[[Ints, Ints, Ints], Floats]
+"""``lost(ranks, order, count)``: what is lost without the first ``count[i]`` units of the order
+``order[i]``, in which unit ``u`` is at place ``ranks[order[i], u]``; int64 [order, unit], [set] and
+[set] to float64 [set]."""
 
 INTERVALS = ("bernstein", "student")
 
@@ -131,7 +132,7 @@ def estimate(lost: Lost, units: int, rules: Rules, generator: np.random.Generato
     ValueError
         Every permutation would be truncated at once.
     """
-    everything = float(lost(np.arange(units)[None], np.array([units]))[0])
+    everything = float(lost(np.arange(units)[None], np.array([0]), np.array([units]))[0])
     if rules.truncation is not None and abs(everything) <= rules.truncation:
         raise ValueError(
             f"truncation: expected less than {abs(everything):.4g}, the change of performance "
@@ -179,9 +180,9 @@ def _marginals(
     for some in _stages(units, 1 if truncation is None else STAGES):
         here = np.zeros_like(needed)
         here[:, some] = needed[:, some] & ~ended[:, some.start - 1, None]
-        row, length = np.nonzero(here)
-        if len(row):
-            known[row, length] = lost(ranks[row], length)
+        order, length = np.nonzero(here)
+        if len(order):
+            known[order, length] = lost(ranks, order, length)
         if truncation is not None:
             near = np.abs(known - everything) <= truncation  # never where nothing is known
             ended = np.logical_or.accumulate(near, axis=1)

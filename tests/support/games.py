@@ -15,9 +15,9 @@ class Game:
         self.units = len(self.table).bit_length() - 1
         self.asked = 0
 
-    def __call__(self, ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        self.asked += len(counts)
-        sets = ranks < counts[:, None]
+    def __call__(self, ranks: np.ndarray, order: np.ndarray, count: np.ndarray) -> np.ndarray:
+        self.asked += len(count)
+        sets = ranks[order] < count[:, None]
         return self.table[sets @ (1 << np.arange(self.units))]
 
 
