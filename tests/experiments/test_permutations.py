@@ -110,6 +110,14 @@ def test_looks_and_units_share_the_risk():
     np.testing.assert_allclose(found.upper - found.value, width)
 
 
+def test_rounds_add_up_to_one_sample():
+    game = random_game(9)
+    once, rounds = run(game), run(game, tolerance=1e-12)
+    assert not rounds.decided.any()
+    np.testing.assert_allclose(rounds.value, once.value, rtol=1e-12)
+    np.testing.assert_allclose(rounds.standard_error, once.standard_error, rtol=1e-12)
+
+
 def test_values_add_up_to_what_all_are_worth():
     for seed in range(5):
         game = random_game(seed)
