@@ -66,7 +66,11 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
         ),
         ("attributes.md", {"limit=500": "limit=100"}, "table best"),
         ("your-model.md", {}, "result comparison texts found"),
-        ("experiments.md", {"limit=500": "limit=120"}, "curves both sets along control table"),
+        (
+            "experiments.md",
+            {"limit=500": "limit=120"},
+            "curves both sets worth best along control table",
+        ),
         (
             "compression.md",
             {"limit=500": "limit=60"},

@@ -19,7 +19,7 @@ from pyablate.cli.attributes import attributes
 from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, parse_bytes
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
-from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
+from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
 from pyablate.cli.options import (
     Axes,
     Bar,
@@ -211,6 +211,7 @@ for _command in (
     cumulative,
     pairs,
     minimal_sets,
+    shapley,
     rotation,
     plot,
     report,

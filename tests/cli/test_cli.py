@@ -468,6 +468,14 @@ _BAD_INPUT = {
     "units not numbers": (("pairs", *_DATA, "--layer", "1", "--units", "1,x"), "--units"),
     "units below 0": (("pairs", *_DATA, "--layer", "1", "--units", "1,-2"), "whole numbers from 0"),
     "pairs of all layers": (("pairs", *_DATA, "--layer", "*"), "expected one layer"),
+    "more top units than there are": (
+        ("shapley", *_DATA, "--layers", "1:0", "--top", "1"),
+        "fewer than all 1 units",
+    ),
+    "values of the loss by a bound": (
+        ("shapley", *_DATA, "--measure", "loss", "--interval", "bernstein"),
+        "'student' for the loss",
+    ),
     "rotation of no layer": (("rotation", *_DATA, "--layers", "nowhere"), "nowhere"),
     "no such ranking": (("prune", *_DATA, "--by", "l3"), "--by"),
     "fraction above 1": (("prune", *_DATA, "--fraction", "2"), "--fraction"),

@@ -210,6 +210,8 @@ def test_all_functions_take_them() -> None:
     assert pa.cumulative(model, data, "act", order="random", **options).result.labels.size == COUNT
     assert pa.pairs(model, data, "act", units=[0, 1], progress=False).data.sizes["pair"] == 1
     assert pa.minimal_sets(model, data, "act", progress=False) is not None
+    worth = pa.shapley(model, data, "act", permutations=2, progress=False)
+    assert worth.data.attrs["images"] == COUNT
     tuned = pa.finetune(model, data, epochs=1, batch_size=9).model
     assert set(tuned(**WORDS_AND_MASK)) == {"logits"}
 
