@@ -76,28 +76,40 @@ class Tail:
             power = (1.0 + np.nan_to_num(beyond, nan=0.0)) ** -self.count
         return np.where(number < self.start, seen, self.share * power)
 
-    def threshold(self, scores: ArrayLike, risk: float) -> float:
-        """Smallest score above which as few scores as ``risk`` are expected below their error.
+    def exceeded(self, chance: float) -> float:
+        """Find what the next error exceeds with this chance or less; it may be infinite."""
+        if not self.count:
+            return float("inf")
+        if chance >= self.share:
+            place = len(self.errors) - int(chance * (len(self.errors) + 1))
+            return float(self.errors[min(max(0, place), len(self.errors) - 1)])
+        power = (self.share / chance) ** (1.0 / self.count) - 1.0
+        return float(self.start * np.exp(min(self.logs * power, 700.0)))
 
-        Parameters
-        ----------
-        scores : array-like
-            float64 ``[m]``: a sample of scores, each wrong where its error is larger.
-        risk : float
-            Expected share of the sample that is above the threshold and wrong.
 
-        Returns
-        -------
-        float
-            0 or more; infinite where no score is safe.
-        """
-        ordered = np.sort(np.asarray(scores, np.float64))
-        ordered = ordered[np.isfinite(ordered) & (ordered > 0)][::-1]
-        wrong = np.cumsum(self.chance(ordered)) / max(1, np.size(scores))
-        safe = int(np.searchsorted(wrong, risk, side="right"))
-        if safe == len(ordered):
-            return 0.0
-        return float(ordered[safe]) if safe else float("inf")
+def safe_above(scores: ArrayLike, chance: ArrayLike, weight: ArrayLike, risk: float) -> float:
+    """Smallest score above which no more than a share of ``risk`` is expected to be wrong.
+
+    Parameters
+    ----------
+    scores, chance, weight : array-like
+        float64 ``[m]``: scores, the chance of each to be wrong, and how many it stands for.
+    risk : float
+        Expected share of all that is above the score and wrong.
+
+    Returns
+    -------
+    float
+        0 or more; infinite where no score is safe.
+    """
+    known, total = np.asarray(scores, np.float64), np.sum(weight)
+    able = np.isfinite(known) & (known > 0)
+    order = np.argsort(-known[able])
+    wrong = np.cumsum((np.asarray(chance) * np.asarray(weight))[able][order])
+    safe = int(np.searchsorted(wrong, risk * total, side="right"))
+    if safe == len(order):
+        return 0.0
+    return float(known[able][order[safe]]) if safe else float("inf")
 
 
 def _next(count: int, of: int) -> float:

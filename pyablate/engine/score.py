@@ -42,6 +42,10 @@ class Score:
         """Take those of some pairs, from what is known of all of them ``[N, row]``."""
         return Score(self.lowest[image, row], self.size[image, row])
 
+    def only(self, pairs: Tensor) -> Score:
+        """Take those of some pairs, of a list of them."""
+        return Score(self.lowest[pairs], self.size[pairs])
+
 
 def joined(parts: Sequence[Score]) -> Score:
     """Put the scores of parts of a batch together, on the CPU."""

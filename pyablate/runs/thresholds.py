@@ -1,8 +1,10 @@
 """Thresholds of a screened run: which scores settle a pair, measured before the first block.
 
-Random pairs of random images of the whole data are computed, and the errors of their scores
-compared with the scores: see :mod:`pyablate.analysis.tail`. Thresholds depend on the seed and the
-data, not on how the images are cut into batches, shards or processes.
+Random pairs of random images of the whole data are computed, and how far their scores were off is
+compared with the scores: see :mod:`pyablate.analysis.tail`. Errors grow with the change, so that
+they are larger where scores are low, which is where thresholds lie: half of the pairs are drawn
+among those with the lowest scores, and these and the others have a tail of errors each. Thresholds
+depend on the seed and the data, not on how the images are cut into batches, shards or processes.
 
 A pair is scored by the gradient at its unit first. Where that does not settle it, its exact change
 is carried to narrow places of the network and scored again, the gradient there being nearer to the
@@ -23,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from pyablate.analysis.tail import Tail
+from pyablate.analysis.tail import Tail, safe_above
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
 from pyablate.engine.clean import Clean
@@ -39,15 +41,19 @@ from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
 from pyablate.runs.setup import Setup
+from pyablate.runtime.chunking import GRADIENTS
 
 logger = logging.getLogger("pyablate")
 
-IMAGES = 128
-"""Images on which thresholds are measured, all where there are fewer."""
+IMAGES, TOGETHER = 128, 16
+"""Images on which thresholds are measured, all where there are fewer; and how many at a time."""
 
 SHARE = 0.01
 LEAST, MOST = 1024, 4096
 """Pairs of each layer on which its thresholds are measured: a share of all, within these limits."""
+
+LOW = 0.1
+"""Share of a layer's pairs whose scores are called low."""
 
 FLOOR = 0.1
 """Share of a layer's typical predicted change below which a change counts as that: where a gradient
@@ -55,6 +61,10 @@ vanishes, a prediction of no change is worth no more than one of this."""
 
 STEP = 1.25
 """Factor by which a threshold is raised."""
+
+WORST = 1e-3
+"""Largest chance to be wrong at which a pair is settled, however few such pairs there are: how many
+is not known well, as they lie on few images."""
 
 NEAR = 2.0
 """Multiple of the threshold up to which settled pairs are near it."""
@@ -204,18 +214,24 @@ class _Sample:
         Pairs of the job on the images that were looked at.
     live : list of Score
         At the units, of all pairs that the ablations change.
+    low_of_live : list of Tensor
+        Bool: whether these are among the lowest of their images.
     scored : dict of lists of Score
         Of the pairs computed, by place; None for the units.
     actual : list of Tensor
         Leads that they keep in fact.
+    low : list of Tensor
+        Bool: the same of the pairs computed.
     """
 
     suffix: Suffix
     places: list[fx.Node]
     pairs: int = 0
     live: list[Score] = field(default_factory=list)
+    low_of_live: list[Tensor] = field(default_factory=list)
     scored: dict[fx.Node | None, list[Score]] = field(default_factory=dict)
     actual: list[Tensor] = field(default_factory=list)
+    low: list[Tensor] = field(default_factory=list)
 
     def thresholds(self, risk: float) -> JobThresholds:
         """Choose stages and their thresholds."""
@@ -233,35 +249,47 @@ class _Sample:
 
     def _with(self, places: Sequence[fx.Node], risk: float) -> tuple[float, JobThresholds]:
         """Cost of a pair with stages at these places, in passes through the suffix; thresholds."""
-        each = risk / (1 + len(places))
-        live = joined(self.live)
         if not self.actual:
             return 1.0, JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
-        actual = torch.cat(self.actual).numpy()
-        stages, open_ = [], np.ones(len(actual), bool)
-        cost, before = 0.0, 0.0
+        live, each = joined(self.live), risk / (1 + len(places))
+        actual, low = torch.cat(self.actual), torch.cat(self.low).numpy()
+        low_of_live = torch.cat(self.low_of_live).numpy()
+        weight = np.where(low, LOW / max(1, low.sum()), (1 - LOW) / max(1, (~low).sum()))
+        open_, stages, cost, before = np.ones(len(low), bool), [], 0.0, 0.0
         for place in (None, *places):
             score = joined(self.scored[place])
             floor = FLOOR * _typical(live.size if place is None else score.size)
             known = _relative(score, floor)
-            error = known - _relative(Score(torch.from_numpy(actual), score.size), floor)
-            every = _relative(live, floor) if place is None else known
-            found = _rounded_up(Tail.of(error).threshold(every, each)) if floor else math.inf
+            error = known - _relative(Score(actual, score.size), floor)
+            tails = [Tail.of(error[of]) for of in (low, ~low)]
+            if place is None:
+                every = _relative(live, floor)
+                safe = _safe(tails, every, low_of_live, np.ones(len(every)), each)
+            else:
+                safe = _safe(tails, known, low, weight, each)
+            found = _rounded_up(safe) if floor else math.inf
             stages.append(Stage("" if place is None else place.name, found, floor))
             if place is not None:
                 done = shares(self.suffix, [place])[0]
-                cost += open_.mean() * (done - before + self._look(place))
+                cost += weight @ open_ * (done - before + self._look(place))
                 before = done
             open_ = open_ & ~(known > found)
-        cost += float(open_.mean())
-        settled = (1.0 - float(open_.mean())) * len(live.size) / max(1, self.pairs)
-        return cost, JobThresholds(tuple(stages), len(actual), settled)
+        left = float(weight @ open_)
+        settled = (1.0 - left) * len(live.size) / max(1, self.pairs)
+        return cost + left, JobThresholds(tuple(stages), len(low), settled)
 
     def _look(self, place: fx.Node) -> float:
         """Cost of a look at a place."""
         graph = self.suffix.graph
         whole = sum(multiply_adds(graph, node) for node in self.suffix.nodes)
         return 4.0 * directions(graph.shape(graph.logits, 1)[-1]) * graph.elements(place) / whole
+
+
+def _safe(tails: Sequence[Tail], scores: Floats, low: Any, weight: Floats, risk: float) -> float:
+    """Find the score above which pairs are settled, with tails of low scores and of others."""
+    chance = np.where(low, *(tail.chance(scores) for tail in tails))
+    worst = max(tail.exceeded(WORST) for tail in tails)
+    return max(worst, safe_above(scores, chance, weight, risk))
 
 
 def _samples(setup: Setup, seed: int) -> dict[Job, _Sample]:
@@ -304,10 +332,11 @@ def _samples(setup: Setup, seed: int) -> dict[Job, _Sample]:
 
 
 def chosen_places(setup: Setup, suffixes: Mapping[Job, Suffix]) -> list[fx.Node]:
-    """Narrow places whose gradients fit into memory, for as many images as a batch has."""
+    """Narrow places, with no more gradients than :data:`GRADIENTS` together."""
     assert setup.graph is not None
-    each = 4 * directions(setup.classes) * min(setup.batch_size, len(setup.data))
-    return narrow_places(setup.graph, suffixes.values(), setup.memory // 4 // each)
+    return narrow_places(
+        setup.graph, suffixes.values(), GRADIENTS // (4 * directions(setup.classes))
+    )
 
 
 def _batches(setup: Setup, seed: int, keep: set[fx.Node]) -> Iterator[tuple[Batch, Clean]]:
@@ -317,7 +346,7 @@ def _batches(setup: Setup, seed: int, keep: set[fx.Node]) -> Iterator[tuple[Batc
     index = np.sort(draw.choice(count, size=min(IMAGES, count), replace=False))
     rounding = Rounding()
     assert setup.graph is not None
-    for batch in setup.data.chosen(index.tolist(), setup.batch_size):
+    for batch in setup.data.chosen(index.tolist(), TOGETHER):
         clean = clean_run.run_graph(setup.graph, keep, setup.exact, batch, rounding=rounding)
         rounding = clean.rounding
         if not clean.irregular:
@@ -332,20 +361,32 @@ def _sample(
     row, image = sweep.live_pairs()
     dense = {node for node, _, _ in sweep.steps}  # before these, changes are on their channels
     found.places = [place for place in found.places if place in dense]
-    scores = predicted.scores[job]
+    scores = predicted.scores[job].of(row, image)
     found.pairs += len(job.rows) * len(batch)
-    found.live.append(scores.of(row, image))
+    found.live.append(scores)
+    low = _lowest(scores)
+    found.low_of_live.append(low)
     wanted = min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
-    chance = wanted / (len(job.rows) * min(IMAGES, len(setup.data)))
+    every = len(job.rows) * min(IMAGES, len(setup.data))
+    chance = wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
     places = row.numpy() + job.rows.start, batch.index[image].numpy()
-    drawn = torch.from_numpy(uniform(seed + 1, *places) < chance)
+    drawn = torch.from_numpy(uniform(seed + 1, *places)) < chance
     row, image = row[drawn], image[drawn]
     if not len(row):
         return
-    found.scored.setdefault(None, []).append(scores.of(row, image))
+    found.low.append(low[drawn])
+    found.scored.setdefault(None, []).append(scores.only(drawn))
     found.actual.append(_leads(setup, sweep, row, image))
     for place, score in carried_scores(setup, sweep, predicted, row, image, found.places).items():
         found.scored.setdefault(place, []).append(score)
+
+
+def _lowest(scores: Score) -> Tensor:
+    """Bool ``[P]``: the pairs of some images that have the lowest scores."""
+    ranked = scores.relative(FLOOR * _typical(scores.size)).argsort(stable=True)
+    low = torch.zeros(len(ranked), dtype=torch.bool)
+    low[ranked[: math.ceil(LOW * len(ranked))]] = True
+    return low
 
 
 def carried_scores(
