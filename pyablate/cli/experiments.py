@@ -19,11 +19,13 @@ from pyablate.cli.options import (
     Axes,
     Bar,
     Device,
+    Guarantee,
     Images,
     Intervention,
     Layers,
     Network,
     Precision,
+    Risk,
     Preprocessing,
     Seed,
 )
@@ -81,6 +83,8 @@ class Settings:
     """What every experiment takes."""
 
     precision: Precision = "auto"
+    guarantee: Guarantee = "exact"
+    risk: Risk = 1e-5
     seed: Seed = 0
     axis: Axes = None
     device: Device = None
@@ -97,6 +101,8 @@ class Settings:
         data = images.load(self.pixels, network.pixels(model))
         options = {
             "precision": self.precision,
+            "guarantee": self.guarantee,
+            "risk": self.risk,
             "seed": self.seed,
             "axis": parse_axes(self.axis),
             "device": self.device,
