@@ -238,7 +238,26 @@ def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int)
 
 
 def uniform(seed: int, row: NDArray[np.int64], image: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Draw numbers in ``[0, 1)`` that depend on seed, row and image only, float64 ``[P]``."""
+    """Draw numbers in ``[0, 1)`` that depend on seed, row and image only.
+
+    Parameters
+    ----------
+    seed : int
+        Any number.
+    row, image : ndarray
+        int64 ``[P]``: row of the result and index of the image.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[P]``.
+
+    Examples
+    --------
+    >>> drawn = pa.interventions.uniform(0, np.array([3, 4]), np.array([17, 17]))
+    >>> bool((drawn >= 0).all() and (drawn < 1).all()), len(set(drawn))
+    (True, 2)
+    """
     key = _scramble(torch.tensor(_mix_seed(seed, "uniform")))
     first = _scramble(torch.from_numpy(np.asarray(row, np.int64)) + key)
     second = _scramble(first ^ torch.from_numpy(np.asarray(image, np.int64)))

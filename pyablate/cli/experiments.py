@@ -25,8 +25,8 @@ from pyablate.cli.options import (
     Layers,
     Network,
     Precision,
-    Risk,
     Preprocessing,
+    Risk,
     Seed,
 )
 from pyablate.cli.tables import chance, change, columns, count, figure, frame_table, points, show
