@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from torch import nn
 from pyablate._validation import check_names
 from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
-from pyablate.compression._remove import AGREEMENT, Size, silenced, without
+from pyablate.compression._remove import AGREEMENT, Size, silenced, silencing, without
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
-from pyablate.network.classifier import classifier
+from pyablate.network.classifier import giving_logits, inputs_of
 from pyablate.network.forward import device_of
-from pyablate.network.sites import Site, copied
+from pyablate.network.model_checks import fit_inputs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 
@@ -102,9 +103,8 @@ def prune_curve(
     shares = _fractions(fractions)
     named = _named(rankings)
     with undisturbed():
-        work, dtype = prepared(classifier(model), device)
+        work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
-        images.hold_if_read_once()
         points = _Points(work, images, batch_size)
         orders = [(name, -1, ranking) for name, ranking in named.items()]
         orders += [
@@ -129,9 +129,13 @@ class _Points:
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int | None) -> None:
         self.data, self.batch_size = data, batch_size
-        self.coupling = Coupling(model, data.first(2).images)
-        self.double = copied(model).double()
-        self.norms = norms_to_fold(model, self.coupling.sample)
+        sample = data.first(2).images
+        with giving_logits(model):
+            fit_inputs(model, data, sample)
+            inputs = inputs_of(model)
+            self.norms = norms_to_fold(model, sample)
+        self.coupling = Coupling(model, sample if inputs is None else inputs.as_given(sample))
+        self.double = model.double()
         self._known: dict[frozenset[str], tuple[Evaluation, Size]] = {}
 
     def row(self, gone: Sequence[Coupled], class_names: Sequence[str] | None) -> dict[str, Any]:
@@ -154,28 +158,17 @@ class _Points:
         }
 
     def _evaluate(self, units: frozenset[str]) -> tuple[Evaluation, Size]:
-        coupling = self.coupling
+        coupling, double = self.coupling, self.double
         smaller, sized, logits = without(coupling, units)
-        masked = silenced(coupling.model, coupling.sites, coupling.sample, units)
-        if near_tie.disagreement(logits, masked) > AGREEMENT:
-            logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
-            smaller = Silenced(coupling.model, coupling.sites, units)
-        else:
-            fold_norms(smaller, self.norms)
-        exact = Silenced(self.double, coupling.sites, units)
-        return evaluate(smaller, self.data, self.batch_size, exact=exact), sized
-
-
-class Silenced(nn.Module):
-    """A network ``model``, whose sites are ``found``, with some units ``"layer:unit"`` at zero."""
-
-    def __init__(self, model: nn.Module, found: Sequence[Site], units: Iterable[str]) -> None:
-        super().__init__()
-        self.model, self.found, self.units = model, list(found), list(units)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[N, classes]``."""
-        return silenced(self.model, self.found, images, self.units)
+        with ExitStack() as held:
+            if near_tie.disagreement(logits, silenced(coupling, units)) > AGREEMENT:
+                logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
+                smaller = coupling.model
+                held.enter_context(silencing(smaller, coupling.sites, units))
+            else:
+                fold_norms(smaller, self.norms)
+            held.enter_context(silencing(double, coupling.sites, units))
+            return evaluate(smaller, self.data, self.batch_size, exact=double), sized
 
 
 def _fractions(fractions: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from pyablate._validation import check_choice, check_fraction, check_seed, nearest
 from pyablate.analysis.targets import unit_targets
@@ -31,7 +31,7 @@ COMBINATIONS: dict[str, Callable[[list[float]], float]] = {
 
 def rank(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     scores: str | AblationResult | xr.Dataset | pd.DataFrame | Mapping[str, float],
     *,
     column: str | None = None,
@@ -48,7 +48,7 @@ def rank(
     ----------
     model : nn.Module
         The network; it stays as it is.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``; one image is enough.
     scores : "random", AblationResult, xarray.Dataset, pandas.DataFrame or mapping
         What to rank by: chance; the measured drops of an ablation; attributes over unit labels
