@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pyablate._validation import check_names
 from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import AGREEMENT, Size, silenced, silencing, without
@@ -21,8 +20,8 @@ from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
 from pyablate.network.classifier import giving_logits, inputs_of
-from pyablate.network.forward import device_of
-from pyablate.network.model_checks import fit_inputs
+from pyablate.network.forward import check_logits, device_of
+from pyablate.network.model_checks import class_names_of, fit_inputs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 
@@ -65,7 +64,7 @@ def prune_curve(
         Random orders to compare with, of the same places and scope as the first ranking of each
         scope; 0 for none.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional
@@ -105,7 +104,7 @@ def prune_curve(
     with undisturbed():
         work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
-        points = _Points(work, images, batch_size)
+        points = _Points(work, images, batch_size, class_names)
         orders = [(name, -1, ranking) for name, ranking in named.items()]
         orders += [
             (name, seed, ranking.shuffled(seed))
@@ -119,7 +118,7 @@ def prune_curve(
                 for share in shares:
                     gone = ranking.first(share)
                     head = {"ranking": name, "seed": seed, "fraction": share}
-                    rows.append(head | points.row(gone, class_names))
+                    rows.append(head | points.row(gone))
             report(len(rows), len(rows), name)
     return pd.DataFrame(rows)
 
@@ -127,30 +126,36 @@ def prune_curve(
 class _Points:
     """Evaluates the network without some units, each set once."""
 
-    def __init__(self, model: nn.Module, data: Data, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        batch_size: int | None,
+        class_names: Sequence[str] | None,
+    ) -> None:
         self.data, self.batch_size = data, batch_size
         sample = data.first(2).images
         with giving_logits(model):
-            fit_inputs(model, data, sample)
+            classes = check_logits(fit_inputs(model, data, sample), 2).shape[1]
             inputs = inputs_of(model)
             self.norms = norms_to_fold(model, sample)
+        self.names = class_names_of(model, class_names, classes)
         self.coupling = Coupling(model, sample if inputs is None else inputs.as_given(sample))
         self.double = model.double()
         self._known: dict[frozenset[str], tuple[Evaluation, Size]] = {}
 
-    def row(self, gone: Sequence[Coupled], class_names: Sequence[str] | None) -> dict[str, Any]:
+    def row(self, gone: Sequence[Coupled]) -> dict[str, Any]:
         units = frozenset(unit for one in gone for unit in one.units)
         if units not in self._known:
             self._known[units] = self._evaluate(units)
         found, sized = self._known[units]
-        names = check_names("class_names", class_names, found.classes)
         worst = int(np.nanargmin(found.class_accuracy))
         return {
             "places": len(gone),
             "units": len(units),
             "accuracy": found.accuracy,
             "worst_class_accuracy": float(found.class_accuracy[worst]),
-            "worst_class": names[worst],
+            "worst_class": self.names[worst],
             "mean_class_accuracy": float(np.nanmean(found.class_accuracy)),
             "loss": found.loss,
             "parameters": sized.parameters,

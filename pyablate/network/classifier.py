@@ -121,6 +121,14 @@ def choice_of(model: nn.Module) -> str:
     return "" if own is None else repr(own)
 
 
+def logits_of(model: nn.Module, returned: Any) -> Any:
+    """Take the logits out of what the own forward of a working copy returned."""
+    own = _Forward.of(model)
+    for choice in () if own is None else own.choices:
+        returned, _ = _taken(returned, choice)
+    return returned
+
+
 def varied(
     model: nn.Module, images: Tensor, change: Callable[[Tensor], Tensor], others: Tensor
 ) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyablate._validation import check_count
 from pyablate.data.dataset import Data
 from pyablate.network.classifier import classifier
-from pyablate.network.forward import device_of, forward, own_dtype
+from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.model_checks import fit_inputs
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation, hooked
@@ -115,7 +115,7 @@ def hook_loop_seconds(
     x, total = _gather(source, images)
     chosen = _spread(sites, units)
     with evaluation(plain), torch.inference_mode():
-        fit_inputs(plain, source, x)
+        check_logits(fit_inputs(plain, source, x), 2)
         x, batch, channels_last = _fastest(plain, x)
         start = time.perf_counter()
         logits = [_predict(plain, x, batch, site, unit) for site, unit in chosen]

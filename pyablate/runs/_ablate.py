@@ -91,7 +91,8 @@ def ablate(
         What the model's logits are, where it returns more than one tensor, or ``"binary"`` where it
         returns one logit an image; see :func:`pyablate.classifier`.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default those of the model's ``config.id2label``, as Hugging Face's
+        models have it, else the class numbers.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional

@@ -389,3 +389,34 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
             pa.classifier(model, logits=logits)
     softmax = nn.Softmax(1)
     assert pa.classifier(model, logits=lambda maps: softmax(maps))(images(2)).shape == (2, 5)
+
+
+class Config:
+    def __init__(self, id2label: Any) -> None:
+        self.id2label = id2label
+
+
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("id2label", "given", "expected"),
+    [
+        (dict(enumerate(NAMES)), None, NAMES),
+        ({str(number): NAMES[number] for number in (2, 0, 1, 3)}, None, NAMES),
+        (dict(enumerate(NAMES)), ["a", "b", "c", "d"], ("a", "b", "c", "d")),
+        ({number: f"LABEL_{number}" for number in range(4)}, None, ("0", "1", "2", "3")),
+        (dict(enumerate(NAMES[:3])), None, ("0", "1", "2", "3")),
+        ({name: number for number, name in enumerate(NAMES)}, None, ("0", "1", "2", "3")),
+        (NAMES, None, ("0", "1", "2", "3")),
+    ],
+)
+def test_classes_are_named_by_the_models_own_configuration(
+    id2label: Any, given: list[str] | None, expected: tuple[str, ...]
+) -> None:
+    model, data = TwoHeads(FORMS["dict"].form), (images(8), torch.arange(8) % 4)
+    model.config = Config(id2label)
+    options: dict[str, Any] = {"class_names": given, "progress": False}
+    assert pa.ablate(model, data, "act", audit=0, **options).class_names == expected
+    assert pa.reference.ablate(model, data, "act", **options).class_names == expected
+    assert pa.compare(model, model, data, class_names=given).class_names == expected
