@@ -213,7 +213,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
             cell.cell_contents = found
     if moved:
         found.__globals__.update({name: found for name in names if names[name] is function})
-    found.__kwdefaults__ = keywords or None
+    found.__kwdefaults__, found.__qualname__ = keywords or None, function.__qualname__
     found.__dict__.update(function.__dict__)
     memo[id(function)] = found
     return found
