@@ -72,11 +72,11 @@ def ablate(
         Trained classifier: images ``[N, ...]`` to logits ``[N, classes]``. It comes back as it
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
     data : pair of arrays, data set, DataLoader or iterable of (images, labels)
-        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``; of a
-        data set that is read by index, one image and its label. A dict or tuple of several inputs
-        may stand for the images, a dict of inputs and "labels" for a pair. Without labels (images
-        alone, or None for the labels) the intact network's predictions stand in, and what is
-        called accuracy is agreement with them.
+        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``; a
+        data set that is read by index has one image and its label. A dict or tuple of several
+        inputs may stand for the images, a dict of inputs and "labels" for a pair. Without labels
+        (images alone, or None for the labels) the intact network's predictions stand in, and what
+        is called accuracy is agreement with them.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
