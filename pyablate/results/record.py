@@ -244,6 +244,11 @@ class Record:
         return f", screened: at most {self.screening.upper_bound:.2g} wrong at 95 %"
 
     @property
+    def given_axes(self) -> dict[str, int]:
+        """Axis of the units, by layer, where the run was given another than the network's own."""
+        return dict(self.provenance.get("options", {}).get("axis", {}))
+
+    @property
     def _baseline(self) -> str:
         if not self.labelled:
             return "no labels"

@@ -76,11 +76,12 @@ def ablate(
     model : nn.Module
         Trained classifier: images ``[N, ...]`` to logits ``[N, classes]``. It comes back as it
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
-    data : pair of arrays, DataLoader or iterable of (images, labels)
-        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``. A
-        dict or tuple of several inputs may stand for the images, a dict of inputs and "labels" for
-        a pair. Without labels (images alone, or None for the labels) the intact network's
-        predictions stand in, and what is called accuracy is agreement with them.
+    data : pair of arrays, data set, DataLoader or iterable of (images, labels)
+        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``; a
+        data set that is read by index has one image and its label. A dict or tuple of several
+        inputs may stand for the images, a dict of inputs and "labels" for a pair. Without labels
+        (images alone, or None for the labels) the intact network's predictions stand in, and what
+        is called accuracy is agreement with them.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
@@ -96,7 +97,8 @@ def ablate(
         What the model's logits are, where it returns more than one tensor, or ``"binary"`` where it
         returns one logit an image; see :func:`pyablate.classifier`.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default those of the model's ``config.id2label``, as Hugging Face's
+        models have it, else the class numbers.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional
