@@ -30,8 +30,9 @@ from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
 from pyablate.results.screening import LayerScreening, Sampled, Screening
+from pyablate.runs.screening_sample import carried_in, predictor
 from pyablate.runs.setup import Setup
-from pyablate.runs.thresholds import NEAR, JobThresholds, Stage, Thresholds, carried_in, predictor
+from pyablate.runs.thresholds import NEAR, JobThresholds, Stage, Thresholds
 
 logger = logging.getLogger("pyablate")
 

@@ -11,8 +11,8 @@ from pyablate.engine.score import COMPETITORS, RANDOM, Directions
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import parse
+from pyablate.runs.screening_sample import predictor
 from pyablate.runs.setup import Setup, SetupOptions, prepare
-from pyablate.runs.thresholds import predictor
 
 CHANNELS = 6
 

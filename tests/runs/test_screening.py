@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate import demo
-from pyablate.runs import thresholds
+from pyablate.runs import screening_sample, thresholds
 from pyablate.runs.run_folder import StoreMismatch
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
@@ -34,8 +34,8 @@ def case() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample less than a small run would, so that something is settled; measure on few pairs."""
     monkeypatch.setattr(thresholds, "ENOUGH", 300)
-    monkeypatch.setattr(thresholds, "LEAST", 512)
-    monkeypatch.setattr(thresholds, "IMAGES", 64)
+    monkeypatch.setattr(screening_sample, "LEAST", 512)
+    monkeypatch.setattr(screening_sample, "IMAGES", 64)
 
 
 def ablate(case: tuple[nn.Module, Any], layers: Any = LATE, **options: Any) -> pa.AblationResult:
@@ -81,7 +81,7 @@ def test_groups_are_screened_too(case):
 
 
 def test_pairs_that_stay_open_are_looked_at_again_in_depth(monkeypatch):
-    monkeypatch.setattr(thresholds, "LEAST", 1400)  # of 1,920: or tails are too wide
+    monkeypatch.setattr(screening_sample, "LEAST", 1400)  # of 1,920: or tails are too wide
     case = demo.network("vgg_bn"), demo.images(60)
     exact = ablate(case, "features.2", guarantee="exact")
     screened = ablate(case, "features.2", risk=1e-3)
