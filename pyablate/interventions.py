@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyablate._validation import check_choice, check_seed
@@ -234,6 +235,34 @@ def gaussian(seed: int, layer: str, image: Tensor, unit: Tensor, positions: int)
     # An integer tensor times a number would be float32.
     radius = torch.sqrt(-2.0 * torch.log((_shift_right(first, 11).double() + 1) * scale))
     return radius * torch.cos(2.0 * math.pi * scale * _shift_right(second, 11).double())
+
+
+def uniform(seed: int, row: NDArray[np.int64], image: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Draw numbers in ``[0, 1)`` that depend on seed, row and image only.
+
+    Parameters
+    ----------
+    seed : int
+        Any number.
+    row, image : ndarray
+        int64 ``[P]``: row of the result and index of the image.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[P]``.
+
+    Examples
+    --------
+    >>> drawn = pa.interventions.uniform(0, np.array([3, 4]), np.array([17, 17]))
+    >>> bool((drawn >= 0).all() and (drawn < 1).all()), len(set(drawn))
+    (True, 2)
+    """
+    key = _scramble(torch.tensor(_mix_seed(seed, "uniform")))
+    first = _scramble(torch.from_numpy(np.asarray(row, np.int64)) + key)
+    second = _scramble(first ^ torch.from_numpy(np.asarray(image, np.int64)))
+    drawn: NDArray[np.float64] = _shift_right(second, 11).double().numpy() * 2.0**-53
+    return drawn
 
 
 def random_rotation(channels: int, *, seed: int = 0) -> Tensor:

@@ -64,6 +64,9 @@ class AblationResult(Record):
     labelled : bool
         Whether the data had labels. If not, ``labels`` are the intact network's predictions, and
         every accuracy is agreement with it.
+    screening : Screening or None
+        Of a screened run, what was settled by prediction, and the certificate: see
+        :class:`pyablate.results.screening.Screening`. None where every prediction is exact.
 
     Examples
     --------

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pyablate._validation import first_line
 from pyablate.network.batch_norm import fold_norms, norms_behind
+from pyablate.network.classifier import logits_of
 from pyablate.network.forward import forward
 from pyablate.network.sites import Site, copied, hooked
 
@@ -102,6 +103,7 @@ def traceable(
     """
     try:
         traced = fx.symbolic_trace(copied(model))
+        _return_logits(traced, model)
     except Exception as error:  # tracing fails in as many ways as there are networks
         raise Unsupported(first_line(error)) from error
     behind = {site.name: _last_node(traced.graph, site) for site in sites}
@@ -115,6 +117,15 @@ def traceable(
     traced.graph.lint()
     traced.recompile()
     return traced, _verified(model, traced, images, sites, taps)
+
+
+def _return_logits(traced: fx.GraphModule, model: nn.Module) -> None:
+    """Let a traced copy, which is one of the model's own forward, return what the model does."""
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    logits = logits_of(model, output.args[0])
+    if logits is not output.args[0]:
+        output.args = (logits,)
+        traced.graph.eliminate_dead_code()
 
 
 def set_rules(traced: nn.Module) -> None:

@@ -12,6 +12,7 @@ from pyablate._validation import check_choice, check_count
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.network.classifier import giving_logits
+from pyablate.network.forward import check_logits, forward, two_images
 from pyablate.network.sites import check_model, evaluation
 from pyablate.results.record import Floats
 
@@ -81,6 +82,7 @@ def attribution_maps(
         evaluation(model),
         giving_logits(model),
     ):
+        check_logits(forward(model, two_images(images)), 2)
         if method == "grad_cam":
             attribute = _grad_cam(model, images, layer)
         elif method == "lrp":

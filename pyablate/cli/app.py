@@ -19,10 +19,11 @@ from pyablate.cli.attributes import attributes
 from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, parse_bytes
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
-from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation
+from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
 from pyablate.cli.options import (
     Axes,
     Bar,
+    Guarantee,
     Intervention,
     Layers,
     Memory,
@@ -34,7 +35,7 @@ from pyablate.cli.plot import plot
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
 from pyablate.cli.statistics import correlate, significance
-from pyablate.cli.summary import hook_loop_lines, sites_table, summary
+from pyablate.cli.summary import hook_loop_lines, screened_lines, sites_table, summary
 from pyablate.cli.tables import show
 from pyablate.io.atomic import write_csv
 from pyablate.io.sanitize import visible
@@ -116,21 +117,29 @@ def demo(
     ] = "vgg_bn",
     limit: Annotated[int, typer.Option(min=1, help="How many of the 10,000 images.")] = 2000,
     output: Annotated[Path, typer.Option(help="Folder for run.zarr and units.csv.")] = Path("demo"),
+    guarantee: Guarantee = "exact",
     progress: Bar = None,
 ) -> None:
     """Ablate every unit of a shipped network over the shipped test images.
 
     Takes minutes at most, then times the plain hook loop on a few units for comparison.
 
+    With `--guarantee screened` it does so once more, screened, and compares the two.
+
     Try `pyablate demo`, `pyablate demo resnet --limit 500 --output resnet_demo`
+
+    `pyablate demo alexnet --guarantee screened`
     """
     import pyablate as pa
+    from pyablate._validation import check_choice
     from pyablate.reference.timing import hook_loop_seconds
+    from pyablate.results.screening import GUARANTEES
     from pyablate.results.store import check_writable
 
     model, images, labels = pa.demo.load(name, limit=limit)
     check_writable(output / "run.zarr")
     check_files(output=output / "units.csv")
+    check_choice("guarantee", guarantee, GUARANTEES)
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
         model, (images, labels), layers=["*"], class_names=pa.demo.CLASSES, progress=progress
@@ -140,6 +149,11 @@ def demo(
     show(*summary(result))
     timing = hook_loop_seconds(model, (images, labels), sites, result=result)
     lines = hook_loop_lines(result, timing)
+    if guarantee != "exact":
+        screened = pa.ablate(
+            model, (images, labels), ["*"], guarantee=guarantee, audit=0, progress=progress
+        )
+        lines += screened_lines(result, screened)
     show(*lines, written=[output / "run.zarr", output / "units.csv"])
 
 
@@ -214,6 +228,7 @@ for _command in (
     cumulative,
     pairs,
     minimal_sets,
+    shapley,
     rotation,
     plot,
     report,

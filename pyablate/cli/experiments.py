@@ -1,4 +1,4 @@
-"""The shell's ``cumulative``, ``pairs``, ``minimal-sets`` and ``rotation``."""
+"""The shell's ``cumulative``, ``pairs``, ``minimal-sets``, ``shapley`` and ``rotation``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from pyablate.cli.options import (
     Axes,
     Bar,
     Device,
+    Guarantee,
     Images,
     Intervention,
     Layers,
     Network,
     Precision,
     Preprocessing,
+    Risk,
     Seed,
 )
 from pyablate.cli.tables import chance, change, columns, count, figure, frame_table, points, show
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from pyablate.experiments import Cumulative, Pairs
+    from pyablate.experiments import Cumulative, Pairs, Shapley
 
 Rows = Annotated[
     Path | None,
@@ -62,6 +64,13 @@ _SET_COLUMNS = (
     *columns(points, "before=baseline_accuracy", "after=accuracy", "others lose=others_drop"),
     *columns(str, "which=units"),
 )
+_VALUES = 10
+_VALUE_COLUMNS = (
+    *columns(str, "Unit=unit"),
+    *columns(figure, "value", "error=standard_error", "from=lower", "to=upper"),
+    *columns(count, "samples"),
+    *columns(lambda decided: "yes" if decided else "no", "decided"),
+)
 _ROTATION_COLUMNS = (
     *columns(str, "Layer=layer", "Figure=figure"),
     *columns(figure, "units", "rotated", "difference", "from=difference_low", "to=difference_high"),
@@ -74,6 +83,8 @@ class Settings:
     """What every experiment takes."""
 
     precision: Precision = "auto"
+    guarantee: Guarantee = "exact"
+    risk: Risk = 1e-5
     seed: Seed = 0
     axis: Axes = None
     device: Device = None
@@ -90,6 +101,8 @@ class Settings:
         data = images.load(self.pixels, network.pixels(model))
         options = {
             "precision": self.precision,
+            "guarantee": self.guarantee,
+            "risk": self.risk,
             "seed": self.seed,
             "axis": parse_axes(self.axis),
             "device": self.device,
@@ -236,6 +249,68 @@ def minimal_sets(
     _finish(frame_table(rows, _SET_COLUMNS), rows, settings.output, found.result.audit)
 
 
+def shapley(
+    *,
+    network: Network,
+    images: Images,
+    layers: Layers = ["*"],  # noqa: B006  # typer copies it
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Only find the K units of largest value."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="Accuracy on this class only.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="What is lost: accuracy or loss.")] = "accuracy",
+    permutations: Annotated[int, typer.Option(min=1, help="Orders to draw, at most.")] = 100,
+    truncation: Annotated[
+        float | None,
+        typer.Option(min=0, help="An order ends this near to the performance without all units."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="How exactly a value has to be known.")
+    ] = 0.0,
+    confidence: Annotated[
+        float, typer.Option(help="Probability with which all intervals hold together.")
+    ] = 0.95,
+    interval: Annotated[
+        str | None,
+        typer.Option(help="bernstein (certain, but wide) or student; see the guide."),
+    ] = None,
+    intervention: Intervention = "zero",
+    settings: Settings,
+) -> None:
+    """Estimate the Shapley value of units: what each is worth in all company.
+
+    Units are taken away one after another in random orders; what is lost when a unit goes, on
+    average, is its value. A unit that another backs up has a value, too, and all values add up to
+    what is lost without all units. With `--top` sampling stops for a unit that is among the top
+    ones, or not, for certain. The written table has one row per unit, the printed one the largest.
+
+    Try `pyablate shapley demo:vgg_bn --data demo --limit 500 --layers features.16
+    --permutations 20 -o values.csv`
+    """
+    import pyablate as pa
+
+    model, data, options = settings.load(network, images)
+    found = pa.shapley(
+        model,
+        data,
+        layers,
+        top=top,
+        target=target,
+        measure=measure,
+        permutations=permutations,
+        truncation=truncation,
+        tolerance=tolerance,
+        confidence=confidence,
+        interval=interval,
+        intervention=intervention,
+        **options,
+    )
+    _finish(_value_table(found), found.to_dataframe(), settings.output, found.audit)
+
+
 def rotation(
     *,
     network: Network,
@@ -335,6 +410,12 @@ def _pair_table(rows: pd.DataFrame) -> Table:
     size = rows["interaction"].abs()
     best = rows.assign(size=size).sort_values(["p", "size"], ascending=[True, False], kind="stable")
     return frame_table(best.head(_PAIRS), _PAIR_COLUMNS)
+
+
+def _value_table(found: Shapley) -> Table:
+    """Tabulate the units of largest value."""
+    largest = found.to_dataframe().sort_values("value", ascending=False, kind="stable")
+    return frame_table(largest.head(found.data.attrs.get("top", _VALUES)), _VALUE_COLUMNS)
 
 
 def _finish(table: Table, rows: pd.DataFrame, path: Path | None, audit: object) -> None:

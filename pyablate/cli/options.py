@@ -94,6 +94,21 @@ Precision = Annotated[
         "the same.",
     ),
 ]
+Guarantee = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="exact: every prediction is computed. screened: predictions that gradients say cannot "
+        "change are not computed, but for a random sample that bounds how many of them are wrong.",
+    ),
+]
+Risk = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Of a screened run: share of wrong predictions to aim at.",
+    ),
+]
 Measures = Annotated[
     list[str] | None,
     typer.Option(

@@ -25,6 +25,7 @@ from pyablate.cli.options import (
     Csv,
     Device,
     Fresh,
+    Guarantee,
     Images,
     Intervention,
     Layers,
@@ -35,6 +36,7 @@ from pyablate.cli.options import (
     Output,
     Precision,
     Preprocessing,
+    Risk,
     Seed,
     Shard,
 )
@@ -55,6 +57,8 @@ def run(
     axis: Axes = None,
     precision: Precision = "auto",
     measures: Measures = None,
+    guarantee: Guarantee = "exact",
+    risk: Risk = 1e-5,
     on_mismatch: OnMismatch = "error",
     seed: Seed = 0,
     device: Device = None,
@@ -114,6 +118,8 @@ def run(
         axis=parse_axes(axis),
         precision=precision,
         measures=measures or (),
+        guarantee=guarantee,
+        risk=risk,
         class_names=data.class_names,
         device=device,
         batch_size=batch_size,
@@ -204,6 +210,16 @@ def _record(result: AblationResult) -> dict[str, object]:
             "mended": result.audit.mended,
             "upper_bound": result.audit.upper_bound,
         },
+        "guarantee": result.guarantee,
+        **_screened(result),
         "strategy": result.strategy,
         "seconds": round(result.seconds, 3),
     }
+
+
+def _screened(result: AblationResult) -> dict[str, object]:
+    found = result.screening
+    if found is None:
+        return {}
+    names = ("pairs", "settled", "computed", "sampled", "wrong", "missed_bound", "upper_bound")
+    return {"screening": {name: getattr(found, name) for name in names}}

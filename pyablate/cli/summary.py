@@ -37,6 +37,7 @@ def summary(result: AblationResult) -> list[RenderableType]:
         f"replaced by: {result.intervention}",
         summary_table(result),
         f"Audit: {result.audit}",
+        *([] if result.screening is None else [f"Screening: {result.screening}"]),
         *(
             f"{name.capitalize()} changes: {each.accuracy}"
             for name, each in result.measures.items()
@@ -72,6 +73,20 @@ def summary_table(result: AblationResult) -> Table:
 def worst_units(units: pd.DataFrame) -> pd.DataFrame:
     """Return the five rows with the largest class drops, worst first; equal drops in unit order."""
     return units.sort_values("max_class_drop", ascending=False, kind="stable").head(5)
+
+
+def screened_lines(exact: AblationResult, screened: AblationResult) -> list[str]:
+    """Compare a screened run with an exact one of the same pairs."""
+    pairs = len(exact.units) * len(exact.labels)
+    differ = sum(
+        int((exact.predictions(row) != screened.predictions(row)).sum())
+        for row in range(len(exact.units))
+    )
+    return [
+        f"Screened: {_time(screened.seconds)}, exact: {_time(exact.seconds)}; "
+        f"{differ:,} of {pairs:,} predictions differ",
+        f"Screening: {screened.screening}",
+    ]
 
 
 def hook_loop_lines(result: AblationResult, timing: HookLoopTiming) -> list[str]:

@@ -13,13 +13,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pyablate._validation import check_choice, check_count, check_level, check_names
+from pyablate._validation import check_choice, check_count, check_level
 from pyablate.analysis.statistics import adjusted, layer_rows, mcnemar
 from pyablate.attribution.maps import METHODS
 from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.comparison.preservation import Preservation, preserved_between
 from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
+from pyablate.network.model_checks import class_names_of
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats, Ints, word
 from pyablate.runtime.determinism import undisturbed
@@ -52,7 +53,7 @@ def compare(
         As for :func:`pyablate.ablate`; the same images for both. Without labels the original's
         predictions stand in.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default as for :func:`pyablate.ablate`.
     fdr : float
         Level of the false discovery rate over the classes, between 0 and 1.
     bins : int
@@ -107,7 +108,7 @@ def compare(
                 f"smaller: expected {before.classes} classes as of the original, "
                 f"got {after.classes}"
             )
-        names = check_names("class_names", class_names, before.classes)
+        names = class_names_of(original, class_names, before.classes)
         kept = None
         if methods:
             images.hold()

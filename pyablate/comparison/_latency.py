@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyablate._validation import check_count
+from pyablate.data.inputs import arguments
 from pyablate.network.sites import evaluation
 
 
 def latency(
-    networks: Mapping[str, Any], sample: Tensor, *, repeats: int = 30, warmup: int = 3
+    networks: Mapping[str, Any], sample: Any, *, repeats: int = 30, warmup: int = 3
 ) -> pd.DataFrame:
     """Time a forward pass of several networks in turn, so that all meet the same machine.
 
@@ -25,7 +26,7 @@ def latency(
     networks : mapping of str to nn.Module
         By name, the one to compare with first, such as
         ``{"before": model, "after": removal.model}``. They stay as they are.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         The batch to time, ``[N, ...]``, in their dtype and on their device.
     repeats : int
         Passes of each network.
@@ -76,15 +77,17 @@ def latency(
     )
 
 
-def _timed(network: nn.Module, sample: Tensor) -> float:
+def _timed(network: nn.Module, sample: Any) -> float:
+    args, keywords = arguments(sample)
+    device = next(iter([*args, *keywords.values()])).device
     with torch.inference_mode(), evaluation(network):
-        _finish(sample)
+        _finish(device)
         start = time.perf_counter()
-        network(sample)
-        _finish(sample)
+        network(*args, **keywords)
+        _finish(device)
         return time.perf_counter() - start
 
 
-def _finish(sample: Tensor) -> None:
-    if sample.device.type == "cuda":
-        torch.cuda.synchronize(sample.device)
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -157,9 +157,8 @@ def finetune(
             found = map_site(teacher, sample, layers[0]), map_site(tuned, sample, layers[1])
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)
-        with giving_logits(tuned, inputs=held.inputs):
-            if held.integers is not None:
-                fit_inputs(tuned, held, sample)
+        with giving_logits(tuned):
+            fit_inputs(tuned, held, sample)
             history = fit(tuned, held, loss, schedule, report=report)
     return FineTuned(tuned, pd.DataFrame(history), schedule)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pyablate._validation import check_names
 from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
-from pyablate.compression._remove import AGREEMENT, Size, silenced, without
+from pyablate.compression._remove import AGREEMENT, Size, silenced, silencing, without
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.batch_norm import fold_norms, norms_to_fold
-from pyablate.network.classifier import classifier
-from pyablate.network.forward import device_of
-from pyablate.network.sites import Site, copied
+from pyablate.network.classifier import giving_logits, inputs_of
+from pyablate.network.forward import check_logits, device_of
+from pyablate.network.model_checks import class_names_of, fit_inputs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 
@@ -64,7 +64,7 @@ def prune_curve(
         Random orders to compare with, of the same places and scope as the first ranking of each
         scope; 0 for none.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional
@@ -102,10 +102,9 @@ def prune_curve(
     shares = _fractions(fractions)
     named = _named(rankings)
     with undisturbed():
-        work, dtype = prepared(classifier(model), device)
+        work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
-        images.hold_if_read_once()
-        points = _Points(work, images, batch_size)
+        points = _Points(work, images, batch_size, class_names)
         orders = [(name, -1, ranking) for name, ranking in named.items()]
         orders += [
             (name, seed, ranking.shuffled(seed))
@@ -119,7 +118,7 @@ def prune_curve(
                 for share in shares:
                     gone = ranking.first(share)
                     head = {"ranking": name, "seed": seed, "fraction": share}
-                    rows.append(head | points.row(gone, class_names))
+                    rows.append(head | points.row(gone))
             report(len(rows), len(rows), name)
     return pd.DataFrame(rows)
 
@@ -127,26 +126,36 @@ def prune_curve(
 class _Points:
     """Evaluates the network without some units, each set once."""
 
-    def __init__(self, model: nn.Module, data: Data, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        batch_size: int | None,
+        class_names: Sequence[str] | None,
+    ) -> None:
         self.data, self.batch_size = data, batch_size
-        self.coupling = Coupling(model, data.first(2).images)
-        self.double = copied(model).double()
-        self.norms = norms_to_fold(model, self.coupling.sample)
+        sample = data.first(2).images
+        with giving_logits(model):
+            classes = check_logits(fit_inputs(model, data, sample), 2).shape[1]
+            inputs = inputs_of(model)
+            self.norms = norms_to_fold(model, sample)
+        self.names = class_names_of(model, class_names, classes)
+        self.coupling = Coupling(model, sample if inputs is None else inputs.as_given(sample))
+        self.double = model.double()
         self._known: dict[frozenset[str], tuple[Evaluation, Size]] = {}
 
-    def row(self, gone: Sequence[Coupled], class_names: Sequence[str] | None) -> dict[str, Any]:
+    def row(self, gone: Sequence[Coupled]) -> dict[str, Any]:
         units = frozenset(unit for one in gone for unit in one.units)
         if units not in self._known:
             self._known[units] = self._evaluate(units)
         found, sized = self._known[units]
-        names = check_names("class_names", class_names, found.classes)
         worst = int(np.nanargmin(found.class_accuracy))
         return {
             "places": len(gone),
             "units": len(units),
             "accuracy": found.accuracy,
             "worst_class_accuracy": float(found.class_accuracy[worst]),
-            "worst_class": names[worst],
+            "worst_class": self.names[worst],
             "mean_class_accuracy": float(np.nanmean(found.class_accuracy)),
             "loss": found.loss,
             "parameters": sized.parameters,
@@ -154,28 +163,17 @@ class _Points:
         }
 
     def _evaluate(self, units: frozenset[str]) -> tuple[Evaluation, Size]:
-        coupling = self.coupling
+        coupling, double = self.coupling, self.double
         smaller, sized, logits = without(coupling, units)
-        masked = silenced(coupling.model, coupling.sites, coupling.sample, units)
-        if near_tie.disagreement(logits, masked) > AGREEMENT:
-            logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
-            smaller = Silenced(coupling.model, coupling.sites, units)
-        else:
-            fold_norms(smaller, self.norms)
-        exact = Silenced(self.double, coupling.sites, units)
-        return evaluate(smaller, self.data, self.batch_size, exact=exact), sized
-
-
-class Silenced(nn.Module):
-    """A network ``model``, whose sites are ``found``, with some units ``"layer:unit"`` at zero."""
-
-    def __init__(self, model: nn.Module, found: Sequence[Site], units: Iterable[str]) -> None:
-        super().__init__()
-        self.model, self.found, self.units = model, list(found), list(units)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[N, classes]``."""
-        return silenced(self.model, self.found, images, self.units)
+        with ExitStack() as held:
+            if near_tie.disagreement(logits, silenced(coupling, units)) > AGREEMENT:
+                logger.info("prune_curve: %d units are held at zero instead of removed", len(units))
+                smaller = coupling.model
+                held.enter_context(silencing(smaller, coupling.sites, units))
+            else:
+                fold_norms(smaller, self.norms)
+            held.enter_context(silencing(double, coupling.sites, units))
+            return evaluate(smaller, self.data, self.batch_size, exact=double), sized
 
 
 def _fractions(fractions: Sequence[float]) -> list[float]:

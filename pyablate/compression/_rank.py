@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from pyablate._validation import check_choice, check_fraction, check_seed, nearest
 from pyablate.analysis.targets import unit_targets
@@ -31,7 +31,7 @@ COMBINATIONS: dict[str, Callable[[list[float]], float]] = {
 
 def rank(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     scores: str | AblationResult | xr.Dataset | pd.DataFrame | Mapping[str, float],
     *,
     column: str | None = None,
@@ -48,7 +48,7 @@ def rank(
     ----------
     model : nn.Module
         The network; it stays as it is.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``; one image is enough.
     scores : "random", AblationResult, xarray.Dataset, pandas.DataFrame or mapping
         What to rank by: chance; the measured drops of an ablation; attributes over unit labels
@@ -84,7 +84,8 @@ def rank(
     ImportError
         Torch-Pruning is not installed.
     ValueError, TypeError
-        Bad arguments, scores for units that the network does not have, or none at all.
+        Bad arguments, scores for units that the network does not have, or none at all, or a
+        result in which the units of a layer lie along another axis, given by ``axis=``.
 
     Notes
     -----
@@ -108,6 +109,7 @@ def rank(
         notes = [one.obstacle for one in chosen]
         title = name or f"random:{seed}"
     else:
+        _check_axes(coupling, scores)
         title, by_label = _by_label(scores, column)
         values, notes = _of_classes(coupling, chosen, by_label, combine)
         title = name or title
@@ -253,6 +255,19 @@ def _random(chosen: Sequence[Coupled], seed: int) -> Floats:
     drawn: Floats = np.random.default_rng(seed).random(len(chosen))
     drawn[[bool(one.obstacle) for one in chosen]] = np.nan
     return drawn
+
+
+def _check_axes(coupling: Coupling, scores: Any) -> None:
+    """Refuse units that no channels are."""
+    given = scores.given_axes if isinstance(scores, AblationResult) else {}
+    for site in coupling.sites:
+        axis = given.get(site.name, site.axis)
+        if axis != site.axis:
+            raise ValueError(
+                f"scores: the units of {site.name!r} lie along axis {axis}, given by axis=, and "
+                f"channels can be removed along axis {site.axis} only; leave the layer out of the "
+                "run, or give no axis for it"
+            )
 
 
 def _by_label(scores: Any, column: str | None) -> tuple[str, dict[str, float]]:

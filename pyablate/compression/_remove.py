@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyablate._validation import first_line
 from pyablate.compression._rank import Ranking
 from pyablate.compression.coupling import Coupling
+from pyablate.data.inputs import Inputs, packed
 from pyablate.network import near_tie
-from pyablate.network.forward import check_logits, forward
+from pyablate.network.classifier import giving_logits
+from pyablate.network.forward import check_logits, forward, own_dtype
 from pyablate.network.sites import Site, evaluation, hooked
 
 logger = logging.getLogger("pyablate")
@@ -87,7 +91,7 @@ class Removal:
 def remove(
     model: nn.Module,
     units: Ranking | Sequence[str],
-    sample: Tensor,
+    sample: Any,
     *,
     fraction: float | None = None,
 ) -> Removal:
@@ -104,7 +108,7 @@ def remove(
     units : Ranking or sequence of str
         Labels ``"layer:unit"`` (or joined by ``+``); what hangs together with them goes too. Or a
         ranking, of which ``fraction`` goes.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``; a few images are enough.
     fraction : float, optional
         With a ranking: share of its removable places that goes.
@@ -130,8 +134,8 @@ def remove(
     """
     coupling = Coupling(model, sample)
     gone = _all_coupled(coupling, labels_of(units, fraction))
-    masked = silenced(coupling.model, coupling.sites, coupling.sample, gone)
-    before = size(coupling.model, coupling.sample)
+    masked = silenced(coupling, gone)
+    before, _ = _sized(coupling.model, coupling.sample, coupling.inputs)
     smaller, after, logits = without(coupling, gone)
     difference = near_tie.disagreement(logits, masked)
     if not difference <= AGREEMENT:
@@ -147,7 +151,7 @@ def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, 
     """Return a network without some units, its size and its logits on the sample."""
     try:
         smaller = coupling.without(units)
-        return smaller, *_sized(smaller, coupling.sample)
+        return smaller, *_sized(smaller, coupling.sample, coupling.inputs)
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "model: the network does not run with fewer channels, sizes may be written into its "
@@ -155,14 +159,14 @@ def without(coupling: Coupling, units: Iterable[str]) -> tuple[nn.Module, Size, 
         ) from error
 
 
-def size(model: nn.Module, sample: Tensor) -> Size:
+def size(model: nn.Module, sample: Any) -> Size:
     """Count parameters, and FLOPs per image.
 
     Parameters
     ----------
     model : nn.Module
         It is run once, in evaluation mode.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
 
     Examples
@@ -170,21 +174,38 @@ def size(model: nn.Module, sample: Tensor) -> Size:
     >>> pa.compression.size(model, images[:1]).parameters
     278890
     """
-    return _sized(model, sample)[0]
+    return _sized(model, *packed(sample, own_dtype(model)))[0]
 
 
-def _sized(model: nn.Module, sample: Tensor) -> tuple[Size, Tensor]:
+def _sized(model: nn.Module, sample: Tensor, inputs: Inputs | None) -> tuple[Size, Tensor]:
     """Size of a network, and the logits from which it was counted."""
-    with torch.no_grad(), evaluation(model), FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        evaluation(model),
+        giving_logits(model, inputs=inputs),
+        FlopCounterMode(display=False) as counter,
+    ):
         logits: Tensor = forward(model, sample)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Size(parameters, counter.get_total_flops() // max(2, len(sample))), logits
 
 
-def silenced(
-    model: nn.Module, found: Sequence[Site], images: Tensor, units: Iterable[str]
-) -> Tensor:
-    """Logits ``[N, classes]`` of a network with some units at zero, all together."""
+def silenced(coupling: Coupling, units: Iterable[str]) -> Tensor:
+    """Logits ``[N, classes]`` of the sample, with some units at zero, all together."""
+    model, images = coupling.model, coupling.sample
+    with (
+        torch.no_grad(),
+        evaluation(model),
+        giving_logits(model, inputs=coupling.inputs),
+        silencing(model, coupling.sites, units),
+    ):
+        return check_logits(forward(model, images), len(images))
+
+
+def silencing(
+    model: nn.Module, found: Sequence[Site], units: Iterable[str]
+) -> AbstractContextManager[None]:
+    """Hold some units ``"layer:unit"`` of a network at zero for a while."""
     by_site: dict[str, list[int]] = {}
     for label in units:
         name, _, unit = label.rpartition(":")
@@ -194,9 +215,7 @@ def silenced(
         index = torch.tensor(by_site[site.name], device=output.device)
         return output.index_fill(site.axis, index, 0)
 
-    chosen = [site for site in found if site.name in by_site]
-    with torch.no_grad(), evaluation(model), hooked(model, chosen, zero):
-        return check_logits(forward(model, images), len(images))
+    return hooked(model, [site for site in found if site.name in by_site], zero)
 
 
 def labels_of(units: Ranking | Sequence[str], fraction: float | None) -> list[str]:

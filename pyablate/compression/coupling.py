@@ -17,6 +17,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from pyablate._validation import first_line
+from pyablate.data.inputs import Inputs, is_structured, packed
+from pyablate.network.classifier import giving_logits
 from pyablate.network.hooks import SPEAKING
 from pyablate.network.sites import (
     Site,
@@ -91,7 +93,7 @@ class Coupling:
     ----------
     model : nn.Module
         The network; it is copied.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``; one image is enough.
 
     Attributes
@@ -101,13 +103,19 @@ class Coupling:
     sites : list of Site
         All sites, in the order of the network, but for attention heads, queries, keys and values.
     sample : Tensor
-        The sample in the dtype and on the device of the model.
+        The first two of the sample in the dtype and on the device of the model.
+    inputs : Inputs or None
+        How several inputs lie in the sample.
     classes : list of Coupled
         All coupled units, those of one layer together.
     """
 
-    def __init__(self, model: nn.Module, sample: Tensor) -> None:
+    def __init__(self, model: nn.Module, sample: Any) -> None:
         check_model(model)
+        self.inputs: Inputs | None = None
+        first = next(model.parameters(), torch.zeros(0))
+        if is_structured(sample):
+            sample, self.inputs = packed(sample, first.dtype)
         if not isinstance(sample, Tensor) or sample.ndim < 2 or len(sample) == 0:
             got = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise TypeError(f"sample: expected a tensor of images [N, ...], got {got}")
@@ -115,11 +123,11 @@ class Coupling:
         self.model = copied(model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        first = next(self.model.parameters(), sample)
         self.sample = sample[:2].detach().to(first.device, first.dtype)
-        every = sites(self.model, self.sample)
-        self.sites = [site for site in every if site.kind not in ("heads", "part")]
-        self._graph, self._nodes = _trace(self.model, self.sample, self.sites)
+        with giving_logits(self.model, inputs=self.inputs):
+            every = sites(self.model, self.sample)
+            self.sites = [site for site in every if site.kind not in ("heads", "part")]
+            self._graph, self._nodes = _trace(self.model, self.sample, self.sites)
         self._entries = {site.name: self._follow(site) for site in self.sites}
         self._group_of, self.classes = self._couple()
 
@@ -288,7 +296,7 @@ class Coupling:
 
 
 def couplings(
-    model: nn.Module, sample: Tensor, layers: str | Sequence[str] | None = None
+    model: nn.Module, sample: Any, layers: str | Sequence[str] | None = None
 ) -> list[Coupled]:
     """List the units of a network that can only be removed together.
 
@@ -296,7 +304,7 @@ def couplings(
     ----------
     model : nn.Module
         The network; it stays as it is.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``; one image is enough.
     layers : str or sequence of str, optional
         Names or globs; by default all activations and blocks.

@@ -86,7 +86,7 @@ def truncated_svd(
 
 def prune_and_decompose(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     fraction: float,
     share: float,
     *,

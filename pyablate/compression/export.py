@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyablate._validation import first_line
+from pyablate.data.inputs import arguments
 from pyablate.io.atomic import whole
 from pyablate.network.exported import quiet_export
 from pyablate.network.forward import two_images
 from pyablate.network.sites import copied
 
 
-def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str]) -> None:
+def save_network(model: nn.Module, sample: Any, path: str | os.PathLike[str]) -> None:
     """Write a network with its weights as a program of ``torch.export``.
 
     No code of the network's class is needed to run it, and modules keep their names:
@@ -26,7 +28,7 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
     ----------
     model : nn.Module
         Takes a batch of any size; it stays as it is and is exported in evaluation mode.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
     path : path
         A file called ``*.pt2``; one that is there is replaced, at once.
@@ -49,12 +51,15 @@ def save_network(model: nn.Module, sample: Tensor, path: str | os.PathLike[str])
         raise ValueError(f"path: expected a file called *.pt2, got {str(path)!r}")
     work = copied(model).eval()
     # A batch of one would be taken for a constant.
-    batch = two_images(sample).detach()
-    dynamic = ({0: torch.export.Dim("batch")},)
+    args, keywords = arguments(sample)
+    args = tuple(two_images(part).detach() for part in args)
+    keywords = {name: two_images(part).detach() for name, part in keywords.items()}
+    size = torch.export.Dim("batch")
+    dynamic: Any = {name: {0: size} for name in keywords} or tuple({0: size} for _ in args)
     with quiet_export():
         try:
             with torch.no_grad():
-                program = torch.export.export(work, (batch,), dynamic_shapes=dynamic)
+                program = torch.export.export(work, args, keywords, dynamic_shapes=dynamic)
         except Exception as error:  # export fails in as many ways as there are networks
             raise ValueError(
                 f"model: torch.export cannot capture it: {first_line(error)}"

@@ -24,7 +24,7 @@ CRITERIA = (*BY_WEIGHTS, *BY_DATA)
 
 def filter_ranking(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     criterion: str = "l1",
     *,
     scope: str = "layer",
@@ -36,7 +36,7 @@ def filter_ranking(
     ----------
     model : nn.Module
         The network.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
     criterion : {"l1", "l2", "bn_scale", "nisp", "hrank", "taylor"}
         Norm of all filters that make the unit (Li, Kadav, Durdanovic, Samet, Graf 2017, *Pruning
@@ -88,7 +88,7 @@ def filter_ranking(
 
 def prune_filters(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     fraction: float,
     *,
     criterion: str = "l1",
@@ -124,7 +124,8 @@ def _attribute(coupling: Coupling, name: str, data: Any) -> dict[str, float]:
     """Score every unit of every class by an attribute."""
     layers = list(dict.fromkeys(layer for one in coupling.classes for layer in one.layers))
     images = coupling.sample
-    source = (images, torch.zeros(len(images), dtype=torch.long)) if data is None else data
+    given = images if coupling.inputs is None else coupling.inputs.as_given(images)
+    source = (given, torch.zeros(len(images), dtype=torch.long)) if data is None else data
     values = attributes(coupling.model, source, layers, name, progress=False)[name]
     return dict(zip(values["unit"].to_numpy().tolist(), values.to_numpy().tolist(), strict=True))
 

@@ -14,7 +14,7 @@ from pyablate.compression._remove import labels_of
 from pyablate.compression.coupling import Coupling
 
 
-def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Tensor) -> nn.Module:
+def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Any) -> nn.Module:
     """Mask the weights that make the units a ranking removes, by ``torch.nn.utils.prune``.
 
     Masked are the filters and biases of convolutions and linear maps, and scale and shift of the
@@ -28,7 +28,7 @@ def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Tensor) 
         From :func:`pyablate.rank`.
     fraction : float
         Share of its removable places.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
 
     Returns
@@ -73,7 +73,7 @@ def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Tensor) 
     return changed
 
 
-def importance(model: nn.Module, ranking: Ranking, sample: Tensor) -> Callable[..., Tensor]:
+def importance(model: nn.Module, ranking: Ranking, sample: Any) -> Callable[..., Tensor]:
     """Make of a ranking what Torch-Pruning's pruners take as ``importance``.
 
     Parameters
@@ -82,7 +82,7 @@ def importance(model: nn.Module, ranking: Ranking, sample: Tensor) -> Callable[.
         The network that was ranked and that the pruner gets.
     ranking : Ranking
         From :func:`pyablate.rank`.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
 
     Returns

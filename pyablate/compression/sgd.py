@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pyablate._validation import check_count, check_seed
 from pyablate.data.dataset import Data
+from pyablate.network.forward import check_logits
 from pyablate.runtime.progress import Report
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -121,7 +122,8 @@ def cross_entropy(model: nn.Module) -> Loss:
     """Return the loss of plain training."""
 
     def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found = functional.cross_entropy(model(images), labels)
+        logits = check_logits(model(images), len(images))
+        found = functional.cross_entropy(logits, labels)
         return found, found.new_zeros(())
 
     return loss

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyablate._validation import check_choice, check_fraction
 from pyablate.comparison.evaluation import prepared
@@ -17,14 +17,16 @@ from pyablate.compression.filters import BY_WEIGHTS, filter_ranking, without_uni
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
 from pyablate.compression.transforms import Transformed
 from pyablate.data.dataset import Data
+from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import device_of
+from pyablate.network.model_checks import fit_inputs
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.progress import Report, reporting
 
 
 def soft_filter_pruning(
     model: nn.Module,
-    sample: Tensor,
+    sample: Any,
     data: Any,
     fraction: float,
     *,
@@ -47,7 +49,7 @@ def soft_filter_pruning(
     ----------
     model : nn.Module
         It stays as it is.
-    sample : Tensor
+    sample : Tensor, dict or tuple of Tensor
         A batch of inputs, ``[N, ...]``.
     data : pair of arrays, DataLoader or iterable of (images, labels)
         To train on; held in memory.
@@ -101,7 +103,9 @@ def soft_filter_pruning(
             set_to_zero(trained, coupling, zero)
 
         loss = cross_entropy(trained)
-        history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
+        with giving_logits(trained):
+            fit_inputs(trained, held, held.first(2).images)
+            history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
         removal = remove(trained, zero, sample)
     return without_units(removal, pd.DataFrame(history))
 

@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+)
 
-from pyablate.data.inputs import Inputs, is_integer, is_structured, labels_apart, scaled
+from pyablate.data.inputs import LABELS, Inputs, is_integer, is_structured, labels_apart, scaled
 from pyablate.runtime.host_to_device import sent
+
+_ROWS = 64
+"""Images that are read of a data set at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,9 @@ class Data:
 
     Parameters
     ----------
-    source : pair of arrays, DataLoader or iterable of (images, labels)
-        A pair is taken whole. Anything else is iterated; batches may have any sizes. For images
+    source : pair of arrays, data set, DataLoader or iterable of (images, labels)
+        A pair is taken whole. Of a data set, as of torch or of Hugging Face's ``datasets``, each
+        item is one image. Anything else is iterated; batches may have any sizes. For images
         may stand a dict or tuple of several inputs, for a pair or a batch a dict of inputs and
         "labels": see :mod:`pyablate.data.inputs`. Images alone (an array, ``(images, None)``,
         batches without labels) where ``unlabelled`` are taken.
@@ -115,9 +126,12 @@ class Data:
             self._source = [tuple(source)]
         elif isinstance(source, (Tensor, np.ndarray)):
             self._source = [(source, None)]
+        elif _is_data_set(source):
+            self._source = DataLoader(_with_tensors(source), _ROWS)
         elif isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
             raise TypeError(
-                "data: expected (images, labels), a DataLoader or an iterable of (x, y), "
+                "data: expected (images, labels), a data set, a DataLoader or an iterable of "
+                "(x, y), "
                 f"got {type(source).__name__}"
             )
         else:
@@ -179,6 +193,26 @@ class Data:
             images, labels = self._check(number, item)
             yield Batch(torch.as_tensor(index[place : place + len(images)]), images, labels)
             place += len(images)
+
+    def chosen(self, index: Sequence[int], size: int) -> Iterator[Batch]:
+        """Hand out only these images, given in ascending order, ``size`` at a time.
+
+        A source that cannot be read by index is read up to its end.
+        """
+        wanted = torch.as_tensor(list(index))
+        for batch in self._around(wanted, size):
+            here = torch.isin(batch.index, wanted).nonzero().squeeze(1)
+            if len(here):
+                yield from batch.take(here).split(size)
+
+    def _around(self, wanted: Tensor, size: int) -> Iterator[Batch]:
+        """Hand out batches among which these images are."""
+        if self.dataset is None:
+            yield from self.batches(size)
+            return
+        for batch in self.some(wanted.tolist()):
+            images, labels = self._converted(batch.images), sent(batch.labels, self.device)
+            yield Batch(batch.index, images, labels)
 
     def batches(self, size: int, part: range | None = None) -> Iterator[Batch]:
         """Hand out batches of ``size`` images (the last may be smaller), of all or of a ``part``.
@@ -403,6 +437,31 @@ def _only(loader: DataLoader[Any], part: Sequence[int]) -> DataLoader[Any]:
         generator=torch.Generator(),  # the caller's, or the global one, would be drawn from
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def _is_data_set(source: Any) -> bool:
+    """Whether a source has one image an index, not one batch."""
+    if isinstance(source, (Sequence, DataLoader, IterableDataset)):
+        return False
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        return False
+    if isinstance(source, Dataset) or hasattr(source, "with_format") or not len(source):
+        return True
+    try:
+        item = source[0]
+    except (LookupError, TypeError):
+        return False
+    if isinstance(item, Mapping):
+        labels = [item[key] for key in LABELS if key in item]
+    else:
+        labels = list(item[1:]) if isinstance(item, (tuple, list)) else []
+    return len(labels) == 1 and np.ndim(labels[0]) == 0
+
+
+def _with_tensors(source: Any) -> Any:
+    """Let a data set of Hugging Face that makes lists of numbers make tensors."""
+    listing = isinstance(getattr(source, "format", None), dict) and source.format["type"] is None
+    return source.with_format("torch") if listing else source
 
 
 def _is_pair(source: Any) -> bool:

@@ -150,6 +150,21 @@ def _say_scaled() -> None:
     _log.warning("data: images of uint8 are scaled from 0..255 to 0..1; give floats to avoid that")
 
 
+def packed(sample: Any, dtype: torch.dtype) -> tuple[Tensor, Inputs | None]:
+    """Join a batch of several inputs to one tensor; one tensor stays, and its inputs are None."""
+    if isinstance(sample, Tensor):
+        return sample, None
+    inputs = Inputs.of(sample)
+    return inputs.pack(sample, dtype), inputs
+
+
+def arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as the arguments of a model's forward, by position and by keyword."""
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    return (tuple(sample) if is_structured(sample) else (sample,)), {}
+
+
 def is_structured(given: Any) -> bool:
     """Whether images came as a mapping, or as a tuple or list of arrays."""
     if isinstance(given, (tuple, list)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.engine.rounding import Rounding
+from pyablate.engine.score import Prediction
 from pyablate.network.graph import Value
 
 
@@ -33,6 +34,8 @@ class Clean:
         int64, on the CPU: positions of the images on which errors are measured first.
     irregular : frozenset of fx.Node
         Nodes whose tensors hold NaN or infinity, of which there are no differences.
+    predicted_change : Prediction or None
+        What gradients say of the ablations, in a screened run.
     """
 
     tensors: Mapping[fx.Node, Value]
@@ -42,6 +45,7 @@ class Clean:
     rounding: Rounding = field(default_factory=Rounding)
     watched: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     irregular: frozenset[fx.Node] = frozenset()
+    predicted_change: Prediction | None = None
 
     @cached_property
     def predicted(self) -> Tensor:

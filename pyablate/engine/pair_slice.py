@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -13,7 +14,7 @@ from pyablate.engine.lazy_delta import Pending
 from pyablate.engine.logit_change import Changed, carried
 from pyablate.engine.rule_context import Delta, DenseDelta
 from pyablate.engine.suffix import usual
-from pyablate.engine.sweep import Sweep
+from pyablate.engine.sweep import Step, Sweep
 from pyablate.network.graph import Value, tensor
 from pyablate.network.layout import BatchLayout
 from pyablate.ops.quantized import Quantized
@@ -27,6 +28,41 @@ def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -
         row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
     change = _PairSlice(sweep, row, image, dtype).change()
     return change if change is None else change.first(pairs)
+
+
+Look = Callable[[fx.Node, Tensor, Tensor | None], Tensor]
+"""``look(place, pairs, change)``: which of the pairs, int64 ``[P]``, whose change at a place
+``[P, ...]`` is known (None if there is none) are to go on, bool ``[P]``."""
+
+
+def carry(
+    sweep: Sweep,
+    row: Tensor,
+    image: Tensor,
+    dtype: torch.dtype,
+    places: Sequence[fx.Node],
+    look: Look,
+) -> None:
+    """Carry the changes of some pairs to places that all of the job's changes pass, in order.
+
+    Pairs that need not go on leave the slice.
+    """
+    if not places or not len(row):
+        return
+    steps = sweep.steps
+    number = {node: at for at, (node, _, _) in enumerate(steps)}
+    pairs = torch.arange(len(row), device=row.device)
+    part, start = _PairSlice(sweep, row, image, dtype), 0
+    for place in places:
+        part.run(steps[start : number[place] + 1])
+        start = number[place] + 1
+        change = part.delta(place)
+        kept = look(place, pairs, None if change is None else tensor(change)[: len(pairs)])
+        chosen = kept.nonzero().squeeze(1)
+        pairs = pairs[chosen]
+        if not len(pairs) or change is None:
+            return
+        part = part.only(chosen, place)
 
 
 class _PairSlice:
@@ -48,7 +84,16 @@ class _PairSlice:
 
     def change(self) -> Changed | None:
         """Logit changes; None if the pairs cannot change them."""
-        for node, sources, last in self.sweep.steps:
+        self.run(self.sweep.steps)
+        change = self.delta(self.graph.logits)
+        if change is None:
+            return None
+        lost = torch.stack(self.lost).any(dim=0) if self.lost else None
+        return Changed(tensor(change), torch.stack(self.steps) if self.steps else None, lost)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Carry the changes through some nodes."""
+        for node, sources, last in steps:
             if self.sweep.ablates(node):
                 self._deltas[node] = self._ablate(node)
             elif any(self.raw(source) is not None for source in sources):
@@ -57,11 +102,15 @@ class _PairSlice:
                 self._deltas.pop(source, None)
                 self.quantized.pop(source, None)
                 self._spelt.pop(source, None)
-        change = self.delta(self.graph.logits)
-        if change is None:
-            return None
-        lost = torch.stack(self.lost).any(dim=0) if self.lost else None
-        return Changed(tensor(change), torch.stack(self.steps) if self.steps else None, lost)
+
+    def only(self, pairs: Tensor, place: fx.Node) -> _PairSlice:
+        """Go on with some of the pairs, behind a place that all their changes pass."""
+        more = usual(len(pairs), up=True) - len(pairs)
+        chosen = torch.cat([pairs, pairs[-1:].expand(more)])
+        dtype = torch.int8 if self.eight_bit else self.dtype
+        part = _PairSlice(self.sweep, self.column[chosen], self.image_long[chosen], dtype)
+        part._deltas[place] = tensor(self.delta(place))[chosen]
+        return part
 
     def raw(self, node: fx.Node) -> Delta:
         delta = self._deltas.get(node)

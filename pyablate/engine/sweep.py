@@ -25,8 +25,12 @@ from pyablate.engine.loss_margin import Record
 from pyablate.engine.replacements import Replacements
 from pyablate.engine.suffix import Suffix
 from pyablate.network.graph import MARKER, Graph, Value, operands, tensor
+from pyablate.network.sites import Site
 
 aten = torch.ops.aten
+
+Step = tuple[fx.Node, list[fx.Node], list[fx.Node]]
+"""A node, what it reads, and what is then of no more use."""
 
 
 @dataclass(eq=False)
@@ -181,9 +185,7 @@ class Sweep:
 
     def _alive(self) -> Tensor:
         """Bool ``[N, row]``: whether anything that the rest of the network reads has changed."""
-        read = {source for node in self.deferred for source in node.all_input_nodes}
-        read.add(self.graph.logits)
-        deltas = [self.value(node) for node in read if self.changes(node)]
+        deltas = [self.value(node) for node in self._read]
         later = [node for node in self.deferred if self.ablates(node)]
         maps = [delta.values for delta in deltas if delta is not None]
         maps += [self._difference(node).values for node in later]
@@ -192,6 +194,43 @@ class Sweep:
             return alive
         belongs = self.suffix.job.on(alive.device).columns.mask
         return alive.float() @ belongs.t().float() > 0
+
+    @property
+    def _read(self) -> list[fx.Node]:
+        """Changed tensors that the rest of the network reads, or that are its logits."""
+        read = {source for node in self.deferred for source in node.all_input_nodes}
+        read.add(self.graph.logits)
+        return [node for node in self.suffix.nodes if node in read and self.changes(node)]
+
+    def frontier(self) -> dict[fx.Node, ChannelDelta] | None:
+        """Deltas of the tensors that the rest of the network reads.
+
+        None where they do not tell apart what comes by each of them: one follows from another, or
+        the units are ablated again behind them.
+        """
+        if any(self.ablates(node) for node in self.deferred):
+            return None
+        front = {node: self.value(node) for node in self._read}
+        behind: set[fx.Node] = set()
+        for node in self.suffix.nodes:
+            if any(source in front or source in behind for source in node.all_input_nodes):
+                if node in front:
+                    return None
+                if self.changes(node):
+                    behind.add(node)
+        return {node: delta for node, delta in front.items() if delta is not None}
+
+    @property
+    def sites(self) -> list[fx.Node]:
+        """Where the job acts, in order."""
+        return [node for node in self.suffix.nodes if self.ablates(node)]
+
+    def at(self, marker: fx.Node) -> tuple[Site, int]:
+        """Site and call of a marker."""
+        site = next(site for site in self.suffix.job.sites if site.name == marker.args[1])
+        call = marker.args[2]
+        assert isinstance(call, int)
+        return site, call
 
     def recompute(self, row: Tensor, image: Tensor) -> Tensor:
         """Logits ``[P, K]`` of some pairs, all values computed anew behind the site.
@@ -220,9 +259,7 @@ class Sweep:
     def ablated(self, marker: fx.Node, values: Tensor, row: Tensor, image: Tensor) -> Tensor:
         """Replace the units of some pairs in a site's tensor ``[P, ...]``."""
         job = self.suffix.job
-        site = next(site for site in job.sites if site.name == marker.args[1])
-        call = marker.args[2]
-        assert isinstance(call, int)
+        site, call = self.at(marker)
 
         def replacement(pair: Tensor, unit: Tensor) -> Tensor:
             return self.replacements.values(site, call, image[pair], unit)
@@ -230,13 +267,11 @@ class Sweep:
         return job.change(site, values, row, replacement)
 
     @cached_property
-    def steps(self) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    def steps(self) -> list[Step]:
         """Nodes of the dense part, what each of them reads, and what is then of no more use."""
         return self._steps_of(self.deferred if self.suffix.job.channelwise else self.suffix.nodes)
 
-    def _steps_of(
-        self, nodes: Sequence[fx.Node]
-    ) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    def _steps_of(self, nodes: Sequence[fx.Node]) -> list[Step]:
         steps = []
         later = {self.graph.logits}
         for node in reversed(nodes):

@@ -23,7 +23,7 @@ def opened(model: nn.Module, data: Any, options: Mapping[str, Any] = MappingProx
     known: dict[str, Any] = {name: options.get(name) for name in ("axis", "logits")}
     check_model(model)
     with undisturbed(), torch.inference_mode(False):
-        return open_up(model, data, None, options.get("device"), **known)
+        return open_up(model, data, options.get("class_names"), options.get("device"), **known)
 
 
 def labels_of(found: Sequence[Site]) -> list[str]:
@@ -31,7 +31,7 @@ def labels_of(found: Sequence[Site]) -> list[str]:
     return [site.label(unit) for site in found for unit in range(site.channels)]
 
 
-def class_number(result: AblationResult, name: str | int, argument: str = "classes") -> int:
+def class_number(result: AblationResult | Ready, name: str | int, argument: str = "classes") -> int:
     """Find the number of a class by its name or number."""
     names = result.class_names
     if isinstance(name, str):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyablate._validation import nearest
 from pyablate.data.inputs import Inputs
-from pyablate.network.copies import copied
+from pyablate.network.copies import copied_with
 from pyablate.network.forward import contents
 
 logger = logging.getLogger("pyablate")
@@ -43,7 +43,8 @@ def classifier(model: nn.Module, *, logits: Choice = None) -> nn.Module:
         What the logits are, where the model returns more than one tensor. By default ``logits`` of
         a mapping or an object that has them, as Hugging Face's ``ModelOutput``, or the first item
         of a tuple or list. A string is another key or attribute, a number another place, a callable
-        gets what the model returned and gives the logits ``[N, classes]``. ``"binary"`` makes two
+        gets what the model returned and gives the logits ``[N, classes]``; modules of the model to
+        which it refers are those of the copy. ``"binary"`` makes two
         classes of one logit ``[N]`` or ``[N, 1]``: 0 for the first and the logit for the second,
         which is predicted where the logit is positive.
 
@@ -55,7 +56,8 @@ def classifier(model: nn.Module, *, logits: Choice = None) -> nn.Module:
     Raises
     ------
     TypeError
-        ``model`` is no module, or ``logits`` of another type.
+        ``model`` is no module, ``logits`` of another type, or a callable that reaches modules with
+        weights which are not the model's.
 
     Examples
     --------
@@ -73,7 +75,7 @@ def classifier(model: nn.Module, *, logits: Choice = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice_of_logits(logits)
-    work = copied(model)
+    work, logits = copied_with(model, logits)
     _Forward.for_(work, logits).put_on(work)
     return work
 
@@ -117,6 +119,14 @@ def choice_of(model: nn.Module) -> str:
     """Tell in one line what a working copy does to inputs and outputs; empty if nothing."""
     own = _Forward.of(model)
     return "" if own is None else repr(own)
+
+
+def logits_of(model: nn.Module, returned: Any) -> Any:
+    """Take the logits out of what the own forward of a working copy returned."""
+    own = _Forward.of(model)
+    for choice in () if own is None else own.choices:
+        returned, _ = _taken(returned, choice)
+    return returned
 
 
 def varied(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_names, first_line
+from pyablate._validation import by_number, check_names, first_line
 from pyablate.data.dataset import Batch, Data
 from pyablate.network import near_tie
 from pyablate.network.classifier import Choice, classifier, take_inputs, varied
@@ -88,7 +89,7 @@ def open_up(
     found = surveyed(work, sample, axis)
     classes = data.classes = check_logits(returned, 2).shape[1]
     _check_independence(work, sample)
-    return Ready(work, data, batch, found, classes, _check_names(class_names, classes))
+    return Ready(work, data, batch, found, classes, class_names_of(work, class_names, classes))
 
 
 def fit_inputs(model: nn.Module, data: Data, sample: Tensor) -> Any:
@@ -163,8 +164,24 @@ def alike(found: Tensor, expected: Tensor, share: float) -> bool:
     return near_tie.disagreement(found, expected) <= share
 
 
-def _check_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    names = check_names("class_names", class_names, classes)
+def class_names_of(model: nn.Module, given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """Name the classes: as given, else as ``model.config.id2label`` has them, else by numbers.
+
+    What fits no network of so many classes, and the names LABEL_0, LABEL_1, ... that stand there
+    unless somebody sets others, are passed over.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The names given are not as many as classes, or no names.
+    """
+    if given is None:
+        own = getattr(getattr(model, "config", None), "id2label", None)
+        placeholders = {f"LABEL_{number}" for number in range(classes)}
+        if isinstance(own, Mapping) and len(own) == classes and placeholders != set(own.values()):
+            with suppress(ValueError):  # keys that are no numbers
+                given = by_number("id2label", own)
+    names = check_names("class_names", given, classes)
     # Not an error: two of ImageNet's classes are called crane.
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

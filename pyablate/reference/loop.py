@@ -19,13 +19,13 @@ import torch
 from scipy import special
 from torch import Tensor, nn
 
-from pyablate._validation import check_choices, check_count, check_names
+from pyablate._validation import check_choices, check_count
 from pyablate.data.dataset import Batch, Data
 from pyablate.interventions import Intervention, donors, gaussian, parse
 from pyablate.network.classifier import Choice, classifier
 from pyablate.network.forward import check_logits, device_of, forward, usable_device
 from pyablate.network.hooks import FunctionResults
-from pyablate.network.model_checks import check_weights, fit_inputs
+from pyablate.network.model_checks import check_weights, class_names_of, fit_inputs
 from pyablate.network.near_tie import check, near_tie
 from pyablate.network.sites import Site, check_model, sites
 from pyablate.reference.rows import Row, rows_of
@@ -79,7 +79,7 @@ def ablate(
     logits : str, int or callable, optional
         As of :func:`pyablate.ablate`.
     class_names : sequence of str, optional
-        One name per class; the class numbers by default.
+        One name per class; by default as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
         Where to compute; the model's own device by default.
     seed : int
@@ -126,7 +126,7 @@ def ablate(
                 check(torch.from_numpy(predicted >= 0), torch.arange(len(predicted)))
                 baseline = predicted
                 labels = labels if loop.labelled else baseline
-                names = check_names("class_names", class_names, values.shape[1])
+                names = class_names_of(loop.model, class_names, values.shape[1])
             flipped = np.flatnonzero(predicted != baseline)
             pieces.append((np.full(len(flipped), row), flipped, predicted[flipped]))
             for name, found in sums.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count
+from pyablate.data.dataset import Data
 from pyablate.network.classifier import classifier
-from pyablate.network.forward import device_of, forward
+from pyablate.network.forward import check_logits, device_of, forward, own_dtype
+from pyablate.network.model_checks import fit_inputs
 from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site, evaluation, hooked
 from pyablate.reference.loop import predictions
@@ -73,7 +75,7 @@ class HookLoopTiming:
 
 def hook_loop_seconds(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | Iterable[Any],
+    data: Any,
     sites: Sequence[Site],
     *,
     units: int = 8,
@@ -86,8 +88,8 @@ def hook_loop_seconds(
     ----------
     model : nn.Module
         The network, on the device to be timed. A copy of it is run; it stays as it was.
-    data : pair of Tensor, or iterable of (x, y)
-        Images and labels, in the order in which `ablate` had them.
+    data : pair of arrays, DataLoader or iterable of (x, y)
+        As for :func:`pyablate.ablate`, in the order in which it had them.
     sites : sequence of Site
         The layers whose units the estimate is for.
     units : int
@@ -108,11 +110,13 @@ def hook_loop_seconds(
     check_count("units", units)
     if images is not None:
         check_count("images", images)
-    x, total = _gather(data, images)
-    chosen = _spread(sites, units)
     plain = classifier(model)
+    source = Data(data, dtype=own_dtype(model), device=device_of(model), unlabelled=True)
+    x, total = _gather(source, images)
+    chosen = _spread(sites, units)
     with evaluation(plain), torch.inference_mode():
-        x, batch, channels_last = _fastest(plain, x.to(device_of(model)))
+        check_logits(fit_inputs(plain, source, x), 2)
+        x, batch, channels_last = _fastest(plain, x)
         start = time.perf_counter()
         logits = [_predict(plain, x, batch, site, unit) for site, unit in chosen]
         seconds = time.perf_counter() - start
@@ -212,20 +216,15 @@ def _time_forward(model: nn.Module, x: Tensor, batch: int) -> float:
     return time.perf_counter() - start
 
 
-def _gather(data: tuple[Tensor, Tensor] | Iterable[Any], images: int | None) -> tuple[Tensor, int]:
+def _gather(data: Data, images: int | None) -> tuple[Tensor, int]:
     """Return the first images as one tensor, and how many there are in all."""
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        x, total = data[0], len(data[0])
-        parts = [x if images is None else x[:images]]
-    else:
-        parts, total = [], 0
-        for batch in data:
-            if images is None or total < images:
-                parts.append(batch[0] if images is None else batch[0][: images - total])
-            total += len(batch[0])
-    if total == 0:
-        raise ValueError("data: expected at least one image, got none")
-    return torch.cat(parts) if len(parts) > 1 else parts[0], total
+    data.hold_if_read_once()
+    total = len(data)
+    part = range(total if images is None else min(images, total))
+    parts = [batch.images for batch in data.batches(_TRIAL_IMAGES, part)]
+    if not parts:
+        raise ValueError("data: no images")
+    return torch.cat(parts), total
 
 
 def _spread(sites: Sequence[Site], units: int) -> list[tuple[Site, int]]:

@@ -35,7 +35,9 @@ def most_activating(
     """
     found = np.full((len(result.units), count), -1, dtype=np.int64)
     with undisturbed():
-        ready = open_up(model, data, result.class_names, device, unlabelled=True)
+        ready = open_up(
+            model, data, result.class_names, device, axis=result.given_axes, unlabelled=True
+        )
         ready.data.hold_if_read_once()
         sites = _sites(ready.sites, result)
         best: dict[str, tuple[Tensor, Tensor]] = {}  # values and images, [C, count]

@@ -116,7 +116,8 @@ def _pixels(
     for batch in source.batches(_BATCH):
         if batch.images.ndim != 4:
             raise ValueError(
-                f"data: expected images [N, C, H, W] to draw, got shape {list(batch.images.shape)}"
+                f"data: expected images [N, C, H, W] to draw, got shape "
+                f"{list(batch.images.shape)}; without data and model the report has no pictures"
             )
         expected = result.labels[done : done + len(batch)]
         told = result.labelled and source.labelled

@@ -87,6 +87,8 @@ def _provenance(result: Record, further: Mapping[str, object]) -> list[list[str]
     if result.seconds:
         facts["Time of the run"] = f"{result.seconds:,.1f} s"
     facts["Audit"] = result.audit if result.audit.pairs else "none"
+    if result.screening is not None:
+        facts["Screening"] = result.screening
     facts["Report written by"] = f"pyablate {__version__}"
     return [[str(name), str(value)] for name, value in facts.items()]
 

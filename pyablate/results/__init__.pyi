@@ -5,4 +5,5 @@ from .record import Audit as Audit
 from .record import Effort as Effort
 from .record import Flips as Flips
 from .record import Record as Record
+from .screening import Screening as Screening
 from .store import save as save

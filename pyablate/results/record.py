@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from pyablate.results.measures import Measure
+from pyablate.results.screening import Screening
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -221,14 +222,31 @@ class Record:
     measures: dict[str, Measure] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     labelled: bool = True
+    screening: Screening | None = None
 
     def __repr__(self) -> str:
         """Size and summary in one line."""
         return (
             f"{type(self).__name__}({len(self.units)} units, {len(self.labels)} images, "
             f"{self.classes} classes, {self.intervention}, "
-            f"{self._baseline}, {len(self.flips.image)} flips)"
+            f"{self._baseline}, {len(self.flips.image)} flips{self._guarantee})"
         )
+
+    @property
+    def guarantee(self) -> str:
+        """What is promised of the predictions: "exact", or "screened", see ``screening``."""
+        return "exact" if self.screening is None else "screened"
+
+    @property
+    def _guarantee(self) -> str:
+        if self.screening is None:
+            return ""
+        return f", screened: at most {self.screening.upper_bound:.2g} wrong at 95 %"
+
+    @property
+    def given_axes(self) -> dict[str, int]:
+        """Axis of the units, by layer, where the run was given another than the network's own."""
+        return dict(self.provenance.get("options", {}).get("axis", {}))
 
     @property
     def _baseline(self) -> str:

@@ -20,6 +20,7 @@ from pyablate.io.own_files import ARRAYS, check_replaceable
 from pyablate.io.zarr_check import check_folder, check_opened
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Record
+from pyablate.results.screening import Screening
 
 logger = logging.getLogger("pyablate")
 
@@ -130,6 +131,7 @@ def _read(source: Path, attrs: dict[str, Any], kind: type[R]) -> R:
         },
         provenance=dict(attrs.get("provenance", {})),
         labelled=attrs.get("labelled", True),
+        screening=Screening.of(attrs["screening"]) if "screening" in attrs else None,
     )
 
 
@@ -207,6 +209,7 @@ def write(result: Record, path: Path) -> None:
             **_accuracies(result),
             "provenance": result.provenance,
             **({} if result.labelled else {"labelled": False}),
+            **({} if result.screening is None else {"screening": result.screening.to_json()}),
         },
     )
     arrays = {

@@ -29,7 +29,10 @@ from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify
 from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
+from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
+from pyablate.runs.state import unpack_thresholds
+from pyablate.runs.thresholds import Thresholds, measure
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
 from pyablate.runtime.progress import Report, reporting
@@ -56,6 +59,8 @@ def ablate(
     strategy: str = "auto",
     precision: str = "auto",
     measures: Sequence[str] = (),
+    guarantee: str = "exact",
+    risk: float = 1e-5,
     progress: bool | Report | None = None,
     output: str | os.PathLike[str] | None = None,
     fresh: bool = False,
@@ -71,11 +76,12 @@ def ablate(
     model : nn.Module
         Trained classifier: images ``[N, ...]`` to logits ``[N, classes]``. It comes back as it
         was; the work is done on a copy in evaluation mode, in float32 (float64 if it is).
-    data : pair of arrays, DataLoader or iterable of (images, labels)
-        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``. A
-        dict or tuple of several inputs may stand for the images, a dict of inputs and "labels" for
-        a pair. Without labels (images alone, or None for the labels) the intact network's
-        predictions stand in, and what is called accuracy is agreement with them.
+    data : pair of arrays, data set, DataLoader or iterable of (images, labels)
+        Images ``[N, ...]``, of which uint8 is scaled to ``[0, 1]``, and integer labels ``[N]``; a
+        data set that is read by index has one image and its label. A dict or tuple of several
+        inputs may stand for the images, a dict of inputs and "labels" for a pair. Without labels
+        (images alone, or None for the labels) the intact network's predictions stand in, and what
+        is called accuracy is agreement with them.
     layers : str or sequence of str, optional
         Layer names, globs, or single units as ``"layer:unit"``; see :func:`pyablate.select`.
         The default is ``"*"``, or nothing if ``groups`` are given.
@@ -91,7 +97,8 @@ def ablate(
         What the model's logits are, where it returns more than one tensor, or ``"binary"`` where it
         returns one logit an image; see :func:`pyablate.classifier`.
     class_names : sequence of str, optional
-        One per class; by default the class numbers.
+        One per class; by default those of the model's ``config.id2label``, as Hugging Face's
+        models have it, else the class numbers.
     device : str or torch.device, optional
         Where to work; by default where the model is.
     batch_size : int, optional
@@ -117,6 +124,12 @@ def ablate(
         logit over the second, summed over the images of each class. In whatever precision decided
         a pair's prediction: ``result.measures`` says how accurate that was on the audited pairs;
         ``precision="fp32"`` or ``"fp64"`` buy more.
+    guarantee : {"exact", "screened"}
+        "screened" computes the pairs whose prediction could change, and a random sample of the
+        others, which keep the intact network's; ``result.screening`` bounds how many of these are
+        wrong. See the guide on guarantees.
+    risk : float
+        Of a screened run: share of wrong predictions to aim at, as far as its measurements tell.
     progress : bool or callable, optional
         None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer),
         pairs and the layer at work.
@@ -168,6 +181,7 @@ def ablate(
             strategy=strategy,
             precision=precision,
             measures=check_measures(measures),
+            guarantee=guarantee,
             axis=axis,
             logits=logits,
         ),
@@ -175,6 +189,7 @@ def ablate(
         audit=audit,
         on_mismatch=on_mismatch,
         seed=seed,
+        risk=risk,
         fresh=fresh,
         shard=shard,
         distributed=distributed,
@@ -182,14 +197,23 @@ def ablate(
     )
     options.check(model)
     with undisturbed(), taking_part(distributed, options.setup.device) as ranks:
-        setup = _capture(model, data, options, ranks)
+        measured = _earlier(options, ranks)
+        setup = _capture(model, data, options, measured, ranks)
         plan = _plan(model, setup, options, ranks)
+        thresholds = _thresholds(setup, options, measured, ranks)
         with kept(
-            options.output, plan.known, plan.layout, setup.statistics, fresh=fresh, ranks=ranks
+            options.output,
+            plan.known,
+            plan.layout,
+            setup.statistics,
+            thresholds,
+            fresh=fresh,
+            ranks=ranks,
         ) as held:
             if held is None:
                 return _finished(setup, plan, options, ranks)
-            sweep = _sweep(setup, plan, options, held, ranks)
+            screen = None if thresholds is None else Screen(setup, thresholds)
+            sweep = _sweep(setup, plan, options, held, screen, ranks)
             if ranks.first:
                 result = _collect(setup, plan, held)
                 _warn_of_chance(chance_remark(result))
@@ -208,6 +232,7 @@ class _RunOptions:
     audit: int
     on_mismatch: str
     seed: int
+    risk: float
     fresh: bool
     shard: tuple[int, int] | None
     distributed: bool
@@ -218,6 +243,7 @@ class _RunOptions:
         if self.distributed and self.output is None:
             raise ValueError("distributed: needs output, a folder that all processes see")
         check_options(model, self.setup)
+        _check_risk(self.risk)
         if not isinstance(self.audit, int) or self.audit < 0:
             raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
         check_on_mismatch(self.on_mismatch)
@@ -253,12 +279,42 @@ class _RunPlan:
     shard: tuple[int, int] | None
 
 
-def _capture(model: nn.Module, data: Any, options: _RunOptions, ranks: Ranks) -> Setup:
-    """Capture the network, with the statistics of an earlier process if there are any."""
-    place, measured = options.output, None
+def _check_risk(risk: Any) -> None:
+    if isinstance(risk, bool) or not isinstance(risk, (int, float)) or not 0 < risk < 1:
+        raise ValueError(f"risk: expected a share between 0 and 1, got {risk!r}")
+
+
+def _earlier(options: _RunOptions, ranks: Ranks) -> dict[str, np.ndarray] | None:
+    """Read what an earlier process measured before its first block, if there was one."""
+    place = options.output
     goes_on = place is not None and not options.fresh and has_statistics(place)
-    if ranks.tell(goes_on) and place is not None:
-        measured = read_statistics(place)
+    return read_statistics(place) if ranks.tell(goes_on) and place is not None else None
+
+
+def _thresholds(
+    setup: Setup,
+    options: _RunOptions,
+    measured: Mapping[str, np.ndarray] | None,
+    ranks: Ranks,
+) -> Thresholds | None:
+    """Measure the thresholds of a screened run in the first process, for all."""
+    if options.setup.guarantee == "exact":
+        return None
+    known = None if measured is None else unpack_thresholds(measured)
+    if known is None:
+        here = measure(setup, options.risk, options.seed).to_json() if ranks.first else None
+        known = ranks.tell(here)
+    return Thresholds.of(known)
+
+
+def _capture(
+    model: nn.Module,
+    data: Any,
+    options: _RunOptions,
+    measured: Mapping[str, np.ndarray] | None,
+    ranks: Ranks,
+) -> Setup:
+    """Capture the network, with the statistics of an earlier process if there are any."""
     setup = prepare(model, data, options.setup, measured=measured, ranks=ranks)
     for remark in setup.remarks if ranks.first else ():
         logger.warning("%s", remark)
@@ -278,6 +334,7 @@ def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) ->
         audit=options.audit,
         seed=options.seed,
         measures=options.setup.measures,
+        screened=None if options.setup.guarantee == "exact" else options.risk,
     )
     hashing = options.output is not None or options.shard is not None
     known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
@@ -298,6 +355,7 @@ def _sweep(
     plan: _RunPlan,
     options: _RunOptions,
     held: Held,
+    screen: Screen | None,
     ranks: Ranks,
 ) -> BlockSweep:
     """Do all jobs on all blocks, in the portions with which the run began."""
@@ -308,7 +366,7 @@ def _sweep(
         memory=given.memory or held.layout.memory,
     )
     audited = _audited_pairs(setup, options.audit, options.seed)
-    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch)
+    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen)
     with reporting(options.progress if ranks.first else False, unit="pairs") as report:
         loop = RunLoop(
             sweep=sweep,
@@ -377,6 +435,7 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         measures=metadata.measures,
         provenance={**identity, "data": {**identity["data"], **hashed}},
         labelled=setup.data.labelled,
+        screening=metadata.screening,
     )
 
 

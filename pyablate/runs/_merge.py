@@ -152,6 +152,7 @@ def _block(part: AblationResult) -> Block:
         audit=part.audit,
         strategy=part.strategy,
         measures=part.measures,
+        screening=part.screening,
     )
     return Block(part.labels, part.baseline, part.flips, metadata)
 
@@ -188,5 +189,6 @@ def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> Abla
         audit=found.metadata.audit,
         strategy=strategy,
         measures=found.metadata.measures,
+        screening=found.metadata.screening,
         provenance={**part.provenance, "data": data},
     )

@@ -16,6 +16,7 @@ from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import Measured
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips
+from pyablate.results.screening import LayerScreening, Screening
 from pyablate.runs.audit import Audited
 from pyablate.runs.blocks import Block, BlockMetadata, FlipChunk, PartialBlock
 from pyablate.runs.setup import Setup
@@ -34,11 +35,14 @@ class BlockAccumulator:
     hashed : int
         Hash of the images.
     care : dict
-        With which each job was done on the first part of the block.
+        With which each job was done on the first part of the block, and how often its threshold
+        had been raised.
     differed : set of (row, image)
         Audited pairs that were wrong when they were first computed.
     mended : int
         Such pairs of an earlier process.
+    screening : Screening or None
+        What was settled by prediction; None in an exact run.
     sums : Tensor
         Float64 [measure, unit, class].
     """
@@ -54,7 +58,8 @@ class BlockAccumulator:
     baseline: list[np.ndarray] = field(default_factory=list)
     audit: Audit = field(default_factory=lambda: Audit(0, 0))
     strategy: dict[str, str] = field(default_factory=dict)
-    care: dict[Job, Care] = field(default_factory=dict)
+    care: dict[Job, tuple[Care, int]] = field(default_factory=dict)
+    screening: Screening | None = None
     sums: Tensor = field(init=False)
     accuracy: list[Accuracy] = field(init=False)
 
@@ -68,13 +73,22 @@ class BlockAccumulator:
         self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
         self.flips = list(partial.chunks)
         self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
+        self.screening = partial.metadata.screening
         for number, known in enumerate(partial.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
             self.accuracy[number] = known.accuracy
 
     def start_over(self) -> BlockAccumulator:
         """Begin again, remembering what was wrong."""
-        return BlockAccumulator(self.setup, self.measures, self.hashed, self.differed, self.mended)
+        nothing = None if self.screening is None else replace(self.screening, layers={})
+        return BlockAccumulator(
+            self.setup,
+            self.measures,
+            self.hashed,
+            self.differed,
+            self.mended,
+            screening=nothing,
+        )
 
     def take(
         self,
@@ -85,9 +99,13 @@ class BlockAccumulator:
         *,
         care: Care,
         strategy: str,
+        raised: int = 0,
+        screened: LayerScreening | None = None,
     ) -> None:
         """Keep what a job has found on a batch, and how."""
-        self.care.setdefault(job, care)
+        self.care.setdefault(job, (care, raised))
+        if screened is not None and self.screening is not None:
+            self.screening += replace(self.screening, layers={job.name: screened})
         self.flips += flips
         self.audit += Audit(audited.pairs, len(audited.wrong))
         self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
@@ -107,6 +125,7 @@ class BlockAccumulator:
             strategy=dict(self.strategy),
             state=state,
             measures={name: Measure(sums.numpy(), accuracy) for name, sums, accuracy in measures},
+            screening=self.screening,
         )
 
     def partial(self, jobs: int, state: list[Any]) -> PartialBlock:

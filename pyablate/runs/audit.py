@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyablate.data.dataset import Batch
 from pyablate.engine.care import AuditError, Mismatch
@@ -58,10 +59,8 @@ class Auditor:
         measured: Measured | None,
     ) -> Audited:
         """Recompute the audited pairs of this job and batch, and compare with its flips."""
-        first, last = int(batch.index[0]), int(batch.index[-1])
-        row, image = self.drawn.T
-        mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
-        row, image = row[mine], image[mine]
+        first = int(batch.index[0])
+        row, image = self._drawn(job, batch)
         if not len(row):
             return Audited(0, [], [Accuracy()] * (0 if measured is None else len(measured.names)))
         flipped = {
@@ -85,6 +84,19 @@ class Auditor:
         wrong = (expected != found) & ~exact.near_tie.numpy()
         named = zip(*(part[wrong].tolist() for part in (row, image, found, expected)), strict=True)
         return Audited(len(found), [Mismatch(*pair) for pair in named], accuracy)
+
+    def _drawn(self, job: Job, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and images of the audited pairs of a job on consecutive images."""
+        first, last = int(batch.index[0]), int(batch.index[-1])
+        row, image = self.drawn.T
+        mine = (row >= job.rows.start) & (row < job.rows.stop) & (image >= first) & (image <= last)
+        return row[mine], image[mine]
+
+    def draws(self, job: Job, batch: Batch, row: Tensor, image: Tensor) -> Tensor:
+        """Tell which pairs ``[P]`` (row in the job, place in the batch) are audited, bool."""
+        rows, images = self._drawn(job, batch)
+        number = (rows - job.rows.start) * len(batch) + images - int(batch.index[0])
+        return torch.isin(row * len(batch) + image, torch.from_numpy(number))
 
     def check_intact(self, batch: Batch, clean: Clean, audited: Audited) -> None:
         """Look whether the clean run is at fault: no care that a job takes would mend that."""

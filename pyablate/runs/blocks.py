@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pyablate.io.atomic import replace_file
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Ints
+from pyablate.results.screening import Screening
 from pyablate.runtime.distributed import MODULUS
 
 FlipChunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -45,6 +46,8 @@ class BlockMetadata:
         How far the calibration of each job had come; JSON.
     measures : dict
         Sums over these images.
+    screening : Screening or None
+        What was settled by prediction.
     """
 
     hash: int
@@ -52,6 +55,7 @@ class BlockMetadata:
     strategy: dict[str, str] = field(default_factory=dict)
     state: list[Any] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
+    screening: Screening | None = None
 
     def __add__(self, other: BlockMetadata) -> BlockMetadata:
         """BlockMetadata about the images of both."""
@@ -67,6 +71,11 @@ class BlockMetadata:
                 )
                 for name, own in self.measures.items()
             },
+            screening=(
+                self.screening + other.screening
+                if self.screening and other.screening
+                else self.screening
+            ),
         )
 
 
@@ -213,6 +222,7 @@ def _write(
             "strategy": metadata.strategy,
             "state": metadata.state,
             "measures": {name: asdict(one.accuracy) for name, one in metadata.measures.items()},
+            **({"screening": metadata.screening.to_json()} if metadata.screening else {}),
             **known,
         }
     )
@@ -280,6 +290,7 @@ def _read(
                 strategy=dict(known["strategy"]),
                 state=list(known["state"]),
                 measures=measures,
+                screening=Screening.of(known["screening"]) if "screening" in known else None,
             )
             return known, metadata, {name: packed[name] for name in names}
     except DAMAGED:

@@ -36,12 +36,16 @@ from pyablate.results.record import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
+from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
+
+Decide = Callable[[Tensor, Tensor], Tensor]
+"""``decide(row, image)``: the class of each pair, int32 ``[P]``."""
 
 Predicted = tuple[Tensor, Tensor, Tensor]
 """Row in the job, position in the batch, class: int64, int64 and int32 ``[P]``, on the CPU."""
@@ -61,6 +65,8 @@ class BlockSweep:
         What is recorded besides predictions.
     on_mismatch : str
         See :func:`pyablate.ablate`.
+    screen : Screen or None
+        What settles pairs by prediction, in a screened run.
     rounding : Rounding
         How far the clean run has been seen to be off.
     layer_seconds : dict
@@ -77,6 +83,7 @@ class BlockSweep:
     audited: np.ndarray
     measures: tuple[str, ...]
     on_mismatch: str = "error"
+    screen: Screen | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
     cascades: dict[Job, PrecisionCascade] = field(init=False)
@@ -122,10 +129,15 @@ class BlockSweep:
             Takes the number of pairs just done, and the layer at work.
         """
         found = BlockAccumulator(self.setup, self.measures, hashed)
+        if self.screen is not None:
+            found.screening = self.screen.nothing()
         if partial is not None:
             found.go_on_from(partial)
         self._sweep(images, found, keep, advance)
-        while any(care < self.cascades[job].care for job, care in found.care.items()):
+        while any(
+            care < self.cascades[job].care or raised < self._raised(job)
+            for job, (care, raised) in found.care.items()
+        ):
             # A part of the block needed more care than those before it.
             found = found.start_over()
             self._sweep(images, found, keep, advance)
@@ -153,7 +165,11 @@ class BlockSweep:
 
     @property
     def _state(self) -> list[Any]:
-        return [pack_cascade(cascade) for cascade in self.cascades.values()]
+        return [pack_cascade(cascade, self._raised(job)) for job, cascade in self.cascades.items()]
+
+    def _raised(self, job: Job) -> int:
+        """How often the threshold of a job has been raised."""
+        return 0 if self.screen is None else self.screen.raised[job]
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
@@ -184,6 +200,8 @@ class BlockSweep:
         else:
             if not setup.data.labelled:
                 batch = replace(batch, labels=clean.prediction.long())
+            if self.screen is not None:
+                clean = self.screen.predict(batch, clean)
             yield batch, clean
             return
         for half in _halves(batch):
@@ -212,7 +230,16 @@ class BlockSweep:
                 return
         cascade = self.cascades[job]
         strategy = cascade.strategy if self.setup.graph else "replay"
-        found.take(job, flips, measured, audited, care=cascade.care, strategy=strategy)
+        found.take(
+            job,
+            flips,
+            measured,
+            audited,
+            care=cascade.care,
+            strategy=strategy,
+            raised=self._raised(job),
+            screened=None if self.screen is None else self.screen.found.pop(job, None),
+        )
 
     def _flips(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
@@ -303,8 +330,38 @@ class BlockSweep:
         recorder = cuda_graph.recorder(clean.logits.device)
         if recorder is not None:
             change = cuda_graph.Repeated(change, recorder)
-        found = cascade.classify(change, row, image, clean, size, record=record, truth=truth)
-        return row, image, found
+        decide: Decide = functools.partial(
+            cascade.classify, change, clean=clean, size=size, record=record, truth=truth
+        )
+        if self.screen is None:
+            return row, image, decide(row, image)
+        return row, image, self._screened(self.screen, sweep, batch, row, image, decide)
+
+    def _screened(
+        self,
+        screen: Screen,
+        sweep: Sweep,
+        batch: Batch,
+        row: Tensor,
+        image: Tensor,
+        decide: Decide,
+    ) -> Tensor:
+        """Settle live pairs by prediction where that will do; decide the others, and a sample."""
+        job, intact = sweep.suffix.job, sweep.clean.predicted[image]
+        choice = screen.choose(sweep, batch, row, image)
+        if choice is None:
+            return decide(row, image)
+        found, computed = intact.clone(), torch.zeros(len(row), dtype=torch.bool)
+        forced = self.auditor.draws(job, batch, row, image)
+        while True:
+            todo = (~computed & (forced | ~screen.settles(job, choice))).nonzero().squeeze(1)
+            if len(todo):
+                found[todo] = decide(row[todo], image[todo])
+                computed[todo] = True
+            if not screen.learn(job, choice, found != intact):
+                break
+        screen.take_note(job, len(job.rows) * len(batch), choice, computed, found != intact)
+        return found
 
     def _in_float64(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None

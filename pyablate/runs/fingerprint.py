@@ -35,6 +35,7 @@ def identify(
     audit: int,
     seed: int,
     measures: Sequence[str],
+    screened: float | None = None,
 ) -> Identity:
     """Describe a run by everything that its result depends on.
 
@@ -48,6 +49,8 @@ def identify(
         Those of this run, a part of the data under ``shard``.
     strategy, audit, seed, measures
         As :func:`pyablate.ablate` takes them.
+    screened : float, optional
+        Risk of a screened run; None of an exact one.
 
     Returns
     -------
@@ -63,6 +66,8 @@ def identify(
         "seed": seed,
         "measures": list(measures),
     }
+    if screened is not None:
+        options |= {"guarantee": "screened", "risk": screened}
     if directions is not None:
         options["directions"] = _directions(directions)
     if setup.axes:

@@ -23,7 +23,14 @@ from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
-from pyablate.runs.state import care_of, pack_statistics, restore_care, restore_cascades
+from pyablate.runs.state import (
+    care_of,
+    pack_statistics,
+    raised_of,
+    restore_care,
+    restore_cascades,
+)
+from pyablate.runs.thresholds import Thresholds
 from pyablate.runtime.distributed import MODULUS, Ranks
 from pyablate.runtime.progress import Report
 
@@ -104,6 +111,7 @@ def kept(
     identity: Identity,
     layout: Layout,
     statistics: Mapping[Key, Statistics],
+    thresholds: Thresholds | None = None,
     *,
     fresh: bool,
     ranks: Ranks,
@@ -116,6 +124,8 @@ def kept(
         The folder; None keeps blocks in memory.
     identity, layout, statistics, fresh
         As :func:`pyablate.runs.run_folder.open_store` takes them.
+    thresholds : Thresholds or None
+        Of a screened run, measured beforehand like the statistics.
     ranks : Ranks
         Who takes part: the first process opens the folder, all agree on what it finds.
 
@@ -137,7 +147,7 @@ def kept(
     with locked(place) if ranks.first else nullcontext():
         cut: tuple[int, int] | None = None
         if ranks.first:
-            arrays = pack_statistics(statistics)
+            arrays = pack_statistics(statistics, thresholds.to_json() if thresholds else None)
             opened = open_store(place, identity, layout, arrays, fresh=fresh)
             cut = (opened.layout.size, opened.layout.memory) if opened else None
             identity = opened.identity if opened else identity  # what it was partial with
@@ -274,6 +284,7 @@ class RunLoop:
                     raise _other_images(held.layout.block(number))
             if partial is not None:
                 restore_cascades(self.cascades, partial.metadata.state, any_tier=self.any_tier)
+                self._raise(raised_of(partial.metadata.state))
                 if self._behind(partial.metadata.state[: partial.jobs]):
                     partial = None
             block = self.sweep.block(
@@ -296,12 +307,14 @@ class RunLoop:
         agreed: list[int] = []
         while True:
             self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
-            care = self.ranks.largest([cascade.care for cascade in self.cascades])
+            own = [*(cascade.care for cascade in self.cascades), *self._raised]
+            care = self.ranks.largest(own)
             if care == agreed:
                 return
             agreed = care
-            for cascade, level in zip(self.cascades, care, strict=True):
+            for cascade, level in zip(self.cascades, care, strict=False):
                 cascade.care = Care(level)
+            self._raise(care[len(self.cascades) :])
             behind = [
                 number for number, metadata in self.made.items() if self._behind(metadata.state)
             ]
@@ -315,7 +328,23 @@ class RunLoop:
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any of the jobs was done with less care than is taken now."""
         done = zip(self.cascades, care_of(state), strict=False)
-        return any(care < cascade.care for cascade, care in done)
+        lower = zip(self._raised, raised_of(state), strict=False)
+        return any(care < cascade.care for cascade, care in done) or any(
+            before < now for now, before in lower
+        )
+
+    @property
+    def _raised(self) -> list[int]:
+        """How often each job's threshold has been raised; none in an exact run."""
+        screen = self.sweep.screen
+        return [] if screen is None else list(screen.raised.values())
+
+    def _raise(self, raised: Sequence[int]) -> None:
+        """Raise thresholds no less often than this."""
+        screen = self.sweep.screen
+        if screen is not None:
+            for job, times in zip(screen.raised, raised, strict=False):
+                screen.raised[job] = max(screen.raised[job], times)
 
     def _check(self, numbers: Sequence[int]) -> list[int]:
         """Compare the images of finished blocks with what they were; name the damaged ones."""
@@ -330,6 +359,7 @@ class RunLoop:
             else:
                 state = block.metadata.state
                 restore_care(self.cascades, state)
+                self._raise(raised_of(state))
                 self.made[number] = replace(block.metadata, measures={})
         if state is not None:
             restore_cascades(self.cascades, state, any_tier=self.any_tier)

@@ -30,11 +30,12 @@ from pyablate.network.forward import forward, images_at_a_time, two_images
 from pyablate.network.graph import Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
+from pyablate.results.screening import GUARANTEES
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runs.state import unpack_statistics
 from pyablate.runs.unit_statistics import measure_units
 from pyablate.runtime.allocator import keep_freed_blocks
-from pyablate.runtime.chunking import DEVICE_SLICE, LARGEST, REPLAYED, SLICE
+from pyablate.runtime.chunking import DEVICE_SLICE, GRADIENTS, LARGEST, REPLAYED, SLICE
 from pyablate.runtime.distributed import Ranks
 
 logger = logging.getLogger("pyablate")
@@ -109,6 +110,7 @@ class SetupOptions:
     strategy: str = "auto"
     precision: str = "auto"
     measures: tuple[str, ...] = ()
+    guarantee: str = "exact"
     axis: Mapping[str, int] | None = None
     logits: Choice = None
 
@@ -151,7 +153,8 @@ def prepare(
     pair = two_images(sample)
     exact_model, decisive = in_double(work, pair)
     at_a_time = images_at_a_time(exact_model, pair.to(decisive))
-    size = options.batch_size or _images_per_batch(graph, jobs, sample, memory)
+    extra = GRADIENTS if options.guarantee != "exact" else 0
+    size = options.batch_size or _images_per_batch(graph, jobs, sample, memory, extra)
     statistics: dict[Key, Statistics] = {}  # read by replay, once they are there
     replay = Replay(exact_model, decisive, data, statistics, min(REPLAYED, at_a_time))
     decided = exact(graph, replay, ready.batch)
@@ -258,6 +261,12 @@ def check_options(model: Any, options: SetupOptions) -> None:
             check_count(name, value)
     check_choice("strategy", options.strategy, STRATEGIES)
     check_choice("precision", options.precision, PRECISIONS)
+    check_choice("guarantee", options.guarantee, GUARANTEES)
+    if options.guarantee != "exact" and options.measures:
+        raise ValueError(
+            f"measures: {', '.join(options.measures)} need the logits of every pair; expected "
+            f'guarantee="exact", got {options.guarantee!r}'
+        )
 
 
 def _low_precisions(
@@ -312,8 +321,12 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
         return None
 
 
-def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, memory: int) -> int:
+def _images_per_batch(
+    graph: Graph | None, jobs: Sequence[Job], sample: Tensor, memory: int, extra: int
+) -> int:
     """As many images as let the clean tensors fit into half the memory; a few hundred are plenty.
+
+    ``extra`` bytes of each image stand beside these.
 
     Small networks take more at a time: what a batch costs by itself would show.
     """
@@ -324,7 +337,7 @@ def _images_per_batch(graph: Graph | None, jobs: Sequence[Job], sample: Tensor, 
     # Beside the clean tensors stand the changes of one layer's units, while on their channels: as
     # differences, in the precision of the dense part, and on the way from one to the other.
     units = max((graph.elements(marker) for marker in graph.markers), default=0)
-    per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size
+    per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size + extra
     widest = graph.widest * size
     enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
     return int(max(1, min(enough, memory // 2 // max(per_image, 1))))

@@ -19,14 +19,25 @@ TIERS = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
 """All precisions of the dense part, cheapest first."""
 
 
-def pack_statistics(statistics: Mapping[Key, Statistics]) -> dict[str, NDArray[Any]]:
-    """Turn statistics into named arrays."""
+def pack_statistics(
+    statistics: Mapping[Key, Statistics], thresholds: Mapping[str, Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Turn statistics, and what a screened run measured, into named arrays."""
     keys = [[name, call, list(known.shape)] for (name, call), known in statistics.items()]
-    arrays = {"keys": np.frombuffer(json.dumps(keys).encode(), np.uint8)}
+    arrays = {"keys": _text(keys), **({"thresholds": _text(thresholds)} if thresholds else {})}
     for number, known in enumerate(statistics.values()):
         for name in ("mean", "std", "class_mean"):
             arrays[f"{name}.{number}"] = getattr(known, name).cpu().numpy()
     return arrays
+
+
+def _text(value: Any) -> NDArray[Any]:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def unpack_thresholds(arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """Return the thresholds that :func:`pack_statistics` was given; None if it was given none."""
+    return json.loads(arrays["thresholds"].tobytes()) if "thresholds" in arrays else None
 
 
 def unpack_statistics(
@@ -43,8 +54,8 @@ def unpack_statistics(
     return found
 
 
-def pack_cascade(cascade: PrecisionCascade) -> dict[str, Any]:
-    """Turn a calibration, and the care taken, into JSON."""
+def pack_cascade(cascade: PrecisionCascade, raised: int = 0) -> dict[str, Any]:
+    """Turn a calibration, the care taken, and how often a threshold was raised, into JSON."""
     return {
         "tiers": [str(tier).removeprefix("torch.") for tier in cascade.tiers],
         "doubts": {
@@ -54,12 +65,18 @@ def pack_cascade(cascade: PrecisionCascade) -> dict[str, Any]:
         "gain": cascade.gain,
         "measured": cascade.measured,
         "care": int(cascade.care),
+        **({"raised": raised} if raised else {}),
     }
 
 
 def care_of(state: Sequence[Mapping[str, Any]]) -> list[Care]:
     """Return the care with which each job was done on a block."""
     return [Care(known.get("care", Care.USUAL)) for known in state]
+
+
+def raised_of(state: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how often each job's threshold had been raised when a block was done."""
+    return [int(known.get("raised", 0)) for known in state]
 
 
 def restore_care(cascades: Sequence[PrecisionCascade], state: Sequence[Mapping[str, Any]]) -> None:

@@ -33,6 +33,10 @@ DOUBLE_SLICE = 16 << 20
 CLEAN_SLICE = 4 << 20
 """Bytes of the widest tensor up to which the clean run takes images together."""
 
+GRADIENTS = 8 << 20
+"""Bytes of an image's gradients at narrow places of a network, whatever the memory: what a screened
+run settles depends on what places there are."""
+
 REPLAYED = 64
 """Pairs that are replayed together, fewer where one image alone takes long."""
 

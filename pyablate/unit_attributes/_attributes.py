@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count
+from pyablate.data.inputs import Inputs
 from pyablate.interventions import parse
-from pyablate.network.classifier import Choice, check_choice_of_logits
+from pyablate.network.classifier import Choice, check_choice_of_logits, inputs_of
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import check_channels, check_model
 from pyablate.runs.job_list import plan_jobs
@@ -68,13 +69,14 @@ def attributes(
         Layer names, globs, or single units as ``"layer:unit"``; the default is ``"*"``.
     which : str or sequence of str
         Names of attributes or of families of them, or ``"all"``; docs/guides/attributes.md lists
-        them. "all" leaves out, with a note in the log, what is not installed and, without
-        ``masks``, concepts.
+        them. "all" leaves out, with a note in the log, what is not installed, concepts without
+        ``masks``, and conductance of models that take integers.
     masks : array, optional
         ``[N, concepts, H, W]``, not 0 where a concept is present in an image, in the order of the
         data; anything that is indexed by a slice of images.
     concept_names, class_names : sequence of str, optional
-        One per concept and class; by default their numbers.
+        One per concept and class; by default their numbers, and classes as for
+        :func:`pyablate.ablate`.
     logits : str, int or callable, optional
         As of :func:`pyablate.ablate`.
     bins : int
@@ -105,7 +107,8 @@ def attributes(
     Raises
     ------
     ValueError, TypeError
-        Bad arguments, data or weights; the message names what, where and what was expected.
+        Bad arguments, data or weights, or something asked for by name that does not apply; the
+        message names what, where and what was expected.
     ImportError
         Something is asked for by name whose library is not installed.
 
@@ -123,9 +126,9 @@ def attributes(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     named = {which} if isinstance(which, str) else set(which)
-    entries = _available(entries, named, masks is not None)
     with undisturbed(), torch.inference_mode(False):
         ready = open_up(model, data, class_names, device, axis=axis, logits=logits)
+        entries = _available(entries, named, masks is not None, inputs_of(ready.model))
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))
         check_channels(job.sites[0] for job in jobs)
         ready.data.hold_if_read_once()
@@ -138,7 +141,9 @@ def attributes(
     return _dataset(work)
 
 
-def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> list[Attribute]:
+def _available(
+    entries: Sequence[Attribute], named: set[str], masks: bool, inputs: Inputs | None
+) -> list[Attribute]:
     """Entries that can be computed; those that cannot are an error where they are named."""
     reasons: dict[str, Exception] = {}
     if not masks:
@@ -147,6 +152,11 @@ def _available(entries: Sequence[Attribute], named: set[str], masks: bool) -> li
         missing = "computed by Captum, which is not installed: pip install 'pyablate[attributions]'"
         for family in ("conductance", "lrp"):
             reasons[family] = ImportError(f"{family} is {missing}")
+    if inputs is not None and any(inputs.dtypes):
+        reasons["conductance"] = ValueError(
+            "which: conductance follows a path from zero to the inputs, and there is none to "
+            f"integers, got {inputs}"
+        )
     possible = []
     for entry in entries:
         reason = reasons.get(entry.family)

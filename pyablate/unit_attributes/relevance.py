@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.attribution.maps import parts_of
-from pyablate.network.classifier import inputs_of
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
@@ -31,10 +30,6 @@ def conductance(
     """
     from captum.attr import LayerConductance
 
-    inputs = inputs_of(model)
-    if inputs is not None and any(inputs.dtypes):
-        logger.warning("conductance is NaN: no path leads from zero to inputs that are integers")
-        return {}
     found: dict[str, Tensor] = {}
     for site in sites:
         if site.call is not None or not site.plain:

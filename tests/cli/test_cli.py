@@ -230,6 +230,22 @@ def test_run_for_machines(here: Path) -> None:
     assert "options.seed (0, now 5)" in record["message"]
 
 
+def test_a_screened_run_says_so(here: Path) -> None:
+    code, out, err = invoke_apart(*_RUN, "--guarantee", "screened", "--risk", "0.001")
+    assert code == 0, err
+    found = pa.load("run.zarr").screening
+    assert found.risk == 0.001
+    assert found.pairs == 4 * 12  # what is behind the last layer has a closed form
+    assert f"Screening: {found}" in " ".join(out.split())
+    code, out, _ = invoke_apart(*_RUN, "--guarantee", "screened", "--risk", "0.001", "--json")
+    record = json.loads(out.splitlines()[-1])
+    assert record["guarantee"] == "screened"
+    assert record["screening"]["upper_bound"] == found.upper_bound
+    code, _, err = invoke_apart(*_RUN)
+    assert code == 3
+    assert "options.guarantee (screened, now None)" in err
+
+
 def test_shards_are_merged(here: Path) -> None:
     assert invoke_apart(*_RUN)[0] == 0
     for number in (1, 2):
@@ -381,6 +397,16 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
     assert all(layer in out for layer in layers)
 
 
+@pytest.mark.slow
+def test_demo_compares_a_screened_run_with_an_exact_one(tmp_path: Path) -> None:
+    options = ("alexnet", "--limit", "48", "--output", str(tmp_path), "--guarantee", "screened")
+    code, out, err = invoke_apart("demo", *options)
+    assert code == 0, err
+    words = " ".join(out.split())
+    assert "of 36,480 predictions differ" in words  # 760 units
+    assert "settled by prediction" in words
+
+
 _CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")
 _ATTRIBUTES = ("attributes", *_DATA)
 
@@ -426,6 +452,9 @@ _BAD_INPUT = {
     "constant not a number": ((*_RUN, "--intervention", "constant:big"), "big"),
     "no such device": ((*_RUN, "--device", "tpu9"), "tpu9"),
     "memory not a size": ((*_RUN, "--memory", "lots"), "lots"),
+    "no such guarantee": ((*_RUN, "--guarantee", "exakt"), "exact"),
+    "risk of all": ((*_RUN, "--guarantee", "screened", "--risk", "1"), "risk"),
+    "screened demo of no kind": (("demo", "--guarantee", "none"), "guarantee"),
     "shard not a part": ((*_RUN, "--shard", "3/2"), "--shard"),
     "no such choice on mismatch": ((*_RUN, "--on-mismatch", "no"), "on_mismatch"),
     "merge of nothing there": (("merge", "gone.zarr"), "gone.zarr"),
@@ -468,6 +497,14 @@ _BAD_INPUT = {
     "units not numbers": (("pairs", *_DATA, "--layer", "1", "--units", "1,x"), "--units"),
     "units below 0": (("pairs", *_DATA, "--layer", "1", "--units", "1,-2"), "whole numbers from 0"),
     "pairs of all layers": (("pairs", *_DATA, "--layer", "*"), "expected one layer"),
+    "more top units than there are": (
+        ("shapley", *_DATA, "--layers", "1:0", "--top", "1"),
+        "fewer than all 1 units",
+    ),
+    "values of the loss by a bound": (
+        ("shapley", *_DATA, "--measure", "loss", "--interval", "bernstein"),
+        "'student' for the loss",
+    ),
     "rotation of no layer": (("rotation", *_DATA, "--layers", "nowhere"), "nowhere"),
     "no such ranking": (("prune", *_DATA, "--by", "l3"), "--by"),
     "fraction above 1": (("prune", *_DATA, "--fraction", "2"), "--fraction"),

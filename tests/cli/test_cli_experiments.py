@@ -95,6 +95,33 @@ def test_minimal_sets() -> None:
     assert "nearest: Bag" in out
 
 
+def test_shapley() -> None:
+    model, data = loaded()
+    code, out = invoke(
+        "shapley", "demo:alexnet", *DATA, "--layers", LAYER, "--class", "Bag", "--top", "2",
+        "--permutations", "3", "--interval", "student", "--truncation", "0.02", "-o", "values.csv",
+    )  # fmt: skip
+    assert code == 0, out
+    expected = pa.shapley(
+        model,
+        data,
+        LAYER,
+        target="Bag",
+        top=2,
+        permutations=3,
+        interval="student",
+        truncation=0.02,
+        class_names=pa.demo.CLASSES,
+        progress=False,
+    ).to_dataframe()
+    pd.testing.assert_frame_equal(pd.read_csv("values.csv"), expected)
+    shown = expected["unit"].map(lambda unit: f"{unit} " in out)
+    assert shown.tolist() == (expected["value"].rank(ascending=False) <= 2).tolist()
+    code, out = invoke("shapley", "demo:alexnet", *DATA, "--layers", LAYER, "--class", "Bga")
+    assert code == 2
+    assert "nearest: Bag" in out
+
+
 def test_rotation() -> None:
     model, data = loaded()
     code, out = invoke(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.compressible import Dense, Mobile, images, made
+from support.compressible import Dense, Mobile, images, made, silenced
 from torch.nn.utils import prune
 
 import pyablate as pa
 from pyablate.compression import filter_ranking, importance, masked
-from pyablate.compression._remove import silenced
-from pyablate.network.sites import sites
 
 torch_pruning = pytest.importorskip("torch_pruning")
 
@@ -20,7 +18,7 @@ def test_masked_weights_silence_the_units(name):
     model, pictures, _ = pa.demo.load(name, limit=6)
     ranking = pa.rank(model, pictures[:1], "random", scope="layer")
     changed = masked(model, ranking, 0.3, pictures[:1])
-    expected = silenced(model, sites(model, pictures), pictures, ranking.units(0.3))
+    expected = silenced(model, pictures, ranking.units(0.3))
     with torch.no_grad():
         torch.testing.assert_close(changed(pictures), expected, atol=1e-4, rtol=1e-4)
         assert (model(pictures) - expected).abs().max() > 0.1

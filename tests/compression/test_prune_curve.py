@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from support import networks
-from support.compressible import Shifted, images, made
+from support.compressible import Shifted, images, made, silenced
 from torch import nn
 from torch.nn import functional
 
 import pyablate as pa
-from pyablate.compression._remove import silenced, size
-from pyablate.network.sites import sites
+from pyablate.compression._remove import size
 
 pytest.importorskip("torch_pruning")
 pytestmark = pytest.mark.usefixtures("exports_kept")
@@ -32,7 +31,7 @@ def slow(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor, units: 
     """The figures of a curve, from the masked network in float64."""
     double = pa.demo.network("resnet").double()
     double.load_state_dict(model.state_dict())
-    logits = silenced(double, sites(model, pictures[:1]), pictures.double(), units)
+    logits = silenced(double, pictures.double(), units)
     right = logits.argmax(1) == labels
     by_class = [float(right[labels == k].double().mean()) for k in range(10)]
     return {
@@ -84,7 +83,7 @@ def test_units_are_held_at_zero_where_removal_is_something_else():
     data = images(40), torch.arange(40) % 5
     ranking = pa.rank(model, data[0], "random")
     curve = pa.prune_curve(model, data, ranking, fractions=[0.5], seeds=0)
-    logits = silenced(model, sites(model, data[0]), data[0], ranking.units(0.5))
+    logits = silenced(model, data[0], ranking.units(0.5))
     assert curve["loss"][1] == pytest.approx(float(functional.cross_entropy(logits, data[1])))
     assert curve["flops"][1] < curve["flops"][0]
 
@@ -105,9 +104,9 @@ def test_what_float32_cannot_tell_is_decided_in_float64():
     ranking = pa.rank(model, pictures, "random")
     double = made(Cancelling).double()
     double.load_state_dict(model.state_dict())
-    found, gone = sites(model, pictures), ranking.units(0.5)
-    right = silenced(double, found, pictures.double(), gone).argmax(1)
-    assert (silenced(model, found, pictures, gone).argmax(1) != right).sum() > 5
+    gone = ranking.units(0.5)
+    right = silenced(double, pictures.double(), gone).argmax(1)
+    assert (silenced(model, pictures, gone).argmax(1) != right).sum() > 5
     curve = pa.prune_curve(model, (pictures, right), ranking, fractions=[0.5], seeds=0)
     assert curve["accuracy"][1] == 1.0
 

@@ -223,3 +223,19 @@ def test_missing_torch_pruning_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'pyablate\[compression\]'"):
         pa.rank(pa.demo.network("vgg_bn"), SAMPLE, "random")
+
+
+def test_units_along_an_axis_of_ones_own_are_refused():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(5, 3)).eval()
+    data = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
+    options = {"layers": ["1", "3"], "audit": 0, "progress": False}
+    for axis in ({"1": 2}, {"3": -1}):  # as many rows as channels in the first
+        result = pa.ablate(model, data, axis=axis, **options)
+        with pytest.raises(ValueError, match=r"scores: the units of '[13]' lie along axis [23], "):
+            pa.rank(model, data[0], result)
+    same = pa.ablate(model, data, axis={"1": 1}, **options)
+    assert same.given_axes == {"1": 1}
+    own = pa.rank(model, data[0], pa.ablate(model, data, **options))
+    assert pa.rank(model, data[0], same).units(0.5) == own.units(0.5)

@@ -11,7 +11,7 @@ import torch
 from support import networks
 from support.networks import Counting
 from support.runs import network, same
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, TensorDataset
 
 import pyablate as pa
 from pyablate.data.dataset import Data, class_numbers
@@ -169,3 +169,113 @@ def test_uint8_gives_the_result_of_scaled_floats() -> None:
     for module in (pa, pa.reference):
         found = module.ablate(model, (pixels, labels), progress=False)
         assert np.array_equal(found.predictions(), expected.predictions())
+
+
+class Rows:
+    """As a data set of Hugging Face: rows by index, as lists of numbers or, asked for, tensors."""
+
+    def __init__(self, columns: dict[str, Any], kind: str | None = None) -> None:
+        self.columns, self.format = columns, {"type": kind}
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        self.read.append(index)
+        row = {name: column[index] for name, column in self.columns.items()}
+        if self.format["type"] == "torch":
+            return row
+        return {name: value.tolist() for name, value in row.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def with_format(self, kind: str) -> Rows:
+        return Rows(self.columns, kind)
+
+
+class Indexed:
+    """Images by index, of no class that is known."""
+
+    def __init__(self, pairs: TensorDataset) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.pairs[index]
+        return image, int(label)
+
+
+class Batches(Indexed):
+    """Batches by index."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index * 5 >= len(self.pairs):
+            raise IndexError(index)
+        return self.pairs[5 * index : 5 * index + 5]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(4))
+
+
+class Unlabelled(Dataset[torch.Tensor]):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+DATA_SETS: dict[str, Any] = {
+    "tensors by name": lambda images, labels: Rows(named(images, labels), "torch"),
+    "lists by name": lambda images, labels: Rows(named(images, labels)),
+    "torch": TensorDataset,
+    "pairs": lambda *pair: Indexed(TensorDataset(*pair)),
+    "batches": lambda *pair: Batches(TensorDataset(*pair)),
+    "no labels": lambda images, labels: Unlabelled(images),
+}
+
+
+def named(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixel_values": images, "labels": labels}
+
+
+@pytest.mark.parametrize("form", DATA_SETS)
+def test_data_sets_are_taken_as_they_are(form: str) -> None:
+    images, labels = torch.randn(17, 3, 4, 4), torch.arange(17) % 5
+    source = DATA_SETS[form](images, labels)
+    data = Data(source, dtype=torch.float32, device=torch.device("cpu"), unlabelled=True)
+    assert len(data) == 17
+    batches = list(data.batches(7))
+    assert [len(batch) for batch in batches] == [7, 7, 3]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), images)
+    found = torch.cat([batch.labels for batch in batches])
+    assert torch.equal(found, labels if form != "no labels" else torch.full((17,), -1))
+    (part,) = data.batches(7, range(9, 12))
+    assert torch.equal(part.images, images[9:12])
+    assert (data.inputs is not None) == ("name" in form)
+
+
+def test_parts_of_a_data_set_are_read_alone() -> None:
+    rows = Rows(named(torch.randn(17, 3, 4, 4), torch.arange(17) % 5), "torch")
+    data = Data(rows, dtype=torch.float32, device=torch.device("cpu"))
+    list(data.batches(7, range(9, 12)))
+    assert rows.read == [9, 10, 11]
+
+
+@pytest.mark.parametrize("kind", [None, "torch"])
+def test_a_data_set_of_hugging_face(kind: str | None) -> None:
+    datasets = pytest.importorskip("datasets")
+    model, images, labels = networks.network("residual", 17)
+    columns = {"x": images.tolist(), "label": labels.tolist()}
+    rows = datasets.Dataset.from_dict(columns).with_format(kind)
+    options: dict[str, Any] = {"layers": "body.2", "audit": 0, "progress": False}
+    assert same(pa.ablate(model, rows, **options), pa.ablate(model, (images, labels), **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -210,6 +211,8 @@ def test_all_functions_take_them() -> None:
     assert pa.cumulative(model, data, "act", order="random", **options).result.labels.size == COUNT
     assert pa.pairs(model, data, "act", units=[0, 1], progress=False).data.sizes["pair"] == 1
     assert pa.minimal_sets(model, data, "act", progress=False) is not None
+    worth = pa.shapley(model, data, "act", permutations=2, progress=False)
+    assert worth.data.attrs["images"] == COUNT
     tuned = pa.finetune(model, data, epochs=1, batch_size=9).model
     assert set(tuned(**WORDS_AND_MASK)) == {"logits"}
 
@@ -363,3 +366,19 @@ def test_transformers() -> None:
     layer = "bert.encoder.layer.1.intermediate.intermediate_act_fn"
     result = pa.ablate(model, batches(WORDS_AND_MASK), layer, progress=False)
     check_by_hand(result, model, layer, lambda one: one(**WORDS_AND_MASK).logits, axis=2)
+
+
+def test_conductance_does_not_apply_to_integers(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("captum")
+    options: dict[str, Any] = {"layers": "act", "sample": 4, "progress": False}
+    for model, given in ((Text(), WORDS_AND_MASK), (Bag(), WORDS_AND_MASK["input_ids"])):
+        data = (given, torch.arange(COUNT) % 3)
+        for which in ("conductance", ["l1_norm", "conductance"]):
+            with pytest.raises(ValueError, match=r"which: conductance follows .* got input"):
+                pa.attributes(model, data, which=which, **options)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="pyablate"):
+            found = pa.attributes(model, data, **options)
+        assert "conductance" not in found
+        assert "auc" in found
+        assert "conductance is left out: which: conductance follows a path" in caplog.text

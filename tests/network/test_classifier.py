@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -274,3 +275,148 @@ def test_attributions_are_of_the_logits_that_are_taken() -> None:
     for each in compared:
         assert each.attributions is not None
         assert (each.attributions.maps["cosine"].dropna() > 0.999).all()
+
+
+class Chooser:
+    """An object beside the model that knows it."""
+
+    def __init__(self, model: TwoHeads) -> None:
+        self.model, self.calls = model, 0
+
+    def pick(self, maps: Tensor) -> Tensor:
+        return self.model.head(self.model.act2(maps))
+
+    __call__ = pick
+
+
+def by_closure(model: TwoHeads) -> Callable[[Any], Tensor]:
+    return lambda maps: model.head(model.act2(maps))
+
+
+def by_parts(model: TwoHeads) -> Callable[[Any], Tensor]:
+    act, head = model.act2, model.head
+    return lambda maps: head(act(maps))
+
+
+def by_list(model: TwoHeads) -> Callable[[Any], Tensor]:
+    parts = [model.act2, model.head]
+    return lambda maps: parts[1](parts[0](maps))
+
+
+def by_default(model: TwoHeads) -> Callable[[Any], Tensor]:
+    return lambda maps, network=model: network.head(network.act2(maps))
+
+
+def by_function(model: TwoHeads) -> Callable[[Any], Tensor]:
+    inner = by_parts(model)
+    return lambda maps: inner(maps)
+
+
+def by_object(model: TwoHeads) -> Callable[[Any], Tensor]:
+    chooser = Chooser(model)
+    return lambda maps: chooser.pick(maps)
+
+
+def by_parameters(model: TwoHeads) -> Callable[[Any], Tensor]:
+    weight, bias = model.head.weight, model.head.bias
+    return lambda maps: nn.functional.linear(model.act2(maps), weight, bias)
+
+
+def in_a_notebook(model: TwoHeads) -> Callable[[Any], Tensor]:
+    names: dict[str, Any] = {"model": model}
+    exec("def head(h): return model.head(h)\ndef pick(maps): return head(model.act2(maps))", names)
+    return names["pick"]
+
+
+REFERRING: dict[str, Callable[[TwoHeads], Callable[[Any], Tensor]]] = {
+    "closure": by_closure,
+    "closure over modules": by_parts,
+    "list": by_list,
+    "default": by_default,
+    "another function": by_function,
+    "an object": by_object,
+    "parameters": by_parameters,
+    "notebook": in_a_notebook,
+    "method of an object": lambda model: Chooser(model).pick,
+    "callable object": Chooser,
+    "method of the model": lambda model: model.last,
+    "partial": lambda model: functools.partial(Unfinished.last, model),
+}
+
+
+class Unfinished(TwoHeads):
+    """Returns maps, which a function of the user's makes logits of, by the model's own modules."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMS["tensor"].form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv2(self.act(self.conv(x))).mean((2, 3)))
+
+    def last(self, maps: Tensor) -> Tensor:
+        return self.head(self.act2(maps))
+
+
+@pytest.mark.parametrize("name", REFERRING)
+def test_a_function_for_the_logits_refers_to_the_copy(name: str) -> None:
+    """Also in a copy of the copy, in float64, and where the units lie in what it calls."""
+    model, x = Unfinished(), images()
+    calls: list[Any] = []
+    model.head.register_forward_hook(lambda module, _inputs, _output: calls.append(module))
+    logits = REFERRING[name](model)
+    double = copied(pa.classifier(model, logits=logits)).double()
+    assert double(x.double()).dtype == torch.float64
+    assert model.head not in calls
+    assert model.head.weight.dtype == torch.float32
+    check(model, (x, torch.arange(len(x)) % 4), ["act", "act2"], logits=logits)
+    assert model.head not in calls
+
+
+HEAD = nn.Linear(5, 4)
+
+
+def test_weights_that_are_not_the_models_are_refused() -> None:
+    model, other = Unfinished(), nn.Linear(5, 4)
+    holder = Chooser(TwoHeads(FORMS["tensor"].form))
+    for logits, name in (
+        (lambda maps: other(maps), "'other'"),
+        (lambda maps: HEAD(maps), "'HEAD'"),
+        (lambda maps: holder.model.head(maps), "'holder.model'"),
+        (functools.partial(lambda head, maps: head(maps), other), ""),
+        (functools.partial(by_closure(model)), "'model'"),
+    ):
+        with pytest.raises(TypeError, match=f"logits: the function reaches .*{name}, which is no"):
+            pa.classifier(model, logits=logits)
+    softmax = nn.Softmax(1)
+    assert pa.classifier(model, logits=lambda maps: softmax(maps))(images(2)).shape == (2, 5)
+
+
+class Config:
+    def __init__(self, id2label: Any) -> None:
+        self.id2label = id2label
+
+
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("id2label", "given", "expected"),
+    [
+        (dict(enumerate(NAMES)), None, NAMES),
+        ({str(number): NAMES[number] for number in (2, 0, 1, 3)}, None, NAMES),
+        (dict(enumerate(NAMES)), ["a", "b", "c", "d"], ("a", "b", "c", "d")),
+        ({number: f"LABEL_{number}" for number in range(4)}, None, ("0", "1", "2", "3")),
+        (dict(enumerate(NAMES[:3])), None, ("0", "1", "2", "3")),
+        ({name: number for number, name in enumerate(NAMES)}, None, ("0", "1", "2", "3")),
+        (NAMES, None, ("0", "1", "2", "3")),
+    ],
+)
+def test_classes_are_named_by_the_models_own_configuration(
+    id2label: Any, given: list[str] | None, expected: tuple[str, ...]
+) -> None:
+    model, data = TwoHeads(FORMS["dict"].form), (images(8), torch.arange(8) % 4)
+    model.config = Config(id2label)
+    options: dict[str, Any] = {"class_names": given, "progress": False}
+    assert pa.ablate(model, data, "act", audit=0, **options).class_names == expected
+    assert pa.reference.ablate(model, data, "act", **options).class_names == expected
+    assert pa.compare(model, model, data, class_names=given).class_names == expected

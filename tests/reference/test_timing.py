@@ -103,7 +103,7 @@ def test_silencing_an_alias_leaves_the_original_alone():
     # Without unit 1 the logits are (-2, -5, -4), class 0 as before. Were the original silenced
     # as well, they would be (-2, 0, -4), class 1.
     result = AblationResult(units, labels, labels, Flips.gather(1, []), ("a", "b", "c"))
-    timing = hook_loop_seconds(_Aliases(), (x, torch.zeros(4)), [site], units=3, result=result)
+    timing = hook_loop_seconds(_Aliases(), (x, torch.arange(4) % 3), [site], units=3, result=result)
     assert timing.pairs_compared == 4
     assert timing.disagreements == 0
 
@@ -114,7 +114,7 @@ def test_silencing_an_alias_leaves_the_original_alone():
         ({"sites": []}, "sites: expected at least one layer, got none"),
         ({"units": 0}, "units: expected at least 1, got 0"),
         ({"images": 0}, "images: expected at least 1, got 0"),
-        ({"data": []}, "data: expected at least one image, got none"),
+        ({"data": []}, "data: no images"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -258,6 +258,17 @@ def test_most_activating_images_equal_a_plain_search():
         assert len(set(found[row])) == 7
 
 
+def test_most_activating_images_of_units_along_an_axis_of_ones_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).eval()
+    data = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
+    result = pa.ablate(model, data, "1", axis={"1": 2}, audit=0, progress=False)
+    found = most_activating(model, data, result, count=2)
+    with torch.no_grad():
+        rows = model[:2](data[0]).mean(dim=(1, 3))  # of the six rows, not of the six channels
+    assert (found == rows.argsort(dim=0, descending=True)[:2].t().numpy()).all()
+
+
 def test_groups_have_no_most_activating_images():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))

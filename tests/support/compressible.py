@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pyablate.compression._remove import silencing
+from pyablate.network.sites import sites
 
 
 def conv_bn(inputs: int, outputs: int, size: int, groups: int = 1) -> list[nn.Module]:
@@ -116,3 +121,9 @@ def made(network: type[nn.Module], seed: int = 0) -> nn.Module:
 
 def images(count: int = 6) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def silenced(model: nn.Module, pictures: Tensor, units: Sequence[str]) -> Tensor:
+    """Logits of a network with some units at zero, all together."""
+    with torch.no_grad(), silencing(model, sites(model, pictures[:1]), units):
+        return model(pictures)

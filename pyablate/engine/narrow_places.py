@@ -1,0 +1,87 @@
+"""Narrow places of a network: tensors that everything behind a unit passes.
+
+There the change of a pair can be looked at as a whole, pairs can leave, and the rest can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, fx
+
+from pyablate.engine.suffix import Suffix
+from pyablate.network.graph import LINEAR_MAPS, Graph
+from pyablate.network.layout import BatchLayout
+
+MOST = 7
+"""Places of a network at most: about every eighth of its arithmetic."""
+
+
+def multiply_adds(graph: Graph, node: fx.Node) -> float:
+    """Multiplications and additions of a convolution or a linear map for one image."""
+    filters = graph.constant(node, 1) if node.target in LINEAR_MAPS else None
+    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
+
+
+def passed_by_all(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes of a suffix behind which nothing of what comes before them is read."""
+    number = {node: place for place, node in enumerate(nodes)}
+    found, furthest = [], 0
+    for place, node in enumerate(nodes):
+        if place >= furthest:
+            found.append(node)
+        furthest = max([furthest, *(number[user] for user in node.users if user in number)])
+    return found
+
+
+def narrow_places(graph: Graph, suffixes: Iterable[Suffix], elements: int) -> list[fx.Node]:
+    """Choose places where changes are looked at, in order.
+
+    Parameters
+    ----------
+    graph : Graph
+        The network.
+    suffixes : iterable of Suffix
+        What lies behind the units.
+    elements : int
+        That all places may have together, per image.
+    """
+    cost = {node: multiply_adds(graph, node) for node in graph.graph.nodes}
+    order = list(cost)
+    behind = dict(zip(order[::-1], _sums([cost[node] for node in order[::-1]]), strict=True))
+    whole = sum(cost.values())
+    able = {node for suffix in suffixes for node in passed_by_all(suffix.nodes)}
+    able = {node for node in able if _holds_rows(graph, node) and 0 < behind[node] < whole}
+    chosen: dict[fx.Node, None] = {}
+    for part in range(MOST, 0, -1):
+        wanted = whole * part / (MOST + 1)
+        near = sorted(able, key=lambda node: (abs(behind[node] - wanted), graph.elements(node)))
+        chosen.update(dict.fromkeys(near[:1]))
+    found = sorted(chosen, key=order.index)
+    while sum(graph.elements(node) for node in found) > elements:
+        found.remove(max(found, key=graph.elements))
+    return found
+
+
+def shares(suffix: Suffix, places: Sequence[fx.Node]) -> list[float]:
+    """Share of a suffix's arithmetic that is done when each of the places is reached."""
+    cost = [multiply_adds(suffix.graph, node) for node in suffix.nodes]
+    done = dict(zip(suffix.nodes, _sums(cost), strict=True))
+    own = dict(zip(suffix.nodes, cost, strict=True))
+    return [(done[place] + own[place]) / max(1.0, sum(cost)) for place in places]
+
+
+def _holds_rows(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node gives one tensor of floating-point numbers with one row per image."""
+    value, layout = node.meta.get("val"), graph.layout.get(node)
+    plain = isinstance(layout, BatchLayout) and layout.plain
+    return plain and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _sums(numbers: Sequence[float]) -> list[float]:
+    """Sum of the numbers before each."""
+    total, found = 0.0, []
+    for number in numbers:
+        found.append(total)
+        total += number
+    return found

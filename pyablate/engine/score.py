@@ -1,0 +1,186 @@
+"""What is predicted of pairs (unit, image), and whether that settles their class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from pyablate.engine.job import Job
+
+FEW_CLASSES = 32
+"""Classes up to which every other class is a direction: no more passes than :data:`COMPETITORS`
+and :data:`RANDOM` together, and nothing is left to estimate."""
+
+COMPETITORS = 8
+RANDOM = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What is predicted of some pairs.
+
+    Attributes
+    ----------
+    lowest : Tensor
+        Lead of the intact network's class over the best other one, once the unit is ablated.
+    size : Tensor
+        Of the change of the logits: largest difference that it makes between two classes where
+        classes are few, else an estimate of the root of the sum of its squares.
+    """
+
+    lowest: Tensor
+    size: Tensor
+
+    def relative(self, floor: float) -> Tensor:
+        """``lowest`` in units of ``size``, which counts as no less than about ``floor``."""
+        return self.lowest / (self.size.square() + floor**2).sqrt()
+
+    def of(self, row: Tensor, image: Tensor) -> Score:
+        """Take those of some pairs, from what is known of all of them ``[N, row]``."""
+        return Score(self.lowest[image, row], self.size[image, row])
+
+    def only(self, pairs: Tensor) -> Score:
+        """Take those of some pairs, of a list of them."""
+        return Score(self.lowest[pairs], self.size[pairs])
+
+
+def joined(parts: Sequence[Score]) -> Score:
+    """Put the scores of parts of a batch together, on the CPU."""
+    lowest, size = (torch.cat([getattr(p, name) for p in parts]) for name in ("lowest", "size"))
+    return Score(lowest.float().cpu(), size.float().cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Directions over the classes, for some images.
+
+    Attributes
+    ----------
+    prediction : Tensor
+        int64 ``[N]``: the intact network's classes.
+    competitors : Tensor
+        int64 ``[N, M]``: other classes, nearest first.
+    margins : Tensor
+        ``[N, M]``: lead of the prediction over each of them, in logits.
+    rest : Tensor
+        ``[N]``: lead over the nearest class that is none of them; infinite where there is none.
+    signs : Tensor
+        ``[R, K]``: random signs less their mean; none where the competitors are all classes.
+    """
+
+    prediction: Tensor
+    competitors: Tensor
+    margins: Tensor
+    rest: Tensor
+    signs: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, prediction: Tensor) -> Directions:
+        """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``."""
+        images, classes = logits.shape
+        few = classes <= FEW_CLASSES
+        count = classes - 1 if few else COMPETITORS
+        chosen = prediction.long()
+        others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
+        best = others.topk(min(count + 1, classes), dim=1)
+        own = logits.gather(1, chosen.unsqueeze(1))
+        margins = own - best.values
+        rest = logits.new_full((images,), torch.inf) if few else margins[:, count]
+        signs = logits.new_zeros(0, classes) if few else _signs(classes, logits)
+        return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
+
+    def __len__(self) -> int:
+        return self.competitors.shape[1] + len(self.signs)
+
+    def vectors(self) -> Iterable[Tensor]:
+        """Give one ``[N, K]`` after the other."""
+        images, classes = len(self.prediction), self.signs.shape[1]
+        zeros = self.margins.new_zeros(images, classes)
+        own = zeros.scatter(1, self.prediction.unsqueeze(1), 1.0)
+        for number in range(self.competitors.shape[1]):
+            yield own.scatter(1, self.competitors[:, number : number + 1], -1.0)
+        for sign in self.signs:
+            yield sign.expand(images, -1)
+
+    def take(self, image: Tensor) -> Directions:
+        """Take those of some images, int64."""
+        prediction, competitors = self.prediction[image], self.competitors[image]
+        return Directions(
+            prediction, competitors, self.margins[image], self.rest[image], self.signs
+        )
+
+    def score(self, changes: Tensor, image: Tensor | None = None) -> Score:
+        """Lowest margin that changes leave, and their size.
+
+        Parameters
+        ----------
+        changes : Tensor
+            ``[N, ..., D]``, or ``[P, D]`` with ``image``.
+        image : Tensor, optional
+            int64 ``[P]``: which image each row belongs to.
+        """
+        margins, rest = self.margins, self.rest
+        if image is not None:
+            margins, rest = margins[image], rest[image]
+        between = [1] * (changes.ndim - 2)
+        margins = margins.reshape(len(margins), *between, -1)
+        count = margins.shape[-1]
+        lowest = (margins + changes[..., :count]).amin(dim=-1)
+        lowest = torch.minimum(lowest, rest.reshape(len(rest), *between))
+        if len(self.signs):
+            return Score(lowest, changes[..., count:].square().mean(dim=-1).sqrt())
+        high, low = changes.amax(dim=-1).clamp(min=0), changes.amin(dim=-1).clamp(max=0)
+        return Score(lowest, high - low)
+
+
+def random_directions(classes: int) -> int:
+    """Count the random directions of a network with so many classes."""
+    return 0 if classes <= FEW_CLASSES else RANDOM
+
+
+def directions(classes: int) -> int:
+    """Count all directions."""
+    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS + RANDOM
+
+
+def _signs(classes: int, like: Tensor) -> Tensor:
+    draw = torch.Generator().manual_seed(classes)
+    signs = torch.randint(0, 2, (RANDOM, classes), generator=draw).to(like) * 2 - 1
+    return signs - signs.mean(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What gradients say of a batch.
+
+    Attributes
+    ----------
+    scores : dict
+        Of all pairs of each job, ``[N, row]`` on the CPU, by the gradient at the units.
+    directions : Directions
+        Along which changes are predicted.
+    gradients : dict
+        ``[N, D, elements]`` at each narrow place.
+    """
+
+    scores: dict[Job, Score]
+    directions: Directions
+    gradients: dict[fx.Node, Tensor]
+
+    def at(self, place: fx.Node, image: Tensor, change: Tensor | None) -> Score:
+        """Score pairs, image by image, by their exact change at a place, ``[P, ...]`` or none."""
+        directions, gradient = self.directions, self.gradients[place]
+        along = gradient.new_zeros(len(image), len(directions))
+        if change is not None:
+            flat = change.flatten(1).to(gradient.dtype)
+            images, counts = image.unique_consecutive(return_counts=True)
+            start = 0
+            for one, count in zip(images.tolist(), counts.tolist(), strict=True):
+                stop = start + count
+                along[start:stop] = flat[start:stop] @ gradient[one].t()
+                start = stop
+        score = directions.score(along, image)
+        return Score(score.lowest.float().cpu(), score.size.float().cpu())

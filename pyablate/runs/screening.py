@@ -1,0 +1,233 @@
+"""Screening: which pairs (unit, image) are computed, and which keep their class by prediction.
+
+A pair's score is the lead that its class is predicted to keep, in units of the predicted change of
+the logits (:mod:`pyablate.engine.predicted_change`). It is settled where the score is above a
+threshold (:mod:`pyablate.runs.thresholds`).
+
+Of the settled pairs a random sample is computed all the same. It is drawn by a hash of row, image
+and seed, and bounds how many of the others are wrong (:mod:`pyablate.results.screening`). A pair of
+the sample that is wrong raises its layer's thresholds above its score by steps, and what was done
+with lower ones is done again: pairs between the two are computed then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from pyablate.data.dataset import Batch
+from pyablate.engine.clean import Clean
+from pyablate.engine.job import Job
+from pyablate.engine.pair_slice import carry
+from pyablate.engine.predicted_change import Predictor
+from pyablate.engine.score import Prediction, directions, random_directions
+from pyablate.engine.suffix import Suffix
+from pyablate.engine.sweep import Sweep
+from pyablate.interventions import uniform
+from pyablate.results.screening import LayerScreening, Sampled, Screening
+from pyablate.runs.screening_sample import carried_in, predictor
+from pyablate.runs.setup import Setup
+from pyablate.runs.thresholds import NEAR, JobThresholds, Stage, Thresholds
+
+logger = logging.getLogger("pyablate")
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Live pairs of a job on a batch, all ``[P]`` on the CPU.
+
+    Attributes
+    ----------
+    stage : Tensor
+        int64: which of the job's stages settled it by its first threshold; -1 for none.
+    score : Tensor
+        float32: its score there.
+    near : Tensor
+        Bool: that is close to the threshold.
+    sampled : Tensor
+        Bool: it is settled, and computed all the same.
+    """
+
+    stage: Tensor
+    score: Tensor
+    near: Tensor
+    sampled: Tensor
+
+    @classmethod
+    def none(cls, pairs: int) -> Choice:
+        """Begin with pairs that nothing has settled."""
+        no = torch.zeros(pairs, dtype=torch.bool)
+        return cls(torch.full((pairs,), -1), torch.zeros(pairs), no, no.clone())
+
+    @property
+    def settled(self) -> Tensor:
+        """Bool: by a first threshold."""
+        return self.stage >= 0
+
+
+@dataclass(eq=False)
+class Screen:
+    """Settles pairs of one run by prediction.
+
+    Attributes
+    ----------
+    setup : Setup
+        The run.
+    thresholds : Thresholds
+        Of its jobs.
+    raised : dict
+        How often each job's thresholds have been raised.
+    found : dict
+        What was done with a job's pairs on the batch at work.
+    """
+
+    setup: Setup
+    thresholds: Thresholds
+    raised: dict[Job, int] = field(init=False)
+    found: dict[Job, LayerScreening] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.raised = dict.fromkeys(self.setup.jobs, 0)
+
+    @cached_property
+    def _of(self) -> Mapping[Job, JobThresholds]:
+        pairs = zip(self.setup.jobs, self.thresholds.jobs, strict=True)
+        return {job: one for job, one in pairs if one is not None}
+
+    @cached_property
+    def _nodes(self) -> Mapping[str, fx.Node]:
+        """Narrow places by name."""
+        assert self.setup.graph is not None
+        names = {stage.place for one in self._of.values() for stage in one.stages if stage.place}
+        return {node.name: node for node in self.setup.graph.graph.nodes if node.name in names}
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        graph = self.setup.graph
+        assert graph is not None
+        suffixes = {job: Suffix.of(graph, job) for job in self._of}
+        return predictor(self.setup, suffixes, list(self._nodes.values()))
+
+    def predict(self, batch: Batch, clean: Clean) -> Clean:
+        """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
+        if clean.irregular or not self._of:
+            return clean
+        return replace(clean, predicted_change=self._predictor.predict(batch, clean))
+
+    def choose(self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor) -> Choice | None:
+        """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed."""
+        job, predicted = sweep.suffix.job, sweep.clean.predicted_change
+        if predicted is None or job not in self._of:
+            return None
+        first, *later = self._of[job].stages
+        draw = torch.from_numpy(
+            uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
+        )
+        choice = Choice.none(len(row))
+        scores = predicted.scores[job].of(row, image).relative(first.floor)
+        self._settle(choice, torch.arange(len(row)), 0, first, scores, draw)
+        if later:
+            self._carry(sweep, predicted, row, image, choice, later, draw)
+        return choice
+
+    def _carry(
+        self,
+        sweep: Sweep,
+        predicted: Prediction,
+        row: Tensor,
+        image: Tensor,
+        choice: Choice,
+        later: list[Stage],
+        draw: Tensor,
+    ) -> None:
+        """Carry open pairs to narrow places, and look again there."""
+        stages = {self._nodes[stage.place]: (n, stage) for n, stage in enumerate(later, start=1)}
+        dtype = carried_in(self.setup)
+        size = sweep.suffix.pairs_in(self.setup.slice_bytes)(dtype)
+        for pairs in (~choice.settled).nonzero().squeeze(1).split(size):
+
+            def look(
+                place: fx.Node, some: Tensor, change: Tensor | None, own: Tensor = pairs
+            ) -> Tensor:
+                number, stage = stages[place]
+                mine = own[some]
+                scores = predicted.at(place, image[mine], change).relative(stage.floor)
+                self._settle(choice, mine, number, stage, scores, draw)
+                return ~choice.settled[mine]
+
+            carry(sweep, row[pairs], image[pairs], dtype, list(stages), look)
+
+    def _settle(
+        self,
+        choice: Choice,
+        pairs: Tensor,
+        number: int,
+        stage: Stage,
+        scores: Tensor,
+        draw: Tensor,
+    ) -> None:
+        """Take note of the pairs that a stage settles."""
+        chosen = scores > stage.threshold
+        pairs, scores = pairs[chosen], scores[chosen]
+        near = scores <= NEAR * stage.threshold
+        known = self.thresholds
+        chance = torch.where(near, known.near_chance, known.far_chance)
+        choice.stage[pairs], choice.score[pairs] = number, scores
+        choice.near[pairs], choice.sampled[pairs] = near, draw[pairs] < chance
+
+    def settles(self, job: Job, choice: Choice) -> Tensor:
+        """Bool ``[P]``: pairs that need not be computed, by the thresholds as they are now."""
+        stages = self._of[job].stages
+        now = torch.tensor([*(stage.at(self.raised[job]) for stage in stages), torch.inf])
+        return (choice.score > now[choice.stage]) & ~choice.sampled
+
+    def learn(self, job: Job, choice: Choice, wrong: Tensor) -> bool:
+        """Raise thresholds above the scores of wrong pairs, bool ``[P]``; whether they were."""
+        stages, found = self._of[job].stages, wrong & choice.sampled
+        pairs = zip(choice.stage[found].tolist(), choice.score[found].tolist(), strict=True)
+        steps = max((stages[stage].steps(score) for stage, score in pairs), default=0)
+        if steps <= self.raised[job]:
+            return False
+        self.raised[job] = steps
+        logger.info("%s: %d settled pairs were wrong: thresholds raised", job.name, found.sum())
+        return True
+
+    def take_note(
+        self, job: Job, pairs: int, choice: Choice, computed: Tensor, wrong: Tensor
+    ) -> None:
+        """Count what was done with a job's pairs on a batch."""
+        near, far = (
+            Sampled(int(of.sum()), int((of & choice.sampled).sum()), int((of & wrong).sum()))
+            for of in (choice.settled & choice.near, choice.settled & ~choice.near)
+        )
+        stages = self._of[job].stages
+        self.found[job] = LayerScreening(
+            pairs=pairs,
+            silent=pairs - len(choice.score),
+            computed=int(computed.sum()),
+            near=near,
+            far=far,
+            by_stage={
+                stage.place: int((choice.stage == number).sum())
+                for number, stage in enumerate(stages)
+            },
+            threshold=stages[0].at(self.raised[job]),
+            raised=self.raised[job],
+        )
+
+    def nothing(self) -> Screening:
+        """Begin to count."""
+        known, classes = self.thresholds, self.setup.classes
+        random = random_directions(classes)
+        return Screening(
+            risk=known.risk,
+            near_chance=known.near_chance,
+            far_chance=known.far_chance,
+            competitors=directions(classes) - random,
+            random=random,
+        )

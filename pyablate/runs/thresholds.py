@@ -1,0 +1,221 @@
+"""Thresholds of a screened run: which scores settle a pair, measured before the first block.
+
+Random pairs of the whole data are computed (:mod:`pyablate.runs.screening_sample`), and how far
+their scores were off is compared with the scores: see :mod:`pyablate.analysis.tail`.
+
+A pair is scored by the gradient at its unit first. Where that does not settle it, its exact change
+is carried to narrow places of the network and scored again, the gradient there being nearer to the
+logits: which places pay follows from the shares of pairs that stay open and the arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from pyablate.analysis.tail import Tail, safe_above
+from pyablate.engine.narrow_places import multiply_adds, shares
+from pyablate.engine.score import directions
+from pyablate.engine.suffix import Suffix
+from pyablate.runs.screening_sample import Sample, samples
+from pyablate.runs.setup import Setup
+
+logger = logging.getLogger("pyablate")
+
+STEP = 1.25
+"""Factor by which a threshold is raised."""
+
+WORST = 1e-3
+"""Largest chance to be wrong at which a pair is settled, however few such pairs there are: how many
+is not known well, as they lie on few images."""
+
+NEAR = 2.0
+"""Multiple of the threshold up to which settled pairs are near it."""
+
+FAR_SHARE, NEAR_SHARE = 0.01, 0.05
+"""Chances of settled pairs to be sampled, beyond that and up to it, larger where pairs are few."""
+
+ENOUGH = 3000
+"""Sampled pairs of a run at least: as many as bound the share of wrong ones by a thousandth."""
+
+STAGES = 2
+"""Narrow places at which the pairs of one layer are scored again, at most."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where pairs are scored, and which score settles one.
+
+    Attributes
+    ----------
+    place : str
+        Node of the graph; empty for the units themselves.
+    threshold : float
+        Score above which a pair is settled.
+    floor : float
+        See :meth:`pyablate.engine.score.Score.relative`.
+    """
+
+    place: str
+    threshold: float
+    floor: float
+
+    def at(self, raised: int) -> float:
+        """Return the threshold once it has been raised so often."""
+        return self.threshold * STEP**raised
+
+    def steps(self, score: float) -> int:
+        """How often to raise it so that it is above a score."""
+        if score <= self.threshold:
+            return 0
+        known = self.threshold > 0
+        return 1 + math.floor(math.log(score / self.threshold, STEP)) if known else _OPEN
+
+
+_OPEN = 1000
+"""Steps that no score survives."""
+
+
+@dataclass(frozen=True)
+class JobThresholds:
+    """Which of a job's pairs are settled, and where.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        In order, the units themselves first.
+    measured : int
+        Pairs on which this rests.
+    settled : float
+        Share of all pairs that are settled, as these suggest.
+    """
+
+    stages: tuple[Stage, ...]
+    measured: int
+    settled: float
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What was measured before the first block.
+
+    Attributes
+    ----------
+    risk : float
+        See :func:`pyablate.ablate`.
+    seed : int
+        Of the sample.
+    near_chance, far_chance : float
+        Of settled pairs to be in it.
+    jobs : tuple of JobThresholds or None
+        One per job; None where everything is computed.
+    """
+
+    risk: float
+    seed: int
+    near_chance: float
+    far_chance: float
+    jobs: tuple[JobThresholds | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON; Python's own reads and writes infinity."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Thresholds:
+        """Undo :meth:`to_json`."""
+        jobs = tuple(
+            one and JobThresholds(**{**one, "stages": tuple(Stage(**s) for s in one["stages"])})
+            for one in known["jobs"]
+        )
+        return cls(**{**known, "jobs": jobs})
+
+
+def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
+    """Measure the thresholds of all jobs; see the module."""
+    found = samples(setup, seed)
+    jobs = tuple(_best(found[job], risk) if job in found else None for job in setup.jobs)
+    for job, one in zip(setup.jobs, jobs, strict=True):
+        stages = (
+            ""
+            if one is None
+            else ", ".join(f"{s.place or 'unit'} {s.threshold}" for s in one.stages)
+        )
+        logger.info("%s: %s", job.name, stages or "computed exactly, without screening")
+    settled = sum(
+        one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
+    )
+    enough = min(1.0, ENOUGH / max(1.0, settled * len(setup.data)))
+    far = max(FAR_SHARE, enough)
+    return Thresholds(risk, seed, max(NEAR_SHARE, far), far, jobs)
+
+
+def _best(sample: Sample, risk: float) -> JobThresholds:
+    """Choose the places that save most arithmetic, and the thresholds there."""
+    done = dict(zip(sample.places, shares(sample.suffix, sample.places), strict=True))
+    able = [place for place in sample.places if 0.02 < done[place] < 0.9]
+    options = [some for count in range(STAGES + 1) for some in itertools.combinations(able, count)]
+    return min((_with(sample, some, risk) for some in options), key=lambda one: one[0])[1]
+
+
+def _with(sample: Sample, places: Sequence[fx.Node], risk: float) -> tuple[float, JobThresholds]:
+    """Thresholds with stages at these places; cost of a pair, in passes through the suffix."""
+    if not sample.actual:
+        return 1.0, JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
+    weight, each = sample.weight, risk / (1 + len(places))
+    open_, stages = np.ones(len(weight), bool), []
+    cost = before = 0.0
+    for place in (None, *places):
+        floor = sample.floor(place)
+        scores = sample.scores(place, floor)
+        stage = Stage("" if place is None else place.name, _safe(sample, place, floor, each), floor)
+        stages.append(stage)
+        if place is not None:
+            done = shares(sample.suffix, [place])[0]
+            cost += float(weight @ open_) * (done - before + _look(sample.suffix, place))
+            before = done
+        open_ = open_ & ~(scores > stage.threshold)
+    left = float(weight @ open_)
+    settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
+    return cost + left, JobThresholds(tuple(stages), len(weight), settled)
+
+
+def _safe(sample: Sample, place: fx.Node | None, floor: float, risk: float) -> float:
+    """Find the score at a place above which pairs are settled.
+
+    Low scores and others have tails of their own. At the units all live pairs are scored, and tell
+    how many are concerned; elsewhere those that were computed do.
+    """
+    if not floor:
+        return math.inf
+    scores, low, error = sample.scores(place, floor), sample.low, sample.errors(place, floor)
+    tails = [Tail.of(error[of]) for of in (low, ~low)]
+    weight = sample.weight
+    if place is None:
+        scores, low = sample.scores_of_live(floor), sample.low_of_live
+        weight = np.ones(len(scores))
+    chance = np.where(low, *(tail.chance(scores) for tail in tails))
+    worst = max(tail.exceeded(WORST) for tail in tails)
+    return _rounded_up(max(worst, safe_above(scores, chance, weight, risk)))
+
+
+def _look(suffix: Suffix, place: fx.Node) -> float:
+    """Cost of a look at a place, in passes through the suffix."""
+    graph = suffix.graph
+    whole = sum(multiply_adds(graph, node) for node in suffix.nodes)
+    return 4.0 * directions(graph.shape(graph.logits, 1)[-1]) * graph.elements(place) / whole
+
+
+def _rounded_up(number: float) -> float:
+    """Two leading digits: the last bits of a sum over pairs depend on the machine."""
+    if number <= 0 or not math.isfinite(number):
+        return number
+    digits = 1 - math.floor(math.log10(number))
+    return round(math.ceil(number * 10.0**digits) / 10.0**digits, digits)

@@ -1,0 +1,127 @@
+"""What gradients predict, where it must be right: behind linear operators to the last digit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyablate.engine import clean_run
+from pyablate.engine.pair_slice import logit_change
+from pyablate.engine.rounding import Rounding
+from pyablate.engine.score import COMPETITORS, RANDOM, Directions
+from pyablate.engine.suffix import Suffix, needed
+from pyablate.engine.sweep import Sweep
+from pyablate.interventions import parse
+from pyablate.runs.screening_sample import predictor
+from pyablate.runs.setup import Setup, SetupOptions, prepare
+
+CHANNELS = 6
+
+
+class Linear(nn.Module):
+    """A bent layer with units, twice called if asked, then linear operators on two paths."""
+
+    def __init__(self, classes: int, *, calls: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, CHANNELS, 3, padding=1)
+        self.act = nn.Tanh()
+        self.depthwise = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
+        self.mixed = nn.Conv2d(CHANNELS, 5, 3, stride=2)
+        self.side = nn.Conv2d(CHANNELS, 5, 1, stride=2)
+        self.head = nn.Linear(5, classes)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x = self.act(self.first(x))
+        for _ in range(self.calls - 1):
+            h = self.act(self.depthwise(h))
+        out = self.mixed(self.depthwise(h)) + self.side(x)[..., :-1, :-1]
+        return self.head(out.mean(dim=(2, 3)))
+
+
+def ready(classes: int, intervention: str, **options: object) -> Setup:
+    torch.manual_seed(0)
+    images = torch.randn(7, 2, 12, 12)
+    labels = torch.arange(7) % classes
+    groups = options.pop("groups", None)
+    network = Linear(classes, **options)
+    wanted = SetupOptions(None if groups else ["act"], groups, parse(intervention))
+    return prepare(network, (images, labels), wanted)
+
+
+def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directions]:
+    """Scores ``lowest`` and ``size`` predicted ``[N, row]``, logit changes ``[N, row, K]``."""
+    job = setup.jobs[0]
+    suffix = Suffix.of(setup.graph, job)
+    batch = next(iter(setup.data.batches(7)))
+    clean = clean_run.run_graph(
+        setup.graph, needed([suffix]), setup.exact, batch, rounding=Rounding()
+    )
+    found = predictor(setup, {job: suffix}, []).predict(batch, clean)
+    sweep = Sweep(suffix, clean, setup.own.replacements(batch, job))
+    image = torch.arange(7).repeat_interleave(len(job.rows))
+    row = torch.arange(len(job.rows)).repeat(7)
+    with torch.no_grad():
+        if job.channelwise:
+            sweep.advance()
+        change = logit_change(sweep, row, image, torch.float32).logits
+    shape = 7, len(job.rows), -1
+    scores = found.scores[job]
+    return scores.lowest, scores.size, change.reshape(shape), found.directions
+
+
+GROUPS = [["act:0", "act:3"], ["act:1"], ["act:2", "act:4", "act:5"]]
+
+
+@pytest.mark.parametrize(
+    "intervention", ["zero", "mean", "class-mean", "constant:0.7", "resample", "noise", "direction"]
+)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["units", "groups"])
+def test_linear_operators_are_predicted_exactly(intervention: str, groups: object) -> None:
+    if groups and intervention == "direction":
+        pytest.skip("directions are not grouped")
+    lowest, size, change, directions = predicted_and_actual(ready(4, intervention, groups=groups))
+    margins = directions.margins[:, None] + directions_of(change, directions)
+    torch.testing.assert_close(lowest, margins.amin(dim=2), rtol=1e-4, atol=1e-5)
+    spread = change.amax(dim=2) - change.amin(dim=2)
+    torch.testing.assert_close(size, spread, rtol=1e-4, atol=1e-5)
+    assert spread.amin() > 1e-4
+
+
+def directions_of(change: Tensor, directions: Directions) -> Tensor:
+    """Changes of the margins, ``[N, row, M]``."""
+    own = directions.prediction[:, None, None].expand(-1, change.shape[1], 1)
+    others = directions.competitors[:, None].expand(-1, change.shape[1], -1)
+    return change.gather(2, own) - change.gather(2, others)
+
+
+def test_of_many_classes_the_nearest_are_predicted_and_the_size_is_estimated() -> None:
+    lowest, size, change, directions = predicted_and_actual(ready(500, "zero"))
+    assert directions.competitors.shape[1] == COMPETITORS
+    margins = directions.margins[:, None] + directions_of(change, directions)
+    expected = margins.amin(dim=2).minimum(directions.rest[:, None])
+    torch.testing.assert_close(lowest, expected, rtol=1e-4, atol=1e-5)
+    norm = (change - change.mean(dim=2, keepdim=True)).norm(dim=2)
+    ratio = size / norm
+    assert 0.75 < ratio.square().mean().sqrt() < 1.3  # of RANDOM signs, one set for all
+    assert RANDOM >= 16
+
+
+def test_what_is_ablated_at_every_call_adds_up() -> None:
+    """Two calls of a site: to first order each contributes; tanh between them bends a little."""
+    lowest, _, change, directions = predicted_and_actual(ready(4, "mean", calls=2))
+    margins = (directions.margins[:, None] + directions_of(change, directions)).amin(dim=2)
+    apart = (lowest - margins).abs().mean()
+    assert apart < 0.5 * (directions.margins[:, :1] - margins).abs().mean()
+
+
+def test_the_nearest_other_class_is_a_competitor() -> None:
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
+    directions = Directions.of(logits, logits.argmax(dim=1))
+    ranks = logits.sort(dim=1, descending=True)
+    assert torch.equal(directions.competitors, ranks.indices[:, 1 : 1 + COMPETITORS])
+    torch.testing.assert_close(
+        directions.rest, ranks.values[:, 0] - ranks.values[:, COMPETITORS + 1]
+    )
+    few = Directions.of(logits[:, :6], logits[:, :6].argmax(dim=1))
+    assert few.competitors.shape[1] == 5
+    assert torch.isinf(few.rest).all()
