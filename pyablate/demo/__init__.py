@@ -359,9 +359,9 @@ class ConvNeXt(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.normalize = Normalize()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 2, stride=2), ChannelNorm(32))
+        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, stride=2, padding=1), ChannelNorm(32))
         self.stage1 = nn.Sequential(ConvNeXtBlock(32))
-        self.downsample = nn.Sequential(ChannelNorm(32), nn.Conv2d(32, 64, 2, stride=2))
+        self.downsample = nn.Sequential(ChannelNorm(32), nn.Conv2d(32, 64, 3, stride=2, padding=1))
         self.stage2 = nn.Sequential(*(ConvNeXtBlock(64) for _ in range(3)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()

@@ -18,6 +18,7 @@ from pyablate.engine.sweep import Step, Sweep
 from pyablate.network.graph import Value, tensor
 from pyablate.network.layout import BatchLayout
 from pyablate.ops.quantized import Quantized
+from pyablate.runtime.host_to_device import sent
 
 
 def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
@@ -31,8 +32,8 @@ def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -
 
 
 Look = Callable[[fx.Node, Tensor, Tensor | None], Tensor]
-"""``look(place, pairs, change)``: which of the pairs, int64 ``[P]``, whose change at a place
-``[P, ...]`` is known (None if there is none) are to go on, bool ``[P]``."""
+"""``look(place, pairs, change)``: which of the pairs, int64 ``[P]`` on the CPU, whose change at a
+place ``[P, ...]`` is known (None if there is none) are to go on, bool ``[P]`` on the CPU."""
 
 
 def carry(
@@ -45,14 +46,15 @@ def carry(
 ) -> None:
     """Carry the changes of some pairs to places that all of the job's changes pass, in order.
 
-    Pairs that need not go on leave the slice.
+    ``row`` and ``image`` are int64 ``[P]`` on the CPU. Pairs that need not go on leave the slice.
     """
     if not places or not len(row):
         return
+    device = sweep.clean.logits.device
     steps = sweep.steps
     number = {node: at for at, (node, _, _) in enumerate(steps)}
-    pairs = torch.arange(len(row), device=row.device)
-    part, start = _PairSlice(sweep, row, image, dtype), 0
+    pairs = torch.arange(len(row))
+    part, start = _PairSlice(sweep, sent(row, device), sent(image, device), dtype), 0
     for place in places:
         part.run(steps[start : number[place] + 1])
         start = number[place] + 1
@@ -62,7 +64,7 @@ def carry(
         pairs = pairs[chosen]
         if not len(pairs) or change is None:
             return
-        part = part.only(chosen, place)
+        part = part.only(sent(chosen, device), place)
 
 
 class _PairSlice:

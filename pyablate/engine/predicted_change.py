@@ -26,7 +26,7 @@ from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.replacements import Replacements
-from pyablate.engine.score import Directions, Prediction, Score, joined
+from pyablate.engine.score import Directions, Prediction, Score, directions, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.network.graph import CONVOLUTIONS, MARKER, Graph, Value, tensor
@@ -95,11 +95,11 @@ class Predictor:
         RuntimeError
             An operator of the network has no derivative.
         """
-        directions = Directions.of(clean.logits, clean.prediction)
+        whole = Directions.of(clean.logits, clean.prediction)
         scores: dict[Job, list[Score]] = {job: [] for job in self.suffixes}
         gradients: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
         for image in torch.arange(len(batch)).split(self._images):
-            some = directions.take(sent(image, clean.logits.device))
+            some = whole.take(sent(image, clean.logits.device))
             changes, there = self._changes(batch.take(image), some)
             for job, change in changes.items():
                 scores[job].append(some.score(change))
@@ -107,19 +107,19 @@ class Predictor:
                 gradients[place].append(gradient)
         return Prediction(
             {job: joined(parts) for job, parts in scores.items()},
-            directions,
+            whole,
             {place: torch.cat(parts) for place, parts in gradients.items()},
         )
 
     def _changes(
-        self, batch: Batch, directions: Directions
+        self, batch: Batch, along: Directions
     ) -> tuple[dict[Job, Tensor], dict[fx.Node, Tensor]]:
         """Predicted changes of each job's pairs, ``[N, row, D]``, and gradients at the places."""
         tensors = self._run(batch.images)
         logits = tensor(tensors[self.graph.logits])
         with torch.no_grad():
             still = {node: _detached(value) for node, value in tensors.items()}
-            clean = Clean(still, logits.detach(), directions.prediction.int(), directions.rest)
+            clean = Clean(still, logits.detach(), along.prediction.int(), along.rest)
             parts = {
                 job: self._parts(Sweep(suffix, clean, self.replacements(batch, job)))
                 for job, suffix in self.suffixes.items()
@@ -128,17 +128,19 @@ class Predictor:
         inputs = {node: value for node in nodes if (value := tensor(tensors[node])).requires_grad}
         found: dict[Job, list[Tensor]] = {job: [] for job in parts}
         there: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
-        for vector in directions.vectors():
+        for vector in along.vectors():
             gradients = _gradients(logits, inputs, vector)
             with torch.no_grad():
                 for job, some in parts.items():
-                    along = [some[node].along(gradients[node]) for node in some if node in inputs]
+                    changes = [some[node].along(gradients[node]) for node in some if node in inputs]
                     none = logits.new_zeros(len(batch), len(job.members))
-                    found[job].append(sum(along, none))
+                    found[job].append(sum(changes, none))
                 for place in self.places:
-                    there[place].append(gradients[place].flatten(1))
-        changes = {job: torch.stack(own, dim=2) for job, own in found.items()}
-        return changes, {place: torch.stack(own, dim=1) for place, own in there.items()}
+                    known = gradients.get(place)  # None where nothing is passed back
+                    at = torch.zeros_like(tensor(tensors[place])) if known is None else known
+                    there[place].append(at.flatten(1))
+        all_changes = {job: torch.stack(own, dim=2) for job, own in found.items()}
+        return all_changes, {place: torch.stack(own, dim=1) for place, own in there.items()}
 
     def _run(self, images: Tensor) -> dict[fx.Node, Value]:
         """Run the intact network for backward passes, which end at the first site."""
@@ -149,8 +151,8 @@ class Predictor:
             if node.target is MARKER and isinstance(value, Tensor) and not value.requires_grad:
                 value.requires_grad_()
 
-        with torch.enable_grad():
-            return self.graph.run(images.detach(), self._kept, begin)
+        with torch.inference_mode(False), torch.enable_grad():  # a caller may be in that mode
+            return self.graph.run(_plain(images), self._kept, begin)
 
     @cached_property
     def _kept(self) -> set[fx.Node]:
@@ -162,8 +164,11 @@ class Predictor:
     @cached_property
     def _images(self) -> int:
         """Images whose activations, gradients and changes of all layers fit."""
-        total = sum(self.graph.elements(node) for node in self.graph.graph.nodes)
-        return int(max(1, min(IMAGES, self.memory // 4 // (12 * max(total, 1)))))
+        activations = sum(self.graph.elements(node) for node in self.graph.graph.nodes)
+        places = sum(self.graph.elements(place) for place in self.places)
+        count = directions(self.graph.shape(self.graph.logits, 1)[-1])
+        each = 12 * (activations + count * places)
+        return int(max(1, min(IMAGES, self.memory // 4 // max(each, 1))))
 
     def _parts(self, sweep: Sweep) -> _Parts:
         job = sweep.suffix.job
@@ -224,6 +229,11 @@ def _projected(sweep: Sweep, marker: fx.Node) -> _Part:
         return (last.reshape(len(last), -1, last.shape[-1]) @ axes.t()).transpose(1, 2)
 
     return _Part(-along(base), along)
+
+
+def _plain(images: Tensor) -> Tensor:
+    """Give images that an operator may keep for a backward pass."""
+    return images.clone() if images.is_inference() else images.detach()
 
 
 def _flat(maps: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate.engine.job import Job
+from pyablate.runtime.host_to_device import sent
 
 FEW_CLASSES = 32
 """Classes up to which every other class is a direction: no more passes than :data:`COMPETITORS`
@@ -182,5 +183,5 @@ class Prediction:
                 stop = start + count
                 along[start:stop] = flat[start:stop] @ gradient[one].t()
                 start = stop
-        score = directions.score(along, image)
+        score = directions.score(along, sent(image, along.device))
         return Score(score.lowest.float().cpu(), score.size.float().cpu())

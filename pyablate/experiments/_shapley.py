@@ -133,6 +133,10 @@ def shapley(
     for name in OWN:
         if name in options:
             raise TypeError(f"{name}: expected no such option, shapley makes many runs of its own")
+    if options.get("guarantee", "exact") != "exact":
+        raise ValueError(
+            "guarantee: expected 'exact': values keep no certificate of a screened run"
+        )
     if measure == "loss" and interval == "bernstein":
         raise ValueError("interval: expected 'student' for the loss, which has no bound")
     rules = Rules(

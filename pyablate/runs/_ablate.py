@@ -23,6 +23,7 @@ from pyablate.interventions import Intervention, parse
 from pyablate.network.classifier import Choice
 from pyablate.network.forward import own_dtype
 from pyablate.result import AblationResult, load
+from pyablate.results.store import is_result
 from pyablate.runs.blocks import Block
 from pyablate.runs.chance import chance_remark
 from pyablate.runs.executor import BlockSweep
@@ -298,7 +299,8 @@ def _thresholds(
     ranks: Ranks,
 ) -> Thresholds | None:
     """Measure the thresholds of a screened run in the first process, for all."""
-    if options.setup.guarantee == "exact":
+    finished = options.output is not None and not options.fresh and is_result(options.output)
+    if options.setup.guarantee == "exact" or ranks.tell(finished):
         return None
     known = None if measured is None else unpack_thresholds(measured)
     if known is None:

@@ -71,6 +71,7 @@ def merge(
         joined.add(_block(part))
     whole = joined.block()
     _check_images(found, whole)
+    _tell_raised([part for _, part in found])
     result = _whole(found[0][1], whole, _strategies([part for _, part in found]))
     if output is not None:
         result.save(output)
@@ -170,6 +171,18 @@ def _strategies(parts: Sequence[AblationResult]) -> dict[str, str]:
             layer,
         )
     return {layer: "; ".join(each) for layer, each in ways.items()}
+
+
+def _tell_raised(parts: Sequence[AblationResult]) -> None:
+    """Tell where the sample of a screened part raised a threshold that others kept."""
+    layers = [part.screening.layers if part.screening else {} for part in parts]
+    for layer in layers[0]:
+        if len({one[layer].raised for one in layers if layer in one}) > 1:
+            logger.warning(
+                "parts: the sample of some raised the threshold of layer %s, others kept it: each "
+                "holds what it found with its own, and the certificate is of the whole",
+                layer,
+            )
 
 
 def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> AblationResult:

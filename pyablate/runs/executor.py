@@ -194,14 +194,14 @@ class BlockSweep:
                     trusted=not setup.abrupt,
                 )
             self.rounding = clean.rounding
+            if self.screen is not None:
+                clean = self.screen.predict(batch, clean)
         except out_of_memory.ERRORS as error:
             if len(batch) == 1 or not out_of_memory.is_shortage(error):
                 raise
         else:
             if not setup.data.labelled:
                 batch = replace(batch, labels=clean.prediction.long())
-            if self.screen is not None:
-                clean = self.screen.predict(batch, clean)
             yield batch, clean
             return
         for half in _halves(batch):
@@ -211,6 +211,8 @@ class BlockSweep:
         """Do a job on a batch, again with more care where the audit finds it wrong."""
         start = time.perf_counter()
         measured = None
+        if self.screen is not None:
+            self.screen.found.pop(job, None)  # of a first try with less care
         if self.measures:
             measured = Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
         flips = self._flips(job, batch, clean, None if measured is None else measured.record)

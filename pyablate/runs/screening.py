@@ -30,7 +30,7 @@ from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
 from pyablate.results.screening import LayerScreening, Sampled, Screening
-from pyablate.runs.screening_sample import carried_in, predictor
+from pyablate.runs.screening_sample import predictor
 from pyablate.runs.setup import Setup
 from pyablate.runs.thresholds import NEAR, JobThresholds, Stage, Thresholds
 
@@ -110,12 +110,13 @@ class Screen:
     def _predictor(self) -> Predictor:
         graph = self.setup.graph
         assert graph is not None
-        suffixes = {job: Suffix.of(graph, job) for job in self._of}
+        able = {job for job, one in self._of.items() if one.settles_any}
+        suffixes = {job: Suffix.of(graph, job) for job in able}
         return predictor(self.setup, suffixes, list(self._nodes.values()))
 
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
-        if clean.irregular or not self._of:
+        if clean.irregular or not any(one.settles_any for one in self._of.values()):
             return clean
         return replace(clean, predicted_change=self._predictor.predict(batch, clean))
 
@@ -124,6 +125,8 @@ class Screen:
         job, predicted = sweep.suffix.job, sweep.clean.predicted_change
         if predicted is None or job not in self._of:
             return None
+        if job not in predicted.scores:
+            return Choice.none(len(row))
         first, *later = self._of[job].stages
         draw = torch.from_numpy(
             uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
@@ -147,7 +150,7 @@ class Screen:
     ) -> None:
         """Carry open pairs to narrow places, and look again there."""
         stages = {self._nodes[stage.place]: (n, stage) for n, stage in enumerate(later, start=1)}
-        dtype = carried_in(self.setup)
+        dtype = self.setup.data.dtype
         size = sweep.suffix.pairs_in(self.setup.slice_bytes)(dtype)
         for pairs in (~choice.settled).nonzero().squeeze(1).split(size):
 
@@ -201,9 +204,10 @@ class Screen:
         self, job: Job, pairs: int, choice: Choice, computed: Tensor, wrong: Tensor
     ) -> None:
         """Count what was done with a job's pairs on a batch."""
+        drawn = choice.sampled
         near, far = (
-            Sampled(int(of.sum()), int((of & choice.sampled).sum()), int((of & wrong).sum()))
-            for of in (choice.settled & choice.near, choice.settled & ~choice.near)
+            Sampled(*(int((of & which).sum()) for which in (choice.settled, drawn, drawn & wrong)))
+            for of in (choice.near, ~choice.near)
         )
         stages = self._of[job].stages
         self.found[job] = LayerScreening(

@@ -23,7 +23,6 @@ from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
-from pyablate.engine.logit_change import carried
 from pyablate.engine.narrow_places import narrow_places, passed_by_all
 from pyablate.engine.pair_slice import carry, logit_change
 from pyablate.engine.precision_cascade import PrecisionCascade
@@ -34,6 +33,7 @@ from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
 from pyablate.runs.setup import Setup
+from pyablate.runtime import out_of_memory
 from pyablate.runtime.chunking import GRADIENTS
 
 logger = logging.getLogger("pyablate")
@@ -59,11 +59,6 @@ def predictor(setup: Setup, suffixes: Mapping[Job, Suffix], places: Sequence[fx.
     """Make what predicts some jobs of a captured network."""
     assert setup.graph is not None
     return Predictor(setup.graph, suffixes, setup.own.replacements, places, setup.memory)
-
-
-def carried_in(setup: Setup) -> torch.dtype:
-    """Precision in which changes are carried to narrow places."""
-    return carried((*setup.low, setup.data.dtype)[0])
 
 
 @dataclass(eq=False)
@@ -158,6 +153,8 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
         try:
             predicted = guess.predict(batch, clean)
         except RuntimeError as error:
+            if out_of_memory.is_shortage(error):
+                raise
             reason = str(error).splitlines()[0]
             logger.warning(
                 "nothing is screened, everything is computed: the network has no gradient (%s)",
@@ -245,7 +242,7 @@ def carried_scores(
     """Score pairs at each of some places."""
     none = torch.full((len(row),), torch.nan)
     found = {place: Score(none.clone(), none.clone()) for place in places}
-    dtype = carried_in(setup)
+    dtype = setup.data.dtype  # low ones are chosen by a stopwatch, and scores must not depend on it
     size = sweep.suffix.pairs_in(setup.slice_bytes)(dtype)
     for pairs in torch.arange(len(row)).split(size):
 

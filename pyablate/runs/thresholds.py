@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,12 +75,7 @@ class Stage:
         """How often to raise it so that it is above a score."""
         if score <= self.threshold:
             return 0
-        known = self.threshold > 0
-        return 1 + math.floor(math.log(score / self.threshold, STEP)) if known else _OPEN
-
-
-_OPEN = 1000
-"""Steps that no score survives."""
+        return 1 + math.floor(math.log(score / self.threshold, STEP))
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,11 @@ class JobThresholds:
     stages: tuple[Stage, ...]
     measured: int
     settled: float
+
+    @property
+    def settles_any(self) -> bool:
+        """Whether any score settles a pair."""
+        return any(math.isfinite(stage.threshold) for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -159,42 +159,44 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
 
 def _best(sample: Sample, risk: float) -> JobThresholds:
     """Choose the places that save most arithmetic, and the thresholds there."""
+    if not sample.actual:
+        return JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
     done = dict(zip(sample.places, shares(sample.suffix, sample.places), strict=True))
     able = [place for place in sample.places if 0.02 < done[place] < 0.9]
-    options = [some for count in range(STAGES + 1) for some in itertools.combinations(able, count)]
-    return min((_with(sample, some, risk) for some in options), key=lambda one: one[0])[1]
+    found = []
+    for count in range(min(STAGES, len(able)) + 1):
+        stages = {place: _stage(sample, place, risk / (1 + count)) for place in (None, *able)}
+        for some in itertools.combinations(able, count):
+            found.append(_with(sample, {place: stages[place] for place in (None, *some)}, done))
+    return min(found, key=lambda one: one[0])[1]
 
 
-def _with(sample: Sample, places: Sequence[fx.Node], risk: float) -> tuple[float, JobThresholds]:
-    """Thresholds with stages at these places; cost of a pair, in passes through the suffix."""
-    if not sample.actual:
-        return 1.0, JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
-    weight, each = sample.weight, risk / (1 + len(places))
-    open_, stages = np.ones(len(weight), bool), []
+def _with(
+    sample: Sample, stages: Mapping[fx.Node | None, Stage], done: Mapping[fx.Node, float]
+) -> tuple[float, JobThresholds]:
+    """Cost of a pair with these stages, in passes through the suffix; what they settle."""
+    weight = sample.weight
+    open_ = np.ones(len(weight), bool)
     cost = before = 0.0
-    for place in (None, *places):
-        floor = sample.floor(place)
-        scores = sample.scores(place, floor)
-        stage = Stage("" if place is None else place.name, _safe(sample, place, floor, each), floor)
-        stages.append(stage)
+    for place, stage in stages.items():
         if place is not None:
-            done = shares(sample.suffix, [place])[0]
-            cost += float(weight @ open_) * (done - before + _look(sample.suffix, place))
-            before = done
-        open_ = open_ & ~(scores > stage.threshold)
+            cost += float(weight @ open_) * (done[place] - before + _look(sample.suffix, place))
+            before = done[place]
+        open_ = open_ & ~(sample.scores(place, stage.floor) > stage.threshold)
     left = float(weight @ open_)
     settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
-    return cost + left, JobThresholds(tuple(stages), len(weight), settled)
+    return cost + left, JobThresholds(tuple(stages.values()), len(weight), settled)
 
 
-def _safe(sample: Sample, place: fx.Node | None, floor: float, risk: float) -> float:
+def _stage(sample: Sample, place: fx.Node | None, risk: float) -> Stage:
     """Find the score at a place above which pairs are settled.
 
     Low scores and others have tails of their own. At the units all live pairs are scored, and tell
     how many are concerned; elsewhere those that were computed do.
     """
+    floor, name = sample.floor(place), "" if place is None else place.name
     if not floor:
-        return math.inf
+        return Stage(name, math.inf, floor)
     scores, low, error = sample.scores(place, floor), sample.low, sample.errors(place, floor)
     tails = [Tail.of(error[of]) for of in (low, ~low)]
     weight = sample.weight
@@ -203,7 +205,8 @@ def _safe(sample: Sample, place: fx.Node | None, floor: float, risk: float) -> f
         weight = np.ones(len(scores))
     chance = np.where(low, *(tail.chance(scores) for tail in tails))
     worst = max(tail.exceeded(WORST) for tail in tails)
-    return _rounded_up(max(worst, safe_above(scores, chance, weight, risk)))
+    safe = max(worst, safe_above(scores, chance, weight, risk))
+    return Stage(name, _rounded_up(safe) if safe > 0 else math.inf, floor)
 
 
 def _look(suffix: Suffix, place: fx.Node) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.runs import Killed, stopping
@@ -93,7 +92,7 @@ def test_pairs_that_stay_open_are_looked_at_again_in_depth(monkeypatch):
 
 @pytest.fixture
 def careless(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let thresholds be as low as a factor of what was measured, and sample more."""
+    """Let thresholds be a factor of what was measured, 1 at most, and sample more."""
 
     def lower(factor: float) -> None:
         measure = thresholds.measure
@@ -104,7 +103,9 @@ def careless(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
                 job
                 and replace(
                     job,
-                    stages=tuple(replace(s, threshold=s.threshold * factor) for s in job.stages),
+                    stages=tuple(
+                        replace(s, threshold=min(1.0, s.threshold * factor)) for s in job.stages
+                    ),
                 )
                 for job in found.jobs
             )
@@ -123,9 +124,7 @@ def test_a_wrong_pair_is_corrected_raises_the_threshold_and_is_counted(case, car
     assert found.wrong > 0
     assert any(layer.raised > 0 for layer in found.layers.values())
     assert missed(screened, exact) <= found.missed_bound
-    careless(1e6)
-    right = ablate(case, LAYERS).screening
-    assert right.wrong == 0
+    assert found.wrong <= found.sampled
 
 
 def test_batches_memory_and_threads_change_nothing(case, careless):
@@ -144,6 +143,23 @@ def test_batches_memory_and_threads_change_nothing(case, careless):
         torch.set_num_threads(threads)
 
 
+def test_the_audit_changes_nothing_of_the_sample_and_computes_its_pairs(case, careless):
+    careless(1e-6)
+    plain, audited = ablate(case), ablate(case, audit=400)
+    assert audited.audit.pairs == 400
+    assert audited.screening.computed - plain.screening.computed > 150
+    for name in ("sampled", "wrong", "missed_bound"):
+        assert getattr(audited.screening, name) == getattr(plain.screening, name)
+
+
+def test_a_caller_in_inference_mode(case):
+    with torch.inference_mode():
+        images = case[1][0].clone()
+        found = ablate((case[0], (images, case[1][1])))
+    assert flips(found) == flips(ablate(case))
+    assert found.screening.settled > 0
+
+
 def test_shards_merge_to_the_whole(case, tmp_path):
     for number in (1, 2):
         ablate(case, shard=(number, 2), output=tmp_path / f"{number}.zarr")
@@ -153,7 +169,17 @@ def test_shards_merge_to_the_whole(case, tmp_path):
     assert merged.screening == whole.screening
 
 
-def test_a_killed_run_goes_on_with_the_same_thresholds(case, tmp_path, monkeypatch):
+def test_merging_tells_where_only_some_shards_raised_a_threshold(case, tmp_path, careless, caplog):
+    careless(1e-6)
+    for number in range(1, 5):
+        ablate(case, shard=(number, 4), output=tmp_path / f"{number}.zarr")
+    merged = pa.merge([tmp_path / f"{number}.zarr" for number in range(1, 5)])
+    assert "the sample of some raised the threshold of layer features.13" in caplog.text
+    assert missed(merged, ablate(case, guarantee="exact")) <= merged.screening.missed_bound
+
+
+def test_a_killed_run_goes_on_with_the_same_thresholds(case, tmp_path, monkeypatch, careless):
+    careless(1e-3)
     ablate(case, output=tmp_path / "whole.zarr", batch_size=20)
     place = tmp_path / "killed.zarr"
     with pytest.raises(Killed):
@@ -179,12 +205,6 @@ def test_results_tell_what_they_are(case, tmp_path):
     assert "screened" not in repr(exact)
 
 
-def test_audited_pairs_are_computed(case):
-    screened = ablate(case, audit=200)
-    assert screened.audit.pairs == 200
-    assert screened.audit.mismatches == 0
-
-
 class Hidden(nn.Module):
     """Units whose gradient says little: gates are closed, a runner-up is far from the maximum."""
 
@@ -208,17 +228,26 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("intervention", ["zero", "constant:3", "resample"])
-def test_what_gradients_do_not_show_is_caught_or_covered(intervention):
+def test_what_gradients_do_not_show_is_caught_or_covered(intervention, careless):
+    """Thresholds as measured settle nothing here; the certificate holds with any."""
     draw = torch.Generator().manual_seed(1)
     case = Hidden(), (torch.randn(400, 8, generator=draw), torch.arange(400) % 5)
     exact = ablate(case, "act", intervention=intervention, guarantee="exact")
-    screened = ablate(case, "act", intervention=intervention)
-    found = screened.screening
-    assert missed(screened, exact) <= found.missed_bound
-    assert missed(screened, exact) <= 1e-3 * found.pairs
+    measured = ablate(case, "act", intervention=intervention)
+    assert missed(measured, exact) <= 1e-3 * measured.screening.pairs
+    careless(1.0)
+    held = []
+    for seed in range(5):
+        found = ablate(case, "act", intervention=intervention, seed=seed, memory=1 << 28)
+        assert found.screening.settled > 100
+        known = exact
+        if intervention == "resample":  # whose donors the seed draws
+            known = ablate(case, "act", intervention=intervention, seed=seed, guarantee="exact")
+        held.append(missed(found, known) <= found.screening.missed_bound)
+    assert sum(held) >= 4
 
 
-def test_a_unit_that_speaks_on_few_images_is_covered():
+def test_a_unit_that_speaks_on_few_images_is_covered(careless):
     """It is active on one image in a hundred, and decides there."""
 
     class Rare(nn.Module):
@@ -244,7 +273,9 @@ def test_a_unit_that_speaks_on_few_images_is_covered():
     images = torch.randn(600, 8, generator=draw)
     images[::100, 0] = 12.0
     case = model, (images, torch.arange(600) % 3)
+    careless(0.1)
     exact, screened = ablate(case, "act", guarantee="exact"), ablate(case, "act")
+    assert screened.screening.settled > 1000
     assert missed(screened, exact) <= screened.screening.missed_bound
     decided = {image for row, image in flips(exact) if row == 0}
     assert decided
@@ -307,6 +338,7 @@ def test_bad_arguments(case, options, message):
 
 
 def test_the_bound_is_a_share_of_all_pairs(case):
-    found = ablate(case).screening
+    found = ablate(case, LAYERS).screening
     assert found.upper_bound == pytest.approx(found.missed_bound / found.pairs)
-    assert np.isclose(found.to_dataframe()["missed_bound"].sum(), found.missed_bound)
+    by_layer = found.to_dataframe()["missed_bound"]
+    assert by_layer.max() <= found.missed_bound < by_layer.sum()  # one sample speaks for all
