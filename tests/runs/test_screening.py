@@ -172,10 +172,12 @@ def test_shards_merge_to_the_whole(case, tmp_path):
 def test_merging_tells_where_only_some_shards_raised_a_threshold(case, tmp_path, careless, caplog):
     careless(1e-6)
     for number in range(1, 5):
-        ablate(case, shard=(number, 4), output=tmp_path / f"{number}.zarr")
+        ablate(case, LAYERS[:1], shard=(number, 4), output=tmp_path / f"{number}.zarr")
     merged = pa.merge([tmp_path / f"{number}.zarr" for number in range(1, 5)])
-    assert "the sample of some raised the threshold of layer features.13" in caplog.text
-    assert missed(merged, ablate(case, guarantee="exact")) <= merged.screening.missed_bound
+    assert "the sample of some raised the threshold of layer features.6" in caplog.text
+    assert (
+        missed(merged, ablate(case, LAYERS[:1], guarantee="exact")) <= merged.screening.missed_bound
+    )
 
 
 def test_a_killed_run_goes_on_with_the_same_thresholds(case, tmp_path, monkeypatch, careless):
@@ -239,7 +241,8 @@ def test_what_gradients_do_not_show_is_caught_or_covered(intervention, careless)
     held = []
     for seed in range(5):
         found = ablate(case, "act", intervention=intervention, seed=seed, memory=1 << 28)
-        assert found.screening.settled > 100
+        [layer] = found.screening.layers.values()
+        assert layer.near.pairs + layer.far.pairs > 1000  # at first
         known = exact
         if intervention == "resample":  # whose donors the seed draws
             known = ablate(case, "act", intervention=intervention, seed=seed, guarantee="exact")
@@ -275,7 +278,7 @@ def test_a_unit_that_speaks_on_few_images_is_covered(careless):
     case = model, (images, torch.arange(600) % 3)
     careless(0.1)
     exact, screened = ablate(case, "act", guarantee="exact"), ablate(case, "act")
-    assert screened.screening.settled > 1000
+    assert screened.screening.settled > 100
     assert missed(screened, exact) <= screened.screening.missed_bound
     decided = {image for row, image in flips(exact) if row == 0}
     assert decided
