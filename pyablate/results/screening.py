@@ -33,6 +33,12 @@ class Sampled:
         Those computed, each drawn with the same chance.
     wrong : int
         Those of the sample whose class was another; they were corrected.
+
+    Examples
+    --------
+    >>> from pyablate.results.screening import Sampled
+    >>> Sampled(100_000, 1_000, 0).missed(0.01, 0.95)  # as log(20) / 0.01, about
+    298.0
     """
 
     pairs: int = 0
@@ -77,6 +83,12 @@ class LayerScreening:
         Score above which the gradient at the unit settles a pair, in the end.
     raised : int
         How often the sample made it larger.
+
+    Examples
+    --------
+    >>> found = pa.ablate(model, data, "features.0", guarantee="screened")
+    >>> for name, layer in found.screening.layers.items():
+    ...     assert layer.silent + layer.computed + layer.settled == layer.pairs
     """
 
     pairs: int = 0
