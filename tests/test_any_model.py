@@ -120,6 +120,7 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     ).result.predictions(),
     "pairs": lambda c: pa.pairs(c.model, c.data, "act", units=[0, 1], **Q).result.predictions(),
     "minimal_sets": lambda c: len(pa.minimal_sets(c.model, c.data, "act", classes=[0], **Q).table),
+    "shapley": lambda c: pa.shapley(c.model, c.data, "act", permutations=2, **Q).data["value"],
     "rotation_control": lambda c: pa.rotation_control(
         c.model, c.data, "act", rotations=1, **Q
     ).rotated.predictions(),

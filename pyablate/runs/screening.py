@@ -123,10 +123,10 @@ class Screen:
     def choose(self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor) -> Choice | None:
         """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed."""
         job, predicted = sweep.suffix.job, sweep.clean.predicted_change
+        if job in self._of and not self._of[job].settles_any:
+            return Choice.none(len(row))
         if predicted is None or job not in self._of:
             return None
-        if job not in predicted.scores:
-            return Choice.none(len(row))
         first, *later = self._of[job].stages
         draw = torch.from_numpy(
             uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
