@@ -52,7 +52,7 @@ class Sampled:
         )
 
     def missed(self, chance: float, confidence: float) -> float:
-        """Upper bound of the number of wrong ones outside the sample; see :func:`most_wrong`."""
+        """Upper bound of the number of wrong ones outside the sample; see ``most_wrong``."""
         return min(most_wrong(self.wrong, chance, confidence) - self.wrong, self.unseen)
 
     @property
@@ -120,7 +120,7 @@ class LayerScreening:
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> LayerScreening:
-        """Undo :func:`dataclasses.asdict`."""
+        """Undo what :meth:`Screening.to_json` makes of it."""
         parts = {name: Sampled(**known[name]) for name in ("near", "far")}
         return cls(**{**known, **parts, "threshold": float(known["threshold"])})
 
