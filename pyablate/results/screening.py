@@ -120,7 +120,7 @@ class LayerScreening:
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> LayerScreening:
-        """Undo what :meth:`Screening.to_json` makes of it."""
+        """Undo what ``Screening.to_json`` makes of it."""
         parts = {name: Sampled(**known[name]) for name in ("near", "far")}
         return cls(**{**known, **parts, "threshold": float(known["threshold"])})
 
@@ -238,7 +238,7 @@ class Screening:
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Screening:
-        """Undo :meth:`to_json`."""
+        """Undo ``to_json``."""
         layers = {name: LayerScreening.of(layer) for name, layer in known["layers"].items()}
         return cls(**{**known, "layers": layers})
 
