@@ -58,17 +58,17 @@ class Tail:
         known = np.sort(np.nan_to_num(np.asarray(errors, np.float64), nan=np.inf, posinf=np.inf))
         count = min(max(LEAST, int(np.ceil(SHARE * len(known)))), int((known > 0).sum()) - 1)
         if count < 1:  # no tail is to be seen
-            return cls(known, 0.0, _next(0, len(known)), 0, 0.0)
+            return cls(known, 0.0, float(_next(0, len(known))), 0, 0.0)
         start, tail = known[-count - 1], known[-count:]
         with np.errstate(invalid="ignore"):
             logs = float(np.nan_to_num(np.log(tail / start).sum(), nan=np.inf))
-        return cls(known, float(start), _next(count, len(known)), count, logs)
+        return cls(known, float(start), float(_next(count, len(known))), count, logs)
 
     def chance(self, larger: ArrayLike) -> Floats:
         """Chance that the next error is larger than each of some numbers."""
         number = np.asarray(larger, np.float64)
         above = len(self.errors) - np.searchsorted(self.errors, number, side="right")
-        seen = np.minimum(1.0, (above + 1) / (len(self.errors) + 1))
+        seen = _next(above, len(self.errors))
         if not self.count:
             return seen
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -112,6 +112,6 @@ def safe_above(scores: ArrayLike, chance: ArrayLike, weight: ArrayLike, risk: fl
     return float(known[able][order[safe]]) if safe else float("inf")
 
 
-def _next(count: int, of: int) -> float:
+def _next(count: ArrayLike, of: int) -> Floats:
     """Chance that the next of ``of`` numbers is among the ``count`` largest, or above them."""
-    return min(1.0, (count + 1) / (of + 1))
+    return np.minimum(1.0, (np.asarray(count, np.float64) + 1) / (of + 1))

@@ -35,10 +35,7 @@ def run_graph(
     trusted: bool = True,
 ) -> Clean:
     """Run a captured network and keep what the suffixes read."""
-    images = batch.images
-    convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
-    if images.ndim == 4 and convolves:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = laid_out(graph, batch.images)
     wanted, watch = {graph.logits, *keep}, _Watch()
     with torch.no_grad():
         size = _images_at_a_time(graph, images, wanted)
@@ -57,6 +54,14 @@ def run_graph(
         trusted=trusted,
         irregular=watch.irregular,
     )
+
+
+def laid_out(graph: Graph, images: Tensor) -> Tensor:
+    """Lay images out as the convolutions of a network run fastest: channels last."""
+    convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
+    if images.ndim != 4 or not convolves:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _images_at_a_time(graph: Graph, images: Tensor, wanted: Iterable[fx.Node]) -> int:

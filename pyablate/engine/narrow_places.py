@@ -6,6 +6,7 @@ There the change of a pair can be looked at as a whole, pairs can leave, and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from torch import Tensor, fx
 
@@ -48,7 +49,8 @@ def narrow_places(graph: Graph, suffixes: Iterable[Suffix], elements: int) -> li
     """
     cost = {node: multiply_adds(graph, node) for node in graph.graph.nodes}
     order = list(cost)
-    behind = dict(zip(order[::-1], _sums([cost[node] for node in order[::-1]]), strict=True))
+    back = order[::-1]
+    behind = dict(zip(back, accumulate((cost[node] for node in back), initial=0.0), strict=False))
     whole = sum(cost.values())
     able = {node for suffix in suffixes for node in passed_by_all(suffix.nodes)}
     able = {node for node in able if _holds_rows(graph, node) and 0 < behind[node] < whole}
@@ -66,9 +68,8 @@ def narrow_places(graph: Graph, suffixes: Iterable[Suffix], elements: int) -> li
 def shares(suffix: Suffix, places: Sequence[fx.Node]) -> list[float]:
     """Share of a suffix's arithmetic that is done when each of the places is reached."""
     cost = [multiply_adds(suffix.graph, node) for node in suffix.nodes]
-    done = dict(zip(suffix.nodes, _sums(cost), strict=True))
-    own = dict(zip(suffix.nodes, cost, strict=True))
-    return [(done[place] + own[place]) / max(1.0, sum(cost)) for place in places]
+    done = dict(zip(suffix.nodes, accumulate(cost), strict=True))
+    return [done[place] / max(1.0, sum(cost)) for place in places]
 
 
 def _holds_rows(graph: Graph, node: fx.Node) -> bool:
@@ -76,12 +77,3 @@ def _holds_rows(graph: Graph, node: fx.Node) -> bool:
     value, layout = node.meta.get("val"), graph.layout.get(node)
     plain = isinstance(layout, BatchLayout) and layout.plain
     return plain and isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _sums(numbers: Sequence[float]) -> list[float]:
-    """Sum of the numbers before each."""
-    total, found = 0.0, []
-    for number in numbers:
-        found.append(total)
-        total += number
-    return found

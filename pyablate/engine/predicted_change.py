@@ -24,12 +24,13 @@ from torch import Tensor, fx
 from pyablate.data.dataset import Batch
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.clean import Clean
+from pyablate.engine.clean_run import laid_out
 from pyablate.engine.job import Job
 from pyablate.engine.replacements import Replacements
 from pyablate.engine.score import Directions, Prediction, Score, directions, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
-from pyablate.network.graph import CONVOLUTIONS, MARKER, Graph, Value, tensor
+from pyablate.network.graph import MARKER, Graph, Value, tensor
 from pyablate.runtime.host_to_device import sent
 
 IMAGES = 64
@@ -144,8 +145,7 @@ class Predictor:
 
     def _run(self, images: Tensor) -> dict[fx.Node, Value]:
         """Run the intact network for backward passes, which end at the first site."""
-        if images.ndim == 4 and any(n.target in CONVOLUTIONS for n in self.graph.graph.nodes):
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = laid_out(self.graph, images)
 
         def begin(node: fx.Node, value: Value) -> None:
             if node.target is MARKER and isinstance(value, Tensor) and not value.requires_grad:

@@ -133,11 +133,7 @@ class Sweep:
         return self.suffix.job.on(self.clean.logits.device).units
 
     def _replacements(self, marker: fx.Node, image: Tensor) -> Tensor:
-        call = marker.args[2]
-        assert isinstance(call, int)
-        return self.replacements.values(
-            self.suffix.job.sites[0], call, image, self._units.unsqueeze(0)
-        )
+        return self.replacements.values(*self.at(marker), image, self._units.unsqueeze(0))
 
     def closed_form(self) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs by the closed form: logits + delta * weight column."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -159,7 +159,7 @@ class Screening:
         names = dict.fromkeys([*self.layers, *other.layers])
         none = LayerScreening()
         layers = {n: self.layers.get(n, none) + other.layers.get(n, none) for n in names}
-        return Screening(**{**_own(self), "layers": layers})
+        return replace(self, layers=layers)
 
     @property
     def total(self) -> LayerScreening:
@@ -231,10 +231,10 @@ class Screening:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON, which knows no infinity: that is written as text."""
-        layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        for layer in layers.values():
+        known = asdict(self)
+        for layer in known["layers"].values():
             layer["threshold"] = _number(layer["threshold"])
-        return {**_own(self), "layers": layers}
+        return known
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Screening:
@@ -289,7 +289,3 @@ def most_wrong(found: int, chance: float, confidence: float) -> float:
 
 def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _own(screening: Screening) -> dict[str, Any]:
-    return {one.name: getattr(screening, one.name) for one in fields(screening)}

@@ -17,6 +17,7 @@ from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
 from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
+from pyablate.engine.narrow_places import multiply_adds
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
@@ -353,7 +354,7 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
         delta = sweep.value(node.all_input_nodes[0]) if single else None
         eight_bit = tier == torch.int8 and weighted_rules.takes_quantized(graph, node)
         kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
-        work[kind] += _flop(graph, node) / (1 if delta is None else delta.size)
+        work[kind] += multiply_adds(graph, node) / (1 if delta is None else delta.size)
     byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize
     calls = sum(node.target not in SAME for node in nodes)
     return _Cost(
@@ -364,14 +365,6 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
 def _size(delta: ChannelDelta) -> int:
     """Size of a channelwise delta, all units and images."""
     return delta.values.numel() * delta.values.element_size()
-
-
-def _flop(graph: Graph, node: fx.Node) -> float:
-    """Multiply-adds of a convolution or a linear map for one pair, times two."""
-    if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
-        return 0.0
-    filters = graph.constant(node, 1)
-    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
 
 
 def _bytes(graph: Graph, node: fx.Node) -> float:

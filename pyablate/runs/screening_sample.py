@@ -28,7 +28,7 @@ from pyablate.engine.pair_slice import carry, logit_change
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.predicted_change import Predictor
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import Prediction, Score, directions
+from pyablate.engine.score import Prediction, Score, directions, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -278,15 +278,6 @@ def _leads(setup: Setup, sweep: Sweep, row: Tensor, image: Tensor) -> Tensor:
     own = clean.predicted[image].long().unsqueeze(1)
     others = logits.scatter(1, own, -torch.inf).amax(dim=1)
     return (logits.gather(1, own).squeeze(1) - others).float()
-
-
-def joined(parts: Sequence[Score]) -> Score:
-    """Put scores together, also none."""
-    none = torch.zeros(0)
-    return Score(
-        torch.cat([none, *(part.lowest for part in parts)]),
-        torch.cat([none, *(part.size for part in parts)]),
-    )
 
 
 def _relative(score: Score, floor: float) -> Floats:
