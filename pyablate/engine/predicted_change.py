@@ -15,7 +15,7 @@ logits over the classes (Johnson and Lindenstrauss 1984; Achlioptas 2003).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -80,6 +80,9 @@ class Predictor:
         Narrow places where changes are looked at again.
     memory : int
         Bytes that may be held.
+    nearest : int or None
+        Competitors, if only some of the directions will do; then the likeliest other class of each
+        pair is told besides.
     """
 
     graph: Graph
@@ -87,6 +90,7 @@ class Predictor:
     replacements: Callable[[Batch, Job], Replacements]
     places: Sequence[fx.Node]
     memory: int
+    nearest: int | None = None
 
     def predict(self, batch: Batch, clean: Clean) -> Prediction:
         """Predict every pair of a batch.
@@ -96,14 +100,17 @@ class Predictor:
         RuntimeError
             An operator of the network has no derivative.
         """
-        whole = Directions.of(clean.logits, clean.prediction)
+        whole = Directions.of(clean.logits, clean.prediction, self.nearest)
         scores: dict[Job, list[Score]] = {job: [] for job in self.suffixes}
         gradients: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
         for image in torch.arange(len(batch)).split(self._images):
             some = whole.take(sent(image, clean.logits.device))
             changes, there = self._changes(batch.take(image), some)
             for job, change in changes.items():
-                scores[job].append(some.score(change))
+                score = some.score(change)
+                if self.nearest is not None:
+                    score = replace(score, rival=some.rivals(change))
+                scores[job].append(score)
             for place, gradient in there.items():
                 gradients[place].append(gradient)
         return Prediction(

@@ -30,10 +30,13 @@ class Score:
     size : Tensor
         Of the change of the logits: largest difference that it makes between two classes where
         classes are few, else an estimate of the root of the sum of its squares.
+    rival : Tensor or None
+        int32: that other class; none where nobody asks.
     """
 
     lowest: Tensor
     size: Tensor
+    rival: Tensor | None = None
 
     def relative(self, floor: float) -> Tensor:
         """``lowest`` in units of ``size``, which counts as no less than about ``floor``."""
@@ -41,7 +44,8 @@ class Score:
 
     def of(self, row: Tensor, image: Tensor) -> Score:
         """Take those of some pairs, from what is known of all of them ``[N, row]``."""
-        return Score(self.lowest[image, row], self.size[image, row])
+        rival = None if self.rival is None else self.rival[image, row]
+        return Score(self.lowest[image, row], self.size[image, row], rival)
 
     def only(self, pairs: Tensor) -> Score:
         """Take those of some pairs, of a list of them."""
@@ -51,7 +55,10 @@ class Score:
 def joined(parts: Sequence[Score]) -> Score:
     """Put the scores of parts of a batch together, on the CPU."""
     lowest, size = (torch.cat([getattr(p, name) for p in parts]) for name in ("lowest", "size"))
-    return Score(lowest.float().cpu(), size.float().cpu())
+    rivals = [p.rival for p in parts if p.rival is not None]
+    return Score(
+        lowest.float().cpu(), size.float().cpu(), torch.cat(rivals).cpu() if rivals else None
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,18 +86,24 @@ class Directions:
     signs: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, prediction: Tensor) -> Directions:
-        """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``."""
+    def of(cls, logits: Tensor, prediction: Tensor, nearest: int | None = None) -> Directions:
+        """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``.
+
+        With ``nearest`` only so many competitors are among them, and nothing else.
+        """
         images, classes = logits.shape
         few = classes <= FEW_CLASSES
         count = classes - 1 if few else COMPETITORS
+        if nearest is not None:
+            few, count = nearest >= classes - 1, min(nearest, classes - 1)
         chosen = prediction.long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
         best = others.topk(min(count + 1, classes), dim=1)
         own = logits.gather(1, chosen.unsqueeze(1))
         margins = own - best.values
         rest = logits.new_full((images,), torch.inf) if few else margins[:, count]
-        signs = logits.new_zeros(0, classes) if few else _signs(classes, logits)
+        no_signs = few or nearest is not None
+        signs = logits.new_zeros(0, classes) if no_signs else _signs(classes, logits)
         return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
 
     def __len__(self) -> int:
@@ -112,6 +125,15 @@ class Directions:
         return Directions(
             prediction, competitors, self.margins[image], self.rest[image], self.signs
         )
+
+    def rivals(self, changes: Tensor) -> Tensor:
+        """Other class that changes ``[N, row, D]`` bring nearest, int32 ``[N, row]``.
+
+        The first of the competitors where it is none of them.
+        """
+        count = self.competitors.shape[1]
+        nearest = (self.margins.unsqueeze(1) + changes[..., :count]).argmin(dim=-1)
+        return self.competitors.gather(1, nearest).to(torch.int32)
 
     def score(self, changes: Tensor, image: Tensor | None = None) -> Score:
         """Lowest margin that changes leave, and their size.

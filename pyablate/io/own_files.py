@@ -21,6 +21,11 @@ ARRAYS = (
     "flip_start",
     "flip_image",
     "flip_prediction",
+    "flip_weight",
+    "estimate_top",
+    "estimate_live",
+    "estimate_drawn",
+    "estimate_spread",
     "loss_change_sum",
     "margin_change_sum",
 )

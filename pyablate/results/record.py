@@ -19,14 +19,21 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from pyablate._validation import check_choice
+from pyablate.results.estimate import Estimate
 from pyablate.results.measures import Measure
 from pyablate.results.screening import Screening
 
 if TYPE_CHECKING:
     import xarray as xr
 
+_ESTIMATED = ("accuracy", "accuracy_drop", "class_accuracy_drop", "lost", "gained")
+"""Figures that an estimated run has intervals of."""
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Counts = NDArray[Any]
+"""int64; float64 where they are estimated, see :mod:`pyablate.results.estimate`."""
 Rows = Any
 """A label, a number, a slice, a mask, or a sequence of labels or numbers."""
 
@@ -139,6 +146,10 @@ class Flips:
         Image index, ascending within a row.
     prediction : int32 [flip]
         The new class; -1 where there is none, since the logits became NaN or infinite.
+    weight : float64 [flip] or None
+        Of an estimated run: what each adds to counts of flips. Those that were predicted have 1; of
+        a pair that was computed and found to be another there are entries that correct this, with
+        weights above 1 or below 0. None where all flips are known.
 
     Examples
     --------
@@ -150,12 +161,17 @@ class Flips:
     start: NDArray[np.int64]
     image: NDArray[np.int32]
     prediction: NDArray[np.int32]
+    weight: Floats | None = None
 
     @classmethod
-    def gather(cls, units: int, pieces: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike]]) -> Flips:
-        """Sort pieces (row, image, new class) in any order into one record."""
-        if not pieces:
-            pieces = [([], [], [])]
+    def gather(
+        cls, units: int, pieces: Sequence[tuple[ArrayLike, ...]], *, weighted: bool = False
+    ) -> Flips:
+        """Sort pieces (row, image, new class) in any order into one record.
+
+        With ``weighted`` each has the weights besides.
+        """
+        pieces = pieces or [([],) * (3 + weighted)]
         row, image, new = (
             np.concatenate([np.asarray(piece[i], dtype=np.int64) for piece in pieces])
             for i in range(3)
@@ -163,7 +179,10 @@ class Flips:
         order = np.lexsort((image, row))
         start = np.zeros(units + 1, dtype=np.int64)
         np.cumsum(np.bincount(row, minlength=units), out=start[1:])
-        return cls(start, image[order].astype(np.int32), new[order].astype(np.int32))
+        weight = None
+        if weighted:
+            weight = np.concatenate([np.asarray(piece[3], np.float64) for piece in pieces])[order]
+        return cls(start, image[order].astype(np.int32), new[order].astype(np.int32), weight)
 
     @classmethod
     def joined(cls, parts: Sequence[Flips], images: Sequence[int]) -> Flips:
@@ -180,14 +199,19 @@ class Flips:
         start = np.concatenate([[0], np.cumsum(np.sum(counts, axis=0), dtype=np.int64)])
         image = np.empty(start[-1], np.int32)
         prediction = np.empty(start[-1], np.int32)
+        weighted = any(part.weight is not None for part in parts)
+        weight = np.empty(start[-1]) if weighted else None
         cursor, first = start[:-1].copy(), 0
         for part, count, length in zip(parts, counts, images, strict=True):
             where = np.repeat(cursor - part.start[:-1], count) + np.arange(len(part.image))
             image[where] = part.image + first
             prediction[where] = part.prediction
+            if weight is not None:
+                assert part.weight is not None
+                weight[where] = part.weight
             cursor += count
             first += length
-        return cls(start, image, prediction)
+        return cls(start, image, prediction, weight)
 
     @cached_property
     def row(self) -> Ints:
@@ -223,6 +247,7 @@ class Record:
     provenance: dict[str, Any] = field(default_factory=dict)
     labelled: bool = True
     screening: Screening | None = None
+    estimate: Estimate | None = None
 
     def __repr__(self) -> str:
         """Size and summary in one line."""
@@ -234,11 +259,15 @@ class Record:
 
     @property
     def guarantee(self) -> str:
-        """What is promised of the predictions: "exact", or "screened", see ``screening``."""
+        """What is promised: "exact"; "screened" and "estimated", see the attributes of the run."""
+        if self.estimate is not None:
+            return "estimated"
         return "exact" if self.screening is None else "screened"
 
     @property
     def _guarantee(self) -> str:
+        if self.estimate is not None:
+            return f", estimated from {int(self.estimate.drawn.sum())} computed pairs"
         if self.screening is None:
             return ""
         return f", screened: at most {self.screening.upper_bound:.2g} wrong at 95 %"
@@ -280,17 +309,20 @@ class Record:
         return self._shares(self._hits_by_class(self.baseline))
 
     @cached_property
-    def lost(self) -> Ints:
-        """int64 [unit, class]: images of a class that went from right to wrong."""
-        return self._count(self.baseline[self.flips.image] == self.labels[self.flips.image])
+    def lost(self) -> Counts:
+        """int64 [unit, class]: images of a class that went from right to wrong.
+
+        In an estimated run this and the two below are float64, estimates of these numbers.
+        """
+        return self._count(self._was_right)
 
     @cached_property
-    def gained(self) -> Ints:
+    def gained(self) -> Counts:
         """int64 [unit, class]: images of a class that went from wrong to right."""
-        return self._count(self.flips.prediction == self.labels[self.flips.image])
+        return self._count(self._is_right)
 
     @cached_property
-    def undefined(self) -> Ints:
+    def undefined(self) -> Counts:
         """int64 [unit, class]: images of a class without a prediction, as logits are not finite.
 
         Their prediction is -1, "none"; they count as wrong.
@@ -305,8 +337,8 @@ class Record:
     @cached_property
     def accuracy_drop(self) -> Floats:
         """float64 [unit]: accuracy before minus after; positive means harm."""
-        net: Ints = (self.lost - self.gained).sum(axis=1)
-        return net / len(self.labels)
+        net: Counts = (self.lost - self.gained).sum(axis=1)
+        return np.asarray(net / len(self.labels), np.float64)
 
     @cached_property
     def class_accuracy_drop(self) -> Floats:
@@ -317,7 +349,8 @@ class Record:
     def max_class_drop(self) -> Floats:
         """float64 [unit]: largest drop over the classes.
 
-        An extreme statistic: a harmless unit with some random flips has a positive one too. See
+        An extreme statistic: a harmless unit with some random flips has a positive one too, and of
+        estimated drops the largest is too large on average. See
         :func:`pyablate.analysis.statistics.max_class_test` for what chance makes of it,
         :func:`pyablate.analysis.statistics.split_half_drop` for an estimate without that bias.
         """
@@ -356,6 +389,66 @@ class Record:
         """float64 [unit, class]: the same within each class; NaN for a class without images."""
         return self._class_change("margin")
 
+    @cached_property
+    def flip_count(self) -> Counts:
+        """int64 [unit]: changed predictions; float64, an estimate, in an estimated run."""
+        if self.flips.weight is None:
+            return np.diff(self.flips.start)
+        return np.bincount(self.flips.row, self.flips.weight, minlength=len(self.units))
+
+    def half_width(self, of: str = "accuracy_drop") -> Floats:
+        """Half of the 95 % interval of a figure that an estimated run estimates.
+
+        It tells how far the figure of all pairs of these images may be from the estimate; which
+        images there are is another matter, see :meth:`pyablate.AblationResult.significance`.
+
+        Parameters
+        ----------
+        of : str
+            ``"accuracy"``, ``"accuracy_drop"``, ``"class_accuracy_drop"``, ``"lost"`` or
+            ``"gained"``.
+
+        Returns
+        -------
+        ndarray
+            float64 ``[unit]`` or ``[unit, class]`` like the figure, in its unit; zeros where all
+            pairs were decided. See :class:`pyablate.results.estimate.Estimate`.
+
+        Raises
+        ------
+        ValueError
+            No such figure.
+        """
+        check_choice("of", of, _ESTIMATED)
+        flips, label = self.flips, self.labels[self.flips.image]
+        counts = {"lost": self._was_right, "gained": self._is_right}.get(
+            of, self._was_right | self._is_right
+        )
+        overall = of.startswith("accuracy")
+        if self.estimate is None or flips.weight is None:
+            return np.zeros(len(self.units) if overall else (len(self.units), self.classes))
+        layer = pd.factorize(self.units["layer"])[0].astype(np.int64)
+        image = flips.image.astype(np.int64)[counts]
+        entries = layer, flips.row[counts], image, flips.weight[counts]
+        if overall:
+            return self.estimate.half_width(*entries) / len(self.labels)
+        found = self.estimate.half_width_by_class(*entries, label[counts])
+        return self._shares(found) if of == "class_accuracy_drop" else found
+
+    def check_complete(self, what: str) -> None:
+        """Refuse what needs the prediction of every pair.
+
+        Raises
+        ------
+        ValueError
+            The run was an estimated one, which computed a sample of them.
+        """
+        if self.estimate is not None:
+            raise ValueError(
+                f"{what}: needs the prediction of every (unit, image) pair, and this run computed "
+                'a sample of them; ablate with guarantee="exact" or "screened"'
+            )
+
     def rows(self, rows: Rows) -> Ints:
         """Row numbers from a label, a number, a slice, a mask or a sequence of these.
 
@@ -378,7 +471,13 @@ class Record:
         -------
         ndarray
             int64 ``[len(rows), image]``; -1 where there is none, see :attr:`undefined`.
+
+        Raises
+        ------
+        ValueError
+            No such unit; the run is an estimated one, which has not got them.
         """
+        self.check_complete("predictions")
         chosen = self.rows(rows)
         predicted = np.tile(self.baseline, (len(chosen), 1))
         for out, row in zip(predicted, chosen, strict=True):
@@ -394,7 +493,13 @@ class Record:
         ndarray
             int64 ``[len(rows), class, predicted]``; a single label or number gives
             ``[class, predicted]``. Images without a prediction are in none, see :attr:`undefined`.
+
+        Raises
+        ------
+        ValueError
+            As of :meth:`predictions`.
         """
+        self.check_complete("confusion")
         chosen = self.rows(rows)
         k = self.classes
         counts = np.empty((len(chosen), k, k), dtype=np.int64)
@@ -429,6 +534,7 @@ class Record:
                 "gained": (per_class, self.gained),
                 "undefined": (per_class, self.undefined),
                 **measured,
+                **{name: (unit, values) for name, values in self._interval.items()},
             },
             coords=coordinates(self),
             attrs={
@@ -442,7 +548,9 @@ class Record:
         """One row per unit: drops, the class hurt most, and the drop of every class.
 
         ``flips`` counts changed predictions; where some of them are none, ``undefined`` counts
-        those. Where recorded, also the changes of loss and margin, overall and of every class.
+        those. Where recorded, also the changes of loss and margin, overall and of every class. In
+        an estimated run ``accuracy_drop_low`` and ``accuracy_drop_high`` are the ends of the 95 %
+        interval of ``accuracy_drop``, ``low: ...`` and ``high: ...`` those of every class's drop.
         """
         summary = pd.DataFrame(
             {
@@ -450,16 +558,43 @@ class Record:
                 "accuracy_drop": self.accuracy_drop,
                 "max_class_drop": self.max_class_drop,
                 "max_class": np.array(self.class_names, dtype=object)[self.max_class],
-                "flips": np.diff(self.flips.start),
+                "flips": self.flip_count,
+                **self._interval,
             }
         )
         if self.undefined.any():
             summary["undefined"] = self.undefined.sum(axis=1)
         per_class = [self._columns("drop", self.class_accuracy_drop)]
+        if self.estimate is not None:
+            width = self.half_width("class_accuracy_drop")
+            per_class += [
+                self._columns("low", self.class_accuracy_drop - width),
+                self._columns("high", self.class_accuracy_drop + width),
+            ]
         for name in self.measures:
             summary[f"{name}_change"] = self._mean_change(name)
             per_class.append(self._columns(f"{name} change", self._class_change(name)))
         return pd.concat([self.units.reset_index(drop=True), summary, *per_class], axis=1)
+
+    @property
+    def _interval(self) -> dict[str, Floats]:
+        """Ends of the interval of each unit's accuracy drop, in an estimated run."""
+        if self.estimate is None:
+            return {}
+        drop, width = self.accuracy_drop, self.half_width("accuracy_drop")
+        return {"accuracy_drop_low": drop - width, "accuracy_drop_high": drop + width}
+
+    @property
+    def _was_right(self) -> NDArray[np.bool_]:
+        """Bool [flip]: the intact network was right."""
+        right: NDArray[np.bool_] = self.baseline[self.flips.image] == self.labels[self.flips.image]
+        return right
+
+    @property
+    def _is_right(self) -> NDArray[np.bool_]:
+        """Bool [flip]: the ablated one is."""
+        right: NDArray[np.bool_] = self.flips.prediction == self.labels[self.flips.image]
+        return right
 
     def _columns(self, what: str, values: Floats) -> pd.DataFrame:
         return pd.DataFrame(values, columns=[f"{what}: {name}" for name in self.class_names])
@@ -467,16 +602,17 @@ class Record:
     def _hits_by_class(self, predicted: Ints) -> Ints:
         return np.bincount(self.labels[predicted == self.labels], minlength=self.classes)
 
-    def _count(self, of: NDArray[Any]) -> Ints:
+    def _count(self, of: NDArray[np.bool_]) -> Counts:
         """Flips that satisfy ``of``, by row and true class."""
         cell = self.flips.row * self.classes + self.labels[self.flips.image]
         shape = len(self.units), self.classes
-        return np.bincount(cell[of], minlength=shape[0] * shape[1]).reshape(shape)
+        weight = None if self.flips.weight is None else self.flips.weight[of]
+        return np.bincount(cell[of], weight, minlength=shape[0] * shape[1]).reshape(shape)
 
-    def _shares(self, counts: Ints | Floats) -> Floats:
+    def _shares(self, counts: Counts) -> Floats:
         """Divide counts or sums [..., class] by the class sizes."""
         sizes = np.where(self.class_sizes > 0, self.class_sizes, np.nan)
-        return counts / sizes
+        return np.asarray(counts / sizes, np.float64)
 
     def _mean_change(self, name: str) -> Floats:
         mean: Floats = self._measure(name).change.sum(axis=1) / len(self.labels)

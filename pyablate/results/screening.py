@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-GUARANTEES = ("exact", "screened")
+GUARANTEES = ("exact", "screened", "estimated")
 
 CONFIDENCE = 0.95
 

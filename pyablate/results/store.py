@@ -6,18 +6,21 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import zarr
+from numpy.typing import NDArray
 
 from pyablate.io import checksums
 from pyablate.io.atomic import replace_folder, scratch_beside
 from pyablate.io.own_files import ARRAYS, check_replaceable
 from pyablate.io.zarr_check import check_folder, check_opened
+from pyablate.results.estimate import ARRAYS as ESTIMATED
+from pyablate.results.estimate import Estimate
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Record
 from pyablate.results.screening import Screening
@@ -115,6 +118,12 @@ def _read(source: Path, attrs: dict[str, Any], kind: type[R]) -> R:
     )
     labels, baseline = array("label").astype(np.int64), array("baseline").astype(np.int64)
     flips = Flips(array("flip_start"), array("flip_image"), array("flip_prediction"))
+    estimate = None
+    if "estimate" in attrs:
+        flips = replace(flips, weight=array("flip_weight").astype(np.float64))
+        arrays = {name: array(f"estimate_{name}") for name in ESTIMATED}
+        estimate = Estimate.of(attrs["estimate"], arrays)
+        _check_estimate(estimate, flips, len(units), len(attrs["class_names"]))
     _check_numbers(len(units), labels, baseline, flips, len(attrs["class_names"]))
     return kind(
         units=units,
@@ -132,7 +141,23 @@ def _read(source: Path, attrs: dict[str, Any], kind: type[R]) -> R:
         provenance=dict(attrs.get("provenance", {})),
         labelled=attrs.get("labelled", True),
         screening=Screening.of(attrs["screening"]) if "screening" in attrs else None,
+        estimate=estimate,
     )
+
+
+def _check_estimate(estimate: Estimate, flips: Flips, units: int, classes: int) -> None:
+    """Raise ValueError where the arrays of an estimate do not fit the others."""
+    live = estimate.live
+    for name, right in (
+        ("flip_weight", flips.weight is not None and flips.weight.shape == flips.image.shape),
+        ("flip_weight", flips.weight is not None and bool(np.isfinite(flips.weight).all())),
+        ("estimate_live", live.ndim == 2 and len(live) == units and live.shape[1] > 0),
+        ("estimate_drawn", estimate.drawn.shape == (units,)),
+        ("estimate_top", estimate.top.shape == (units,)),
+        ("estimate_spread", estimate.spread.shape == (units, classes)),
+    ):
+        if not right:
+            raise ValueError(f"{name} does not fit the other arrays")
 
 
 def _check_numbers(
@@ -210,27 +235,27 @@ def write(result: Record, path: Path) -> None:
             "provenance": result.provenance,
             **({} if result.labelled else {"labelled": False}),
             **({} if result.screening is None else {"screening": result.screening.to_json()}),
+            **({} if result.estimate is None else {"estimate": result.estimate.to_json()}),
         },
     )
-    arrays = {
-        "unit_layer": ("unit", np.array([number[x] for x in result.units["layer"]], np.int32)),
-        "unit_index": ("unit", result.units["unit"].to_numpy(np.int32)),
-        "label": ("image", result.labels.astype(np.int32)),
-        "baseline": ("image", result.baseline.astype(np.int32)),
-        "flip_start": ("unit_bound", result.flips.start),
-        "flip_image": ("flip", result.flips.image),
-        "flip_prediction": ("flip", result.flips.prediction),
+    arrays: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
+        "unit_layer": (("unit",), np.array([number[x] for x in result.units["layer"]], np.int32)),
+        "unit_index": (("unit",), result.units["unit"].to_numpy(np.int32)),
+        "label": (("image",), result.labels.astype(np.int32)),
+        "baseline": (("image",), result.baseline.astype(np.int32)),
+        "flip_start": (("unit_bound",), result.flips.start),
+        "flip_image": (("flip",), result.flips.image),
+        "flip_prediction": (("flip",), result.flips.prediction),
     }
-    for name, (dimension, values) in arrays.items():
-        group.create_array(name, data=values, dimension_names=[dimension], config=_EVERY_CHUNK)
+    if result.estimate is not None and result.flips.weight is not None:
+        arrays["flip_weight"] = (("flip",), result.flips.weight)
+        dimensions = {"live": ("unit", "level"), "spread": ("unit", "class")}
+        for name, values in result.estimate.arrays.items():
+            arrays[f"estimate_{name}"] = (dimensions.get(name, ("unit",)), values)
     for name, measure in result.measures.items():
-        dimensions = ["unit", "class"]
-        group.create_array(
-            f"{name}_change_sum",
-            data=measure.change,
-            dimension_names=dimensions,
-            config=_EVERY_CHUNK,
-        )
+        arrays[f"{name}_change_sum"] = (("unit", "class"), measure.change)
+    for name, (named, values) in arrays.items():
+        group.create_array(name, data=values, dimension_names=named, config=_EVERY_CHUNK)
     checksums.seal(path)
 
 

@@ -30,6 +30,8 @@ from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, glance, identify
 from pyablate.runs.loop import Held, RunLoop, check_data, hash_all, kept, shard_images
 from pyablate.runs.run_folder import Layout, RunStore, check_place, has_statistics, read_statistics
+from pyablate.runs.sampling import Drawing
+from pyablate.runs.sampling_design import Budget, Design, design
 from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runs.state import unpack_thresholds
@@ -62,6 +64,7 @@ def ablate(
     measures: Sequence[str] = (),
     guarantee: str = "exact",
     risk: float = 1e-5,
+    budget: str | int | None = None,
     progress: bool | Report | None = None,
     output: str | os.PathLike[str] | None = None,
     fresh: bool = False,
@@ -125,12 +128,19 @@ def ablate(
         logit over the second, summed over the images of each class. In whatever precision decided
         a pair's prediction: ``result.measures`` says how accurate that was on the audited pairs;
         ``precision="fp32"`` or ``"fp64"`` buy more.
-    guarantee : {"exact", "screened"}
+    guarantee : {"exact", "screened", "estimated"}
         "screened" computes the pairs whose prediction could change, and a random sample of the
         others, which keep the intact network's; ``result.screening`` bounds how many of these are
-        wrong. See the guide on guarantees.
+        wrong. "estimated" computes a random sample of all pairs, as large as ``budget`` lets it be:
+        accuracies, drops, ``lost`` and ``gained`` are unbiased estimates, with 95 % intervals
+        (:meth:`AblationResult.half_width`). See the guide on guarantees.
     risk : float
         Of a screened run: share of wrong predictions to aim at, as far as its measurements tell.
+    budget : str or int, optional
+        Of an estimated run, which needs one: about so many pairs are computed. A share of all pairs
+        (``"2%"``) or their number, of which layers with a closed form do not count, since they
+        are computed as a whole; or a time for the images after the first measurements
+        (``"10min"``, ``"90s"``), which gives other pairs each time.
     progress : bool or callable, optional
         None shows a bar on a terminal and logs elsewhere; a callable gets (done, total, layer),
         pairs and the layer at work.
@@ -191,6 +201,7 @@ def ablate(
         on_mismatch=on_mismatch,
         seed=seed,
         risk=risk,
+        budget=budget,
         fresh=fresh,
         shard=shard,
         distributed=distributed,
@@ -201,20 +212,19 @@ def ablate(
         measured = _earlier(options, ranks)
         setup = _capture(model, data, options, measured, ranks)
         plan = _plan(model, setup, options, ranks)
-        thresholds = _thresholds(setup, options, measured, ranks)
+        known = _measured(setup, options, measured, ranks)
         with kept(
             options.output,
             plan.known,
             plan.layout,
             setup.statistics,
-            thresholds,
+            known,
             fresh=fresh,
             ranks=ranks,
         ) as held:
             if held is None:
                 return _finished(setup, plan, options, ranks)
-            screen = None if thresholds is None else Screen(setup, thresholds)
-            sweep = _sweep(setup, plan, options, held, screen, ranks)
+            sweep = _sweep(setup, plan, options, held, known, ranks)
             if ranks.first:
                 result = _collect(setup, plan, held)
                 _warn_of_chance(chance_remark(result))
@@ -234,6 +244,7 @@ class _RunOptions:
     on_mismatch: str
     seed: int
     risk: float
+    budget: str | int | None
     fresh: bool
     shard: tuple[int, int] | None
     distributed: bool
@@ -245,11 +256,33 @@ class _RunOptions:
             raise ValueError("distributed: needs output, a folder that all processes see")
         check_options(model, self.setup)
         _check_risk(self.risk)
+        self._check_budget()
         if not isinstance(self.audit, int) or self.audit < 0:
             raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
         check_on_mismatch(self.on_mismatch)
         if self.output is not None:
             check_place(self.output, fresh=self.fresh)
+
+    def _check_budget(self) -> None:
+        estimated = self.setup.guarantee == "estimated"
+        if estimated:
+            Budget.of(self.budget)
+        elif self.budget is not None:
+            raise ValueError(
+                f'budget: expected with guarantee="estimated" only, got {self.budget!r} with '
+                f'guarantee="{self.setup.guarantee}"'
+            )
+
+    @property
+    def guarantee(self) -> dict[str, Any]:
+        """What tells apart results of different guarantees."""
+        kind = self.setup.guarantee
+        if kind == "exact":
+            return {}
+        bound = (
+            {"risk": self.risk} if kind == "screened" else {"budget": str(Budget.of(self.budget))}
+        )
+        return {"guarantee": kind, **bound}
 
 
 @dataclass(frozen=True)
@@ -292,21 +325,29 @@ def _earlier(options: _RunOptions, ranks: Ranks) -> dict[str, np.ndarray] | None
     return read_statistics(place) if ranks.tell(goes_on) and place is not None else None
 
 
-def _thresholds(
+def _measured(
     setup: Setup,
     options: _RunOptions,
     measured: Mapping[str, np.ndarray] | None,
     ranks: Ranks,
-) -> Thresholds | None:
-    """Measure the thresholds of a screened run in the first process, for all."""
-    finished = options.output is not None and not options.fresh and is_result(options.output)
-    if options.setup.guarantee == "exact" or ranks.tell(finished):
+) -> Thresholds | Design | None:
+    """Measure what a screened or an estimated run needs, in the first process, for all."""
+    kind, finished = options.setup.guarantee, False
+    if options.output is not None and not options.fresh:
+        finished = is_result(options.output)
+    if kind == "exact" or ranks.tell(finished):
         return None
     known = None if measured is None else unpack_thresholds(measured)
     if known is None:
-        here = measure(setup, options.risk, options.seed).to_json() if ranks.first else None
-        known = ranks.tell(here)
-    return Thresholds.of(known)
+        found: Thresholds | Design | None = None
+        if ranks.first and kind == "screened":
+            found = measure(setup, options.risk, options.seed)
+        elif ranks.first:
+            images = len(shard_images(options.shard, len(setup.data)))
+            budget = Budget.of(options.budget)
+            found = design(setup, budget, options.seed, images=images, processes=ranks.count)
+        known = ranks.tell(found.to_json() if found else None)
+    return Thresholds.of(known) if kind == "screened" else Design.of(known)
 
 
 def _capture(
@@ -336,7 +377,7 @@ def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) ->
         audit=options.audit,
         seed=options.seed,
         measures=options.setup.measures,
-        screened=None if options.setup.guarantee == "exact" else options.risk,
+        guarantee=options.guarantee,
     )
     hashing = options.output is not None or options.shard is not None
     known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
@@ -357,18 +398,20 @@ def _sweep(
     plan: _RunPlan,
     options: _RunOptions,
     held: Held,
-    screen: Screen | None,
+    known: Thresholds | Design | None,
     ranks: Ranks,
 ) -> BlockSweep:
     """Do all jobs on all blocks, in the portions with which the run began."""
     given = options.setup
+    screen = Screen(setup, known) if isinstance(known, Thresholds) else None
+    drawing = Drawing(setup, known) if isinstance(known, Design) else None
     setup = replace(
         setup,
         batch_size=given.batch_size or held.layout.size,
         memory=given.memory or held.layout.memory,
     )
     audited = _audited_pairs(setup, options.audit, options.seed)
-    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen)
+    sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen, drawing)
     with reporting(options.progress if ranks.first else False, unit="pairs") as report:
         loop = RunLoop(
             sweep=sweep,
@@ -438,6 +481,7 @@ def _result(setup: Setup, found: Block, identity: Identity, hashing: bool) -> Ab
         provenance={**identity, "data": {**identity["data"], **hashed}},
         labelled=setup.data.labelled,
         screening=metadata.screening,
+        estimate=metadata.estimate,
     )
 
 

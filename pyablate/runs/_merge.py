@@ -154,6 +154,7 @@ def _block(part: AblationResult) -> Block:
         strategy=part.strategy,
         measures=part.measures,
         screening=part.screening,
+        estimate=part.estimate,
     )
     return Block(part.labels, part.baseline, part.flips, metadata)
 
@@ -203,5 +204,6 @@ def _whole(part: AblationResult, found: Block, strategy: dict[str, str]) -> Abla
         strategy=strategy,
         measures=found.metadata.measures,
         screening=found.metadata.screening,
+        estimate=found.metadata.estimate,
         provenance={**part.provenance, "data": data},
     )

@@ -14,11 +14,13 @@ from pyablate.data.dataset import Batch
 from pyablate.engine.care import Care
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import Measured
+from pyablate.results.estimate import Estimate
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips
 from pyablate.results.screening import LayerScreening, Screening
 from pyablate.runs.audit import Audited
 from pyablate.runs.blocks import Block, BlockMetadata, FlipChunk, PartialBlock
+from pyablate.runs.sampling import Noted
 from pyablate.runs.setup import Setup
 
 
@@ -42,7 +44,9 @@ class BlockAccumulator:
     mended : int
         Such pairs of an earlier process.
     screening : Screening or None
-        What was settled by prediction; None in an exact run.
+        What was settled by prediction, in a screened run.
+    estimate : Estimate or None
+        What was drawn, in an estimated run.
     sums : Tensor
         Float64 [measure, unit, class].
     """
@@ -60,6 +64,7 @@ class BlockAccumulator:
     strategy: dict[str, str] = field(default_factory=dict)
     care: dict[Job, tuple[Care, int]] = field(default_factory=dict)
     screening: Screening | None = None
+    estimate: Estimate | None = None
     sums: Tensor = field(init=False)
     accuracy: list[Accuracy] = field(init=False)
 
@@ -73,7 +78,7 @@ class BlockAccumulator:
         self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
         self.flips = list(partial.chunks)
         self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
-        self.screening = partial.metadata.screening
+        self.screening, self.estimate = partial.metadata.screening, partial.metadata.estimate
         for number, known in enumerate(partial.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
             self.accuracy[number] = known.accuracy
@@ -81,6 +86,7 @@ class BlockAccumulator:
     def start_over(self) -> BlockAccumulator:
         """Begin again, remembering what was wrong."""
         nothing = None if self.screening is None else replace(self.screening, layers={})
+        undrawn = None if self.estimate is None else self.estimate.nothing()
         return BlockAccumulator(
             self.setup,
             self.measures,
@@ -88,6 +94,7 @@ class BlockAccumulator:
             self.differed,
             self.mended,
             screening=nothing,
+            estimate=undrawn,
         )
 
     def take(
@@ -101,12 +108,17 @@ class BlockAccumulator:
         strategy: str,
         raised: int = 0,
         screened: LayerScreening | None = None,
+        drawn: Noted | None = None,
     ) -> None:
         """Keep what a job has found on a batch, and how."""
         self.care.setdefault(job, (care, raised))
         if screened is not None and self.screening is not None:
             self.screening += replace(self.screening, layers={job.name: screened})
-        self.flips += flips
+        if drawn is not None and self.estimate is not None:
+            rows = slice(job.rows.start, job.rows.stop)
+            for name in ("live", "drawn", "spread"):
+                getattr(self.estimate, name)[rows] += getattr(drawn, name)
+        self.flips += flips if drawn is None else drawn.flips
         self.audit += Audit(audited.pairs, len(audited.wrong))
         self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
         if care or job.name not in self.strategy:  # two jobs may have one name
@@ -126,6 +138,7 @@ class BlockAccumulator:
             state=state,
             measures={name: Measure(sums.numpy(), accuracy) for name, sums, accuracy in measures},
             screening=self.screening,
+            estimate=self.estimate,
         )
 
     def partial(self, jobs: int, state: list[Any]) -> PartialBlock:
@@ -134,11 +147,12 @@ class BlockAccumulator:
 
     def block(self, images: Batch, state: list[Any]) -> Block:
         """Return the finished block."""
-        chunks = [(row, image - int(images.index[0]), new) for row, image, new in self.flips]
+        first = int(images.index[0])
+        chunks = [(row, image - first, *rest) for row, image, *rest in self.flips]
         return Block(
             labels=_joined(self.labels),
             baseline=_joined(self.baseline),
-            flips=Flips.gather(self.setup.rows, chunks),
+            flips=Flips.gather(self.setup.rows, chunks, weighted=self.estimate is not None),
             metadata=self.metadata(state),
         )
 

@@ -19,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyablate.io.atomic import replace_file
+from pyablate.results.estimate import ARRAYS as ESTIMATED
+from pyablate.results.estimate import Estimate
 from pyablate.results.measures import Accuracy, Measure
 from pyablate.results.record import Audit, Flips, Ints
 from pyablate.results.screening import Screening
 from pyablate.runtime.distributed import MODULUS
 
-FlipChunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Changed predictions: row of the result, image of the data, new class."""
+FlipChunk = tuple[NDArray[Any], ...]
+"""Changed predictions: row of the result, image of the data, new class; in an estimated run, what
+is recorded of it has weights besides."""
 
 _TOGETHER = 1000
 
@@ -48,6 +51,8 @@ class BlockMetadata:
         Sums over these images.
     screening : Screening or None
         What was settled by prediction.
+    estimate : Estimate or None
+        What was drawn.
     """
 
     hash: int
@@ -56,6 +61,12 @@ class BlockMetadata:
     state: list[Any] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
     screening: Screening | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def small(self) -> BlockMetadata:
+        """The same without what is as large as the result."""
+        return replace(self, measures={}, estimate=None)
 
     def __add__(self, other: BlockMetadata) -> BlockMetadata:
         """BlockMetadata about the images of both."""
@@ -75,6 +86,11 @@ class BlockMetadata:
                 self.screening + other.screening
                 if self.screening and other.screening
                 else self.screening
+            ),
+            estimate=(
+                self.estimate + other.estimate
+                if self.estimate and other.estimate
+                else self.estimate
             ),
         )
 
@@ -154,6 +170,7 @@ def write_block(path: Path, block: Block, run: str) -> None:
         "flips": np.diff(block.flips.start).astype(np.int32),
         "image": block.flips.image,
         "prediction": block.flips.prediction,
+        **({} if block.flips.weight is None else {"weight": block.flips.weight}),
     }
     _write(path, run, block.metadata, {}, arrays)
 
@@ -168,17 +185,20 @@ def read_block(path: Path, run: str) -> Block | None:
     return Block(
         labels=arrays["labels"].astype(np.int64),
         baseline=arrays["baseline"].astype(np.int64),
-        flips=Flips(start, arrays["image"], arrays["prediction"]),
+        flips=Flips(start, arrays["image"], arrays["prediction"], arrays.get("weight")),
         metadata=metadata,
     )
 
 
 def write_partial(path: Path, partial: PartialBlock, run: str) -> None:
     """Write down what the first jobs have found on a block, whole or not at all."""
-    parts = partial.chunks or [(np.zeros(0),) * 3]
-    names = ("row", "image", "prediction")
+    weighted = partial.metadata.estimate is not None
+    parts = partial.chunks or [(np.zeros(0),) * (3 + weighted)]
+    names = ("row", "image", "prediction", "weight")[: len(parts[0])]
     arrays = {
-        name: np.concatenate([chunk[i] for chunk in parts]).astype(np.int32)
+        name: np.concatenate([chunk[i] for chunk in parts]).astype(
+            np.float64 if i == 3 else np.int32
+        )
         for i, name in enumerate(names)
     }
     _write(path, run, partial.metadata, {"jobs": partial.jobs}, arrays)
@@ -190,7 +210,7 @@ def read_partial(path: Path, run: str) -> PartialBlock | None:
     if found is None:
         return None
     known, metadata, arrays = found
-    chunk = (arrays["row"], arrays["image"], arrays["prediction"])
+    chunk = tuple(arrays.values())
     return PartialBlock(int(known["jobs"]), [chunk], metadata)
 
 
@@ -223,10 +243,13 @@ def _write(
             "state": metadata.state,
             "measures": {name: asdict(one.accuracy) for name, one in metadata.measures.items()},
             **({"screening": metadata.screening.to_json()} if metadata.screening else {}),
+            **({"estimate": metadata.estimate.to_json()} if metadata.estimate else {}),
             **known,
         }
     )
     sums = {f"sum.{name}": measure.change for name, measure in metadata.measures.items()}
+    if metadata.estimate is not None:
+        sums |= {f"estimate.{name}": held for name, held in metadata.estimate.arrays.items()}
     held: dict[str, Any] = {"known": np.frombuffer(text.encode(), np.uint8), **arrays, **sums}
     write_arrays(path, held, np.savez_compressed)
 
@@ -291,7 +314,13 @@ def _read(
                 state=list(known["state"]),
                 measures=measures,
                 screening=Screening.of(known["screening"]) if "screening" in known else None,
+                estimate=_estimate(known["estimate"], packed) if "estimate" in known else None,
             )
-            return known, metadata, {name: packed[name] for name in names}
+            weight = ("weight",) if metadata.estimate is not None else ()
+            return known, metadata, {name: packed[name] for name in (*names, *weight)}
     except DAMAGED:
         return None
+
+
+def _estimate(known: Mapping[str, Any], packed: Any) -> Estimate:
+    return Estimate.of(known, {name: packed[f"estimate.{name}"] for name in ESTIMATED})

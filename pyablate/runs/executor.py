@@ -36,6 +36,7 @@ from pyablate.results.record import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
+from pyablate.runs.sampling import Drawing
 from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, pack_cascade
@@ -67,6 +68,8 @@ class BlockSweep:
         See :func:`pyablate.ablate`.
     screen : Screen or None
         What settles pairs by prediction, in a screened run.
+    drawing : Drawing or None
+        What draws pairs, in an estimated run.
     rounding : Rounding
         How far the clean run has been seen to be off.
     layer_seconds : dict
@@ -84,6 +87,7 @@ class BlockSweep:
     measures: tuple[str, ...]
     on_mismatch: str = "error"
     screen: Screen | None = None
+    drawing: Drawing | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
     cascades: dict[Job, PrecisionCascade] = field(init=False)
@@ -131,6 +135,8 @@ class BlockSweep:
         found = BlockAccumulator(self.setup, self.measures, hashed)
         if self.screen is not None:
             found.screening = self.screen.nothing()
+        if self.drawing is not None:
+            found.estimate = self.drawing.nothing()
         if partial is not None:
             found.go_on_from(partial)
         self._sweep(images, found, keep, advance)
@@ -196,6 +202,8 @@ class BlockSweep:
             self.rounding = clean.rounding
             if self.screen is not None:
                 clean = self.screen.predict(batch, clean)
+            if self.drawing is not None:
+                clean = self.drawing.predict(batch, clean)
         except out_of_memory.ERRORS as error:
             if len(batch) == 1 or not out_of_memory.is_shortage(error):
                 raise
@@ -213,6 +221,8 @@ class BlockSweep:
         measured = None
         if self.screen is not None:
             self.screen.found.pop(job, None)  # of a first try with less care
+        if self.drawing is not None:
+            self.drawing.found.pop(job, None)
         if self.measures:
             measured = Measured.of(self.measures, clean.logits, batch.labels, len(job.rows))
         flips = self._flips(job, batch, clean, None if measured is None else measured.record)
@@ -241,6 +251,7 @@ class BlockSweep:
             strategy=strategy,
             raised=self._raised(job),
             screened=None if self.screen is None else self.screen.found.pop(job, None),
+            drawn=None if self.drawing is None else self.drawing.noted(job, flips),
         )
 
     def _flips(
@@ -335,6 +346,8 @@ class BlockSweep:
         decide: Decide = functools.partial(
             cascade.classify, change, clean=clean, size=size, record=record, truth=truth
         )
+        if self.drawing is not None:
+            return self._drawn(self.drawing, job, batch, clean, row, image, decide)
         if self.screen is None:
             return row, image, decide(row, image)
         return row, image, self._screened(self.screen, sweep, batch, row, image, decide)
@@ -365,6 +378,42 @@ class BlockSweep:
         screen.take_note(job, len(job.rows) * len(batch), choice, computed, found != intact)
         return found
 
+    def _drawn(
+        self,
+        drawing: Drawing,
+        job: Job,
+        batch: Batch,
+        clean: Clean,
+        row: Tensor,
+        image: Tensor,
+        decide: Decide,
+    ) -> Predicted:
+        """Decide pairs that are drawn, and those that are audited, which do not count."""
+        drawn = drawing.draw(job, batch, clean, row, image)
+        todo = drawn.chosen | self.auditor.draws(job, batch, row, image)
+        todo = todo.nonzero().squeeze(1)
+        found = clean.predicted[image]
+        if len(todo):
+            found[todo] = decide(row[todo], image[todo])
+        drawing.take_note(job, batch, clean, row, image, drawn, found)
+        return row[todo], image[todo], found[todo]
+
+    def _every_pair(
+        self, job: Job, batch: Batch, clean: Clean, size: int, decide: Decide
+    ) -> Iterator[Predicted]:
+        """Decide all pairs (row, image), or those drawn, image by image, ``size`` at a time."""
+        row, image = _pairs(job, batch)
+        if self.drawing is not None and self.drawing.samples(job):
+
+            def some(row: Tensor, image: Tensor) -> Tensor:
+                parts = zip(row.split(size), image.split(size), strict=True)
+                return torch.cat([decide(*part) for part in parts])
+
+            yield self._drawn(self.drawing, job, batch, clean, row, image, some)
+            return
+        for part in zip(row.split(size), image.split(size), strict=True):
+            yield *part, decide(*part)
+
     def _in_float64(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
     ) -> Iterator[Predicted]:
@@ -375,11 +424,15 @@ class BlockSweep:
         setup, units = self.setup, len(job.members)
         decides = setup.replay if self.cascades[job].care == Care.REPLAY else setup.exact
         fitting = setup.memory // 8 // (8 * units * setup.classes)
-        for row, image in _every_pair(job, batch, units * max(1, min(IMAGES, fitting))):
+
+        def decide(row: Tensor, image: Tensor) -> Tensor:
             logits = decides.logits(batch, job, row, image)
             _tell(record, row, image, logits, clean)
             self.cascades[job].count(torch.float64, len(row))
-            yield row, image, decision(logits).prediction
+            return decision(logits).prediction
+
+        size = units * max(1, min(IMAGES, fitting))
+        yield from self._every_pair(job, batch, clean, size, decide)
 
     def _replayed(
         self, job: Job, batch: Batch, clean: Clean, record: Record | None
@@ -390,12 +443,15 @@ class BlockSweep:
         size = max(1, min(256, setup.at_a_time, fitting))
         own = replace(setup.own, rows=size)
         truth = functools.partial(setup.exact.logits, batch, job)
-        for row, image in _every_pair(job, batch, size):
+
+        def decide(row: Tensor, image: Tensor) -> Tensor:
             logits = own.logits(batch, job, row, image)
             close = clean_run.close_calls(logits, self.rounding.tolerance(logits))
             _tell(record, row, image, logits, clean)
             prediction = decision(logits).prediction.masked_fill(close, -1)
-            yield row, image, self.cascades[job].classify_in_float64(row, image, prediction, truth)
+            return self.cascades[job].classify_in_float64(row, image, prediction, truth)
+
+        yield from self._every_pair(job, batch, clean, size, decide)
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""
@@ -436,11 +492,10 @@ def _name(tier: torch.dtype) -> str:
     return str(tier).removeprefix("torch.")
 
 
-def _every_pair(job: Job, batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs (row, image), image by image, ``size`` at a time."""
+def _pairs(job: Job, batch: Batch) -> tuple[Tensor, Tensor]:
+    """All pairs (row, image), image by image."""
     image = torch.arange(len(batch)).repeat_interleave(len(job.members))
-    row = torch.arange(len(job.members)).repeat(len(batch))
-    yield from zip(row.split(size), image.split(size), strict=True)
+    return torch.arange(len(job.members)).repeat(len(batch)), image
 
 
 def _tell(record: Record | None, row: Tensor, image: Tensor, logits: Tensor, clean: Clean) -> None:

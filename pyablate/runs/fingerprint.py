@@ -35,7 +35,7 @@ def identify(
     audit: int,
     seed: int,
     measures: Sequence[str],
-    screened: float | None = None,
+    guarantee: Mapping[str, Any],
 ) -> Identity:
     """Describe a run by everything that its result depends on.
 
@@ -49,8 +49,8 @@ def identify(
         Those of this run, a part of the data under ``shard``.
     strategy, audit, seed, measures
         As :func:`pyablate.ablate` takes them.
-    screened : float, optional
-        Risk of a screened run; None of an exact one.
+    guarantee : mapping
+        Options of a screened or an estimated run, its guarantee among them; none of an exact one.
 
     Returns
     -------
@@ -65,9 +65,8 @@ def identify(
         "audit": audit,
         "seed": seed,
         "measures": list(measures),
+        **guarantee,
     }
-    if screened is not None:
-        options |= {"guarantee": "screened", "risk": screened}
     if directions is not None:
         options["directions"] = _directions(directions)
     if setup.axes:

@@ -23,6 +23,7 @@ from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
 from pyablate.runs.run_folder import Layout, RunStore, StoreMismatch, locked, open_store
+from pyablate.runs.sampling_design import Design
 from pyablate.runs.state import (
     care_of,
     pack_statistics,
@@ -111,7 +112,7 @@ def kept(
     identity: Identity,
     layout: Layout,
     statistics: Mapping[Key, Statistics],
-    thresholds: Thresholds | None = None,
+    thresholds: Thresholds | Design | None = None,
     *,
     fresh: bool,
     ranks: Ranks,
@@ -124,8 +125,8 @@ def kept(
         The folder; None keeps blocks in memory.
     identity, layout, statistics, fresh
         As :func:`pyablate.runs.run_folder.open_store` takes them.
-    thresholds : Thresholds or None
-        Of a screened run, measured beforehand like the statistics.
+    thresholds : Thresholds, Design or None
+        Of a screened or an estimated run, measured beforehand like the statistics.
     ranks : Ranks
         Who takes part: the first process opens the folder, all agree on what it finds.
 
@@ -297,7 +298,7 @@ class RunLoop:
             if before is not None:
                 block = replace(block, metadata=_with_mended(block.metadata, before))
             held.write(number, block)
-            self.made[number] = replace(block.metadata, measures={})  # as large as the result
+            self.made[number] = block.metadata.small  # as large as the result
 
     def _even_out(self) -> None:
         """Compute blocks again that were done with less care than later ones turned out to need.
@@ -360,7 +361,7 @@ class RunLoop:
                 state = block.metadata.state
                 restore_care(self.cascades, state)
                 self._raise(raised_of(state))
-                self.made[number] = replace(block.metadata, measures={})
+                self.made[number] = block.metadata.small
         if state is not None:
             restore_cascades(self.cascades, state, any_tier=self.any_tier)
         return damaged

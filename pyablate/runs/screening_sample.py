@@ -8,10 +8,10 @@ pairs are drawn among those with the lowest scores.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -36,8 +36,6 @@ from pyablate.runs.setup import Setup
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.chunking import GRADIENTS
 
-logger = logging.getLogger("pyablate")
-
 IMAGES, TOGETHER = 128, 16
 """Images on which thresholds are measured, all where there are fewer; and how many at a time."""
 
@@ -55,10 +53,15 @@ vanishes, a prediction of no change is worth no more than one of this."""
 Floats = NDArray[np.float64]
 
 
-def predictor(setup: Setup, suffixes: Mapping[Job, Suffix], places: Sequence[fx.Node]) -> Predictor:
+def predictor(
+    setup: Setup,
+    suffixes: Mapping[Job, Suffix],
+    places: Sequence[fx.Node],
+    nearest: int | None = None,
+) -> Predictor:
     """Make what predicts some jobs of a captured network."""
     assert setup.graph is not None
-    return Predictor(setup.graph, suffixes, setup.own.replacements, places, setup.memory)
+    return Predictor(setup.graph, suffixes, setup.own.replacements, places, setup.memory, nearest)
 
 
 @dataclass(eq=False)
@@ -83,16 +86,22 @@ class Sample:
         Of the pairs computed, by place; None for the units.
     actual : list of Tensor
         Leads that they keep in fact.
+    wanted : float
+        Pairs that are to be computed, about.
+    seconds : list of float
+        What each batch of these took.
     """
 
     suffix: Suffix
     places: list[fx.Node]
+    wanted: float
     pairs: int = 0
     live: list[Score] = field(default_factory=list)
     lowest: list[Tensor] = field(default_factory=list)
     drawn: list[Tensor] = field(default_factory=list)
     scored: dict[fx.Node | None, list[Score]] = field(default_factory=dict)
     actual: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     @cached_property
     def low_of_live(self) -> NDArray[np.bool_]:
@@ -132,23 +141,57 @@ class Sample:
         return self.scores(place, floor) - _relative(actual, floor)
 
 
-def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
-    """Predict and compute random pairs of the jobs that can be screened."""
+@dataclass(eq=False)
+class Samples:
+    """What was found of all jobs.
+
+    Attributes
+    ----------
+    scored : dict
+        Samples of the jobs whose pairs gradients tell of.
+    closed : set
+        Jobs with a closed form, or without effect on the logits: there is nothing to be saved.
+    unscored : str
+        Why there are no others, if so.
+    batch_seconds : list of (float, int)
+        What clean runs and predictions took, and of how many images.
+    """
+
+    scored: dict[Job, Sample] = field(default_factory=dict)
+    closed: set[Job] = field(default_factory=set)
+    unscored: str = ""
+    batch_seconds: list[tuple[float, int]] = field(default_factory=list)
+
+
+def samples(
+    setup: Setup, seed: int, wanted: Callable[[Job], float], nearest: int | None = None
+) -> Samples:
+    """Predict and compute random pairs of the jobs that can be screened.
+
+    Parameters
+    ----------
+    setup, seed
+        The run, and what draws the pairs.
+    wanted : callable
+        How many of each job.
+    nearest : int, optional
+        Only so many competitors are looked at, and pairs at their units only; else changes are
+        carried to narrow places of the network as well.
+    """
     graph = setup.graph
     if graph is None or setup.abrupt:
-        logger.warning(
-            "nothing is screened, everything is computed: the network %s",
-            "was not captured" if graph is None else "jumps, and its gradient does not show that",
-        )
-        return {}
+        why = "was not captured" if graph is None else "jumps, and its gradient does not show that"
+        return Samples(unscored=f"the network {why}")
     suffixes = {job: Suffix.of(graph, job) for job in setup.jobs}
-    suffixes = {job: one for job, one in suffixes.items() if graph.logits in one.nodes}
-    places = chosen_places(setup, suffixes)
-    found = {
-        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix.nodes)])
-        for job, suffix in suffixes.items()
-    }
-    guess = predictor(setup, suffixes, places)
+    told = Samples(closed={j for j, one in suffixes.items() if graph.logits not in one.nodes})
+    suffixes = {job: one for job, one in suffixes.items() if job not in told.closed}
+    places = chosen_places(setup, suffixes) if nearest is None else []
+    found = told.scored
+    for job, suffix in suffixes.items():
+        passed = [place for place in places if place in passed_by_all(suffix.nodes)]
+        found[job] = Sample(suffix, passed, wanted(job))
+    guess = predictor(setup, suffixes, places, nearest)
+    begin = time.perf_counter()
     for batch, clean in _batches(setup, seed, needed(suffixes.values())):
         try:
             predicted = guess.predict(batch, clean)
@@ -156,11 +199,8 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
             if out_of_memory.is_shortage(error):
                 raise
             reason = str(error).splitlines()[0]
-            logger.warning(
-                "nothing is screened, everything is computed: the network has no gradient (%s)",
-                reason,
-            )
-            return {}
+            return replace(told, scored={}, unscored=f"the network has no gradient ({reason})")
+        told.batch_seconds.append((time.perf_counter() - begin, len(batch)))
         for job in list(found):
             sweep = Sweep(suffixes[job], clean, setup.own.replacements(batch, job))
             with torch.no_grad():
@@ -168,9 +208,16 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
                     sweep.advance()
                 if sweep.head is not None:  # one comparison per pair: nothing to be saved
                     del found[job]
+                    told.closed.add(job)
                     continue
                 _sample(setup, sweep, batch, predicted, seed, found[job])
-    return found
+        begin = time.perf_counter()
+    return told
+
+
+def enough(setup: Setup, job: Job) -> float:
+    """Count the pairs of a job on which thresholds are measured."""
+    return min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
 
 
 def chosen_places(setup: Setup, suffixes: Mapping[Job, Suffix]) -> list[fx.Node]:
@@ -208,9 +255,8 @@ def _sample(
     found.live.append(scores)
     low = _lowest(scores)
     found.lowest.append(low)
-    wanted = min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
     every = len(job.rows) * min(IMAGES, len(setup.data))
-    chance = wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
+    chance = found.wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
     places = row.numpy() + job.rows.start, batch.index[image].numpy()
     drawn = torch.from_numpy(uniform(seed + 1, *places)) < chance
     found.drawn.append(drawn)
@@ -218,7 +264,9 @@ def _sample(
     if not len(row):
         return
     found.scored.setdefault(None, []).append(scores.only(drawn))
+    begin = time.perf_counter()
     found.actual.append(_leads(setup, sweep, row, image))
+    found.seconds.append(time.perf_counter() - begin)
     for place, score in carried_scores(setup, sweep, predicted, row, image, found.places).items():
         found.scored.setdefault(place, []).append(score)
 

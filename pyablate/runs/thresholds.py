@@ -10,6 +10,7 @@ logits: which places pay follows from the shares of pairs that stay open and the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -24,7 +25,7 @@ from pyablate.analysis.tail import Tail, safe_above
 from pyablate.engine.narrow_places import multiply_adds, shares
 from pyablate.engine.score import directions
 from pyablate.engine.suffix import Suffix
-from pyablate.runs.screening_sample import Sample, samples
+from pyablate.runs.screening_sample import Sample, enough, samples
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")
@@ -140,7 +141,10 @@ class Thresholds:
 
 def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     """Measure the thresholds of all jobs; see the module."""
-    found = samples(setup, seed)
+    known = samples(setup, seed, functools.partial(enough, setup))
+    found = known.scored
+    if known.unscored:
+        logger.warning("nothing is screened, everything is computed: %s", known.unscored)
     jobs = tuple(_best(found[job], risk) if job in found else None for job in setup.jobs)
     for job, one in zip(setup.jobs, jobs, strict=True):
         stages = (
@@ -152,8 +156,7 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     settled = sum(
         one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
     )
-    enough = min(1.0, ENOUGH / max(1.0, settled * len(setup.data)))
-    far = max(FAR_SHARE, enough)
+    far = max(FAR_SHARE, min(1.0, ENOUGH / max(1.0, settled * len(setup.data))))
     return Thresholds(risk, seed, max(NEAR_SHARE, far), far, jobs)
 
 
