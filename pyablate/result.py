@@ -66,7 +66,12 @@ class AblationResult(Record):
         every accuracy is agreement with it.
     screening : Screening or None
         Of a screened run, what was settled by prediction, and the certificate: see
-        :class:`pyablate.results.screening.Screening`. None where every prediction is exact.
+        :class:`pyablate.results.screening.Screening`. None in other runs.
+    estimate : Estimate or None
+        Of an estimated run, which pairs were computed: see
+        :class:`pyablate.results.estimate.Estimate`. Then accuracies, drops, ``lost`` and ``gained``
+        are estimates, of which :meth:`half_width` tells the 95 % intervals; what needs every
+        prediction raises ValueError. None in other runs.
 
     Examples
     --------

@@ -154,6 +154,7 @@ def cluster_images(
     """
     import xarray as xr
 
+    result.check_complete("cluster_images")
     _check(clusters, fewest, method)
     rows = _rows(result, layer)
     breaks = _breaks(result, rows)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from pyablate._validation import check_count, check_level, check_seed
-from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.results.estimate import WIDTH
+from pyablate.results.record import Counts, Floats, Ints, Record, coordinates
 from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
         class accuracy drop), ``p`` (float64, see :func:`mcnemar`), ``q`` (float64, ``p`` adjusted
         by Benjamini-Hochberg over all units x classes of the unit's layer) and ``significant``
         (bool, ``q <= fdr``). The test is two-sided: the sign of ``drop`` tells harm from benefit.
-        A class without images is not tested: NaN, not significant.
+        A class without images is not tested: NaN, not significant. Of an estimated run ``lost`` and
+        ``gained`` are estimates (float64), and ``p`` reckons with their variance.
 
     Raises
     ------
@@ -65,10 +67,11 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     import xarray as xr  # slow to import: half a second
 
     check_level("fdr", fdr)
+    uncertain = sampling_variance(result)
     p = np.empty(result.lost.shape)
     q = np.empty_like(p)
     for rows in layer_rows(result).values():  # by layers also because they fit into the cache
-        tested = mcnemar(result.lost[rows], result.gained[rows])
+        tested = mcnemar(result.lost[rows], result.gained[rows], uncertain[rows])
         tested[:, result.class_sizes == 0] = np.nan
         p[rows] = tested
         q[rows] = adjusted(tested.ravel()).reshape(tested.shape)
@@ -91,7 +94,32 @@ def significance(result: Record, *, fdr: float = 0.05) -> xr.Dataset:
     )
 
 
-def mcnemar(lost: Ints, gained: Ints) -> Floats:
+def sampling_variance(result: Record, of: str = "class_accuracy_drop") -> Floats:
+    """Variance of ``lost - gained`` that comes from the sample of an estimated run, in images².
+
+    Parameters
+    ----------
+    result : AblationResult
+        What was ablated.
+    of : str
+        ``"class_accuracy_drop"`` or ``"accuracy_drop"``.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[unit, class]`` or ``[unit]``; zeros where all pairs were decided.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import sampling_variance
+    >>> float(sampling_variance(result).max())
+    0.0
+    """
+    images = len(result.labels) if of == "accuracy_drop" else result.class_sizes
+    return np.square(np.nan_to_num(result.half_width(of)) * images / WIDTH)
+
+
+def mcnemar(lost: Counts, gained: Counts, variance: Floats | None = None) -> Floats:
     """Exact two-sided McNemar p value, elementwise.
 
     ``min(1, 2 P(X <= min(lost, gained)))`` with ``X`` binomial with ``lost + gained`` trials and
@@ -100,7 +128,11 @@ def mcnemar(lost: Ints, gained: Ints) -> Floats:
     Parameters
     ----------
     lost, gained : int64, one shape
-        Images that went from right to wrong and from wrong to right.
+        Images that went from right to wrong and from wrong to right; float64 where estimated.
+    variance : float64 of that shape, optional
+        Of their difference, for a sample's sake. Then both are scaled down to as many whole images
+        as have the same variance in all, and the binomial tail is taken between whole numbers by
+        the incomplete beta function.
 
     Returns
     -------
@@ -113,7 +145,14 @@ def mcnemar(lost: Ints, gained: Ints) -> Floats:
     >>> mcnemar(np.array([9, 5]), np.array([1, 5])).round(4).tolist()
     [0.0215, 1.0]
     """
-    tail: Floats = np.asarray(stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
+    if variance is None or not np.any(variance):
+        tail: Floats = np.asarray(stats.binom.cdf(np.minimum(lost, gained), lost + gained, 0.5))
+        return np.minimum(1.0, 2 * tail)
+    lost, gained = np.maximum(lost, 0.0), np.maximum(gained, 0.0)
+    total = lost + gained
+    scale = np.divide(total, total + variance, out=np.zeros(total.shape), where=total > 0)
+    fewer = np.minimum(lost, gained) * scale
+    tail = np.asarray(special.betainc(np.maximum(total * scale - fewer, 1e-9), fewer + 1.0, 0.5))
     return np.minimum(1.0, 2 * tail)
 
 
@@ -158,6 +197,7 @@ def max_class_test(result: Record, *, splits: int = 10, seed: int = 0) -> pd.Dat
     >>> result.max_class_test(seed=0)[["label", "max_class"]].iloc[14].tolist()
     ['features.16:14', 'T-shirt/top']
     """
+    result.check_complete("max_class_test")
     where = np.arange(len(result.units)), result.max_class
     p = _max_p(result)
     q = np.full_like(p, np.nan)
@@ -195,6 +235,7 @@ def noise_floor(result: Record) -> Floats:
     >>> result.noise_floor().shape
     (128,)
     """
+    result.check_complete("noise_floor")
     present = result.class_sizes > 0
     sizes = result.class_sizes[present]
     expected = np.empty(len(result.units))
@@ -237,6 +278,7 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     >>> result.split_half_drop(splits=2, seed=0).shape
     (128,)
     """
+    result.check_complete("split_half_drop")
     check_count("splits", splits)
     check_seed(seed)
     usable = np.flatnonzero(result.class_sizes > 1)

@@ -133,13 +133,12 @@ def demo(
     import pyablate as pa
     from pyablate._validation import check_choice
     from pyablate.reference.timing import hook_loop_seconds
-    from pyablate.results.screening import GUARANTEES
     from pyablate.results.store import check_writable
 
     model, images, labels = pa.demo.load(name, limit=limit)
     check_writable(output / "run.zarr")
     check_files(output=output / "units.csv")
-    check_choice("guarantee", guarantee, GUARANTEES)
+    check_choice("guarantee", guarantee, ("exact", "screened"))
     sites = pa.select(pa.sites(model, images[:1]), "*")
     result = pa.ablate(
         model, (images, labels), layers=["*"], class_names=pa.demo.CLASSES, progress=progress

@@ -99,7 +99,16 @@ Guarantee = Annotated[
     typer.Option(
         metavar="NAME",
         help="exact: every prediction is computed. screened: predictions that gradients say cannot "
-        "change are not computed, but for a random sample that bounds how many of them are wrong.",
+        "change are not computed, but for a random sample that bounds how many of them are wrong. "
+        "estimated (run only): a random sample is computed, figures are estimates with intervals.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of an estimated run: how much to compute, as a share of the pairs (2%), a number of "
+        "them (500000) or a time (90s, 10min, 2h).",
     ),
 ]
 Risk = Annotated[

@@ -22,6 +22,7 @@ from pyablate.cli.options import (
     Axes,
     Bar,
     BatchSize,
+    Budget,
     Csv,
     Device,
     Fresh,
@@ -59,6 +60,7 @@ def run(
     measures: Measures = None,
     guarantee: Guarantee = "exact",
     risk: Risk = 1e-5,
+    budget: Budget = None,
     on_mismatch: OnMismatch = "error",
     seed: Seed = 0,
     device: Device = None,
@@ -101,7 +103,7 @@ def run(
     from pyablate.runtime.distributed import is_first, own_device, started_by_torchrun
     from pyablate.runtime.progress import JsonLines
 
-    budget, part = parse_bytes("--memory", memory), parse_shard(shard)
+    room, part = parse_bytes("--memory", memory), parse_shard(shard)
     check_place(output, fresh=fresh)
     check_files(csv=csv)
     distributed = started_by_torchrun()
@@ -120,10 +122,11 @@ def run(
         measures=measures or (),
         guarantee=guarantee,
         risk=risk,
+        budget=budget,
         class_names=data.class_names,
         device=device,
         batch_size=batch_size,
-        memory=budget,
+        memory=room,
         on_mismatch=on_mismatch,
         seed=seed,
         progress=lines if as_json and progress is not False else progress,
@@ -201,7 +204,7 @@ def _record(result: AblationResult) -> dict[str, object]:
         "units": len(result.units),
         "images": len(result.labels),
         "classes": result.classes,
-        "flips": len(result.flips.image),
+        "flips": float(result.flip_count.sum()) if result.estimate else len(result.flips.image),
         "baseline_accuracy": result.baseline_accuracy,
         "labelled": result.labelled,
         "audit": {
@@ -212,6 +215,7 @@ def _record(result: AblationResult) -> dict[str, object]:
         },
         "guarantee": result.guarantee,
         **_screened(result),
+        **_estimated(result),
         "strategy": result.strategy,
         "seconds": round(result.seconds, 3),
     }
@@ -223,3 +227,11 @@ def _screened(result: AblationResult) -> dict[str, object]:
         return {}
     names = ("pairs", "settled", "computed", "sampled", "wrong", "missed_bound", "upper_bound")
     return {"screening": {name: getattr(found, name) for name in names}}
+
+
+def _estimated(result: AblationResult) -> dict[str, object]:
+    found = result.estimate
+    if found is None:
+        return {}
+    counts = {"pairs": int(found.live.sum()), "drawn": int(found.drawn.sum())}
+    return {"estimate": {"budget": found.budget, "expected": found.expected, **counts}}

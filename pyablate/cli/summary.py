@@ -38,12 +38,23 @@ def summary(result: AblationResult) -> list[RenderableType]:
         summary_table(result),
         f"Audit: {result.audit}",
         *([] if result.screening is None else [f"Screening: {result.screening}"]),
+        *([] if result.estimate is None else [f"Estimate: {result.estimate}", _precision(result)]),
         *(
             f"{name.capitalize()} changes: {each.accuracy}"
             for name, each in result.measures.items()
         ),
         f"Time: {_time(result.seconds)} for {units * images:,} (unit, image) pairs",
     ]
+
+
+def _precision(result: AblationResult) -> str:
+    """Say how far off the drops are."""
+    width = result.half_width()
+    mean, largest = (points(share) for share in (width.mean(), width.max()))
+    return (
+        f"95 % interval of a unit's {result.word} drop: ± {mean} points on average, ± {largest} at "
+        "most"
+    )
 
 
 def summary_table(result: AblationResult) -> Table:

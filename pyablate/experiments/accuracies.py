@@ -56,6 +56,7 @@ def baseline_false(result: AblationResult) -> Ints:
 
 def _false_change(result: AblationResult) -> Ints:
     """int64 [row, class]: by how many these become more."""
+    result.check_complete("balanced_accuracy")
     image, row = result.flips.image, result.flips.row
     shape = len(result.units), result.classes
     change = np.zeros(shape[0] * shape[1], dtype=np.int64)

@@ -17,6 +17,7 @@ from pyablate.analysis.statistics import layer_rows
 from pyablate.analysis.targets import gini
 from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
+from pyablate.experiments.units import check_every_pair
 from pyablate.interventions import Intervention
 from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
@@ -151,6 +152,7 @@ def rotation_control(
     check_count("rotations", rotations)
     check_seed(seed)
     _check(("units", "rotated"), fewest, resamples, confidence)
+    check_every_pair(options)
     held = gathered(data)
     network = classifier(model, logits=options.get("logits"))
     axes = directions.rotations(

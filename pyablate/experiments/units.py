@@ -18,8 +18,24 @@ from pyablate.results.record import Ints
 from pyablate.runtime.determinism import undisturbed
 
 
+def check_every_pair(options: Mapping[str, Any]) -> None:
+    """Refuse options of a run that computes a sample of the predictions.
+
+    Raises
+    ------
+    ValueError
+        They are.
+    """
+    if options.get("guarantee") == "estimated":
+        raise ValueError(
+            "guarantee: expected 'exact' or 'screened', as every prediction is needed here, got "
+            "'estimated'"
+        )
+
+
 def opened(model: nn.Module, data: Any, options: Mapping[str, Any] = MappingProxyType({})) -> Ready:
     """Copy the model and look at the data, as :func:`pyablate.ablate` will with these options."""
+    check_every_pair(options)
     known: dict[str, Any] = {name: options.get(name) for name in ("axis", "logits")}
     check_model(model)
     with undisturbed(), torch.inference_mode(False):

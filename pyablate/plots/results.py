@@ -13,7 +13,14 @@ from scipy.spatial import distance
 
 from pyablate._validation import check_choice, check_count, check_level
 from pyablate.analysis.correlation import chosen_layers, correlate
-from pyablate.analysis.statistics import adjusted, layer_rows, max_class_test, mcnemar, significance
+from pyablate.analysis.statistics import (
+    adjusted,
+    layer_rows,
+    max_class_test,
+    mcnemar,
+    sampling_variance,
+    significance,
+)
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
 from pyablate.plots.drawing import (
@@ -77,7 +84,8 @@ class ResultPlots:
         exact McNemar test over all images, both adjusted over the units of a layer. The grey band
         is the noise floor, the largest class drop to expect of harmless units (:func:`noise_floor
         <pyablate.analysis.statistics.noise_floor>`): 5 % to 95 % of the layer's units, with the
-        median. The overall drop of a harmless unit is 0 on average.
+        median. The overall drop of a harmless unit is 0 on average. Of an estimated run only that
+        can be drawn, with the 95 % interval of each unit.
 
         Parameters
         ----------
@@ -120,6 +128,8 @@ class ResultPlots:
             if len(rows):
                 style: dict[str, Any] = {"s": 12, "color": colour, "alpha": 0.8, "linewidths": 0}
                 axes.scatter(place[rows], drops[rows], label=meaning, **style)
+        if self.result.estimate is not None:
+            _interval(axes, place[shown], drops[shown], 100 * self.result.half_width(drop)[shown])
         for rows in chosen.values():
             for row in rows[np.argsort(-drops[rows], kind="stable")][:names]:
                 text = _name(self.result, row, with_class=drop == "max_class_drop")
@@ -236,6 +246,9 @@ class ResultPlots:
                 net = (lost - gained)[shown][which]
                 style: dict[str, Any] = {"s": 26, "color": face, "edgecolors": "black", "zorder": 3}
                 axes.scatter(net, place[which], label=meaning, **style)
+        if result.estimate is not None:
+            width = 100 * result.half_width("class_accuracy_drop")[row][shown]
+            _interval(axes, (lost - gained)[shown], place, width, upright=False)
         axes.axvline(0, color="black", linewidth=0.8)
         tick(axes.yaxis, [result.class_names[k] for k in shown])
         axes.invert_yaxis()
@@ -327,10 +340,18 @@ def _chance(result: Record, drop: str) -> tuple[Floats, Floats | None]:
     if drop == "max_class_drop":
         tests = max_class_test(result, splits=1)
         return tests["q"].to_numpy(), tests["noise_floor"].to_numpy()
-    p = mcnemar(result.lost.sum(axis=1), result.gained.sum(axis=1))
+    counts = result.lost.sum(axis=1), result.gained.sum(axis=1)
+    p = mcnemar(*counts, sampling_variance(result, "accuracy_drop"))
     for rows in layer_rows(result).values():
         p[rows] = adjusted(p[rows])
     return p, None
+
+
+def _interval(axes: Axes, x: Floats, y: Floats, width: Floats, *, upright: bool = True) -> None:
+    """Draw 95 % intervals of what an estimated run estimates."""
+    ends: dict[str, Any] = {"yerr" if upright else "xerr": width}
+    style: dict[str, Any] = {"fmt": "none", "ecolor": CHANCE, "elinewidth": 0.8, "zorder": 1}
+    axes.errorbar(x, y, **ends, label="95 % interval", **style)
 
 
 def _floors(axes: Axes, floors: Sequence[Floats]) -> None:

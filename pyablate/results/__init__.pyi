@@ -1,5 +1,6 @@
 """The record of what an ablation found, and how it is stored."""
 
+from .estimate import Estimate as Estimate
 from .measures import MEASURES as MEASURES
 from .record import Audit as Audit
 from .record import Effort as Effort
