@@ -77,11 +77,20 @@ class Estimate:
     spread: Floats
 
     def __add__(self, other: Estimate) -> Estimate:
-        """Join what two parts of a run drew."""
+        """Join what two parts of a run drew.
+
+        Of shards with a time each, designs differ: the factor that tells of less is taken.
+        """
+        levels = max(self.live.shape[1], other.live.shape[1])
+        mine, theirs = (
+            np.pad(part.live, ((0, 0), (0, levels - part.live.shape[1]))) for part in (self, other)
+        )
         return replace(
             self,
+            expected=max(self.expected, other.expected),
+            factor=min(self.factor, other.factor),
             top=np.maximum(self.top, other.top),
-            live=self.live + other.live,
+            live=mine + theirs,
             drawn=self.drawn + other.drawn,
             spread=self.spread + other.spread,
         )
@@ -164,6 +173,7 @@ class Estimate:
         first, weight = _wrong(row, image, weight)
         row, column = row[first], column[first]
         level = np.rint(np.log2(self.top[row] * weight)).astype(np.int64)
+        level = level.clip(0, self.live.shape[1] - 1)
         found = np.zeros(self.live.shape, dtype=np.int64)
         np.add.at(found, (row, level), 1)
         chance = self.chance

@@ -254,7 +254,7 @@ class Record:
         return (
             f"{type(self).__name__}({len(self.units)} units, {len(self.labels)} images, "
             f"{self.classes} classes, {self.intervention}, "
-            f"{self._baseline}, {len(self.flips.image)} flips{self._guarantee})"
+            f"{self._baseline}, {self.flip_count.sum():.0f} flips{self._guarantee})"
         )
 
     @property

@@ -210,5 +210,5 @@ def _scored(
 
 
 def _sums(cell: Tensor, cells: int, of: Tensor | None = None) -> np.ndarray:
-    """Count pairs by cell, or sum numbers; the sums are exact, see ``JobDesign``."""
+    """Count pairs by cell, or sum numbers; these are chances, whose sums are exact."""
     return np.bincount(cell.numpy(), None if of is None else of.numpy(), minlength=cells)

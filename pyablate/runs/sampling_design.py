@@ -94,7 +94,7 @@ _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class JobDesign:
-    """Chances of a job's pairs: ``top / 2**level``.
+    """Chances of a job's pairs: ``top / 2**level``, all of few binary digits.
 
     Attributes
     ----------
@@ -195,7 +195,7 @@ def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: i
     factor, share, expected = plan(pairs)
     deepest = _deepest(share)
     designs = {
-        job: curves[job].design(factor, deepest) if job in curves else JobDesign(_short(share))
+        job: curves[job].design(factor, deepest) if job in curves else JobDesign(_dyadic(share))
         for job in open_
     }
     for job in setup.jobs:
@@ -372,6 +372,12 @@ def _sums(took: Sequence[tuple[float, int]]) -> tuple[float, int]:
     """Seconds, and for how many; without the first ones, which have to get ready."""
     some = took[1:] or took
     return sum(seconds for seconds, _ in some), max(1, sum(count for _, count in some))
+
+
+def _dyadic(number: float) -> float:
+    """Eight binary digits, so that sums of chances are exact, whatever their order."""
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(math.floor(256 * mantissa), exponent - 8)
 
 
 def _short(number: float) -> float:

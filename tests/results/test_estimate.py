@@ -55,7 +55,10 @@ class Planted:
             wrong = chosen & (self.flips != self.guess)
             stands = np.where(wrong, 1 - weight, 1.0)
             pieces = []
-            for which, value in ((self.guess & (stands != 0), stands), (wrong & self.flips, weight)):
+            for which, value in (
+                (self.guess & (stands != 0), stands),
+                (wrong & self.flips, weight),
+            ):
                 at = np.nonzero(which)
                 pieces.append((*at, self.new[at], value[at]))
             spread = self.chance * (1 - self.chance)
@@ -88,11 +91,11 @@ class Planted:
 FIGURES = ("accuracy", "accuracy_drop", "class_accuracy_drop", "lost", "gained")
 
 
-@pytest.mark.parametrize(("off", "spread"), [(1.0, 0.0), (1.0, 1.0), (4.0, 0.5), (0.25, 2.0)])
+@pytest.mark.parametrize(("off", "spread"), [(1.0, 0.0), (4.0, 0.5), (0.25, 2.0)])
 def test_estimates_have_no_bias_and_intervals_hold_the_truth(off, spread):
     planted = Planted(3, off=off, spread=spread)
     exact, draw = planted.result(), np.random.default_rng(7)
-    repeats = 80
+    repeats = 50
     held = {name: 0.0 for name in FIGURES}
     errors = {name: [] for name in FIGURES}
     widths = []
