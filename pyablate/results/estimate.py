@@ -32,6 +32,9 @@ RARE = 0.005
 """Chance to find a wrong prediction of a unit in its deepest levels up to which their weights are
 left out of its interval: what happens so seldom does not belong into one of 95 %."""
 
+SHAPE = 2.0
+"""Of the gamma distribution of how much units differ in their share of wrong predictions."""
+
 ARRAYS = ("top", "live", "drawn", "spread")
 """Arrays of an estimate."""
 
@@ -112,7 +115,7 @@ class Estimate:
     @classmethod
     def of(cls, known: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Estimate:
         """Undo ``to_json`` and ``arrays``."""
-        return cls(**known, **{name: arrays[name] for name in ARRAYS})
+        return cls(**{**known, **{name: arrays[name] for name in ARRAYS}})
 
     @property
     def chance(self) -> Floats:
@@ -146,8 +149,8 @@ class Estimate:
         predictions, of which those of a unit that were found give a noisy sum, none where none was
         found. So what was found of all units of a layer tells what share of the pairs of a level is
         predicted wrongly; a unit is taken to have that, times how many more were found of it than
-        so were to be expected (a gamma distribution of shape 1 is what is known of that before).
-        The larger of the two counts.
+        so were to be expected (what is known of that before is a gamma distribution). The larger of
+        the two counts.
 
         Parameters
         ----------
@@ -185,7 +188,7 @@ class Estimate:
         own, seen = np.zeros(share.shape), np.zeros(share.shape)
         np.add.at(own, (row, column), 1.0)
         np.add.at(seen, (row, column), weight * (weight - 1.0))
-        more = (1.0 + own) / (1.0 + expected.sum(axis=1, keepdims=True) * share)
+        more = (SHAPE + own) / (SHAPE + expected.sum(axis=1, keepdims=True) * share)
         variance = np.maximum(usual * share * more + unseen + unseen**2, seen)
         return np.asarray(WIDTH * np.sqrt(variance))
 

@@ -164,7 +164,7 @@ class Joining:
 
 def write_block(path: Path, block: Block, run: str) -> None:
     """Write a block's file, whole or not at all."""
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "labels": block.labels.astype(np.int32),
         "baseline": block.baseline.astype(np.int32),
         "flips": np.diff(block.flips.start).astype(np.int32),

@@ -12,6 +12,7 @@ from support.stores import contents
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import sampling_design
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.sampling_design import Budget
@@ -96,7 +97,7 @@ def test_against_exact_results_with_many_seeds(stepped):
         squares.append((error**2).mean())
         drawn.append(found.estimate.drawn.sum() / (UNITS * IMAGES))
         assert (found.estimate.live.sum(axis=1) <= IMAGES).all()
-    assert min(held.values()) >= 0.93, held
+    assert min(held.values()) >= (0.9 if stepped else 0.93), held  # of 96 units at least
     assert abs(np.mean(totals)) < 4 * np.std(totals) / np.sqrt(repeats)
     before = 0.0 if stepped else 0.2 * share
     assert np.mean(drawn) == pytest.approx(share - before, rel=0.25)
@@ -122,11 +123,14 @@ def test_the_audit_changes_nothing_of_the_sample(case):
 
 
 def test_the_audit_finds_what_is_wrong(case, exact, monkeypatch):
-    def wrong(self: Any, row: Tensor, image: Tensor, *rest: Any, **more: Any) -> Tensor:
-        return torch.full((len(row),), 4, dtype=torch.int32)
+    classify = PrecisionCascade.classify
 
-    monkeypatch.setattr("pyablate.engine.precision_cascade.PrecisionCascade.classify", wrong)
-    found = ablate(case, audit=300, budget="50%")
+    def blind(self: Any, *arguments: Any, record: Any = None, **options: Any) -> Tensor:
+        found = classify(self, *arguments, record=record, **options)
+        return found if record is not None else torch.zeros_like(found)  # not those beforehand
+
+    monkeypatch.setattr(PrecisionCascade, "classify", blind)
+    found = ablate(case, audit=300)
     assert found.audit.mended > 0
     assert np.allclose(found.accuracy_drop, exact.accuracy_drop[:UNITS])  # all, more carefully
 
