@@ -145,8 +145,12 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     ).maps["cosine"],
     "attribution_maps": lambda c: [
         attribution.attribution_maps(c.model, c.images, LABELS[:2], method)
-        for method in ("grad_cam", "integrated_gradients", "lrp")
+        for method in ("grad_cam", "integrated_gradients", "lrp", "clrp")
     ],
+    "conditional_maps": lambda c: attribution.conditional_maps(
+        c.model, c.images, LABELS[:2], ["act:1"]
+    ),
+    "relmax": lambda c: attribution.relmax(c.model, c.data, "act", count=3).to_array(),
     "latency": lambda c: len(compression.latency({"a": c.model}, c.sample, repeats=1)),
     "size": lambda c: compression.size(c.model, c.sample).flops,
     "masked": lambda c: compression.masked(c.model, c.ranking, 0.3, c.sample),
@@ -198,6 +202,8 @@ NEED_NO_LOGITS = {
 NEED_IMAGES = {
     "attribution_maps": "images: expected a tensor",
     "attributions_preserved": "images: expected a tensor",
+    "conditional_maps": "images: expected a tensor",
+    "relmax": "model: relevance has no rule for this network",
     "write_report": r"data: expected images \[N, C, H, W\] to draw",
 }
 
