@@ -3,7 +3,9 @@
 from pyablate.experiments._cumulative import Cumulative, cumulative
 from pyablate.experiments._minimal_sets import MinimalSets, minimal_sets
 from pyablate.experiments._pairs import Pairs, pairs
+from pyablate.experiments._patterns import activation_patterns
 from pyablate.experiments._shapley import Shapley, shapley
+from pyablate.experiments._spectral import influence_graph, spectral_profile
 from pyablate.experiments.accuracies import balanced_accuracy
 from pyablate.experiments.controls import RotationControl, compare_damage, rotation_control
 
@@ -13,11 +15,14 @@ __all__ = [
     "Pairs",
     "RotationControl",
     "Shapley",
+    "activation_patterns",
     "balanced_accuracy",
     "compare_damage",
     "cumulative",
+    "influence_graph",
     "minimal_sets",
     "pairs",
     "rotation_control",
     "shapley",
+    "spectral_profile",
 ]

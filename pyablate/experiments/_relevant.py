@@ -16,8 +16,11 @@ from pyablate.attribution.propagation import Propagation, one_hot
 from pyablate.interventions import random_rotation
 from pyablate.network.sites import Site
 
-STEPS = 300
+STEPS = 100
 """Of gradient ascent."""
+
+STARTS = 5
+"""Random directions from which it starts; the best end counts."""
 
 Rows = tuple[Tensor, Tensor]
 """Activations and contexts, float64 ``[positions of all images, units]``."""
@@ -91,20 +94,27 @@ def disentangled(rows: Rows, blocks: int, size: int, seed: int) -> Tensor:
     """
     a, c = rows
     scale = (a * c).sum(1).abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    basis = random_rotation(a.shape[1], seed=seed)[:, : blocks * size]
-    for step in range(STEPS):
+    starts = [random_rotation(a.shape[1], seed=seed * STARTS + turn) for turn in range(STARTS)]
+    climbed = [_climbed(a, c / scale, each[:, : blocks * size], size) for each in starts]
+    basis = max(climbed, key=lambda each: each[0])[1]
+    order = _relevances(a, c, basis, size).sum(0).argsort(descending=True)
+    return basis.unflatten(1, (blocks, size))[:, order].flatten(1)
+
+
+def _climbed(a: Tensor, c: Tensor, basis: Tensor, size: int) -> tuple[float, Tensor]:
+    """Ascend from some directions: the value reached, and the directions there."""
+    blocks = basis.shape[1] // size
+    for step in range(STEPS + 1):
         basis = basis.detach().requires_grad_()
-        soft = _relevances(a, c / scale, basis, size).clamp(min=0).square().mean(0)
+        soft = _relevances(a, c, basis, size).clamp(min=0).square().mean(0)
         value = (soft + 1e-12).pow(0.25).mean()
         (gradient,) = torch.autograd.grad(value, basis)
         length = gradient.norm()
-        if length == 0:
+        if step == STEPS or length == 0:
             break
         rate = 0.5 * (1 - step / STEPS) * blocks**0.5
         basis = _orthogonal(basis.detach() + rate * gradient / length)
-    total = _relevances(a, c, basis.detach(), size).sum(0)
-    order = total.argsort(descending=True)
-    return basis.detach().unflatten(1, (blocks, size))[:, order].flatten(1)
+    return float(value.detach()), basis.detach()
 
 
 def _relevances(a: Tensor, c: Tensor, basis: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from pyablate.report.curves import curve_charts, sets_by_class
 from pyablate.report.examples import ACTIVATING, examples
 from pyablate.report.numbers import contents
 from pyablate.report.page import page
+from pyablate.report.patterns import pattern_rows
 from pyablate.report.relations import relations
 from pyablate.results.record import Ints, Record
 
@@ -40,6 +41,7 @@ def write_report(
     relevant: xr.Dataset | None = None,
     curves: Any = None,
     minimal_sets: Any = None,
+    patterns: xr.Dataset | None = None,
     provenance: Mapping[str, object] | None = None,
     title: str = "Unit ablation",
     fdr: float = 0.05,
@@ -69,6 +71,8 @@ def write_report(
         mapping (with titles) of these.
     minimal_sets : MinimalSets, pandas.DataFrame or path of a CSV file, optional
         From :func:`pyablate.minimal_sets`.
+    patterns : xarray.Dataset, optional
+        From :func:`pyablate.activation_patterns` on the same images.
     provenance : mapping of str to object, optional
         Lines about where the result comes from: model, data, versions.
     title : str
@@ -100,6 +104,7 @@ def write_report(
     gathered["attributes"] = None if attributes is None else relations(result, attributes)
     gathered["curves"] = curve_charts(curves)
     gathered["sets"] = sets_by_class(minimal_sets, result)
+    gathered["patterns"] = None if patterns is None else pattern_rows(result, patterns)
     gathered["examples"] = _examples(result, model, data, relevant, device)
     text = _fitting(gathered)
     with whole(Path(path), "path") as fresh:
