@@ -27,12 +27,14 @@ from .compression import rank as rank
 from .compression import remove as remove
 from .compression import sensitivity as sensitivity
 from .engine.care import AuditError as AuditError
+from .experiments import ClassFeatures as ClassFeatures
 from .experiments import Cumulative as Cumulative
 from .experiments import MinimalSets as MinimalSets
 from .experiments import Pairs as Pairs
 from .experiments import RotationControl as RotationControl
 from .experiments import Shapley as Shapley
 from .experiments import activation_patterns as activation_patterns
+from .experiments import class_features as class_features
 from .experiments import compare_damage as compare_damage
 from .experiments import cumulative as cumulative
 from .experiments import influence_graph as influence_graph

@@ -125,6 +125,7 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     "influence_graph": lambda c: pa.influence_graph(
         c.model, c.data, (weighted(c), weighted(c)), share=0.5
     )["influence"],
+    "class_features": lambda c: pa.class_features(c.model, c.data).mask,
     "shapley": lambda c: pa.shapley(c.model, c.data, "act", permutations=2, **Q).data["value"],
     "rotation_control": lambda c: pa.rotation_control(
         c.model, c.data, "act", rotations=1, **Q

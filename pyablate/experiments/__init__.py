@@ -1,5 +1,6 @@
 """Experiments that ablate more than single units, or compare what single units do."""
 
+from pyablate.experiments._class_features import ClassFeatures, class_features
 from pyablate.experiments._cumulative import Cumulative, cumulative
 from pyablate.experiments._minimal_sets import MinimalSets, minimal_sets
 from pyablate.experiments._pairs import Pairs, pairs
@@ -10,6 +11,7 @@ from pyablate.experiments.accuracies import balanced_accuracy
 from pyablate.experiments.controls import RotationControl, compare_damage, rotation_control
 
 __all__ = [
+    "ClassFeatures",
     "Cumulative",
     "MinimalSets",
     "Pairs",
@@ -17,6 +19,7 @@ __all__ = [
     "Shapley",
     "activation_patterns",
     "balanced_accuracy",
+    "class_features",
     "compare_damage",
     "cumulative",
     "influence_graph",

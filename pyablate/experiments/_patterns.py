@@ -144,7 +144,7 @@ def activation_patterns(
 
 
 def _largest_first(labels: Ints) -> Ints:
-    """Number clusters by size; of equal sizes the one with the first image; -1 stays."""
+    """Give the largest cluster number 0; of equal sizes the one with the first image; -1 stays."""
     found, first, size = np.unique(labels[labels >= 0], return_index=True, return_counts=True)
     rank = np.full(len(found) + 1, -1, dtype=np.int64)  # the last is what -1 takes
     rank[found[np.lexsort((first, -size))]] = np.arange(len(found))

@@ -197,7 +197,8 @@ def relevant(
     eigenvectors of ``E[a c^T + c a^T]``: the first d of them keep as much of the relevance as d
     directions can. With ``subspaces``, the directions are orthogonal blocks that maximise a soft
     mean of their rectified relevances instead: each block is relevant at positions of its own, so
-    that concepts come apart; the best end of five random starts counts (Chormai, Herrmann, Mueller, Montavon 2022, arXiv:2212.14855).
+    that concepts come apart; the best end of five random starts counts (Chormai, Herrmann,
+    Mueller, Montavon 2022, arXiv:2212.14855).
 
     Parameters
     ----------

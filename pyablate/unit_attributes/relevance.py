@@ -79,7 +79,7 @@ def relevance(
 def contrastive(
     model: nn.Module, images: Tensor, labels: Tensor, sites: Sequence[Site], size: int
 ) -> dict[str, Tensor]:
-    """Contrastive relevance (CLRP1) of each unit for the labelled class, float64 ``[N, C]`` by site.
+    """Contrastive relevance (CLRP1) of units for the labelled class, float64 ``[N, C]`` by site.
 
     Relevance by the z+ rule, summed over positions, divided by its sum over the layer, minus that
     of all other classes, likewise; positive part.

@@ -34,7 +34,7 @@ def draw(count: int = 6) -> Tensor:
 
 
 def box_rule(layer: nn.Conv2d, x: Tensor, low: Tensor, high: Tensor, relevance: Tensor) -> Tensor:
-    """z^B of one image, as a loop over inputs: each layer is a matrix, which the unit images give."""
+    """z^B of one image; the layer is a matrix, which images of a single 1 give."""
     size = x.numel()
     with torch.no_grad():
         none = layer(torch.zeros_like(x)[None]).flatten()

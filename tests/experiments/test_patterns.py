@@ -103,7 +103,7 @@ def test_patterns_in_a_report(tmp_path):
     contrast[0, 1], contrast[1, :3] = 3.0, (1.0, -2.0, 0.5)
     found = xr.Dataset(
         {
-            "pattern": ("image", np.repeat([0, 1, -1], [30, 20, 10])),
+            "pattern": ("image", np.repeat([0, 1, -1], [150, 100, 50])),
             "size": ("pattern", [30, 20]),
             "prototype": ("pattern", [4, 41]),
             "class_share": (("pattern", "class"), [[0, 0.9, 0, 0, 0.1], [1, 0, 0, 0, 0]]),
@@ -115,7 +115,7 @@ def test_patterns_in_a_report(tmp_path):
     result.report(tmp_path / "r.html", patterns=found)
     shown = data_of((tmp_path / "r.html").read_text())["patterns"]
     assert shown["layer"] == "somewhere"
-    assert shown["left"] == 10
+    assert shown["left"] == 50
     assert [row["classes"] for row in shown["rows"]] == [[[1, 0.9], [4, 0.1]], [[0, 1.0]]]
     assert [row["units"][0] for row in shown["rows"]] == [[labels[1], 3.0], [labels[1], -2.0]]
     for wrong, error in ((found.isel(image=slice(9)), ValueError), (xr.Dataset(), TypeError)):
