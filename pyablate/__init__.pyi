@@ -31,6 +31,7 @@ from .experiments import ClassFeatures as ClassFeatures
 from .experiments import Cumulative as Cumulative
 from .experiments import MinimalSets as MinimalSets
 from .experiments import Pairs as Pairs
+from .experiments import Representative as Representative
 from .experiments import RotationControl as RotationControl
 from .experiments import Shapley as Shapley
 from .experiments import activation_patterns as activation_patterns
@@ -40,9 +41,11 @@ from .experiments import cumulative as cumulative
 from .experiments import influence_graph as influence_graph
 from .experiments import minimal_sets as minimal_sets
 from .experiments import pairs as pairs
+from .experiments import representative as representative
 from .experiments import rotation_control as rotation_control
 from .experiments import shapley as shapley
 from .experiments import spectral_profile as spectral_profile
+from .experiments import unit_sets as unit_sets
 from .interventions import Intervention as Intervention
 from .network.classifier import classifier as classifier
 from .network.sites import Site as Site

@@ -5,8 +5,10 @@ from pyablate.experiments._cumulative import Cumulative, cumulative
 from pyablate.experiments._minimal_sets import MinimalSets, minimal_sets
 from pyablate.experiments._pairs import Pairs, pairs
 from pyablate.experiments._patterns import activation_patterns
+from pyablate.experiments._representative import Representative, representative
 from pyablate.experiments._shapley import Shapley, shapley
 from pyablate.experiments._spectral import influence_graph, spectral_profile
+from pyablate.experiments._unit_sets import unit_sets
 from pyablate.experiments.accuracies import balanced_accuracy
 from pyablate.experiments.controls import RotationControl, compare_damage, rotation_control
 
@@ -15,6 +17,7 @@ __all__ = [
     "Cumulative",
     "MinimalSets",
     "Pairs",
+    "Representative",
     "RotationControl",
     "Shapley",
     "activation_patterns",
@@ -25,7 +28,9 @@ __all__ = [
     "influence_graph",
     "minimal_sets",
     "pairs",
+    "representative",
     "rotation_control",
     "shapley",
     "spectral_profile",
+    "unit_sets",
 ]
