@@ -101,7 +101,8 @@ class _Passed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.each(x)
         carried = x * (z / torch.where(x == 0, 1, x)).detach()
-        return carried + (z - carried).detach()
+        kept: Tensor = carried + (z - carried).detach()
+        return kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_count, check_fraction
+from pyablate._validation import check_count, check_fraction, nearest
 from pyablate.data.dataset import Data
 from pyablate.experiments.split import split
 from pyablate.experiments.units import opened
@@ -159,18 +159,18 @@ class ClassFeatures:
         >>> found.overlap({"8": ["features.16:3", "features.16:5"]})["other"].tolist()
         [2]
         """
-        rows = self.table.set_index("class")
+        sets = dict(zip(self.table["class"], self.table["features"], strict=True))
         features = self.mask.shape[1]
         lines = []
         for name, units in others.items():
-            if name not in rows.index:
-                raise ValueError(f"others: no class {name!r}; has {rows.index.tolist()}")
+            if name not in sets:
+                raise ValueError(f"others: no class {name!r}{nearest(name, sets)}")
             numbers = {int(str(unit).rpartition(":")[2]) for unit in units}
             if not numbers <= set(range(features)):
                 raise ValueError(
                     f"others: expected units 0 to {features - 1}, got {sorted(numbers)}"
                 )
-            mine = set(rows.loc[name, "features"])
+            mine = set(sets[name])
             lines.append(
                 {
                     "class": name,

@@ -118,8 +118,8 @@ def activation_patterns(
     members = [np.flatnonzero(pattern == number) for number in range(pattern.max() + 1)]
     labels = seen.labels.numpy()
     mean = np.array([vectors[each].mean(0) for each in members]).reshape(-1, vectors.shape[1])
-    counts = [np.bincount(labels[each], minlength=ready.classes) for each in members]
-    counts = np.array(counts).reshape(-1, ready.classes)
+    by_class = [np.bincount(labels[each], minlength=ready.classes) for each in members]
+    counts = np.array(by_class).reshape(-1, ready.classes)
     spread = vectors.std(0)
     return xr.Dataset(
         {

@@ -98,7 +98,8 @@ def disentangled(rows: Rows, blocks: int, size: int, seed: int) -> Tensor:
     climbed = [_climbed(a, c / scale, each[:, : blocks * size], size) for each in starts]
     basis = max(climbed, key=lambda each: each[0])[1]
     order = _relevances(a, c, basis, size).sum(0).argsort(descending=True)
-    return basis.unflatten(1, (blocks, size))[:, order].flatten(1)
+    ordered: Tensor = basis.unflatten(1, (blocks, size))[:, order]
+    return ordered.flatten(1)
 
 
 def _climbed(a: Tensor, c: Tensor, basis: Tensor, size: int) -> tuple[float, Tensor]:
@@ -119,7 +120,8 @@ def _climbed(a: Tensor, c: Tensor, basis: Tensor, size: int) -> tuple[float, Ten
 
 def _relevances(a: Tensor, c: Tensor, basis: Tensor, size: int) -> Tensor:
     """Relevance of each position in each block, ``[N, blocks]``."""
-    return ((a @ basis) * (c @ basis)).unflatten(1, (-1, size)).sum(2)
+    parts: Tensor = ((a @ basis) * (c @ basis)).unflatten(1, (-1, size))
+    return parts.sum(2)
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ def representative(
         sample = [int(n) for n in drawn if choosing[n]][:boundaries]
         w, b, against = _sampled(ready, site, sample, c, batch_size)
     flat = a.flatten(1)
-    inside = (flat @ w.flatten(1).t() + b > 0).numpy()
+    inside: Any = (flat @ w.flatten(1).t() + b > 0).numpy()
     usable = np.flatnonzero(inside[image])
-    same = decided.numpy() == c
+    same: Any = decided.numpy() == c
     picked = usable[greedy(inside[np.ix_(choosing, usable)], same[choosing], allowed)]
     held = inside[:, picked].all(1)
     covered = held & ~choosing

@@ -1,8 +1,8 @@
 """Spectral profiles: what an image or class says along the singular vectors of a layer's weights.
 
-After DeepDataProfiler (Purvine, Brown, Jefferson, Joslyn, Praggastis, Rathore, Shapiro, Wang,
-Zhou 2021-22, https://github.com/pnnl/DeepDataProfiler), its profiles by singular value
-decomposition. The influence between layers is measured here by taking directions out.
+After DeepDataProfiler (Pacific Northwest National Laboratory 2021,
+https://github.com/pnnl/DeepDataProfiler), its profiles by singular value decomposition. The
+influence between layers is measured here, by taking directions out.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -120,4 +119,4 @@ def _sizes(given: Sequence[int] | None, units: int) -> list[int]:
             raise ValueError(f"sizes: expected fewer than the {units} units, got {size}")
     if not len(given):
         raise ValueError("sizes: expected at least one, got none")
-    return np.unique(given).tolist()
+    return sorted(set(given))

@@ -81,7 +81,7 @@ def test_influence_is_what_taking_a_direction_out_changes():
             )
             model(some)
             hook.remove()
-            expected = (seen[0] - seen[-1]).mean(0)[found["sink"].values]
+            expected = (seen[0] - seen[-1]).mean(0)[found["sink"].values.copy()]
             mine = torch.from_numpy(found["influence"].to_numpy()[row])
             torch.testing.assert_close(mine.abs(), expected.abs(), atol=1e-5, rtol=1e-4)
 

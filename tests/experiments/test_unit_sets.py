@@ -9,6 +9,7 @@ from support import networks
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate.experiments._unit_sets import _sizes
 from pyablate.experiments.split import Images, split
 
 LAYER = "body.2"
@@ -36,7 +37,9 @@ def balanced(model: nn.Module, data: Images, units: list[int]) -> np.ndarray:
 
 def test_sets_against_a_loop():
     model, images, labels = networks.network("residual", 60)
-    table = pa.unit_sets(model, (images, labels), LAYER, sizes=[3, 1], seed=5, progress=False)
+    table = pa.unit_sets(
+        model, (images, labels), LAYER, sizes=[3, 1], seed=5, progress=False, audit=0
+    )
     halves = split((images, labels), seed=5)
     intact = balanced(model, halves.choosing, [])
     drops = np.array([intact - balanced(model, halves.choosing, [unit]) for unit in range(8)])
@@ -56,9 +59,9 @@ def test_sets_against_a_loop():
 
 
 def test_default_sizes_are_those_that_fit():
-    model, images, labels = networks.network("residual", 20)
-    table = pa.unit_sets(model, (images, labels), LAYER, classes=[1], progress=False, audit=0)
-    assert table["size"].tolist() == [1, 2, 3, 4, 5]
+    assert _sizes(None, 8) == [1, 2, 3, 4, 5]
+    assert _sizes(None, 65) == [1, 2, 3, 4, 5, 20, 64]
+    assert _sizes([9, 2, 9], 10) == [2, 9]
 
 
 @pytest.mark.parametrize(
