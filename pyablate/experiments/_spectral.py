@@ -93,8 +93,9 @@ def spectral_profile(
         with spectrum.watched(ready.model, parts):
             for batch in ready.data.batches(batch_size):
                 forward(ready.model, batch.images)
-                parts[-1] = parts[-1][: len(batch)]
                 labels.append(batch.labels.cpu())
+                spectrum.check_once(len(parts), len(labels))
+                parts[-1] = parts[-1][: len(batch)]
     found, label = torch.cat(parts).numpy(), torch.cat(labels).numpy()
     by_class = np.full((ready.classes, found.shape[1]), np.nan)
     size = np.abs(found)
@@ -192,6 +193,8 @@ def influence_graph(
                 second: list[Tensor] = []
                 with source.watched(ready.model, first, without), sink.watched(ready.model, second):
                     forward(ready.model, batch.images)
+                source.check_once(len(first), 1)
+                sink.check_once(len(second), 1)
                 a, b = (parts[-1][: len(batch)][here] for parts in (first, second))
                 for place, each in enumerate((b, _relative(a), _relative(b))):
                     sums[place] = sums[place] + each.sum(0)
@@ -245,6 +248,11 @@ class _Spectrum:
         self.values: Tensor
         self.vectors, self.values, _ = torch.linalg.svd(weight, full_matrices=False)
         self.bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+
+    def check_once(self, calls: int, batches: int) -> None:
+        """Refuse a layer that a network calls several times: its outputs are not one."""
+        if calls != batches:
+            raise ValueError(f'layer: {self.site.name} runs several times; name one, "name@1"')
 
     def watched(self, model: nn.Module, into: list[Tensor], without: int | None = None) -> Any:
         """Append each batch's contributions ``[N, direction]``; perhaps take one direction out."""

@@ -95,7 +95,7 @@ def test_contrastive_relevance_layer_by_layer(contrast, bias):
     else:
         second = by_hand(model, images, start, negated=True).sum(1)
     expected = (normalised(first) - normalised(second)).clamp(min=0)
-    found = attribution_maps(model, images, target, "clrp", contrast=contrast, batch_size=4)
+    found = attribution_maps(model, images, target, "clrp", contrast=contrast, batch_size=5)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
     assert (found > 0).any()
 
@@ -117,7 +117,7 @@ def test_masks_of_all_units_of_a_layer_sum_to_the_unmasked_map():
     model, images = small(), draw()
     target = torch.arange(6) % 3
     units = [f"1:{unit}" for unit in range(5)]
-    found = conditional_maps(model, images, target, units, batch_size=4)
+    found = conditional_maps(model, images, target, units, batch_size=5)
     whole = by_hand(model, images, torch.eye(3)[target]).sum(1)
     np.testing.assert_allclose(found.sum(1), whole, rtol=1e-3, atol=1e-5)
     network = Propagation(model, images[:2], [images], pa.sites(model, images[:1]))
