@@ -22,7 +22,7 @@ from torch import fx
 
 from pyablate.analysis.tail import Tail, safe_above
 from pyablate.engine.narrow_places import multiply_adds, shares
-from pyablate.engine.score import directions
+from pyablate.engine.score import Scale, directions
 from pyablate.engine.suffix import Suffix
 from pyablate.runs.screening_sample import Sample, samples
 from pyablate.runs.setup import Setup
@@ -59,13 +59,18 @@ class Stage:
         Node of the graph; empty for the units themselves.
     threshold : float
         Score above which a pair is settled.
-    floor : float
-        See :meth:`pyablate.engine.score.Score.relative`.
+    scale : Scale
+        Unit of scores.
     """
 
     place: str
     threshold: float
-    floor: float
+    scale: Scale
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Stage:
+        """Undo :func:`dataclasses.asdict`."""
+        return cls(**{**known, "scale": Scale(**known["scale"])})
 
     def at(self, raised: int) -> float:
         """Return the threshold once it has been raised so often."""
@@ -132,7 +137,7 @@ class Thresholds:
     def of(cls, known: Mapping[str, Any]) -> Thresholds:
         """Undo :meth:`to_json`."""
         jobs = tuple(
-            one and JobThresholds(**{**one, "stages": tuple(Stage(**s) for s in one["stages"])})
+            one and JobThresholds(**{**one, "stages": tuple(map(Stage.of, one["stages"]))})
             for one in known["jobs"]
         )
         return cls(**{**known, "jobs": jobs})
@@ -160,7 +165,7 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
 def _best(sample: Sample, risk: float) -> JobThresholds:
     """Choose the places that save most arithmetic, and the thresholds there."""
     if not sample.actual:
-        return JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
+        return JobThresholds((Stage("", math.inf, Scale(0.0, 0.0)),), 0, 0.0)
     done = dict(zip(sample.places, shares(sample.suffix, sample.places), strict=True))
     able = [place for place in sample.places if 0.02 < done[place] < 0.9]
     found = []
@@ -182,7 +187,7 @@ def _with(
         if place is not None:
             cost += float(weight @ open_) * (done[place] - before + _look(sample.suffix, place))
             before = done[place]
-        open_ = open_ & ~(sample.scores(place, stage.floor) > stage.threshold)
+        open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
     left = float(weight @ open_)
     settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
     return cost + left, JobThresholds(tuple(stages.values()), len(weight), settled)
@@ -194,19 +199,19 @@ def _stage(sample: Sample, place: fx.Node | None, risk: float) -> Stage:
     Low scores and others have tails of their own. At the units all live pairs are scored, and tell
     how many are concerned; elsewhere those that were computed do.
     """
-    floor, name = sample.floor(place), "" if place is None else place.name
-    if not floor:
-        return Stage(name, math.inf, floor)
-    scores, low, error = sample.scores(place, floor), sample.low, sample.errors(place, floor)
+    scale, name = sample.scale(place), "" if place is None else place.name
+    if not scale.size:
+        return Stage(name, math.inf, scale)
+    scores, low, error = sample.scores(place, scale), sample.low, sample.errors(place, scale)
     tails = [Tail.of(error[of]) for of in (low, ~low)]
     weight = sample.weight
     if place is None:
-        scores, low = sample.scores_of_live(floor), sample.low_of_live
+        scores, low = sample.scores_of_live(scale), sample.low_of_live
         weight = np.ones(len(scores))
     chance = np.where(low, *(tail.chance(scores) for tail in tails))
     worst = max(tail.exceeded(WORST) for tail in tails)
     safe = max(worst, safe_above(scores, chance, weight, risk))
-    return Stage(name, _rounded_up(safe) if safe > 0 else math.inf, floor)
+    return Stage(name, _rounded_up(safe) if safe > 0 else math.inf, scale)
 
 
 def _look(suffix: Suffix, place: fx.Node) -> float:
