@@ -28,7 +28,7 @@ class Scale:
 
     To second order an error is quadratic in the change of the tensor at which the gradient was
     taken; where nonlinear parts act on few of its numbers it grows more slowly. The powers are
-    fitted to a run's own pairs (:mod:`pyablate.runs.screening_sample`).
+    chosen by a run's own pairs (:mod:`pyablate.runs.thresholds`).
 
     Attributes
     ----------
@@ -43,19 +43,15 @@ class Scale:
     size_power: float = 1.0
     norm_power: float = 0.0
 
-    def logarithms(self, score: Score) -> Tensor:
-        """Of size and norm in units of the typical ones, ``[2, P]``.
+    def of(self, score: Score) -> Tensor:
+        """How large errors of some pairs are, in logits up to a factor that they share.
 
         Where a gradient vanishes, a prediction of no change is worth no more than one of a
         :data:`FLOOR` of the typical change.
         """
-        changes = torch.stack([score.size / self.size, score.norm / self.norm])
-        return (changes.square() + FLOOR**2).log() / 2
-
-    def of(self, score: Score) -> Tensor:
-        """How large errors of some pairs are, in logits up to a factor that they share."""
-        size, norm = self.logarithms(score)
-        return self.size * (self.size_power * size + self.norm_power * norm).exp()
+        size = (score.size / self.size).square() + FLOOR**2
+        norm = (score.norm / self.norm).square() + FLOOR**2
+        return self.size * size ** (self.size_power / 2) * norm ** (self.norm_power / 2)
 
 
 @dataclass(frozen=True, eq=False)

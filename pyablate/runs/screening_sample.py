@@ -17,7 +17,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
 from torch import Tensor, fx
 
 from pyablate.data.dataset import Batch
@@ -48,10 +47,6 @@ LEAST, MOST = 1024, 4096
 
 LOW = 0.1
 """Share of a layer's pairs whose scores are called low."""
-
-ENOUGH, MOST_POWER = 100, 2.0
-"""Pairs from which the powers of changes in their errors are fitted, rather than taken as 1 and 0;
-and the largest power: of an error of second order."""
 
 Floats = NDArray[np.float64]
 
@@ -114,24 +109,35 @@ class Sample:
         found: Floats = np.where(low, LOW / max(1, low.sum()), (1 - LOW) / max(1, (~low).sum()))
         return found
 
+    @cached_property
+    def _all_live(self) -> Score:
+        return joined(self.live)
+
+    @cached_property
+    def _computed(self) -> dict[fx.Node | None, Score]:
+        return {place: joined(parts) for place, parts in self.scored.items()}
+
+    @cached_property
+    def _wrong_by(self) -> dict[fx.Node | None, Score]:
+        """How much too high the predicted leads were, in place of them."""
+        actual = torch.cat(self.actual)
+        return {p: replace(one, lowest=one.lowest - actual) for p, one in self._computed.items()}
+
     def scale(self, place: fx.Node | None) -> Scale:
-        """Fit how errors grow with the changes."""
-        score = joined(self.scored[place])
-        scale = _typical_scale(joined(self.live) if place is None else score)
-        return _fitted(scale, score, score.lowest - torch.cat(self.actual))
+        """Take errors to be as large as the changes that are predicted."""
+        return _typical_scale(self._all_live if place is None else self._computed[place])
 
     def scores_of_live(self, scale: Scale) -> Floats:
         """Scores at the units of all live pairs."""
-        return _relative(joined(self.live), scale)
+        return _relative(self._all_live, scale)
 
     def scores(self, place: fx.Node | None, scale: Scale) -> Floats:
         """Scores of the pairs computed."""
-        return _relative(joined(self.scored[place]), scale)
+        return _relative(self._computed[place], scale)
 
     def errors(self, place: fx.Node | None, scale: Scale) -> Floats:
         """How far these were too high: a pair is wrong where that is more than its score."""
-        actual = replace(joined(self.scored[place]), lowest=torch.cat(self.actual))
-        return self.scores(place, scale) - _relative(actual, scale)
+        return _relative(self._wrong_by[place], scale)
 
 
 def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
@@ -296,16 +302,3 @@ def _typical(changes: Tensor) -> float:
     """Root of the mean square of changes."""
     finite = changes[torch.isfinite(changes)].double()
     return float(finite.square().mean().sqrt().nan_to_num(0.0))
-
-
-def _fitted(scale: Scale, score: Score, error: Tensor) -> Scale:
-    """Fit the powers by least squares of the logarithms of errors; none are negative."""
-    changes = scale.logarithms(score).double().t().numpy()
-    wrong = error.abs().double().log().numpy()
-    known = np.isfinite(changes).all(axis=1) & np.isfinite(wrong)
-    if known.sum() < ENOUGH:
-        return scale
-    changes, wrong = changes[known], wrong[known]
-    powers = lsq_linear(changes - changes.mean(axis=0), wrong - wrong.mean(), (0.0, MOST_POWER)).x
-    size_power, norm_power = (round(float(power), 2) for power in powers)
-    return replace(scale, size_power=size_power, norm_power=norm_power)
