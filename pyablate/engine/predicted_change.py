@@ -151,8 +151,8 @@ class Predictor:
                     at = torch.zeros_like(tensor(tensors[place])) if known is None else known
                     there[place].append(at.flatten(1))
         along_all = {job: torch.stack(own, dim=2) for job, own in found.items()}
-        changes = {job: (own, squares[job].sqrt()) for job, own in along_all.items()}
-        return changes, {place: torch.stack(own, dim=1) for place, own in there.items()}
+        scored = {job: (own, squares[job].sqrt()) for job, own in along_all.items()}
+        return scored, {place: torch.stack(own, dim=1) for place, own in there.items()}
 
     def _run(self, images: Tensor) -> dict[fx.Node, Value]:
         """Run the intact network for backward passes, which end at the first site."""
