@@ -101,7 +101,7 @@ def prune_curve(
     """
     shares = _fractions(fractions)
     named = _named(rankings)
-    with undisturbed():
+    with undisturbed(model, device):
         work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
         points = _Points(work, images, batch_size, class_names)

@@ -217,7 +217,7 @@ def plan(
     check_options(model, options)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
-    with undisturbed():
+    with undisturbed(model, device):
         setup = prepare(model, data, options)
         count = len(setup.data) if images is None else images
         peaks = _peaks(setup)
