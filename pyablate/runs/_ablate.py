@@ -119,7 +119,8 @@ def ablate(
     seed : int
         Chooses the audited pairs; also the seed of a random intervention that names none.
     strategy : {"auto", "replay"}
-        ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on.
+        ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on, and
+        what it takes for few pairs of a large network, whose capture would take longer.
     precision : {"auto", "int8", "bf16", "fp32", "fp64"}
         Arithmetic of the dense part; "auto" takes what this device is measured to run fastest. All
         give the same predictions: doubtful pairs are decided again in higher precision.

@@ -56,14 +56,15 @@ FIRST, LATER = 4, 8
 """The first audited pairs, and every eighth later one, are recomputed in both precisions."""
 
 
-def usual_pairs(setup: Setup) -> int:
+def usual_pairs(setup: Setup, images: int | None = None) -> int:
     """Pairs that take about :data:`SHARE` of a run's time.
 
     Counted from the sizes and the network's arithmetic at rates that are written down here, not
-    taken with a stopwatch: a result must not depend on what else the machine did.
+    taken with a stopwatch: a result must not depend on what else the machine did. ``images`` may be
+    others than the data have.
     """
-    images, everything = len(setup.data), setup.rows * len(setup.data)
-    graph = setup.graph
+    images = images or len(setup.data)
+    everything, graph = setup.rows * images, setup.graph
     if graph is None:  # every pair is a forward pass itself
         run, audited = float(images + everything), PASSES
     else:
