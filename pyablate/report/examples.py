@@ -40,10 +40,9 @@ def examples(
 
     ``activating`` are the images that activate each unit most, and ``relevant`` those for which it
     is most relevant, int64 [unit, image], -1 for none; the data are those of the run, in their
-    order. Returns ``start``, ``image`` and ``after`` (which
-    images flip, to which class; as in :class:`pyablate.Flips`); ``activating``, ``relevant``;
-    ``shown``,
-    ``label`` and ``before`` (number, class and intact prediction of every image mentioned); and
+    order. Returns ``start``, ``image`` and ``after`` (which images flip, to which class; as in
+    :class:`pyablate.Flips`); ``activating``, ``relevant``; ``shown``, ``label`` and ``before``
+    (number, class and intact prediction of every image mentioned); and
     ``pictures`` (by image number, as data URIs).
     """
     parts = [_chosen(result, rows) for rows in row_blocks(result)]
