@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate._validation import check_fraction, check_level
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
 from pyablate.engine.channel_delta import ChannelDelta
@@ -26,6 +27,7 @@ from pyablate.network.aten import SAME
 from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
+from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 
@@ -96,6 +98,8 @@ class Plan:
         What this machine was measured to do just now.
     remarks : tuple of str
         What should be known of the layers chosen: weights whose units are in none of them.
+    screened : ScreenedPlan or None
+        What ``guarantee="screened"`` would take; None where everything would be computed.
 
     Examples
     --------
@@ -112,6 +116,7 @@ class Plan:
     clean_seconds: float
     peaks: Peaks
     remarks: tuple[str, ...] = ()
+    screened: ScreenedPlan | None = None
 
     @property
     def gflops(self) -> float:
@@ -123,13 +128,29 @@ class Plan:
         """Predicted time of the sweep: clean runs and all layers, without capture and audit."""
         return float(self.table["seconds"].sum()) + self.clean_seconds
 
+    def seconds_at(self, share: float) -> float:
+        """Predicted time if gradients chose this share of the pairs to compute, and no more.
+
+        Parameters
+        ----------
+        share : float
+            From 0 to 1, of the pairs of layers that can be screened.
+        """
+        check_fraction("share", share)
+        if self.screened is None:
+            return self.seconds
+        able = self.table["strategy"] == "delta"
+        layers = self.table["seconds"].where(~able, share * self.table["seconds"]).sum()
+        return float(layers) + self.clean_seconds + self.screened.prediction_seconds
+
     def explain(self, result: AblationResult | None = None) -> str:
         """Lay the plan out for people.
 
         Parameters
         ----------
         result : AblationResult, optional
-            Of the run that was planned: a column ``actual`` shows the seconds that it took.
+            Of the run that was planned: a column ``actual`` shows the seconds that it took. Of a
+            screened run also the shares of pairs that its stages left open.
         """
         table = self.table
         shown = table.assign(
@@ -154,12 +175,34 @@ class Plan:
             f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
             f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
             f"live share was measured on {min(_SAMPLE, self.images)} images",
+            self._screened(),
             *self.remarks,
         ]
+        stages = stages_table(self.screened, result)
+        if len(stages):
+            lines += ["shares of the live pairs that the stages of screening leave open:"]
+            lines += [stages.to_string(index=False, float_format="{:.3f}".format, na_rep="")]
         if result is not None:
             spent = sum(result.effort.layer_seconds.values())
             lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
         return "\n".join(lines)
+
+    def _screened(self) -> str:
+        """Say what a screened run would take."""
+        found = self.screened
+        if found is None:
+            return "screened: as exact, nothing here can be screened"
+        least, most = (self.clean_seconds + seconds for seconds in found.seconds)
+        parts = (
+            f"{found.prediction_seconds:,.1f} s of it predictions, "
+            f"{found.measuring_seconds:,.1f} s measuring thresholds"
+        )
+        if found.stages is not None:
+            return f"screened: {least:,.1f} s, {parts}"
+        return (
+            f"screened: from {least:,.1f} s if all pairs are settled to {most:,.1f} s if none is, "
+            f"{parts}; measure=True (--measure) finds out how many"
+        )
 
 
 def plan(
@@ -176,6 +219,8 @@ def plan(
     batch_size: int | None = None,
     memory: int | None = None,
     precision: str = "auto",
+    measure: bool = False,
+    risk: float = 1e-5,
 ) -> Plan:
     """Predict what :func:`pyablate.ablate` would do with the same arguments.
 
@@ -185,12 +230,18 @@ def plan(
         As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
     images : int, optional
         Predict for this many images; by default for as many as ``data`` has.
+    measure : bool
+        Measure on ``data`` which pairs a screened run would leave open, as it does before its first
+        block: some thousand pairs of each layer are computed. Without it only the ends are known,
+        all pairs settled and none.
+    risk : float
+        Of that run, as for :func:`pyablate.ablate`.
 
     Returns
     -------
     Plan
         The first few images are swept through the part that stays on single channels, to see
-        which pairs are live; nothing else is run.
+        which pairs are live, and their gradients are timed; nothing else is run unless asked for.
 
     Raises
     ------
@@ -215,6 +266,7 @@ def plan(
         logits=logits,
     )
     check_options(model, options)
+    check_level("risk", risk)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
     with undisturbed():
@@ -223,10 +275,12 @@ def plan(
         peaks = _peaks(setup)
         rows = [_row(cost, count, peaks) for cost in _costs(setup)]
         clean = count * _clean_seconds(setup, peaks)
+        pairs = min((row.pop("slice") for row in rows), default=1)
+        table = pd.DataFrame(rows)
+        slower = peaks.dense / peaks.clean
+        screened = plan_screened(setup, table, count, slower, risk if measure else None)
     tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
-    pairs = min((row.pop("slice") for row in rows), default=1)
-    table = pd.DataFrame(rows)
-    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks, setup.remarks)
+    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks, setup.remarks, screened)
 
 
 def _clean_seconds(setup: Setup, peaks: Peaks) -> float:

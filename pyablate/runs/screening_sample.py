@@ -132,6 +132,11 @@ class Sample:
         return self.scores(place, floor) - _relative(actual, floor)
 
 
+def pairs_wanted(rows: int, images: int) -> float:
+    """How many pairs of a job its thresholds are measured on."""
+    return min(MOST, max(LEAST, SHARE * rows * images))
+
+
 def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
     """Predict and compute random pairs of the jobs that can be screened."""
     graph = setup.graph
@@ -208,7 +213,7 @@ def _sample(
     found.live.append(scores)
     low = _lowest(scores)
     found.lowest.append(low)
-    wanted = min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
+    wanted = pairs_wanted(len(job.rows), len(setup.data))
     every = len(job.rows) * min(IMAGES, len(setup.data))
     chance = wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
     places = row.numpy() + job.rows.start, batch.index[image].numpy()
