@@ -150,7 +150,7 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
     suffixes = {job: one for job, one in suffixes.items() if graph.logits in one.nodes}
     places = chosen_places(setup, suffixes)
     found = {
-        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix.nodes)])
+        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix)])
         for job, suffix in suffixes.items()
     }
     guess = predictor(setup, suffixes, places)
