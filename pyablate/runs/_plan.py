@@ -150,7 +150,7 @@ class Plan:
         ----------
         result : AblationResult, optional
             Of the run that was planned: a column ``actual`` shows the seconds that it took. Of a
-            screened run also the shares of pairs that its stages left open.
+            screened run also the shares of pairs that its stages left open, and what they cost.
         """
         table = self.table
         shown = table.assign(
@@ -180,7 +180,7 @@ class Plan:
         ]
         stages = stages_table(self.screened, result)
         if len(stages):
-            lines += ["shares of the live pairs that the stages of screening leave open:"]
+            lines += ["what the stages of screening leave open of the live pairs, and their cost:"]
             lines += [stages.to_string(index=False, float_format="{:.3f}".format, na_rep="")]
         if result is not None:
             spent = sum(result.effort.layer_seconds.values())

@@ -45,8 +45,8 @@ class ScreenedPlan:
     stages : pandas.DataFrame or None
         Where they were, one row per layer and stage: ``layer``; ``stage``, "unit", a node of the
         graph, or "computed"; ``open``, the share of the live pairs that it leaves open, and of the
-        last those that are computed, the sample among them; ``cost`` of a pair that gets there, in
-        passes through the network behind the unit; ``seconds``.
+        last those that are computed, the sample among them; ``cost`` for each live pair, in passes
+        through the network behind the unit, of which an exact run takes one; ``seconds``.
 
     Examples
     --------
@@ -137,19 +137,27 @@ def stages_table(planned: ScreenedPlan | None, result: AblationResult | None) ->
     actual = pd.DataFrame(rows, columns=["layer", "stage", "actual_open"])
     if stages is None:
         return actual
-    return stages.merge(actual, how="left", on=["layer", "stage"])
+    stages = stages.merge(actual, how="left", on=["layer", "stage"])
+    each = (stages["cost"] / _reached(stages, "open")).fillna(0.0)
+    return stages.assign(actual_cost=each * _reached(stages, "actual_open"))
 
 
 def _stages(layer: str, known: JobThresholds, chance: float, seconds: float) -> pd.DataFrame:
     """Follow the pairs of a layer, all of which would take some seconds."""
     rows, open_ = [], 1.0
     for stage in known.stages:
-        cost = open_ * stage.cost * seconds
+        rows.append((layer, stage.place or UNIT, stage.open, open_ * stage.cost))
         open_ = stage.open
-        rows.append((layer, stage.place or UNIT, open_, stage.cost, cost))
     computed = open_ + (1.0 - open_) * chance
-    rows.append((layer, COMPUTED, computed, 1.0, computed * seconds))
-    return pd.DataFrame(rows, columns=["layer", "stage", "open", "cost", "seconds"])
+    rows.append((layer, COMPUTED, computed, computed))
+    found = pd.DataFrame(rows, columns=["layer", "stage", "open", "cost"])
+    return found.assign(seconds=found["cost"] * seconds)
+
+
+def _reached(stages: pd.DataFrame, name: str) -> pd.Series:
+    """Shares of the live pairs that get to each stage, where it leaves these open."""
+    before = stages.groupby("layer", sort=False)[name].shift(fill_value=1.0)
+    return before.where(stages["stage"] != COMPUTED, stages[name])
 
 
 def _actual(
@@ -185,6 +193,6 @@ def _prediction_seconds(setup: Setup, able: NDArray[np.bool_]) -> float | None:
             return None
         spent, before = time.perf_counter() - begin, taken
         taken = spent / len(batch)
-        if before and spent > _SHORT:
+        if spent > (_SHORT if before else 10 * _SHORT):
             break
     return taken

@@ -316,7 +316,7 @@ def test_plan_explains_without_running(here: Path) -> None:
 def test_plan_measures_a_screened_run_on_the_data(here: Path) -> None:
     code, out, err = invoke_apart("plan", *_RUN[1:], "--measure", "--risk", "0.1")
     assert code == 0, err
-    assert "shares of the live pairs" in out
+    assert "what the stages of screening leave open" in out
     assert "if none is" not in out
     code, _, err = invoke_apart("plan", "small_network:make", "--measure")
     assert code == 2

@@ -1,12 +1,16 @@
 """What a plan says, beside the run that was planned."""
 
+from types import SimpleNamespace
+
 import pytest
 from support import networks
 from support.screened import layers_case
 from torch import nn
 
 import pyablate as pa
-from pyablate.runs import thresholds
+from pyablate.results.screening import LayerScreening, Sampled, Screening
+from pyablate.runs import ScreenedPlan, screened_plan, thresholds
+from pyablate.runs.thresholds import JobThresholds, Stage
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,10 @@ def test_what_was_measured_stays_open_is_what_stays_open(monkeypatch):
     closed = plan.table.set_index("layer")["seconds"]["classifier.3"]
     assert of_layers == pytest.approx(stages["seconds"].sum() + closed)
     actual = [line.split()[-1] for line in plan.explain(result).splitlines() if "computed" in line]
-    assert actual == [f"{layer.computed / live:.3f}"]
+    assert actual == [f"{layer.computed / live:.3f}"]  # of the last stage share and cost are one
+    whole = plan.table.set_index("layer")["seconds"]["features.9"]
+    assert stages["cost"].sum() < 0.9
+    assert stages["seconds"].sum() == pytest.approx(whole * stages["cost"].sum())
     assert "actual_open" not in plan.explain()
 
 
@@ -120,6 +127,23 @@ def test_the_stages_of_a_run_are_shown_where_none_were_planned():
     result = pa.ablate(model, data, "act", guarantee="screened", audit=0, progress=False)
     assert "leave open" not in plan.explain()
     assert "actual_open" in plan.explain(result)
+
+
+def test_the_cost_of_stages_follows_the_pairs_that_get_there():
+    stages = Stage("", 1.0, 0.1, open=0.6), Stage("deep", 2.0, 0.1, cost=0.3, open=0.2)
+    known = screened_plan._stages("a", JobThresholds(stages, 100, 0.7), 0.01, 10.0)
+    assert known["cost"].tolist() == pytest.approx([0.0, 0.6 * 0.3, 0.2 + 0.8 * 0.01])
+    assert known["seconds"].tolist() == pytest.approx((10.0 * known["cost"]).tolist())
+    by_stage = {"": 400, "deep": 200}
+    layer = LayerScreening(1000, 200, 260, Sampled(400, 40), Sampled(200, 20), by_stage)
+    result = SimpleNamespace(screening=Screening(1e-5, 0.1, 0.1, 9, 0, {"a": layer}))
+    plan = ScreenedPlan(1.0, 1.0, (2.0, 2.0), known)
+    found = screened_plan.stages_table(plan, result)
+    assert found["actual_open"].tolist() == pytest.approx([0.5, 0.25, 260 / 800])
+    assert found["actual_cost"].tolist() == pytest.approx([0.0, 0.5 * 0.3, 260 / 800])
+    unplanned = screened_plan.stages_table(None, result)
+    assert unplanned["stage"].tolist() == ["unit", "deep", "computed"]
+    assert unplanned["actual_open"].tolist() == found["actual_open"].tolist()
 
 
 def test_a_risk_of_nothing_is_refused():
