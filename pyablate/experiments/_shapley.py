@@ -167,8 +167,9 @@ def shapley(
     )  # samples of theirs are independent; `thresholds` takes seed + 1
 
     def ablated(groups: Groups, report: Report) -> tuple[Floats, AblationResult]:
-        own = {"groups": groups, "seed": next(runs), "progress": report}
-        result = ablate(model, (images, labels), **own, **common)
+        result = ablate(
+            model, (images, labels), groups=groups, seed=next(runs), progress=report, **common
+        )
         return _lost(result, measure, number), result
 
     most = permutations * len(units)
