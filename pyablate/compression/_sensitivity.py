@@ -75,8 +75,8 @@ def sensitivity(
         ``worst_class_accuracy`` with its ``worst_class``, ``max_class_drop`` with its
         ``max_class``, ``mean_class_accuracy``. Of screened runs also ``guarantee``, "exact" where
         a layer could not be screened; ``computed``, the images whose prediction was; and
-        ``upper_bound``, at 95 % for each row by itself, of the share of wrong predictions: no
-        accuracy here is off by more.
+        ``upper_bound``, at 95 % for each row by itself, of the share of wrong predictions, by which
+        ``accuracy`` can be off.
 
     Raises
     ------

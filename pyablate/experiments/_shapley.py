@@ -162,13 +162,12 @@ def shapley(
     rules.check(len(units))
     number = None if target is None else class_number(ready, target, "target")
 
-    runs = itertools.count(
-        seed, 2
-    )  # samples of theirs are independent; `thresholds` takes seed + 1
+    # Samples of screened runs are to be independent, and each run measures with the seed after it.
+    seeds = itertools.count(seed, 2)
 
     def ablated(groups: Groups, report: Report) -> tuple[Floats, AblationResult]:
         result = ablate(
-            model, (images, labels), groups=groups, seed=next(runs), progress=report, **common
+            model, (images, labels), groups=groups, seed=next(seeds), progress=report, **common
         )
         return _lost(result, measure, number), result
 
