@@ -126,15 +126,14 @@ class Directions:
     def of(cls, logits: Tensor, prediction: Tensor) -> Directions:
         """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``."""
         images, classes = logits.shape
-        few = classes <= FEW_CLASSES
-        count = classes - 1 if few else COMPETITORS
+        count, random = competing_classes(classes), random_directions(classes)
         chosen = prediction.long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
         best = others.topk(min(count + 1, classes), dim=1)
         own = logits.gather(1, chosen.unsqueeze(1))
         margins = own - best.values
-        rest = logits.new_full((images,), torch.inf) if few else margins[:, count]
-        signs = logits.new_zeros(0, classes) if few else _signs(classes, logits)
+        rest = margins[:, count] if random else logits.new_full((images,), torch.inf)
+        signs = _signs(random, classes, logits)
         return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
 
     def __len__(self) -> int:
@@ -183,19 +182,24 @@ class Directions:
         return Score(lowest, high - low, norm)
 
 
+def competing_classes(classes: int) -> int:
+    """Count the directions to other classes of a network with so many."""
+    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS
+
+
 def random_directions(classes: int) -> int:
-    """Count the random directions of a network with so many classes."""
+    """Count the random directions."""
     return 0 if classes <= FEW_CLASSES else RANDOM
 
 
 def directions(classes: int) -> int:
     """Count all directions."""
-    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS + RANDOM
+    return competing_classes(classes) + random_directions(classes)
 
 
-def _signs(classes: int, like: Tensor) -> Tensor:
+def _signs(count: int, classes: int, like: Tensor) -> Tensor:
     draw = torch.Generator().manual_seed(classes)
-    signs = torch.randint(0, 2, (RANDOM, classes), generator=draw).to(like) * 2 - 1
+    signs = torch.randint(0, 2, (count, classes), generator=draw).to(like) * 2 - 1
     return signs - signs.mean(dim=1, keepdim=True)
 
 

@@ -25,7 +25,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
-from pyablate.engine.score import Prediction, directions, random_directions
+from pyablate.engine.score import Prediction, competing_classes, random_directions
 from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -227,11 +227,10 @@ class Screen:
     def nothing(self) -> Screening:
         """Begin to count."""
         known, classes = self.thresholds, self.setup.classes
-        random = random_directions(classes)
         return Screening(
             risk=known.risk,
             near_chance=known.near_chance,
             far_chance=known.far_chance,
-            competitors=directions(classes) - random,
-            random=random,
+            competitors=competing_classes(classes),
+            random=random_directions(classes),
         )

@@ -140,6 +140,11 @@ class Sample:
         return _relative(self._wrong_by[place], scale)
 
 
+def pairs_wanted(rows: int, images: int) -> float:
+    """How many pairs of a job its thresholds are measured on."""
+    return min(MOST, max(LEAST, SHARE * rows * images))
+
+
 def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
     """Predict and compute random pairs of the jobs that can be screened."""
     graph = setup.graph
@@ -153,7 +158,7 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
     suffixes = {job: one for job, one in suffixes.items() if graph.logits in one.nodes}
     places = chosen_places(setup, suffixes)
     found = {
-        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix.nodes)])
+        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix)])
         for job, suffix in suffixes.items()
     }
     guess = predictor(setup, suffixes, places)
@@ -216,7 +221,7 @@ def _sample(
     found.live.append(scores)
     low = _lowest(scores)
     found.lowest.append(low)
-    wanted = min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
+    wanted = pairs_wanted(len(job.rows), len(setup.data))
     every = len(job.rows) * min(IMAGES, len(setup.data))
     chance = wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
     places = row.numpy() + job.rows.start, batch.index[image].numpy()

@@ -64,11 +64,17 @@ class Stage:
         Score above which a pair is settled.
     scale : Scale
         Unit of scores.
+    cost : float
+        Of a pair that gets here from the stage before, in passes through the suffix.
+    open : float
+        Share of the live pairs that are open behind it, as the measured ones suggest.
     """
 
     place: str
     threshold: float
     scale: Scale
+    cost: float = 0.0
+    open: float = 1.0
 
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Stage:
@@ -160,9 +166,13 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     settled = sum(
         one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
     )
-    enough = min(1.0, ENOUGH / max(1.0, settled * len(setup.data)))
-    far = max(FAR_SHARE, enough)
+    far = far_chance(settled * len(setup.data))
     return Thresholds(risk, seed, max(NEAR_SHARE, far), far, jobs)
+
+
+def far_chance(settled: float) -> float:
+    """Chance of settled pairs to be sampled, of which there will be about so many."""
+    return max(FAR_SHARE, min(1.0, ENOUGH / max(1.0, settled)))
 
 
 def _best(sample: Sample, risk: float) -> JobThresholds:
@@ -189,15 +199,18 @@ def _with(
     """Cost of a pair with these stages, in passes through the suffix; what they settle."""
     weight = sample.weight
     open_ = np.ones(len(weight), bool)
-    cost = before = 0.0
+    left, before, known = 1.0, 0.0, []
+    whole = 0.0
     for place, stage in stages.items():
+        cost = 0.0
         if place is not None:
-            cost += float(weight @ open_) * (done[place] - before + _look(sample.suffix, place))
-            before = done[place]
+            cost = done[place] - before + _look(sample.suffix, place)
+            whole, before = whole + left * cost, done[place]
         open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
-    left = float(weight @ open_)
+        left = float(weight @ open_)
+        known.append(replace(stage, cost=cost, open=left))
     settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
-    return cost + left, JobThresholds(tuple(stages.values()), len(weight), settled)
+    return whole + left, JobThresholds(tuple(known), len(weight), settled)
 
 
 def _scale(sample: Sample, place: fx.Node | None, risk: float) -> Scale:

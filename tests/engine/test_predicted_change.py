@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from support.screened import layers_case
 from torch import Tensor, nn
 
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
 from pyablate.engine.clean import Clean
+from pyablate.engine.narrow_places import passed_by_all
 from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import COMPETITORS, Directions, Prediction
+from pyablate.engine.score import COMPETITORS, Directions, Prediction, directions
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import parse
@@ -145,3 +147,23 @@ def test_the_nearest_other_class_is_a_competitor() -> None:
     few = Directions.of(logits[:, :6], logits[:, :6].argmax(dim=1))
     assert few.competitors.shape[1] == 5
     assert torch.isinf(few.rest).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 32, 33, 500])
+def test_directions_are_as_many_as_are_reckoned_with(classes: int) -> None:
+    logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    found = Directions.of(logits, logits.argmax(dim=1))
+    assert len(found) == len(list(found.vectors())) == directions(classes)
+
+
+@pytest.mark.parametrize("group", [["act:0"], ["act:0", "late:1"]])
+def test_changes_of_a_group_are_looked_at_behind_its_last_site(group: list[str]) -> None:
+    model, data = layers_case(8)
+    setup = prepare(model, data, SetupOptions(None, [group], parse("zero")))
+    suffix = Suffix.of(setup.graph, setup.jobs[0])
+    markers = [node for node in suffix.nodes if node in setup.graph.markers]
+    places = passed_by_all(suffix)
+    last = suffix.nodes.index(markers[-1])
+    assert min(map(suffix.nodes.index, places)) == last
+    assert places[-1] is setup.graph.logits
+    assert len(places) > 1
