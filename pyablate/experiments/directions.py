@@ -122,7 +122,7 @@ def principal_components(
     >>> pa.directions.principal_components(model, data, "features.16")["features.16"].shape
     torch.Size([128, 128])
     """
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(model, device), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         moments = {site.name: _Moments(site.features) for site in found}
@@ -169,7 +169,7 @@ def next_weights(
     >>> pa.directions.next_weights(model, data, "features.9")["features.9"].shape
     torch.Size([64, 64])
     """
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         graph = capture(ready.model, ready.batch.images, found, fold=False)

@@ -126,7 +126,7 @@ def attributes(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     named = {which} if isinstance(which, str) else set(which)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = open_up(model, data, class_names, device, axis=axis, logits=logits)
         entries = _available(entries, named, masks is not None, inputs_of(ready.model))
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))
