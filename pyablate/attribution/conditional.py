@@ -140,7 +140,7 @@ def relmax(
         Images per unit; at most as many as there are.
     maps : bool
         Whether to carry the relevance of each unit on to the images for which it is most relevant,
-        as :func:`conditional_maps` does; one more pass over so many images.
+        as :func:`pyablate.attribution.conditional_maps` does; one more pass over so many images.
     batch_size : int
         Images at a time.
 
