@@ -203,7 +203,7 @@ def _scored(
 ) -> tuple[Tensor, Tensor]:
     """Levels of pairs by their scores, and their predicted classes."""
     known = predicted.scores[job].of(row, image)
-    score = known.relative(design.floor)
+    score = known.relative(design.scale)
     level = torch.from_numpy(design.level(score.double().numpy()))
     assert known.rival is not None
     return level, torch.where(score < 0, known.rival, intact)

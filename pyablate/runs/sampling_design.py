@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pyablate.analysis.tail import Tail
 from pyablate.engine.job import Job
+from pyablate.engine.score import Scale
 from pyablate.runs.screening_sample import LOW, MOST, Sample, Samples, samples
 from pyablate.runs.setup import Setup
 
@@ -100,15 +101,15 @@ class JobDesign:
     ----------
     top : float
         That of level 0.
-    floor : float
-        See :meth:`pyablate.engine.score.Score.relative`.
+    scale : Scale
+        Of the scores.
     above, below : tuple of float
         Scores from which on pairs are of the next level: of those from 0 on, and of those below 0,
         without their sign. None where there are no scores.
     """
 
     top: float
-    floor: float = 0.0
+    scale: Scale = field(default_factory=lambda: Scale(0.0, 0.0))
     above: tuple[float, ...] = ()
     below: tuple[float, ...] = ()
 
@@ -161,7 +162,10 @@ class Design:
     def of(cls, known: Mapping[str, Any]) -> Design:
         """Undo :meth:`to_json`."""
         jobs = tuple(
-            one and JobDesign(**{**one, "above": tuple(one["above"]), "below": tuple(one["below"])})
+            one
+            and JobDesign(
+                one["top"], Scale(**one["scale"]), *map(tuple, (one["above"], one["below"]))
+            )
             for one in known["jobs"]
         )
         return cls(**{**known, "jobs": jobs})
@@ -184,7 +188,7 @@ def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: i
     curves = {job: _Curve.of(sample) for job, sample in known.scored.items() if _tells(sample)}
     open_ = [job for job in setup.jobs if job not in known.closed]
     scale = len(setup.data)
-    done = sum(len(curve.wrong_of_drawn) for curve in curves.values())
+    done = sum(curve.computed for curve in curves.values())
     plan = partial(_plan, curves, {job: len(job.rows) * scale for job in open_}, done)
     if budget.unit == "s":
         pairs = _within_time(known, plan, budget.value * processes, images / scale, images)
@@ -212,29 +216,26 @@ class _Curve:
 
     Attributes
     ----------
-    floor : float
-        See :class:`JobDesign`.
-    rows, pairs : int
-        Rows of the job; pairs that were looked at, silent ones included.
+    scale : Scale
+        Of the scores.
+    pairs, computed : int
+        That were looked at, silent ones included; those that were computed.
     above, below : (ndarray, ndarray, ndarray)
         Distinct scores ascending, without their sign, chances of these, and how many have them.
-    wrong_of_drawn : ndarray
-        Of the pairs that were computed.
     """
 
-    floor: float
-    rows: int
+    scale: Scale
     pairs: int
+    computed: int
     above: tuple[Floats, Floats, Floats]
     below: tuple[Floats, Floats, Floats]
-    wrong_of_drawn: NDArray[np.bool_]
 
     @classmethod
     def of(cls, sample: Sample) -> _Curve:
         """Take it from a sample: low scores and others have errors with tails of their own."""
-        floor = sample.floor(None)
-        live = sample.scores_of_live(floor)
-        score, error = sample.scores(None, floor), sample.errors(None, floor)
+        scale = sample.scale(None)
+        live = sample.scores_of_live(scale)
+        score, error = sample.scores(None, scale), sample.errors(None, scale)
         live = live[~np.isnan(live)]
         cut = float(np.quantile(live, LOW)) if len(live) else 0.0
         low, others = (Tail.of(error[some]) for some in (score <= cut, score > cut))
@@ -245,12 +246,11 @@ class _Curve:
             return distinct, np.minimum.accumulate(chance(distinct)), count.astype(np.float64)
 
         return cls(
-            floor,
-            len(sample.suffix.job.rows),
+            scale,
             sample.pairs,
+            len(score),
             side(live[live >= 0], lambda q: np.where(q <= cut, low.chance(q), others.chance(q))),
             side(-live[live < 0], too_low.chance),
-            (score >= 0) != (score - error >= 0),
         )
 
     def levels(self, chance: Floats, factor: float, deepest: int) -> NDArray[np.int64]:
@@ -274,7 +274,7 @@ class _Curve:
             level = self.levels(chance, factor, deepest)
             first = np.searchsorted(level, np.arange(1, deepest + 1))
             limits.append(tuple(_short(s) for s in np.append(score, np.inf)[first].tolist()))
-        return JobDesign(1.0, self.floor, *limits)
+        return JobDesign(1.0, self.scale, *limits)
 
 
 def _before(setup: Setup, budget: Budget, job: Job) -> float:
@@ -289,7 +289,7 @@ def _before(setup: Setup, budget: Budget, job: Job) -> float:
 
 def _tells(sample: Sample) -> bool:
     """Whether a sample tells anything."""
-    return bool(sample.actual) and sample.floor(None) > 0
+    return bool(sample.actual) and sample.scale(None).size > 0
 
 
 def _deepest(share: float) -> int:
