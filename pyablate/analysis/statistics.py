@@ -397,8 +397,8 @@ def _max_p(result: Record) -> Floats:
         count = changed[unit, of_class]
         # The most that a class may lose and still stay below the drop, in whole numbers.
         below = (drop[unit] * sizes[of_class] + count * base[unit] - 1) // (2 * base[unit])
-        below = np.clip(np.asarray(below, np.int64), -1, count)
-        log_smaller = np.bincount(unit, _tabulated(_log_cdf, below, count), minlength=len(lost))
+        index: Ints = np.clip(below, -1, count).astype(np.int64)
+        log_smaller = np.bincount(unit, _tabulated(_log_cdf, index, count), minlength=len(lost))
         # A class without changes has drop 0, which a maximum of 0 or less never exceeds.
         certain = (drop <= 0) & (changed == 0).any(axis=1)
         p[rows] = np.where(certain, 1.0, -np.expm1(log_smaller))

@@ -82,7 +82,7 @@ def test_against_exact_results_with_many_seeds(stepped):
     case = made(stepped=stepped)
     exact = ablate(case, guarantee="exact")
     present = exact.class_sizes > 0
-    repeats, share = (4, 0.2) if stepped else (10, 0.08)
+    repeats, share = (4, 0.2) if stepped else (6, 0.08)
     held: dict[str, float] = {}
     totals, drawn, squares = [], [], []
     for seed in range(repeats):
