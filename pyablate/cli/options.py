@@ -117,6 +117,16 @@ Measures = Annotated[
         "(largest logit minus the second), per class; may be given again.",
     ),
 ]
+Audit = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Random pairs to recompute by plain forward passes, as a check; by default as many as "
+        "take about 5 % of the time, from 30 to 300.",
+        show_default=False,
+    ),
+]
 OnMismatch = Annotated[
     str,
     typer.Option(

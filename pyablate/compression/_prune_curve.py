@@ -107,7 +107,7 @@ def prune_curve(
     shares = _fractions(fractions)
     check_exact(guarantee, "each point of a curve is one pass of a network over all images")
     named = _named(rankings)
-    with undisturbed():
+    with undisturbed(model, device):
         work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
         points = _Points(work, images, batch_size, class_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -27,6 +27,8 @@ from pyablate.network.aten import SAME
 from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
+from pyablate.runs.audit import CALL as AUDIT_CALL
+from pyablate.runs.audit import PASSES, usual_pairs
 from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
@@ -98,6 +100,9 @@ class Plan:
         What this machine was measured to do just now.
     remarks : tuple of str
         What should be known of the layers chosen: weights whose units are in none of them.
+    other_seconds : dict
+        What a call takes beside clean runs and layers: "preparation" (checks and capture, as this
+        very call took; a later one in the same process need not export again) and "audit".
     screened : ScreenedPlan or None
         What ``guarantee="screened"`` would take; None where everything would be computed.
 
@@ -116,6 +121,7 @@ class Plan:
     clean_seconds: float
     peaks: Peaks
     remarks: tuple[str, ...] = ()
+    other_seconds: dict[str, float] = field(default_factory=dict)
     screened: ScreenedPlan | None = None
 
     @property
@@ -125,8 +131,9 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of the sweep: clean runs and all layers, without capture and audit."""
-        return float(self.table["seconds"].sum()) + self.clean_seconds
+        """Predicted time of the call: preparation, clean runs, all layers and audit."""
+        layers = float(self.table["seconds"].sum())
+        return layers + self.clean_seconds + sum(self.other_seconds.values())
 
     def seconds_at(self, share: float) -> float:
         """Predicted time if gradients chose this share of the pairs to compute, and no more.
@@ -141,7 +148,8 @@ class Plan:
             return self.seconds
         able = self.table["strategy"] == "delta"
         layers = self.table["seconds"].where(~able, share * self.table["seconds"]).sum()
-        return float(layers) + self.clean_seconds + self.screened.prediction_seconds
+        beside = self.clean_seconds + sum(self.other_seconds.values())
+        return float(layers) + beside + self.screened.prediction_seconds
 
     def explain(self, result: AblationResult | None = None) -> str:
         """Lay the plan out for people.
@@ -173,8 +181,9 @@ class Plan:
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
             f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
             f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
-            f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
-            f"live share was measured on {min(_SAMPLE, self.images)} images",
+            f"predicted: {self.seconds:,.1f} s in all; the live share was measured on "
+            f"{min(_SAMPLE, self.images)} images",
+            *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
             self._screened(),
             *self.remarks,
         ]
@@ -185,14 +194,22 @@ class Plan:
         if result is not None:
             spent = sum(result.effort.layer_seconds.values())
             lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+            took = result.effort.other_seconds.items()
+            lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
         return "\n".join(lines)
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        layers = float(self.table["seconds"].sum())
+        return {**self.other_seconds, "clean runs": self.clean_seconds, "layers": layers}
 
     def _screened(self) -> str:
         """Say what a screened run would take."""
         found = self.screened
         if found is None:
             return "screened: as exact, nothing here can be screened"
-        least, most = (self.clean_seconds + seconds for seconds in found.seconds)
+        beside = self.clean_seconds + sum(self.other_seconds.values())
+        least, most = (beside + seconds for seconds in found.seconds)
         parts = (
             f"{found.prediction_seconds:,.1f} s of it predictions, "
             f"{found.measuring_seconds:,.1f} s measuring thresholds"
@@ -264,13 +281,16 @@ def plan(
         precision=precision,
         axis=axis,
         logits=logits,
+        images=images,
     )
     check_options(model, options)
     check_level("risk", risk)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
-    with undisturbed():
+    begin = time.perf_counter()
+    with undisturbed(model, device):
         setup = prepare(model, data, options)
+        prepared = time.perf_counter() - begin
         count = len(setup.data) if images is None else images
         peaks = _peaks(setup)
         rows = [_row(cost, count, peaks) for cost in _costs(setup)]
@@ -279,8 +299,21 @@ def plan(
         table = pd.DataFrame(rows)
         slower = peaks.dense / peaks.clean
         screened = plan_screened(setup, table, count, slower, risk if measure else None)
+    audited = usual_pairs(setup, count) * (AUDIT_CALL + PASSES * clean / count)
+    others = {"preparation": prepared, "audit": audited}
     tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
-    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks, setup.remarks, screened)
+    return Plan(
+        table,
+        count,
+        setup.batch_size,
+        pairs,
+        tiers,
+        clean,
+        peaks,
+        setup.remarks,
+        others,
+        screened,
+    )
 
 
 def _clean_seconds(setup: Setup, peaks: Peaks) -> float:

@@ -1,8 +1,8 @@
 """Screening: which pairs (unit, image) are computed, and which keep their class by prediction.
 
-A pair's score is the lead that its class is predicted to keep, in units of the predicted change of
-the logits (:mod:`pyablate.engine.predicted_change`). It is settled where the score is above a
-threshold (:mod:`pyablate.runs.thresholds`).
+A pair's score is the lead that its class is predicted to keep, in units of how large errors of
+predictions are for changes like its own (:class:`pyablate.engine.score.Scale`). It is settled where
+the score is above a threshold (:mod:`pyablate.runs.thresholds`).
 
 Of the settled pairs a random sample is computed all the same. It is drawn by a hash of row, image
 and seed, and bounds how many of the others are wrong (:mod:`pyablate.results.screening`). A pair of
@@ -132,7 +132,7 @@ class Screen:
             uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
         )
         choice = Choice.none(len(row))
-        scores = predicted.scores[job].of(row, image).relative(first.floor)
+        scores = predicted.scores[job].of(row, image).relative(first.scale)
         self._settle(choice, torch.arange(len(row)), 0, first, scores, draw)
         if later:
             self._carry(sweep, predicted, row, image, choice, later, draw)
@@ -159,7 +159,7 @@ class Screen:
             ) -> Tensor:
                 number, stage = stages[place]
                 mine = own[some]
-                scores = predicted.at(place, image[mine], change).relative(stage.floor)
+                scores = predicted.at(place, image[mine], change).relative(stage.scale)
                 self._settle(choice, mine, number, stage, scores, draw)
                 return ~choice.settled[mine]
 

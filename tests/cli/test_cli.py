@@ -211,7 +211,7 @@ def test_run_replaces_another_run_only_when_told_to(here: Path) -> None:
 
 
 def test_run_for_machines(here: Path) -> None:
-    code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4")
+    code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4", "--audit", "7")
     assert code == 0, err
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
@@ -221,8 +221,13 @@ def test_run_for_machines(here: Path) -> None:
     assert records[-1]["event"] == "result"
     assert records[-1]["images"] == 12
     assert records[-1]["baseline_accuracy"] == result.baseline_accuracy
-    assert records[-1]["audit"]["mismatches"] == 0
-    code, out, _ = invoke_apart(*_RUN, "--json", "--seed", "5")
+    assert records[-1]["audit"] | {"upper_bound": 0} == {
+        "pairs": 7,
+        "mismatches": 0,
+        "mended": 0,
+        "upper_bound": 0,
+    }
+    code, out, _ = invoke_apart(*_RUN, "--json", "--audit", "7", "--seed", "5")
     assert code == 3
     (record,) = map(json.loads, out.splitlines())
     assert record["event"] == "error"

@@ -41,8 +41,21 @@ def test_a_plan_is_of_the_right_size(planned):
     """By a wide margin: the benchmarks compare the two on an idle machine."""
     plan, result = planned
     actual = sum(result.effort.layer_seconds.values())
-    assert actual / 8 < plan.seconds - plan.clean_seconds < 8 * actual
+    assert actual / 8 < plan.table["seconds"].sum() < 8 * actual
     assert plan.clean_seconds > 0
+
+
+def test_the_total_is_that_of_the_call(planned):
+    plan, result = planned
+    assert set(plan.other_seconds) == {"preparation", "audit"}
+    parts = [plan.table["seconds"].sum(), plan.clean_seconds, *plan.other_seconds.values()]
+    assert min(parts) > 0
+    assert plan.seconds == pytest.approx(sum(parts))
+    said = plan.explain()
+    for part in ("preparation", "audit", "clean runs", "layers"):
+        assert f"\n  {part}: " in said
+    for part, seconds in result.effort.other_seconds.items():
+        assert f"\n  {part}: {seconds:,.1f} s" in plan.explain(result)
 
 
 def test_planning_for_more_images_scales(planned):
