@@ -164,6 +164,13 @@ def test_what_cannot_be_told_is_exported_each_time(small, exports):
     right(small)
     right(small)
     assert len(exports) == 2
+    small.lock = Unwilling()
+    assert structure(small) is None
+
+
+class Unwilling(dict[str, int]):
+    def items(self) -> Any:
+        raise OSError
 
 
 def test_no_network_is_kept_alive():
