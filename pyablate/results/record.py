@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.sparse import csr_array
 
 from pyablate.results.measures import Measure
 from pyablate.results.screening import Screening
@@ -29,6 +30,9 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Rows = Any
 """A label, a number, a slice, a mask, or a sequence of labels or numbers."""
+
+MOST_DENSE = 10_000
+"""Classes up to which a confusion matrix is a whole array unless asked for otherwise."""
 
 
 @dataclass(frozen=True)
@@ -391,22 +395,49 @@ class Record:
             out[self.flips.image[run]] = self.flips.prediction[run]
         return predicted
 
-    def confusion(self, rows: Rows = slice(None)) -> Ints:
+    def confusion(self, rows: Rows = slice(None), *, sparse: bool | None = None) -> Any:
         """Confusion matrices with the units of ``rows`` ablated.
+
+        Parameters
+        ----------
+        rows : label, number, slice, mask or sequence
+            Units, by default all.
+        sparse : bool, optional
+            Whether only cells with images are kept. By default from more than 10,000 classes on,
+            where one whole matrix takes 0.8 GB.
 
         Returns
         -------
-        ndarray
+        ndarray, or scipy.sparse.csr_array or list of these
             int64 ``[len(rows), class, predicted]``; a single label or number gives
-            ``[class, predicted]``. Images without a prediction are in none, see :attr:`undefined`.
+            ``[class, predicted]``. If sparse, one ``csr_array`` ``[class, predicted]`` a unit; a
+            single label or number gives it alone. Images without a prediction are in none, see
+            :attr:`undefined`.
+
+        Examples
+        --------
+        >>> worst = int(result.max_class_drop.argmax())
+        >>> few = result.confusion(worst, sparse=True)  # one row per class
+        >>> bool((few.toarray() == result.confusion(worst)).all())
+        True
         """
-        chosen = self.rows(rows)
-        k = self.classes
-        counts = np.empty((len(chosen), k, k), dtype=np.int64)
-        for out, predicted in zip(counts, map(self.predictions, chosen), strict=True):
-            cell = (self.labels * k + predicted[0])[predicted[0] >= 0]
-            out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
-        return counts[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else counts
+        chosen, k = self.rows(rows), self.classes
+        found: Any
+        if k > MOST_DENSE if sparse is None else sparse:
+            found = [self._sparse_confusion(row) for row in chosen]
+        else:
+            found = np.empty((len(chosen), k, k), dtype=np.int64)
+            for out, predicted in zip(found, map(self.predictions, chosen), strict=True):
+                cell = (self.labels * k + predicted[0])[predicted[0] >= 0]
+                out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
+        return found[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else found
+
+    def _sparse_confusion(self, row: Any) -> csr_array:
+        after = self.predictions(row)[0]
+        known = after >= 0
+        cell = self.labels[known], after[known]
+        shape = self.classes, self.classes
+        return csr_array((np.ones(len(cell[0]), dtype=np.int64), cell), shape=shape)
 
     @cached_property
     def data(self) -> xr.Dataset:

@@ -201,7 +201,10 @@ def ablate(
         progress=progress,
     )
     options.check(model)
-    with undisturbed(), taking_part(distributed, options.setup.device) as ranks:
+    with (
+        undisturbed(model, device),
+        taking_part(distributed, device) as ranks,
+    ):
         measured = _earlier(options, ranks)
         setup = _capture(model, data, options, measured, ranks)
         plan = _plan(model, setup, options, ranks)

@@ -79,6 +79,8 @@ class BlockSweep:
         What lies behind the sites of each job; empty where all is done by replay.
     keep : set of fx.Node
         Clean tensors that they read.
+    recorder : Recorder or None
+        Records slices as CUDA graphs, where the device has such; its memory goes with the sweep.
     """
 
     setup: Setup
@@ -93,6 +95,7 @@ class BlockSweep:
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
     auditor: Auditor = field(init=False)
+    recorder: cuda_graph.Recorder | None = field(init=False)
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -101,6 +104,7 @@ class BlockSweep:
             job: PrecisionCascade([*setup.low, setup.data.dtype]) for job in setup.jobs
         }
         self.keep = needed(self.suffixes.values())
+        self.recorder = cuda_graph.recorder(setup.data.device)
         self.auditor = Auditor(setup, self.audited, self.on_mismatch)
         if setup.abrupt:
             care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
@@ -335,9 +339,8 @@ class BlockSweep:
                 return row, image, cascade.classify_in_float64(row, image, prediction, truth)
         row, image = sweep.live_pairs()
         change: Change = functools.partial(logit_change, sweep)
-        recorder = cuda_graph.recorder(clean.logits.device)
-        if recorder is not None:
-            change = cuda_graph.Repeated(change, recorder)
+        if self.recorder is not None:
+            change = cuda_graph.Repeated(change, self.recorder)
         decide: Decide = functools.partial(
             cascade.classify, change, clean=clean, size=size, record=record, truth=truth
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
@@ -27,7 +27,7 @@ from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.classifier import Choice, check_choice_of_logits
 from pyablate.network.forward import Cost, cost_of, forward, images_at_a_time, two_images
-from pyablate.network.graph import Graph, tensor
+from pyablate.network.graph import MARKER, Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
 from pyablate.results.screening import GUARANTEES
@@ -313,7 +313,8 @@ def _low_precisions(
 def _free(device: torch.device) -> int:
     """Bytes of memory that nobody uses where the work is done."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held  # PyTorch holds it and does not use it
     return int(psutil.virtual_memory().available)
 
 
@@ -366,7 +367,7 @@ def _images_per_batch(
     """
     if graph is None:
         return 64
-    kept = needed(Suffix.of(graph, job) for job in jobs)
+    kept = {_owner(node) for node in needed(Suffix.of(graph, job) for job in jobs)}
     size = sample.element_size()
     # Beside the clean tensors stand the changes of one layer's units, while on their channels: as
     # differences, in the precision of the dense part, and on the way from one to the other.
@@ -375,3 +376,10 @@ def _images_per_batch(
     widest = graph.widest * size
     enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
     return int(max(1, min(enough, memory // 2 // max(per_image, 1))))
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """Find the node whose tensor another one is: marked outputs are no copies."""
+    while node.target is MARKER:
+        node = node.all_input_nodes[0]
+    return node

@@ -318,6 +318,16 @@ def test_plan_explains_without_running(here: Path) -> None:
     assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
 
 
+def test_plan_measures_a_screened_run_on_the_data(here: Path) -> None:
+    code, out, err = invoke_apart("plan", *_RUN[1:], "--measure", "--risk", "0.1")
+    assert code == 0, err
+    assert "what the stages of screening leave open" in out
+    assert "if none is" not in out
+    code, _, err = invoke_apart("plan", "small_network:make", "--measure")
+    assert code == 2
+    assert "--measure needs --data" in err
+
+
 def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:
     """Photographs come in all sizes."""
     for number, name in enumerate(("cat", "dog")):
