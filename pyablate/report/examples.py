@@ -33,13 +33,16 @@ _SIDE = 80  # pixels of the longer side
 _BATCH = 256
 
 
-def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, Any]:
+def examples(
+    result: Record, activating: Ints | None, data: Any, relevant: Ints | None = None
+) -> dict[str, Any]:
     """Choose images for the cards of the units, and draw them where data are at hand.
 
-    ``activating`` are the images that activate each unit most, int64 [unit, image], -1 for none;
-    the data are those of the run, in their order. Returns ``start``, ``image`` and ``after`` (which
-    images flip, to which class; as in :class:`pyablate.Flips`); ``activating``; ``shown``,
-    ``label`` and ``before`` (number, class and intact prediction of every image mentioned); and
+    ``activating`` are the images that activate each unit most, and ``relevant`` those for which it
+    is most relevant, int64 [unit, image], -1 for none; the data are those of the run, in their
+    order. Returns ``start``, ``image`` and ``after`` (which images flip, to which class; as in
+    :class:`pyablate.Flips`); ``activating``, ``relevant``; ``shown``, ``label`` and ``before``
+    (number, class and intact prediction of every image mentioned); and
     ``pictures`` (by image number, as data URIs).
     """
     parts = [_chosen(result, rows) for rows in row_blocks(result)]
@@ -47,19 +50,20 @@ def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, An
     ends = np.cumsum(lengths)
     entries = np.split(flips, ends[:-1])
     image = result.flips.image[flips].astype(np.int64)
-    mentioned = [image] if activating is None else [image, activating[activating >= 0]]
-    shown = np.unique(np.concatenate(mentioned))
+    given = [rows for rows in (activating, relevant) if rows is not None]
+    shown = np.unique(np.concatenate([image, *(rows[rows >= 0] for rows in given)]))
     return {
         "start": packed(np.concatenate([[0], ends])),
         "image": packed(image),
         "after": packed(result.flips.prediction[flips]),
         "activating": None if activating is None else packed(activating),
+        "relevant": None if relevant is None else packed(relevant),
         "shown": packed(shown),
         "label": packed(result.labels[shown]),
         "before": packed(result.baseline[shown]),
         "pictures": {}
         if data is None
-        else _pictures(data, result, _wanted(result, entries, activating)),
+        else _pictures(data, result, _wanted(result, entries, given)),
     }
 
 
@@ -78,13 +82,12 @@ def _chosen(result: Record, rows: slice) -> tuple[Ints, Ints]:
     return first + chosen, np.minimum(lengths, FLIPPED)
 
 
-def _wanted(result: Record, entries: list[Ints], activating: Ints | None) -> Ints:
+def _wanted(result: Record, entries: list[Ints], given: list[Ints]) -> Ints:
     """Images to draw, each once; those of the units that matter most first."""
     parts = []
     for row in np.argsort(-result.max_class_drop, kind="stable"):
         parts.append(result.flips.image[entries[row]].astype(np.int64))
-        if activating is not None:
-            parts.append(activating[row][activating[row] >= 0])
+        parts += [rows[row][rows[row] >= 0] for rows in given]
     every = np.concatenate([np.empty(0, dtype=np.int64), *parts])
     _, first = np.unique(every, return_index=True)
     return every[np.sort(first)][:_MOST_PICTURES]

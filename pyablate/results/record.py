@@ -37,12 +37,13 @@ MOST_DENSE = 10_000
 
 @dataclass(frozen=True)
 class Audit:
-    """How a run checked itself: random pairs recomputed by a plain float64 forward pass.
+    """How a run checked itself: random pairs recomputed by plain forward passes of the model.
 
     Attributes
     ----------
     pairs : int
-        (unit, image) pairs recomputed.
+        (unit, image) pairs recomputed, in float32, and in float64 where float32 does not settle
+        them or differs.
     mismatches : int
         Pairs whose recomputed prediction differed, near ties apart.
     mended : int
@@ -81,7 +82,7 @@ class Audit:
         """One line for people."""
         mended = f"; {self.mended:,} differed at first and were mended" if self.mended else ""
         return (
-            f"{self.pairs:,} pairs recomputed in float64, {self.mismatches} mismatches "
+            f"{self.pairs:,} pairs recomputed by replay, {self.mismatches} mismatches "
             f"(95 % upper bound {self.upper_bound:.2%} of all pairs){mended}"
         )
 
@@ -102,6 +103,9 @@ class Effort:
         Per layer and precision, the share of a logit change's spread within which its answer was
         not trusted: several times the largest error measured on pairs of this run. In 8 bits some
         multiple of a pair's rounding steps is added to that.
+    other_seconds : dict
+        Wall time of what stands beside the layers: "preparation" (checks, capture), "clean runs"
+        and "audit".
 
     Examples
     --------
@@ -112,6 +116,7 @@ class Effort:
     layer_seconds: dict[str, float] = field(default_factory=dict)
     pairs_by_precision: dict[str, int] = field(default_factory=dict)
     error_bounds: dict[str, dict[str, float]] = field(default_factory=dict)
+    other_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def settled(self) -> dict[str, int]:

@@ -71,6 +71,8 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
+    other_seconds : Counter
+        Time of clean runs and audit.
     cascades : dict
         Precisions and care of each job.
     suffixes : dict
@@ -88,6 +90,7 @@ class BlockSweep:
     screen: Screen | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
+    other_seconds: Counter[str] = field(default_factory=Counter)
     cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
@@ -177,7 +180,7 @@ class BlockSweep:
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
-        setup = self.setup
+        setup, start = self.setup, time.perf_counter()
         try:
             if setup.graph is None:
                 clean = clean_run.run_model(
@@ -206,6 +209,7 @@ class BlockSweep:
         else:
             if not setup.data.labelled:
                 batch = replace(batch, labels=clean.prediction.long())
+            self.other_seconds["clean runs"] += time.perf_counter() - start
             yield batch, clean
             return
         for half in _halves(batch):
@@ -227,7 +231,9 @@ class BlockSweep:
             return
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
+        start = time.perf_counter()
         audited = self.auditor.check(job, batch, clean, flips, measured)
+        self.other_seconds["audit"] += time.perf_counter() - start
         if audited.wrong:
             self.auditor.check_intact(batch, clean, audited)
             if self._more_careful(job, audited):
@@ -414,7 +420,7 @@ class BlockSweep:
             job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
             for job, cascade in self.cascades.items()
         }
-        return Effort(self.layer_seconds, decided, bounds)
+        return Effort(self.layer_seconds, decided, bounds, dict(self.other_seconds))
 
 
 def _changed(

@@ -26,7 +26,7 @@ from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.classifier import Choice, check_choice_of_logits
-from pyablate.network.forward import forward, images_at_a_time, two_images
+from pyablate.network.forward import cost_of, forward, images_at_a_time, two_images
 from pyablate.network.graph import MARKER, Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
@@ -48,6 +48,16 @@ SAME = 1e-3
 
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
+
+FEW, LARGE = 500, 2e8
+"""Pairs up to which, and operations of a forward pass from which, a capture may not pay."""
+
+CAPTURE = 0.04
+"""Seconds that each operator of a network costs before its first pair is decided by differences:
+its capture, and what is checked and measured of it."""
+
+RATE = 2e10
+"""Operations per second of a forward pass."""
 
 WORTHWHILE = 1.3
 """Gain in speed above which a lower precision pays for checking it."""
@@ -113,6 +123,8 @@ class SetupOptions:
     guarantee: str = "exact"
     axis: Mapping[str, int] | None = None
     logits: Choice = None
+    images: int | None = None
+    """How many are to be done, where the data are only the first of them."""
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -146,7 +158,11 @@ def prepare(
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
     everything = asks_for_everything(options.layers, options.groups)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
-    graph = None if options.strategy == "replay" else _capture(work, sample, marked)
+    pairs = sum(len(job.rows) for job in jobs) * (options.images or len(data))
+    by_replay = options.strategy == "replay" or (
+        options.guarantee == "exact" and _replay_is_quicker(work, sample, pairs)
+    )
+    graph = None if by_replay else _capture(work, sample, marked)
     _hold(data, intervention)
     memory = options.memory or _free(data.device) // 4
     keep_freed_blocks(memory)
@@ -298,6 +314,24 @@ def _free(device: torch.device) -> int:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held  # PyTorch holds it and does not use it
     return int(psutil.virtual_memory().available)
+
+
+def _replay_is_quicker(model: nn.Module, sample: Tensor, pairs: int) -> bool:
+    """Whether a large network is done with a few pairs before it would be captured.
+
+    Counted at rates that are written down here, not timed: a run that is resumed has to go on by
+    the same strategy.
+    """
+    if pairs > FEW:
+        return False
+    cost = cost_of(model, two_images(sample))
+    operations = cost.total / 2
+    quicker = operations >= LARGE and pairs * operations / RATE < cost.calls * CAPTURE
+    if quicker:
+        logger.info(
+            "%d pairs run by replay of the whole network: its capture would take longer", pairs
+        )
+    return quicker
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:

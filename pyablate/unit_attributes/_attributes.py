@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pyablate")
 
 _BATCH = 128
-SAMPLED = ("rank", "conductance", "lrp")
+SAMPLED = ("rank", "conductance", "lrp", "clrp")
 """Families that look at a sample of the images."""
 
 
@@ -84,7 +84,7 @@ def attributes(
     top : int
         Images that precision_at looks at.
     sample : int
-        Images, evenly spaced in the data, for hrank, conductance and lrp.
+        Images, evenly spaced in the data, for hrank, conductance, lrp and clrp.
     axis : dict, optional
         Axis of the units of some layers, as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
