@@ -159,7 +159,8 @@ def speed(visit: Visit) -> None:
     def slices() -> None:
         sizes_of_slices(visit)
 
-    visit.each(2 if visit.small else 20, ceilings, own_kernels, network, slices)
+    large = () if visit.small else (network,)
+    visit.each(2 if visit.small else 20, ceilings, own_kernels, *large, slices)
 
 
 def rates(visit: Visit) -> None:

@@ -77,6 +77,7 @@ def test_a_visit_says_what_it_would_do_the_most_valuable_first(tmp_path):
         assert (ROOT / word).exists()
 
 
+@pytest.mark.slow
 def test_phases_of_a_visit_on_the_processor(tmp_path):
     done = visit(tmp_path, "exact", "speed", DEVICE="cpu", SMALL="1", DEADLINE="280")
     assert done.returncode == 0, done.stdout + done.stderr
