@@ -162,7 +162,7 @@ def relmax(
     check_model(model)
     check_count("count", count)
     check_count("batch_size", batch_size)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = open_up(model, data, None, device, axis=axis, unlabelled=True)
         check_class("target", target, ready.classes)
         ready.data.hold_if_read_once()
