@@ -36,7 +36,7 @@ from pyablate.runs.state import unpack_thresholds
 from pyablate.runs.thresholds import Thresholds, measure
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
-from pyablate.runtime.progress import Report, reporting
+from pyablate.runtime.progress import Report, Reporter, reporting, stage
 
 logger = logging.getLogger("pyablate")
 
@@ -197,7 +197,11 @@ def ablate(
         progress=progress,
     )
     options.check(model)
-    with undisturbed(), taking_part(distributed, options.setup.device) as ranks:
+    with (
+        undisturbed(),
+        taking_part(distributed, options.setup.device) as ranks,
+        reporting(options.progress if ranks.first else False, unit="pairs") as report,
+    ):
         measured = _earlier(options, ranks)
         setup = _capture(model, data, options, measured, ranks)
         plan = _plan(model, setup, options, ranks)
@@ -214,7 +218,7 @@ def ablate(
             if held is None:
                 return _finished(setup, plan, options, ranks)
             screen = None if thresholds is None else Screen(setup, thresholds)
-            sweep = _sweep(setup, plan, options, held, screen, ranks)
+            sweep = _sweep(setup, plan, options, held, screen, ranks, report)
             if ranks.first:
                 result = _collect(setup, plan, held)
                 _warn_of_chance(chance_remark(result))
@@ -304,6 +308,7 @@ def _thresholds(
         return None
     known = None if measured is None else unpack_thresholds(measured)
     if known is None:
+        stage("measuring the thresholds of screening")
         here = measure(setup, options.risk, options.seed).to_json() if ranks.first else None
         known = ranks.tell(here)
     return Thresholds.of(known)
@@ -359,6 +364,7 @@ def _sweep(
     held: Held,
     screen: Screen | None,
     ranks: Ranks,
+    report: Reporter,
 ) -> BlockSweep:
     """Do all jobs on all blocks, in the portions with which the run began."""
     given = options.setup
@@ -369,17 +375,15 @@ def _sweep(
     )
     audited = _audited_pairs(setup, options.audit, options.seed)
     sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen)
-    with reporting(options.progress if ranks.first else False, unit="pairs") as report:
-        loop = RunLoop(
-            sweep=sweep,
-            held=held,
-            ranks=ranks,
-            dtype=plan.dtype,
-            any_tier=given.precision == "auto",
-            hashing=plan.hashing,
-            report=report,
-        )
-        loop.run()
+    RunLoop(
+        sweep=sweep,
+        held=held,
+        ranks=ranks,
+        dtype=plan.dtype,
+        any_tier=given.precision == "auto",
+        hashing=plan.hashing,
+        report=report,
+    ).run()
     return sweep
 
 

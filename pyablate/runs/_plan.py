@@ -17,9 +17,8 @@ from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
 from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
-from pyablate.engine.narrow_places import multiply_adds
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Suffix, needed
+from pyablate.engine.suffix import Suffix, multiply_adds, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import Intervention, parse
 from pyablate.network.aten import SAME
