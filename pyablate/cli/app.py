@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pyablate._validation import check_bytes
 from pyablate.cli.attributes import attributes
-from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, parse_bytes
+from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, words
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
@@ -34,6 +35,7 @@ from pyablate.cli.options import (
 from pyablate.cli.plot import plot
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
+from pyablate.cli.show import show_run
 from pyablate.cli.statistics import correlate, significance
 from pyablate.cli.summary import hook_loop_lines, screened_lines, sites_table, summary
 from pyablate.cli.tables import show
@@ -46,6 +48,7 @@ class _Shell(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
+        words.set(list(given))
         options["standalone_mode"] = False
         line: str | None
         code: Any
@@ -198,7 +201,7 @@ def plan(
     """
     import pyablate as pa
 
-    budget = parse_bytes("--memory", memory)
+    budget = check_bytes("--memory", memory)
     model = network.load()
     one = sample.load(network, model)
     made = pa.plan(
@@ -235,6 +238,7 @@ for _command in (
     doctor,
 ):
     app.command()(with_options(_command))
+app.command("show")(with_options(show_run))
 
 
 def main() -> None:

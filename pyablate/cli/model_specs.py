@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -82,7 +83,7 @@ def _model(spec: str, *, pretrained: bool) -> nn.Module:
         return _torchvision(name, pretrained)
     if prefix == "timm":
         return _timm(name, pretrained)
-    return _from_module(prefix, name, spec)
+    return _from_module(prefix, name, spec, pretrained)
 
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
@@ -136,7 +137,7 @@ def _known(library: str, name: str, names: Sequence[str]) -> None:
         raise ValueError(f"model: expected the name of a {library} model, got {name!r}{near}")
 
 
-def _from_module(module: str, name: str, spec: str) -> nn.Module:
+def _from_module(module: str, name: str, spec: str, pretrained: bool) -> nn.Module:
     with _importable_from_cwd():
         try:
             found = attrgetter(name)(importlib.import_module(module))
@@ -154,7 +155,26 @@ def _from_module(module: str, name: str, spec: str) -> nn.Module:
                 f"model: expected a function or torch.nn.Module at {spec!r}, "
                 f"found {type(found).__name__}"
             )
+        if pretrained:
+            _remind_of_weights(found, spec)
         return _built(found, spec)
+
+
+def _remind_of_weights(factory: Callable[..., Any], spec: str) -> None:
+    """Say that a factory has trained weights and is called without."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # of code that tells nothing of itself
+        return
+    for name in ("weights", "pretrained"):
+        if name in parameters and not parameters[name].default:
+            _log.warning(
+                "model: %s takes %s=, and is called without: the network may be untrained. Give "
+                "--weights FILE, or a function that calls it as you mean it",
+                spec,
+                name,
+            )
+            return
 
 
 def _built(factory: Callable[[], Any], spec: str) -> nn.Module:

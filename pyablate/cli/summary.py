@@ -32,6 +32,7 @@ def summary(result: AblationResult) -> list[RenderableType]:
     baseline = f"Baseline accuracy {points(result.baseline_accuracy)} %"
     if not result.labelled:
         baseline = "No labels: agreement with the intact network's predictions"
+    seconds = f"Time: {_time(result.seconds)} for {units * images:,} (unit, image) pairs"
     return [
         f"{baseline} on {images:,} images; {units:,} units, one at a time, "
         f"replaced by: {result.intervention}",
@@ -42,7 +43,7 @@ def summary(result: AblationResult) -> list[RenderableType]:
             f"{name.capitalize()} changes: {each.accuracy}"
             for name, each in result.measures.items()
         ),
-        f"Time: {_time(result.seconds)} for {units * images:,} (unit, image) pairs",
+        *([seconds] if result.seconds else []),  # none is stored
     ]
 
 

@@ -15,12 +15,17 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from pyablate.data.inputs import LABELS, Inputs, is_integer, is_structured, labels_apart, scaled
 from pyablate.runtime.host_to_device import sent
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 _ROWS = 64
 """Images that are read of a data set at a time."""
@@ -156,6 +161,12 @@ class Data:
             # Copies: the source may fill the same memory again and again.
             pairs = [(images.clone(), labels.clone()) for images, labels in self._raw()]
             self._source = pairs if self.labelled else [(images, None) for images, _ in pairs]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether a loader gives its images in another order each time, as far as it tells."""
+        sampler = getattr(self._source, "sampler", None)
+        return isinstance(self._source, DataLoader) and isinstance(sampler, _SHUFFLING)
 
     def hold_if_read_once(self) -> None:
         """Keep the images of a source that can be iterated only once, such as a generator."""

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate._validation import check_bytes
 from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
@@ -41,6 +42,12 @@ from pyablate.runtime.progress import Report, Reporter, reporting, stage
 logger = logging.getLogger("pyablate")
 
 
+_SHUFFLED = (
+    "data: the loader shuffles: image numbers in the result are those of this pass, and a run that "
+    "is killed or cut into shards cannot go on; shuffle=False makes them those of the data set"
+)
+
+
 def ablate(
     model: nn.Module,
     data: Any,
@@ -53,7 +60,7 @@ def ablate(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     audit: int = 300,
     on_mismatch: str = "error",
     seed: int = 0,
@@ -104,8 +111,9 @@ def ablate(
         Where to work; by default where the model is.
     batch_size : int, optional
         Images per clean run. Changes speed and memory only.
-    memory : int, optional
-        Bytes to work in, roughly; by default a quarter of what is free.
+    memory : int or str, optional
+        Bytes to work in, roughly, or a size such as "4GB" or "512MiB"; by default a quarter of
+        what is free.
     audit : int
         Random (unit, image) pairs to recompute by a plain float64 forward pass. A layer of which
         one differs is computed again more carefully, at last by such passes only, on all images;
@@ -178,7 +186,7 @@ def ablate(
             class_names=class_names,
             device=own_device(distributed, device),
             batch_size=batch_size,
-            memory=memory,
+            memory=check_bytes("memory", memory),
             strategy=strategy,
             precision=precision,
             measures=check_measures(measures),
@@ -323,7 +331,8 @@ def _capture(
 ) -> Setup:
     """Capture the network, with the statistics of an earlier process if there are any."""
     setup = prepare(model, data, options.setup, measured=measured, ranks=ranks)
-    for remark in setup.remarks if ranks.first else ():
+    remarks = [*setup.remarks, *([_SHUFFLED] if setup.data.shuffled else [])]
+    for remark in remarks if ranks.first else ():
         logger.warning("%s", remark)
     return setup
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
+from pyablate._validation import check_bytes
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
 from pyablate.engine.channel_delta import ChannelDelta
@@ -25,6 +26,7 @@ from pyablate.network.aten import SAME
 from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 
@@ -130,8 +132,27 @@ class Plan:
         result : AblationResult, optional
             Of the run that was planned: a column ``actual`` shows the seconds that it took.
         """
+        shown = self._shown
+        if result is not None:
+            actual = result.effort.layer_seconds
+            shown["actual"] = [
+                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in shown["layer"]
+            ]
+        lines = [shown.to_string(index=False), *self._lines]
+        if result is not None:
+            spent = sum(result.effort.layer_seconds.values())
+            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show what :meth:`explain` says."""
+        return page(f"Plan for {self.images:,} images", self._shown, notes=self._lines)
+
+    @property
+    def _shown(self) -> pd.DataFrame:
+        """The table as people read it."""
         table = self.table
-        shown = table.assign(
+        return table.assign(
             pairs=[f"{pairs:,}" for pairs in table["pairs"]],
             live=[f"{live:.0%}" for live in table["live"]],
             gflop=[f"{gflop:,.1f}" for gflop in table["gflop"]],
@@ -139,13 +160,11 @@ class Plan:
             gbyte=[f"{gbyte:,.2f}" for gbyte in table["gbyte"]],
             seconds=[f"{seconds:,.2f}" for seconds in table["seconds"]],
         )
-        if result is not None:
-            actual = result.effort.layer_seconds
-            shown["actual"] = [
-                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in table["layer"]
-            ]
-        lines = [
-            shown.to_string(index=False),
+
+    @property
+    def _lines(self) -> list[str]:
+        """What is said below the table."""
+        return [
             f"{self.images:,} images in batches of {self.batch_size}, {self.slice_pairs:,} pairs "
             f"at a time; dense part in {', doubtful pairs in '.join(self.tiers)}",
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
@@ -155,10 +174,6 @@ class Plan:
             f"live share was measured on {min(_SAMPLE, self.images)} images",
             *self.remarks,
         ]
-        if result is not None:
-            spent = sum(result.effort.layer_seconds.values())
-            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
-        return "\n".join(lines)
 
 
 def plan(
@@ -173,7 +188,7 @@ def plan(
     logits: Choice = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     precision: str = "auto",
 ) -> Plan:
     """Predict what :func:`pyablate.ablate` would do with the same arguments.
@@ -208,7 +223,7 @@ def plan(
         parse(intervention),
         device=device,
         batch_size=batch_size,
-        memory=memory,
+        memory=check_bytes("memory", memory),
         precision=precision,
         axis=axis,
         logits=logits,

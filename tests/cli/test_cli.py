@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from typer.main import get_command
 
 import pyablate as pa
 from pyablate.cli.app import app
+from pyablate.runs.run_folder import RunStore, locked
 
 _NETWORK = """
 import time
@@ -246,6 +249,47 @@ def test_a_screened_run_says_so(here: Path) -> None:
     assert "options.guarantee (screened, now None)" in err
 
 
+def test_show_a_run_that_has_finished(here: Path) -> None:
+    assert invoke_apart(*_RUN)[0] == 0
+    code, out, err = invoke_apart("show", "run.zarr")
+    assert code == 0, err
+    assert "on 12 images" in out
+    assert "model.weights" in out
+    assert f"Made by: pyablate {shlex.join(_RUN)}" in " ".join(out.split())
+    assert "Time:" not in out  # is not stored
+    assert invoke_apart(*_RUN, "--seed", "5", "--fresh")[0] == 0
+    assert "--seed 5 --fresh" in " ".join(invoke_apart("show", "run.zarr")[1].split())
+    pa.load("run.zarr").save("run.zarr")  # replaces the folder: the command is ours
+    assert "a call in Python" in invoke_apart("show", "run.zarr")[1]
+    code, _, err = invoke_apart("show", "notes")
+    assert code == 2
+    assert "notes" in err
+
+
+def test_show_how_far_an_unfinished_run_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RunStore.write
+
+    def interrupted(store: RunStore, number: int, block: Any) -> None:
+        write(store, number, block)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunStore, "write", interrupted)
+    given = (*_RUN, "--batch-size", "4")
+    assert invoke_apart(*given)[0] == 130
+    code, out, err = invoke_apart("show", "run.zarr")
+    assert code == 0, err
+    shown = " ".join(out.split())
+    assert "run.zarr has not finished: 4 of 12 images (33%) are done" in shown
+    assert f"Goes on with: pyablate {shlex.join(given)}" in shown
+    with locked(here / "run.zarr"):
+        assert "A process is at work on it" in invoke_apart("show", "run.zarr")[1]
+    monkeypatch.setattr(RunStore, "write", write)
+    assert invoke_apart(*_RUN)[0] == 0
+    assert f"Made by: pyablate {shlex.join(given)}" in " ".join(
+        invoke_apart("show", "run.zarr")[1].split()
+    )
+
+
 def test_shards_are_merged(here: Path) -> None:
     assert invoke_apart(*_RUN)[0] == 0
     for number in (1, 2):
@@ -256,7 +300,9 @@ def test_shards_are_merged(here: Path) -> None:
     )
     assert code == 0, err
     assert "on 12 images" in out
-    assert contents(here / "both.zarr") == contents(here / "run.zarr")
+    whole = contents(here / "run.zarr")
+    del whole["command.json"]
+    assert contents(here / "both.zarr") == whole
     assert len(pd.read_csv("b.csv")) == 10
     code, _, err = invoke_apart("merge", "part2.zarr", "-o", "one.zarr")
     assert code == 2
