@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -118,6 +119,23 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type: those of torch may run to a page."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def optional(module: str, missing: str) -> Any:
+    """Import a library that may not be there, or broken: whatever that raises.
+
+    Raises
+    ------
+    ImportError
+        It cannot be imported; ``missing`` tells what needs it and how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(missing) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ImportError(f"{missing} (importing {module} fails: {reason})") from error
 
 
 def _alike(given: object, known: Iterable[str], count: int) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice, check_count
+from pyablate._validation import check_choice, check_count, optional
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.network.classifier import giving_logits
@@ -72,10 +72,7 @@ def attribution_maps(
     """
     check_choice("method", method, METHODS)
     _check(model, images, target, steps, batch_size)
-    try:
-        import captum.attr  # noqa: F401
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    optional("captum.attr", _MISSING)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pyablate import demo
-from pyablate._validation import nearest
+from pyablate._validation import nearest, optional
 from pyablate.cli.data_specs import Pixels
 from pyablate.io.weights import load_state, read_state
 from pyablate.network.exported import load_exported
@@ -122,13 +122,7 @@ def own_pixels(spec: str, model: nn.Module) -> Pixels | None:
 
 
 def _library(name: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"model: {name}:NAME needs {name}, which cannot be imported ({error}): "
-            f"pip install {name}"
-        ) from None
+    return optional(module, f"model: {name}:NAME needs {name}: pip install {name}")
 
 
 def _known(library: str, name: str, names: Sequence[str]) -> None:
@@ -148,6 +142,9 @@ def _from_module(module: str, name: str, spec: str, pretrained: bool) -> nn.Modu
             ) from error
         except AttributeError as error:
             raise ValueError(f"model: no {name!r} in the module {module!r} ({error})") from error
+        except Exception as error:  # whatever a user's module raises, a SyntaxError among them
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model: importing {module!r} failed: {reason}") from error
         if isinstance(found, nn.Module):
             return found
         if not callable(found):

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pyablate._validation import check_bytes
+from pyablate._validation import check_bytes, check_count
 from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
@@ -257,8 +257,7 @@ class _RunOptions:
             raise ValueError("distributed: needs output, a folder that all processes see")
         check_options(model, self.setup)
         _check_risk(self.risk)
-        if not isinstance(self.audit, int) or self.audit < 0:
-            raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
+        check_count("audit", self.audit, 0)
         check_on_mismatch(self.on_mismatch)
         if self.output is not None:
             check_place(self.output, fresh=self.fresh)

@@ -62,6 +62,10 @@ class TwoHeads(nn.Module):
         return {"fine": self.fine(pooled), "coarse": self.coarse(pooled)}
 
 
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+
+
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 """
@@ -71,6 +75,8 @@ def plain():
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a network in ``small_network.py`` and ``images.npz``."""
     (tmp_path / "small_network.py").write_text(_NETWORK)
+    (tmp_path / "broken_network.py").write_text("def make(): pass\nmake_it()")
+    (tmp_path / "no_python.py").write_text("def make(:")
     draw = np.random.default_rng(0)
     images = draw.random((12, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)
@@ -488,6 +494,16 @@ _BAD_INPUT = {
     "no such module": (("run", "no_such_module:make", "--data", "images.npz"), "no_such_module"),
     "no such library": (("run", "torchvision:no_such_net", "--data", "images.npz"), "torchvision"),
     "factory that fails": (("run", "small_network:explode", "--data", "images.npz"), "first line"),
+    "module that fails": (("run", "broken_network:make", "--data", "images.npz"), "NameError"),
+    "module that is no Python": (("run", "no_python:make", "--data", "images.npz"), "SyntaxError"),
+    "shape of another network": (
+        ("layers", "small_network:make", "--input-shape", "3,8,8"),
+        "the model fails on an input of shape [3, 8, 8]",
+    ),
+    "networks with different inputs": (
+        ("compare", "small_network:make", "small_network:wide", "--data", "images.npz"),
+        "smaller: it fails on images of shape [1, 8, 8]",
+    ),
     "no such weights": ((*_RUN, "--weights", "gone.safetensors"), "gone.safetensors"),
     "no such data": (("run", "small_network:make", "--data", "gone"), "gone"),
     "empty data": (("run", "small_network:make", "--data", "empty.npz"), "empty.npz"),
