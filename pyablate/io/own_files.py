@@ -42,8 +42,8 @@ _GROUP_FILES = (".zgroup", ".zattrs", ".zmetadata")
 def check_replaceable(store: Path) -> None:
     """Refuse to replace a finished store whose folder holds anything else."""
     arrays = own_arrays(store, store)
-    group = ("zarr.json",) if (store / "zarr.json").exists() else _GROUP_FILES
-    group += (COMMAND,) if read_command(store) else ()
+    zarr: tuple[str, ...] = ("zarr.json",) if (store / "zarr.json").exists() else _GROUP_FILES
+    group = (*zarr, *([COMMAND] if read_command(store) else []))
     tidying = is_manifest(store / "blocks")  # of a run that was killed when all was done
     for name in checksums.files_below(store):
         first, _, rest = name.partition("/")

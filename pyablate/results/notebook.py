@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -17,8 +17,8 @@ def page(line: str, *tables: pd.DataFrame, notes: Iterable[str] = ()) -> str:
     for table in tables:
         # Without pandas' style sheet, which would be repeated in every output.
         parts.append(
-            table.head(ROWS).to_html(
-                index=False, border=0, na_rep="-", float_format=_figure, formatters=_written(table)
+            _written(table.head(ROWS)).to_html(
+                index=False, border=0, na_rep="-", float_format=_figure
             )
         )
         if len(table) > ROWS:
@@ -26,9 +26,9 @@ def page(line: str, *tables: pd.DataFrame, notes: Iterable[str] = ()) -> str:
     return "\n".join([*parts, *map(_paragraph, notes)])
 
 
-def _written(table: pd.DataFrame) -> dict[str, Callable[[int], str]]:
-    whole = (name for name, kind in table.dtypes.items() if pd.api.types.is_integer_dtype(kind))
-    return {str(name): "{:,}".format for name in whole}
+def _written(table: pd.DataFrame) -> pd.DataFrame:
+    whole = table.select_dtypes("integer")
+    return table.assign(**{str(name): whole[name].map("{:,}".format) for name in whole})
 
 
 def _figure(value: float) -> str:
