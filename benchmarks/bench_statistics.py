@@ -9,15 +9,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
+from made_up import random_result
 from measure import Settings, in_turn, ratio, say, write
 from scipy import stats
 
 from pyablate.result import AblationResult
-from pyablate.results.record import Flips
 
-UNITS, LAYERS, CLASSES, IMAGES = 26_560, 16, 1000, 50_000
+UNITS, CLASSES, IMAGES = 26_560, 1000, 50_000
 FLIPPED = 0.005  # share of the images, per unit
 SAMPLE = 200  # units whose answers are compared, and of which the slower rivals are timed
 DRAWS = 200
@@ -36,27 +35,11 @@ class Case:
 
 @pytest.fixture(scope="session")
 def result() -> AblationResult:
-    return random_result(UNITS)
+    return made_up(UNITS)
 
 
-def random_result(units: int) -> AblationResult:
-    """Flips at random; a third of those of wrong images make them right."""
-    draw = np.random.default_rng(0)
-    labels = np.repeat(np.arange(CLASSES), IMAGES // CLASSES)
-    other = (labels + draw.integers(1, CLASSES, IMAGES)) % CLASSES
-    baseline = np.where(draw.random(IMAGES) < 0.75, labels, other)
-    row = np.repeat(np.arange(units), draw.poisson(FLIPPED * IMAGES, units))
-    row, image = np.divmod(np.unique(row * IMAGES + draw.integers(0, IMAGES, len(row))), IMAGES)
-    new = (baseline[image] + draw.integers(1, CLASSES, len(row))) % CLASSES
-    back = (baseline[image] != labels[image]) & (draw.random(len(row)) < 1 / 3)
-    new[back] = labels[image[back]]
-    layer = np.arange(units) * LAYERS // units
-    frame = pd.DataFrame({"layer": [f"layer{number}" for number in layer]})
-    frame["unit"] = frame.groupby("layer").cumcount()
-    frame.insert(0, "label", frame["layer"] + ":" + frame["unit"].astype(str))
-    start = np.searchsorted(row, np.arange(units + 1))
-    flips = Flips(start, image.astype(np.int32), new.astype(np.int32))
-    return AblationResult(frame, labels, baseline, flips, tuple(map(str, range(CLASSES))))
+def made_up(units: int) -> AblationResult:
+    return random_result(units, IMAGES, CLASSES, FLIPPED)
 
 
 def scipy_everywhere(result: AblationResult) -> np.ndarray:
@@ -101,7 +84,7 @@ def test_statistic(benchmark: Any, settings: Settings, result: AblationResult, n
     case = CASES[name]
     assert result.lost.shape == (UNITS, CLASSES), "counted once, before anything is timed"
     assert result.gained.any()
-    few = random_result(SAMPLE)
+    few = made_up(SAMPLE)
     compared = few if case.sample else result
     np.testing.assert_allclose(case.ours(compared), case.plain(compared), atol=case.tolerance)
     scale = UNITS / SAMPLE if case.sample else 1.0

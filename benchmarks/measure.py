@@ -51,6 +51,7 @@ class Job:
     layers: str | list[str]
     audit: int = 300
     first: int = 64  # images of the run that is checked first and tells how many to time
+    guarantee: str = "exact"
 
     def run(self, count: int, audit: int = 0) -> tuple[pa.AblationResult, float, float]:
         """Ablate on the first `count` images; result, seconds of the sweep, seconds of the call."""
@@ -63,6 +64,7 @@ class Job:
             (images, labels),
             self.layers,
             audit=audit,
+            guarantee=self.guarantee,
             progress=lambda *_: marks.append(time.perf_counter()),
         )
         end = time.perf_counter()

@@ -23,6 +23,7 @@ from pyablate.network.near_tie import near_tie
 from pyablate.network.sites import Site
 from pyablate.reference.timing import hook_loop_seconds
 from pyablate.result import AblationResult
+from pyablate.runtime.determinism import float32_as
 
 BATCH_SIZES = (32, 64, 128, 256, 512)
 Decide = Callable[[Tensor], Tensor]
@@ -82,13 +83,8 @@ def tf32(allowed: bool) -> Iterator[None]:
     if not torch.cuda.is_available():
         yield  # it would change nothing, but torch.compile would compile anew
         return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
+    with float32_as("tf32" if allowed else "ieee"):
         yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @dataclass(eq=False)

@@ -13,31 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
+from made_up import random_result
 
-from pyablate.result import AblationResult, load
-from pyablate.results.record import Audit, Flips
+from pyablate.result import load
 from pyablate.results.store import save
 
 SHARE = 0.006
 """Flipped predictions among all pairs, as on the shipped networks."""
-
-
-def made_up(units: int, images: int, classes: int) -> AblationResult:
-    """Return a result with flips at random: nothing in it that compresses well."""
-    draw = np.random.default_rng(0)
-    counts = draw.poisson(SHARE * images, units)
-    image = np.concatenate([np.sort(draw.choice(images, n, replace=False)) for n in counts])
-    start = np.concatenate([[0], np.cumsum(counts)])
-    prediction = draw.integers(classes, size=len(image)).astype(np.int32)
-    labels = draw.integers(classes, size=images)
-    frame = pd.DataFrame(
-        {"label": [f"a:{u}" for u in range(units)], "layer": "a", "unit": range(units)}
-    )
-    names = tuple(str(number) for number in range(classes))
-    flips = Flips(start, image.astype(np.int32), prediction)
-    return AblationResult(frame, labels, labels, flips, names, audit=Audit(0, 0))
 
 
 def describe(path: Path) -> str:
@@ -64,7 +46,7 @@ def main() -> None:
     if not sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(os.path.join(folder, "run.zarr"))
-            save(made_up(2_000, 50_000, 1_000), place)
+            save(random_result(2_000, 50_000, 1_000, SHARE), place)
             print(describe(place))
 
 

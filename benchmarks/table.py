@@ -21,6 +21,7 @@ TITLES = {
     "heads": "Last maps: global pooling and a linear layer",
     "fully connected": "Fully connected layers from the last maps on",
     "efficientnet": "EfficientNet-Lite0 from its pixels on",
+    "screening": "Screened runs against exact ones",
     "ops": "Native operations",
     "attributes": "Attributes of one forward pass",
     "statistics": "Statistics of a result",
@@ -28,6 +29,7 @@ TITLES = {
     "memory": "Peak memory",
     "start-up": "Start-up and whole commands",
 }
+COMPARED = ("layers", "networks", "heads", "fully connected", "efficientnet", "screening")
 Cases = dict[str, dict[str, Any]]
 
 
@@ -193,13 +195,32 @@ def _grouped(known: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     for machine in known:
         of = f"{machine['machine'].get('gpu') or machine['machine']['cpu']}: " * (len(known) > 1)
         cases = machine["cases"].values()
-        for group in ("layers", "networks", "heads", "fully connected", "efficientnet"):
+        for group in COMPARED:
             for case in (case for case in cases if case["group"] == group):
                 kind = case.get("kind", TITLES[group])
                 for rival, entry in case["rivals"].items():
                     label = f"{of}{kind[0].upper()}{kind[1:]}\nagainst {rival}"
                     rows.setdefault(label, []).append(entry["ratio"])
     return rows
+
+
+def screening(cases: Cases) -> str:
+    lines = [
+        (
+            name.removeprefix("screened "),
+            f"{case['images']:,}",
+            f"{case['units']:,}",
+            _seconds(median(case["rivals"]["exact"]["seconds"])),
+            _seconds(median(case["seconds"])),
+            _ratio(case["rivals"]["exact"]),
+            f"{case['computed']:.1%}",
+            f"{case['missed']:,} of {case['flips']:,}",
+            f"{case['certificate']:.2g}",
+        )
+        for name, case in sorted(cases.items())
+    ]
+    head = "case|images|units|exact|screened|ratio (spread)|computed|missed flips|certificate"
+    return "\n\n".join([_table(head.split("|"), lines), *_summary(cases)])
 
 
 def operations(cases: Cases) -> str:
@@ -256,7 +277,7 @@ def growth(cases: Cases) -> str:
         )
         for _, case in sorted(cases.items())
     ]
-    return _table(["grows", "seconds of the sweep", "growth"], lines)
+    return _table(["grows", "seconds of the sweep or the predictions", "growth"], lines)
 
 
 def memory(cases: Cases) -> str:
@@ -286,6 +307,7 @@ def start_up(cases: Cases) -> str:
 
 
 TABLES = {
+    "screening": screening,
     "ops": operations,
     "attributes": attributes,
     "statistics": statistics,

@@ -122,7 +122,7 @@ def introduction(groups: Groups, studied: Sequence[Measured]) -> list[str]:
         f"The first three differ in one thing each, with three fully connected layers on five "
         f"convolutions. Units are the channels behind each activation and each residual block, "
         f"replaced by zero, nothing is retrained: {pairs:,} (unit, image) pairs. Of these "
-        f"{audited:,} were recomputed in float64 by the runs' own audits, {mismatches} differed. "
+        f"{audited:,} were recomputed by the runs' own audits, {mismatches} differed. "
         "Images of the first data set are Fashion-MNIST's test images"
         + ("; [the other](#the-second-data-set) is made here." if "glyphs" in groups else ".")
         + " Seeds other than 0 were partly trained for fewer epochs, as the table says.",

@@ -31,6 +31,12 @@ def check_choices(argument: str, given: str | Sequence[str], known: Sequence[str
     return names
 
 
+def check_exact(given: Any, why: str) -> None:
+    """Refuse another guarantee than "exact" where there is none, and say why."""
+    if given != "exact":
+        raise ValueError(f"guarantee: expected 'exact', since {why}; got {given!r}")
+
+
 def check_count(argument: str, given: Any, least: int = 1) -> None:
     """Refuse what is no whole number, or one that is too small."""
     if isinstance(given, bool) or not isinstance(given, Integral):

@@ -120,6 +120,14 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     ).result.predictions(),
     "pairs": lambda c: pa.pairs(c.model, c.data, "act", units=[0, 1], **Q).result.predictions(),
     "minimal_sets": lambda c: len(pa.minimal_sets(c.model, c.data, "act", classes=[0], **Q).table),
+    "activation_patterns": lambda c: patterns(c),
+    "spectral_profile": lambda c: pa.spectral_profile(c.model, c.data, weighted(c))["contribution"],
+    "influence_graph": lambda c: pa.influence_graph(
+        c.model, c.data, (weighted(c), weighted(c)), share=0.5
+    )["influence"],
+    "class_features": lambda c: pa.class_features(c.model, c.data).mask,
+    "representative": lambda c: pa.representative(c.model, c.data, 3, "act").map,
+    "unit_sets": lambda c: pa.unit_sets(c.model, c.data, "act", sizes=[1], **Q)["kept"],
     "shapley": lambda c: pa.shapley(c.model, c.data, "act", permutations=2, **Q).data["value"],
     "rotation_control": lambda c: pa.rotation_control(
         c.model, c.data, "act", rotations=1, **Q
@@ -129,6 +137,7 @@ RUNS: dict[str, Callable[[Case], Any]] = {
         "act"
     ].abs(),
     "next_weights": lambda c: directions.next_weights(c.model, c.data, "act")["act"].abs(),
+    "relevant": lambda c: directions.relevant(c.model, c.data, "act")["act"].abs(),
     "couplings": lambda c: [len(one.units) for one in pa.couplings(c.model, c.sample)],
     "rank": lambda c: pa.rank(c.model, c.sample, "random").scores,
     "remove": lambda c: pa.remove(c.model, ["act:1"], c.sample).model,
@@ -145,8 +154,12 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     ).maps["cosine"],
     "attribution_maps": lambda c: [
         attribution.attribution_maps(c.model, c.images, LABELS[:2], method)
-        for method in ("grad_cam", "integrated_gradients", "lrp")
+        for method in ("grad_cam", "integrated_gradients", "lrp", "clrp")
     ],
+    "conditional_maps": lambda c: attribution.conditional_maps(
+        c.model, c.images, LABELS[:2], ["act:1"]
+    ),
+    "relmax": lambda c: attribution.relmax(c.model, c.data, "act", count=3).to_array(),
     "latency": lambda c: len(compression.latency({"a": c.model}, c.sample, repeats=1)),
     "size": lambda c: compression.size(c.model, c.sample).flops,
     "masked": lambda c: compression.masked(c.model, c.ranking, 0.3, c.sample),
@@ -198,6 +211,9 @@ NEED_NO_LOGITS = {
 NEED_IMAGES = {
     "attribution_maps": "images: expected a tensor",
     "attributions_preserved": "images: expected a tensor",
+    "conditional_maps": "images: expected a tensor",
+    "relevant": "model: relevance has no rule for this network",
+    "relmax": "model: relevance has no rule for this network",
     "write_report": r"data: expected images \[N, C, H, W\] to draw",
 }
 
@@ -208,6 +224,15 @@ def saved(case: Case) -> Any:
     given = case.inputs
     found = network(**given) if isinstance(given, dict) else network(given)
     return (found if isinstance(found, Tensor) else list(found.values())[-1]).detach()
+
+
+def weighted(case: Case) -> str:
+    return "fc" if isinstance(case.model, Text) else "conv2"
+
+
+def patterns(case: Case) -> Any:
+    pytest.importorskip("sklearn")
+    return pa.activation_patterns(case.model, case.data, "act", smallest=2)["pattern"]
 
 
 def weights_of(found: Any) -> Any:

@@ -72,6 +72,7 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
             {"limit=500": "limit=120"},
             "curves both sets worth best along control table",
         ),
+        ("related-systems.md", {"limit=200": "limit=60"}, "contrast graph needed sets region"),
         (
             "compression.md",
             {"limit=500": "limit=60"},

@@ -18,6 +18,7 @@ _NEEDS = {
     "pyablate.compression": "torch_pruning",
     "pyablate.attribution": "captum",
     "pyablate.comparison": "captum",
+    "pyablate.experiments._patterns": "sklearn",
     "pyablate.plots": "matplotlib",
 }
 

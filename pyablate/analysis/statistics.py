@@ -11,7 +11,7 @@ Nothing here needs torch, a model or the extension.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -198,7 +198,7 @@ def noise_floor(result: Record) -> Floats:
     present = result.class_sizes > 0
     sizes = result.class_sizes[present]
     expected = np.empty(len(result.units))
-    for rows in _blocks(result.flips.start, len(sizes)):
+    for rows in row_blocks(result, len(sizes)):
         changed = result.lost[rows] + result.gained[rows]
         expected[rows] = _expected_maximum(changed[:, present], sizes)
     return expected
@@ -245,7 +245,7 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     generator = np.random.default_rng(seed)
     halves = [random_half(result.labels, result.classes, generator) for _ in range(splits)]
     total = np.zeros(len(result.units))
-    for rows in _blocks(result.flips.start, result.classes):
+    for rows in row_blocks(result, result.classes):
         image, cell, net = _changes(result, rows)
         shape = rows.stop - rows.start, result.classes
         both = _net(cell, net, shape)[:, usable]
@@ -271,6 +271,25 @@ def layer_rows(result: Record) -> dict[str, Ints]:
     """
     codes, layers = pd.factorize(result.units["layer"])
     return {str(layer): np.flatnonzero(codes == code) for code, layer in enumerate(layers)}
+
+
+def row_blocks(result: Record, cells: int = 1) -> Iterator[slice]:
+    """Yield runs of rows whose flips, and ``cells`` a row, make about ``NUMBERS`` numbers.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import row_blocks
+    >>> list(row_blocks(result, result.classes))
+    [slice(0, 128, None)]
+    """
+    units = len(result.units)
+    load = result.flips.start + np.arange(units + 1) * max(cells, 1)
+    row = 0
+    while row < units:
+        after = int(np.searchsorted(load, load[row] + NUMBERS, side="right")) - 1
+        stop = min(units, max(row + 1, after))
+        yield slice(row, stop)
+        row = stop
 
 
 def _tabulated(
@@ -326,7 +345,7 @@ def _max_p(result: Record) -> Floats:
     present = result.class_sizes > 0
     sizes = result.class_sizes[present]
     p = np.empty(len(result.units))
-    for rows in _blocks(result.flips.start, len(sizes)):
+    for rows in row_blocks(result, len(sizes)):
         lost, gained = result.lost[rows], result.gained[rows]
         units, worst = np.arange(len(lost)), result.max_class[rows]
         drop = (lost - gained)[units, worst]
@@ -384,15 +403,3 @@ def _chosen(first: Floats, first_sizes: Ints, second: Floats, second_sizes: Ints
     worst = np.argmax(first / first_sizes, axis=1)
     drops: Floats = second[np.arange(len(second)), worst] / second_sizes[worst]
     return drops
-
-
-def _blocks(start: NDArray[Any], classes: int) -> Iterator[slice]:
-    """Yield runs of rows whose cells and flips together make about ``NUMBERS`` numbers."""
-    units = len(start) - 1
-    load = np.asarray(start) + np.arange(units + 1) * max(classes, 1)
-    row = 0
-    while row < units:
-        after = int(np.searchsorted(load, load[row] + NUMBERS, side="right")) - 1
-        stop = min(units, max(row + 1, after))
-        yield slice(row, stop)
-        row = stop

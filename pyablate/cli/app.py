@@ -17,7 +17,14 @@ from typer.core import TyperGroup
 
 from pyablate._validation import check_bytes
 from pyablate.cli.attributes import attributes
-from pyablate.cli.common import INTERRUPTED, check_files, error_line, parse_axes, words
+from pyablate.cli.common import (
+    INTERRUPTED,
+    InputError,
+    check_files,
+    error_line,
+    parse_axes,
+    words,
+)
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
@@ -29,6 +36,7 @@ from pyablate.cli.options import (
     Layers,
     Memory,
     Network,
+    Risk,
     Sample,
     with_options,
 )
@@ -192,26 +200,41 @@ def plan(
     intervention: Intervention = "zero",
     axis: Axes = None,
     memory: Memory = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Compute some thousand pairs of each layer, to see how many a screened run of the "
+            "data would leave open.",
+        ),
+    ] = False,
+    risk: Risk = 1e-5,
 ) -> None:
     """Say how a run would be done and what it would cost, without running it.
 
     Try `pyablate plan demo:vgg_bn --images 10000 --memory 2GB`
 
     `pyablate plan my_module:make_model --data photos/ --size 224 --images 10000`
+
+    `pyablate plan demo:vit --data demo --layers blocks.2 --measure`
     """
     import pyablate as pa
 
     budget = check_bytes("--memory", memory)
     model = network.load()
-    one = sample.load(network, model)
+    if measure and sample.data is None and not network.model.startswith("demo:"):
+        raise InputError("--measure needs --data, got none")
+    data = sample.images(network, model).batches if measure else sample.load(network, model)
     made = pa.plan(
         model,
-        one,
+        data,
         layers,
         images=images,
         intervention=intervention,
         axis=parse_axes(axis),
         memory=budget,
+        measure=measure,
+        risk=risk,
     )
     typer.echo(visible(made.explain(), keep="\n"))
 

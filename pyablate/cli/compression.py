@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyablate.cli.common import check_files
-from pyablate.cli.options import Bar, Device, Images, Network, Preprocessing, Seed
+from pyablate.cli.options import (
+    Bar,
+    Device,
+    Guarantee,
+    Images,
+    Network,
+    Preprocessing,
+    Risk,
+    Seed,
+)
 from pyablate.cli.tables import (
     chance,
     change,
@@ -71,6 +80,11 @@ _SENSITIVITY_COLUMNS = (
     *columns(change, "drop=accuracy_drop"),
     *columns(str, "hurts most=max_class"),
     *columns(points, "by (points)=max_class_drop"),
+)
+_CERTIFICATE_COLUMNS = (
+    *columns(str, "guarantee"),
+    *columns(count, "computed"),
+    *columns(points, "wrong at most (95 %)=upper_bound"),
 )
 _ATTRIBUTION_COLUMNS = (
     *columns(str, "Attributions=method"),
@@ -158,6 +172,8 @@ def sensitivity(
         float | None,
         typer.Option(min=0, help="Leave a layer alone once it has lost more accuracy (0.05)."),
     ] = None,
+    guarantee: Guarantee = "exact",
+    risk: Risk = 1e-5,
     seed: Seed = 0,
     device: Device = None,
     pixels: Preprocessing,
@@ -186,11 +202,14 @@ def sensitivity(
         fractions=fraction or FRACTIONS,
         stop=stop,
         path=output,
+        guarantee=guarantee,
+        risk=risk,
         class_names=loaded.class_names,
         device=device,
         progress=progress,
     )
-    show(frame_table(found, _SENSITIVITY_COLUMNS, grouped=1), written=[output])
+    shown = (*_SENSITIVITY_COLUMNS, *(() if guarantee == "exact" else _CERTIFICATE_COLUMNS))
+    show(frame_table(found, shown, grouped=1), written=[output])
 
 
 def compare(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pyablate.experiments import Cumulative, Pairs, Shapley
+    from pyablate.result import AblationResult
 
 Rows = Annotated[
     Path | None,
@@ -168,7 +169,7 @@ def cumulative(
         intervention=intervention,
         **options,
     )
-    _finish(_cumulative_table(found), found.to_dataframe(), settings.output, found.result.audit)
+    _finish(_cumulative_table(found), found.to_dataframe(), settings.output, found.result)
 
 
 def pairs(
@@ -197,7 +198,7 @@ def pairs(
     model, data, options = settings.load(network, images)
     found = pa.pairs(model, data, layer, units=chosen, intervention=intervention, **options)
     rows = _pair_rows(found)
-    _finish(_pair_table(rows), rows, settings.output, found.result.audit)
+    _finish(_pair_table(rows), rows, settings.output, found.result)
 
 
 def minimal_sets(
@@ -246,7 +247,7 @@ def minimal_sets(
         **options,
     )
     rows = found.table.assign(units=found.table["units"].map(" ".join))
-    _finish(frame_table(rows, _SET_COLUMNS), rows, settings.output, found.result.audit)
+    _finish(frame_table(rows, _SET_COLUMNS), rows, settings.output, found.result)
 
 
 def shapley(
@@ -308,7 +309,7 @@ def shapley(
         intervention=intervention,
         **options,
     )
-    _finish(_value_table(found), found.to_dataframe(), settings.output, found.audit)
+    _finish(_value_table(found), found.to_dataframe(), settings.output, found)
 
 
 def rotation(
@@ -334,7 +335,7 @@ def rotation(
     model, data, options = settings.load(network, images)
     found = pa.rotation_control(model, data, layers, rotations=rotations, fewest=fewest, **options)
     table = frame_table(found.table, _ROTATION_COLUMNS, grouped=1)
-    _finish(table, found.table, settings.output, found.rotated.audit)
+    _finish(table, found.table, settings.output, found.rotated)
 
 
 def _orders(order: list[str], columns: list[str] | None) -> dict[str, Any]:
@@ -418,11 +419,14 @@ def _value_table(found: Shapley) -> Table:
     return frame_table(largest.head(found.data.attrs.get("top", _VALUES)), _VALUE_COLUMNS)
 
 
-def _finish(table: Table, rows: pd.DataFrame, path: Path | None, audit: object) -> None:
-    """Write the rows, then print the table, the audit, and where the rows are."""
+def _finish(
+    table: Table, rows: pd.DataFrame, path: Path | None, made: AblationResult | Shapley
+) -> None:
+    """Write the rows, then print the table, what is known of its runs, and where the rows are."""
     if path is not None and path.suffix == ".json":
         with whole(path, "--output") as fresh:
             rows.to_json(fresh, orient="records", indent=1, double_precision=15)
     elif path is not None:
         write_csv(rows, path, "--output")
-    show(table, f"Audit: {audit}", written=[path])
+    screened = [] if made.screening is None else [f"Screening: {made.screening}"]
+    show(table, f"Audit: {made.audit}", *screened, written=[path])

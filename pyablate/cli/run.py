@@ -20,6 +20,7 @@ from pyablate.cli.common import (
 )
 from pyablate.cli.options import (
     AsJson,
+    Audit,
     Axes,
     Bar,
     BatchSize,
@@ -60,6 +61,7 @@ def run(
     measures: Measures = None,
     guarantee: Guarantee = "exact",
     risk: Risk = 1e-5,
+    audit: Audit = None,
     on_mismatch: OnMismatch = "error",
     seed: Seed = 0,
     device: Device = None,
@@ -126,6 +128,7 @@ def run(
             device=device,
             batch_size=batch_size,
             memory=budget,
+            audit=audit,
             on_mismatch=on_mismatch,
             seed=seed,
             progress=lines if as_json and progress is not False else progress,

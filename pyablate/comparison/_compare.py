@@ -95,7 +95,7 @@ def compare(
     check_level("fdr", fdr)
     check_count("bins", bins)
     methods = _methods(attributions, masks)
-    with undisturbed():
+    with undisturbed(model, smaller, device):
         original, other, dtype = prepared_pair(model, smaller, device)
         images = Data(data, dtype=dtype, device=device_of(original), unlabelled=True)
         images.hold_if_read_once()

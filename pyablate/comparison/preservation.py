@@ -156,7 +156,7 @@ def attributions_preserved(
     >>> round(float(kept.maps["cosine"].min()), 3)
     1.0
     """
-    with undisturbed():
+    with undisturbed(model, smaller, device):
         original, other, dtype = prepared_pair(model, smaller, device)
         held = Data(data, dtype=dtype, device=device_of(original))
         held.hold()

@@ -146,7 +146,7 @@ def finetune(
         raise ValueError(f"weight: expected 0 or more, got {weight!r}")
     if preserve_attributions and original is None:
         raise ValueError("original: expected the network whose attributions are kept, got None")
-    with undisturbed(), torch.inference_mode(False), reporting(progress) as report:
+    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
         tuned, dtype = prepared(model, device)
         held = Data(data, dtype=dtype, device=device_of(tuned))
         held.hold()

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate._validation import check_exact
 from pyablate.comparison.evaluation import Evaluation, evaluate, prepared
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import AGREEMENT, Size, silenced, silencing, without
@@ -38,6 +39,7 @@ def prune_curve(
     *,
     fractions: Sequence[float] = FRACTIONS,
     seeds: int = 3,
+    guarantee: str = "exact",
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
@@ -63,6 +65,9 @@ def prune_curve(
     seeds : int
         Random orders to compare with, of the same places and scope as the first ranking of each
         scope; 0 for none.
+    guarantee : {"exact"}
+        Nothing else: each point is one pass of a network over the images, which screening could
+        not shorten, and the loss needs all of its logits.
     class_names : sequence of str, optional
         One per class; by default as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
@@ -100,8 +105,9 @@ def prune_curve(
     ['l1', 'random']
     """
     shares = _fractions(fractions)
+    check_exact(guarantee, "each point of a curve is one pass of a network over all images")
     named = _named(rankings)
-    with undisturbed():
+    with undisturbed(model, device):
         work, dtype = prepared(model, device)
         images = Data(data, dtype=dtype, device=device_of(work))
         points = _Points(work, images, batch_size, class_names)

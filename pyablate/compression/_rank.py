@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from pyablate._validation import check_choice, check_fraction, check_seed, nearest
+from pyablate._validation import check_choice, check_exact, check_fraction, check_seed, nearest
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import attribute_columns, table_frame
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.result import AblationResult
 from pyablate.results.record import Floats
+from pyablate.results.screening import Screening
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,6 +42,7 @@ def rank(
     highest_first: bool = False,
     name: str | None = None,
     seed: int = 0,
+    guarantee: str = "exact",
 ) -> Ranking:
     """Put the units of a network in an order of removal, those that hang together as one.
 
@@ -72,6 +74,9 @@ def rank(
         Of the ranking; by default the column, or ``"random"``.
     seed : int
         Of a random ranking.
+    guarantee : {"exact"}
+        Nothing else: nothing is ablated here. Scores of a screened result may be ranked by, and the
+        ranking keeps its certificate.
 
     Returns
     -------
@@ -99,6 +104,10 @@ def rank(
     >>> ranking.name, len(ranking.order)
     ('max_class_drop', 128)
     """
+    check_exact(
+        guarantee,
+        'nothing is ablated here; rank by a result of pa.ablate(..., guarantee="screened")',
+    )
     check_choice("scope", scope, SCOPES)
     check_choice("combine", combine, COMBINATIONS)
     coupling = Coupling(model, sample)
@@ -127,6 +136,7 @@ def rank(
         notes=tuple(notes[i] for i in order),
         layer_sizes=sizes,
         scope=scope,
+        screening=scores.screening if isinstance(scores, AblationResult) else None,
     )
 
 
@@ -148,6 +158,8 @@ class Ranking:
         Units of each layer.
     scope : {"global", "layer"}
         What the scores were compared within.
+    screening : Screening or None
+        Certificate of the screened run whose drops these scores are; None of any others.
 
     Examples
     --------
@@ -162,11 +174,13 @@ class Ranking:
     notes: tuple[str, ...]
     layer_sizes: dict[str, int]
     scope: str = "global"
+    screening: Screening | None = None
 
     def __repr__(self) -> str:
         """Name and counts in one line."""
         may = sum(not note for note in self.notes)
-        return f"Ranking({self.name}: {len(self.order)} in order, {may} may be removed)"
+        by = "" if self.screening is None else ", by a screened run"
+        return f"Ranking({self.name}: {len(self.order)} in order, {may} may be removed{by})"
 
     @cached_property
     def removable(self) -> int:
@@ -233,6 +247,7 @@ class Ranking:
             order=tuple(self.order[i] for i in order),
             scores=chance[order],
             notes=tuple(self.notes[i] for i in order),
+            screening=None,
         )
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -34,6 +34,8 @@ def sensitivity(
     fractions: Sequence[float] = FRACTIONS,
     stop: float | None = None,
     path: str | os.PathLike[str] | None = None,
+    guarantee: str = "exact",
+    risk: float = 1e-5,
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     audit: int = 100,
@@ -60,7 +62,7 @@ def sensitivity(
     path : str or path, optional
         A ``.csv`` or ``.json`` file that holds the table after every share. If it is there, what it
         has is not computed again; a file of another model, data or options is refused.
-    class_names, device, audit, on_mismatch
+    guarantee, risk, class_names, device, audit, on_mismatch
         As for :func:`pyablate.ablate`.
     progress : bool, optional
         As for :func:`pyablate.ablate`.
@@ -71,7 +73,10 @@ def sensitivity(
         One row per layer (joined by ``+``) and share tried: ``layer``, ``fraction``; ``places``
         and ``units``, how many were ablated; ``accuracy``, ``accuracy_drop``,
         ``worst_class_accuracy`` with its ``worst_class``, ``max_class_drop`` with its
-        ``max_class``, ``mean_class_accuracy``.
+        ``max_class``, ``mean_class_accuracy``. Of screened runs also ``guarantee``, "exact" where
+        a layer could not be screened; ``computed``, the images whose prediction was; and
+        ``upper_bound``, at 95 % for each row by itself, of the share of wrong predictions, by which
+        ``accuracy`` can be off.
 
     Raises
     ------
@@ -99,6 +104,8 @@ def sensitivity(
     parts = {names: ranking.within(names) for names in layers_in_order}
     ranked = [(one.label, note) for one, note in zip(ranking.order, ranking.notes, strict=True)]
     choices = [ranked, list(class_names or [])]  # shares tried and when to stop do not matter
+    if guarantee != "exact":
+        choices.append([guarantee, risk])
     run = "" if path is None else table_fingerprint(model, source, choices)
     known = pd.DataFrame() if path is None else _read(Path(path), run)
     for share in shares:
@@ -111,6 +118,8 @@ def sensitivity(
             groups=list(wanted.values()),
             class_names=class_names,
             device=device,
+            guarantee=guarantee,
+            risk=risk,
             audit=audit,
             on_mismatch=on_mismatch,
             progress=progress,
@@ -118,6 +127,7 @@ def sensitivity(
         rows = [
             {"layer": "+".join(layer), "fraction": share, "places": len(parts[layer].first(share))}
             | _figures(result, row, len(units))
+            | _certificate(result, row)
             for row, (layer, units) in enumerate(wanted.items())
         ]
         known = pd.concat([known, pd.DataFrame(rows)], ignore_index=True)
@@ -165,6 +175,20 @@ def _figures(result: AblationResult, row: int, units: int) -> dict[str, Any]:
     }
 
 
+def _certificate(result: AblationResult, row: int) -> dict[str, Any]:
+    """Say what a screened run knows of a row, which is a layer of its own."""
+    known = result.screening
+    if known is None:
+        return {}
+    sites = sorted(result.units["layer"].iloc[row].split("+"))  # in the order of its units
+    own = (one for name, one in known.layers.items() if sorted(name.split("+")) == sites)
+    found = next(own, None)
+    if found is None:
+        return {"guarantee": "exact", "computed": len(result.labels), "upper_bound": 0.0}
+    bound = known.missed(found) / found.pairs
+    return {"guarantee": result.guarantee, "computed": found.computed, "upper_bound": bound}
+
+
 def _read_often(data: Any) -> Any:
     """Keep the batches of a source that can be iterated only once: each share reads the data."""
     pair = isinstance(data, (tuple, list))
@@ -196,7 +220,7 @@ def _read(path: Path, run: str) -> pd.DataFrame:
         raise ValueError(f"path: {path} holds no table of sensitivities: {error}") from None
     if runs - {run}:
         raise ValueError(
-            f"path: {path} holds a run with another model, data or ranking; "
+            f"path: {path} holds a run with another model, data, ranking or guarantee; "
             "take another file or remove it"
         )
     logger.info("sensitivity: %d rows are in %s already", len(table), path)

@@ -90,7 +90,7 @@ def soft_filter_pruning(
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )
-    with undisturbed(), torch.inference_mode(False), reporting(progress) as report:
+    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
         trained, dtype = prepared(model, device)
         held = Data(data, dtype=dtype, device=device_of(trained))
         held.hold()

@@ -8,7 +8,6 @@ tested without a GPU; docs/development/cuda.md says what has not been seen yet.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyablate.engine.logit_change import Change, Changed
+from pyablate.runtime.out_of_memory import is_shortage
 
 logger = logging.getLogger("pyablate")
 
@@ -34,8 +34,11 @@ class Recorder(Protocol):
 
     works: bool
 
-    def record(self, run: Run) -> tuple[Callable[[], None], Changed | None]:
-        """Return what repeats all launches of ``run``, and where their result will stand."""
+    def record(self, run: Run, few: Run) -> tuple[Callable[[], None], Changed | None]:
+        """Return what repeats all launches of ``run``, and where their result will stand.
+
+        ``few`` does the same with a single pair.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +106,13 @@ class Repeated:
         self._recorded.pop(dtype, None)  # of fewer pairs
         rows, images = row.clone(), image.clone()
         try:
-            replay, change = self.recorder.record(lambda: self.change(rows, images, dtype))
+            replay, change = self.recorder.record(
+                lambda: self.change(rows, images, dtype),
+                lambda: self.change(rows[:1], images[:1], dtype),
+            )
         except RuntimeError as error:
+            if is_shortage(error):  # fewer pairs may be recorded
+                raise
             self.recorder.works = False
             reason = str(error).strip().splitlines()
             logger.warning(
@@ -117,21 +125,23 @@ class Repeated:
         return self._recorded[dtype]
 
 
-@functools.cache
 def recorder(device: torch.device) -> Recorder | None:
-    """Return what records on a device, the same each time; None where there are no CUDA graphs."""
+    """Make what records on a device for one run; None where there are no CUDA graphs."""
     return CudaRecorder(torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
 @dataclass(eq=False)
 class CudaRecorder:
-    """Records on a stream of its own, into memory that one recording after another uses."""
+    """Records on a stream of its own, into memory that one recording after another uses.
+
+    The memory is the last recording's, and goes with this object.
+    """
 
     _stream: torch.cuda.Stream
     works: bool = True
     _last: torch.cuda.CUDAGraph | None = None
 
-    def record(self, run: Run) -> tuple[Callable[[], None], Changed | None]:
+    def record(self, run: Run, few: Run) -> tuple[Callable[[], None], Changed | None]:
         """Record what ``run`` launches; nothing in it may wait for the device."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         # The pool of the last graph, which has to be alive for that: a pool per graph would be
@@ -140,7 +150,9 @@ class CudaRecorder:
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
-                run()  # libraries get their workspaces for a stream at its first use
+                # Libraries get their workspaces for a stream at its first use. What a whole slice
+                # takes would stay with the stream, too.
+                few()
                 # Not torch.cuda.graph, which waits for the device and empties the cache.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:

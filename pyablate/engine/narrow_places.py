@@ -11,18 +11,20 @@ from itertools import accumulate
 from torch import Tensor, fx
 
 from pyablate.engine.suffix import Suffix, multiply_adds
-from pyablate.network.graph import Graph
+from pyablate.network.graph import MARKER, Graph
 from pyablate.network.layout import BatchLayout
 
 MOST = 7
 """Places of a network at most: about every eighth of its arithmetic."""
 
 
-def passed_by_all(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Nodes of a suffix behind which nothing of what comes before them is read."""
-    number = {node: place for place, node in enumerate(nodes)}
-    found, furthest = [], 0
-    for place, node in enumerate(nodes):
+def passed_by_all(suffix: Suffix) -> list[fx.Node]:
+    """Nodes behind the last site of a suffix, behind which nothing before them is read."""
+    sites = {site.name for site in suffix.job.sites}
+    number = {node: place for place, node in enumerate(suffix.nodes)}
+    own = [number[node] for node in number if node.target is MARKER and node.args[1] in sites]
+    found, furthest = [], max(own, default=0)
+    for place, node in enumerate(suffix.nodes):
         if place >= furthest:
             found.append(node)
         furthest = max([furthest, *(number[user] for user in node.users if user in number)])
@@ -46,7 +48,7 @@ def narrow_places(graph: Graph, suffixes: Iterable[Suffix], elements: int) -> li
     back = order[::-1]
     behind = dict(zip(back, accumulate((cost[node] for node in back), initial=0.0), strict=False))
     whole = sum(cost.values())
-    able = {node for suffix in suffixes for node in passed_by_all(suffix.nodes)}
+    able = {node for suffix in suffixes for node in passed_by_all(suffix)}
     able = {node for node in able if _holds_rows(graph, node) and 0 < behind[node] < whole}
     chosen: dict[fx.Node, None] = {}
     for part in range(MOST, 0, -1):

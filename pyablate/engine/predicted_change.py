@@ -57,7 +57,13 @@ class _Part:
 
     def along(self, gradient: Tensor) -> Tensor:
         """Change ``[N, row]`` along the direction of a gradient."""
-        found = (self.read(gradient) * self.values).sum(dim=2)
+        return self._by_row((self.read(gradient) * self.values).sum(dim=2))
+
+    def squares(self) -> Tensor:
+        """Sum ``[N, row]`` of the squares of the change."""
+        return self._by_row(self.values.square().sum(dim=2))
+
+    def _by_row(self, found: Tensor) -> Tensor:
         return found if self.belongs is None else found @ self.belongs.t().to(found.dtype)
 
 
@@ -102,8 +108,8 @@ class Predictor:
         for image in torch.arange(len(batch)).split(self._images):
             some = whole.take(sent(image, clean.logits.device))
             changes, there = self._changes(batch.take(image), some)
-            for job, change in changes.items():
-                scores[job].append(some.score(change))
+            for job, (change, norm) in changes.items():
+                scores[job].append(some.score(change, norm))
             for place, gradient in there.items():
                 gradients[place].append(gradient)
         return Prediction(
@@ -114,8 +120,8 @@ class Predictor:
 
     def _changes(
         self, batch: Batch, along: Directions
-    ) -> tuple[dict[Job, Tensor], dict[fx.Node, Tensor]]:
-        """Predicted changes of each job's pairs, ``[N, row, D]``, and gradients at the places."""
+    ) -> tuple[dict[Job, tuple[Tensor, Tensor]], dict[fx.Node, Tensor]]:
+        """Predict each job's changes ``[N, row, D]``; norms ``[N, row]``; gradients at places."""
         tensors = self._run(batch.images)
         logits = tensor(tensors[self.graph.logits])
         with torch.no_grad():
@@ -124,6 +130,11 @@ class Predictor:
             parts = {
                 job: self._parts(Sweep(suffix, clean, self.replacements(batch, job)))
                 for job, suffix in self.suffixes.items()
+            }
+            none = {job: logits.new_zeros(len(batch), len(job.members)) for job in parts}
+            squares = {
+                job: sum((part.squares() for part in some.values()), none[job])
+                for job, some in parts.items()
             }
         nodes = dict.fromkeys([*self.places, *(node for some in parts.values() for node in some)])
         inputs = {node: value for node in nodes if (value := tensor(tensors[node])).requires_grad}
@@ -134,14 +145,14 @@ class Predictor:
             with torch.no_grad():
                 for job, some in parts.items():
                     changes = [some[node].along(gradients[node]) for node in some if node in inputs]
-                    none = logits.new_zeros(len(batch), len(job.members))
-                    found[job].append(sum(changes, none))
+                    found[job].append(sum(changes, none[job]))
                 for place in self.places:
                     known = gradients.get(place)  # None where nothing is passed back
                     at = torch.zeros_like(tensor(tensors[place])) if known is None else known
                     there[place].append(at.flatten(1))
-        all_changes = {job: torch.stack(own, dim=2) for job, own in found.items()}
-        return all_changes, {place: torch.stack(own, dim=1) for place, own in there.items()}
+        along_all = {job: torch.stack(own, dim=2) for job, own in found.items()}
+        scored = {job: (own, squares[job].sqrt()) for job, own in along_all.items()}
+        return scored, {place: torch.stack(own, dim=1) for place, own in there.items()}
 
     def _run(self, images: Tensor) -> dict[fx.Node, Value]:
         """Run the intact network for backward passes, which end at the first site."""

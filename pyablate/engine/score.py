@@ -18,6 +18,41 @@ and :data:`RANDOM` together, and nothing is left to estimate."""
 COMPETITORS = 8
 RANDOM = 16
 
+FLOOR = 0.1
+"""Share of a layer's typical change below which a change counts as that; see :meth:`Scale.of`."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How errors of predictions grow with what is known of a pair.
+
+    To second order an error is quadratic in the change of the tensor at which the gradient was
+    taken; where nonlinear parts act on few of its numbers it grows more slowly. The powers are
+    chosen by a run's own pairs (:mod:`pyablate.runs.thresholds`).
+
+    Attributes
+    ----------
+    size, norm : float
+        Typical :attr:`Score.size` and :attr:`Score.norm`.
+    size_power, norm_power : float
+        Powers of these in an error.
+    """
+
+    size: float
+    norm: float
+    size_power: float = 1.0
+    norm_power: float = 0.0
+
+    def of(self, score: Score) -> Tensor:
+        """How large errors of some pairs are, in logits up to a factor that they share.
+
+        Where a gradient vanishes, a prediction of no change is worth no more than one of a
+        :data:`FLOOR` of the typical change.
+        """
+        size = (score.size / self.size).square() + FLOOR**2
+        norm = (score.norm / self.norm).square() + FLOOR**2
+        return self.size * size ** (self.size_power / 2) * norm ** (self.norm_power / 2)
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -30,28 +65,37 @@ class Score:
     size : Tensor
         Of the change of the logits: largest difference that it makes between two classes where
         classes are few, else an estimate of the root of the sum of its squares.
+    norm : Tensor
+        Of the change of the tensor at which the gradient was taken: root of the sum of squares.
     """
 
     lowest: Tensor
     size: Tensor
+    norm: Tensor
 
-    def relative(self, floor: float) -> Tensor:
-        """``lowest`` in units of ``size``, which counts as no less than about ``floor``."""
-        return self.lowest / (self.size.square() + floor**2).sqrt()
+    def relative(self, scale: Scale) -> Tensor:
+        """``lowest`` in units of how large errors are."""
+        return self.lowest / scale.of(self)
 
     def of(self, row: Tensor, image: Tensor) -> Score:
         """Take those of some pairs, from what is known of all of them ``[N, row]``."""
-        return Score(self.lowest[image, row], self.size[image, row])
+        return Score(self.lowest[image, row], self.size[image, row], self.norm[image, row])
 
     def only(self, pairs: Tensor) -> Score:
         """Take those of some pairs, of a list of them."""
-        return Score(self.lowest[pairs], self.size[pairs])
+        return Score(self.lowest[pairs], self.size[pairs], self.norm[pairs])
+
+    def on_cpu(self) -> Score:
+        """Copy to the CPU, as float32."""
+        return Score(self.lowest.float().cpu(), self.size.float().cpu(), self.norm.float().cpu())
 
 
 def joined(parts: Sequence[Score]) -> Score:
     """Put the scores of parts of a batch together, on the CPU."""
-    lowest, size = (torch.cat([getattr(p, name) for p in parts]) for name in ("lowest", "size"))
-    return Score(lowest.float().cpu(), size.float().cpu())
+    lowest, size, norm = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("lowest", "size", "norm")
+    )
+    return Score(lowest, size, norm).on_cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +126,14 @@ class Directions:
     def of(cls, logits: Tensor, prediction: Tensor) -> Directions:
         """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``."""
         images, classes = logits.shape
-        few = classes <= FEW_CLASSES
-        count = classes - 1 if few else COMPETITORS
+        count, random = competing_classes(classes), random_directions(classes)
         chosen = prediction.long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
         best = others.topk(min(count + 1, classes), dim=1)
         own = logits.gather(1, chosen.unsqueeze(1))
         margins = own - best.values
-        rest = logits.new_full((images,), torch.inf) if few else margins[:, count]
-        signs = logits.new_zeros(0, classes) if few else _signs(classes, logits)
+        rest = margins[:, count] if random else logits.new_full((images,), torch.inf)
+        signs = _signs(random, classes, logits)
         return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
 
     def __len__(self) -> int:
@@ -113,13 +156,15 @@ class Directions:
             prediction, competitors, self.margins[image], self.rest[image], self.signs
         )
 
-    def score(self, changes: Tensor, image: Tensor | None = None) -> Score:
+    def score(self, changes: Tensor, norm: Tensor, image: Tensor | None = None) -> Score:
         """Lowest margin that changes leave, and their size.
 
         Parameters
         ----------
         changes : Tensor
             ``[N, ..., D]``, or ``[P, D]`` with ``image``.
+        norm : Tensor
+            See :class:`Score`.
         image : Tensor, optional
             int64 ``[P]``: which image each row belongs to.
         """
@@ -132,24 +177,29 @@ class Directions:
         lowest = (margins + changes[..., :count]).amin(dim=-1)
         lowest = torch.minimum(lowest, rest.reshape(len(rest), *between))
         if len(self.signs):
-            return Score(lowest, changes[..., count:].square().mean(dim=-1).sqrt())
+            return Score(lowest, changes[..., count:].square().mean(dim=-1).sqrt(), norm)
         high, low = changes.amax(dim=-1).clamp(min=0), changes.amin(dim=-1).clamp(max=0)
-        return Score(lowest, high - low)
+        return Score(lowest, high - low, norm)
+
+
+def competing_classes(classes: int) -> int:
+    """Count the directions to other classes of a network with so many."""
+    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS
 
 
 def random_directions(classes: int) -> int:
-    """Count the random directions of a network with so many classes."""
+    """Count the random directions."""
     return 0 if classes <= FEW_CLASSES else RANDOM
 
 
 def directions(classes: int) -> int:
     """Count all directions."""
-    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS + RANDOM
+    return competing_classes(classes) + random_directions(classes)
 
 
-def _signs(classes: int, like: Tensor) -> Tensor:
+def _signs(count: int, classes: int, like: Tensor) -> Tensor:
     draw = torch.Generator().manual_seed(classes)
-    signs = torch.randint(0, 2, (RANDOM, classes), generator=draw).to(like) * 2 - 1
+    signs = torch.randint(0, 2, (count, classes), generator=draw).to(like) * 2 - 1
     return signs - signs.mean(dim=1, keepdim=True)
 
 
@@ -175,13 +225,14 @@ class Prediction:
         """Score pairs, image by image, by their exact change at a place, ``[P, ...]`` or none."""
         directions, gradient = self.directions, self.gradients[place]
         along = gradient.new_zeros(len(image), len(directions))
+        norm = gradient.new_zeros(len(image))
         if change is not None:
             flat = change.flatten(1).to(gradient.dtype)
+            norm = flat.norm(dim=1)
             images, counts = image.unique_consecutive(return_counts=True)
             start = 0
             for one, count in zip(images.tolist(), counts.tolist(), strict=True):
                 stop = start + count
                 along[start:stop] = flat[start:stop] @ gradient[one].t()
                 start = stop
-        score = directions.score(along, sent(image, along.device))
-        return Score(score.lowest.float().cpu(), score.size.float().cpu())
+        return directions.score(along, norm, sent(image, along.device)).on_cpu()

@@ -104,7 +104,7 @@ def minimal_sets(
         return ablate(model, halves.choosing, groups=groups, **common)
 
     single = ablate(model, halves.choosing, layers, **common)
-    targets = _targets(single, classes)
+    targets = targets_of(single, classes)
     rows = single.rows(units)
     orders = {t: best_first(single.class_accuracy_drop[rows, t]).tolist() for t in targets}
     level = 1 / single.classes if chance is None else chance
@@ -168,7 +168,8 @@ class _Found:
     reached: bool
 
 
-def _targets(single: AblationResult, classes: Any) -> list[int]:
+def targets_of(single: AblationResult, classes: Any) -> list[int]:
+    """Numbers of the classes that are asked for, by default all that have images."""
     if classes is None:
         return np.flatnonzero(single.class_sizes > 0).tolist()
     given = [classes] if isinstance(classes, (str, int)) else list(classes)

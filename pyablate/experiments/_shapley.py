@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from pyablate._validation import check_choice, check_seed
+from pyablate._validation import check_choice, check_exact, check_seed
 from pyablate.data.dataset import gathered
 from pyablate.experiments.permutations import Bools, Estimates, Rules, estimate
 from pyablate.experiments.units import class_number, opened
@@ -18,6 +19,7 @@ from pyablate.interventions import Intervention, parse
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
 from pyablate.results.record import Audit, Floats, Ints
+from pyablate.results.screening import Screening
 from pyablate.runs._ablate import ablate
 from pyablate.runs.job_list import plan_jobs
 from pyablate.runtime.chunking import NUMBERS
@@ -36,8 +38,8 @@ OWN = ("groups", "measures", "output", "fresh", "shard", "distributed")
 """Options of :func:`pyablate.ablate` that the many runs behind the values have no use for."""
 
 Groups = Sequence[Sequence[str]]
-Ablated = Callable[[Groups, Report], tuple[Floats, Audit]]
-"""What is lost without each of some groups of units, and the audit of that."""
+Ablated = Callable[[Groups, Report], tuple[Floats, AblationResult]]
+"""What is lost without each of some groups of units, and the run that tells."""
 
 
 def shapley(
@@ -64,8 +66,8 @@ def shapley(
     Units are taken away one after another in a random order; what is lost when a unit goes, on
     average over the orders, is its value. So a unit that another one backs up has a value although
     its ablation alone does nothing, and the values of all units add up to what is lost when all
-    are ablated. Every set of units is ablated exactly, as a group of :func:`pyablate.ablate`; sets
-    that come again are ablated once.
+    are ablated. Every set of units is ablated as a group of :func:`pyablate.ablate`, exactly unless
+    ``guarantee`` says otherwise; sets that come again are ablated once.
 
     Parameters
     ----------
@@ -102,7 +104,8 @@ def shapley(
         Of the orders, and as for :func:`pyablate.ablate`.
     intervention, class_names, progress, **options
         As for :func:`pyablate.ablate`; directions cannot be removed together, and each of the runs
-        behind the values audits as many pairs.
+        behind the values audits as many pairs. ``guarantee="screened"`` is for the accuracy, as the
+        loss needs the logits of every pair; the intervals know nothing of what it can miss.
 
     Raises
     ------
@@ -134,10 +137,8 @@ def shapley(
     for name in OWN:
         if name in options:
             raise TypeError(f"{name}: expected no such option, shapley makes many runs of its own")
-    if options.get("guarantee", "exact") != "exact":
-        raise ValueError(
-            "guarantee: expected 'exact': values keep no certificate of a screened run"
-        )
+    if measure == "loss":
+        check_exact(options.get("guarantee", "exact"), "the loss needs the logits of every pair")
     if measure == "loss" and interval == "bernstein":
         raise ValueError("interval: expected 'student' for the loss, which has no bound")
     rules = Rules(
@@ -149,22 +150,27 @@ def shapley(
         interval=interval or ("student" if measure == "loss" else "bernstein"),
     )
     images, labels = gathered(data)
+    replaced = parse(intervention, seed=seed)
     common = {
-        "intervention": intervention,
+        "intervention": replaced,
         "class_names": class_names,
-        "seed": seed,
         "measures": ["loss"] if measure == "loss" else [],
         **options,
     }
     ready = opened(model, (images, labels), common)
-    jobs = plan_jobs(ready.sites, layers, None, parse(intervention, seed=seed))
+    jobs = plan_jobs(ready.sites, layers, None, replaced)
     units = [f"{name}:{unit}" for job in jobs for ((name, unit),) in job.members]
     rules.check(len(units))
     number = None if target is None else class_number(ready, target, "target")
 
-    def ablated(groups: Groups, report: Report) -> tuple[Floats, Audit]:
-        result = ablate(model, (images, labels), groups=groups, progress=report, **common)
-        return _lost(result, measure, number), result.audit
+    # Samples of screened runs are to be independent, and each run measures with the seed after it.
+    seeds = itertools.count(seed, 2)
+
+    def ablated(groups: Groups, report: Report) -> tuple[Floats, AblationResult]:
+        result = ablate(
+            model, (images, labels), groups=groups, seed=next(seeds), progress=report, **common
+        )
+        return _lost(result, measure, number), result
 
     most = permutations * len(units)
     with reporting(progress, unit="sets") as report:
@@ -177,11 +183,12 @@ def shapley(
         "target": "" if number is None else ready.class_names[number],
         "permutations": found.permutations,
         "evaluations": len(sets.known),
-        "intervention": str(parse(intervention, seed=seed)),
+        "intervention": str(replaced),
         "images": len(labels),
         "audit": str(sets.audit),
+        "guarantee": "exact" if sets.screening is None else "screened",
     }
-    return Shapley(_dataset(units, found, asdict(rules) | about), sets.audit)
+    return Shapley(_dataset(units, found, asdict(rules) | about), sets.audit, sets.screening)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,10 +204,14 @@ class Shapley:
         ``decided``, whether it is among the top units or not for certain, or known as exactly as
         ``tolerance`` asks. In ``attrs``: ``total``, the loss of performance without all units,
         to which all values add up where no unit stopped early and no order was truncated;
-        ``permutations`` drawn, ``evaluations`` (sets ablated), and what was asked for. The
-        intervals are those of the orders as truncated.
+        ``permutations`` drawn, ``evaluations`` (sets ablated), ``guarantee``, and what was asked
+        for. The intervals are those of the orders as truncated.
     audit : Audit
         Of all runs.
+    screening : Screening or None
+        Certificate of all runs together, about the predictions of all sets that were ablated; None
+        where they are exact. Each run draws its sample anew; that later runs ablate what earlier
+        ones made them ask for is left out of account.
 
     Examples
     --------
@@ -211,6 +222,7 @@ class Shapley:
 
     data: xr.Dataset
     audit: Audit
+    screening: Screening | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per unit.
@@ -231,10 +243,14 @@ class Shapley:
         about = self.data.attrs
         of = f" of {about['target']}" if about["target"] else ""
         decided = int(self.data["decided"].sum())
+        known = self.screening
+        screened = (
+            "" if known is None else f", screened: at most {known.upper_bound:.2g} wrong at 95 %"
+        )
         return (
             f"Shapley({self.data.sizes['unit']} units, {about['measure']}{of}, "
             f"{about['permutations']:,} permutations, {about['evaluations']:,} sets ablated, "
-            f"{decided} units decided)"
+            f"{decided} units decided{screened})"
         )
 
 
@@ -251,6 +267,7 @@ class _Sets:
         self.most, self.asked, self.report = most, 0, report
         self.known: dict[bytes, float] = {}
         self.audit = Audit(0, 0)
+        self.screening: Screening | None = None
 
     def __call__(self, ranks: Ints, order: Ints, count: Ints) -> Floats:
         """Ablate sets of units; see :data:`pyablate.experiments.permutations.Lost`."""
@@ -274,9 +291,11 @@ class _Sets:
             here = done * len(keys) // max(total, 1)
             self.report(min(self.asked + here, self.most), self.most, layer)
 
-        lost, audit = self.ablated([self.units[new[key]].tolist() for key in keys], report)
+        lost, result = self.ablated([self.units[new[key]].tolist() for key in keys], report)
         self.known.update(zip(keys, lost.tolist(), strict=True))
-        self.audit += audit
+        self.audit += result.audit
+        known, found = self.screening, result.screening
+        self.screening = found if known is None or found is None else known + found
 
 
 def _lost(result: AblationResult, measure: str, target: int | None) -> Floats:

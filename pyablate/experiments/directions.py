@@ -7,13 +7,22 @@ as :class:`pyablate.Intervention` takes them: ``Intervention("direction", direct
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count, check_seed
+from pyablate.attribution.conditional import check_class, propagation_of
 from pyablate.engine.replacements import clean_maps
+from pyablate.experiments._relevant import (
+    Products,
+    Rows,
+    Sample,
+    check_blocks,
+    contexts,
+    disentangled,
+)
 from pyablate.experiments.units import opened
 from pyablate.interventions import random_rotation
 from pyablate.network.capture import capture
@@ -113,7 +122,7 @@ def principal_components(
     >>> pa.directions.principal_components(model, data, "features.16")["features.16"].shape
     torch.Size([128, 128])
     """
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(model, device), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         moments = {site.name: _Moments(site.features) for site in found}
@@ -160,11 +169,97 @@ def next_weights(
     >>> pa.directions.next_weights(model, data, "features.9")["features.9"].shape
     torch.Size([64, 64])
     """
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = opened(model, data, {"device": device, "axis": axis})
         found = select(ready.sites, layers)
         graph = capture(ready.model, ready.batch.images, found, fold=False)
         return {site.name: _singular_vectors(graph, site) for site in found}
+
+
+def relevant(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str],
+    *,
+    target: int | None = None,
+    subspaces: int | None = None,
+    dimensions: int = 1,
+    sample: int = 2000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    axis: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Directions of each layer that carry most relevance for a class (PRCA, DRSA).
+
+    The relevance of a class's logit (z+ rule, z^B at the images) at one position of a layer is
+    ``a . c``, with the activations a and their context c. Principal relevant components are the
+    eigenvectors of ``E[a c^T + c a^T]``: the first d of them keep as much of the relevance as d
+    directions can. With ``subspaces``, the directions are orthogonal blocks that maximise a soft
+    mean of their rectified relevances instead: each block is relevant at positions of its own, so
+    that concepts come apart; the best end of five random starts counts (Chormai, Herrmann,
+    Mueller, Montavon 2022, arXiv:2212.14855).
+
+    Parameters
+    ----------
+    model, data, layers, batch_size, device, axis
+        As for :func:`pyablate.ablate`; the data are read twice.
+    target : int, optional
+        The class whose relevance counts; by default, of each image the one that is predicted.
+    subspaces, dimensions : int, optional
+        How many blocks of how many directions; by default principal components.
+    sample, seed : int
+        Of blocks: positions looked at, and what draws them and the first blocks.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Float64 by layer, ``[units, units]``, largest eigenvalue first, or
+        ``[units, subspaces * dimensions]``, the block with most relevance first. The sign of a
+        column means nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Unknown layers, counts out of range, a model without rules for relevance, data that cannot
+        be used.
+
+    Examples
+    --------
+    >>> pa.directions.relevant(model, data, "features.16")["features.16"].shape
+    torch.Size([128, 128])
+    >>> found = pa.directions.relevant(model, data, "features.16", subspaces=3, dimensions=2)
+    >>> found["features.16"].shape
+    torch.Size([128, 6])
+    """
+    for name, number in (("dimensions", dimensions), ("sample", sample)):
+        check_count(name, number)
+    if subspaces is not None:
+        check_count("subspaces", subspaces)
+    check_seed(seed)
+    size = batch_size or BATCH
+    with undisturbed(), torch.inference_mode(False):
+        ready = opened(model, data, {"device": device, "axis": axis})
+        check_class("target", target, ready.classes)
+        ready.data.hold_if_read_once()
+        found = select(ready.sites, layers)
+        check_channels(found)
+        check_blocks(found, subspaces or 1, dimensions if subspaces else 1)
+        network = propagation_of(ready, found, size)
+        held: dict[str, Products | Sample] = {
+            site.name: Products(site.features) if subspaces is None else Sample(sample, seed)
+            for site in found
+        }
+        parts = (batch.images for batch in ready.data.batches(size))
+        for by_layer in contexts(network, parts, target):
+            for name, rows in by_layer.items():
+                held[name].add(rows)
+    return {
+        name: one.axes()
+        if isinstance(one, Products)
+        else disentangled(cast(Rows, one.rows), subspaces or 1, dimensions, seed)
+        for name, one in held.items()
+    }
 
 
 class _Moments:

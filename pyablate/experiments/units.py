@@ -22,7 +22,7 @@ def opened(model: nn.Module, data: Any, options: Mapping[str, Any] = MappingProx
     """Copy the model and look at the data, as :func:`pyablate.ablate` will with these options."""
     known: dict[str, Any] = {name: options.get(name) for name in ("axis", "logits")}
     check_model(model)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, options.get("device")), torch.inference_mode(False):
         return open_up(model, data, options.get("class_names"), options.get("device"), **known)
 
 

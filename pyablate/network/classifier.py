@@ -20,6 +20,7 @@ from pyablate._validation import nearest
 from pyablate.data.inputs import Inputs
 from pyablate.network.copies import copied_with
 from pyablate.network.forward import contents
+from pyablate.runtime.determinism import callers_device
 
 logger = logging.getLogger("pyablate")
 
@@ -146,6 +147,7 @@ class _Forward:
         self, inner: Callable[..., Any], choices: tuple[Choice, ...], inputs: Inputs | None
     ) -> None:
         self.inner, self.choices, self.inputs = inner, choices, inputs
+        self.device = callers_device()  # where it makes tensors without naming one
         self.said = False
 
     @classmethod
@@ -171,6 +173,12 @@ class _Forward:
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits; what is no tensor even then is handed on, to be refused."""
+        if self.device is None:
+            return self._logits(images)
+        with self.device:
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Any:
         inputs = self.inputs
         found = self.inner(images) if inputs is None else inputs.call(self.inner, images)
         for choice in self.choices:

@@ -102,25 +102,41 @@ def images_at_a_time(model: nn.Module, images: Tensor) -> int:
     """
     if images.device.type != "cpu":
         return torch.iinfo(torch.int32).max
-    count = _Count()
+    longest = 4 * chunking.LONGEST // images.element_size()
+    return int(max(2, longest * len(images) // max(cost_of(model, images).most, 1)))
+
+
+def cost_of(model: nn.Module, images: Tensor) -> Cost:
+    """Count what a network does with some images ``[N, ...]``, two at least, by running it."""
+    count = Cost()
     with torch.no_grad(), count:
         forward(model, images)
-    longest = 4 * chunking.LONGEST // images.element_size()
-    return int(max(2, longest * len(images) // max(count.most, 1)))
+    return count
 
 
-class _Count(TorchDispatchMode):
-    """Multiplications and additions of the costliest operator that runs meanwhile."""
+class Cost(TorchDispatchMode):
+    """Counts operators that run meanwhile, and multiplications and additions in them.
+
+    Attributes
+    ----------
+    calls : int
+        Operators.
+    total, most : int
+        Multiplications and additions of all, and of the costliest.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = 0
+        self.calls = self.total = self.most = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        self.calls += 1
         if function.overloadpacket in _COUNTED:
             formula = cast(Callable[..., int], flop_registry[function.overloadpacket])
-            self.most = max(self.most, formula(*args, **(kwargs or {}), out_val=result))
+            operations = formula(*args, **(kwargs or {}), out_val=result)
+            self.total += operations
+            self.most = max(self.most, operations)
         return result

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pyablate.network.layout import WHOLE, Within
+from pyablate.runtime.determinism import tensors_on_cpu
 
 Kind = Literal["activation", "block", "layer", "heads", "part"]
 SPEAKING: tuple[Kind, ...] = ("activation", "block")
@@ -120,7 +121,8 @@ def hooked(
 
     def replaced(site: Site, call: int, output: Any) -> Any:
         tensor = site.within.of(output)
-        changed = change(site, call, tensor)
+        with tensors_on_cpu():  # which the network's own may not be
+            changed = change(site, call, tensor)
         return output if changed is tensor else site.within.put(output, changed)
 
     def watch(name: str) -> Callable[..., Any]:

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pyablate.io.atomic import check_file, whole
 from pyablate.report.curves import curve_charts, sets_by_class
 from pyablate.report.examples import ACTIVATING, examples
 from pyablate.report.numbers import contents
 from pyablate.report.page import page
+from pyablate.report.patterns import pattern_rows
 from pyablate.report.relations import relations
-from pyablate.results.record import Record
+from pyablate.results.record import Ints, Record
 
 logger = logging.getLogger("pyablate")
 
@@ -35,8 +38,10 @@ def write_report(
     attributes: xr.Dataset | pd.DataFrame | None = None,
     model: nn.Module | None = None,
     data: Any = None,
+    relevant: xr.Dataset | None = None,
     curves: Any = None,
     minimal_sets: Any = None,
+    patterns: xr.Dataset | None = None,
     provenance: Mapping[str, object] | None = None,
     title: str = "Unit ablation",
     fdr: float = 0.05,
@@ -57,12 +62,17 @@ def write_report(
     data : optional
         The images of the run in the same order, as for :func:`pyablate.ablate`, for the pictures on
         the cards of units.
+    relevant : xarray.Dataset, optional
+        From :func:`pyablate.attribution.relmax` on the same images: those for which each unit is
+        most relevant, beside those that activate it most.
     curves : optional
         From :func:`pyablate.prune_curve`, :func:`pyablate.sensitivity` or
         :func:`pyablate.cumulative`: an object, a table, the path of a CSV file, or a sequence or
         mapping (with titles) of these.
     minimal_sets : MinimalSets, pandas.DataFrame or path of a CSV file, optional
         From :func:`pyablate.minimal_sets`.
+    patterns : xarray.Dataset, optional
+        From :func:`pyablate.activation_patterns` on the same images.
     provenance : mapping of str to object, optional
         Lines about where the result comes from: model, data, versions.
     title : str
@@ -94,7 +104,8 @@ def write_report(
     gathered["attributes"] = None if attributes is None else relations(result, attributes)
     gathered["curves"] = curve_charts(curves)
     gathered["sets"] = sets_by_class(minimal_sets, result)
-    gathered["examples"] = _examples(result, model, data, device)
+    gathered["patterns"] = None if patterns is None else pattern_rows(result, patterns)
+    gathered["examples"] = _examples(result, model, data, relevant, device)
     text = _fitting(gathered)
     with whole(Path(path), "path") as fresh:
         fresh.write_text(text, encoding="ascii")
@@ -104,6 +115,7 @@ def _examples(
     result: Record,
     model: nn.Module | None,
     data: Any,
+    relevant: xr.Dataset | None,
     device: str | torch.device | None,
 ) -> dict[str, Any]:
     activating = None
@@ -115,7 +127,23 @@ def _examples(
         from pyablate.report.activating import most_activating
 
         activating = most_activating(model, data, result, count=ACTIVATING, device=device)
-    return examples(result, activating, data)
+    return examples(result, activating, data, _relevant(result, relevant))
+
+
+def _relevant(result: Record, found: xr.Dataset | None) -> Ints | None:
+    """Images of relmax in the order of the result's units; -1 for units that it has not."""
+    if found is None:
+        return None
+    if "relevant_image" not in getattr(found, "data_vars", ()):
+        raise TypeError(f"relevant: expected what relmax returns, got {type(found).__name__}")
+    rows = found["relevant_image"].reindex(unit=result.units["label"].tolist(), fill_value=-1)
+    images: Ints = rows.transpose("unit", "rank").to_numpy()[:, :ACTIVATING].astype(np.int64)
+    if not (images >= 0).any() or images.max() >= len(result.labels):
+        raise ValueError(
+            f"relevant: expected units and images of this result ({len(result.labels):,} images), "
+            "got others"
+        )
+    return images
 
 
 def _fitting(gathered: dict[str, Any]) -> str:

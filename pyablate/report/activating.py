@@ -34,7 +34,7 @@ def most_activating(
     of their own.
     """
     found = np.full((len(result.units), count), -1, dtype=np.int64)
-    with undisturbed():
+    with undisturbed(model, device):
         ready = open_up(
             model, data, result.class_names, device, axis=result.given_axes, unlabelled=True
         )

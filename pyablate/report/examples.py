@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pyablate.analysis.statistics import row_blocks
+from pyablate.report.numbers import joined, leading
 from pyablate.report.packed import packed
 from pyablate.results.record import Ints, Record
 
@@ -31,54 +33,61 @@ _SIDE = 80  # pixels of the longer side
 _BATCH = 256
 
 
-def examples(result: Record, activating: Ints | None, data: Any) -> dict[str, Any]:
+def examples(
+    result: Record, activating: Ints | None, data: Any, relevant: Ints | None = None
+) -> dict[str, Any]:
     """Choose images for the cards of the units, and draw them where data are at hand.
 
-    ``activating`` are the images that activate each unit most, int64 [unit, image], -1 for none;
-    the data are those of the run, in their order. Returns ``start``, ``image`` and ``after`` (which
-    images flip, to which class; as in :class:`pyablate.Flips`); ``activating``; ``shown``,
-    ``label`` and ``before`` (number, class and intact prediction of every image mentioned); and
+    ``activating`` are the images that activate each unit most, and ``relevant`` those for which it
+    is most relevant, int64 [unit, image], -1 for none; the data are those of the run, in their
+    order. Returns ``start``, ``image`` and ``after`` (which images flip, to which class; as in
+    :class:`pyablate.Flips`); ``activating``, ``relevant``; ``shown``, ``label`` and ``before``
+    (number, class and intact prediction of every image mentioned); and
     ``pictures`` (by image number, as data URIs).
     """
-    entries = [_chosen(result, row) for row in range(len(result.units))]
-    flips = np.concatenate([np.empty(0, dtype=np.int64), *entries])
+    parts = [_chosen(result, rows) for rows in row_blocks(result)]
+    flips, lengths = (joined([each[i] for each in parts]) for i in range(2))
+    ends = np.cumsum(lengths)
+    entries = np.split(flips, ends[:-1])
     image = result.flips.image[flips].astype(np.int64)
-    mentioned = [image] if activating is None else [image, activating[activating >= 0]]
-    shown = np.unique(np.concatenate(mentioned))
-    lengths = np.array([0, *map(len, entries)])
+    given = [rows for rows in (activating, relevant) if rows is not None]
+    shown = np.unique(np.concatenate([image, *(rows[rows >= 0] for rows in given)]))
     return {
-        "start": packed(np.cumsum(lengths)),
+        "start": packed(np.concatenate([[0], ends])),
         "image": packed(image),
         "after": packed(result.flips.prediction[flips]),
         "activating": None if activating is None else packed(activating),
+        "relevant": None if relevant is None else packed(relevant),
         "shown": packed(shown),
         "label": packed(result.labels[shown]),
         "before": packed(result.baseline[shown]),
         "pictures": {}
         if data is None
-        else _pictures(data, result, _wanted(result, entries, activating)),
+        else _pictures(data, result, _wanted(result, entries, given)),
     }
 
 
-def _chosen(result: Record, row: int) -> Ints:
-    """Flips of a unit to show: images it makes wrong, of its most hurt class first."""
-    run = np.arange(result.flips.start[row], result.flips.start[row + 1])
+def _chosen(result: Record, rows: slice) -> tuple[Ints, Ints]:
+    """Flips of each unit to show, and how many: images made wrong, of its most hurt class first."""
+    first, stop = result.flips.start[[rows.start, rows.stop]]
+    run, row = slice(first, stop), result.flips.row[first:stop]
     image = result.flips.image[run]
     label, before = result.labels[image], result.baseline[image]
     lost = before == label
     gained = result.flips.prediction[run] == label
     of_worst = label == result.max_class[row]
     rank = np.select([lost & of_worst, lost, gained], [0, 1, 2], 3)
-    return run[np.argsort(rank, kind="stable")[:FLIPPED]]
+    lengths = np.diff(result.flips.start[rows.start : rows.stop + 1])
+    chosen = np.lexsort((rank, row))[leading(lengths, FLIPPED)]
+    return first + chosen, np.minimum(lengths, FLIPPED)
 
 
-def _wanted(result: Record, entries: list[Ints], activating: Ints | None) -> Ints:
+def _wanted(result: Record, entries: list[Ints], given: list[Ints]) -> Ints:
     """Images to draw, each once; those of the units that matter most first."""
     parts = []
     for row in np.argsort(-result.max_class_drop, kind="stable"):
         parts.append(result.flips.image[entries[row]].astype(np.int64))
-        if activating is not None:
-            parts.append(activating[row][activating[row] >= 0])
+        parts += [rows[row][rows[row] >= 0] for rows in given]
     every = np.concatenate([np.empty(0, dtype=np.int64), *parts])
     _, first = np.unique(every, return_index=True)
     return every[np.sort(first)][:_MOST_PICTURES]

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.cluster import hierarchy
-from scipy.spatial import distance
 
 from pyablate._version import __version__
-from pyablate.analysis.clusters import cluster_units
-from pyablate.analysis.statistics import layer_rows, max_class_test, significance
+from pyablate.analysis.clusters import cluster_units, profile_distances
+from pyablate.analysis.statistics import layer_rows, max_class_test, row_blocks, significance
 from pyablate.report.packed import packed
 from pyablate.results.record import Floats, Ints, Record
 
@@ -35,12 +35,11 @@ def contents(
     shares, the page shows points. ``provenance`` are further lines about where the result comes
     from.
     """
-    tests = significance(result, fdr=fdr)
-    significant = tests["significant"].to_numpy()
+    cells, hurt_pairs = _cells(result, fdr)
     return {
         "title": title,
         "fdr": fdr,
-        "summary": _summary(result, significant),
+        "summary": _summary(result, hurt_pairs),
         "provenance": _provenance(result, provenance),
         "classes": {
             "name": list(result.class_names),
@@ -50,25 +49,27 @@ def contents(
         },
         "layers": _layers(result),
         "units": _units(result),
-        "cells": {
-            "lost": packed(result.lost),
-            "gained": packed(result.gained),
-            "p": packed(tests["p"].to_numpy()),
-            "q": packed(tests["q"].to_numpy()),
-        },
+        "cells": cells,
         "moves": _moves(result),
     }
 
 
-def _summary(result: Record, significant: np.ndarray) -> dict[str, Any]:
-    hurt = significant & (result.lost > result.gained)
+def _cells(result: Record, fdr: float) -> tuple[dict[str, Any], int]:
+    """Test each class of each unit; return counts and tests, and how many pairs are hurt."""
+    tests = significance(result, fdr=fdr)
+    hurt = tests["significant"].to_numpy() & (result.lost > result.gained)
+    counts = {"lost": packed(result.lost), "gained": packed(result.gained)}
+    return counts | {name: packed(tests[name].to_numpy()) for name in "pq"}, int(hurt.sum())
+
+
+def _summary(result: Record, hurt_pairs: int) -> dict[str, Any]:
     return {
         "images": len(result.labels),
         "intervention": result.intervention,
         "accuracy": result.baseline_accuracy,
         "word": result.word,
         "flips": len(result.flips.image),
-        "hurt_pairs": int(hurt.sum()),
+        "hurt_pairs": hurt_pairs,
         "audit": {
             "pairs": result.audit.pairs,
             "mismatches": result.audit.mismatches,
@@ -153,12 +154,12 @@ def _unit_positions(result: Record) -> Ints:
 def _class_positions(result: Record) -> Ints:
     """Place of each class among the leaves of a tree that joins classes hurt by the same units."""
     profiles: Floats = np.nan_to_num(result.class_accuracy_drop.T)
-    inside = np.flatnonzero(np.abs(profiles).max(axis=1, initial=0) > 0)
+    inside = np.flatnonzero(profiles.any(axis=1))
     places = np.full(result.classes, result.classes, dtype=np.int64)
     if len(inside) < 3:
         places[inside] = np.arange(len(inside))
         return places
-    apart = distance.pdist(profiles[inside], "cosine")
+    apart = profile_distances(profiles[inside], "cosine")
     # Cosine distances of parallel profiles come out slightly below zero.
     tree = hierarchy.linkage(np.maximum(apart, 0), "average", optimal_ordering=len(inside) <= 1000)
     places[inside[hierarchy.leaves_list(tree)]] = np.arange(len(inside))
@@ -168,28 +169,41 @@ def _class_positions(result: Record) -> Ints:
 def _moves(result: Record) -> dict[str, Any]:
     """Count images by true class, prediction before and after; the most frequent of each unit."""
     k = result.classes
-    image = result.flips.image
-    after = result.flips.prediction.astype(np.int64) + 1  # 0 is none
-    key = (result.labels[image] * k + result.baseline[image]) * (k + 1) + after
-    start, found, counts, total = [0], [], [], []
-    for row in range(len(result.units)):
-        run = slice(result.flips.start[row], result.flips.start[row + 1])
-        kind, count = np.unique(key[run], return_counts=True)
-        first = np.argsort(-count, kind="stable")[:MOST_MOVES]
-        found.append(kind[first])
-        counts.append(count[first])
-        total.append(len(kind))
-        start.append(start[-1] + len(first))
-    kinds = _joined(found)
+    counted = [_most_frequent(result, rows) for rows in row_blocks(result)]
+    total, kinds, count = (joined([part[i] for part in counted]) for i in range(3))
     return {
-        "start": packed(np.array(start)),
-        "total": packed(np.array(total, dtype=np.int64)),
+        "start": packed(np.concatenate([[0], np.cumsum(np.minimum(total, MOST_MOVES))])),
+        "total": packed(total),
         "label": packed(kinds // (k * (k + 1))),
         "before": packed(kinds // (k + 1) % k),
         "after": packed(kinds % (k + 1) - 1),
-        "count": packed(_joined(counts)),
+        "count": packed(count),
     }
 
 
-def _joined(parts: Sequence[np.ndarray]) -> Ints:
+def _most_frequent(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
+    """Kinds of change of each row: how many there are, the most frequent, and their counts."""
+    run = slice(result.flips.start[rows.start], result.flips.start[rows.stop])
+    row, image, k = result.flips.row[run] - rows.start, result.flips.image[run], result.classes
+    after = result.flips.prediction[run].astype(np.int64) + 1  # 0 is none
+    kind = (result.labels[image] * k + result.baseline[image]) * (k + 1) + after
+    order = np.lexsort((kind, row))
+    row, kind = row[order], kind[order]
+    begin = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(kind, prepend=-1))
+    count = np.diff(begin, append=len(row))
+    row, kind = row[begin], kind[begin]
+    total = np.bincount(row, minlength=rows.stop - rows.start)
+    first = np.lexsort((-count, row))[leading(total, MOST_MOVES)]
+    return total, kind[first], count[first]
+
+
+def leading(lengths: Ints, most: int) -> NDArray[np.bool_]:
+    """Mark the first ``most`` entries of each of some runs that follow each other."""
+    starts = np.cumsum(lengths) - lengths
+    place: Ints = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    return place < most
+
+
+def joined(parts: Sequence[np.ndarray]) -> Ints:
+    """Concatenate whole numbers, where there are any."""
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])

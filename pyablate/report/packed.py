@@ -11,6 +11,9 @@ from numpy.typing import ArrayLike
 
 _NAMES = {"u1": "Uint8Array", "u2": "Uint16Array", "u4": "Uint32Array", "i4": "Int32Array"}
 _FLOAT = "Float32Array"
+_SMALL = 1 << 18
+"""Bytes that gzip searches most closely: of some arrays a megabyte takes it 18 s, and gives a tenth
+less text."""
 
 
 def packed(values: ArrayLike) -> dict[str, Any]:
@@ -23,10 +26,11 @@ def packed(values: ArrayLike) -> dict[str, Any]:
     array = np.asarray(values)
     kind = _smallest(array) if array.dtype.kind in "iub" else "f4"
     raw = np.ascontiguousarray(array).astype(f"<{kind}").tobytes()
+    level = 9 if len(raw) <= _SMALL else 4
     return {
         "type": _NAMES.get(kind, _FLOAT),
         "shape": list(array.shape),
-        "gzip": base64.b64encode(gzip.compress(raw, compresslevel=9, mtime=0)).decode("ascii"),
+        "gzip": base64.b64encode(gzip.compress(raw, compresslevel=level, mtime=0)).decode("ascii"),
     }
 
 

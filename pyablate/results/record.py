@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.sparse import csr_array
 
 from pyablate.results.measures import Measure
 from pyablate.results.screening import Screening
@@ -30,15 +31,19 @@ Floats = NDArray[np.float64]
 Rows = Any
 """A label, a number, a slice, a mask, or a sequence of labels or numbers."""
 
+MOST_DENSE = 10_000
+"""Classes up to which a confusion matrix is a whole array unless asked for otherwise."""
+
 
 @dataclass(frozen=True)
 class Audit:
-    """How a run checked itself: random pairs recomputed by a plain float64 forward pass.
+    """How a run checked itself: random pairs recomputed by plain forward passes of the model.
 
     Attributes
     ----------
     pairs : int
-        (unit, image) pairs recomputed.
+        (unit, image) pairs recomputed, in float32, and in float64 where float32 does not settle
+        them or differs.
     mismatches : int
         Pairs whose recomputed prediction differed, near ties apart.
     mended : int
@@ -77,7 +82,7 @@ class Audit:
         """One line for people."""
         mended = f"; {self.mended:,} differed at first and were mended" if self.mended else ""
         return (
-            f"{self.pairs:,} pairs recomputed in float64, {self.mismatches} mismatches "
+            f"{self.pairs:,} pairs recomputed by replay, {self.mismatches} mismatches "
             f"(95 % upper bound {self.upper_bound:.2%} of all pairs){mended}"
         )
 
@@ -98,6 +103,9 @@ class Effort:
         Per layer and precision, the share of a logit change's spread within which its answer was
         not trusted: several times the largest error measured on pairs of this run. In 8 bits some
         multiple of a pair's rounding steps is added to that.
+    other_seconds : dict
+        Wall time of what stands beside the layers: "preparation" (checks, capture), "clean runs"
+        and "audit".
 
     Examples
     --------
@@ -108,6 +116,7 @@ class Effort:
     layer_seconds: dict[str, float] = field(default_factory=dict)
     pairs_by_precision: dict[str, int] = field(default_factory=dict)
     error_bounds: dict[str, dict[str, float]] = field(default_factory=dict)
+    other_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def settled(self) -> dict[str, int]:
@@ -386,22 +395,49 @@ class Record:
             out[self.flips.image[run]] = self.flips.prediction[run]
         return predicted
 
-    def confusion(self, rows: Rows = slice(None)) -> Ints:
+    def confusion(self, rows: Rows = slice(None), *, sparse: bool | None = None) -> Any:
         """Confusion matrices with the units of ``rows`` ablated.
+
+        Parameters
+        ----------
+        rows : label, number, slice, mask or sequence
+            Units, by default all.
+        sparse : bool, optional
+            Whether only cells with images are kept. By default from more than 10,000 classes on,
+            where one whole matrix takes 0.8 GB.
 
         Returns
         -------
-        ndarray
+        ndarray, or scipy.sparse.csr_array or list of these
             int64 ``[len(rows), class, predicted]``; a single label or number gives
-            ``[class, predicted]``. Images without a prediction are in none, see :attr:`undefined`.
+            ``[class, predicted]``. If sparse, one ``csr_array`` ``[class, predicted]`` a unit; a
+            single label or number gives it alone. Images without a prediction are in none, see
+            :attr:`undefined`.
+
+        Examples
+        --------
+        >>> worst = int(result.max_class_drop.argmax())
+        >>> few = result.confusion(worst, sparse=True)  # one row per class
+        >>> bool((few.toarray() == result.confusion(worst)).all())
+        True
         """
-        chosen = self.rows(rows)
-        k = self.classes
-        counts = np.empty((len(chosen), k, k), dtype=np.int64)
-        for out, predicted in zip(counts, map(self.predictions, chosen), strict=True):
-            cell = (self.labels * k + predicted[0])[predicted[0] >= 0]
-            out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
-        return counts[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else counts
+        chosen, k = self.rows(rows), self.classes
+        found: Any
+        if k > MOST_DENSE if sparse is None else sparse:
+            found = [self._sparse_confusion(row) for row in chosen]
+        else:
+            found = np.empty((len(chosen), k, k), dtype=np.int64)
+            for out, predicted in zip(found, map(self.predictions, chosen), strict=True):
+                cell = (self.labels * k + predicted[0])[predicted[0] >= 0]
+                out[:] = np.bincount(cell, minlength=k * k).reshape(k, k)
+        return found[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else found
+
+    def _sparse_confusion(self, row: Any) -> csr_array:
+        after = self.predictions(row)[0]
+        known = after >= 0
+        cell = self.labels[known], after[known]
+        shape = self.classes, self.classes
+        return csr_array((np.ones(len(cell[0]), dtype=np.int64), cell), shape=shape)
 
     @cached_property
     def data(self) -> xr.Dataset:

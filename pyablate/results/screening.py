@@ -155,11 +155,16 @@ class Screening:
     layers: dict[str, LayerScreening] = field(default_factory=dict)
 
     def __add__(self, other: Screening) -> Screening:
-        """Join what two parts of a run found, with the same chances."""
+        """Join what two parts of a run found, or two runs.
+
+        The chances of both are the smaller ones: none of its pairs was drawn with less.
+        """
         names = dict.fromkeys([*self.layers, *other.layers])
         none = LayerScreening()
         layers = {n: self.layers.get(n, none) + other.layers.get(n, none) for n in names}
-        return replace(self, layers=layers)
+        near = min(self.near_chance, other.near_chance)
+        far = min(self.far_chance, other.far_chance)
+        return replace(self, near_chance=near, far_chance=far, layers=layers)
 
     @property
     def total(self) -> LayerScreening:
@@ -194,15 +199,15 @@ class Screening:
     @property
     def missed_bound(self) -> float:
         """95 % upper bound of the number of flips that are missing from the result."""
-        return self._missed(self.total)
+        return self.missed(self.total)
 
     @property
     def upper_bound(self) -> float:
         """95 % upper bound of the share of wrong predictions among all pairs of the layers."""
         return self.missed_bound / max(1, self.pairs)
 
-    def _missed(self, layer: LayerScreening) -> float:
-        """Bound the wrong ones near the threshold and beyond, at half of the risk each."""
+    def missed(self, layer: LayerScreening) -> float:
+        """Bound the wrong ones of a layer, near the threshold and beyond at half the risk each."""
         confidence = 1 - (1 - CONFIDENCE) / 2
         return layer.near.missed(self.near_chance, confidence) + layer.far.missed(
             self.far_chance, confidence
@@ -222,8 +227,8 @@ class Screening:
                 "wrong": layer.near.wrong + layer.far.wrong,
                 "threshold": layer.threshold,
                 "raised": layer.raised,
-                "missed_bound": self._missed(layer),
-                "upper_bound": self._missed(layer) / max(1, layer.pairs),
+                "missed_bound": self.missed(layer),
+                "upper_bound": self.missed(layer) / max(1, layer.pairs),
             }
             for name, layer in self.layers.items()
         ]

@@ -6,3 +6,4 @@ from ._plan import Peaks as Peaks
 from ._plan import Plan as Plan
 from ._plan import plan as plan
 from .run_folder import StoreMismatch as StoreMismatch
+from .screened_plan import ScreenedPlan as ScreenedPlan

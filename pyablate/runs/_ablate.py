@@ -25,6 +25,7 @@ from pyablate.network.classifier import Choice
 from pyablate.network.forward import own_dtype
 from pyablate.result import AblationResult, load
 from pyablate.results.store import is_result
+from pyablate.runs.audit import usual_pairs
 from pyablate.runs.blocks import Block
 from pyablate.runs.chance import chance_remark
 from pyablate.runs.executor import BlockSweep
@@ -61,7 +62,7 @@ def ablate(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     memory: int | str | None = None,
-    audit: int = 300,
+    audit: int | None = None,
     on_mismatch: str = "error",
     seed: int = 0,
     strategy: str = "auto",
@@ -114,17 +115,20 @@ def ablate(
     memory : int or str, optional
         Bytes to work in, roughly, or a size such as "4GB" or "512MiB"; by default a quarter of
         what is free.
-    audit : int
-        Random (unit, image) pairs to recompute by a plain float64 forward pass. A layer of which
-        one differs is computed again more carefully, at last by such passes only, on all images;
-        ``result.strategy`` and ``result.audit`` tell.
+    audit : int, optional
+        Random (unit, image) pairs to recompute by plain forward passes of the model, in float64
+        where float32 does not settle them. A layer of which one differs is computed again more
+        carefully, at last by float64 passes only, on all images; ``result.strategy`` and
+        ``result.audit`` tell. By default as many as take about 5 % of the time, from 30 to 300;
+        how many follows from the network and the sizes alone.
     on_mismatch : {"error", "warn"}
         What happens if pairs differ even then: :class:`pyablate.AuditError`, or a message and a
         result whose ``audit`` counts them.
     seed : int
         Chooses the audited pairs; also the seed of a random intervention that names none.
     strategy : {"auto", "replay"}
-        ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on.
+        ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on, and
+        what it takes for few pairs of a large network, whose capture would take longer.
     precision : {"auto", "int8", "bf16", "fp32", "fp64"}
         Arithmetic of the dense part; "auto" takes what this device is measured to run fastest. All
         give the same predictions: doubtful pairs are decided again in higher precision.
@@ -206,8 +210,8 @@ def ablate(
     )
     options.check(model)
     with (
-        undisturbed(),
-        taking_part(distributed, options.setup.device) as ranks,
+        undisturbed(model, device),
+        taking_part(distributed, device) as ranks,
         reporting(options.progress if ranks.first else False, unit="pairs") as report,
     ):
         measured = _earlier(options, ranks)
@@ -226,6 +230,7 @@ def ablate(
             if held is None:
                 return _finished(setup, plan, options, ranks)
             screen = None if thresholds is None else Screen(setup, thresholds)
+            prepared = time.perf_counter() - begin
             sweep = _sweep(setup, plan, options, held, screen, ranks, report)
             if ranks.first:
                 result = _collect(setup, plan, held)
@@ -233,7 +238,9 @@ def ablate(
             ranks.wait(lambda: None)
         if options.output is not None and not ranks.first:
             result = load(options.output)
-    return replace(result, seconds=time.perf_counter() - begin, effort=sweep.effort())
+    effort = sweep.effort()
+    effort.other_seconds["preparation"] = prepared
+    return replace(result, seconds=time.perf_counter() - begin, effort=effort)
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,7 @@ class _RunOptions:
 
     setup: SetupOptions
     output: Path | None
-    audit: int
+    audit: int | None
     on_mismatch: str
     seed: int
     risk: float
@@ -257,7 +264,8 @@ class _RunOptions:
             raise ValueError("distributed: needs output, a folder that all processes see")
         check_options(model, self.setup)
         _check_risk(self.risk)
-        check_count("audit", self.audit, 0)
+        if self.audit is not None:
+            check_count("audit", self.audit, 0)
         check_on_mismatch(self.on_mismatch)
         if self.output is not None:
             check_place(self.output, fresh=self.fresh)
@@ -281,6 +289,8 @@ class _RunPlan:
         Whether the images are to be known again.
     shard : (int, int), optional
         See :func:`ablate`.
+    audit : int
+        Pairs to recompute.
     """
 
     layout: Layout
@@ -289,6 +299,7 @@ class _RunPlan:
     dtype: torch.dtype
     hashing: bool
     shard: tuple[int, int] | None
+    audit: int
 
 
 def _check_risk(risk: Any) -> None:
@@ -341,19 +352,20 @@ def _plan(model: nn.Module, setup: Setup, options: _RunOptions, ranks: Ranks) ->
     images, dtype = shard_images(options.shard, len(setup.data)), own_dtype(model)
     size = min(setup.batch_size, -(-len(images) // ranks.count))
     layout = Layout(images, size, setup.memory)
+    audit = usual_pairs(setup) if options.audit is None else options.audit
     identity = identify(
         setup,
         dtype=dtype,
         images=images,
         strategy=options.setup.strategy,
-        audit=options.audit,
+        audit=audit,
         seed=options.seed,
         measures=options.setup.measures,
         screened=None if options.setup.guarantee == "exact" else options.risk,
     )
     hashing = options.output is not None or options.shard is not None
     known = _with_all_images(identity, setup, layout, dtype, ranks) if hashing else identity
-    return _RunPlan(layout, identity, known, dtype, hashing, options.shard)
+    return _RunPlan(layout, identity, known, dtype, hashing, options.shard, audit)
 
 
 def _finished(setup: Setup, plan: _RunPlan, options: _RunOptions, ranks: Ranks) -> AblationResult:
@@ -381,7 +393,7 @@ def _sweep(
         batch_size=given.batch_size or held.layout.size,
         memory=given.memory or held.layout.memory,
     )
-    audited = _audited_pairs(setup, options.audit, options.seed)
+    audited = _audited_pairs(setup, plan.audit, options.seed)
     sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen)
     RunLoop(
         sweep=sweep,

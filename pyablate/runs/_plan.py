@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate._validation import check_bytes
+from pyablate._validation import check_bytes, check_fraction, check_level
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
 from pyablate.engine.channel_delta import ChannelDelta
@@ -27,6 +27,9 @@ from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
+from pyablate.runs.audit import CALL as AUDIT_CALL
+from pyablate.runs.audit import PASSES, usual_pairs
+from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
 from pyablate.runtime.determinism import undisturbed
 
@@ -97,6 +100,11 @@ class Plan:
         What this machine was measured to do just now.
     remarks : tuple of str
         What should be known of the layers chosen: weights whose units are in none of them.
+    other_seconds : dict
+        What a call takes beside clean runs and layers: "preparation" (checks and capture, as this
+        very call took; a later one in the same process need not export again) and "audit".
+    screened : ScreenedPlan or None
+        What ``guarantee="screened"`` would take; None where everything would be computed.
 
     Examples
     --------
@@ -113,6 +121,8 @@ class Plan:
     clean_seconds: float
     peaks: Peaks
     remarks: tuple[str, ...] = ()
+    other_seconds: dict[str, float] = field(default_factory=dict)
+    screened: ScreenedPlan | None = None
 
     @property
     def gflops(self) -> float:
@@ -121,8 +131,25 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of the sweep: clean runs and all layers, without capture and audit."""
-        return float(self.table["seconds"].sum()) + self.clean_seconds
+        """Predicted time of the call: preparation, clean runs, all layers and audit."""
+        layers = float(self.table["seconds"].sum())
+        return layers + self.clean_seconds + sum(self.other_seconds.values())
+
+    def seconds_at(self, share: float) -> float:
+        """Predicted time if gradients chose this share of the pairs to compute, and no more.
+
+        Parameters
+        ----------
+        share : float
+            From 0 to 1, of the pairs of layers that can be screened.
+        """
+        check_fraction("share", share)
+        if self.screened is None:
+            return self.seconds
+        able = self.table["strategy"] == "delta"
+        layers = self.table["seconds"].where(~able, share * self.table["seconds"]).sum()
+        beside = self.clean_seconds + sum(self.other_seconds.values())
+        return float(layers) + beside + self.screened.prediction_seconds
 
     def explain(self, result: AblationResult | None = None) -> str:
         """Lay the plan out for people.
@@ -130,7 +157,8 @@ class Plan:
         Parameters
         ----------
         result : AblationResult, optional
-            Of the run that was planned: a column ``actual`` shows the seconds that it took.
+            Of the run that was planned: a column ``actual`` shows the seconds that it took. Of a
+            screened run also the shares of pairs that its stages left open, and what they cost.
         """
         shown = self._shown
         if result is not None:
@@ -139,9 +167,15 @@ class Plan:
                 f"{actual[layer]:,.2f}" if layer in actual else "" for layer in shown["layer"]
             ]
         lines = [shown.to_string(index=False), *self._lines]
+        stages = stages_table(self.screened, result)
+        if len(stages):
+            lines += ["what the stages of screening leave open of the live pairs, and their cost:"]
+            lines += [stages.to_string(index=False, float_format="{:.3f}".format, na_rep="")]
         if result is not None:
             spent = sum(result.effort.layer_seconds.values())
             lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+            took = result.effort.other_seconds.items()
+            lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -170,10 +204,35 @@ class Plan:
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
             f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
             f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
-            f"predicted: {self.seconds:,.1f} s, {self.clean_seconds:,.1f} s of it clean runs; the "
-            f"live share was measured on {min(_SAMPLE, self.images)} images",
+            f"predicted: {self.seconds:,.1f} s in all; the live share was measured on "
+            f"{min(_SAMPLE, self.images)} images",
+            *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
+            self._screened(),
             *self.remarks,
         ]
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        layers = float(self.table["seconds"].sum())
+        return {**self.other_seconds, "clean runs": self.clean_seconds, "layers": layers}
+
+    def _screened(self) -> str:
+        """Say what a screened run would take."""
+        found = self.screened
+        if found is None:
+            return "screened: as exact, nothing here can be screened"
+        beside = self.clean_seconds + sum(self.other_seconds.values())
+        least, most = (beside + seconds for seconds in found.seconds)
+        parts = (
+            f"{found.prediction_seconds:,.1f} s of it predictions, "
+            f"{found.measuring_seconds:,.1f} s measuring thresholds"
+        )
+        if found.stages is not None:
+            return f"screened: {least:,.1f} s, {parts}"
+        return (
+            f"screened: from {least:,.1f} s if all pairs are settled to {most:,.1f} s if none is, "
+            f"{parts}; measure=True (--measure) finds out how many"
+        )
 
 
 def plan(
@@ -190,6 +249,8 @@ def plan(
     batch_size: int | None = None,
     memory: int | str | None = None,
     precision: str = "auto",
+    measure: bool = False,
+    risk: float = 1e-5,
 ) -> Plan:
     """Predict what :func:`pyablate.ablate` would do with the same arguments.
 
@@ -199,12 +260,18 @@ def plan(
         As for :func:`pyablate.ablate`; ``data`` may also be a batch of images alone.
     images : int, optional
         Predict for this many images; by default for as many as ``data`` has.
+    measure : bool
+        Measure on ``data`` which pairs a screened run would leave open, as it does before its first
+        block: some thousand pairs of each layer are computed. Without it only the ends are known,
+        all pairs settled and none.
+    risk : float
+        Of that run, as for :func:`pyablate.ablate`.
 
     Returns
     -------
     Plan
         The first few images are swept through the part that stays on single channels, to see
-        which pairs are live; nothing else is run.
+        which pairs are live, and their gradients are timed; nothing else is run unless asked for.
 
     Raises
     ------
@@ -227,20 +294,39 @@ def plan(
         precision=precision,
         axis=axis,
         logits=logits,
+        images=images,
     )
     check_options(model, options)
+    check_level("risk", risk)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
-    with undisturbed():
+    begin = time.perf_counter()
+    with undisturbed(model, device):
         setup = prepare(model, data, options)
+        prepared = time.perf_counter() - begin
         count = len(setup.data) if images is None else images
         peaks = _peaks(setup)
         rows = [_row(cost, count, peaks) for cost in _costs(setup)]
         clean = count * _clean_seconds(setup, peaks)
+        pairs = min((row.pop("slice") for row in rows), default=1)
+        table = pd.DataFrame(rows)
+        slower = peaks.dense / peaks.clean
+        screened = plan_screened(setup, table, count, slower, risk if measure else None)
+    audited = usual_pairs(setup, count) * (AUDIT_CALL + PASSES * clean / count)
+    others = {"preparation": prepared, "audit": audited}
     tiers = tuple(str(t).removeprefix("torch.") for t in (*setup.low, setup.data.dtype))
-    pairs = min((row.pop("slice") for row in rows), default=1)
-    table = pd.DataFrame(rows)
-    return Plan(table, count, setup.batch_size, pairs, tiers, clean, peaks, setup.remarks)
+    return Plan(
+        table,
+        count,
+        setup.batch_size,
+        pairs,
+        tiers,
+        clean,
+        peaks,
+        setup.remarks,
+        others,
+        screened,
+    )
 
 
 def _clean_seconds(setup: Setup, peaks: Peaks) -> float:

@@ -75,6 +75,8 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
+    other_seconds : Counter
+        Time of clean runs and audit.
     cascades : dict
         Precisions and care of each job.
     suffixes : dict
@@ -83,6 +85,8 @@ class BlockSweep:
         Clean tensors that they read.
     advance : callable
         Told how many more pairs of the job at work are done.
+    recorder : Recorder or None
+        Records slices as CUDA graphs, where the device has such; its memory goes with the sweep.
     """
 
     setup: Setup
@@ -92,11 +96,13 @@ class BlockSweep:
     screen: Screen | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
+    other_seconds: Counter[str] = field(default_factory=Counter)
     cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
     auditor: Auditor = field(init=False)
     advance: Callable[[int], None] = field(init=False)
+    recorder: cuda_graph.Recorder | None = field(init=False)
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -105,6 +111,7 @@ class BlockSweep:
             job: PrecisionCascade([*setup.low, setup.data.dtype]) for job in setup.jobs
         }
         self.keep = needed(self.suffixes.values())
+        self.recorder = cuda_graph.recorder(setup.data.device)
         self.auditor = Auditor(setup, self.audited, self.on_mismatch)
         if setup.abrupt:
             care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
@@ -181,7 +188,7 @@ class BlockSweep:
 
     def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
         """Run the intact network, on halves of the batch where memory does not suffice."""
-        setup = self.setup
+        setup, start = self.setup, time.perf_counter()
         try:
             if setup.graph is None:
                 clean = clean_run.run_model(
@@ -210,6 +217,7 @@ class BlockSweep:
         else:
             if not setup.data.labelled:
                 batch = replace(batch, labels=clean.prediction.long())
+            self.other_seconds["clean runs"] += time.perf_counter() - start
             yield batch, clean
             return
         for half in _halves(batch):
@@ -232,7 +240,9 @@ class BlockSweep:
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
         stage(f"{job.name} (audit)")
+        start = time.perf_counter()
         audited = self.auditor.check(job, batch, clean, flips, measured)
+        self.other_seconds["audit"] += time.perf_counter() - start
         if audited.wrong:
             self.auditor.check_intact(batch, clean, audited)
             if self._more_careful(job, audited):
@@ -338,9 +348,8 @@ class BlockSweep:
                 return row, image, cascade.classify_in_float64(row, image, prediction, truth)
         row, image = sweep.live_pairs()
         change: Change = functools.partial(logit_change, sweep)
-        recorder = cuda_graph.recorder(clean.logits.device)
-        if recorder is not None:
-            change = cuda_graph.Repeated(change, recorder)
+        if self.recorder is not None:
+            change = cuda_graph.Repeated(change, self.recorder)
         decide: Decide = functools.partial(
             cascade.classify,
             change,
@@ -429,7 +438,7 @@ class BlockSweep:
             job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
             for job, cascade in self.cascades.items()
         }
-        return Effort(self.layer_seconds, decided, bounds)
+        return Effort(self.layer_seconds, decided, bounds, dict(self.other_seconds))
 
 
 @dataclass(eq=False)

@@ -1,8 +1,8 @@
 """Screening: which pairs (unit, image) are computed, and which keep their class by prediction.
 
-A pair's score is the lead that its class is predicted to keep, in units of the predicted change of
-the logits (:mod:`pyablate.engine.predicted_change`). It is settled where the score is above a
-threshold (:mod:`pyablate.runs.thresholds`).
+A pair's score is the lead that its class is predicted to keep, in units of how large errors of
+predictions are for changes like its own (:class:`pyablate.engine.score.Scale`). It is settled where
+the score is above a threshold (:mod:`pyablate.runs.thresholds`).
 
 Of the settled pairs a random sample is computed all the same. It is drawn by a hash of row, image
 and seed, and bounds how many of the others are wrong (:mod:`pyablate.results.screening`). A pair of
@@ -25,7 +25,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
-from pyablate.engine.score import Prediction, directions, random_directions
+from pyablate.engine.score import Prediction, competing_classes, random_directions
 from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -132,7 +132,7 @@ class Screen:
             uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
         )
         choice = Choice.none(len(row))
-        scores = predicted.scores[job].of(row, image).relative(first.floor)
+        scores = predicted.scores[job].of(row, image).relative(first.scale)
         self._settle(choice, torch.arange(len(row)), 0, first, scores, draw)
         if later:
             self._carry(sweep, predicted, row, image, choice, later, draw)
@@ -159,7 +159,7 @@ class Screen:
             ) -> Tensor:
                 number, stage = stages[place]
                 mine = own[some]
-                scores = predicted.at(place, image[mine], change).relative(stage.floor)
+                scores = predicted.at(place, image[mine], change).relative(stage.scale)
                 self._settle(choice, mine, number, stage, scores, draw)
                 return ~choice.settled[mine]
 
@@ -227,11 +227,10 @@ class Screen:
     def nothing(self) -> Screening:
         """Begin to count."""
         known, classes = self.thresholds, self.setup.classes
-        random = random_directions(classes)
         return Screening(
             risk=known.risk,
             near_chance=known.near_chance,
             far_chance=known.far_chance,
-            competitors=directions(classes) - random,
-            random=random,
+            competitors=competing_classes(classes),
+            random=random_directions(classes),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ from pyablate.engine.pair_slice import carry, logit_change
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.predicted_change import Predictor
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import Prediction, Score, directions, joined
+from pyablate.engine.score import Prediction, Scale, Score, directions, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -47,10 +47,6 @@ LEAST, MOST = 1024, 4096
 
 LOW = 0.1
 """Share of a layer's pairs whose scores are called low."""
-
-FLOOR = 0.1
-"""Share of a layer's typical predicted change below which a change counts as that: where a gradient
-vanishes, a prediction of no change is worth no more than one of this."""
 
 Floats = NDArray[np.float64]
 
@@ -113,23 +109,40 @@ class Sample:
         found: Floats = np.where(low, LOW / max(1, low.sum()), (1 - LOW) / max(1, (~low).sum()))
         return found
 
-    def floor(self, place: fx.Node | None) -> float:
-        """Size below which changes count as that; see :meth:`Score.relative`."""
-        size = joined(self.live if place is None else self.scored[place]).size
-        return FLOOR * _typical(size)
+    @cached_property
+    def _all_live(self) -> Score:
+        return joined(self.live)
 
-    def scores_of_live(self, floor: float) -> Floats:
+    @cached_property
+    def _computed(self) -> dict[fx.Node | None, Score]:
+        return {place: joined(parts) for place, parts in self.scored.items()}
+
+    @cached_property
+    def _wrong_by(self) -> dict[fx.Node | None, Score]:
+        """How much too high the predicted leads were, in place of them."""
+        actual = torch.cat(self.actual)
+        return {p: replace(one, lowest=one.lowest - actual) for p, one in self._computed.items()}
+
+    def scale(self, place: fx.Node | None) -> Scale:
+        """Take errors to be as large as the changes that are predicted."""
+        return _typical_scale(self._all_live if place is None else self._computed[place])
+
+    def scores_of_live(self, scale: Scale) -> Floats:
         """Scores at the units of all live pairs."""
-        return _relative(joined(self.live), floor)
+        return _relative(self._all_live, scale)
 
-    def scores(self, place: fx.Node | None, floor: float) -> Floats:
+    def scores(self, place: fx.Node | None, scale: Scale) -> Floats:
         """Scores of the pairs computed."""
-        return _relative(joined(self.scored[place]), floor)
+        return _relative(self._computed[place], scale)
 
-    def errors(self, place: fx.Node | None, floor: float) -> Floats:
+    def errors(self, place: fx.Node | None, scale: Scale) -> Floats:
         """How far these were too high: a pair is wrong where that is more than its score."""
-        actual = Score(torch.cat(self.actual), joined(self.scored[place]).size)
-        return self.scores(place, floor) - _relative(actual, floor)
+        return _relative(self._wrong_by[place], scale)
+
+
+def pairs_wanted(rows: int, images: int) -> float:
+    """How many pairs of a job its thresholds are measured on."""
+    return min(MOST, max(LEAST, SHARE * rows * images))
 
 
 def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
@@ -145,7 +158,7 @@ def samples(setup: Setup, seed: int) -> dict[Job, Sample]:
     suffixes = {job: one for job, one in suffixes.items() if graph.logits in one.nodes}
     places = chosen_places(setup, suffixes)
     found = {
-        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix.nodes)])
+        job: Sample(suffix, [place for place in places if place in passed_by_all(suffix)])
         for job, suffix in suffixes.items()
     }
     guess = predictor(setup, suffixes, places)
@@ -208,7 +221,7 @@ def _sample(
     found.live.append(scores)
     low = _lowest(scores)
     found.lowest.append(low)
-    wanted = min(MOST, max(LEAST, SHARE * len(job.rows) * len(setup.data)))
+    wanted = pairs_wanted(len(job.rows), len(setup.data))
     every = len(job.rows) * min(IMAGES, len(setup.data))
     chance = wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
     places = row.numpy() + job.rows.start, batch.index[image].numpy()
@@ -225,7 +238,7 @@ def _sample(
 
 def _lowest(scores: Score) -> Tensor:
     """Bool ``[P]``: the pairs of some images that have the lowest scores."""
-    ranked = scores.relative(FLOOR * _typical(scores.size)).argsort(stable=True)
+    ranked = scores.relative(_typical_scale(scores)).argsort(stable=True)
     low = torch.zeros(len(ranked), dtype=torch.bool)
     low[ranked[: math.ceil(LOW * len(ranked))]] = True
     return low
@@ -240,8 +253,7 @@ def carried_scores(
     places: Sequence[fx.Node],
 ) -> dict[fx.Node, Score]:
     """Score pairs at each of some places."""
-    none = torch.full((len(row),), torch.nan)
-    found = {place: Score(none.clone(), none.clone()) for place in places}
+    found = {place: Score(*torch.full((3, len(row)), torch.nan)) for place in places}
     dtype = setup.data.dtype  # low ones are chosen by a stopwatch, and scores must not depend on it
     size = sweep.suffix.pairs_in(setup.slice_bytes)(dtype)
     for pairs in torch.arange(len(row)).split(size):
@@ -252,6 +264,7 @@ def carried_scores(
             score = predicted.at(place, image[own[some]], change)
             found[place].lowest[own[some]] = score.lowest
             found[place].size[own[some]] = score.size
+            found[place].norm[own[some]] = score.norm
             return torch.ones(len(some), dtype=torch.bool)
 
         carry(sweep, row[pairs], image[pairs], dtype, places, look)
@@ -280,12 +293,17 @@ def _leads(setup: Setup, sweep: Sweep, row: Tensor, image: Tensor) -> Tensor:
     return (logits.gather(1, own).squeeze(1) - others).float()
 
 
-def _relative(score: Score, floor: float) -> Floats:
-    found: Floats = score.relative(floor).double().numpy()
+def _relative(score: Score, scale: Scale) -> Floats:
+    found: Floats = score.relative(scale).double().numpy()
     return found
 
 
-def _typical(size: Tensor) -> float:
-    """Root of the mean square of predicted changes."""
-    finite = size[torch.isfinite(size)].double()
+def _typical_scale(score: Score) -> Scale:
+    """Take errors to be as large as the changes that are predicted."""
+    return Scale(_typical(score.size), _typical(score.norm))
+
+
+def _typical(changes: Tensor) -> float:
+    """Root of the mean square of changes."""
+    finite = changes[torch.isfinite(changes)].double()
     return float(finite.square().mean().sqrt().nan_to_num(0.0))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
@@ -26,8 +26,8 @@ from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.classifier import Choice, check_choice_of_logits
-from pyablate.network.forward import forward, images_at_a_time, two_images
-from pyablate.network.graph import Graph, tensor
+from pyablate.network.forward import cost_of, forward, images_at_a_time, two_images
+from pyablate.network.graph import MARKER, Graph, tensor
 from pyablate.network.model_checks import alike, open_up
 from pyablate.network.sites import Site, asks_for_everything, check_model
 from pyablate.results.screening import GUARANTEES
@@ -49,6 +49,16 @@ SAME = 1e-3
 
 CLEAN = 32 << 20
 """Bytes of the widest clean tensor up to which a batch may have more than 256 images."""
+
+FEW, LARGE = 500, 2e8
+"""Pairs up to which, and operations of a forward pass from which, a capture may not pay."""
+
+CAPTURE = 0.04
+"""Seconds that each operator of a network costs before its first pair is decided by differences:
+its capture, and what is checked and measured of it."""
+
+RATE = 2e10
+"""Operations per second of a forward pass."""
 
 WORTHWHILE = 1.3
 """Gain in speed above which a lower precision pays for checking it."""
@@ -114,6 +124,8 @@ class SetupOptions:
     guarantee: str = "exact"
     axis: Mapping[str, int] | None = None
     logits: Choice = None
+    images: int | None = None
+    """How many are to be done, where the data are only the first of them."""
 
 
 @torch.inference_mode(False)  # in which nothing can be exported
@@ -148,7 +160,11 @@ def prepare(
     jobs = plan_jobs(ready.sites, options.layers, options.groups, intervention)
     everything = asks_for_everything(options.layers, options.groups)
     marked = list({site.name: site for job in jobs for site in job.sites}.values())
-    graph = None if options.strategy == "replay" else _capture(work, sample, marked)
+    pairs = sum(len(job.rows) for job in jobs) * (options.images or len(data))
+    by_replay = options.strategy == "replay" or (
+        options.guarantee == "exact" and _replay_is_quicker(work, sample, pairs)
+    )
+    graph = None if by_replay else _capture(work, sample, marked)
     _hold(data, intervention)
     memory = options.memory or _free(data.device) // 4
     keep_freed_blocks(memory)
@@ -300,8 +316,27 @@ def _low_precisions(
 def _free(device: torch.device) -> int:
     """Bytes of memory that nobody uses where the work is done."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held  # PyTorch holds it and does not use it
     return int(psutil.virtual_memory().available)
+
+
+def _replay_is_quicker(model: nn.Module, sample: Tensor, pairs: int) -> bool:
+    """Whether a large network is done with a few pairs before it would be captured.
+
+    Counted at rates that are written down here, not timed: a run that is resumed has to go on by
+    the same strategy.
+    """
+    if pairs > FEW:
+        return False
+    cost = cost_of(model, two_images(sample))
+    operations = cost.total / 2
+    quicker = operations >= LARGE and pairs * operations / RATE < cost.calls * CAPTURE
+    if quicker:
+        logger.info(
+            "%d pairs run by replay of the whole network: its capture would take longer", pairs
+        )
+    return quicker
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
@@ -338,7 +373,7 @@ def _images_per_batch(
     """
     if graph is None:
         return 64
-    kept = needed(Suffix.of(graph, job) for job in jobs)
+    kept = {_owner(node) for node in needed(Suffix.of(graph, job) for job in jobs)}
     size = sample.element_size()
     # Beside the clean tensors stand the changes of one layer's units, while on their channels: as
     # differences, in the precision of the dense part, and on the way from one to the other.
@@ -347,3 +382,10 @@ def _images_per_batch(
     widest = graph.widest * size
     enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
     return int(max(1, min(enough, memory // 2 // max(per_image, 1))))
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """Find the node whose tensor another one is: marked outputs are no copies."""
+    while node.target is MARKER:
+        node = node.all_input_nodes[0]
+    return node

@@ -14,17 +14,17 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import fx
 
 from pyablate.analysis.tail import Tail, safe_above
-from pyablate.engine.narrow_places import multiply_adds, shares
-from pyablate.engine.score import directions
-from pyablate.engine.suffix import Suffix
-from pyablate.runs.screening_sample import Sample, samples
+from pyablate.engine.narrow_places import shares
+from pyablate.engine.score import Scale, directions
+from pyablate.engine.suffix import Suffix, multiply_adds
+from pyablate.runs.screening_sample import Floats, Sample, samples
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")
@@ -45,6 +45,9 @@ FAR_SHARE, NEAR_SHARE = 0.01, 0.05
 ENOUGH = 3000
 """Sampled pairs of a run at least: as many as bound the share of wrong ones by a thousandth."""
 
+POWERS = [(size / 2, norm / 2) for norm in range(5) for size in range(3) if size or norm]
+"""Powers of size and norm of a change with which its error may grow, up to the second order."""
+
 STAGES = 2
 """Narrow places at which the pairs of one layer are scored again, at most."""
 
@@ -59,13 +62,24 @@ class Stage:
         Node of the graph; empty for the units themselves.
     threshold : float
         Score above which a pair is settled.
-    floor : float
-        See :meth:`pyablate.engine.score.Score.relative`.
+    scale : Scale
+        Unit of scores.
+    cost : float
+        Of a pair that gets here from the stage before, in passes through the suffix.
+    open : float
+        Share of the live pairs that are open behind it, as the measured ones suggest.
     """
 
     place: str
     threshold: float
-    floor: float
+    scale: Scale
+    cost: float = 0.0
+    open: float = 1.0
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Stage:
+        """Undo :func:`dataclasses.asdict`."""
+        return cls(**{**known, "scale": Scale(**known["scale"])})
 
     def at(self, raised: int) -> float:
         """Return the threshold once it has been raised so often."""
@@ -132,7 +146,7 @@ class Thresholds:
     def of(cls, known: Mapping[str, Any]) -> Thresholds:
         """Undo :meth:`to_json`."""
         jobs = tuple(
-            one and JobThresholds(**{**one, "stages": tuple(Stage(**s) for s in one["stages"])})
+            one and JobThresholds(**{**one, "stages": tuple(map(Stage.of, one["stages"]))})
             for one in known["jobs"]
         )
         return cls(**{**known, "jobs": jobs})
@@ -152,20 +166,28 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     settled = sum(
         one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
     )
-    enough = min(1.0, ENOUGH / max(1.0, settled * len(setup.data)))
-    far = max(FAR_SHARE, enough)
+    far = far_chance(settled * len(setup.data))
     return Thresholds(risk, seed, max(NEAR_SHARE, far), far, jobs)
+
+
+def far_chance(settled: float) -> float:
+    """Chance of settled pairs to be sampled, of which there will be about so many."""
+    return max(FAR_SHARE, min(1.0, ENOUGH / max(1.0, settled)))
 
 
 def _best(sample: Sample, risk: float) -> JobThresholds:
     """Choose the places that save most arithmetic, and the thresholds there."""
     if not sample.actual:
-        return JobThresholds((Stage("", math.inf, 0.0),), 0, 0.0)
+        return JobThresholds((Stage("", math.inf, Scale(0.0, 0.0)),), 0, 0.0)
     done = dict(zip(sample.places, shares(sample.suffix, sample.places), strict=True))
     able = [place for place in sample.places if 0.02 < done[place] < 0.9]
     found = []
+    scales = {place: _scale(sample, place, risk) for place in (None, *able)}
     for count in range(min(STAGES, len(able)) + 1):
-        stages = {place: _stage(sample, place, risk / (1 + count)) for place in (None, *able)}
+        stages = {
+            place: _stage(sample, place, scale, risk / (1 + count))
+            for place, scale in scales.items()
+        }
         for some in itertools.combinations(able, count):
             found.append(_with(sample, {place: stages[place] for place in (None, *some)}, done))
     return min(found, key=lambda one: one[0])[1]
@@ -177,36 +199,63 @@ def _with(
     """Cost of a pair with these stages, in passes through the suffix; what they settle."""
     weight = sample.weight
     open_ = np.ones(len(weight), bool)
-    cost = before = 0.0
+    left, before, known = 1.0, 0.0, []
+    whole = 0.0
     for place, stage in stages.items():
+        cost = 0.0
         if place is not None:
-            cost += float(weight @ open_) * (done[place] - before + _look(sample.suffix, place))
-            before = done[place]
-        open_ = open_ & ~(sample.scores(place, stage.floor) > stage.threshold)
-    left = float(weight @ open_)
+            cost = done[place] - before + _look(sample.suffix, place)
+            whole, before = whole + left * cost, done[place]
+        open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
+        left = float(weight @ open_)
+        known.append(replace(stage, cost=cost, open=left))
     settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
-    return cost + left, JobThresholds(tuple(stages.values()), len(weight), settled)
+    return whole + left, JobThresholds(tuple(known), len(weight), settled)
 
 
-def _stage(sample: Sample, place: fx.Node | None, risk: float) -> Stage:
+def _scale(sample: Sample, place: fx.Node | None, risk: float) -> Scale:
+    """Choose the powers of the changes with which fewest pairs stay open."""
+    plain = sample.scale(place)
+    if not plain.size:
+        return plain
+    powers = [replace(plain, size_power=size, norm_power=norm) for size, norm in POWERS]
+
+    def left(scale: Scale) -> float:
+        scores = sample.scores(place, scale)
+        return float(sample.weight @ ~(scores > _safe(sample, place, scale, scores, risk)))
+
+    return min(powers, key=left)
+
+
+def _stage(sample: Sample, place: fx.Node | None, scale: Scale, risk: float) -> Stage:
     """Find the score at a place above which pairs are settled.
 
-    Low scores and others have tails of their own. At the units all live pairs are scored, and tell
-    how many are concerned; elsewhere those that were computed do.
+    At the units all live pairs are scored, and tell how many are concerned; elsewhere those that
+    were computed do.
     """
-    floor, name = sample.floor(place), "" if place is None else place.name
-    if not floor:
-        return Stage(name, math.inf, floor)
-    scores, low, error = sample.scores(place, floor), sample.low, sample.errors(place, floor)
-    tails = [Tail.of(error[of]) for of in (low, ~low)]
-    weight = sample.weight
-    if place is None:
-        scores, low = sample.scores_of_live(floor), sample.low_of_live
-        weight = np.ones(len(scores))
+    name = "" if place is None else place.name
+    if not scale.size:
+        return Stage(name, math.inf, scale)
+    scores = sample.scores_of_live(scale) if place is None else sample.scores(place, scale)
+    safe = _safe(sample, place, scale, scores, risk)
+    return Stage(name, _rounded_up(safe) if safe > 0 else math.inf, scale)
+
+
+def _safe(
+    sample: Sample, place: fx.Node | None, scale: Scale, scores: Floats, risk: float
+) -> float:
+    """Find the score above which pairs with these scores, all or those computed, are settled.
+
+    Low scores and others have tails of their own.
+    """
+    error = sample.errors(place, scale)
+    tails = [Tail.of(error[of]) for of in (sample.low, ~sample.low)]
+    every = len(scores) > len(sample.low)
+    low = sample.low_of_live if every else sample.low
+    weight = np.ones(len(scores)) if every else sample.weight
     chance = np.where(low, *(tail.chance(scores) for tail in tails))
     worst = max(tail.exceeded(WORST) for tail in tails)
-    safe = max(worst, safe_above(scores, chance, weight, risk))
-    return Stage(name, _rounded_up(safe) if safe > 0 else math.inf, floor)
+    return max(worst, safe_above(scores, chance, weight, risk))
 
 
 def _look(suffix: Suffix, place: fx.Node) -> float:

@@ -5,20 +5,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from operator import attrgetter
 
 import torch
+from torch import nn
 
 from pyablate.runtime.locks import run_lock
 
+_PRECISIONS = ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+_PRECISIONS += ("cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul")
+"""Of ``torch.backends``, what has an ``fp32_precision``; each inherits from one before it."""
+
+_given: ContextVar[torch.device | None] = ContextVar("default device of the caller", default=None)
+
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(*on: nn.Module | str | torch.device | None) -> Iterator[None]:
     """Work in plain arithmetic, and leave random generators and settings as they were.
 
     An ambient autocast or TF32 would round the clean run and all that is compared with it. All of
     this is the whole process's: other threads wait for their turn.
+
+    Parameters
+    ----------
+    *on : nn.Module, str or torch.device, optional
+        Models and devices that are worked with: of GPUs, the generators of these are restored.
     """
-    with run_lock(), _plain_arithmetic(), uncompiled():
+    with run_lock(), tensors_on_cpu(), _plain_arithmetic(gpus(on)), uncompiled():
         yield
 
 
@@ -33,15 +47,112 @@ def uncompiled() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_arithmetic() -> Iterator[None]:
+def tensors_on_cpu() -> Iterator[None]:
+    """Make tensors on the CPU where no device is named, whatever the caller's default is."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        yield
+        return
+    token = _given.set(device)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _given.reset(token)
+
+
+def callers_device() -> torch.device | None:
+    """Tell where the caller's model makes its tensors; None where we do so too."""
+    return _given.get()
+
+
+@contextmanager
+def float32_as(precision: str) -> Iterator[None]:
+    """Let float32 arithmetic be "ieee" or "tf32" in all libraries for a while."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        with _float32_by_flags(allowed=precision == "tf32"):
+            yield
+        return
+    cudnn, changed = torch.backends.cudnn, []
+    of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
+    flag = _older_flag()
+    try:
+        for owner in (torch.backends, *(attrgetter(name)(torch.backends) for name in _PRECISIONS)):
+            before = owner.fp32_precision
+            if before != precision:  # what inherits is as it should be by now, and goes on to
+                owner.fp32_precision = precision
+                changed.append((owner, before))
+        # torch.export reads the older flag, an error where it contradicts the newer settings.
+        cudnn.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        cudnn.allow_tf32 = flag
+        for owner, before in reversed(changed):
+            owner.fp32_precision = before
+        for part, before in of_cudnn.items():  # which the flag has set
+            part.fp32_precision = "none"
+            if part.fp32_precision != before:
+                part.fp32_precision = before
+
+
+def _older_flag() -> bool:
+    """Tell ``cudnn.allow_tf32``; where it contradicts the newer settings it cannot be read."""
+    cudnn = torch.backends.cudnn
+    try:
+        return bool(cudnn.allow_tf32)
+    except RuntimeError:
+        return {cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision} != {"tf32"}
+
+
+@contextmanager
+def _float32_by_flags(*, allowed: bool) -> Iterator[None]:
     matmul = torch.get_float32_matmul_precision()
     tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def _plain_arithmetic(gpus: list[int]) -> Iterator[None]:
     cuda = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
-    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False), cuda:
+    with (
+        torch.random.fork_rng(devices=gpus),
+        torch.autocast("cpu", enabled=False),
+        cuda,
+        float32_as("ieee"),
+        _fixed_algorithms(),
+    ):
+        yield
+
+
+@contextmanager
+def _fixed_algorithms() -> Iterator[None]:
+    """Let cuDNN choose by rules: by the clock, it would round differently from run to run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def gpus(on: tuple[nn.Module | str | torch.device | None, ...]) -> list[int]:
+    """Numbers of the GPUs among some devices and those that hold some models."""
+    found = set()
+    for each in on:
+        if isinstance(each, nn.Module):
+            held = next(iter([*each.parameters(), *each.buffers()]), None)
+            each = None if held is None else held.device
         try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = tf32
+            device = torch.device("cpu" if each is None else each)
+        except (RuntimeError, TypeError):  # which is told where it is used
+            continue
+        if device.type == "cuda" and torch.cuda.is_available():
+            found.add(torch.cuda.current_device() if device.index is None else device.index)
+    return sorted(found)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pyablate")
 
 _BATCH = 128
-SAMPLED = ("rank", "conductance", "lrp")
+SAMPLED = ("rank", "conductance", "lrp", "clrp")
 """Families that look at a sample of the images."""
 
 
@@ -84,7 +84,7 @@ def attributes(
     top : int
         Images that precision_at looks at.
     sample : int
-        Images, evenly spaced in the data, for hrank, conductance and lrp.
+        Images, evenly spaced in the data, for hrank, conductance, lrp and clrp.
     axis : dict, optional
         Axis of the units of some layers, as for :func:`pyablate.ablate`.
     device : str or torch.device, optional
@@ -126,7 +126,7 @@ def attributes(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     named = {which} if isinstance(which, str) else set(which)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = open_up(model, data, class_names, device, axis=axis, logits=logits)
         entries = _available(entries, named, masks is not None, inputs_of(ready.model))
         jobs = plan_jobs(ready.sites, layers, None, parse("zero"))

@@ -201,6 +201,16 @@ CATALOG: tuple[Attribute, ...] = (
         per_class=True,
     ),
     Attribute(
+        "clrp",
+        "clrp",
+        "max(0, R_u / sum over its layer of R - S_u / sum over its layer of S), R the relevance "
+        "for the labelled class by the z+ rule, S that for all others; mean over sampled images "
+        "(of class k)",
+        "Gu, Yang, Tresp 2018, arXiv:1812.02100",
+        True,
+        per_class=True,
+    ),
+    Attribute(
         "concept_iou",
         "concepts",
         "sum over images of |M and L| / |M or L|; M: the map, bilinear at the mask's size, above "

@@ -21,7 +21,7 @@ from pyablate.unit_attributes import activations, concepts, information, selecti
 from pyablate.unit_attributes.catalog import Attribute
 from pyablate.unit_attributes.nisp import nisp
 from pyablate.unit_attributes.observe import Observations, Observed, observe
-from pyablate.unit_attributes.relevance import conductance, relevance, shares
+from pyablate.unit_attributes.relevance import conductance, contrastive, relevance, shares
 from pyablate.unit_attributes.weights import from_weights
 
 logger = logging.getLogger("pyablate")
@@ -97,7 +97,7 @@ class Work:
             yield "weights", self._weights
         if self.wants("activations", "selectivity", "information", "redundancy", "gradients"):
             yield "activations", self._observe
-        if self.wants("rank", "conductance", "lrp"):
+        if self.wants("rank", "conductance", "lrp", "clrp"):
             yield "sampled images", self._sampled
         if self.wants("concepts"):
             yield "concepts", self._concepts
@@ -195,7 +195,8 @@ class Work:
         if self.wants("rank"):
             for layer, rank in activations.ranks(model, images, self.maps, size).items():
                 self._store(layer, {"hrank": rank})
-        for name, attribute in (("conductance", conductance), ("lrp", relevance)):
+        found = {"conductance": conductance, "lrp": relevance, "clrp": contrastive}
+        for name, attribute in found.items():
             if self.wants(name):
                 single = [site for site in self.sites if site.name not in self.repeated]
                 for layer, values in attribute(model, images, labels, single, size).items():

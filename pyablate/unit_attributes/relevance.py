@@ -1,4 +1,4 @@
-"""Attribution of the labelled class to units, by Captum: conductance and relevance (LRP)."""
+"""Attribution of the labelled class to units: conductance and relevance (LRP, CLRP)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.attribution.maps import parts_of
+from pyablate.attribution.propagation import Propagation, Relevance, contrasted
 from pyablate.network.sites import Site
 from pyablate.unit_attributes.gradients import per_unit
 
@@ -73,6 +74,31 @@ def relevance(
         for name, value in zip(taps, values, strict=True):
             found[name].append(per_unit(value.detach(), by_name[name]).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def contrastive(
+    model: nn.Module, images: Tensor, labels: Tensor, sites: Sequence[Site], size: int
+) -> dict[str, Tensor]:
+    """Contrastive relevance (CLRP1) of units for the labelled class, float64 ``[N, C]`` by site.
+
+    Relevance by the z+ rule, summed over positions, divided by its sum over the layer, minus that
+    of all other classes, likewise; positive part.
+    """
+    try:
+        network = Propagation(model, images[:2], images.split(size), sites)
+    except Unsupported as error:
+        logger.warning("clrp is NaN: no rule for this network (%s)", error)
+        return {}
+    by_name = {site.name: site for site in network.found}
+
+    def look(found: Relevance, start: Tensor) -> dict[str, Tensor]:
+        return {n: per_unit(r, by_name[n]).cpu() for n, r in found.at_sites(start).items()}
+
+    parts = [
+        contrasted(network, part, target.to(part.device), "others", look)
+        for part, target in zip(images.split(size), labels.split(size), strict=True)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def shares(values: Tensor) -> Tensor:

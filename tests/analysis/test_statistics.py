@@ -251,7 +251,7 @@ def test_blocks_do_not_change_anything(monkeypatch):
     result = small_result(3, [9, 30, 0, 12], units=40, share=0.3)
     whole = result.max_class_test(splits=2)
     monkeypatch.setattr(statistics, "NUMBERS", 50)
-    assert len(list(statistics._blocks(result.flips.start, 4))) > 10
+    assert len(list(statistics.row_blocks(result, 4))) > 10
     parts = result.max_class_test(splits=2)
     for name in ("p", "q", "noise_floor", "split_half_drop", "mcnemar_p"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-12, atol=1e-15)

@@ -220,7 +220,7 @@ def test_run_replaces_another_run_only_when_told_to(here: Path) -> None:
 
 
 def test_run_for_machines(here: Path) -> None:
-    code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4")
+    code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4", "--audit", "7")
     assert code == 0, err
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
@@ -230,8 +230,13 @@ def test_run_for_machines(here: Path) -> None:
     assert records[-1]["event"] == "result"
     assert records[-1]["images"] == 12
     assert records[-1]["baseline_accuracy"] == result.baseline_accuracy
-    assert records[-1]["audit"]["mismatches"] == 0
-    code, out, _ = invoke_apart(*_RUN, "--json", "--seed", "5")
+    assert records[-1]["audit"] | {"upper_bound": 0} == {
+        "pairs": 7,
+        "mismatches": 0,
+        "mended": 0,
+        "upper_bound": 0,
+    }
+    code, out, _ = invoke_apart(*_RUN, "--json", "--audit", "7", "--seed", "5")
     assert code == 3
     (record,) = map(json.loads, out.splitlines())
     assert record["event"] == "error"
@@ -363,6 +368,16 @@ def test_plan_explains_without_running(here: Path) -> None:
     assert code == 0, err
     assert "1,000" in out or "1000" in out
     assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
+
+
+def test_plan_measures_a_screened_run_on_the_data(here: Path) -> None:
+    code, out, err = invoke_apart("plan", *_RUN[1:], "--measure", "--risk", "0.1")
+    assert code == 0, err
+    assert "what the stages of screening leave open" in out
+    assert "if none is" not in out
+    code, _, err = invoke_apart("plan", "small_network:make", "--measure")
+    assert code == 2
+    assert "--measure needs --data" in err
 
 
 def test_the_sample_is_read_as_a_run_reads_its_data(here: Path) -> None:

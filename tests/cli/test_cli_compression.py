@@ -65,6 +65,20 @@ def test_sensitivity() -> None:
     pd.testing.assert_frame_equal(pd.read_csv("layers.csv"), found)
 
 
+def test_a_screened_sensitivity_says_so() -> None:
+    command = ("sensitivity", "demo:alexnet", "--data", "demo", "--limit", "20")
+    more = ("--fraction", "0.1", "--by", "l1", "--guarantee", "screened", "--risk", "0.01")
+    code, out = invoke(*command, *more, "--output", "s.csv")
+    assert code == 0, out
+    assert "wrong at most" in out
+    found = pd.read_csv("s.csv")
+    assert set(found["guarantee"]) <= {"exact", "screened"}
+    assert found["upper_bound"].between(0, 1).all()
+    code, out = invoke(*command, "--guarantee", "none")
+    assert code == 2
+    assert "guarantee" in out
+
+
 def test_compare() -> None:
     code, out = invoke(
         "compare", "demo:alexnet", "demo:vgg_bn", *DATA, "--csv", "classes.csv", "--images",

@@ -76,6 +76,14 @@ def test_pairs() -> None:
     )
 
 
+def test_a_screened_experiment_prints_its_certificate() -> None:
+    command = ("pairs", "demo:alexnet", *DATA, "--layer", "features.9", "--units", "0,3,5")
+    code, out = invoke(*command, "--guarantee", "screened", "--risk", "0.01")
+    assert code == 0, out
+    assert "Screening: 240 pairs" in out
+    assert "95 % upper bound" in out
+
+
 def test_minimal_sets() -> None:
     model, data = loaded()
     code, out = invoke(

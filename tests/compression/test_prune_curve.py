@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import networks
 from support.compressible import Shifted, images, made, silenced
+from support.screened import careless_thresholds, layers_case
 from torch import nn
 from torch.nn import functional
 
@@ -133,6 +134,7 @@ def test_plot(shipped):
         ({"rankings": "random"}, TypeError, "rankings"),
         ({"class_names": ["a"]}, ValueError, "class_names: expected 10"),
         ({"model": 3}, TypeError, "model"),
+        ({"guarantee": "screened"}, ValueError, "guarantee: expected 'exact', since each point"),
     ],
 )
 def test_bad_input(shipped, change, error, message):
@@ -208,8 +210,31 @@ def test_sensitivity_stops_early_and_resumes(shipped, suffix, tmp_path, monkeypa
     pd.testing.assert_frame_equal(pa.sensitivity(model, data, two, **options), whole)
     if suffix == ".json":
         assert len(json.loads(path.read_text())) == len(whole)
-    with pytest.raises(ValueError, match="another model, data or ranking"):
+    with pytest.raises(ValueError, match="another model, data, ranking or guarantee"):
         pa.sensitivity(model, (pictures[:50], labels[:50]), two, **options)
+
+
+def test_a_screened_sensitivity_has_the_certificate_of_each_row(monkeypatch, tmp_path):
+    careless_thresholds(monkeypatch, 0.1)
+    model, data = layers_case(400)
+    norms = pa.compression.filter_ranking(model, data[0][:2], "l1")
+    options: dict[str, Any] = {"fractions": [0.1], "audit": 0, "progress": False}
+    exact = pa.sensitivity(model, data, norms, **options)
+    path = tmp_path / "table.csv"
+    table = pa.sensitivity(model, data, norms, **options, guarantee="screened", path=path)
+    assert not {"guarantee", "computed", "upper_bound"} & {*exact}
+    assert table["layer"].tolist() == ["act", "late"]
+    assert table["guarantee"].tolist() == ["screened", "exact"]  # a closed form
+    assert table["computed"].iloc[0] < 400 == table["computed"].iloc[1]
+    assert 0 < table["upper_bound"].iloc[0] < 0.3
+    assert table["upper_bound"].iloc[1] == 0
+    off = (table["accuracy"] - exact["accuracy"]).abs()
+    assert (off <= table["upper_bound"]).all()
+    resumed = pa.sensitivity(model, data, norms, **options, guarantee="screened", path=path)
+    pd.testing.assert_frame_equal(resumed, table)
+    for other in ({"guarantee": "exact"}, {"guarantee": "screened", "risk": 0.1}):
+        with pytest.raises(ValueError, match="another model, data, ranking or guarantee"):
+            pa.sensitivity(model, data, norms, **options, **other, path=path)
 
 
 def test_bad_sensitivity(shipped, late, tmp_path):
@@ -221,6 +246,8 @@ def test_bad_sensitivity(shipped, late, tmp_path):
         ({"fractions": [0.001]}, "large enough"),
         ({"stop": -1}, "stop"),
         ({"path": tmp_path / "table.txt"}, "path"),
+        ({"guarantee": "screend"}, "guarantee"),
+        ({"guarantee": "screened", "risk": 0}, "risk"),
     ):
         with pytest.raises(ValueError, match=message):
             pa.sensitivity(model, data, late, **options)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from support.compressible import Dense, Grouped, Mobile, images, made
+from support.screened import careless_thresholds, layers_case
 from support.state import state_of
 from torch import nn
 
@@ -239,3 +240,20 @@ def test_units_along_an_axis_of_ones_own_are_refused():
     assert same.given_axes == {"1": 1}
     own = pa.rank(model, data[0], pa.ablate(model, data, **options))
     assert pa.rank(model, data[0], same).units(0.5) == own.units(0.5)
+
+
+def test_a_ranking_by_a_screened_run_keeps_its_certificate(monkeypatch):
+    careless_thresholds(monkeypatch, 0.1)
+    model, data = layers_case(400)
+    options = {"audit": 0, "progress": False}
+    exact = pa.ablate(model, data, "act", **options)
+    screened = pa.ablate(model, data, "act", **options, guarantee="screened")
+    sample = data[0][:2]
+    ranking = pa.rank(model, sample, screened, layers="act")
+    assert ranking.screening == screened.screening
+    assert ranking.within(("act",)).screening == screened.screening
+    assert repr(ranking).endswith("12 may be removed, by a screened run)")
+    assert pa.rank(model, sample, exact, layers="act").screening is None
+    assert ranking.shuffled(0).screening is None
+    with pytest.raises(ValueError, match="guarantee: expected 'exact', since nothing is ablated"):
+        pa.rank(model, sample, screened, guarantee="screened")

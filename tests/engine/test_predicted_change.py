@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from support.screened import layers_case
 from torch import Tensor, nn
 
+from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
+from pyablate.engine.clean import Clean
+from pyablate.engine.narrow_places import passed_by_all
 from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import COMPETITORS, Directions
+from pyablate.engine.score import COMPETITORS, Directions, Prediction, directions
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import parse
@@ -48,15 +52,20 @@ def ready(classes: int, intervention: str, **options: object) -> Setup:
     return prepare(network, (images, labels), wanted)
 
 
-def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directions]:
-    """Scores ``lowest`` and ``size`` predicted ``[N, row]``, logit changes ``[N, row, K]``."""
+def prediction(setup: Setup) -> tuple[Prediction, Suffix, Batch, Clean]:
     job = setup.jobs[0]
     suffix = Suffix.of(setup.graph, job)
     batch = next(iter(setup.data.batches(7)))
     clean = clean_run.run_graph(
         setup.graph, needed([suffix]), setup.exact, batch, rounding=Rounding()
     )
-    found = predictor(setup, {job: suffix}, []).predict(batch, clean)
+    return predictor(setup, {job: suffix}, []).predict(batch, clean), suffix, batch, clean
+
+
+def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directions]:
+    """Scores ``lowest`` and ``size`` predicted ``[N, row]``, logit changes ``[N, row, K]``."""
+    found, suffix, batch, clean = prediction(setup)
+    job = suffix.job
     sweep = Sweep(suffix, clean, setup.own.replacements(batch, job))
     image = torch.arange(7).repeat_interleave(len(job.rows))
     row = torch.arange(len(job.rows)).repeat(7)
@@ -67,6 +76,20 @@ def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directio
     shape = 7, len(job.rows), -1
     scores = found.scores[job]
     return scores.lowest, scores.size, change.reshape(shape), found.directions
+
+
+def test_the_norm_is_that_of_the_change_where_the_gradient_is_taken() -> None:
+    """Here at the units: one of the two paths mixes their channels at once."""
+    setup = ready(4, "zero")
+    found, suffix, batch, _ = prediction(setup)
+    network = Linear(4)
+    network.load_state_dict(setup.model.state_dict())
+    with torch.no_grad():
+        expected = network.act(network.first(batch.images)).flatten(2).norm(dim=2)
+    torch.testing.assert_close(found.scores[suffix.job].norm, expected, rtol=1e-4, atol=1e-5)
+    groups, grouped, *_ = prediction(ready(4, "zero", groups=GROUPS))
+    together = [expected[:, group].norm(dim=1) for group in ([0, 3], [1], [2, 4, 5])]
+    torch.testing.assert_close(groups.scores[grouped.job].norm, torch.stack(together, dim=1))
 
 
 GROUPS = [["act:0", "act:3"], ["act:1"], ["act:2", "act:4", "act:5"]]
@@ -124,3 +147,23 @@ def test_the_nearest_other_class_is_a_competitor() -> None:
     few = Directions.of(logits[:, :6], logits[:, :6].argmax(dim=1))
     assert few.competitors.shape[1] == 5
     assert torch.isinf(few.rest).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 32, 33, 500])
+def test_directions_are_as_many_as_are_reckoned_with(classes: int) -> None:
+    logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    found = Directions.of(logits, logits.argmax(dim=1))
+    assert len(found) == len(list(found.vectors())) == directions(classes)
+
+
+@pytest.mark.parametrize("group", [["act:0"], ["act:0", "late:1"]])
+def test_changes_of_a_group_are_looked_at_behind_its_last_site(group: list[str]) -> None:
+    model, data = layers_case(8)
+    setup = prepare(model, data, SetupOptions(None, [group], parse("zero")))
+    suffix = Suffix.of(setup.graph, setup.jobs[0])
+    markers = [node for node in suffix.nodes if node in setup.graph.markers]
+    places = passed_by_all(suffix)
+    last = suffix.nodes.index(markers[-1])
+    assert min(map(suffix.nodes.index, places)) == last
+    assert places[-1] is setup.graph.logits
+    assert len(places) > 1

@@ -6,8 +6,12 @@ pairs that are live, one per tier that decides some, none from slice to slice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -203,7 +207,7 @@ def test_what_cannot_be_recorded_is_launched(caplog):
     class Fails:
         works = True
 
-        def record(self, run):
+        def record(self, run, few):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     row, image = torch.tensor([3, 1, 2]), torch.tensor([0, 4, 2])
@@ -218,13 +222,85 @@ def test_what_cannot_be_recorded_is_launched(caplog):
     ]
 
 
+def test_a_lack_of_memory_while_recording_is_no_reason_to_stop_recording():
+    def change(row, image, dtype):
+        return logit_change.Changed((10 * row + image).unsqueeze(1).float())
+
+    class Small:
+        def __init__(self):
+            self.works, self.pairs = True, []
+
+        def record(self, run, few):
+            assert len(few().logits) == 1
+            made = run()
+            self.pairs.append(len(made.logits))
+            if len(made.logits) > 2:
+                raise RuntimeError("CUDA error: out of memory")
+            return lambda: made.logits.copy_(run().logits), made
+
+    recorder = Small()
+    repeated = cuda_graph.Repeated(change, recorder)
+    cascade = precision_cascade.PrecisionCascade([torch.float32])
+    row = torch.arange(20)
+    live = types.SimpleNamespace(change=repeated)
+    found = cascade._slices(live, row, row, torch.float32, 4)
+    parts = [part.logits.clone() for _, part in found]
+    assert torch.equal(torch.cat(parts), change(row, row, None).logits)
+    assert recorder.works
+    assert recorder.pairs == [4, 2]
+    assert cascade.most == 2
+
+
+ALIVE: weakref.WeakSet = weakref.WeakSet()
+
+
+class Graph:
+    """Stands in for ``torch.cuda.CUDAGraph``, with a pool of its own or a given one."""
+
+    def __init__(self):
+        ALIVE.add(self)
+        self.replay = lambda: None
+
+    def capture_begin(self, *, pool, capture_error_mode):
+        self.own = object() if pool is None else pool
+
+    def capture_end(self):
+        pass
+
+    def pool(self):
+        return self.own
+
+
+def test_the_memory_of_recordings_is_one_slice_and_goes_with_the_recorder(monkeypatch):
+    stream = types.SimpleNamespace(device=None, wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    recorder, ran = cuda_graph.CudaRecorder(stream), []
+    for _ in range(3):
+        recorder.record(lambda: ran.append("all"), lambda: ran.append("few"))
+    assert ran == ["few", "all"] * 3  # what runs beforehand is a single pair
+    assert len(ALIVE) == 1  # each took the pool of the last
+    del recorder
+    gc.collect()
+    assert not ALIVE
+
+
+def test_each_run_has_its_own_recorder(monkeypatch):
+    setup, made = set_up("mlp", layers=["7"]), []
+    monkeypatch.setattr(cuda_graph, "recorder", lambda device: made.append(device))
+    for _ in range(2):
+        BlockSweep(setup, np.zeros((0, 2), dtype=np.int64), ())
+    assert made == [torch.device("cpu")] * 2
+
+
 def test_fewer_pairs_than_were_recorded():
     calls = []
 
     class Calls:
         works = True
 
-        def record(self, run):
+        def record(self, run, few):
             made = run()
             return lambda: (calls.append(1), made.logits.copy_(run().logits)), made
 
@@ -320,7 +396,9 @@ def test_slices_and_memory_of_a_device(monkeypatch):
     assert big.slice_bytes == prepare.DEVICE_SLICE
     assert setup.slice_bytes == SMALL // 16
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (12_345, 99_999))
-    assert prepare._free(torch.device("cuda")) == 12_345
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 500)
+    assert prepare._free(torch.device("cuda")) == 12_345 + 200
 
 
 class NoKernels:
@@ -378,15 +456,14 @@ class TestOnCuda:
     def test_recorded_slices_find_the_same(self, monkeypatch):
         setup = set_up("residual", "cuda", layers=["body.2", "body.3.relu1"])
         batch = next(setup.data.batches(IMAGES))
-        recorder = cuda_graph.recorder(batch.device)
         replays = []
         of = cuda_graph.Recorded.of
         monkeypatch.setattr(
             cuda_graph.Recorded, "of", lambda *args: (replays.append(1), of(*args))[1]
         )
         for _ in range(3):  # recordings come and go
-            found, _ = sweep_one(setup, batch)
-        assert recorder.works
+            found, sweep = sweep_one(setup, batch)
+        assert sweep.recorder.works
         assert len(replays) > 10
         monkeypatch.setattr(cuda_graph, "recorder", lambda _: None)
         launched, _ = sweep_one(setup, batch)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import networks
 from support.games import Game, shapley_values
+from support.screened import careless_thresholds, layers_case
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -287,6 +288,8 @@ def test_an_interrupt_comes_through_and_leaves_the_model_alone():
         ({"interval": "normal"}, "interval: expected one of bernstein, student"),
         ({"interval": "bernstein", "measure": "loss"}, "interval: expected 'student'"),
         ({"seed": -1}, "seed: expected at least 0"),
+        ({"guarantee": "screend"}, "guarantee: expected one of exact, screened"),
+        ({"guarantee": "screened", "measure": "loss"}, "guarantee.*needs the logits"),
         ({"intervention": "direction"}, "not in groups"),
     ],
 )
@@ -304,3 +307,41 @@ def test_a_class_without_images_and_options_of_one_run():
     for name in ("output", "groups", "measures", "shard"):
         with pytest.raises(TypeError, match=f"{name}: expected no such option"):
             pa.shapley(model, (images, labels), "units", **{name: None})
+
+
+def test_a_screened_value_carries_the_certificate_of_all_runs(monkeypatch):
+    careless_thresholds(monkeypatch, 0.1)
+    monkeypatch.setattr("pyablate.experiments._shapley.PAIRS", 30 * 200)  # two runs
+    model, data = layers_case(200)
+    options: dict[str, Any] = {"permutations": 4, "audit": 0, "progress": False}
+    exact = pa.shapley(model, data, "act", **options)
+    found = pa.shapley(model, data, "act", **options, guarantee="screened")
+    assert exact.screening is None
+    assert exact.data.attrs["guarantee"] == "exact"
+    assert found.data.attrs["guarantee"] == "screened"
+    known = found.screening
+    assert known.pairs == found.data.attrs["evaluations"] * 200
+    assert known.settled > 0
+    assert known.sampled > 50
+    assert 0 < known.upper_bound < 0.1
+    assert "screened: at most" in repr(found)
+    off = (found.data["value"] - exact.data["value"]).to_numpy()  # means over sets
+    assert np.abs(off).max() * 200 <= known.missed_bound
+
+
+def test_runs_behind_screened_values_draw_samples_of_their_own(monkeypatch):
+    """Else a wrong pair would be found in all of them or in none, and no bound be right."""
+    monkeypatch.setattr("pyablate.experiments._shapley.PAIRS", 10 * 100)
+    model, data = layers_case(100)
+    seeds = []
+
+    def noted(*given: Any, **options: Any) -> pa.AblationResult:
+        seeds.append(options["seed"])
+        assert options["intervention"].seed == 5
+        return pa.ablate(*given, **options)
+
+    monkeypatch.setattr("pyablate.experiments._shapley.ablate", noted)
+    options: dict[str, Any] = {"intervention": "noise", "seed": 5, **QUIET}
+    pa.shapley(model, data, "act", permutations=2, **options)
+    assert len(seeds) > 1
+    assert seeds == [5 + 2 * run for run in range(len(seeds))]

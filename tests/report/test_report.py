@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from PIL import Image
 from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
 from support.shelled import invoke
@@ -267,6 +268,25 @@ def test_most_activating_images_of_units_along_an_axis_of_ones_own():
     with torch.no_grad():
         rows = model[:2](data[0]).mean(dim=(1, 3))  # of the six rows, not of the six channels
     assert (found == rows.argsort(dim=0, descending=True)[:2].t().numpy()).all()
+
+
+def test_relevant_images_stand_in_the_order_of_the_units(result, tmp_path):
+    labels = result.units["label"].tolist()
+    images = np.arange(3 * len(labels[1:])).reshape(-1, 3) % len(result.labels)
+    found = xr.Dataset(
+        {"relevant_image": (("unit", "rank"), images[::-1])}, coords={"unit": labels[:0:-1]}
+    )
+    path = tmp_path / "r.html"
+    result.report(path, relevant=found)
+    shown = data_of(path.read_text())["examples"]
+    assert shown["relevant"].tolist() == [[-1, -1, -1], *images.tolist()]
+    assert set(images.ravel()) <= set(shown["shown"].tolist())
+    others = found.assign_coords(unit=[f"x:{unit}" for unit in range(len(images))])
+    for wrong in (others, found + 10**6):
+        with pytest.raises(ValueError, match="relevant: expected units and images"):
+            result.report(path, relevant=wrong)
+    with pytest.raises(TypeError, match="relevant: expected what relmax returns"):
+        result.report(path, relevant=xr.Dataset())
 
 
 def test_groups_have_no_most_activating_images():

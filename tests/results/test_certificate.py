@@ -1,6 +1,7 @@
 """The certificate of a screened run: what its sample says of the pairs that were not computed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,15 @@ def test_parts_add_up_and_survive_json() -> None:
     assert both.wrong == 2
     assert both.settled == 220 - 18 + 7
     assert Screening.of(json.loads(json.dumps(both.to_json(), allow_nan=False))) == both
+
+
+def test_runs_with_other_chances_are_bounded_by_the_smaller_ones() -> None:
+    first = screening(Sampled(10, 4, 1), Sampled(100, 5, 0))
+    second = replace(first, near_chance=0.1, far_chance=1.0)
+    both = first + second
+    assert (both.near_chance, both.far_chance) == (0.1, 0.05)
+    assert both == second + first
+    assert both.missed_bound >= max(first.missed_bound, second.missed_bound)
 
 
 def test_the_table_has_a_row_for_each_layer() -> None:

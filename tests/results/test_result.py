@@ -267,7 +267,7 @@ def test_upper_bound_is_clopper_pearson(pairs, mismatches):
 def test_upper_bound_when_nothing_is_known():
     assert Audit(0, 0).upper_bound == 1.0
     assert Audit(5, 5).upper_bound == 1.0
-    assert "300 pairs recomputed in float64, 0 mismatches" in str(Audit(300, 0))
+    assert "300 pairs recomputed by replay, 0 mismatches" in str(Audit(300, 0))
     assert "0.99%" in str(Audit(300, 0))
 
 

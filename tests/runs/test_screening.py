@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.runs import Killed, stopping
+from support.screened import careless_thresholds, layers_case
 from support.stores import contents
 from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate import demo
-from pyablate.runs import screening_sample, thresholds
+from pyablate.runs import _ablate, screening_sample, thresholds
 from pyablate.runs.run_folder import StoreMismatch
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
@@ -93,27 +94,7 @@ def test_pairs_that_stay_open_are_looked_at_again_in_depth(monkeypatch):
 @pytest.fixture
 def careless(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let thresholds be a factor of what was measured, 1 at most, and sample more."""
-
-    def lower(factor: float) -> None:
-        measure = thresholds.measure
-
-        def lowered(*arguments: Any) -> thresholds.Thresholds:
-            found = measure(*arguments)
-            jobs = tuple(
-                job
-                and replace(
-                    job,
-                    stages=tuple(
-                        replace(s, threshold=min(1.0, s.threshold * factor)) for s in job.stages
-                    ),
-                )
-                for job in found.jobs
-            )
-            return replace(found, jobs=jobs, near_chance=0.3, far_chance=0.3)
-
-        monkeypatch.setattr("pyablate.runs._ablate.measure", lowered)
-
-    return lower
+    return lambda factor: careless_thresholds(monkeypatch, factor)
 
 
 def test_a_wrong_pair_is_corrected_raises_the_threshold_and_is_counted(case, careless):
@@ -283,6 +264,47 @@ def test_a_unit_that_speaks_on_few_images_is_covered(careless):
     decided = {image for row, image in flips(exact) if row == 0}
     assert decided
     assert decided <= set(range(0, 600, 100))
+
+
+def test_the_bound_is_above_the_truth_in_95_of_100_repeats(monkeypatch):
+    """With thresholds that are too low, measured once; each seed draws another sample."""
+    careless_thresholds(monkeypatch, 0.1, 0.2)
+    measured = once(_ablate.measure)
+    monkeypatch.setattr(_ablate, "_capture", once(_ablate._capture))
+    monkeypatch.setattr(
+        _ablate, "measure", lambda setup, risk, seed: replace(measured(setup, risk, 0), seed=seed)
+    )
+    case = layers_case(300)
+    exact = ablate(case, "act", guarantee="exact")
+    found = [ablate(case, "act", seed=seed) for seed in range(200)]
+    missing = [missed(one, exact) for one in found]
+    assert sum(count > 0 for count in missing) > 100
+    assert sum(one.screening.wrong > 0 for one in found) > 20
+    held = [m <= one.screening.missed_bound for m, one in zip(missing, found, strict=True)]
+    assert sum(held) >= 0.95 * len(held)
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function the first time only."""
+    found: list[Any] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if not found:
+            found.append(function(*arguments, **options))
+        return found[0]
+
+    return call
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("intervention", ["zero", "resample"])
+def test_on_a_gpu(case, intervention):
+    exact = ablate(case, LAYERS, intervention=intervention, guarantee="exact")
+    screened = ablate(case, LAYERS, intervention=intervention, device="cuda")
+    assert missed(screened, exact) <= screened.screening.missed_bound
+    assert screened.screening.wrong <= 1
+    assert screened.screening.settled > 0.3 * screened.screening.pairs
 
 
 @pytest.mark.parametrize("risk", [1e-2, 1e-3])

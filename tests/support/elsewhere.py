@@ -191,8 +191,9 @@ class Recorder:
         self.works = True
         self.recordings = self.replays = 0
 
-    def record(self, run: Any) -> Any:
+    def record(self, run: Any, few: Any) -> Any:
         """As :meth:`pyablate.engine.cuda_graph.Recorder.record`."""
+        few()
         tape: list[Any] = []
         self.notes.tape = tape
         try:

@@ -14,11 +14,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import pyablate as pa
 from pyablate.runs import run_folder
 from support.runs import network
+from support.screened import careless_thresholds
 from support.stores import contents
 
 
@@ -108,7 +110,21 @@ def main() -> None:
         ablate(folder / f"part{number}.zarr", shard=(number, 2))
     pa.merge([folder / "part2.zarr", folder / "part1.zarr"], folder / "merged.zarr")
     assert contents(folder / "merged.zarr") == expected, "merged shards differ"
+    _check_screened(folder)
     print(f"equal; {kept} blocks were kept over a death")
+
+
+def _check_screened(folder: Path) -> None:
+    """Blocks of one process are done again where the sample of another raises a threshold."""
+    with pytest.MonkeyPatch.context() as patch:
+        careless_thresholds(patch, 1e-6, 0.5)
+        options = {"guarantee": "screened", "seed": 1}
+        one = ablate(folder / "screened.zarr", **options).screening
+        assert one.settled > 0
+        assert one.total.raised > 0
+        place = folder / "screened by two.zarr"
+        assert together(place, 2, **options) == [0, 0]
+    assert contents(place) == contents(folder / "screened.zarr"), "screened processes differ"
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ function attributesOf(unit, layer) {
 }
 
 function pictureParts(unit) {
-  const { start, image, after, activating, shown, pictures } = data.examples;
+  const { start, image, after, activating, relevant, shown, pictures } = data.examples;
   const place = (number) => d3.bisectLeft(shown, number);
   const facts = (number) => ({
     label: data.examples.label[place(number)],
@@ -258,12 +258,14 @@ function pictureParts(unit) {
     const all = flipsNote(unit, flips.length);
     parts.push(part("Images that flip", make("div", { class: "figures" }, cards), all));
   }
-  if (activating) {
-    const wide = activating.length / unitCount();
-    const numbers = Array.from(activating.slice(unit * wide, (unit + 1) * wide)).filter((number) => number >= 0);
+  const rows = [["Images that activate it most", activating], ["Images for which it is most relevant", relevant]];
+  for (const [title, images] of rows) {
+    if (!images) continue;
+    const wide = images.length / unitCount();
+    const numbers = Array.from(images.slice(unit * wide, (unit + 1) * wide)).filter((number) => number >= 0);
     if (numbers.length) {
       const cards = numbers.map((number) => figure(number, [make("b", {}, className(facts(number).label))]));
-      parts.push(part("Images that activate it most", make("div", { class: "figures" }, cards)));
+      parts.push(part(title, make("div", { class: "figures" }, cards)));
     }
   }
   return parts;

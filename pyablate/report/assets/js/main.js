@@ -56,6 +56,27 @@ function classesSection() {
   return [make("div", { class: "tall scroll" }, table(columns, shown, { id: "class-table" }))];
 }
 
+function patternsSection() {
+  const { layer, left, rows } = data.patterns;
+  const spaced = (parts) => parts.flatMap((each, i) => (i ? [", ", each].flat() : [each].flat()));
+  const unitOf = (label) => {
+    const unit = data.units.label.indexOf(label);
+    return unit < 0 ? label : unitLink(unit);
+  };
+  const columns = [
+    { title: "Pattern", numeric: true, cell: (row) => count(rows.indexOf(row)) },
+    { title: "Images", numeric: true, cell: (row) => count(row.size) },
+    { title: "Prototype", numeric: true, hint: "image nearest to the mean", cell: (row) => `#${row.prototype}` },
+    { title: "Classes", cell: (row) => spaced(row.classes.map(([k, share]) => [classLink(k), ` ${percent(share)}`])) },
+    {
+      title: "Units", hint: "mean of the pattern minus that of all images, in standard deviations",
+      cell: (row) => spaced(row.units.map(([label, contrast]) => [unitOf(label), ` ${plain(contrast)}`])),
+    },
+  ];
+  const note = `Groups of images that ${layer} responds to alike; ${count(left)} images are in none.`;
+  return [make("p", { class: "note" }, note), make("div", { class: "tall scroll" }, table(columns, rows, { id: "pattern-table" }))];
+}
+
 function section(id, title, content) {
   return make("section", { id, "aria-labelledby": `${id}-title` }, make("h2", { id: `${id}-title` }, title), content);
 }
@@ -93,6 +114,7 @@ async function start() {
     ["classes", "Classes", classesSection],
   ];
   if (data.attributes) parts.push(["attributes", "Attributes", attributesSection]);
+  if (data.patterns) parts.push(["patterns", "Activation patterns", patternsSection]);
   if (data.curves.length) parts.push(["curves", "Removing many units", curvesSection]);
   byId("sections").append(...parts.map(([id, title]) => make("a", { href: `#${id}` }, title)));
   byId("main").append(...parts.map(([id, title, content]) => section(id, title, content())));

@@ -1,0 +1,157 @@
+"""Screened runs against exact ones, whole calls in turn; growth of what they predict."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from bench_growth import grow, shipped
+from bench_heads import efficientnet
+from bench_layers import layers
+from measure import Job, Settings, fitting, in_turn, ratio, say, write
+
+import pyablate as pa
+from pyablate.engine import clean_run
+from pyablate.engine.rounding import Rounding
+from pyablate.engine.suffix import Suffix, needed
+from pyablate.interventions import parse
+from pyablate.runs.screening_sample import chosen_places, predictor
+from pyablate.runs.setup import SetupOptions, prepare
+
+LONGER = 10
+"""Thresholds are measured on some thousand pairs, which short runs do not earn back."""
+
+OTHERWISE = 1e-5
+"""Share of the pairs, at most, that both compute and decide otherwise: near ties."""
+
+CONVOLUTIONS = [(name, layer) for name, layer in layers() if not layer.startswith("classifier")]
+
+
+@pytest.mark.parametrize(("network", "layer"), CONVOLUTIONS, ids=lambda text: text)
+def test_layer(benchmark: Any, settings: Settings, network: str, layer: str) -> None:
+    model = pa.demo.network(network).to(settings.device)
+    images = pa.demo.images(settings.images)[0].to(settings.device)
+    measure(benchmark, f"screened {network} {layer}", Job(model, images, layer), settings)
+
+
+def test_efficientnet(benchmark: Any, settings: Settings) -> None:
+    """All layers of EfficientNet-Lite0, ImageNet weights, crops of photographs."""
+    model, crops = efficientnet(min(64, settings.images))
+    job = Job(model.to(settings.device), crops.to(settings.device), "*", audit=0, first=2)
+    measure(benchmark, "screened EfficientNet-Lite0, all layers", job, settings)
+
+
+def test_predictions_by_images(benchmark: Any, settings: Settings) -> None:
+    """Gradients for all units of one layer, on an eighth, a quarter, half and all of the images."""
+    job = Predictions(shipped(settings, "features.6"))
+    most = min(512, settings.images)
+    counts = [max(1, most // part) for part in (8, 4, 2, 1)]
+    jobs = {count: (job, count) for count in counts}
+    grow(benchmark, settings, "images, predictions", counts, jobs)
+
+
+def test_predictions_by_units(benchmark: Any, settings: Settings) -> None:
+    """Gradients for an eighth, a quarter, half and all of its units, on the same images."""
+    images, units = min(128, settings.images), 64
+    counts = [units // part for part in (8, 4, 2, 1)]
+    jobs = {
+        count: (Predictions(shipped(settings, labels(units, count))), images) for count in counts
+    }
+    grow(benchmark, settings, "units, predictions", counts, jobs)
+
+
+def labels(units: int, count: int) -> list[str]:
+    return [f"features.6:{unit}" for unit in range(0, units, units // count)]
+
+
+@dataclass
+class Predictions:
+    """The prediction stage of a screened run, without the rest of it."""
+
+    job: Job
+
+    def run(self, count: int) -> tuple[None, float]:
+        """Predict the pairs of the first images; seconds."""
+        images = self.job.images[:count]
+        data = images, torch.zeros(len(images), dtype=torch.int64)
+        options = SetupOptions(self.job.layers, None, parse("zero"), guarantee="screened")
+        setup = prepare(self.job.model, data, options)
+        suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs}
+        guess = predictor(setup, suffixes, chosen_places(setup, suffixes))
+        keep = needed(suffixes.values())
+        seconds = 0.0
+        for batch in setup.data.batches(setup.batch_size):
+            clean = clean_run.run_graph(setup.graph, keep, setup.exact, batch, rounding=Rounding())
+            begin = time.perf_counter()
+            guess.predict(batch, clean)
+            seconds += time.perf_counter() - begin
+        return None, seconds
+
+
+def measure(benchmark: Any, name: str, job: Job, settings: Settings) -> None:
+    """Check a screened run against the exact one, time both in turn, check and write it down."""
+    first, count, rounds = fitting(job, replace(settings, seconds=LONGER * settings.seconds))
+    say(f"{name}: {count} images")
+    screened = replace(job, guarantee="screened")
+    compared(first, screened.run(len(first.labels))[0])
+    found: dict[str, pa.AblationResult] = {}
+
+    def call(kind: str, one: Job) -> float:
+        found[kind], _, seconds = one.run(count)
+        return seconds
+
+    seconds, theirs = in_turn(
+        benchmark,
+        lambda: call("screened", screened),
+        {"exact": lambda: call("exact", job)},
+        rounds,
+    )
+    result, audited = found["screened"], job.run(count, job.audit)[0].audit
+    assert not audited.mismatches + audited.mended, f"the audit found mismatches: {audited}"
+    known = result.screening
+    against = ratio(theirs["exact"], seconds)
+    record = {
+        "group": "screening",
+        "kind": "whole networks" if job.layers == "*" else "conv layers",
+        "images": count,
+        "units": len(result.units),
+        "strategy": sorted(set(result.strategy.values())),
+        "seconds": seconds,
+        "computed": known.computed / max(1, known.pairs - known.total.silent),
+        "sampled": known.sampled,
+        "certificate": known.upper_bound,
+        **compared(found["exact"], result),
+        "audit": asdict(audited),
+        "rivals": {"exact": {"seconds": theirs["exact"], "note": "whole calls", **against}},
+    }
+    write(name, record, settings)
+    benchmark.extra_info["exact"] = round(against["ratio"], 2)
+    say(
+        f"  {median(seconds):.3g} s; exact {against['ratio']:.1f} x; {record['missed']} of "
+        f"{record['flips']} flips missed, at most {known.missed_bound:.0f} by the certificate"
+    )
+
+
+def compared(exact: pa.AblationResult, screened: pa.AblationResult) -> dict[str, int]:
+    """Count the flips of an exact run, and those that a screened one misses.
+
+    Raises
+    ------
+    AssertionError
+        More are missed than the certificate says, or pairs that were computed differ.
+    """
+    right, found = flips(exact), flips(screened)
+    missed, other = len(right - found), len(found - right)
+    bound, pairs = screened.screening.missed_bound, len(exact.units) * len(exact.labels)
+    assert missed <= bound + OTHERWISE * pairs, f"{missed} flips are missed, not {bound:.0f}"
+    assert other <= OTHERWISE * pairs, f"{other} of {pairs:,} pairs differ"
+    return {"flips": len(right), "missed": missed, "other": other}
+
+
+def flips(result: pa.AblationResult) -> set[tuple[int, int, int]]:
+    found = result.flips
+    return {*zip(found.row.tolist(), found.image.tolist(), found.prediction.tolist(), strict=True)}

@@ -1,0 +1,230 @@
+"""Relevance conditional on units: heat maps of single units, and the images that they matter for.
+
+Concept relevance propagation (CRP) and relevance maximisation (RelMax): Achtibat, Dreyer,
+Eisenbraun, Bosse, Wiegand, Samek, Lapuschkin 2023, doi:10.1038/s42256-023-00711-8
+(arXiv:2206.03208). Relevance is that of :mod:`pyablate.attribution.propagation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyablate._validation import check_count
+from pyablate.attribution.maps import check_images, propagation
+from pyablate.attribution.propagation import Propagation, Relevance, one_hot
+from pyablate.network.classifier import giving_logits
+from pyablate.network.forward import check_logits, forward, two_images
+from pyablate.network.model_checks import Ready, open_up
+from pyablate.network.sites import (
+    Site,
+    check_channels,
+    check_model,
+    evaluation,
+    parse_label,
+    select,
+    sites,
+)
+from pyablate.results.record import Floats
+from pyablate.runtime.determinism import undisturbed
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+BATCH = 64
+"""Images at a time, unless told otherwise."""
+
+
+def conditional_maps(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    units: Sequence[str],
+    *,
+    batch_size: int = BATCH,
+) -> Floats:
+    """Attribute the logit of a class to pixels, through one unit of a layer and no other.
+
+    The relevance of the class is carried back to the unit's layer, masked to the unit, and carried
+    on to the images (CRP). The maps of all units of a layer sum to the map that is not masked,
+    where nothing passes the layer by.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Images ``[N, C, H, W]`` to logits ``[N, classes]``; it stays as it is.
+    images : Tensor
+        ``[N, C, H, W]``. The box of the z^B rule is that of all of them.
+    target : Tensor
+        int64 ``[N]``, the class that is explained, with relevance 1 at its logit.
+    units : sequence of str
+        Labels ``"layer:unit"``.
+    batch_size : int
+        Images at a time.
+
+    Returns
+    -------
+    float64 [N, unit, H, W]
+        Signed, summed over the channels of the image.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Bad arguments, unknown units, a network or a layer for which there are no rules.
+
+    Examples
+    --------
+    >>> from pyablate.attribution import conditional_maps
+    >>> conditional_maps(model, images[:4], labels[:4], ["features.16:3"]).shape
+    (4, 1, 28, 28)
+    """
+    check_images(model, images, target, batch_size)
+    if isinstance(units, str) or not len(units):
+        raise ValueError(f'units: expected labels "layer:unit", got {units!r}')
+    known = sites(model, images[:1])
+    chosen = [parse_label(known, label) for label in units]
+    layers = list({site.name: site for site, _ in chosen}.values())
+    check_channels(layers)
+    parts = []
+    with torch.inference_mode(False), evaluation(model), giving_logits(model):
+        check_logits(forward(model, two_images(images)), 2)
+        network = propagation(model, images, batch_size, layers)
+        _check_found(layers, network.found)
+        for part, classes in zip(images.split(batch_size), target.split(batch_size), strict=True):
+            found = network.run(part)
+            start = one_hot(classes.to(part.device), found.logits)
+            maps = [_masked(found, start, site, unit).sum(1) for site, unit in chosen]
+            parts.append(torch.stack(maps, dim=1).double().cpu())
+    joined: Floats = torch.cat(parts).numpy()
+    return joined
+
+
+def _masked(found: Relevance, start: Tensor, site: Site, unit: int) -> Tensor:
+    activation = found.activations[site.name]
+    mask = torch.zeros(activation.shape[site.axis], device=activation.device)
+    mask[unit] = 1
+    found.masks[site.name] = mask.reshape(-1, *[1] * (activation.ndim - 1 - site.axis))
+    maps = found.at_image(start)
+    found.masks.clear()
+    return maps
+
+
+def relmax(
+    model: nn.Module,
+    data: Any,
+    layers: str | Sequence[str],
+    *,
+    target: int | None = None,
+    count: int = 8,
+    batch_size: int = BATCH,
+    axis: Mapping[str, int] | None = None,
+    device: str | torch.device | None = None,
+) -> xr.Dataset:
+    """Find the images for which a unit is most relevant, beside those that activate it most.
+
+    Parameters
+    ----------
+    model, data, layers, axis, device
+        As for :func:`pyablate.attributes`. The data are read twice.
+    target : int, optional
+        The class whose relevance counts; by default, of each image the one that is predicted.
+    count : int
+        Images per unit; at most as many as there are.
+    batch_size : int
+        Images at a time.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over ``unit`` and ``rank``, the largest first, of equal ones the first image:
+        ``relevant_image`` (int64) and ``relevance`` (float64), the sum over the unit's positions
+        of a relevance of 1 at the logit; ``activating_image`` and ``activation``, the mean over
+        the positions. Layers that the copy of the network for relevance has not are left out.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Bad arguments, or a network or layers for which there are no rules.
+
+    Examples
+    --------
+    >>> from pyablate.attribution import relmax
+    >>> found = relmax(model, data, "features.16", count=3)
+    >>> found["relevant_image"].shape, found["activating_image"].dims
+    ((128, 3), ('unit', 'rank'))
+    """
+    import xarray as xr  # slow to import: half a second
+
+    check_model(model)
+    check_count("count", count)
+    check_count("batch_size", batch_size)
+    with undisturbed(), torch.inference_mode(False):
+        ready = open_up(model, data, None, device, axis=axis, unlabelled=True)
+        check_class("target", target, ready.classes)
+        ready.data.hold_if_read_once()
+        chosen = select(ready.sites, layers)
+        check_channels(chosen)
+        network = propagation_of(ready, chosen, batch_size)
+        relevance: dict[str, list[Tensor]] = {site.name: [] for site in network.found}
+        activation: dict[str, list[Tensor]] = {site.name: [] for site in network.found}
+        for batch in ready.data.batches(batch_size):
+            found = network.run(batch.images)
+            classes = found.logits.argmax(1)
+            if target is not None:
+                classes = torch.full_like(classes, target)
+            carried = found.at_sites(one_hot(classes, found.logits))
+            for site in network.found:
+                maps = found.activations[site.name].detach()[: len(batch)]
+                relevance[site.name].append(_flat(carried[site.name], site).sum(2).cpu())
+                activation[site.name].append(_flat(maps, site).mean(2).cpu())
+    values, numbers = _largest(relevance, count)
+    means, active = _largest(activation, count)
+    both = "unit", "rank"
+    return xr.Dataset(
+        {
+            "relevant_image": (both, numbers),
+            "relevance": (both, values),
+            "activating_image": (both, active),
+            "activation": (both, means),
+        },
+        coords={"unit": [s.label(unit) for s in network.found for unit in range(s.channels)]},
+    )
+
+
+def propagation_of(ready: Ready, chosen: Sequence[Site], size: int) -> Propagation:
+    """Make a copy that carries relevance of all images, some at a time, to all layers chosen."""
+    images = (batch.images for batch in ready.data.batches(size))
+    network = propagation(ready.model, ready.batch.images, size, chosen, images)
+    _check_found(chosen, network.found)
+    return network
+
+
+def check_class(argument: str, given: int | None, classes: int) -> None:
+    """Refuse what is the number of no class."""
+    if given is not None and not 0 <= given < classes:
+        raise ValueError(f"{argument}: expected a class from 0 to {classes - 1}, got {given}")
+
+
+def _flat(maps: Tensor, site: Site) -> Tensor:
+    return maps.movedim(site.axis, 1).reshape(len(maps), site.channels, -1).double()
+
+
+def _largest(parts: Mapping[str, Sequence[Tensor]], count: int) -> tuple[Floats, Any]:
+    """Largest values of each unit and their images, ``[unit, rank]``."""
+    every = torch.cat([torch.cat(list(part)) for part in parts.values()], dim=1).t()
+    values, order = every.sort(dim=1, descending=True, stable=True)
+    return values[:, :count].numpy(), order[:, :count].numpy().astype(np.int64)
+
+
+def _check_found(wanted: Sequence[Site], found: Sequence[Site]) -> None:
+    names = {site.name for site in found}
+    missing = [site.name for site in wanted if site.name not in names]
+    if missing:
+        raise ValueError(
+            f"layers: relevance cannot be followed to {', '.join(missing)}; choose the outputs of "
+            "whole modules that are called once"
+        )
