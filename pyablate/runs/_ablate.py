@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate._validation import check_bytes, check_count
 from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
@@ -37,9 +38,15 @@ from pyablate.runs.state import unpack_thresholds
 from pyablate.runs.thresholds import Thresholds, measure
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
-from pyablate.runtime.progress import Report, reporting
+from pyablate.runtime.progress import Report, Reporter, reporting, stage
 
 logger = logging.getLogger("pyablate")
+
+
+_SHUFFLED = (
+    "data: the loader shuffles: image numbers in the result are those of this pass, and a run that "
+    "is killed or cut into shards cannot go on; shuffle=False makes them those of the data set"
+)
 
 
 def ablate(
@@ -54,7 +61,7 @@ def ablate(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     audit: int | None = None,
     on_mismatch: str = "error",
     seed: int = 0,
@@ -105,8 +112,9 @@ def ablate(
         Where to work; by default where the model is.
     batch_size : int, optional
         Images per clean run. Changes speed and memory only.
-    memory : int, optional
-        Bytes to work in, roughly; by default a quarter of what is free.
+    memory : int or str, optional
+        Bytes to work in, roughly, or a size such as "4GB" or "512MiB"; by default a quarter of
+        what is free.
     audit : int, optional
         Random (unit, image) pairs to recompute by plain forward passes of the model, in float64
         where float32 does not settle them. A layer of which one differs is computed again more
@@ -182,7 +190,7 @@ def ablate(
             class_names=class_names,
             device=own_device(distributed, device),
             batch_size=batch_size,
-            memory=memory,
+            memory=check_bytes("memory", memory),
             strategy=strategy,
             precision=precision,
             measures=check_measures(measures),
@@ -204,6 +212,7 @@ def ablate(
     with (
         undisturbed(model, device),
         taking_part(distributed, device) as ranks,
+        reporting(options.progress if ranks.first else False, unit="pairs") as report,
     ):
         measured = _earlier(options, ranks)
         setup = _capture(model, data, options, measured, ranks)
@@ -222,7 +231,7 @@ def ablate(
                 return _finished(setup, plan, options, ranks)
             screen = None if thresholds is None else Screen(setup, thresholds)
             prepared = time.perf_counter() - begin
-            sweep = _sweep(setup, plan, options, held, screen, ranks)
+            sweep = _sweep(setup, plan, options, held, screen, ranks, report)
             if ranks.first:
                 result = _collect(setup, plan, held)
                 _warn_of_chance(chance_remark(result))
@@ -255,8 +264,8 @@ class _RunOptions:
             raise ValueError("distributed: needs output, a folder that all processes see")
         check_options(model, self.setup)
         _check_risk(self.risk)
-        if self.audit is not None and (not isinstance(self.audit, int) or self.audit < 0):
-            raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
+        if self.audit is not None:
+            check_count("audit", self.audit, 0)
         check_on_mismatch(self.on_mismatch)
         if self.output is not None:
             check_place(self.output, fresh=self.fresh)
@@ -317,6 +326,7 @@ def _thresholds(
         return None
     known = None if measured is None else unpack_thresholds(measured)
     if known is None:
+        stage("measuring the thresholds of screening")
         here = measure(setup, options.risk, options.seed).to_json() if ranks.first else None
         known = ranks.tell(here)
     return Thresholds.of(known)
@@ -331,7 +341,8 @@ def _capture(
 ) -> Setup:
     """Capture the network, with the statistics of an earlier process if there are any."""
     setup = prepare(model, data, options.setup, measured=measured, ranks=ranks)
-    for remark in setup.remarks if ranks.first else ():
+    remarks = [*setup.remarks, *([_SHUFFLED] if setup.data.shuffled else [])]
+    for remark in remarks if ranks.first else ():
         logger.warning("%s", remark)
     return setup
 
@@ -373,6 +384,7 @@ def _sweep(
     held: Held,
     screen: Screen | None,
     ranks: Ranks,
+    report: Reporter,
 ) -> BlockSweep:
     """Do all jobs on all blocks, in the portions with which the run began."""
     given = options.setup
@@ -383,17 +395,15 @@ def _sweep(
     )
     audited = _audited_pairs(setup, plan.audit, options.seed)
     sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen)
-    with reporting(options.progress if ranks.first else False, unit="pairs") as report:
-        loop = RunLoop(
-            sweep=sweep,
-            held=held,
-            ranks=ranks,
-            dtype=plan.dtype,
-            any_tier=given.precision == "auto",
-            hashing=plan.hashing,
-            report=report,
-        )
-        loop.run()
+    RunLoop(
+        sweep=sweep,
+        held=held,
+        ranks=ranks,
+        dtype=plan.dtype,
+        any_tier=given.precision == "auto",
+        hashing=plan.hashing,
+        report=report,
+    ).run()
     return sweep
 
 

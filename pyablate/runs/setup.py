@@ -37,6 +37,7 @@ from pyablate.runs.unit_statistics import measure_units
 from pyablate.runtime.allocator import keep_freed_blocks
 from pyablate.runtime.chunking import DEVICE_SLICE, GRADIENTS, LARGEST, REPLAYED, SLICE
 from pyablate.runtime.distributed import Ranks
+from pyablate.runtime.progress import stage
 
 logger = logging.getLogger("pyablate")
 
@@ -144,6 +145,7 @@ def prepare(
     """
     intervention, precision = options.intervention, options.precision
     double = precision == "fp64"
+    stage("checking the model and the data")
     ready = open_up(
         model,
         source,
@@ -178,11 +180,13 @@ def prepare(
     decided = exact(graph, replay, ready.batch)
     if graph is not None and isinstance(decided, Exact) and not options.measures:
         graph, decided.graph = graph.before_softmax(), decided.graph.before_softmax()
+    stage("looking for jumps")
     abrupt = _is_abrupt(work, graph, jobs, decided, sample)
     if intervention.needs_statistics and measured:
         statistics.update(unpack_statistics(measured, data.device))
     elif intervention.needs_statistics:
         # In front of a site, too, low precision may fall on another side of a jump.
+        stage("means of the units")
         judge, dtype = (exact_model, decisive) if abrupt else (work, data.dtype)
         statistics.update(
             measure_units(
@@ -300,6 +304,7 @@ def _low_precisions(
         )
     asked = {"int8": torch.int8, "bf16": torch.bfloat16}.get(precision)
     found: list[torch.dtype] = []
+    stage("measuring this machine")
     rate = convolution_rate(str(device), full, alone=True)
     for dtype in (torch.bfloat16, torch.int8):
         own = convolution_rate(str(device), dtype, alone=True)
@@ -335,6 +340,7 @@ def _replay_is_quicker(cost: Cost, pairs: int) -> bool:
 
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
+    stage("capturing the network")
     try:
         graph = capture(model, sample, marked)
         if graph.half:
