@@ -97,18 +97,21 @@ def conditional_maps(
         for part, classes in zip(images.split(batch_size), target.split(batch_size), strict=True):
             found = network.run(part)
             start = one_hot(classes.to(part.device), found.logits)
-            maps = [_masked(found, start, site, unit).sum(1) for site, unit in chosen]
+            maps = [_masked(found, start, site, torch.tensor([unit])) for site, unit in chosen]
             parts.append(torch.stack(maps, dim=1).double().cpu())
     joined: Floats = torch.cat(parts).numpy()
     return joined
 
 
-def _masked(found: Relevance, start: Tensor, site: Site, unit: int) -> Tensor:
+def _masked(found: Relevance, start: Tensor, site: Site, units: Tensor) -> Tensor:
+    """Carry relevance through one unit, that of each image or the same of all: ``[N, H, W]``."""
     activation = found.activations[site.name]
-    mask = torch.zeros(activation.shape[site.axis], device=activation.device)
-    mask[unit] = 1
-    found.masks[site.name] = mask.reshape(-1, *[1] * (activation.ndim - 1 - site.axis))
-    maps = found.at_image(start)
+    shape = [len(units)] + [1] * (activation.ndim - 1)
+    shape[site.axis] = site.channels
+    mask = torch.zeros(len(units), site.channels, device=activation.device)
+    mask[torch.arange(len(units)), units] = 1
+    found.masks[site.name] = mask.reshape(shape)
+    maps = found.at_image(start).sum(1)
     found.masks.clear()
     return maps
 
@@ -120,6 +123,7 @@ def relmax(
     *,
     target: int | None = None,
     count: int = 8,
+    maps: bool = False,
     batch_size: int = BATCH,
     axis: Mapping[str, int] | None = None,
     device: str | torch.device | None = None,
@@ -134,6 +138,9 @@ def relmax(
         The class whose relevance counts; by default, of each image the one that is predicted.
     count : int
         Images per unit; at most as many as there are.
+    maps : bool
+        Whether to carry the relevance of each unit on to the images for which it is most relevant,
+        as :func:`pyablate.attribution.conditional_maps` does; one more pass over so many images.
     batch_size : int
         Images at a time.
 
@@ -143,7 +150,7 @@ def relmax(
         Over ``unit`` and ``rank``, the largest first, of equal ones the first image:
         ``relevant_image`` (int64) and ``relevance`` (float64), the sum over the unit's positions
         of a relevance of 1 at the logit; ``activating_image`` and ``activation``, the mean over
-        the positions. Layers that the copy of the network for relevance has not are left out.
+        the positions. With ``maps`` also ``relevant_map`` (float32 [unit, rank, y, x]), signed.
 
     Raises
     ------
@@ -162,9 +169,12 @@ def relmax(
     check_model(model)
     check_count("count", count)
     check_count("batch_size", batch_size)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = open_up(model, data, None, device, axis=axis, unlabelled=True)
         check_class("target", target, ready.classes)
+        if maps and ready.batch.images.ndim != 4:
+            shape = list(ready.batch.images.shape)
+            raise ValueError(f"maps: expected images [N, C, H, W], got shape {shape}")
         ready.data.hold_if_read_once()
         chosen = select(ready.sites, layers)
         check_channels(chosen)
@@ -173,26 +183,50 @@ def relmax(
         activation: dict[str, list[Tensor]] = {site.name: [] for site in network.found}
         for batch in ready.data.batches(batch_size):
             found = network.run(batch.images)
-            classes = found.logits.argmax(1)
-            if target is not None:
-                classes = torch.full_like(classes, target)
-            carried = found.at_sites(one_hot(classes, found.logits))
+            carried = found.at_sites(predicted(found.logits, target))
             for site in network.found:
-                maps = found.activations[site.name].detach()[: len(batch)]
+                values = found.activations[site.name].detach()[: len(batch)]
                 relevance[site.name].append(_flat(carried[site.name], site).sum(2).cpu())
-                activation[site.name].append(_flat(maps, site).mean(2).cpu())
-    values, numbers = _largest(relevance, count)
-    means, active = _largest(activation, count)
+                activation[site.name].append(_flat(values, site).mean(2).cpu())
+        largest, numbers = _largest(relevance, count)
+        means, active = _largest(activation, count)
+        drawn = _maps(ready, network, numbers, target, batch_size) if maps else None
     both = "unit", "rank"
-    return xr.Dataset(
+    table = xr.Dataset(
         {
             "relevant_image": (both, numbers),
-            "relevance": (both, values),
+            "relevance": (both, largest),
             "activating_image": (both, active),
             "activation": (both, means),
         },
         coords={"unit": [s.label(unit) for s in network.found for unit in range(s.channels)]},
     )
+    if drawn is not None:
+        table["relevant_map"] = ((*both, "y", "x"), drawn)
+    return table
+
+
+def predicted(logits: Tensor, target: int | None = None) -> Tensor:
+    """Relevance 1 at the class that is predicted, or at one class of all, ``[N, classes]``."""
+    classes = logits.argmax(1)
+    return one_hot(classes if target is None else torch.full_like(classes, target), logits)
+
+
+def _maps(
+    ready: Ready, network: Propagation, numbers: Any, target: int | None, size: int
+) -> Floats:
+    """Carry relevance to some images of each unit through it, ``[unit, rank, H, W]``."""
+    ready.data.hold()
+    first, rank, parts = 0, numbers.shape[1], []
+    for site in network.found:
+        images = torch.from_numpy(numbers[first : first + site.channels]).flatten()
+        units = torch.arange(site.channels).repeat_interleave(rank)
+        first += site.channels
+        for some, unit in zip(images.split(size), units.split(size), strict=True):
+            found = network.run(ready.data.at(some))
+            parts.append(_masked(found, predicted(found.logits, target), site, unit).float().cpu())
+    every: Floats = torch.cat(parts).unflatten(0, (-1, rank)).numpy()
+    return every
 
 
 def propagation_of(ready: Ready, chosen: Sequence[Site], size: int) -> Propagation:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyablate.attribution.propagation import Propagation, one_hot
+from pyablate.attribution.conditional import predicted
+from pyablate.attribution.propagation import Propagation
 from pyablate.interventions import random_rotation
 from pyablate.network.sites import Site
 
@@ -32,10 +33,7 @@ def contexts(
     """Activations and contexts of some images after the other, by layer."""
     for images in parts:
         found = network.run(images)
-        classes = found.logits.argmax(1)
-        if target is not None:
-            classes = torch.full_like(classes, target)
-        coefficients = found.coefficients(one_hot(classes, found.logits))
+        coefficients = found.coefficients(predicted(found.logits, target))
         yield {
             site.name: (
                 _rows(found.activations[site.name].detach()[: len(images)], site),

@@ -12,7 +12,7 @@ import numpy as np
 
 from pyablate.io.atomic import check_file, whole
 from pyablate.report.curves import curve_charts, sets_by_class
-from pyablate.report.examples import ACTIVATING, examples
+from pyablate.report.examples import ACTIVATING, examples, heat_maps
 from pyablate.report.numbers import contents
 from pyablate.report.page import page
 from pyablate.report.patterns import pattern_rows
@@ -127,7 +127,9 @@ def _examples(
         from pyablate.report.activating import most_activating
 
         activating = most_activating(model, data, result, count=ACTIVATING, device=device)
-    return examples(result, activating, data, _relevant(result, relevant))
+    found = examples(result, activating, data, _relevant(result, relevant))
+    found["heat"] = {} if relevant is None else heat_maps(result, relevant)
+    return found
 
 
 def _relevant(result: Record, found: xr.Dataset | None) -> Ints | None:

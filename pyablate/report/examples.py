@@ -17,6 +17,7 @@ from pyablate.report.packed import packed
 from pyablate.results.record import Ints, Record
 
 if TYPE_CHECKING:
+    import xarray as xr
     from torch import Tensor
 
 FLIPPED = 12
@@ -27,6 +28,9 @@ ACTIVATING = 8
 
 BUDGET = 4_000_000
 """Bytes of text that the pictures of one report may take."""
+
+HEAT = 2_000_000
+"""Bytes of text that the maps of relevance may take."""
 
 _MOST_PICTURES = 4000  # held in memory while they are drawn
 _SIDE = 80  # pixels of the longer side
@@ -109,6 +113,33 @@ def _pictures(data: Any, result: Record, wanted: Ints) -> dict[str, str]:
         if room < 0:
             break
         drawn[str(number)] = uri
+    return drawn
+
+
+def heat_maps(result: Record, found: xr.Dataset) -> dict[str, str]:
+    """Draw where the most relevant images are relevant: data URIs by ``"unit label/rank"``.
+
+    White where nothing is, red for the class, blue against it, each map to its largest value; those
+    of the units that matter most, as many as the budget allows.
+    """
+    import torch
+
+    if "relevant_map" not in found.variables:
+        return {}
+    maps, known = found["relevant_map"].to_numpy(), found["unit"].to_numpy().tolist()
+    place = {label: row for row, label in enumerate(known)}
+    drawn: dict[str, str] = {}
+    room = HEAT
+    labels = result.units["label"].to_numpy()
+    for label in labels[np.argsort(-result.max_class_drop, kind="stable")].tolist():
+        for rank, heat in enumerate(maps[place[label]][:ACTIVATING] if label in place else ()):
+            level = heat / max(float(np.abs(heat).max()), np.finfo(np.float32).tiny)
+            colours = np.stack([1 - (-level).clip(0), 1 - np.abs(level), 1 - level.clip(0)])
+            uri = _uri(_drawable(torch.from_numpy(colours)), np.zeros(3), np.ones(3))
+            room -= len(uri)
+            if room < 0:
+                return drawn
+            drawn[f"{label}/{rank}"] = uri
     return drawn
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,7 +75,7 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
-    other_seconds : Counter
+    other_seconds : dict
         Time of clean runs and audit.
     cascades : dict
         Precisions and care of each job.
@@ -96,7 +96,7 @@ class BlockSweep:
     screen: Screen | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    other_seconds: Counter[str] = field(default_factory=Counter)
+    other_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)

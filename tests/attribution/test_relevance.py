@@ -134,7 +134,7 @@ def test_relmax_ranks_images_by_relevance_and_by_activation():
     with torch.no_grad():
         classes, maps = model(images).argmax(1), model[:2](images)
     each = conditional_maps(model, images, classes, [f"1:{unit}" for unit in range(5)])
-    relevance = each.sum((2, 3))
+    each_map, relevance = each, each.sum((2, 3))
     order = np.argsort(-relevance, axis=0, kind="stable")[:5].T
     assert found["relevant_image"].sel(unit=[f"1:{u}" for u in range(5)]).values.tolist() == (
         order.tolist()
@@ -143,6 +143,14 @@ def test_relmax_ranks_images_by_relevance_and_by_activation():
     active = maps.mean((2, 3)).argsort(0, descending=True)[:5].t()
     assert found["activating_image"][:5].values.tolist() == active.tolist()
     assert found["relevant_image"][:5].values.tolist() != active.tolist()
+    drawn = relmax(model, images, ["1", "4"], count=2, maps=True, batch_size=7)
+    assert drawn["relevant_map"].shape == (9, 2, 8, 8)
+    for unit in range(5):
+        for rank, number in enumerate(drawn["relevant_image"].values[unit]):
+            expected = each_map[number, unit]
+            np.testing.assert_allclose(
+                drawn["relevant_map"][unit, rank], expected, rtol=1e-3, atol=1e-6
+            )
     of_one = relmax(model, images, "1", target=2, count=50)
     assert of_one["relevant_image"].shape == (5, 40)
     each = conditional_maps(model, images, torch.full((40,), 2), ["1:0"])[:, 0].sum((1, 2))

@@ -281,6 +281,20 @@ def test_relevant_images_stand_in_the_order_of_the_units(result, tmp_path):
     shown = data_of(path.read_text())["examples"]
     assert shown["relevant"].tolist() == [[-1, -1, -1], *images.tolist()]
     assert set(images.ravel()) <= set(shown["shown"].tolist())
+    assert shown["heat"] == {}
+    heat = np.zeros((*images.shape, 48, 60), dtype=np.float32)
+    heat[0, 1, :, :20], heat[0, 1, :, 40:] = 4, -4
+    result.report(
+        path, relevant=found.assign(relevant_map=(("unit", "rank", "y", "x"), heat[::-1]))
+    )
+    drawn = data_of(path.read_text())["examples"]["heat"]
+    assert len(drawn) == images.size
+    raw = base64.b64decode(drawn[f"{labels[1]}/1"].split(",")[1])
+    pixels = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
+    red, white, blue = (pixels[:, column].mean(0).tolist() for column in (8, 30, 52))
+    assert [red, white, blue] == [
+        pytest.approx(colour, abs=25) for colour in ([255, 0, 0], [255] * 3, [0, 0, 255])
+    ]
     others = found.assign_coords(unit=[f"x:{unit}" for unit in range(len(images))])
     for wrong in (others, found + 10**6):
         with pytest.raises(ValueError, match="relevant: expected units and images"):

@@ -234,7 +234,7 @@ function attributesOf(unit, layer) {
 }
 
 function pictureParts(unit) {
-  const { start, image, after, activating, relevant, shown, pictures } = data.examples;
+  const { start, image, after, activating, relevant, heat, shown, pictures } = data.examples;
   const place = (number) => d3.bisectLeft(shown, number);
   const facts = (number) => ({
     label: data.examples.label[place(number)],
@@ -264,7 +264,11 @@ function pictureParts(unit) {
     const wide = images.length / unitCount();
     const numbers = Array.from(images.slice(unit * wide, (unit + 1) * wide)).filter((number) => number >= 0);
     if (numbers.length) {
-      const cards = numbers.map((number) => figure(number, [make("b", {}, className(facts(number).label))]));
+      const cards = numbers.map((number, rank) => {
+        const where = images === relevant && heat[`${data.units.label[unit]}/${rank}`];
+        const map = where ? make("img", { src: where, alt: "where it is relevant: red for the class, blue against it" }) : null;
+        return figure(number, [make("b", {}, className(facts(number).label)), map]);
+      });
       parts.push(part(title, make("div", { class: "figures" }, cards)));
     }
   }
