@@ -58,9 +58,7 @@ def structure(a: Floats, b: Floats) -> Floats:
         one, two = one / peaks[0], two / peaks[1]
         span = max(one.max(), two.max()) - min(one.min(), two.min())
         if span > 0:  # both constant and equal: no structure to compare
-            found[i] = structural_similarity(  # type: ignore[no-untyped-call]
-                one, two, win_size=window, data_range=span
-            )
+            found[i] = structural_similarity(one, two, win_size=window, data_range=span)
     return found
 
 

@@ -140,7 +140,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if any(map(is_lazy, _own(module))):
+        if any(part is not None and is_lazy(part) for part in _own(module)):
             raise ValueError(
                 f"model: {name or 'the model'} ({type(module).__name__}) takes the shape of its "
                 "weights from its first input and has seen none; run the model on a batch, then "

@@ -45,7 +45,7 @@ def test_progress_follows_slices_of_pairs(network, options):
     assert {call[1] for call in calls} == {len(result.units) * 12}
     assert done[-1] == len(result.units) * 12
     inside = [number for number in set(done) if number % (8 * 12)]
-    assert len(inside) >= 4
+    assert len(inside) >= 2  # one in each layer at least
 
 
 def test_no_more_than_all_pairs_are_counted_whatever_is_done_twice():
