@@ -1,89 +1,188 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: build with CUDA, the cuda tests (kernels, waits of the
-# host, slices recorded as CUDA graphs), compute-sanitizer over the native operations, the benchmarks
-# on the device. What came out lies in benchmarks/results/.
+# One short visit to a GPU machine, which may have neither network nor git nor an index: build, test,
+# check, measure, the most valuable first, each phase with a limit of its own.
 #
-#   bash benchmarks/gpu.sh              all of it; goes on after a failure and exits with 1 at the end
-#   bash benchmarks/gpu.sh --dry-run    print the commands, run none
-#   VENV=/path bash benchmarks/gpu.sh   another virtual environment than .venv; it must have a torch
-#                                       that sees the GPU (TORCH='torch' make build makes one)
-#   BENCH_ARGS='--images 500'           passed on to the benchmarks
-set -euo pipefail
-cd "$(dirname "$0")/.."
+#   bash benchmarks/gpu.sh                  all phases: build ops exact speed bench sanitizer ncu
+#   bash benchmarks/gpu.sh build speed      only these; a second call on one machine builds nothing
+#   bash benchmarks/gpu.sh --dry-run        print the phases and their commands, run none
+#
+# What is found lies in $OUT, written line by line, so that a visit that is cut short leaves what it
+# had: run.log, results.jsonl, bench.json and one .txt for each phase; no folders.
+#
+#   OUT        folder of the results                                            gpu-results
+#   PYTHON     a Python with torch, cmake, ninja and pybind11                   python3
+#   WHEELS     wheels that this Python lacks, from gpu_wheels.py                .whl
+#   SITE       where they are unpacked; nothing is installed for good           build/gpu-site
+#   DEADLINE   seconds that all of it may take                                  570
+#   DEVICE     cpu tries phases out where no GPU is                             cuda
+#   SMALL      1: as little of everything as shows that it runs
+#
+# It goes on after a failure, except of the build, and exits with 1 at the end if there was any. It
+# changes no setting of the GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
 
+# What an extension was built from.
+sources() {
+    cat CMakeLists.txt csrc/*/*.{cpp,h,cu,cuh} csrc/include/pyablate/*.h 2>/dev/null | sha256sum | cut -c1-16
+}
+
+every=(build ops exact speed bench sanitizer ncu)
 dry=false
-case "${1:-}" in
-"") ;;
---dry-run) dry=true ;;
-*)
-    echo "usage: bash benchmarks/gpu.sh [--dry-run]" >&2
-    exit 2
-    ;;
-esac
+phases=()
+for argument in "$@"; do
+    if [[ "$argument" == --dry-run ]]; then
+        dry=true
+    elif [[ "$argument" == --sources ]]; then # for gpu_wheels.py
+        sources
+        exit
+    elif [[ " ${every[*]} " == *" $argument "* ]]; then
+        phases+=("$argument")
+    else
+        echo "usage: bash benchmarks/gpu.sh [--dry-run] [${every[*]}]" >&2
+        exit 2
+    fi
+done
+((${#phases[@]})) || phases=("${every[@]}")
 
-python="${VENV:-.venv}/bin/python"
-read -r -a bench_args <<<"${BENCH_ARGS:-}"
-op_tests=(tests/ops/test_ops_*.py)
-failed=()
+begin=$SECONDS
+out="${OUT:-$PWD/gpu-results}"
+python="${PYTHON:-python3}"
+wheels="${WHEELS:-.whl}"
+site="${SITE:-$PWD/build/gpu-site}"
+deadline="${DEADLINE:-570}"
+device="${DEVICE:-cuda}"
+small=()
+[[ "${SMALL:-0}" == 1 ]] && small=(--small)
 log=/dev/null
+failed=()
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
+pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
-# One step: its name, then its command. Its output goes to the terminal and to the log.
+say() { printf '%4d s  %s\n' $((SECONDS - begin)) "$*" | tee -a "$log"; }
+left() { echo $((deadline - (SECONDS - begin))); }
+
+# step LIMIT FILE COMMAND...: no longer than LIMIT or what is left; all output to FILE, its end shown
 step() {
-    local name="$1"
-    shift
+    local limit="$1" name="$2" status=0 start=$SECONDS
+    shift 2
     if $dry; then
-        printf '# %s\n' "$name"
+        printf '%s, at most %d s: ' "$name" "$limit"
         printf '%q ' "$@"
         printf '\n'
         return
     fi
-    printf '== %s\n' "$name" | tee -a "$log"
-    if "$@" 2>&1 | tee -a "$log"; then
-        printf '== %s: passed\n' "$name" | tee -a "$log"
-    else
-        printf '== %s: FAILED\n' "$name" | tee -a "$log"
-        failed+=("$name")
+    (($(left) - 3 < limit)) && limit=$(($(left) - 3))
+    if ((limit < 5)); then
+        say "$name: no time left for: $*"
+        failed+=("$name (no time)")
+        return 1
     fi
+    printf '\n== %s\n' "$*" >>"$out/$name.txt"
+    LIMIT="$limit" timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$out/$name.txt" 2>&1 || status=$?
+    tail -n 12 "$out/$name.txt" | cut -c1-200
+    ((status == 124 || status == 137)) && echo "== cut off after $limit s" >>"$out/$name.txt"
+    say "$name: status $status, $((SECONDS - start)) s of $limit"
+    ((status)) && failed+=("$name: ${*:0:4}")
+    return "$status"
+}
+
+has_cuda() {
+    "$python" -c 'import sys
+from pyablate import _native
+sys.exit(_native.core is None or not _native.core.has_cuda)' 2>>"$log"
+}
+
+facts() {
+    echo "date:    $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+    echo "gpu:     $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv,noheader 2>&1 | head -n 1)"
+    echo "host:    $(uname -r), $(nproc) cores, load $(cut -d' ' -f1-3 /proc/loadavg)"
+    echo "nvcc:    $(nvcc --version 2>&1 | tail -n 1)"
+    echo "commit:  $(git rev-parse HEAD 2>/dev/null || echo unknown), sources $(sources)"
+    "$python" -c 'import sys, torch
+print("python: ", sys.version.split()[0], "torch", torch.__version__, torch.version.cuda)'
+}
+
+unpack() {
+    compgen -G "$wheels/*.whl" >/dev/null || return 0
+    [[ -f "$site/.done" ]] && return 0
+    step 60 build "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --upgrade --target "$site" "$wheels"/*.whl && { $dry || touch "$site/.done"; }
+}
+
+compile() { # its command is that of `pip install` without isolation, which would ask an index
+    step 240 build env PYABLATE_CUDA=ON CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
+        "$python" setup.py -q build_ext --inplace
+}
+
+build() {
+    $dry || facts 2>&1 | tee -a "$log"
+    unpack || return 1
+    $dry && { compile; return; }
+    local now
+    now="$(sources)"
+    if [[ "$(cat build/gpu.sources 2>/dev/null)" == "$now" ]] && has_cuda; then
+        say "build: there already"
+        return 0
+    fi
+    if [[ "$(cat "$wheels/sources" 2>/dev/null)" == "$now" ]]; then
+        cp "$wheels"/_core*.so pyablate/
+    fi
+    has_cuda || compile || return 1
+    has_cuda || { say "build: the extension has no CUDA, or does not load"; return 1; }
+    mkdir -p build && echo "$now" >build/gpu.sources
+}
+
+# The operations against the reference, the waits of the host, slices recorded as CUDA graphs.
+ops() {
+    step 90 ops "${pytest[@]}" -m cuda --maxfail=60 tests/ops/test_ops_*.py tests/engine/test_waits.py
+}
+
+# Whole runs against the float64 hook loop.
+exact() {
+    step 100 exact "$python" benchmarks/gpu_checks.py exact --device "$device" --out "$out" "${small[@]}"
+}
+
+# Ceilings, our kernels, a network, sizes of slices.
+speed() {
+    step 190 speed "$python" benchmarks/gpu_checks.py speed --device "$device" --out "$out" "${small[@]}"
+}
+
+# A few cases of the suite, with its rivals.
+bench() {
+    step 90 bench "${pytest[@]}" -s --device "$device" --rounds 1 --seconds 0.3 --results "$out" \
+        benchmarks/bench_ops.py benchmarks/bench_layers.py \
+        -k 'test_op or (vgg_bn and features.9) or (resnet and stage2.1.relu1)'
+}
+
+# PyTorch's caching allocator hides accesses beyond a tensor's end from memcheck.
+sanitizer() {
+    local tool
+    for tool in memcheck racecheck; do
+        step 75 sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            "${pytest[@]}" -x -m cuda -p no:xdist tests/ops/test_ops_edges.py tests/ops/test_ops_classify.py
+    done
+}
+
+# Where the heaviest kernels lose; the clocks stay as they are.
+ncu() {
+    step 60 ncu ncu --clock-control none --launch-count 6 --section SpeedOfLight \
+        --section MemoryWorkloadAnalysis --section Occupancy --section WarpStateStats \
+        --kernel-name 'regex:delta_activation|delta_mean|delta_max_pool|unit_delta|head_flips' \
+        "$python" benchmarks/gpu_checks.py kernels --device "$device" --out "$out" --small
 }
 
 if ! $dry; then
-    for tool in nvcc nvidia-smi compute-sanitizer git "$python"; do
-        if ! command -v "$tool" >/dev/null; then
-            echo "gpu.sh: $tool not found; it needs a CUDA toolkit, a GPU and a built $python" >&2
-            exit 1
-        fi
-    done
-    "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else
-        "gpu.sh: this torch sees no GPU: " + torch.__version__)'
-    gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
-    mkdir -p benchmarks/results
-    log="benchmarks/results/gpu-$(tr -cs 'a-zA-Z0-9' '-' <<<"$gpu" | sed 's/-*$//').log"
-    {
-        echo "date:   $(date -u +%Y-%m-%dT%H:%M:%SZ)"
-        echo "gpu:    $gpu"
-        echo "driver: $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
-        echo "nvcc:   $(nvcc --version | tail -n 1)"
-        echo "torch:  $("$python" -c 'import torch; print(torch.__version__, torch.version.cuda)')"
-        echo "commit: $(git rev-parse HEAD)$(git diff --quiet HEAD -- pyablate csrc || echo ' +')"
-    } | tee "$log"
+    mkdir -p "$out" || exit 2
+    out="$(cd "$out" && pwd)"
+    log="$out/run.log"
 fi
-
-step "build with CUDA" env PYABLATE_CUDA=ON "$python" -m pip install -q -e '.[test,bench]'
-step "the module has CUDA" "$python" -c \
-    'import pyablate as pa; print(pa.build_info()); assert pa._native.core.has_cuda'
-step "cuda tests" "$python" -m pytest -q -m cuda
-# PyTorch's caching allocator hides accesses beyond a tensor's end from memcheck.
-for tool in memcheck racecheck; do
-    step "compute-sanitizer $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-        "$python" -m pytest -q -m cuda -p no:cacheprovider "${op_tests[@]}"
+say "phases: ${phases[*]}; $deadline s in all"
+for phase in "${phases[@]}"; do
+    "$phase" && continue
+    [[ "$phase" == build ]] && { failed+=(build); say "no build, no results"; break; }
 done
-step "benchmarks" "$python" -m pytest -s -q -p no:cacheprovider benchmarks/bench_*.py \
-    --device cuda "${bench_args[@]}"
-step "tables" "$python" benchmarks/table.py
-
-if ((${#failed[@]})); then
-    printf 'failed: %s\n' "${failed[@]}" | tee -a "$log" >&2
-    exit 1
-fi
-$dry || echo "all passed; see $log and benchmarks/results/"
+say "done; failed: ${#failed[@]}"
+((${#failed[@]} == 0)) || { printf '  %s\n' "${failed[@]}" | tee -a "$log"; exit 1; }

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any
+
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BYTES |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_LEAST = 2**20  # with less no network runs: a number without a unit is not meant as bytes
 
 
 def check_choice(argument: str, given: Any, known: Sequence[str] | Mapping[str, Any]) -> None:
@@ -37,6 +43,25 @@ def check_count(argument: str, given: Any, least: int = 1) -> None:
         raise ValueError(f"{argument}: expected an integer of at least {least}, got {given!r}")
     if given < least:
         raise ValueError(f"{argument}: expected at least {least}, got {given!r}")
+
+
+def check_bytes(argument: str, given: Any) -> int | None:
+    """Return a number of bytes, given as such or as "4GB" or "512MiB"; None stays None."""
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        check_count(argument, given)
+        return int(given)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", given.upper())
+    if not match or match[2] not in _BYTES or float(match[1]) == 0:
+        raise ValueError(f"{argument}: expected a size such as 4GB or 512MiB, got {given!r}")
+    found = int(float(match[1]) * _BYTES[match[2]])
+    if found < _LEAST and given.strip().replace(".", "").isdecimal():
+        raise ValueError(
+            f"{argument}: expected a size such as 4GB or 512MiB, got {given!r}, which is bytes; "
+            f"did you mean {given.strip()}GB?"
+        )
+    return found
 
 
 def check_seed(given: Any) -> None:
@@ -100,6 +125,23 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type: those of torch may run to a page."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def optional(module: str, missing: str) -> Any:
+    """Import a library that may not be there, or broken: whatever that raises.
+
+    Raises
+    ------
+    ImportError
+        It cannot be imported; ``missing`` tells what needs it and how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(missing) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ImportError(f"{missing} (importing {module} fails: {reason})") from error
 
 
 def _alike(given: object, known: Iterable[str], count: int) -> list[str]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from pyablate.analysis import statistics
 from pyablate.results import store
+from pyablate.results.notebook import page
 from pyablate.results.record import Audit, Effort, Flips, Floats, Record
 
 if TYPE_CHECKING:
@@ -97,6 +98,14 @@ class AblationResult(Record):
     def max_class_test(self, *, splits: int = 10, seed: int = 0) -> pd.DataFrame:
         """One row per unit: see :func:`pyablate.analysis.statistics.max_class_test`."""
         return statistics.max_class_test(self, splits=splits, seed=seed)
+
+    def _repr_html_(self) -> str:
+        """Show the units with the largest class drops, worst first."""
+        columns = ["layer", "unit", "accuracy_drop", "max_class_drop", "max_class"]
+        units = self.to_dataframe()[columns]
+        worst = units.sort_values("max_class_drop", ascending=False, kind="stable")
+        audit = f"Audit: {self.audit}" if self.audit.pairs else "Audit: none"
+        return page(repr(self), worst, notes=[audit])
 
     @property
     def plot(self) -> ResultPlots:

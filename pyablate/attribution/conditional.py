@@ -169,7 +169,7 @@ def relmax(
     check_model(model)
     check_count("count", count)
     check_count("batch_size", batch_size)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = open_up(model, data, None, device, axis=axis, unlabelled=True)
         check_class("target", target, ready.classes)
         if maps and ready.batch.images.ndim != 4:

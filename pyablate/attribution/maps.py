@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyablate._validation import check_choice, check_count
+from pyablate._validation import check_choice, check_count, optional
 from pyablate.attribution.collapsed import map_site
 from pyablate.attribution.lrp_modules import Unsupported, set_rules, traceable
 from pyablate.attribution.propagation import Propagation, Relevance, contrasted
@@ -85,11 +85,8 @@ def attribution_maps(
     check_choice("contrast", contrast, CONTRASTS)
     check_images(model, images, target, batch_size)
     check_count("steps", steps)
-    try:
-        import captum.attr  # noqa: F401
-    except ImportError as error:
-        if method != "clrp":
-            raise ImportError(_MISSING) from error
+    if method != "clrp":
+        optional("captum.attr", _MISSING)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

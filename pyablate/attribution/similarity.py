@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from pyablate._validation import optional
 from pyablate.results.record import Floats
 
 _MISSING = "SSIM needs scikit-image; install it with: pip install 'pyablate[attributions]'"
@@ -46,10 +47,7 @@ def structure(a: Floats, b: Floats) -> Floats:
     (Wang, Bovik, Sheikh, Simoncelli 2004, *Image Quality Assessment*; by scikit-image, with
     its uniform window of 7 pixels).
     """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    structural_similarity = optional("skimage.metrics", _MISSING).structural_similarity
     found = np.full(len(a), np.nan)
     side = min(a.shape[1:])
     window = min(_WINDOW, side - (side + 1) % 2)
@@ -60,9 +58,7 @@ def structure(a: Floats, b: Floats) -> Floats:
         one, two = one / peaks[0], two / peaks[1]
         span = max(one.max(), two.max()) - min(one.min(), two.min())
         if span > 0:  # both constant and equal: no structure to compare
-            found[i] = structural_similarity(  # type: ignore[no-untyped-call]
-                one, two, win_size=window, data_range=span
-            )
+            found[i] = structural_similarity(one, two, win_size=window, data_range=span)
     return found
 
 

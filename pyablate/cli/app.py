@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pyablate._validation import check_bytes
 from pyablate.cli.attributes import attributes
 from pyablate.cli.common import (
     INTERRUPTED,
@@ -22,7 +23,7 @@ from pyablate.cli.common import (
     check_files,
     error_line,
     parse_axes,
-    parse_bytes,
+    words,
 )
 from pyablate.cli.compression import compare, prune, sensitivity
 from pyablate.cli.doctor import doctor
@@ -42,6 +43,7 @@ from pyablate.cli.options import (
 from pyablate.cli.plot import plot
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
+from pyablate.cli.show import show_run
 from pyablate.cli.statistics import correlate, significance
 from pyablate.cli.summary import hook_loop_lines, screened_lines, sites_table, summary
 from pyablate.cli.tables import show
@@ -54,6 +56,7 @@ class _Shell(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         given = options.get("args") or (args[0] if args else None) or sys.argv[1:]
+        words.set(list(given))
         options["standalone_mode"] = False
         line: str | None
         code: Any
@@ -216,7 +219,7 @@ def plan(
     """
     import pyablate as pa
 
-    budget = parse_bytes("--memory", memory)
+    budget = check_bytes("--memory", memory)
     model = network.load()
     if measure and sample.data is None and not network.model.startswith("demo:"):
         raise InputError("--measure needs --data, got none")
@@ -257,6 +260,7 @@ for _command in (
     doctor,
 ):
     app.command()(with_options(_command))
+app.command("show")(with_options(show_run))
 
 
 def main() -> None:

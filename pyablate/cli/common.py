@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from pyablate.io.atomic import check_file
@@ -27,23 +28,14 @@ EXIT_CODES = (
     "it stopped when the same command is given again."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+words: ContextVar[list[str]] = ContextVar("words")
+"""The command line, without the name of the program."""
 
 
 class InputError(ValueError):
     """A value on the command line that cannot be used."""
-
-
-def parse_bytes(option: str, text: str | None) -> int | None:
-    """Turn ``"4GB"``, ``"512MiB"`` or a plain number into bytes above zero; None stays None."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    units = _UNITS | _BINARY_UNITS
-    if not match or match[2] not in units or float(match[1]) == 0:
-        raise InputError(f"{option}: expected a size such as 4GB or 512MiB, got {text!r}")
-    return int(float(match[1]) * units[match[2]])
 
 
 def parse_axes(given: list[str] | None) -> dict[str, int]:

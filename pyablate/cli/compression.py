@@ -30,6 +30,7 @@ from pyablate.cli.tables import (
     show,
 )
 from pyablate.io.atomic import write_csv
+from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,14 +85,6 @@ _CERTIFICATE_COLUMNS = (
     *columns(str, "guarantee"),
     *columns(count, "computed"),
     *columns(points, "wrong at most (95 %)=upper_bound"),
-)
-_BOTH_COLUMNS = (*columns(str, "Figure"), *columns(number, "before", "after"))
-_CLASS_COLUMNS = (
-    *columns(str, "Class=class"),
-    *columns(count, "images"),
-    *columns(points, "before", "after", "drop", "excess"),
-    *columns(count, "lost", "gained"),
-    *columns(chance, "q"),
 )
 _ATTRIBUTION_COLUMNS = (
     *columns(str, "Attributions=method"),
@@ -263,10 +256,15 @@ def compare(
         write_csv(found.classes(), csv)
     if images is not None:
         write_csv(found.images(), images, "--images")
-    show(*_comparison_tables(found), written=[csv, images])
+    if smaller == network.model:  # with other weights
+        tables = _comparison_tables(found, "before", "after")
+    else:
+        typer.echo(visible(f"first: {network.model}; second: {smaller}"))
+        tables = _comparison_tables(found, "first", "second")
+    show(*tables, written=[csv, images])
 
 
-def _comparison_tables(found: Comparison) -> list[Table]:
+def _comparison_tables(found: Comparison, one: str, other: str) -> list[Table]:
     """Tabulate figures of both networks, one row per class, and attributions if there are any."""
     import pandas as pd
 
@@ -287,9 +285,19 @@ def _comparison_tables(found: Comparison) -> list[Table]:
         (f"p of the {'accuracies' if found.labelled else 'agreements'}", "", chance(summary["p"])),
     ]
     tables = [
-        frame_table(pd.DataFrame(both, columns=["Figure", "before", "after"]), _BOTH_COLUMNS),
         frame_table(
-            found.classes().sort_values("drop", ascending=False, kind="stable"), _CLASS_COLUMNS
+            pd.DataFrame(both, columns=["Figure", one, other]),
+            (*columns(str, "Figure"), *columns(number, one, other)),
+        ),
+        frame_table(
+            found.classes().sort_values("drop", ascending=False, kind="stable"),
+            (
+                *columns(str, "Class=class"),
+                *columns(count, "images"),
+                *columns(points, f"{one}=before", f"{other}=after", "drop", "excess"),
+                *columns(count, "lost", "gained"),
+                *columns(chance, "q"),
+            ),
         ),
     ]
     if found.attributions is not None:

@@ -6,6 +6,7 @@ Torch is imported with care only: that it cannot be imported is one of the thing
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from pyablate._native import build_info
+from pyablate._validation import first_line
 
 Facts = dict[str, dict[str, Any]]
 """Section -> name -> a plain value."""
@@ -58,6 +60,7 @@ def facts() -> Facts:
             for extra in _extras()
         },
         "model libraries": {name: _version(name) for name in _MODELS},
+        "installed but broken": _broken(),
         "native module": {
             "in use": built["native"],
             "not in use because": built["why_not"],
@@ -101,6 +104,22 @@ def as_json(known: Facts, found: list[Finding]) -> dict[str, Any]:
 
 
 # --- facts ---------------------------------------------------------------------------------------
+
+
+def _broken() -> dict[str, str]:
+    """Try to import the optional libraries that are installed; what those raise that cannot be."""
+    found = {}
+    extras = [name for extra in _extras() for name in _names(_requirements(extra))]
+    modules = metadata.packages_distributions()
+    for name in dict.fromkeys([*extras, *_MODELS]):
+        brought = sorted(module for module, names in modules.items() if name in names)
+        own = [module for module in brought if module == name.replace("-", "_")]
+        for module in own or brought[:1]:
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # whatever a broken installation raises
+                found[name] = f"{type(error).__name__}: {first_line(error)}"
+    return found
 
 
 def _look_at_torch(found: Facts) -> None:
@@ -224,6 +243,14 @@ def _packages(known: Facts) -> list[Finding]:
         if missing:
             what = f"the extra {extra} is not installed ({', '.join(missing)})"
             found.append(Finding(False, what, f"For it: pip install 'pyablate[{extra}]'"))
+    found += [
+        Finding(
+            True,
+            f"{name} is installed but cannot be imported ({error})",
+            f"pip install --force-reinstall {name}",
+        )
+        for name, error in known["installed but broken"].items()
+    ]
     found += [
         Finding(False, f"{name}:NAME models need {name}", f"For them: pip install {name}")
         for name, version in known["model libraries"].items()

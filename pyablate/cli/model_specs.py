@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from pyablate import demo
-from pyablate._validation import nearest
+from pyablate._validation import nearest, optional
 from pyablate.cli.data_specs import Pixels
 from pyablate.io.weights import load_state, read_state
 from pyablate.network.exported import load_exported
@@ -82,7 +83,7 @@ def _model(spec: str, *, pretrained: bool) -> nn.Module:
         return _torchvision(name, pretrained)
     if prefix == "timm":
         return _timm(name, pretrained)
-    return _from_module(prefix, name, spec)
+    return _from_module(prefix, name, spec, pretrained)
 
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
@@ -121,13 +122,7 @@ def own_pixels(spec: str, model: nn.Module) -> Pixels | None:
 
 
 def _library(name: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"model: {name}:NAME needs {name}, which cannot be imported ({error}): "
-            f"pip install {name}"
-        ) from None
+    return optional(module, f"model: {name}:NAME needs {name}: pip install {name}")
 
 
 def _known(library: str, name: str, names: Sequence[str]) -> None:
@@ -136,7 +131,7 @@ def _known(library: str, name: str, names: Sequence[str]) -> None:
         raise ValueError(f"model: expected the name of a {library} model, got {name!r}{near}")
 
 
-def _from_module(module: str, name: str, spec: str) -> nn.Module:
+def _from_module(module: str, name: str, spec: str, pretrained: bool) -> nn.Module:
     with _importable_from_cwd():
         try:
             found = attrgetter(name)(importlib.import_module(module))
@@ -147,6 +142,9 @@ def _from_module(module: str, name: str, spec: str) -> nn.Module:
             ) from error
         except AttributeError as error:
             raise ValueError(f"model: no {name!r} in the module {module!r} ({error})") from error
+        except Exception as error:  # whatever a user's module raises, a SyntaxError among them
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model: importing {module!r} failed: {reason}") from error
         if isinstance(found, nn.Module):
             return found
         if not callable(found):
@@ -154,7 +152,26 @@ def _from_module(module: str, name: str, spec: str) -> nn.Module:
                 f"model: expected a function or torch.nn.Module at {spec!r}, "
                 f"found {type(found).__name__}"
             )
+        if pretrained:
+            _remind_of_weights(found, spec)
         return _built(found, spec)
+
+
+def _remind_of_weights(factory: Callable[..., Any], spec: str) -> None:
+    """Say that a factory has trained weights and is called without."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # of code that tells nothing of itself
+        return
+    for name in ("weights", "pretrained"):
+        if name in parameters and not parameters[name].default:
+            _log.warning(
+                "model: %s takes %s=, and is called without: the network may be untrained. Give "
+                "--weights FILE, or a function that calls it as you mean it",
+                spec,
+                name,
+            )
+            return
 
 
 def _built(factory: Callable[[], Any], spec: str) -> nn.Module:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pyablate._validation import check_bytes
 from pyablate.cli.common import (
     EXIT_CODES,
     InputError,
     check_files,
     parse_axes,
-    parse_bytes,
     parse_shard,
+    words,
 )
 from pyablate.cli.options import (
     AsJson,
@@ -101,12 +102,12 @@ def run(
     `pyablate merge part1.zarr part2.zarr -o run.zarr`
     """
     import pyablate as pa
-    from pyablate.runs.run_folder import check_place
+    from pyablate.runs import run_folder
     from pyablate.runtime.distributed import is_first, own_device, started_by_torchrun
     from pyablate.runtime.progress import JsonLines
 
-    room, part = parse_bytes("--memory", memory), parse_shard(shard)
-    check_place(output, fresh=fresh)
+    room, part = check_bytes("--memory", memory), parse_shard(shard)
+    run_folder.check_place(output, fresh=fresh)
     check_files(csv=csv)
     distributed = started_by_torchrun()
     place = own_device(distributed, device)
@@ -114,30 +115,31 @@ def run(
     model = network.load(device)
     data = images.load(pixels, network.pixels(model), batch_size)
     lines = JsonLines()
-    result = pa.ablate(
-        model,
-        data.batches,
-        layers=layers,
-        intervention=intervention,
-        axis=parse_axes(axis),
-        precision=precision,
-        measures=measures or (),
-        guarantee=guarantee,
-        risk=risk,
-        budget=budget,
-        class_names=data.class_names,
-        device=device,
-        batch_size=batch_size,
-        memory=room,
-        audit=audit,
-        on_mismatch=on_mismatch,
-        seed=seed,
-        progress=lines if as_json and progress is not False else progress,
-        output=output,
-        fresh=fresh,
-        shard=part,
-        distributed=distributed,
-    )
+    with run_folder.begun_by(words.get()):
+        result = pa.ablate(
+            model,
+            data.batches,
+            layers=layers,
+            intervention=intervention,
+            axis=parse_axes(axis),
+            precision=precision,
+            measures=measures or (),
+            guarantee=guarantee,
+            risk=risk,
+            budget=budget,
+            class_names=data.class_names,
+            device=device,
+            batch_size=batch_size,
+            memory=room,
+            audit=audit,
+            on_mismatch=on_mismatch,
+            seed=seed,
+            progress=lines if as_json and progress is not False else progress,
+            output=output,
+            fresh=fresh,
+            shard=part,
+            distributed=distributed,
+        )
     if not is_first():
         return
     if csv is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from pyablate.cli.tables import columns, count, frame_table, number, points
+from pyablate.cli.tables import chance, columns, count, frame_table, number, points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pyablate.network.sites import Site
     from pyablate.reference.timing import HookLoopTiming
     from pyablate.result import AblationResult
+
+_SHOWN = 5  # units of a layer
 
 _SITE_COLUMNS = (
     *columns(str, "Layer", "Kind"),
@@ -32,10 +35,11 @@ def summary(result: AblationResult) -> list[RenderableType]:
     baseline = f"Baseline accuracy {points(result.baseline_accuracy)} %"
     if not result.labelled:
         baseline = "No labels: agreement with the intact network's predictions"
+    seconds = f"Time: {_time(result.seconds)} for {units * images:,} (unit, image) pairs"
     return [
         f"{baseline} on {images:,} images; {units:,} units, one at a time, "
         f"replaced by: {result.intervention}",
-        summary_table(result),
+        *_worst(result),
         f"Audit: {result.audit}",
         *([] if result.screening is None else [f"Screening: {result.screening}"]),
         *([] if result.estimate is None else [f"Estimate: {result.estimate}", _precision(result)]),
@@ -43,7 +47,7 @@ def summary(result: AblationResult) -> list[RenderableType]:
             f"{name.capitalize()} changes: {each.accuracy}"
             for name, each in result.measures.items()
         ),
-        f"Time: {_time(result.seconds)} for {units * images:,} (unit, image) pairs",
+        *([seconds] if result.seconds else []),  # none is stored
     ]
 
 
@@ -57,33 +61,89 @@ def _precision(result: AblationResult) -> str:
     )
 
 
-def summary_table(result: AblationResult) -> Table:
-    """Tabulate, per layer, its units, largest drop of all images and five worst class drops.
+def _worst(result: AblationResult) -> list[RenderableType]:
+    """Tabulate the units that matter most, and say what is not in the table."""
+    import numpy as np
 
-    Drops are in percentage points, positive where ablation does harm.
-    """
+    from pyablate.analysis.statistics import layer_rows
+
+    changes = np.diff(result.flips.start) > 0
+    silent = [layer for layer, rows in layer_rows(result).items() if not changes[rows].any()]
+    found: list[RenderableType] = []
+    if result.estimate is not None:
+        found.append(_estimated_table(result))
+    elif len(silent) < len(layer_rows(result)):
+        found += [
+            summary_table(result),
+            f"Up to {_SHOWN} units a layer, by q, then by drop. q: adjusted probability that a "
+            "harmless unit shows as much; noise floor: the drop to expect of one",
+        ]
+    if silent and result.estimate is None:
+        found.append(f"No prediction changes without any one unit of: {', '.join(silent)}")
+    ways = Counter(result.strategy.values())
+    found.append(f"Computed by: {', '.join(f'{way} ({n} layers)' for way, n in ways.items())}")
+    return found
+
+
+def _estimated_table(result: AblationResult) -> Table:
+    """Tabulate, per layer, the units with the largest estimated drops, with their intervals."""
     import pandas as pd
 
-    parts = []
-    for layer, rows in result.to_dataframe().groupby("layer", sort=False):
-        first = rows.nlargest(1, "accuracy_drop").iloc[0]
-        largest = f"{points(first['accuracy_drop'])} (unit {first['unit']})"
-        how = result.strategy.get(str(layer), "")
-        parts.append(worst_units(rows).assign(units=len(rows), how=how, largest=largest))
+    units = result.to_dataframe()[["layer", "unit", "accuracy_drop"]]
+    units = units.assign(width=result.half_width())
+    parts = [
+        rows.nlargest(_SHOWN, "accuracy_drop").assign(units=len(rows))
+        for _, rows in units.groupby("layer", sort=False)
+    ]
     shown = (
         *columns(str, "Layer=layer"),
         *columns(count, "Units=units"),
-        *columns(str, "Computed by=how"),
+        *columns(number, "Unit=unit"),
+        *columns(points, f"{result.word.capitalize()} drop=accuracy_drop", "95 %: ±=width"),
+    )
+    return frame_table(pd.concat(parts), shown, grouped=2)
+
+
+def summary_table(result: AblationResult) -> Table:
+    """Tabulate, per layer, its units, largest drop of all images and five worst class drops.
+
+    Drops are in percentage points, positive where ablation does harm. Beside a class drop stand the
+    images of the class, what a harmless unit would show (noise floor) and q. Units and layers
+    without which nothing changes are left out.
+    """
+    import pandas as pd
+
+    tests = result.max_class_test(splits=1)
+    units = result.to_dataframe()[["layer", "unit", "accuracy_drop"]]
+    units = units.assign(
+        **{name: tests[name] for name in ("max_class", "max_class_drop", "noise_floor", "q")},
+        images=result.class_sizes[result.max_class],
+        changes=result.flips.start[1:] - result.flips.start[:-1],
+    )
+    parts = []
+    for _, rows in units.groupby("layer", sort=False):
+        first = rows.nlargest(1, "accuracy_drop").iloc[0]
+        largest = f"{points(first['accuracy_drop'])} (unit {first['unit']})"
+        shown = worst_units(rows[rows["changes"] > 0])
+        parts.append(shown.assign(units=len(rows), largest=largest))
+    shown_columns = (
+        *columns(str, "Layer=layer"),
+        *columns(count, "Units=units"),
         *columns(number, f"Largest {result.word} drop=largest", "Unit=unit"),
         *columns(str, "hurts most=max_class"),
-        *columns(points, "by (points)=max_class_drop"),
+        *columns(count, "images"),
+        *columns(points, "by (points)=max_class_drop", "noise floor=noise_floor"),
+        *columns(chance, "q"),
     )
-    return frame_table(pd.concat(parts), shown, grouped=4)
+    return frame_table(pd.concat(parts), shown_columns, grouped=3)
 
 
 def worst_units(units: pd.DataFrame) -> pd.DataFrame:
-    """Return the five rows with the largest class drops, worst first; equal drops in unit order."""
-    return units.sort_values("max_class_drop", ascending=False, kind="stable").head(5)
+    """Return the five rows of least q, then of largest class drop; equal ones in unit order."""
+    order = {"q": True, "max_class_drop": False}
+    return units.sort_values(list(order), ascending=list(order.values()), kind="stable").head(
+        _SHOWN
+    )
 
 
 def screened_lines(exact: AblationResult, screened: AblationResult) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,11 @@ from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
 from pyablate.network.model_checks import class_names_of
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Floats, Ints, word
 from pyablate.runtime.determinism import undisturbed
+
+logger = logging.getLogger("pyablate")
 
 _FEWEST = 3  # two points always lie on a line
 
@@ -95,6 +99,12 @@ def compare(
         original, other, dtype = prepared_pair(model, smaller, device)
         images = Data(data, dtype=dtype, device=device_of(original), unlabelled=True)
         images.hold_if_read_once()
+        if images.shuffled:
+            logger.warning(
+                "data: the loader shuffles: all images are held in memory, so that both networks "
+                "see them in the same order; shuffle=False saves that"
+            )
+            images.hold()
         before = evaluate(original, images, batch_size)
         stand_in = None if images.labelled else before.prediction
         try:
@@ -158,6 +168,12 @@ class Comparison:
             f"Comparison({self.word} {self.before.accuracy:.4f} -> {self.after.accuracy:.4f}, "
             f"{len(self.differing)} of {len(self.before.labels)} predictions differ)"
         )
+
+    def _repr_html_(self) -> str:
+        """Show the figures of both, and the classes that lose most."""
+        figures = self.summary().rename_axis("figure").reset_index(name="value")
+        classes = self.classes().sort_values("drop", ascending=False, kind="stable")
+        return page(repr(self), figures, classes)
 
     @property
     def word(self) -> str:

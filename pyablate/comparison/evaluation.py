@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyablate._validation import check_count
+from pyablate._validation import check_count, first_line
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.rounding import Rounding, outlying
@@ -23,6 +23,7 @@ from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import check_model, copied
 from pyablate.results.record import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
+from pyablate.runtime.out_of_memory import is_shortage
 
 _FIRST, _LATER = 8, 2
 """Images of the first batch, and of each later one, on which the logits' rounding is measured."""
@@ -124,7 +125,7 @@ def evaluate(
             if not parts and (data.inputs or data.integers):
                 fit_inputs(model, data, batch.images)
                 fit_inputs(exact, data, batch.images.double())
-            logits = check_logits(forward(model, _laid_out(batch.images)), len(batch))
+            logits = check_logits(_returned(model, batch, first=not parts), len(batch))
             _check_values(logits, batch)
             chosen = outlying(batch.images, _FIRST if not parts else _LATER)
             few = batch.images[chosen].double()
@@ -145,6 +146,19 @@ def evaluate(
             parts.append(tuple(each.cpu().numpy() for each in found))
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Evaluation(joined[0], joined[1], joined[2], joined[3], classes)
+
+
+def _returned(model: nn.Module, batch: Batch, *, first: bool) -> Any:
+    """Run the model on a batch; what it cannot take is told of the first."""
+    try:
+        return forward(model, _laid_out(batch.images))
+    except (RuntimeError, IndexError, TypeError) as error:
+        if not first or is_shortage(error):
+            raise
+        shape = list(batch.images.shape[1:])
+        raise ValueError(
+            f"model: it fails on images of shape {shape}: {first_line(error)}"
+        ) from error
 
 
 def prepared(model: nn.Module, device: str | torch.device | None) -> tuple[nn.Module, torch.dtype]:

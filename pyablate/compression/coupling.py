@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from pyablate._validation import first_line
+from pyablate._validation import first_line, optional
 from pyablate.data.inputs import Inputs, is_structured, packed
 from pyablate.network.classifier import giving_logits
 from pyablate.network.hooks import SPEAKING
@@ -332,11 +332,7 @@ def couplings(
 
 def torch_pruning() -> Any:
     """Import Torch-Pruning or say how to get it."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
-    return torch_pruning
+    return optional("torch_pruning", _MISSING)
 
 
 def _trace(

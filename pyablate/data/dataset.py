@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -15,12 +16,25 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
-from pyablate.data.inputs import LABELS, Inputs, is_integer, is_structured, labels_apart, scaled
+from pyablate.data.inputs import (
+    LABELS,
+    Inputs,
+    as_tensor,
+    is_integer,
+    is_structured,
+    labels_apart,
+    scaled,
+)
 from pyablate.runtime.host_to_device import sent
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 _ROWS = 64
 """Images that are read of a data set at a time."""
@@ -154,8 +168,23 @@ class Data:
         """Keep every image in memory, so that the data can be read again and at random."""
         if not isinstance(self._source, list):
             # Copies: the source may fill the same memory again and again.
-            pairs = [(images.clone(), labels.clone()) for images, labels in self._raw()]
+            pairs, count, room = [], 0, _room()
+            for images, labels in self._raw():
+                pairs.append((images.clone(), labels.clone()))
+                count += len(images)
+                room -= images.nbytes if images.device.type == "cpu" else 0
+                if room < 0:
+                    raise ValueError(
+                        f"data: the first {count:,} images fill the memory that is free, and more "
+                        "follow; give a data set that is read by index, or end what is endless"
+                    )
             self._source = pairs if self.labelled else [(images, None) for images, _ in pairs]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether a loader gives its images in another order each time, as far as it tells."""
+        sampler = getattr(self._source, "sampler", None)
+        return isinstance(self._source, DataLoader) and isinstance(sampler, _SHUFFLING)
 
     def hold_if_read_once(self) -> None:
         """Keep the images of a source that can be iterated only once, such as a generator."""
@@ -177,7 +206,7 @@ class Data:
         if len(self._source) > 1 or not _is_plain(self._source[0]):
             images, labels = (torch.cat(parts) for parts in zip(*self._raw(), strict=True))
             self._source = [(images, labels if self.labelled else None)]
-        images = torch.as_tensor(self._source[0][0])
+        images = as_tensor(self._source[0][0])
         return self._converted(images[index.to(images.device)])
 
     @property
@@ -317,7 +346,10 @@ class Data:
         """One tensor of what a batch has for images."""
         structured = is_structured(given)
         if not structured:
-            images = given = torch.as_tensor(given)
+            try:
+                images = given = as_tensor(given)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where}: images: {error}") from None
             if not is_integer(images):
                 return images
         try:
@@ -359,7 +391,7 @@ def class_numbers(labels: Any, where: str) -> Tensor:
         Not integers, and no one-hot rows: text, fractions, several classes an image.
     """
     try:
-        found = torch.as_tensor(labels)
+        found = as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         kind = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(
@@ -412,6 +444,11 @@ def gathered(source: Any) -> tuple[Any, Tensor]:
         images = torch.cat([part for part, _ in parts])
         labels = torch.cat([part for _, part in parts])
     return images if data.inputs is None else data.inputs.as_given(images), labels
+
+
+def _room() -> int:
+    """Bytes of memory that nobody uses."""
+    return int(psutil.virtual_memory().available)
 
 
 def _by_index(loader: DataLoader[Any]) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 _log = logging.getLogger("pyablate")
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 LABELS = ("labels", "label")
 """Keys of the labels in a batch that is a mapping, as Hugging Face's data sets have them."""
 
@@ -133,6 +135,31 @@ class Inputs:
         )
 
 
+def as_tensor(given: Any) -> Tensor:
+    """Make a tensor of real numbers: of arrays in any layout, byte order and unsigned type, too.
+
+    Raises
+    ------
+    TypeError
+        Text, objects or complex numbers.
+    ValueError
+        A tensor without values, on the meta device.
+    """
+    if isinstance(given, np.ndarray):
+        if given.dtype.kind not in "biufc":
+            raise TypeError(f"expected numbers, got an array of {given.dtype}")
+        given = np.asarray(given, given.dtype.newbyteorder("="), order="C")
+    found = torch.as_tensor(given)
+    if found.is_complex():
+        raise TypeError(
+            f"expected real numbers, got {found.dtype}; real and imaginary parts may be channels"
+        )
+    if found.is_meta:
+        raise ValueError("expected values, got a tensor on the meta device, which has none")
+    # Torch computes with bytes, and else with signed integers only.
+    return found.long() if found.dtype in _UNSIGNED else found
+
+
 def is_integer(part: Tensor) -> bool:
     """Whether numbers stand for themselves: integers and booleans, but for bytes of images."""
     return not part.is_floating_point() and not part.is_complex() and part.dtype != torch.uint8
@@ -205,7 +232,7 @@ def _tensors(given: Any) -> list[Tensor]:
     found = []
     for name, part in named:
         try:
-            found.append(torch.as_tensor(part))
+            found.append(as_tensor(part))
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"input {name!r} is no tensor but {type(part).__name__}; leave out what the model "

@@ -141,5 +141,5 @@ def _by_events(work: Callable[[], Tensor]) -> float:
             work()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3 / LAUNCHES)
+        found.append(float(begin.elapsed_time(end)) / 1e3 / LAUNCHES)
     return min(found)

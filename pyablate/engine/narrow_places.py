@@ -10,18 +10,12 @@ from itertools import accumulate
 
 from torch import Tensor, fx
 
-from pyablate.engine.suffix import Suffix
-from pyablate.network.graph import LINEAR_MAPS, MARKER, Graph
+from pyablate.engine.suffix import Suffix, multiply_adds
+from pyablate.network.graph import MARKER, Graph
 from pyablate.network.layout import BatchLayout
 
 MOST = 7
 """Places of a network at most: about every eighth of its arithmetic."""
-
-
-def multiply_adds(graph: Graph, node: fx.Node) -> float:
-    """Multiplications and additions of a convolution or a linear map for one image."""
-    filters = graph.constant(node, 1) if node.target in LINEAR_MAPS else None
-    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
 
 
 def passed_by_all(suffix: Suffix) -> list[fx.Node]:

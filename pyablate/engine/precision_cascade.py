@@ -74,6 +74,9 @@ FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
 """Least bounds, as shares of the spread, however small the errors seen. In 8 bits it stays at that:
 what goes beyond is attributed to the steps."""
 
+Advance = Callable[[int], None]
+"""Told how many more pairs are done, for those who show progress."""
+
 USELESS = 0.5
 """Share of open pairs above which a tier is left out: most work would be done twice."""
 
@@ -92,6 +95,8 @@ class _Live:
         The clean run.
     size : callable
         Pairs to work on at a time, by precision.
+    advance : callable
+        Told how many more are done.
     """
 
     change: Change
@@ -99,6 +104,7 @@ class _Live:
     image: Tensor
     clean: Clean
     size: Callable[[torch.dtype], int]
+    advance: Advance
 
     @cached_property
     def watched(self) -> Tensor:
@@ -137,6 +143,8 @@ class PrecisionCascade:
         Pairs at a time for which memory has been seen to suffice.
     care : Care
         With which the job is done from now on.
+    left_open : dict
+        Share of the pairs measured last that each low tier left open, by which progress is told.
     """
 
     tiers: list[torch.dtype]
@@ -148,6 +156,7 @@ class PrecisionCascade:
     measured: int = 0
     most: int = 1 << 30
     care: Care = Care.USUAL
+    left_open: dict[torch.dtype, float] = field(default_factory=dict)
 
     @property
     def full(self) -> torch.dtype:
@@ -179,6 +188,7 @@ class PrecisionCascade:
         *,
         record: Record | None = None,
         truth: Truth | None = None,
+        advance: Advance = lambda pairs: None,
     ) -> Tensor:
         """Class of each pair, tier after tier.
 
@@ -198,6 +208,9 @@ class PrecisionCascade:
         truth : callable, optional
             Gives logits in float64, which full precision is measured by and the last tier decides
             by. Without it there is no last tier.
+        advance : callable, optional
+            Told after every slice of pairs how many of them are decided, about: the device is not
+            waited for.
 
         Returns
         -------
@@ -205,7 +218,7 @@ class PrecisionCascade:
             int32 ``[P]``, on the CPU; -1 where full precision leaves it open and nothing follows.
             One wait for the device per tier that had anything to do.
         """
-        live = _Live(change, row, image, clean, size)
+        live = _Live(change, row, image, clean, size, advance)
         self._calibrate(live)
         if truth is not None and self.full != torch.float64:
             self._measure_full(live, truth)
@@ -248,6 +261,8 @@ class PrecisionCascade:
                 found[some] = self._trusted(changed, image[some], live.clean, tier)
                 if record is not None:
                     record(row[some], image[some], changed.logits)
+            decided = 1.0 - self.left_open.get(tier, 0.0)
+            live.advance(round((some.stop - some.start) * decided))
         return found
 
     def _slices(
@@ -348,6 +363,7 @@ class PrecisionCascade:
             assert rough is not None
             self._learn(tier, rough, exact.logits, live.clean.tolerance[image])
             open_ = float((self._trusted(rough, image, live.clean, tier) < 0).float().mean())
+            self.left_open[tier] = open_
             if self.error_bound(tier) >= 1.0 or open_ > USELESS:
                 useless.append(tier)
         return useless

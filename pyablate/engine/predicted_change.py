@@ -174,6 +174,8 @@ class Predictor:
 
     @cached_property
     def _kept(self) -> set[fx.Node]:
+        # All of them: the backward passes hold nearly as many, and to keep only those at which
+        # gradients are taken saved no memory that could be measured.
         suffixes = self.suffixes.values()
         behind = set().union(*(suffix.nodes for suffix in suffixes))
         channels = {node for node in behind if _may_be_read(node)}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from pyablate.engine import constant_delta, rules
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
-from pyablate.network.graph import MARKER, Graph
+from pyablate.network.graph import LINEAR_MAPS, MARKER, Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,21 @@ class Suffix:
         return self.graph.prepared((self.job, weight.dtype), lay_out).t()
 
     @cached_property
+    def work(self) -> float:
+        """Operations for one pair, about: its multiplications and elements, dead or alive."""
+        graph = self.graph
+        return sum(multiply_adds(graph, node) + graph.elements(node) for node in self.nodes)
+
+    @cached_property
     def widest(self) -> int:
         """Largest number of elements that one pair needs in one tensor of the suffix."""
         return max((self.graph.elements(node) for node in self.nodes), default=1)
+
+
+def multiply_adds(graph: Graph, node: fx.Node) -> float:
+    """Multiplications and additions of a convolution or a linear map for one image."""
+    filters = graph.constant(node, 1) if node.target in LINEAR_MAPS else None
+    return 0.0 if filters is None else 2.0 * graph.elements(node) * filters[0].numel()
 
 
 def usual(pairs: int, *, up: bool = False) -> int:

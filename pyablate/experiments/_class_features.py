@@ -76,7 +76,7 @@ def class_features(
     check_fraction("keep", keep)
     check_count("batch_size", batch_size)
     halves = split(data, seed=seed)
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(model, device), torch.inference_mode(False), torch.no_grad():
         ready = opened(model, halves.choosing, {"class_names": class_names, "device": device})
         layer = _last(ready)
         weight = layer.weight.double().cpu()

@@ -24,6 +24,7 @@ from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
@@ -197,6 +198,15 @@ class Cumulative:
             target_accuracy=self._of_target("class_accuracy").ravel(),
             target_balanced_accuracy=self._of_target("balanced_accuracy").ravel(),
         )
+
+    def __repr__(self) -> str:
+        """Size in one line."""
+        sizes = self.data.sizes
+        return f"Cumulative({sizes['curve']} curves of {sizes['step']} steps)"
+
+    def _repr_html_(self) -> str:
+        """Show the areas under the curves."""
+        return page(repr(self), self.area)
 
     def plot(self, *, x: str = "removed", y: str = "accuracy", ax: Axes | None = None) -> Axes:
         """Draw the curves, see :func:`pyablate.plots.cumulative_curves`."""

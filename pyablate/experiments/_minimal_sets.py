@@ -18,6 +18,7 @@ from pyablate.experiments.units import best_first, class_number, labels_of, open
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Floats
 from pyablate.runs._ablate import ablate
 
@@ -148,6 +149,14 @@ class MinimalSets:
     table: pd.DataFrame
     chance: float
     result: AblationResult
+
+    def __repr__(self) -> str:
+        """Size in one line."""
+        return f"MinimalSets({len(self.table)} sets)"
+
+    def _repr_html_(self) -> str:
+        """Show the table."""
+        return page(repr(self), self.table)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Ints
 from pyablate.runs._ablate import ablate
 from pyablate.runtime.chunking import NUMBERS
@@ -119,6 +120,17 @@ class Pairs:
 
     data: xr.Dataset
     result: AblationResult
+
+    def __repr__(self) -> str:
+        """Size in one line."""
+        return f"Pairs({self.data.sizes['pair']:,} pairs of units)"
+
+    def _repr_html_(self) -> str:
+        """Show the pairs that interact most."""
+        figures = [name for name, values in self.data.items() if values.dims == ("pair",)]
+        table = self.data[figures].to_dataframe()[["first", "second", *figures]]
+        strongest = table["interaction"].abs().argsort(kind="stable")[::-1]
+        return page(repr(self), table.iloc[strongest])
 
     def matrix(self, name: str = "interaction") -> xr.DataArray:
         """Symmetric matrix of a figure of the pairs, NaN on the diagonal.

@@ -98,7 +98,7 @@ def activation_patterns(
         check_count("neighbours", neighbours)
     check_count("batch_size", batch_size)
     options = {"class_names": class_names, "device": device, "axis": axis}
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = opened(model, data, options)
         chosen = select(ready.sites, layer)
         if len(chosen) != 1:

@@ -82,7 +82,7 @@ def representative(
     check_count("batch_size", batch_size)
     check_fraction("allowed", allowed)
     check_seed(seed)
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = opened(model, data, {"device": device, "axis": axis})
         ready.data.hold()
         chosen = select(ready.sites, layer)

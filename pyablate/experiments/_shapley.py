@@ -17,6 +17,7 @@ from pyablate.experiments.permutations import Bools, Estimates, Rules, estimate
 from pyablate.experiments.units import class_number, opened
 from pyablate.interventions import Intervention, parse
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Audit, Floats, Ints
 from pyablate.results.screening import Screening
 from pyablate.runs._ablate import ablate
@@ -231,6 +232,11 @@ class Shapley:
         """
         names = ("unit", "layer", *FIGURES)
         return pd.DataFrame({name: self.data[name].to_numpy() for name in names})
+
+    def _repr_html_(self) -> str:
+        """Show the units worth most."""
+        table = self.to_dataframe().sort_values("value", ascending=False, kind="stable")
+        return page(repr(self), table)
 
     def __repr__(self) -> str:
         """Size and effort in one line."""

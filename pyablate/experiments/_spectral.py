@@ -84,7 +84,7 @@ def spectral_profile(
 
     check_fraction("share", share)
     check_count("batch_size", batch_size)
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(model, device), torch.inference_mode(False), torch.no_grad():
         options = {"class_names": class_names, "device": device, "axis": axis}
         ready = opened(model, data, options)
         spectrum = _Spectrum(ready, layer)
@@ -174,7 +174,7 @@ def influence_graph(
     check_count("batch_size", batch_size)
     if isinstance(layers, str) or len(layers) != 2:
         raise ValueError(f"layers: expected a pair of names, got {layers!r}")
-    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(model, device), torch.inference_mode(False), torch.no_grad():
         options = {"class_names": class_names, "device": device, "axis": axis}
         ready = opened(model, data, options)
         ready.data.hold_if_read_once()

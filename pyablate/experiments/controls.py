@@ -21,6 +21,7 @@ from pyablate.experiments.units import check_every_pair
 from pyablate.interventions import Intervention
 from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
@@ -203,6 +204,14 @@ class RotationControl:
     table: pd.DataFrame
     units: AblationResult
     rotated: AblationResult
+
+    def __repr__(self) -> str:
+        """Size in one line."""
+        return f"RotationControl({len(self.table)} rows)"
+
+    def _repr_html_(self) -> str:
+        """Show the table."""
+        return page(repr(self), self.table)
 
 
 def _figures(result: AblationResult, fewest: int, splits: int, seed: int) -> dict[str, Floats]:

@@ -238,7 +238,7 @@ def relevant(
         check_count("subspaces", subspaces)
     check_seed(seed)
     size = batch_size or BATCH
-    with undisturbed(), torch.inference_mode(False):
+    with undisturbed(model, device), torch.inference_mode(False):
         ready = opened(model, data, {"device": device, "axis": axis})
         check_class("target", target, ready.classes)
         ready.data.hold_if_read_once()

@@ -125,7 +125,8 @@ def _numbers(name: str, spec: Any, labels: Sequence[str]) -> np.ndarray:
         spec = pd.Series(spec.to_numpy(), index=spec["unit"].to_numpy())
     if isinstance(spec, pd.Series):
         index = spec.index.astype(str)
-        missing = [label for label in labels if label not in set(index)]
+        there = set(index)
+        missing = [label for label in labels if label not in there]
         twice = index[index.duplicated()]
         if missing or len(twice):
             what = f"{missing[0]!r} is missing" if missing else f"{twice[0]!r} is there twice"

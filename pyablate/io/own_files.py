@@ -31,6 +31,9 @@ ARRAYS = (
 )
 """Arrays of a result."""
 
+COMMAND = "command.json"
+"""The command of the shell that made a result."""
+
 _ARRAY_FOLDER = rf"(?:{'|'.join(ARRAYS)})"
 _ARRAY_FILE = rf"{_ARRAY_FOLDER}/(?:zarr\.json|c(?:/\d+)+)"
 _PLAIN = r"manifest\.json|statistics\.npz|\d{9}(?:\.begun)?\.npz"
@@ -44,13 +47,23 @@ _GROUP_FILES = (".zgroup", ".zattrs", ".zmetadata")
 def check_replaceable(store: Path) -> None:
     """Refuse to replace a finished store whose folder holds anything else."""
     arrays = own_arrays(store, store)
-    group = ("zarr.json",) if (store / "zarr.json").exists() else _GROUP_FILES
+    zarr: tuple[str, ...] = ("zarr.json",) if (store / "zarr.json").exists() else _GROUP_FILES
+    group = (*zarr, *([COMMAND] if read_command(store) else []))
     tidying = is_manifest(store / "blocks")  # of a run that was killed when all was done
     for name in checksums.files_below(store):
         first, _, rest = name.partition("/")
         blocks = tidying and first == "blocks" and is_own_in_blocks(rest)
         if first not in arrays and name not in group and not blocks:
             raise foreign(store, name)
+
+
+def read_command(folder: Path) -> list[str] | None:
+    """Read the words of the command that made what is in a folder; None where nobody knows."""
+    try:
+        words = json.loads((folder / COMMAND).read_bytes())["pyablate_command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(word) for word in words] if isinstance(words, list) else None
 
 
 def remains(path: Path) -> list[str]:

@@ -95,15 +95,15 @@ def usable_device(device: str | torch.device) -> torch.device:
     return where
 
 
-def images_at_a_time(model: nn.Module, images: Tensor) -> int:
+def images_at_a_time(cost: Cost, images: Tensor) -> int:
     """As many images as keep the costliest call of a network short, and at least two.
 
-    It is run once on a few images ``[N, ...]`` in its precision, where they are on a CPU.
+    ``cost`` is of a few images; these ``[N, ...]`` are the same in the precision that is meant.
     """
     if images.device.type != "cpu":
         return torch.iinfo(torch.int32).max
     longest = 4 * chunking.LONGEST // images.element_size()
-    return int(max(2, longest * len(images) // max(cost_of(model, images).most, 1)))
+    return int(max(2, longest * len(images) // max(cost.most, 1)))
 
 
 def cost_of(model: nn.Module, images: Tensor) -> Cost:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyablate._validation import nearest
+from pyablate._validation import first_line, nearest
 from pyablate.data.inputs import Inputs
 from pyablate.network.classifier import Choice, check_choice_of_logits, giving_logits
 from pyablate.network.copies import copied, seen_through
@@ -27,6 +27,7 @@ from pyablate.network.hooks import SPEAKING, Kind, Site, evaluation, hooked
 from pyablate.network.survey import Survey, survey
 from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
+from pyablate.runtime.out_of_memory import is_shortage
 
 __all__ = [
     "Kind",
@@ -109,7 +110,14 @@ def surveyed(
         torch.inference_mode(False),
         giving_logits(model, logits, inputs),
     ):
-        return survey(model, sample.clone()).with_axes(axis or {})
+        try:
+            found = survey(model, sample.clone())
+        except (RuntimeError, IndexError) as error:
+            if is_shortage(error):
+                raise
+            what = inputs or f"an input of shape {list(sample.shape[1:])}"
+            raise ValueError(f"data: the model fails on {what}: {first_line(error)}") from error
+    return found.with_axes(axis or {})
 
 
 def asks_for_everything(
@@ -127,16 +135,21 @@ def check_model(model: object) -> None:
     TypeError
         It is no module, or (in part) compiled to TorchScript, where hooks do not reach.
     ValueError
-        A lazy module has no weights yet.
+        A lazy module, or one on the meta device, has no weights yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+        if any(part is not None and is_lazy(part) for part in _own(module)):
             raise ValueError(
                 f"model: {name or 'the model'} ({type(module).__name__}) takes the shape of its "
                 "weights from its first input and has seen none; run the model on a batch, then "
                 "load its weights"
+            )
+        if any(part is not None and part.is_meta for part in _own(module)):
+            raise ValueError(
+                f"model: {name or 'the model'} ({type(module).__name__}) is on the meta device and "
+                "has no weights; load them, for example with model.to_empty and load_state_dict"
             )
         if isinstance(module, torch.jit.ScriptModule):
             what = f"{name} is" if name else "this is"
@@ -144,6 +157,10 @@ def check_model(model: object) -> None:
                 f"model: {what} TorchScript, whose layers cannot be reached; "
                 "give the network from which it was scripted or traced"
             )
+
+
+def _own(module: nn.Module) -> list[Tensor | None]:
+    return [*module._parameters.values(), *module._buffers.values()]
 
 
 def select(found: Sequence[Site], layers: str | Sequence[str] | None = None) -> list[Site]:

@@ -49,9 +49,11 @@ def structure(model: nn.Module) -> Hashable | None:
         Python and code, to no network. None where something in it cannot be told.
     """
     try:
-        return _Walk().of(model)
-    except (_Untold, RecursionError):
+        told = _Walk().of(model)
+        hash(told)
+    except Exception:  # whatever an object raises that does not like it
         return None
+    return told
 
 
 class _Walk:

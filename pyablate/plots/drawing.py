@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pyablate._validation import optional
 from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
@@ -69,10 +70,8 @@ def new_axes(ax: Axes | None, *, width: float, height: float) -> Axes:
     ImportError
         matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot  # an extra, and slow to import
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'pyablate[plot]'") from error
+    # An extra, and slow to import.
+    pyplot = optional("matplotlib.pyplot", "plots need matplotlib: pip install 'pyablate[plot]'")
     if ax is None:
         ax = pyplot.subplots(figsize=(width, height), layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)

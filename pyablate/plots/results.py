@@ -248,7 +248,9 @@ class ResultPlots:
                 axes.scatter(net, place[which], label=meaning, **style)
         if result.estimate is not None:
             width = 100 * result.half_width("class_accuracy_drop")[row][shown]
-            _interval(axes, (lost - gained)[shown], np.asarray(place, np.float64), width, upright=False)
+            _interval(
+                axes, (lost - gained)[shown], np.asarray(place, np.float64), width, upright=False
+            )
         axes.axvline(0, color="black", linewidth=0.8)
         tick(axes.yaxis, [result.class_names[k] for k in shown])
         axes.invert_yaxis()

@@ -81,7 +81,7 @@ def _summary(result: Record, hurt_pairs: int) -> dict[str, Any]:
 
 def _provenance(result: Record, further: Mapping[str, object]) -> list[list[str]]:
     """Lines of name and value."""
-    facts: dict[str, object] = dict(further) | _flat(result.provenance)
+    facts: dict[str, object] = dict(further) | flat(result.provenance)
     facts["Replaced by"] = result.intervention
     for name, measure in result.measures.items():
         facts[f"Accuracy of the {name} change"] = measure.accuracy
@@ -94,12 +94,12 @@ def _provenance(result: Record, further: Mapping[str, object]) -> list[list[str]
     return [[str(name), str(value)] for name, value in facts.items()]
 
 
-def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, object]:
+def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, object]:
     """Join the names along each branch: ``model.weights``."""
     lines: dict[str, object] = {}
     for name, value in tree.items():
         path = f"{head}{name}"
-        lines |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+        lines |= flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return lines
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyablate._validation import check_bytes, check_count
 from pyablate.engine.care import check_on_mismatch
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import check_measures
@@ -39,9 +40,15 @@ from pyablate.runs.state import unpack_thresholds
 from pyablate.runs.thresholds import Thresholds, measure
 from pyablate.runtime.determinism import undisturbed
 from pyablate.runtime.distributed import Ranks, own_device, taking_part
-from pyablate.runtime.progress import Report, reporting
+from pyablate.runtime.progress import Report, Reporter, reporting, stage
 
 logger = logging.getLogger("pyablate")
+
+
+_SHUFFLED = (
+    "data: the loader shuffles: image numbers in the result are those of this pass, and a run that "
+    "is killed or cut into shards cannot go on; shuffle=False makes them those of the data set"
+)
 
 
 def ablate(
@@ -56,7 +63,7 @@ def ablate(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     audit: int | None = None,
     on_mismatch: str = "error",
     seed: int = 0,
@@ -108,8 +115,9 @@ def ablate(
         Where to work; by default where the model is.
     batch_size : int, optional
         Images per clean run. Changes speed and memory only.
-    memory : int, optional
-        Bytes to work in, roughly; by default a quarter of what is free.
+    memory : int or str, optional
+        Bytes to work in, roughly, or a size such as "4GB" or "512MiB"; by default a quarter of
+        what is free.
     audit : int, optional
         Random (unit, image) pairs to recompute by plain forward passes of the model, in float64
         where float32 does not settle them. A layer of which one differs is computed again more
@@ -192,7 +200,7 @@ def ablate(
             class_names=class_names,
             device=own_device(distributed, device),
             batch_size=batch_size,
-            memory=memory,
+            memory=check_bytes("memory", memory),
             strategy=strategy,
             precision=precision,
             measures=check_measures(measures),
@@ -215,6 +223,7 @@ def ablate(
     with (
         undisturbed(model, device),
         taking_part(distributed, device) as ranks,
+        reporting(options.progress if ranks.first else False, unit="pairs") as report,
     ):
         measured = _earlier(options, ranks)
         setup = _capture(model, data, options, measured, ranks)
@@ -232,7 +241,7 @@ def ablate(
             if held is None:
                 return _finished(setup, plan, options, ranks)
             prepared = time.perf_counter() - begin
-            sweep = _sweep(setup, plan, options, held, known, ranks)
+            sweep = _sweep(setup, plan, options, held, known, ranks, report)
             if ranks.first:
                 result = _collect(setup, plan, held)
                 _warn_of_chance(chance_remark(result))
@@ -267,8 +276,8 @@ class _RunOptions:
         check_options(model, self.setup)
         _check_risk(self.risk)
         self._check_budget()
-        if self.audit is not None and (not isinstance(self.audit, int) or self.audit < 0):
-            raise ValueError(f"audit: expected a number of pairs, 0 or more, got {self.audit!r}")
+        if self.audit is not None:
+            check_count("audit", self.audit, 0)
         check_on_mismatch(self.on_mismatch)
         if self.output is not None:
             check_place(self.output, fresh=self.fresh)
@@ -352,6 +361,7 @@ def _measured(
         return None
     known = None if measured is None else unpack_thresholds(measured)
     if known is None:
+        stage("measuring what predictions by gradients are worth")
         found: Thresholds | Design | None = None
         if ranks.first and kind == "screened":
             found = measure(setup, options.risk, options.seed)
@@ -372,7 +382,8 @@ def _capture(
 ) -> Setup:
     """Capture the network, with the statistics of an earlier process if there are any."""
     setup = prepare(model, data, options.setup, measured=measured, ranks=ranks)
-    for remark in setup.remarks if ranks.first else ():
+    remarks = [*setup.remarks, *([_SHUFFLED] if setup.data.shuffled else [])]
+    for remark in remarks if ranks.first else ():
         logger.warning("%s", remark)
     return setup
 
@@ -414,6 +425,7 @@ def _sweep(
     held: Held,
     known: Thresholds | Design | None,
     ranks: Ranks,
+    report: Reporter,
 ) -> BlockSweep:
     """Do all jobs on all blocks, in the portions with which the run began."""
     given = options.setup
@@ -426,17 +438,15 @@ def _sweep(
     )
     audited = _audited_pairs(setup, plan.audit, options.seed)
     sweep = BlockSweep(setup, audited, given.measures, options.on_mismatch, screen, drawing)
-    with reporting(options.progress if ranks.first else False, unit="pairs") as report:
-        loop = RunLoop(
-            sweep=sweep,
-            held=held,
-            ranks=ranks,
-            dtype=plan.dtype,
-            any_tier=given.precision == "auto",
-            hashing=plan.hashing,
-            report=report,
-        )
-        loop.run()
+    RunLoop(
+        sweep=sweep,
+        held=held,
+        ranks=ranks,
+        dtype=plan.dtype,
+        any_tier=given.precision == "auto",
+        hashing=plan.hashing,
+        report=report,
+    ).run()
     return sweep
 
 

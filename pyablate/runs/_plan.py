@@ -11,22 +11,22 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate._validation import check_fraction, check_level
+from pyablate._validation import check_bytes, check_fraction, check_level
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
 from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
-from pyablate.engine.narrow_places import multiply_adds
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Suffix, needed
+from pyablate.engine.suffix import Suffix, multiply_adds, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import Intervention, parse
 from pyablate.network.aten import SAME
 from pyablate.network.classifier import Choice
 from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
+from pyablate.results.notebook import page
 from pyablate.runs.audit import CALL as AUDIT_CALL
 from pyablate.runs.audit import PASSES, usual_pairs
 from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
@@ -160,8 +160,33 @@ class Plan:
             Of the run that was planned: a column ``actual`` shows the seconds that it took. Of a
             screened run also the shares of pairs that its stages left open, and what they cost.
         """
+        shown = self._shown
+        if result is not None:
+            actual = result.effort.layer_seconds
+            shown["actual"] = [
+                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in shown["layer"]
+            ]
+        lines = [shown.to_string(index=False), *self._lines]
+        stages = stages_table(self.screened, result)
+        if len(stages):
+            lines += ["what the stages of screening leave open of the live pairs, and their cost:"]
+            lines += [stages.to_string(index=False, float_format="{:.3f}".format, na_rep="")]
+        if result is not None:
+            spent = sum(result.effort.layer_seconds.values())
+            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
+            took = result.effort.other_seconds.items()
+            lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show what :meth:`explain` says."""
+        return page(f"Plan for {self.images:,} images", self._shown, notes=self._lines)
+
+    @property
+    def _shown(self) -> pd.DataFrame:
+        """The table as people read it."""
         table = self.table
-        shown = table.assign(
+        return table.assign(
             pairs=[f"{pairs:,}" for pairs in table["pairs"]],
             live=[f"{live:.0%}" for live in table["live"]],
             gflop=[f"{gflop:,.1f}" for gflop in table["gflop"]],
@@ -169,13 +194,11 @@ class Plan:
             gbyte=[f"{gbyte:,.2f}" for gbyte in table["gbyte"]],
             seconds=[f"{seconds:,.2f}" for seconds in table["seconds"]],
         )
-        if result is not None:
-            actual = result.effort.layer_seconds
-            shown["actual"] = [
-                f"{actual[layer]:,.2f}" if layer in actual else "" for layer in table["layer"]
-            ]
-        lines = [
-            shown.to_string(index=False),
+
+    @property
+    def _lines(self) -> list[str]:
+        """What is said below the table."""
+        return [
             f"{self.images:,} images in batches of {self.batch_size}, {self.slice_pairs:,} pairs "
             f"at a time; dense part in {', doubtful pairs in '.join(self.tiers)}",
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
@@ -187,16 +210,6 @@ class Plan:
             self._screened(),
             *self.remarks,
         ]
-        stages = stages_table(self.screened, result)
-        if len(stages):
-            lines += ["what the stages of screening leave open of the live pairs, and their cost:"]
-            lines += [stages.to_string(index=False, float_format="{:.3f}".format, na_rep="")]
-        if result is not None:
-            spent = sum(result.effort.layer_seconds.values())
-            lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
-            took = result.effort.other_seconds.items()
-            lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
-        return "\n".join(lines)
 
     @property
     def _parts(self) -> dict[str, float]:
@@ -234,7 +247,7 @@ def plan(
     logits: Choice = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     precision: str = "auto",
     measure: bool = False,
     risk: float = 1e-5,
@@ -277,7 +290,7 @@ def plan(
         parse(intervention),
         device=device,
         batch_size=batch_size,
-        memory=memory,
+        memory=check_bytes("memory", memory),
         precision=precision,
         axis=axis,
         logits=logits,

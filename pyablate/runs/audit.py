@@ -22,10 +22,9 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.clean_run import close_calls
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import Measured
-from pyablate.engine.narrow_places import multiply_adds
 from pyablate.engine.replay import Decision, Replay, decision
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Suffix
+from pyablate.engine.suffix import Suffix, multiply_adds
 from pyablate.network import near_tie
 from pyablate.network.graph import LINEAR_MAPS
 from pyablate.results.measures import Accuracy

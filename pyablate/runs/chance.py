@@ -39,7 +39,7 @@ def chance_remark(result: Record) -> str | None:
     if share > _ONE_CLASS:
         found.append(f"{share:.0%} of the images are predicted as {result.class_names[most]!r}")
     return (
-        f"data: {'; '.join(found)}. Likely reasons: classes in another order than the network's "
-        "outputs, pixels of 0 to 255 where 0 to 1 is expected, another mean and std, labels "
-        "shifted by one"
+        f"data: {'; '.join(found)}. Likely reasons: weights that were not loaded, classes in "
+        "another order than the network's outputs, pixels of 0 to 255 where 0 to 1 is expected, "
+        "another mean and std, labels shifted by one"
     )

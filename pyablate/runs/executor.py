@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,8 +42,12 @@ from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, pack_cascade
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.host_to_device import sent
+from pyablate.runtime.progress import stage
 
 logger = logging.getLogger("pyablate")
+
+SECONDS = 0.5
+"""Time between two words of progress inside a job."""
 
 Decide = Callable[[Tensor, Tensor], Tensor]
 """``decide(row, image)``: the class of each pair, int32 ``[P]``."""
@@ -74,7 +78,7 @@ class BlockSweep:
         How far the clean run has been seen to be off.
     layer_seconds : dict
         Time of each layer's ablations.
-    other_seconds : Counter
+    other_seconds : dict
         Time of clean runs and audit.
     cascades : dict
         Precisions and care of each job.
@@ -82,6 +86,8 @@ class BlockSweep:
         What lies behind the sites of each job; empty where all is done by replay.
     keep : set of fx.Node
         Clean tensors that they read.
+    advance : callable
+        Told how many more pairs of the job at work are done.
     recorder : Recorder or None
         Records slices as CUDA graphs, where the device has such; its memory goes with the sweep.
     """
@@ -94,11 +100,12 @@ class BlockSweep:
     drawing: Drawing | None = None
     rounding: Rounding = field(default_factory=Rounding)
     layer_seconds: dict[str, float] = field(default_factory=dict)
-    other_seconds: Counter[str] = field(default_factory=Counter)
+    other_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     cascades: dict[Job, PrecisionCascade] = field(init=False)
     suffixes: dict[Job, Suffix] = field(init=False)
     keep: set[fx.Node] = field(init=False)
     auditor: Auditor = field(init=False)
+    advance: Callable[[int], None] = field(init=False)
     recorder: cuda_graph.Recorder | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,7 +129,7 @@ class BlockSweep:
         partial: PartialBlock | None = None,
         *,
         keep: Callable[[PartialBlock], None],
-        advance: Callable[[int, str], None],
+        advance: Callable[[int, Job], None],
     ) -> Block:
         """Do all jobs on some images.
 
@@ -137,7 +144,7 @@ class BlockSweep:
         keep : callable
             Takes what the first jobs have found, after each of them.
         advance : callable
-            Takes the number of pairs just done, and the layer at work.
+            Takes the number of pairs just done, and the job at work.
         """
         found = BlockAccumulator(self.setup, self.measures, hashed)
         if self.screen is not None:
@@ -161,19 +168,20 @@ class BlockSweep:
         images: Batch,
         found: BlockAccumulator,
         keep: Callable[[PartialBlock], None],
-        advance: Callable[[int, str], None],
+        advance: Callable[[int, Job], None],
     ) -> None:
         parts = images.split(self.setup.batch_size)
         for batch, clean in (run for part in parts for run in self._clean(part)):
             found.labels.append(batch.labels.cpu().numpy())
             found.baseline.append(clean.predicted.numpy())
             for number, job in enumerate(self.setup.jobs):
+                steps = _Steps(job, len(job.rows) * len(batch), advance)
                 if number >= found.skipped:
-                    advance(0, job.name)
+                    self.advance = steps
                     self._job(job, batch, clean, found)
                     if len(batch) == len(images):
                         keep(found.partial(number + 1, self._state))
-                advance(len(job.rows) * len(batch), job.name)
+                steps.finish()
             del clean  # before the next batch has its own
 
     @property
@@ -241,6 +249,7 @@ class BlockSweep:
             return
         spent = time.perf_counter() - start
         self.layer_seconds[job.name] = self.layer_seconds.get(job.name, 0.0) + spent
+        stage(f"{job.name} (audit)")
         start = time.perf_counter()
         audited = self.auditor.check(job, batch, clean, flips, measured)
         self.other_seconds["audit"] += time.perf_counter() - start
@@ -353,8 +362,15 @@ class BlockSweep:
         if self.recorder is not None:
             change = cuda_graph.Repeated(change, self.recorder)
         decide: Decide = functools.partial(
-            cascade.classify, change, clean=clean, size=size, record=record, truth=truth
+            cascade.classify,
+            change,
+            clean=clean,
+            size=size,
+            record=record,
+            truth=truth,
+            advance=self.advance,
         )
+        self.advance(len(job.rows) * len(batch) - len(row))  # the others change nothing
         if self.drawing is not None:
             return self._drawn(self.drawing, job, batch, clean, row, image, decide)
         if self.screen is None:
@@ -438,6 +454,7 @@ class BlockSweep:
             logits = decides.logits(batch, job, row, image)
             _tell(record, row, image, logits, clean)
             self.cascades[job].count(torch.float64, len(row))
+            self.advance(len(row))
             return decision(logits).prediction
 
         size = units * max(1, min(IMAGES, fitting))
@@ -458,6 +475,7 @@ class BlockSweep:
             close = clean_run.close_calls(logits, self.rounding.tolerance(logits))
             _tell(record, row, image, logits, clean)
             prediction = decision(logits).prediction.masked_fill(close, -1)
+            self.advance(len(row))
             return self.cascades[job].classify_in_float64(row, image, prediction, truth)
 
         yield from self._every_pair(job, batch, clean, size, decide)
@@ -477,6 +495,38 @@ class BlockSweep:
             for job, cascade in self.cascades.items()
         }
         return Effort(self.layer_seconds, decided, bounds, dict(self.other_seconds))
+
+
+@dataclass(eq=False)
+class _Steps:
+    """Progress of one job on one batch: no more than all its pairs, whatever is done twice.
+
+    Told twice a second at most, so that many small slices cost nothing.
+    """
+
+    job: Job
+    left: int
+    tell: Callable[[int, Job], None]
+    done: int = 0  # and not told yet
+    told: float = field(init=False, default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.tell(0, self.job)
+
+    def __call__(self, pairs: int) -> None:
+        self.done = min(self.left, self.done + pairs)
+        if time.monotonic() - self.told > SECONDS:
+            self._tell()
+
+    def finish(self) -> None:
+        """Tell the rest."""
+        self.done = self.left
+        self._tell()
+
+    def _tell(self) -> None:
+        done, self.done = self.done, 0
+        self.left, self.told = self.left - done, time.monotonic()
+        self.tell(done, self.job)
 
 
 def _changed(

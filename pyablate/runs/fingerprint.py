@@ -62,8 +62,8 @@ def identify(
     options: dict[str, Any] = {
         "intervention": str(setup.intervention),
         "strategy": strategy,
-        "audit": audit,
-        "seed": seed,
+        "audit": int(audit),
+        "seed": int(seed),
         "measures": list(measures),
         **guarantee,
     }

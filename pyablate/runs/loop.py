@@ -15,6 +15,7 @@ import torch
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
+from pyablate.engine.job import Job
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
@@ -33,7 +34,7 @@ from pyablate.runs.state import (
 )
 from pyablate.runs.thresholds import Thresholds
 from pyablate.runtime.distributed import MODULUS, Ranks
-from pyablate.runtime.progress import Report
+from pyablate.runtime.progress import Reporter, stage
 
 logger = logging.getLogger("pyablate")
 
@@ -187,6 +188,7 @@ def check_data(
 
 def hash_all(data: Data, layout: Layout, dtype: torch.dtype, ranks: Ranks) -> str:
     """Hash all images of a layout, each process its own part."""
+    stage("reading all images")
     numbers = ranks.part(range(len(layout)))
     total = sum(hash_images(batch, dtype) for _, batch in read_blocks(data, layout, numbers))
     return f"{ranks.add_hashes(total % MODULUS):064x}"
@@ -229,6 +231,8 @@ class RunLoop:
         What is known of the finished blocks that are this process's own.
     before, mine, others : int
         Pairs done before, by this process, and by the others when they were last looked at.
+    worked : float
+        As ``mine``, but for what a pair of each layer takes beside that of others.
     looked : float
         When that was.
     """
@@ -239,11 +243,12 @@ class RunLoop:
     dtype: torch.dtype
     any_tier: bool
     hashing: bool
-    report: Report
+    report: Reporter
     made: dict[int, BlockMetadata] = field(default_factory=dict)
     before: int = field(init=False, default=0)
     mine: int = field(init=False, default=0)
     others: int = field(init=False, default=0)
+    worked: float = field(init=False, default=0.0)
     looked: float = field(init=False, default_factory=time.monotonic)
 
     @property
@@ -267,7 +272,7 @@ class RunLoop:
         missing = [number for number in range(len(held.layout)) if number not in there]
         todo = sorted([*ranks.part(missing), *damaged])
         self.before = self.rows * sum(len(held.layout.block(number)) for number in done)
-        self._advance(0, self.sweep.setup.jobs[0].name)
+        self._advance(0, self.sweep.setup.jobs[0])
         self._do(todo)
         self._even_out()
         if ranks.count > 1:  # others have gone on since they were last looked at
@@ -307,7 +312,7 @@ class RunLoop:
         """
         agreed: list[int] = []
         while True:
-            self.ranks.wait(lambda: self._advance(0, "waiting for other processes"))
+            self.ranks.wait(lambda: self._tell("waiting for other processes"))
             own = [*(cascade.care for cascade in self.cascades), *self._raised]
             care = self.ranks.largest(own)
             if care == agreed:
@@ -366,15 +371,29 @@ class RunLoop:
             restore_cascades(self.cascades, state, any_tier=self.any_tier)
         return damaged
 
-    def _advance(self, pairs: int, layer: str) -> None:
+    @functools.cached_property
+    def _work(self) -> dict[Job, float]:
+        """Work that a pair of each job takes, as the arithmetic suggests; 1 in the mean."""
+        suffixes = self.sweep.suffixes
+        jobs = self.sweep.setup.jobs
+        work = {job: suffixes[job].work if job in suffixes else 1.0 for job in jobs}
+        everything = sum(len(job.rows) * work[job] for job in jobs) or 1.0
+        return {job: work[job] * self.rows / everything for job in jobs}
+
+    def _advance(self, pairs: int, job: Job) -> None:
         self.mine += pairs
+        self.worked += pairs * self._work[job]
+        self._tell(job.name)
+
+    def _tell(self, layer: str) -> None:
         watching = self.ranks.count > 1 and self.ranks.first
         if watching and time.monotonic() - self.looked > SECONDS:
             self.looked = time.monotonic()
             everything = self.rows * self.held.count_images()
             self.others = max(self.others, everything - self.before - self.mine)
         total = self.rows * len(self.held.layout.images)
-        self.report(min(total, self.before + self.mine + self.others), total, layer)
+        elsewhere = self.before + self.others
+        self.report(min(total, elsewhere + self.mine), total, layer, elsewhere + self.worked)
 
 
 def _with_mended(metadata: BlockMetadata, before: BlockMetadata) -> BlockMetadata:

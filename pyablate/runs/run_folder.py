@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 from pyablate.io.atomic import replace_file, sync_folder
 from pyablate.io.own_files import (
     ARRAYS,
+    COMMAND,
     check_blocks,
     check_in_the_way,
     clear_blocks,
     is_manifest,
+    read_command,
     remains,
 )
 from pyablate.io.zarr_check import check_folder
@@ -59,6 +62,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 SECONDS = 30.0
 """Time after which the finished jobs of an unfinished block are written down."""
+
+_command: ContextVar[list[str] | None] = ContextVar("command", default=None)
 
 _BLOCK = re.compile(r"(\d{9})\.npz")
 
@@ -301,11 +306,77 @@ def _begin(
         _set_aside(path)
         clear_blocks(blocks, keep="manifest.json")
         write_arrays(blocks / "statistics.npz", statistics, np.savez)
+        _keep_command(path)
         replace_file(blocks / "manifest.json", json.dumps(manifest, indent=1).encode())
         sync_folder(path)
     except OSError as error:
         reason = f"output: cannot write {path}: {error.strerror}"
         raise OSError(error.errno, reason) from error
+
+
+@contextmanager
+def begun_by(words: list[str]) -> Iterator[None]:
+    """Keep the words of the shell's command in the folder of a run that is begun meanwhile."""
+    token = _command.set(words)
+    try:
+        yield
+    finally:
+        _command.reset(token)
+
+
+def _keep_command(path: Path) -> None:
+    """Write down the command that begins a run in place of that of an earlier run."""
+    words, place = _command.get(), path / COMMAND
+    if os.path.lexists(place) and read_command(path) is None:
+        return  # somebody else's
+    if words is not None:
+        replace_file(place, json.dumps({"pyablate_command": words}).encode())
+    else:
+        place.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """How far an unfinished run is.
+
+    Attributes
+    ----------
+    identity : dict
+        Of the run.
+    images, done : int
+        All images, and those of finished blocks.
+    jobs : int
+        Layers that are done on the next block, as far as they are written down.
+    at_work : bool
+        Whether a process is working on it.
+    """
+
+    identity: Identity
+    images: int
+    done: int
+    jobs: int
+    at_work: bool
+
+
+def unfinished(path: Path) -> Unfinished | None:
+    """Look how far a run is; None where there is none that has begun and not finished."""
+    if (path / "zarr.json").exists() or not path.is_dir():
+        return None
+    manifest = _read_manifest(path)
+    if manifest is None:
+        return None
+    identity = manifest["identity"]
+    first, count = (int(identity["data"][name]) for name in ("first", "count"))
+    images = range(first, first + count)
+    run = RunStore(path, identity, Layout(images, int(manifest["block"]), int(manifest["memory"])))
+    begun = (run.partial(number) for number in range(len(run.layout)))
+    jobs = next((partial.jobs for partial in begun if partial is not None), 0)
+    try:
+        with locked(path):
+            at_work = False
+    except BlockingIOError:
+        at_work = True
+    return Unfinished(identity, count, run.count_images(), jobs, at_work)
 
 
 def has_statistics(path: Path) -> bool:

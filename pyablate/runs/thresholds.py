@@ -21,9 +21,9 @@ import numpy as np
 from torch import fx
 
 from pyablate.analysis.tail import Tail, safe_above
-from pyablate.engine.narrow_places import multiply_adds, shares
+from pyablate.engine.narrow_places import shares
 from pyablate.engine.score import Scale, directions
-from pyablate.engine.suffix import Suffix
+from pyablate.engine.suffix import Suffix, multiply_adds
 from pyablate.runs.screening_sample import Floats, Sample, pairs_wanted, samples
 from pyablate.runs.setup import Setup
 

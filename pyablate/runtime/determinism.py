@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
 
 from pyablate.runtime.locks import run_lock
 
-_PRECISIONS = ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-_PRECISIONS += ("cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul")
+_PRECISIONS = (
+    *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+    *("cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul"),
+)
 """Of ``torch.backends``, what has an ``fp32_precision``; each inherits from one before it."""
 
 _given: ContextVar[torch.device | None] = ContextVar("default device of the caller", default=None)
@@ -73,11 +76,12 @@ def float32_as(precision: str) -> Iterator[None]:
         with _float32_by_flags(allowed=precision == "tf32"):
             yield
         return
-    cudnn, changed = torch.backends.cudnn, []
+    backends: Any = torch.backends  # whose modules are classes of their own, unknown to mypy
+    cudnn, changed = backends.cudnn, []
     of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
     flag = _older_flag()
     try:
-        for owner in (torch.backends, *(attrgetter(name)(torch.backends) for name in _PRECISIONS)):
+        for owner in (backends, *(attrgetter(name)(backends) for name in _PRECISIONS)):
             before = owner.fp32_precision
             if before != precision:  # what inherits is as it should be by now, and goes on to
                 owner.fp32_precision = precision
@@ -97,7 +101,7 @@ def float32_as(precision: str) -> Iterator[None]:
 
 def _older_flag() -> bool:
     """Tell ``cudnn.allow_tf32``; where it contradicts the newer settings it cannot be read."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     try:
         return bool(cudnn.allow_tf32)
     except RuntimeError:

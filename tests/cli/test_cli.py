@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from typer.main import get_command
 
 import pyablate as pa
 from pyablate.cli.app import app
+from pyablate.runs.run_folder import RunStore, locked
 
 _NETWORK = """
 import time
@@ -59,6 +62,10 @@ class TwoHeads(nn.Module):
         return {"fine": self.fine(pooled), "coarse": self.coarse(pooled)}
 
 
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+
+
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 """
@@ -68,6 +75,8 @@ def plain():
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a network in ``small_network.py`` and ``images.npz``."""
     (tmp_path / "small_network.py").write_text(_NETWORK)
+    (tmp_path / "broken_network.py").write_text("def make(): pass\nmake_it()")
+    (tmp_path / "no_python.py").write_text("def make(:")
     draw = np.random.default_rng(0)
     images = draw.random((12, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)
@@ -251,6 +260,47 @@ def test_a_screened_run_says_so(here: Path) -> None:
     assert "options.guarantee (screened, now None)" in err
 
 
+def test_show_a_run_that_has_finished(here: Path) -> None:
+    assert invoke_apart(*_RUN)[0] == 0
+    code, out, err = invoke_apart("show", "run.zarr")
+    assert code == 0, err
+    assert "on 12 images" in out
+    assert "model.weights" in out
+    assert f"Made by: pyablate {shlex.join(_RUN)}" in " ".join(out.split())
+    assert "Time:" not in out  # is not stored
+    assert invoke_apart(*_RUN, "--seed", "5", "--fresh")[0] == 0
+    assert "--seed 5 --fresh" in " ".join(invoke_apart("show", "run.zarr")[1].split())
+    pa.load("run.zarr").save("run.zarr")  # replaces the folder: the command is ours
+    assert "a call in Python" in invoke_apart("show", "run.zarr")[1]
+    code, _, err = invoke_apart("show", "notes")
+    assert code == 2
+    assert "notes" in err
+
+
+def test_show_how_far_an_unfinished_run_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RunStore.write
+
+    def interrupted(store: RunStore, number: int, block: Any) -> None:
+        write(store, number, block)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunStore, "write", interrupted)
+    given = (*_RUN, "--batch-size", "4")
+    assert invoke_apart(*given)[0] == 130
+    code, out, err = invoke_apart("show", "run.zarr")
+    assert code == 0, err
+    shown = " ".join(out.split())
+    assert "run.zarr has not finished: 4 of 12 images (33%) are done" in shown
+    assert f"Goes on with: pyablate {shlex.join(given)}" in shown
+    with locked(here / "run.zarr"):
+        assert "A process is at work on it" in invoke_apart("show", "run.zarr")[1]
+    monkeypatch.setattr(RunStore, "write", write)
+    assert invoke_apart(*_RUN)[0] == 0
+    assert f"Made by: pyablate {shlex.join(given)}" in " ".join(
+        invoke_apart("show", "run.zarr")[1].split()
+    )
+
+
 def test_shards_are_merged(here: Path) -> None:
     assert invoke_apart(*_RUN)[0] == 0
     for number in (1, 2):
@@ -261,7 +311,9 @@ def test_shards_are_merged(here: Path) -> None:
     )
     assert code == 0, err
     assert "on 12 images" in out
-    assert contents(here / "both.zarr") == contents(here / "run.zarr")
+    whole = contents(here / "run.zarr")
+    del whole["command.json"]
+    assert contents(here / "both.zarr") == whole
     assert len(pd.read_csv("b.csv")) == 10
     code, _, err = invoke_apart("merge", "part2.zarr", "-o", "one.zarr")
     assert code == 2
@@ -457,6 +509,16 @@ _BAD_INPUT = {
     "no such module": (("run", "no_such_module:make", "--data", "images.npz"), "no_such_module"),
     "no such library": (("run", "torchvision:no_such_net", "--data", "images.npz"), "torchvision"),
     "factory that fails": (("run", "small_network:explode", "--data", "images.npz"), "first line"),
+    "module that fails": (("run", "broken_network:make", "--data", "images.npz"), "NameError"),
+    "module that is no Python": (("run", "no_python:make", "--data", "images.npz"), "SyntaxError"),
+    "shape of another network": (
+        ("layers", "small_network:make", "--input-shape", "3,8,8"),
+        "the model fails on an input of shape [3, 8, 8]",
+    ),
+    "networks with different inputs": (
+        ("compare", "small_network:make", "small_network:wide", "--data", "images.npz"),
+        "smaller: it fails on images of shape [1, 8, 8]",
+    ),
     "no such weights": ((*_RUN, "--weights", "gone.safetensors"), "gone.safetensors"),
     "no such data": (("run", "small_network:make", "--data", "gone"), "gone"),
     "empty data": (("run", "small_network:make", "--data", "empty.npz"), "empty.npz"),

@@ -93,6 +93,8 @@ def test_compare() -> None:
     assert pd.read_csv("images.csv")["image"].tolist() == expected.differing.tolist()
     assert "Ankle boot" in out
     assert "calibration error" in out
+    assert "first: demo:alexnet; second: demo:vgg_bn" in out
+    assert "before" not in out  # neither was made from the other
 
 
 def test_the_smaller_network_is_saved_and_read_again() -> None:

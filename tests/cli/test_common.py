@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import pyablate as pa
+from pyablate._validation import check_bytes
 from pyablate.cli.common import (
     InputError,
     error_line,
     log_to_stderr,
-    parse_bytes,
     parse_integers,
     parse_numbers,
     parse_size,
@@ -28,18 +28,24 @@ from pyablate.cli.common import (
         ("1.5G", 15 * 10**8),
         ("512MiB", 512 * 2**20),
         ("2KiB", 2048),
-        ("1000", 1000),
+        ("2000000", 2_000_000),
         ("7B", 7),
     ],
 )
 def test_sizes_are_read(text: str | None, expected: int | None) -> None:
-    assert parse_bytes("--memory", text) == expected
+    assert check_bytes("--memory", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "4XB", "-1GB", "0", "0GB", "four", "1,5GB", "4IB"])
 def test_bad_sizes_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"--memory: expected a size such as 4GB .*, got"):
-        parse_bytes("--memory", text)
+    with pytest.raises(ValueError, match=r"--memory: expected a size such as 4GB .*, got"):
+        check_bytes("--memory", text)
+
+
+def test_a_number_of_bytes_with_which_nothing_runs_is_asked_about() -> None:
+    with pytest.raises(ValueError, match="got '3', which is bytes; did you mean 3GB"):
+        check_bytes("--memory", "3")
+    assert check_bytes("memory", 3) == 3  # bytes, in Python
 
 
 @pytest.mark.parametrize(

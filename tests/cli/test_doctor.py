@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import pyablate as pa
+from pyablate._validation import optional
 from pyablate.cli import diagnose
 from pyablate.cli.app import app
 
@@ -148,6 +149,23 @@ def test_wrong_predictions_and_slow_arithmetic_are_told(known: diagnose.Facts) -
     slow = {"fp32": 100.0, "bf16": 20.0, "int8": 0.0}
     lines = " ".join(map(str, diagnose.findings({**known, "precisions": slow})))
     assert "neither bfloat16 nor 8-bit integers are faster" in lines
+
+
+def test_optional_libraries_are_tried(
+    known: diagnose.Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("captum")
+    assert known["installed but broken"] == {}
+    (tmp_path / "captum.py").write_text("raise RuntimeError('operator is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "captum"]:
+        monkeypatch.delitem(sys.modules, module)
+    found = diagnose._broken()
+    assert found == {"captum": "RuntimeError: operator is missing"}
+    (problem,) = _problems({**known, "installed but broken": found})
+    assert "captum is installed but cannot be imported" in problem
+    with pytest.raises(ImportError, match=r"what it is for .importing captum fails: RuntimeError"):
+        optional("captum", "what it is for")
 
 
 def test_it_reads_like_a_page_for_people() -> None:

@@ -202,6 +202,28 @@ def test_bad_models(cwd: Path, spec: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        ("def make(weights=None): return net()", "weights="),
+        ("def make(pretrained=False): return net()", "pretrained="),
+        ("def make(pretrained=True): return net()", None),
+        ("def make(): return net()", None),
+    ],
+)
+def test_weights_that_a_factory_has_are_not_forgotten(
+    cwd: Path, caplog: pytest.LogCaptureFixture, factory: str, told: str | None
+) -> None:
+    text = f"from torch import nn\nnet = lambda: nn.Linear(2, 2)\n{factory}\n"
+    name = f"made_{abs(hash(factory))}"
+    Path(f"{name}.py").write_text(text)
+    save_file(nn.Linear(2, 2).state_dict(), "weights.safetensors")
+    load_model(f"{name}:make", "weights.safetensors")
+    assert not caplog.messages
+    load_model(f"{name}:make")
+    assert [told in message for message in caplog.messages] == ([True] if told else [])
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:cpu", 3.5])
 def test_device_that_does_not_exist(device: Any) -> None:
     with pytest.raises(ValueError, match=f"device: expected one this machine has, got '{device}'"):

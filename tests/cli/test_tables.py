@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -49,12 +50,24 @@ def _rendered(*printed: object) -> str:
 def test_summary_names_the_worst_units_and_the_class_they_hurt(result: AblationResult) -> None:
     rows = [line.split() for line in _rendered(summary.summary_table(result)).splitlines()]
     rows = [row for row in rows if row and ("hat" in row or "shoe" in row)]
-    assert rows[0] == ["a", "7", "delta", "50.00", "(unit", "5)", "5", "[red]", "hat", "100.00"]
-    # Five of the seven units, worst first; equal drops in unit order.
-    assert [row[-4] for row in rows[:5]] == ["5", "4", "3", "2", "1"]
-    assert [row[-1] for row in rows[:5]] == ["100.00", "80.00", "60.00", "40.00", "20.00"]
-    assert len(rows) == 6
-    assert rows[5][:4] == ["b", "1", "replay", "0.00"]
+    assert rows[0][:10] == "a 7 50.00 (unit 5) 5 [red] hat 5 100.00".split()
+    # Five of the seven units, by q and then worst first; equal drops in unit order.
+    tests = result.max_class_test(splits=1).iloc[:7]
+    order = np.lexsort([np.arange(7), -tests["max_class_drop"], tests["q"]])[:5]
+    assert [int(row[-7]) for row in rows] == order.tolist()
+    assert [row[-1] for row in rows] == [f"{q:.2g}" for q in tests["q"].iloc[order]]
+    assert [row[-2] for row in rows] == [f"{100 * n:.2f}" for n in tests["noise_floor"][order]]
+
+
+def test_summary_says_what_is_not_in_the_table(result: AblationResult) -> None:
+    text = _rendered(*summary.summary(result))
+    assert "No prediction changes without any one unit of: b" in text
+    assert "Up to 5 units a layer, by q" in text
+    assert "Computed by: delta (1 layers), replay (1 layers)" in text
+    nothing = Flips.gather(8, [])
+    text = _rendered(*summary.summary(dataclasses.replace(result, flips=nothing)))
+    assert "No prediction changes without any one unit of: a, b" in text
+    assert "hurts most" not in text
 
 
 def test_summary_has_accuracy_audit_and_time(result: AblationResult) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from support.simulated import simulate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
 from pyablate.comparison.evaluation import Evaluation
@@ -36,6 +37,15 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray, pa.Comparison]:
         Table(first), Table(second), (numbers, torch.from_numpy(labels)), class_names=list("abcd")
     )
     return first, second, labels, found
+
+
+def test_both_networks_see_a_shuffling_loader_in_the_same_order(case, caplog):
+    first, second, labels, found = case
+    pairs = TensorDataset(torch.arange(400.0)[:, None], torch.from_numpy(labels))
+    shuffled = pa.compare(Table(first), Table(second), DataLoader(pairs, 50, shuffle=True))
+    assert len(shuffled.differing) == len(found.differing)
+    assert shuffled.summary()["p"] == found.summary()["p"]
+    assert "shuffles" in caplog.text
 
 
 def test_classes_against_slow_formulas(case):

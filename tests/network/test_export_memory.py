@@ -164,6 +164,13 @@ def test_what_cannot_be_told_is_exported_each_time(small, exports):
     right(small)
     right(small)
     assert len(exports) == 2
+    small.lock = Unwilling()
+    assert structure(small) is None
+
+
+class Unwilling(dict[str, int]):
+    def items(self) -> Any:
+        raise OSError
 
 
 def test_no_network_is_kept_alive():
@@ -190,7 +197,7 @@ def test_no_network_is_kept_alive():
 
 def test_the_latest_are_remembered(small, monkeypatch):
     monkeypatch.setattr(export_memory, "MOST", 2)
-    parts = any_batch.export(small, IMAGES[:2])
+    parts = capture._export(small.requires_grad_(False), IMAGES[:2], [])
     for key in ("a", "b"):
         export_memory.remember(key, parts, small)
     again = export_memory.recall("a", small)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyablate as pa
-from pyablate.network.forward import check_logits, forward, images_at_a_time
+from pyablate.network.forward import check_logits, cost_of, forward, images_at_a_time
 from pyablate.runtime import chunking
 
 
@@ -58,7 +58,9 @@ def test_the_oracle_takes_images_one_by_one(intervention: str) -> None:
 
 def test_the_costliest_call_limits_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     images = _images(2)
+    cost = cost_of(Awkward(), images)
     monkeypatch.setattr(chunking, "LONGEST", 10**12)
-    many = images_at_a_time(Awkward(), images)
+    many = images_at_a_time(cost, images)
+    assert images_at_a_time(cost, images.double()) == many // 2
     monkeypatch.setattr(chunking, "LONGEST", 1)
-    assert images_at_a_time(Awkward(), images) == 2 < many
+    assert images_at_a_time(cost, images) == 2 < many

@@ -313,7 +313,7 @@ def test_looking_leaves_the_network_alone():
 
 def test_hooks_are_gone_after_a_failure():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"the model fails on an input of shape \[5\]: mat1 and"):
         sites(model, torch.randn(1, 5))
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

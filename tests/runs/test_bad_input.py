@@ -276,8 +276,8 @@ TYPES: Cases = {
 ENGINE: Cases = {
     "no memory": (with_options(memory=0), r"memory: expected at least 1, got 0"),
     "memory as text": (
-        with_options(memory="4G"),
-        r"memory: expected an integer of at least 1, got '4G'",
+        with_options(memory="lots"),
+        r"memory: expected a size such as 4GB or 512MiB, got 'lots'",
     ),
     "negative audit": (with_options(audit=-1), r"audit: .*got -1"),
     "half an audit": (with_options(audit=0.5), r"audit: .*got 0\.5"),

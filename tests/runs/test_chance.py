@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.simulated import from_predictions
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyablate as pa
 from pyablate.runs._ablate import _warn_of_chance
@@ -42,6 +43,16 @@ def test_what_is_said_of_a_network_at_chance(
     assert remark is not None
     assert re.search(expected, remark)
     assert ("with labels" in remark) == ("with labels" in expected)
+
+
+def test_a_run_says_that_its_loader_shuffles(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    pairs = TensorDataset(torch.randn(8, 4), torch.arange(8) % 4)
+    for shuffle in (False, True):
+        assert "shuffles" not in caplog.text
+        loader = DataLoader(pairs, 4, shuffle=shuffle)
+        pa.ablate(model, loader, audit=5, memory="1GB", progress=False)
+    assert "data: the loader shuffles: image numbers" in caplog.text
 
 
 def test_a_run_says_it_once(caplog: pytest.LogCaptureFixture) -> None:

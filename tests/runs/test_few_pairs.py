@@ -46,12 +46,12 @@ def test_it_is_decided_by_what_both_ways_cost(monkeypatch):
     assert cost.calls >= 5
     pairs = 100
     monkeypatch.setattr(setup, "RATE", pairs * cost.total / 2 / (cost.calls * setup.CAPTURE))
-    assert setup._replay_is_quicker(MODEL, IMAGES, pairs - 1)
-    assert not setup._replay_is_quicker(MODEL, IMAGES, pairs)
+    assert setup._replay_is_quicker(cost, pairs - 1)
+    assert not setup._replay_is_quicker(cost, pairs)
     monkeypatch.setattr(setup, "LARGE", cost.total / 2)
-    assert setup._replay_is_quicker(MODEL, IMAGES, pairs - 1)
+    assert setup._replay_is_quicker(cost, pairs - 1)
     monkeypatch.setattr(setup, "LARGE", cost.total / 2 + 1)
-    assert not setup._replay_is_quicker(MODEL, IMAGES, pairs - 1)
+    assert not setup._replay_is_quicker(cost, pairs - 1)
 
 
 def test_the_plan_says_what_the_call_does():

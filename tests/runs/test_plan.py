@@ -8,6 +8,7 @@ from support.screened import layers_case
 from torch import nn
 
 import pyablate as pa
+from pyablate.engine.score import Scale
 from pyablate.results.screening import LayerScreening, Sampled, Screening
 from pyablate.runs import ScreenedPlan, screened_plan, thresholds
 from pyablate.runs.thresholds import JobThresholds, Stage
@@ -143,7 +144,8 @@ def test_the_stages_of_a_run_are_shown_where_none_were_planned():
 
 
 def test_the_cost_of_stages_follows_the_pairs_that_get_there():
-    stages = Stage("", 1.0, 0.1, open=0.6), Stage("deep", 2.0, 0.1, cost=0.3, open=0.2)
+    unit = Scale(0.1, 0.0)
+    stages = Stage("", 1.0, unit, open=0.6), Stage("deep", 2.0, unit, cost=0.3, open=0.2)
     known = screened_plan._stages("a", JobThresholds(stages, 100, 0.7), 0.01, 10.0)
     assert known["cost"].tolist() == pytest.approx([0.0, 0.6 * 0.3, 0.2 + 0.8 * 0.01])
     assert known["seconds"].tolist() == pytest.approx((10.0 * known["cost"]).tolist())
