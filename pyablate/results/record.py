@@ -53,7 +53,7 @@ class Audit:
     Examples
     --------
     >>> result.audit.pairs, result.audit.mismatches
-    (300, 0)
+    (30, 0)
     """
 
     pairs: int

@@ -64,7 +64,7 @@ def test_what_is_asked_for_is_done(asked):
 
 @pytest.mark.parametrize("asked", [-1, 2.5, "all"])
 def test_bad_counts_are_named(asked):
-    with pytest.raises(ValueError, match=r"audit: expected a number of pairs, 0 or more, got"):
+    with pytest.raises(ValueError, match=r"audit: expected an integer of at least 0, got"):
         run(None, audit=asked)
 
 
