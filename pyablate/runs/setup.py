@@ -174,7 +174,7 @@ def prepare(
     exact_model, decisive = in_double(work, pair)
     at_a_time = images_at_a_time(cost, pair.to(decisive))
     extra = GRADIENTS if options.guarantee != "exact" else 0
-    size = options.batch_size or _images_per_batch(graph, jobs, sample, memory, extra)
+    size = int(options.batch_size or _images_per_batch(graph, jobs, sample, memory, extra))
     statistics: dict[Key, Statistics] = {}  # read by replay, once they are there
     replay = Replay(exact_model, decisive, data, statistics, min(REPLAYED, at_a_time))
     decided = exact(graph, replay, ready.batch)
