@@ -47,7 +47,7 @@ def reporting(progress: bool | Report | None = None, *, unit: str = "") -> Itera
     Yields
     ------
     callable
-        ``report(done, total, layer)``. While it is there, :func:`stage` is heard as well.
+        ``report(done, total, layer)``. While it is there, ``stage`` is heard as well.
 
     Examples
     --------
