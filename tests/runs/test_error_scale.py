@@ -22,6 +22,7 @@ def drawn(pairs: int, size_power: float, norm_power: float) -> Sample:
     return Sample(
         SimpleNamespace(),
         [],
+        wanted=pairs,
         pairs=pairs,
         live=[score],
         lowest=[low],
