@@ -223,8 +223,11 @@ def test_run_for_machines(here: Path) -> None:
     code, out, err = invoke_apart(*_RUN, "--json", "--batch-size", "4", "--audit", "7")
     assert code == 0, err
     records = [json.loads(line) for line in out.splitlines()]
-    assert [record["event"] for record in records[:-1]] == ["progress"] * (len(records) - 1)
-    assert records[0]["done"] == 0
+    before = [record["event"] for record in records].index("progress")
+    assert before > 0
+    assert all(record["event"] == "preparing" and record["what"] for record in records[:before])
+    assert all(record["event"] in ("preparing", "progress") for record in records[before:-1])
+    assert records[before]["done"] == 0
     assert records[-2]["done"] == records[-2]["total"] == 10 * 12
     result = pa.load("run.zarr")
     assert records[-1]["event"] == "result"
