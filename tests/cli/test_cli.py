@@ -241,7 +241,8 @@ def test_run_for_machines(here: Path) -> None:
     }
     code, out, _ = invoke_apart(*_RUN, "--json", "--audit", "7", "--seed", "5")
     assert code == 3
-    (record,) = map(json.loads, out.splitlines())
+    *before, record = map(json.loads, out.splitlines())
+    assert all(one["event"] == "preparing" for one in before)
     assert record["event"] == "error"
     assert record["exit_code"] == 3
     assert "options.seed (0, now 5)" in record["message"]
