@@ -275,6 +275,7 @@ def test_results_without_checksums_are_replaced_by_name(tmp_path, result):
 
 def test_the_names_of_our_arrays_are_all_known(tmp_path):
     run(tmp_path / "run.zarr", measures=["loss", "margin"])
-    arrays = {path.name for path in (tmp_path / "run.zarr").iterdir() if path.is_dir()}
-    assert arrays == set(own_files.ARRAYS)
+    run(tmp_path / "estimated.zarr", guarantee="estimated", budget="50%")
+    found = [*(tmp_path / "run.zarr").iterdir(), *(tmp_path / "estimated.zarr").iterdir()]
+    assert {path.name for path in found if path.is_dir()} == set(own_files.ARRAYS)
     own_files.check_replaceable(tmp_path / "run.zarr")

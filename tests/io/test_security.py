@@ -43,7 +43,10 @@ FORBIDDEN_CALLS = {
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 LOADERS = {"exported.py": "export.load"}  # the one other loader of torch, behind our checks
 # Of what the user names, or of what need not be installed.
-IMPORTERS = {"model_specs.py", "_native.py", "image_files.py", "class_map.py"}
+IMPORTERS = {
+    *("model_specs.py", "_native.py", "_validation.py", "diagnose.py"),
+    *("image_files.py", "class_map.py"),
+}
 
 
 def called(node: ast.Call) -> str:
