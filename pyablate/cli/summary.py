@@ -81,8 +81,12 @@ def _worst(result: AblationResult) -> list[RenderableType]:
     if silent and result.estimate is None:
         found.append(f"No prediction changes without any one unit of: {', '.join(silent)}")
     ways = Counter(result.strategy.values())
-    found.append(f"Computed by: {', '.join(f'{way} ({n} layers)' for way, n in ways.items())}")
+    found.append(f"Computed by: {', '.join(map(_layers, ways, ways.values()))}")
     return found
+
+
+def _layers(way: str, count: int) -> str:
+    return f"{way} ({count} {'layer' if count == 1 else 'layers'})"
 
 
 def _estimated_table(result: AblationResult) -> Table:
