@@ -63,7 +63,7 @@ def test_summary_says_what_is_not_in_the_table(result: AblationResult) -> None:
     text = _rendered(*summary.summary(result))
     assert "No prediction changes without any one unit of: b" in text
     assert "Up to 5 units a layer, by q" in text
-    assert "Computed by: delta (1 layer), replay (1 layers)" in text
+    assert "Computed by: delta (1 layer), replay (1 layer)" in text
     nothing = Flips.gather(8, [])
     text = _rendered(*summary.summary(dataclasses.replace(result, flips=nothing)))
     assert "No prediction changes without any one unit of: a, b" in text
