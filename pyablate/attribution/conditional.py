@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count
-from pyablate.attribution.maps import check_images, propagation
+from pyablate.attribution.maps import check_classes, check_images, propagation
 from pyablate.attribution.propagation import Propagation, Relevance, one_hot
 from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import check_logits, forward, two_images
@@ -91,7 +91,9 @@ def conditional_maps(
     check_channels(layers)
     parts = []
     with torch.inference_mode(False), evaluation(model), giving_logits(model):
-        check_logits(forward(model, two_images(images)), 2)
+        logits = forward(model, two_images(images))
+        check_logits(logits, 2)
+        check_classes(target, logits.shape[1])
         network = propagation(model, images, batch_size, layers)
         _check_found(layers, network.found)
         for part, classes in zip(images.split(batch_size), target.split(batch_size), strict=True):
@@ -108,7 +110,7 @@ def _masked(found: Relevance, start: Tensor, site: Site, units: Tensor) -> Tenso
     activation = found.activations[site.name]
     shape = [len(units)] + [1] * (activation.ndim - 1)
     shape[site.axis] = site.channels
-    mask = torch.zeros(len(units), site.channels, device=activation.device)
+    mask = activation.new_zeros(len(units), site.channels)
     mask[torch.arange(len(units)), units] = 1
     found.masks[site.name] = mask.reshape(shape)
     maps = found.at_image(start).sum(1)

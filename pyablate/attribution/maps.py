@@ -93,7 +93,9 @@ def attribution_maps(
         evaluation(model),
         giving_logits(model),
     ):
-        check_logits(forward(model, two_images(images)), 2)
+        logits = forward(model, two_images(images))
+        check_logits(logits, 2)
+        check_classes(target, logits.shape[1])
         if method == "grad_cam":
             attribute = _grad_cam(model, images, layer)
         elif method == "lrp":
@@ -210,4 +212,15 @@ def check_images(model: Any, images: Any, target: Any, batch_size: int) -> None:
     if not isinstance(target, Tensor) or target.shape != (len(images),):
         got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"target: expected a tensor of {len(images)} classes, got {got}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target: expected numbers of classes, got {target.dtype}")
     check_count("batch_size", batch_size)
+
+
+def check_classes(target: Tensor, classes: int) -> None:
+    """Refuse classes that a network does not have."""
+    if int(target.min()) < 0 or int(target.max()) >= classes:
+        raise ValueError(
+            f"target: expected classes 0 to {classes - 1}, "
+            f"got {int(target.min())} to {int(target.max())}"
+        )

@@ -11,6 +11,7 @@ j.patcog.2016.11.008.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,19 +120,39 @@ class Relevance:
         First layers, with their inputs.
     masks : dict of str to Tensor
         Relevance is multiplied by these at their sites; filled and emptied between backward passes.
+    shape : tuple of int
+        Of one image.
     """
 
     logits: Tensor
     activations: dict[str, Tensor]
     boxes: Sequence[_Box]
     masks: dict[str, Tensor]
+    shape: tuple[int, ...]
 
     def at_image(self, start: Tensor) -> Tensor:
-        """Carry relevance of the logits ``[N, classes]`` to the images, ``[N, C, ...]``."""
+        """Carry relevance of the logits ``[N, classes]`` to the images, ``[N, C, ...]``.
+
+        Raises
+        ------
+        ValueError
+            Layers with weights read something else than the images' own numbers.
+        """
         leaves = [leaf for box in self.boxes for leaf in box.leaves or ()]
         gradients = self._gradients(start, leaves)
         parts = [leaf.detach() * grad for leaf, grad in zip(leaves, gradients, strict=True)]
-        return torch.stack(parts).sum(0)[: len(self.logits)]
+        return torch.stack([self._as_images(part) for part in parts]).sum(0)
+
+    def _as_images(self, part: Tensor) -> Tensor:
+        part = part[: len(self.logits)]
+        same = tuple(part.shape[1:]) == self.shape
+        flat = part.ndim == 2 and part.shape[1] == math.prod(self.shape)
+        if not (same or flat):
+            raise ValueError(
+                "model: relevance reaches the images where the first layer with weights reads "
+                f"these, of shape {list(self.shape)}; one reads {list(part.shape[1:])}"
+            )
+        return part.reshape(len(part), *self.shape)
 
     def coefficients(self, start: Tensor) -> dict[str, Tensor]:
         """Relevance of each number of the sites over the number itself, by site: ``R = a c``."""
@@ -178,12 +199,14 @@ class Propagation:
         self, model: nn.Module, sample: Tensor, parts: Iterable[Tensor], sites: Sequence[Site] = ()
     ) -> None:
         self.traced, taps = traceable(model, sample, sites)
-        self.found = [site for site in sites if site.name in taps]
+        self.sites = list(sites)
         self.boxes: list[_Box] = []
         self.last: _Layer | None = None
         self._masks: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
-        self._place_rules()
+        behind = self._place_rules()
+        taps = {name: path for name, path in taps.items() if path in behind}
+        self.found = [site for site in sites if site.name in taps]
         for name, path in taps.items():
             self.traced.get_submodule(path).register_forward_hook(self._tap(name))
         self._fit(parts)
@@ -196,9 +219,11 @@ class Propagation:
             self.last.sign = -1 if negated else 1
         with torch.enable_grad():
             logits: Tensor = forward(self.traced, images)
-        return Relevance(logits, dict(self._seen), self.boxes, self._masks)
+        shape = tuple(images.shape[1:])
+        return Relevance(logits, dict(self._seen), self.boxes, self._masks, shape)
 
-    def _place_rules(self) -> None:
+    def _place_rules(self) -> set[Any]:
+        """Put rules in place of layers; return what is called behind some layer with weights."""
         behind: set[fx.Node] = set()  # some layer with weights
         for node in self.traced.graph.nodes:
             before = any(argument in behind for argument in node.all_input_nodes)
@@ -215,6 +240,7 @@ class Propagation:
                 self.traced.add_module(node.target, _Passed(layer))
             if before:
                 behind.add(node)
+        return {node.target for node in behind}
 
     def _fit(self, parts: Iterable[Tensor]) -> None:
         handles = [
@@ -269,6 +295,8 @@ def contrasted(
     ``kind`` is ``"others"``, against all other classes, or ``"negated"``, against the same class
     with the last layer's weights negated.
     """
+    if network.sites and not network.found:
+        return {}
     first = network.run(images)
     start = one_hot(target, first.logits)
     of_target = look(first, start)

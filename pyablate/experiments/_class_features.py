@@ -160,6 +160,9 @@ class ClassFeatures:
         [2]
         """
         sets = dict(zip(self.table["class"], self.table["features"], strict=True))
+        layers = {str(unit).rpartition(":")[0] for units in others.values() for unit in units}
+        if len(layers - {""}) > 1:
+            raise ValueError(f"others: expected units of one layer, got {sorted(layers)}")
         features = self.mask.shape[1]
         lines = []
         for name, units in others.items():

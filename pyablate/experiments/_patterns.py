@@ -119,7 +119,7 @@ def activation_patterns(
     labels = seen.labels.numpy()
     mean = np.array([vectors[each].mean(0) for each in members]).reshape(-1, vectors.shape[1])
     by_class = [np.bincount(labels[each], minlength=ready.classes) for each in members]
-    counts = np.array(by_class).reshape(-1, ready.classes)
+    counts = np.array(by_class, dtype=np.int64).reshape(-1, ready.classes)
     spread = vectors.std(0)
     return xr.Dataset(
         {

@@ -176,7 +176,7 @@ def greedy(inside: Any, same: Any, allowed: float) -> list[int]:
     left = np.ones(len(inside), dtype=bool)
     picked: list[int] = []
     others = int((~same).sum())
-    while (left & ~same).sum() > allowed * others:
+    while inside.shape[1] and (left & ~same).sum() > allowed * others:
         out = ~inside[left]
         gain, loss = out[~same[left]].sum(0), out[same[left]].sum(0)
         ratio = gain / (loss + 1)

@@ -179,6 +179,8 @@ def influence_graph(
         ready = opened(model, data, options)
         ready.data.hold_if_read_once()
         source, sink = (_Spectrum(ready, name) for name in layers)
+        if source.site.name == sink.site.name:
+            raise ValueError(f"layers: expected two layers, got {source.site.name!r} twice")
         chosen = None if target is None else class_number(ready, target, "target")
 
         def mean_contributions(without: int | None) -> list[Floats]:
@@ -191,10 +193,16 @@ def influence_graph(
                     here = batch.labels.cpu() == chosen
                 first: list[Tensor] = []
                 second: list[Tensor] = []
-                with source.watched(ready.model, first, without), sink.watched(ready.model, second):
+                order: list[str] = []
+                with (
+                    source.watched(ready.model, first, without, order),
+                    sink.watched(ready.model, second, None, order),
+                ):
                     forward(ready.model, batch.images)
                 source.check_once(len(first), 1)
                 sink.check_once(len(second), 1)
+                if order[:2] != [source.site.name, sink.site.name]:
+                    raise ValueError(f"layers: expected the earlier first, got {layers!r}")
                 a, b = (parts[-1][: len(batch)][here] for parts in (first, second))
                 for place, each in enumerate((b, _relative(a), _relative(b))):
                     sums[place] = sums[place] + each.sum(0)
@@ -206,7 +214,7 @@ def influence_graph(
         intact, *sizes = mean_contributions(None)
         sources, sinks = (np.flatnonzero(leading(each[None], share)[0]) for each in sizes)
         rows = [intact - mean_contributions(int(number))[0] for number in sources]
-    influence = np.array(rows)[:, sinks]
+    influence = np.array(rows).reshape(-1, len(intact))[:, sinks]
     return xr.Dataset(
         {"influence": (("source", "sink"), influence)},
         coords={"source": sources, "sink": sinks},
@@ -254,14 +262,25 @@ class _Spectrum:
         if calls != batches:
             raise ValueError(f'layer: {self.site.name} runs several times; name one, "name@1"')
 
-    def watched(self, model: nn.Module, into: list[Tensor], without: int | None = None) -> Any:
-        """Append each batch's contributions ``[N, direction]``; perhaps take one direction out."""
+    def watched(
+        self,
+        model: nn.Module,
+        into: list[Tensor],
+        without: int | None = None,
+        order: list[str] | None = None,
+    ) -> Any:
+        """Append each batch's contributions ``[N, direction]``; perhaps take one direction out.
+
+        The layer's name is appended to ``order``.
+        """
 
         def see(site: Site, _call: int, output: Tensor) -> Tensor:
             maps = output.movedim(site.axis, -1)
             along = (maps - self.bias.to(maps)) @ self.vectors.to(maps)
             pooled = along.flatten(1, -2).mean(1) if along.ndim > 2 else along
             into.append(pooled.double().cpu())
+            if order is not None:
+                order.append(site.name)
             if without is None:
                 return output
             taken = along[..., without, None] * self.vectors[:, without].to(maps)

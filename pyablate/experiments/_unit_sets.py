@@ -112,7 +112,10 @@ def unit_sets(
 
 def _sizes(given: Sequence[int] | None, units: int) -> list[int]:
     if given is None:
-        return [size for size in SIZES if size < units]
+        found = [size for size in SIZES if size < units]
+        if not found:
+            raise ValueError(f"layers: sets need a layer of two units at least, got {units}")
+        return found
     for size in given:
         check_count("sizes", size)
         if size >= units:

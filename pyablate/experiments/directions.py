@@ -254,12 +254,13 @@ def relevant(
         for by_layer in contexts(network, parts, target):
             for name, rows in by_layer.items():
                 held[name].add(rows)
-    return {
-        name: one.axes()
-        if isinstance(one, Products)
-        else disentangled(cast(Rows, one.rows), subspaces or 1, dimensions, seed)
-        for name, one in held.items()
-    }
+    with torch.inference_mode(False), torch.enable_grad():
+        return {
+            name: one.axes()
+            if isinstance(one, Products)
+            else disentangled(cast(Rows, one.rows), subspaces or 1, dimensions, seed)
+            for name, one in held.items()
+        }
 
 
 class _Moments:

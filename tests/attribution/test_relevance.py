@@ -241,3 +241,39 @@ def test_what_has_no_rule_is_refused():
 def test_bad_input(run, error, message):
     with pytest.raises(error, match=message):
         run(small(), draw(), torch.arange(6) % 3)
+
+
+def test_fully_connected_networks_have_maps_of_the_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    images, target = draw(4), torch.tensor([0, 1, 2, 0])
+    maps = attribution_maps(model, images, target, "clrp")
+    assert maps.shape == (4, 8, 8)
+    assert ((maps > 0).sum(axis=(1, 2)) > 1).any()
+    found = conditional_maps(model, images, target, [f"2:{unit}" for unit in range(6)])
+    assert found.shape == (4, 6, 8, 8)
+    np.testing.assert_allclose(found.sum(axis=(1, 2, 3)), 1.0, atol=0.2)  # but for the biases
+
+
+@pytest.mark.parametrize("first", [nn.AvgPool2d(2), nn.MaxPool2d(2)])
+def test_layers_that_read_other_sizes_than_the_images_are_refused(first: nn.Module) -> None:
+    model = nn.Sequential(first, nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(model, nn.Flatten(), nn.Linear(3, 3)).eval()
+    with pytest.raises(ValueError, match=r"model: relevance .* of shape \[2, 8, 8\]"):
+        attribution_maps(model, draw(3), torch.tensor([0, 1, 2]), "clrp")
+
+
+def test_layers_before_the_first_weights_have_no_relevance() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), *small()).eval()
+    with pytest.raises(ValueError, match="0"):
+        conditional_maps(model, draw(3), torch.tensor([0, 1, 2]), ["0:1"])
+
+
+def test_conditional_maps_in_bfloat16_and_odd_targets() -> None:
+    images, target = draw(3), torch.tensor([0, 1, 2])
+    low = conditional_maps(small().bfloat16(), images.bfloat16(), target, ["1:2"])
+    np.testing.assert_allclose(low, conditional_maps(small(), images, target, ["1:2"]), atol=0.05)
+    with pytest.raises(ValueError, match="target: expected classes 0 to 2, got 0 to 5"):
+        conditional_maps(small(), images, torch.tensor([0, 1, 5]), ["1:2"])
+    with pytest.raises(TypeError, match="target: expected numbers of classes"):
+        attribution_maps(small(), images, target.float(), "clrp")

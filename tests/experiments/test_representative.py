@@ -108,3 +108,7 @@ def test_bad_input(options, message):
     model, images, labels = bent()
     with pytest.raises(ValueError, match=message):
         pa.representative(model, (images, labels), **({"image": 0} | options))
+
+
+def test_no_boundary_at_all_chooses_none():
+    assert greedy(np.zeros((4, 0), dtype=bool), np.array([True, True, False, False]), 0.0) == []

@@ -137,3 +137,14 @@ def test_bad_input_of_the_graph(layers, options, message):
     model, images, _ = networks.network("residual", 4)
     with pytest.raises(ValueError, match=message):
         pa.influence_graph(model, (images, torch.arange(4)), layers, **options)
+
+
+def test_influence_needs_the_earlier_layer_first():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    data = torch.randn(7, 6), torch.arange(7) % 3
+    with pytest.raises(ValueError, match="layers: expected the earlier first"):
+        pa.influence_graph(model.eval(), data, ("2", "0"))
+    with pytest.raises(ValueError, match="layers: expected two layers, got '0' twice"):
+        pa.influence_graph(model, data, ("0", "0"))
+    assert pa.influence_graph(model, data, ("0", "2"), share=0.0)["influence"].size == 0

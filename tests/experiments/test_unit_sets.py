@@ -80,3 +80,10 @@ def test_bad_input(options, message):
     given = {"layers": LAYER, "progress": False, "audit": 0} | options
     with pytest.raises(ValueError, match=message):
         pa.unit_sets(model, (images, labels), **given)
+
+
+def test_a_layer_of_one_unit_has_no_sets():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)).eval()
+    with pytest.raises(ValueError, match="layers: sets need a layer of two units"):
+        pa.unit_sets(model, (torch.randn(8, 3), torch.arange(8) % 2), "1")
