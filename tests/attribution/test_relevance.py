@@ -247,12 +247,12 @@ def test_fully_connected_networks_have_maps_of_the_images() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(128, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
     images, target = draw(4), torch.tensor([0, 1, 2, 0])
-    maps = attribution_maps(model, images, target, "clrp")
-    assert maps.shape == (4, 8, 8)
-    assert ((maps > 0).sum(axis=(1, 2)) > 1).any()
+    assert attribution_maps(model, images, target, "clrp").shape == (4, 8, 8)
     found = conditional_maps(model, images, target, [f"2:{unit}" for unit in range(6)])
     assert found.shape == (4, 6, 8, 8)
-    np.testing.assert_allclose(found.sum(axis=(1, 2, 3)), 1.0, atol=0.2)  # but for the biases
+    total = found.sum(axis=(1, 2, 3))  # nothing where no unit speaks for the class
+    assert ((np.abs(total - 1) < 1e-5) | (total == 0)).all()
+    assert total.max() > 0.99
 
 
 @pytest.mark.parametrize("first", [nn.AvgPool2d(2), nn.MaxPool2d(2)])
