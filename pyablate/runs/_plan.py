@@ -36,6 +36,9 @@ from pyablate.runtime.determinism import undisturbed
 aten = torch.ops.aten
 _SAMPLE = 16
 
+_BUDGET = 0.02
+"""Share of the pairs of the estimated run that is planned beside an exact one."""
+
 _MORE = 256
 """Images on which the clean run is timed, if that takes no more than :data:`_SHORT` seconds."""
 
@@ -136,7 +139,10 @@ class Plan:
         return layers + self.clean_seconds + sum(self.other_seconds.values())
 
     def seconds_at(self, share: float) -> float:
-        """Predicted time if gradients chose this share of the pairs to compute, and no more.
+        """Predicted time of an estimated run that computes this share of the pairs.
+
+        The dearer layers are drawn from as the others are, as the chances of wrong predictions are
+        not known before the run.
 
         Parameters
         ----------
@@ -149,7 +155,7 @@ class Plan:
         able = self.table["strategy"] == "delta"
         layers = self.table["seconds"].where(~able, share * self.table["seconds"]).sum()
         beside = self.clean_seconds + sum(self.other_seconds.values())
-        return float(layers) + beside + self.screened.prediction_seconds
+        return float(layers) + beside + self.screened.drawing_seconds
 
     def explain(self, result: AblationResult | None = None) -> str:
         """Lay the plan out for people.
@@ -208,6 +214,7 @@ class Plan:
             f"{min(_SAMPLE, self.images)} images",
             *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
             self._screened(),
+            *self._estimated,
             *self.remarks,
         ]
 
@@ -215,6 +222,14 @@ class Plan:
     def _parts(self) -> dict[str, float]:
         layers = float(self.table["seconds"].sum())
         return {**self.other_seconds, "clean runs": self.clean_seconds, "layers": layers}
+
+    @property
+    def _estimated(self) -> list[str]:
+        """Say what an estimated run would take."""
+        if self.screened is None:
+            return []
+        seconds = self.seconds_at(_BUDGET)
+        return [f"estimated: {seconds:,.1f} s at a budget of {_BUDGET:.0%} of the pairs"]
 
     def _screened(self) -> str:
         """Say what a screened run would take."""

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from pyablate.engine import clean_run
 from pyablate.engine.rounding import Rounding
+from pyablate.engine.score import directions
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.result import AblationResult
 from pyablate.results.screening import LayerScreening
+from pyablate.runs.sampling_design import NEAREST
 from pyablate.runs.screening_sample import IMAGES, chosen_places, pairs_wanted, predictor
 from pyablate.runs.setup import Setup
 from pyablate.runs.thresholds import JobThresholds, far_chance, measure
@@ -37,6 +39,8 @@ class ScreenedPlan:
     ----------
     prediction_seconds : float
         Of the gradients of all images.
+    drawing_seconds : float
+        Of those of them that an estimated run takes, which looks at the nearest classes only.
     measuring_seconds : float
         Of the pairs that are computed before the first block.
     layer_seconds : (float, float)
@@ -56,6 +60,7 @@ class ScreenedPlan:
     """
 
     prediction_seconds: float
+    drawing_seconds: float
     measuring_seconds: float
     layer_seconds: tuple[float, float]
     stages: pd.DataFrame | None = None
@@ -92,12 +97,14 @@ def plan_screened(
     if each is None:
         return None
     seconds = table["seconds"].to_numpy()
+    classes = setup.classes
+    gradients = each * images, each * images * min(NEAREST, classes - 1) / directions(classes)
     if risk is not None:
         begin = time.perf_counter()
         known = measure(setup, risk, seed=0).jobs
         spent = time.perf_counter() - begin
         stages, whole = _measured(table, known)
-        return ScreenedPlan(each * images, spent, (whole, whole), stages)
+        return ScreenedPlan(*gradients, spent, (whole, whole), stages)
     live = (table["pairs"] * table["live"]).to_numpy()
     wanted = [
         min(pairs_wanted(units, images), most)
@@ -107,7 +114,7 @@ def plan_screened(
     # Each is computed once for its logits and once more up to the narrow places.
     spent = each * min(IMAGES, images) + 2.0 * slower * float(share @ seconds)
     least = np.where(able, far_chance(float(live[able].sum())), 1.0)
-    return ScreenedPlan(each * images, spent, (float(least @ seconds), float(seconds.sum())))
+    return ScreenedPlan(*gradients, spent, (float(least @ seconds), float(seconds.sum())))
 
 
 def _measured(

@@ -101,8 +101,10 @@ def test_a_plan_has_the_ends_of_a_screened_run(planned):
     assert more < least < most
     assert most == pytest.approx(plan.table["seconds"].sum() + more)
     assert "if all pairs are settled" in plan.explain()
+    assert f"estimated: {plan.seconds_at(0.02):,.1f} s at a budget of 2% of" in plan.explain()
+    assert 0 < found.drawing_seconds < found.prediction_seconds  # 2 of 9 directions
     none, half, every = (plan.seconds_at(share) for share in (0.0, 0.5, 1.0))
-    assert none < half < every == pytest.approx(plan.seconds + found.prediction_seconds)
+    assert none < half < every == pytest.approx(plan.seconds + found.drawing_seconds)
     with pytest.raises(ValueError, match="share: expected a number from 0 to 1"):
         plan.seconds_at(2.0)
 
