@@ -6,8 +6,6 @@ import pytest
 import torch
 from support import exports, simulated
 
-from pyablate.network import export_memory
-
 # The networks here are tiny: threads gain nothing, and on a busy machine waiting for one another
 # costs them hundreds of times what the work does.
 torch.set_num_threads(1)
@@ -16,12 +14,6 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests that may take longest, lest one process waits for the other's."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
-
-
-@pytest.fixture(autouse=True)
-def _exports_forgotten() -> None:
-    """No test takes an export that another one left."""
-    export_memory.forget()
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from pyablate.results.record import Floats, Ints, Record
 
 PREFERRED = "preferred_class_drop"
 TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
+NEEDS_ALL = {"split_half_drop", "gini", "entropy"}
+"""Targets that an estimated run cannot give."""
+
 # Only where a run recorded them.
 MEASURES = ("loss_change", "margin_change")
 
@@ -62,7 +65,10 @@ def unit_targets(
         return {str(name): _given(result, name, values) for name, values in targets.items()}
     if targets is None:
         measured = [name for name in MEASURES if name in _recorded(result)]
-        targets = [t for t in TARGETS if t != PREFERRED or preferred is not None] + measured
+        left_out = set() if preferred is not None else {PREFERRED}
+        if result.estimate is not None:
+            left_out |= NEEDS_ALL
+        targets = [t for t in TARGETS if t not in left_out] + measured
     names = [targets] if isinstance(targets, str) else list(targets)
     return {name: _target(result, name, preferred, splits, seed) for name in names}
 
@@ -170,6 +176,7 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
     if name == "split_half_drop":
         return split_half_drop(result, splits=splits, seed=seed)
     if name in ("gini", "entropy"):
+        result.check_complete(name)
         return (gini if name == "gini" else entropy)(result.class_accuracy_drop)
     if name in MEASURES:
         changes: Floats = getattr(result, name)  # says what is missing where it was not recorded

@@ -137,6 +137,7 @@ def rank(
         layer_sizes=sizes,
         scope=scope,
         screening=scores.screening if isinstance(scores, AblationResult) else None,
+        guarantee=scores.guarantee if isinstance(scores, AblationResult) else "exact",
     )
 
 
@@ -160,6 +161,8 @@ class Ranking:
         What the scores were compared within.
     screening : Screening or None
         Certificate of the screened run whose drops these scores are; None of any others.
+    guarantee : {"exact", "screened", "estimated"}
+        Of the run whose drops these scores are.
 
     Examples
     --------
@@ -175,11 +178,13 @@ class Ranking:
     layer_sizes: dict[str, int]
     scope: str = "global"
     screening: Screening | None = None
+    guarantee: str = "exact"
 
     def __repr__(self) -> str:
         """Name and counts in one line."""
         may = sum(not note for note in self.notes)
-        by = "" if self.screening is None else ", by a screened run"
+        article = "an" if self.guarantee == "estimated" else "a"
+        by = "" if self.guarantee == "exact" else f", by {article} {self.guarantee} run"
         return f"Ranking({self.name}: {len(self.order)} in order, {may} may be removed{by})"
 
     @cached_property
@@ -248,6 +253,7 @@ class Ranking:
             scores=chance[order],
             notes=tuple(self.notes[i] for i in order),
             screening=None,
+            guarantee="exact",
         )
 
     def to_dataframe(self) -> pd.DataFrame:

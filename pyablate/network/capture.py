@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate.network import any_batch, export_memory, near_tie
+from pyablate.network import any_batch
 from pyablate.network.any_batch import CaptureError, Parts, line_of
 from pyablate.network.batch_norm import fold_batch_norm
 from pyablate.network.classifier import varied
 from pyablate.network.exported import quiet_export
-from pyablate.network.forward import forward, two_images
+from pyablate.network.forward import two_images
 from pyablate.network.graph import MARKER, Graph, aten, is_symbolic, mark, tensor
 from pyablate.network.graph_passes import channels_last, fold_padding
 from pyablate.network.hooks import Site, evaluation, hooked, without_recorders
@@ -22,16 +22,10 @@ from pyablate.runtime import interrupts
 
 __all__ = ["CaptureError", "capture"]
 
-AGREE = 1e-5
-"""Share of the largest logit by which a remembered export may differ from the network at hand."""
-
 
 @interrupts.remembered()
 def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bool = True) -> Graph:
-    """Export a model with its sites marked, or take what an export gave that is remembered.
-
-    The latter for a network of the same structure, with the same sites, if it gives the same
-    logits.
+    """Export a model with its sites marked.
 
     Parameters
     ----------
@@ -50,22 +44,8 @@ def capture(model: nn.Module, sample: Tensor, sites: Sequence[Site], *, fold: bo
         ``torch.export`` fails, or the graph does something across images.
     """
     pair = _noisy(model, sample)
-    key = export_memory.key_of(model, pair, sites)
-    parts = export_memory.recall(key, model)
-    if parts is None or not _agrees(graph := _graph(parts), model, pair):
-        parts = _export(model, pair, sites)
-        export_memory.remember(key, parts, model)
-        graph = _graph(parts)
-    graph.layout = _layouts(graph, pair)
-    if fold:
-        fold_batch_norm(graph)
-    fold_padding(graph)
-    channels_last(graph)
-    return graph
-
-
-def _graph(parts: Parts) -> Graph:
-    return Graph(
+    parts = _export(model, pair, sites)
+    graph = Graph(
         graph=parts.graph,
         images=parts.images,
         logits=parts.logits,
@@ -74,14 +54,12 @@ def _graph(parts: Parts) -> Graph:
         symbol=parts.images.meta["val"].shape[0].node.expr,
         markers=[node for node in parts.graph.nodes if node.target is MARKER],
     )
-
-
-def _agrees(graph: Graph, model: nn.Module, pair: Tensor) -> bool:
-    """Whether a remembered export computes what the network does."""
-    with evaluation(model), torch.no_grad():
-        found = tensor(graph.run(pair.clone(), [graph.logits])[graph.logits])
-        expected = forward(model, pair)
-    return found.shape == expected.shape and near_tie.disagreement(found, expected) <= AGREE
+    graph.layout = _layouts(graph, pair)
+    if fold:
+        fold_batch_norm(graph)
+    fold_padding(graph)
+    channels_last(graph)
+    return graph
 
 
 def _export(model: nn.Module, pair: Tensor, sites: Sequence[Site]) -> Parts:

@@ -192,7 +192,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     except ValueError:  # a variable that has no value yet
         return function
     after = [of_copy(value) for value in before]
-    names = globals_of(function)
+    names = _globals_of(function)
     moved = {name: of_copy(value) for name, value in names.items()}
     moved = {name: value for name, value in moved.items() if value is not names[name]}
     defaults = tuple(map(of_copy, function.__defaults__ or ()))
@@ -219,7 +219,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     return found
 
 
-def globals_of(function: FunctionType) -> dict[str, Any]:
+def _globals_of(function: FunctionType) -> dict[str, Any]:
     """Find what a function reaches by names of its file, and that may belong to the model."""
     known = function.__globals__
     named = {name: known[name] for name in function.__code__.co_names if name in known}
@@ -254,7 +254,7 @@ def _reached(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, FunctionType):
         with suppress(ValueError):  # a variable that has no value yet
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            names = dict(zip(value.__code__.co_freevars, cells, strict=True)) | globals_of(value)
+            names = dict(zip(value.__code__.co_freevars, cells, strict=True)) | _globals_of(value)
             yield from names.items()
             for name, one in names.items():
                 held = _attributes(one)

@@ -230,7 +230,10 @@ class ResultPlots:
         check_count("classes", classes)
         significant = significance(result, fdr=fdr)["significant"].to_numpy()[row]
         sizes = np.maximum(result.class_sizes, 1)
-        lost, gained = 100 * result.lost[row] / sizes, 100 * result.gained[row] / sizes
+        # Estimates of a few may be negative; none is drawn as the other.
+        lost, gained = (
+            100 * np.maximum(counts[row], 0) / sizes for counts in (result.lost, result.gained)
+        )
         present = np.flatnonzero(result.class_sizes)
         most = present[np.argsort(-(lost + gained)[present], kind="stable")][:classes]
         shown = np.sort(most)

@@ -82,7 +82,7 @@ class Estimate:
     def __add__(self, other: Estimate) -> Estimate:
         """Join what two parts of a run drew.
 
-        Of shards with a time each, designs differ: the factor that tells of less is taken.
+        Of shards with a time each, designs differ: what tells of less is taken.
         """
         levels = max(self.live.shape[1], other.live.shape[1])
         mine, theirs = (
@@ -92,7 +92,7 @@ class Estimate:
             self,
             expected=max(self.expected, other.expected),
             factor=min(self.factor, other.factor),
-            top=np.maximum(self.top, other.top),
+            top=np.minimum(self.top, other.top),
             live=mine + theirs,
             drawn=self.drawn + other.drawn,
             spread=self.spread + other.spread,
@@ -196,7 +196,8 @@ class Estimate:
         """Share of wrong predictions of each level, float64 ``[unit, level]``, pooled by layer.
 
         Before anything was found it is as the chances suggest, with an exponential distribution;
-        1 where the pairs were not scored.
+        1 where the pairs were not scored. Where some were found, no less than these say by
+        themselves: what was reckoned beforehand may be wrong for a whole layer.
         """
         pooled = np.zeros((int(layer.max(initial=-1)) + 1, found.shape[1]))
         drawn = np.zeros_like(pooled)
@@ -204,7 +205,9 @@ class Estimate:
         np.add.at(drawn, layer, self.live * chance)
         scored = (self.top == 1.0)[:, None]
         before = np.where(scored, np.minimum(1.0, (chance / self.factor) ** 2), 1.0)
-        return np.minimum(1.0, (1.0 + pooled[layer]) / (1.0 / before + drawn[layer]))
+        reckoned = (1.0 + pooled[layer]) / (1.0 / before + drawn[layer])
+        seen = np.where(pooled[layer] > 0, (1.0 + pooled[layer]) / (1.0 + drawn[layer]), 0.0)
+        return np.minimum(1.0, np.maximum(reckoned, seen))
 
     def to_dataframe(self, layers: pd.Series[str]) -> pd.DataFrame:
         """One row per layer: units, pairs that an ablation changes, those drawn, their share.

@@ -221,7 +221,7 @@ def ablate(
     )
     options.check(model)
     with (
-        undisturbed(model, device),
+        undisturbed(model, options.setup.device),
         taking_part(distributed, device) as ranks,
         reporting(options.progress if ranks.first else False, unit="pairs") as report,
     ):

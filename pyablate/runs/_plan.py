@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate._validation import check_bytes, check_fraction, check_level
+from pyablate._validation import check_bytes, check_count, check_fraction, check_level
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run, weighted_rules
 from pyablate.engine.channel_delta import ChannelDelta
@@ -105,7 +105,7 @@ class Plan:
         What should be known of the layers chosen: weights whose units are in none of them.
     other_seconds : dict
         What a call takes beside clean runs and layers: "preparation" (checks and capture, as this
-        very call took; a later one in the same process need not export again) and "audit".
+        very call took) and "audit".
     screened : ScreenedPlan or None
         What ``guarantee="screened"`` would take; None where everything would be computed.
 
@@ -234,6 +234,8 @@ class Plan:
     def _screened(self) -> str:
         """Say what a screened run would take."""
         found = self.screened
+        if found is None and (self.table["strategy"] == "replay").all():
+            return "screened: not planned, these pairs run by replay"
         if found is None:
             return "screened: as exact, nothing here can be screened"
         beside = self.clean_seconds + sum(self.other_seconds.values())
@@ -313,6 +315,8 @@ def plan(
     )
     check_options(model, options)
     check_level("risk", risk)
+    if images is not None:
+        check_count("images", images)
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
     begin = time.perf_counter()

@@ -161,8 +161,9 @@ class Auditor:
 
     @property
     def _may_settle(self) -> bool:
-        """Whether any pair may be settled in less than float64."""
-        return self.setup.replay.dtype != self.setup.data.dtype and not self.setup.abrupt
+        """Whether float32 may settle any pair: not where the run itself replays."""
+        other = self.setup.replay.dtype != self.setup.data.dtype
+        return other and self.setup.graph is not None and not self.setup.abrupt
 
     @cached_property
     def _own(self) -> Replay:

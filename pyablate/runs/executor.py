@@ -28,10 +28,11 @@ from pyablate.engine.logit_change import Change
 from pyablate.engine.loss_margin import Measured, Record
 from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.precision_cascade import PrecisionCascade
-from pyablate.engine.replay import decision
+from pyablate.engine.replay import Replay, decision
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
+from pyablate.network import near_tie
 from pyablate.results.record import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
@@ -45,6 +46,9 @@ from pyablate.runtime.host_to_device import sent
 from pyablate.runtime.progress import stage
 
 logger = logging.getLogger("pyablate")
+
+MEASURED = 32
+"""Units of a job at most on which replay in less than float64 is measured, batch by batch."""
 
 SECONDS = 0.5
 """Time between two words of progress inside a job."""
@@ -302,6 +306,8 @@ class BlockSweep:
         cascade.care = self._next(job)
         how = cascade.care.describe(cascade.strategy)
         logger.warning("%s; the layer is computed again by: %s", found, how)
+        if (self.screen or self.drawing) is not None and cascade.care >= Care.FLOAT64:
+            logger.warning("all pairs of the layer are computed from here on, whatever was asked")
         return True
 
     def _next(self, job: Job) -> Care:
@@ -469,6 +475,7 @@ class BlockSweep:
         size = max(1, min(256, setup.at_a_time, fitting))
         own = replace(setup.own, rows=size)
         truth = functools.partial(setup.exact.logits, batch, job)
+        self._measure_replay(job, batch, own, truth)
 
         def decide(row: Tensor, image: Tensor) -> Tensor:
             logits = own.logits(batch, job, row, image)
@@ -479,6 +486,20 @@ class BlockSweep:
             return self.cascades[job].classify_in_float64(row, image, prediction, truth)
 
         yield from self._every_pair(job, batch, clean, size, decide)
+
+    def _measure_replay(
+        self, job: Job, batch: Batch, own: Replay, truth: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Measure how far replay is off where units are ablated; intact images do not show it."""
+        units = len(job.members)
+        row = torch.arange(0, units, -(-units // MEASURED))
+        image = row % len(batch)
+        for part in torch.arange(len(row)).split(own.rows):
+            found = own.logits(batch, job, row[part], image[part])
+            exact = truth(row[part], image[part])
+            usable = near_tie.usable(found) & near_tie.usable(exact)
+            if bool(usable.any()):
+                self.rounding |= Rounding.measured(found[usable], exact[usable])
 
     def effort(self) -> Effort:
         """Sum up what the jobs took in this process."""

@@ -225,7 +225,11 @@ def _scale(sample: Sample, place: fx.Node | None, risk: float) -> Scale:
 
     def left(scale: Scale) -> float:
         scores = sample.scores(place, scale)
-        return float(sample.weight @ ~(scores > _safe(sample, place, scale, scores, risk)))
+        safe = _safe(sample, place, scale, scores, risk)
+        if safe <= 0:  # nothing would be settled: see `_stage`
+            return 1.0
+        # The last bits of scores depend on the machine; what they choose must not.
+        return round(float(sample.weight @ ~(scores > safe)), 3)
 
     return min(powers, key=left)
 

@@ -79,8 +79,11 @@ def float32_as(precision: str) -> Iterator[None]:
     backends: Any = torch.backends  # whose modules are classes of their own, unknown to mypy
     cudnn, changed = backends.cudnn, []
     of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
-    flag = _older_flag()
+    flag, matmul = _older_flag(), torch.get_float32_matmul_precision()
+    wanted = "high" if precision == "tf32" else "highest"
     try:
+        if matmul != wanted:  # else reading the older flag of matrix products is an error inside
+            torch.set_float32_matmul_precision(wanted)
         for owner in (backends, *(attrgetter(name)(backends) for name in _PRECISIONS)):
             before = owner.fp32_precision
             if before != precision:  # what inherits is as it should be by now, and goes on to
@@ -91,6 +94,8 @@ def float32_as(precision: str) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32 = flag
+        if matmul != wanted:
+            torch.set_float32_matmul_precision(matmul)
         for owner, before in reversed(changed):
             owner.fp32_precision = before
         for part, before in of_cudnn.items():  # which the flag has set
