@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any
@@ -79,8 +79,10 @@ def float32_as(precision: str) -> Iterator[None]:
     backends: Any = torch.backends  # whose modules are classes of their own, unknown to mypy
     cudnn, changed = backends.cudnn, []
     of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
-    flag, matmul = _older_flag(), torch.get_float32_matmul_precision()
-    wanted = "high" if precision == "tf32" else "highest"
+    flag, wanted = _older_flag(), "high" if precision == "tf32" else "highest"
+    matmul = wanted
+    with suppress(RuntimeError):  # it contradicts the newer settings, and cannot be read at all
+        matmul = torch.get_float32_matmul_precision()
     try:
         if matmul != wanted:  # else reading the older flag of matrix products is an error inside
             torch.set_float32_matmul_precision(wanted)

@@ -72,7 +72,7 @@ def test_a_network_that_is_not_captured_is_planned_by_replay(monkeypatch):
     plan = pa.plan(model, (images, labels))
     assert set(plan.table["strategy"]) == {"replay"}
     assert plan.screened is None
-    assert "screened: as exact" in plan.explain()
+    assert "screened: not planned, these pairs run by replay" in plan.explain()
     assert plan.seconds_at(0.1) == plan.seconds
     assert plan.clean_seconds > 0
 
@@ -154,7 +154,7 @@ def test_the_cost_of_stages_follows_the_pairs_that_get_there():
     by_stage = {"": 400, "deep": 200}
     layer = LayerScreening(1000, 200, 260, Sampled(400, 40), Sampled(200, 20), by_stage)
     result = SimpleNamespace(screening=Screening(1e-5, 0.1, 0.1, 9, 0, {"a": layer}))
-    plan = ScreenedPlan(1.0, 1.0, (2.0, 2.0), known)
+    plan = ScreenedPlan(1.0, 0.5, 1.0, (2.0, 2.0), known)
     found = screened_plan.stages_table(plan, result)
     assert found["actual_open"].tolist() == pytest.approx([0.5, 0.25, 260 / 800])
     assert found["actual_cost"].tolist() == pytest.approx([0.0, 0.5 * 0.3, 260 / 800])

@@ -162,3 +162,15 @@ def test_a_default_device_of_the_caller(options):
 )
 def test_a_shortage_of_memory_is_told_from_other_errors(error, expected):
     assert is_shortage(error) == expected
+
+
+def test_the_older_flag_of_products_can_be_read_inside() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with determinism.float32_as("ieee"):
+            assert torch.backends.cuda.matmul.allow_tf32 is False
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.allow_tf32 is True
+    finally:
+        torch.set_float32_matmul_precision(before)
