@@ -507,10 +507,10 @@ class BlockSweep:
         for cascade in self.cascades.values():
             total.update(cascade.classified)
         decided = {_name(tier): total[tier] for tier in TIERS if tier in total}
-        logger.info(
-            "the dense part decided %s pairs",
-            ", ".join(f"{pairs} in {tier}" for tier, pairs in decided.items()) or "no",
-        )
+        if decided:
+            words = {"int8": "8-bit integers"}
+            each = (f"{pairs:,} in {words.get(tier, tier)}" for tier, pairs in decided.items())
+            logger.info("pairs decided: %s", ", ".join(each))
         bounds = {
             job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}
             for job, cascade in self.cascades.items()
