@@ -540,9 +540,10 @@ class _Steps:
             self._tell()
 
     def finish(self) -> None:
-        """Tell the rest."""
+        """Tell the rest, if any."""
         self.done = self.left
-        self._tell()
+        if self.left:
+            self._tell()
 
     def _tell(self) -> None:
         done, self.done = self.done, 0

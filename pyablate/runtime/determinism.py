@@ -80,11 +80,13 @@ def float32_as(precision: str) -> Iterator[None]:
     cudnn, changed = backends.cudnn, []
     of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
     flag, wanted = _older_flag(), "high" if precision == "tf32" else "highest"
-    matmul = wanted
+    matmul, of_matmul = wanted, {}
     with suppress(RuntimeError):  # it contradicts the newer settings, and cannot be read at all
         matmul = torch.get_float32_matmul_precision()
     try:
         if matmul != wanted:  # else reading the older flag of matrix products is an error inside
+            parts = backends.cuda.matmul, backends.mkldnn.matmul
+            of_matmul = {part: part.fp32_precision for part in parts}
             torch.set_float32_matmul_precision(wanted)
         for owner in (backends, *(attrgetter(name)(backends) for name in _PRECISIONS)):
             before = owner.fp32_precision
@@ -100,7 +102,7 @@ def float32_as(precision: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         for owner, before in reversed(changed):
             owner.fp32_precision = before
-        for part, before in of_cudnn.items():  # which the flag has set
+        for part, before in (of_cudnn | of_matmul).items():  # which the flags have set
             part.fp32_precision = "none"
             if part.fp32_precision != before:
                 part.fp32_precision = before

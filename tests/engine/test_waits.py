@@ -86,7 +86,7 @@ def move(setup):
 def sweep_one(setup, batch, told=lambda _: None, sweep=None):
     """Sweep one batch; ``told`` hears when each job begins."""
     sweep = sweep or BlockSweep(setup, np.zeros((0, 2), dtype=np.int64), ())
-    advance = lambda done, name: None if done else told(name)  # noqa: E731
+    advance = lambda done, job: None if done else told(job.name)  # noqa: E731
     return sweep.block(batch, 0, keep=lambda _: None, advance=advance), sweep
 
 
