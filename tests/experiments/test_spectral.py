@@ -128,9 +128,9 @@ def test_bad_input(layer, options, message):
     [
         ("body.0", {}, "layers: expected a pair"),
         (("body.0",), {}, "layers: expected a pair"),
-        (("body.0", "head"), {"target": 5}, "target: expected numbers 0 to 4"),
-        (("body.0", "head"), {"target": "x"}, "target: no class 'x'"),
-        (("body.0", "head"), {"target": 4}, "target: no images of class 4"),
+        (("body.0", "body.3.inner.0"), {"target": 5}, "target: expected numbers 0 to 4"),
+        (("body.0", "body.3.inner.0"), {"target": "x"}, "target: no class 'x'"),
+        (("body.0", "body.3.inner.0"), {"target": 4}, "target: no images of class 4"),
     ],
 )
 def test_bad_input_of_the_graph(layers, options, message):
