@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count, check_fraction, check_seed
-from pyablate.experiments.units import opened
+from pyablate.experiments.units import one_layer, opened
 from pyablate.network.forward import forward
 from pyablate.network.model_checks import Ready
 from pyablate.network.sites import Site, hooked, select
@@ -86,9 +86,7 @@ def representative(
         ready = opened(model, data, {"device": device, "axis": axis})
         ready.data.hold()
         chosen = select(ready.sites, layer)
-        if layer is not None and len(chosen) != 1:
-            raise ValueError(f"layer: expected one layer, {layer!r} names {len(chosen)}")
-        site = chosen[-1]
+        site = chosen[-1] if layer is None else one_layer(chosen, layer)
         a, decided = _activations(ready, site, batch_size)
         if len(a) < 4 or image >= len(a):
             raise ValueError(f"image: expected one of at least 4 images, got {image} of {len(a)}")

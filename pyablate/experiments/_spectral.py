@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyablate._validation import check_count, check_fraction
-from pyablate.experiments.units import class_number, opened
+from pyablate.experiments.units import class_number, one_layer, opened
 from pyablate.network.forward import forward
 from pyablate.network.model_checks import Ready
 from pyablate.network.sites import Site, hooked, select
@@ -99,7 +99,7 @@ def spectral_profile(
     found, label = torch.cat(parts).numpy(), torch.cat(labels).numpy()
     by_class = np.full((ready.classes, found.shape[1]), np.nan)
     size = np.abs(found)
-    relative = size / np.maximum(size.sum(1, keepdims=True), np.finfo(float).tiny)
+    relative = _relative(torch.from_numpy(found)).numpy()
     for k in np.unique(label):
         by_class[k] = relative[label == k].mean(0)
     return xr.Dataset(
@@ -243,7 +243,7 @@ class _Spectrum:
     """The singular vectors of one layer, and how its output is seen along them."""
 
     def __init__(self, ready: Ready, name: str) -> None:
-        (site,) = _single(select(ready.sites, name), name)
+        site = one_layer(select(ready.sites, name), name)
         layer = ready.model.get_submodule(site.module)
         if not isinstance(layer, _LAYERS) or not site.plain:
             raise ValueError(
@@ -287,9 +287,3 @@ class _Spectrum:
             return (maps - taken).movedim(-1, site.axis)
 
         return hooked(model, [self.site], see)
-
-
-def _single(found: Sequence[Site], name: str) -> Sequence[Site]:
-    if len(found) != 1:
-        raise ValueError(f"layer: expected one layer, {name!r} names {len(found)}")
-    return found

@@ -47,6 +47,13 @@ def labels_of(found: Sequence[Site]) -> list[str]:
     return [site.label(unit) for site in found for unit in range(site.channels)]
 
 
+def one_layer(found: Sequence[Site], name: Any) -> Site:
+    """Return the layer that a name selects; refuse a name that selects several."""
+    if len(found) != 1:
+        raise ValueError(f"layer: expected one layer, {name!r} names {len(found)}")
+    return found[0]
+
+
 def class_number(result: AblationResult | Ready, name: str | int, argument: str = "classes") -> int:
     """Find the number of a class by its name or number."""
     names = result.class_names
