@@ -50,13 +50,14 @@ class Text(nn.Module):
         torch.manual_seed(3)
         self.returns = returns
         self.embedding = nn.Embedding(40, 12)
-        self.fc, self.act, self.head = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.fc, self.act, self.mix = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
         self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         weight = attention_mask.unsqueeze(-1).to(self.fc.weight.dtype)
         h = self.act(self.fc(self.embedding(input_ids)))
-        return self.returns(self.head((h * weight).sum(1) / weight.sum(1)))
+        return self.returns(self.head(self.mix((h * weight).sum(1) / weight.sum(1))))
 
 
 def as_dict(logits: Tensor) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     "activation_patterns": lambda c: patterns(c),
     "spectral_profile": lambda c: pa.spectral_profile(c.model, c.data, weighted(c))["contribution"],
     "influence_graph": lambda c: pa.influence_graph(
-        c.model, c.data, (weighted(c), weighted(c)), share=0.5
+        c.model, c.data, ("fc", "mix") if isinstance(c.model, Text) else ("conv", "conv2")
     )["influence"],
     "class_features": lambda c: pa.class_features(c.model, c.data).mask,
     "representative": lambda c: pa.representative(c.model, c.data, 3, "act").map,

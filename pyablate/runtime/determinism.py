@@ -78,6 +78,7 @@ def float32_as(precision: str) -> Iterator[None]:
         return
     backends: Any = torch.backends  # whose modules are classes of their own, unknown to mypy
     cudnn, changed = backends.cudnn, []
+    of_libraries = {each: each.fp32_precision for each in (backends.mkldnn, cudnn)}
     of_cudnn = {part: part.fp32_precision for part in (cudnn.conv, cudnn.rnn)}
     flag, wanted = _older_flag(), "high" if precision == "tf32" else "highest"
     matmul, of_matmul = wanted, {}
@@ -102,6 +103,12 @@ def float32_as(precision: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         for owner, before in reversed(changed):
             owner.fp32_precision = before
+        # torch.export has set both to what they inherited. Of mkldnn, the attribute sets the
+        # general precision instead (torch 2.13); set_flags sets its own.
+        for library, before in of_libraries.items():
+            library.set_flags(_fp32_precision="none")
+            if library.fp32_precision != before:
+                library.set_flags(_fp32_precision=before)
         for part, before in (of_cudnn | of_matmul).items():  # which the flags have set
             part.fp32_precision = "none"
             if part.fp32_precision != before:

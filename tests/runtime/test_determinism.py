@@ -53,8 +53,9 @@ def test_what_inherits_still_inherits_afterwards(as_before):
     for name in reversed(NAMES):
         owner = attrgetter(name)(torch.backends) if name else torch.backends
         owner.fp32_precision = "none"
+    model, images, _ = networks.network("mlp")
     with determinism.undisturbed():
-        pass
+        torch.export.export(model, (images,))  # which sets what the libraries have inherited
     torch.backends.fp32_precision = "tf32"
     assert set(precisions().values()) == {"tf32"}
     with determinism.float32_as("tf32"):
