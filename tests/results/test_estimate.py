@@ -91,7 +91,7 @@ class Planted:
 FIGURES = ("accuracy", "accuracy_drop", "class_accuracy_drop", "lost", "gained")
 
 
-@pytest.mark.parametrize(("off", "spread"), [(1.0, 0.0), (4.0, 0.5), (0.25, 2.0)])
+@pytest.mark.parametrize(("off", "spread"), [(1.0, 0.0), (4.0, 0.5), (0.25, 2.0), (100.0, 0.0)])
 def test_estimates_have_no_bias_and_intervals_hold_the_truth(off, spread):
     planted = Planted(3, off=off, spread=spread)
     exact, draw = planted.result(), np.random.default_rng(7)
