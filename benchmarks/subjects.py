@@ -190,10 +190,14 @@ def efficientnet_lite0() -> nn.Sequential:
     return model
 
 
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
+
+
 def photograph_crops(count: int, *, seed: int = 0) -> Tensor:
     """Random crops of photographs as EfficientNet-Lite wants them, ``[count, 3, 224, 224]``.
 
-    The photographs are those that scikit-image and scikit-learn carry in their packages.
+    The photographs are those that scikit-image and scikit-learn carry in their packages, one after
+    the other (``PHOTOGRAPHS``).
 
     Raises
     ------
@@ -203,8 +207,7 @@ def photograph_crops(count: int, *, seed: int = 0) -> Tensor:
     import skimage.data
     from sklearn.datasets import load_sample_images
 
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    photographs = [np.asarray(getattr(skimage.data, name)()) for name in names]
+    photographs = [np.asarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS[:4]]
     photographs += list(load_sample_images().images)
     random = np.random.default_rng(seed)
     crops = torch.empty(count, 3, 224, 224)
