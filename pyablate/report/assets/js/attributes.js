@@ -68,14 +68,8 @@ function attributesSection() {
         data.layers.map((_, layer) => cellOf(layer, attribute)),
       ),
     );
-    matrix.replaceChildren(
-      make(
-        "div",
-        { class: "scroll tall" },
-        make("table", { class: "correlations" },
-          make("thead", {}, make("tr", {}, make("td", {}, "Spearman"), head)), make("tbody", {}, body)),
-      ),
-    );
+    const heading = make("thead", {}, make("tr", {}, make("td", {}, "Spearman"), head));
+    matrix.replaceChildren(scrolling(make("table", { class: "correlations" }, heading, make("tbody", {}, body)), true));
     if (focused) matrix.querySelector("[aria-pressed=true]")?.focus();
   }
 
