@@ -17,6 +17,7 @@ from pyablate.plots.drawing import (
     label_of,
     legend,
     new_axes,
+    plain,
     stretch,
 )
 
@@ -153,7 +154,7 @@ def _curves(table: pd.DataFrame, step: str, x: str, y: str, log: bool, ax: Axes 
         if several:
             low, high = y_scale * points.min()[y], y_scale * points.max()[y]
             axes.fill_between(across, low, high, color=shade, alpha=0.3, linewidth=0)
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=plain(x_label), ylabel=plain(y_label))
     if log:
         stretch(axes.xaxis, x_scale * table[x], log)
     level = guessing(table, y)

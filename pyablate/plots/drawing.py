@@ -111,7 +111,7 @@ def label_of(name: str, largest: float = 0.0) -> tuple[str, float]:
             if largest >= size:
                 return large.format(unit), 1 / size
         return label, 1.0
-    return _PLAIN.get(name, plain(name.replace("_", " "))), 1.0
+    return _PLAIN.get(name, name.replace("_", " ")), 1.0
 
 
 def squeezed(numbers: ArrayLike) -> bool:

@@ -371,7 +371,7 @@ class ResultPlots:
             style: dict[str, Any] = {"s": 20, "color": colour, "alpha": 0.75, "linewidths": 0}
             across, up = numbers[rows], scale * values[rows]
             _dots(axes, across, up, limit, label=entry(meaning), marker=marker, **style)
-        axes.set(xlabel=_attribute_label(table, attribute), ylabel=self._said(label))
+        axes.set(xlabel=_attribute_label(table, attribute), ylabel=plain(self._said(label)))
         shown = np.concatenate(list(chosen.values()))
         stretch(axes.xaxis, numbers[shown], log)
         stretch(axes.yaxis, scale * values[shown], log if limit is None else bool(log))

@@ -41,8 +41,8 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
     Curves are a table or CSV file, or several, of :func:`pyablate.prune_curve`,
     :func:`pyablate.sensitivity` or :func:`pyablate.cumulative`. Each chart has a ``title``, ``x``
     (what it is), ``measures`` (columns, accuracy first: ``name``, ``label``, ``scale`` to multiply
-    by, and ``chance``, what guessing gets, or None), and ``series``: ``name``, ``random``, ``x`` and
-    one list of numbers per measure.
+    by, and ``chance``, what guessing gets, or None), and ``series``: ``name``, ``random``, ``x``
+    and one list of numbers per measure.
     """
     if curves is None:
         return []

@@ -279,18 +279,21 @@ function heatmap(holder, canvas, legend, state) {
     paint();
   }
 
-  // Which cell is under the pointer; among units that share a pixel the one that is drawn.
+  // Which cell is under the pointer; among those that share a pixel the one that is drawn.
   function under(event) {
     const [px, py] = d3.pointer(event, canvas);
     const [sx, sy] = [x(), y()];
     const row = Math.floor(sy.invert(py - HEAT.top));
     if (row < 0 || row >= rows.length || py < HEAT.top || py > HEAT.top + size.height) return null;
     if (px < size.left) return { row, column: null };
-    const perColumn = Math.max(1, Math.ceil(1 / (sx(1) - sx(0))));
-    const from = Math.floor(sx.invert(px - size.left) / perColumn) * perColumn;
-    const range = d3.range(from, Math.min(from + perColumn, columns.length)).filter((c) => c >= 0);
-    const column = d3.greatest(range, (c) => Math.abs(shownDrop(columns[c], rows[row])) || 0);
-    return column === undefined ? null : { row, column };
+    const sharing = (scale, at, number) => {
+      const together = Math.max(1, Math.ceil(1 / (scale(1) - scale(0))));
+      const from = Math.floor(scale.invert(at) / together) * together;
+      return d3.range(Math.max(0, from), Math.min(from + together, number));
+    };
+    const cells = d3.cross(sharing(sy, py - HEAT.top, rows.length), sharing(sx, px - size.left, columns.length));
+    const drawn = d3.greatest(cells, ([r, c]) => Math.abs(shownDrop(columns[c], rows[r])));
+    return drawn === undefined ? null : { row: drawn[0], column: drawn[1] };
   }
 
   function lines({ column, row }) {
