@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,8 @@ class _Shell(TyperGroup):
         line: str | None
         code: Any
         try:
-            code = super().main(*args, **options)
+            helped = self._help(list(given))
+            code = super().main(*args, **options) if helped is None else typer.echo(helped)
             # Newer versions of typer turn Ctrl-C into this code themselves.
             line = "interrupted" if code == INTERRUPTED else ""
         except BaseException as error:
@@ -73,6 +75,18 @@ class _Shell(TyperGroup):
         if line and "--json" in given and _speaks():
             typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _help(self, given: list[str]) -> str | None:
+        """Return the help asked for, if any, before typer imports all that parses words."""
+        if not given or not {"-h", "--help"} & set(given):
+            return None
+        context = self.context_class(self, info_name="pyablate", **self.context_settings)
+        command = self.commands.get(given[0])
+        if command is not None:
+            return command.get_help(
+                command.context_class(command, info_name=given[0], parent=context)
+            )
+        return self.get_help(context) if given[0] in ("-h", "--help") else None
 
 
 def _speaks() -> bool:
@@ -89,7 +103,7 @@ app = typer.Typer(
     name="pyablate",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # in 80 columns its tables leave seventeen for the text
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -238,6 +252,11 @@ def plan(
     typer.echo(visible(made.explain(), keep="\n"))
 
 
+def _first_words(command: Callable[..., None]) -> str:
+    """Return the first line of a command's help, which the list of all would cut off."""
+    return (command.__doc__ or "").partition("\n")[0]
+
+
 for _command in (
     demo,
     layers,
@@ -259,8 +278,8 @@ for _command in (
     report,
     doctor,
 ):
-    app.command()(with_options(_command))
-app.command("show")(with_options(show_run))
+    app.command(short_help=_first_words(_command))(with_options(_command))
+app.command("show", short_help=_first_words(show_run))(with_options(show_run))
 
 
 def main() -> None:

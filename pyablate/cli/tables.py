@@ -1,4 +1,7 @@
-"""How the shell prints: a console, frames as tables, what was written."""
+"""How the shell prints: a console, frames as tables, what was written.
+
+Rich is imported where something is printed, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
-
 from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    from rich.console import ConsoleOptions, RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 _PIPED_WIDTH = 120
 
@@ -54,6 +53,9 @@ def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 
     Not a number is shown as ``-``. In the first `grouped` columns a value is shown once for the
     rows that share it and those to its left; an empty line follows the rows that share the first.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, _, written in shown:
         if written is str:
@@ -77,6 +79,8 @@ def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 
 
 def facts_table(facts: dict[str, Any]) -> Table:
     """Tabulate names and values."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -97,21 +101,10 @@ def show(*printed: RenderableType, written: Iterable[Path | None] = ()) -> None:
 
 def console() -> Console:
     """Make a console that does not squeeze tables into 80 columns when piped into a file."""
-    made = _Console(markup=False, highlight=False)
-    return made if made.is_terminal else _Console(markup=False, highlight=False, width=_PIPED_WIDTH)
+    from pyablate.cli.console import Console
 
-
-class _Console(Console):
-    """Lets no control characters through but rich's own, whatever was printed."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            if segment.control:
-                yield segment
-            else:
-                yield segment._replace(text=visible(segment.text, keep="\n"))
+    made = Console(markup=False, highlight=False)
+    return made if made.is_terminal else Console(markup=False, highlight=False, width=_PIPED_WIDTH)
 
 
 def _cell(name: str) -> Text:
@@ -119,6 +112,8 @@ def _cell(name: str) -> Text:
 
     Control characters are shown before the width of the column is measured.
     """
+    from rich.text import Text
+
     return Text(visible(name))
 
 
