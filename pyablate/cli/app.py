@@ -26,7 +26,7 @@ from pyablate.cli.common import (
     parse_axes,
     words,
 )
-from pyablate.cli.compression import compare, prune, sensitivity
+from pyablate.cli.compression import compare, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
 from pyablate.cli.options import (
@@ -42,6 +42,7 @@ from pyablate.cli.options import (
     with_options,
 )
 from pyablate.cli.plot import plot
+from pyablate.cli.pruning import finetune, prune
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
 from pyablate.cli.show import show_run
@@ -267,6 +268,7 @@ for _command in (
     significance,
     correlate,
     prune,
+    finetune,
     sensitivity,
     compare,
     cumulative,
