@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pprint
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,28 @@ MARK = '"""Written by pyablate: '
 
 _CODE = '''{mark}the network of {weights}, made from {maker}.
 
-In the shell: ``--model {module}:make_model --weights {weights}``.
+In the shell: ``{module}:make_model --weights {weights}``.
 """
 
 from pathlib import Path
 
-import torch
 from torch import nn
-
-{imported}
 
 # What modules know of their sizes, and shapes of their weights, where the original has others.
 SIZES = {sizes}
 SHAPES = {shapes}
 
 
+def original() -> nn.Module:
+    """Make the network that this one was made from."""
+    {imported}
+
+    return {made}
+
+
 def make_model() -> nn.Module:
     """Make the network, with weights yet to be loaded."""
-    model = {made}
+    model = original()
     for name, own in SIZES.items():
         vars(model.get_submodule(name)).update(own)
     for name, shape in SHAPES.items():
@@ -124,12 +129,16 @@ def save_weights(
 def _maker(spec: str) -> tuple[str, str]:
     """Return an import and an expression for what makes the original."""
     prefix, colon, name = spec.partition(":")
-    if prefix == "demo" and colon:
-        return "from pyablate import demo", f"demo.build({name!r})"
-    if prefix == "torchvision" and colon:
-        return "from torchvision import models", f"models.get_model({name!r}, weights=None)"
-    if prefix == "timm" and colon:
-        return "import timm", f"timm.create_model({name!r})"
+    libraries = {
+        "demo": ("from pyablate import demo", f"demo.build({name!r})"),
+        "torchvision": (
+            "from torchvision import models",
+            f"models.get_model({name!r}, weights=None)",
+        ),
+        "timm": ("import timm", f"timm.create_model({name!r})"),
+    }
+    if prefix in libraries and re.fullmatch(r"[\w./-]+", name):
+        return libraries[prefix]
     words = [*prefix.split("."), *name.split(".")]
     if not colon or not all(word.isidentifier() for word in words):
         raise ValueError(

@@ -66,7 +66,7 @@ def test_bad_arguments():
     for path in ("small.pt", "no name.safetensors"):
         with pytest.raises(ValueError, match=r"path: expected a file called NAME\.safetensors"):
             save_weights(model, model, "a:b", path)
-    for maker in ("a", "a:b()", "import os; a:b"):
+    for maker in ("a", "a:b()", "import os; a:b", 'timm:a"""'):
         with pytest.raises(ValueError, match="maker: expected module:factory"):
             save_weights(model, model, maker, "small.safetensors")
     with pytest.raises(ValueError, match="model: expected the modules of the original"):
