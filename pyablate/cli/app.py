@@ -64,7 +64,9 @@ class _Shell(TyperGroup):
         code: Any
         try:
             helped = self._help(list(given))
-            code = super().main(*args, **options) if helped is None else typer.echo(helped)
+            if helped is not None:
+                typer.echo(helped)
+            code = super().main(*args, **options) if helped is None else 0
             # Newer versions of typer turn Ctrl-C into this code themselves.
             line = "interrupted" if code == INTERRUPTED else ""
         except BaseException as error:

@@ -156,7 +156,7 @@ def prune(
         removal = remove(model, rankings[by[0]], sample, data=data, **given)
         if save is not None:
             _save(removal, model, network.model, sample, save)
-        if wanted and csv is not None:
+        if removal.steps is not None and csv is not None:
             write_csv(removal.steps, csv)
         if wanted or csv is None:
             show(*_removal_tables(removal), written=[csv, save, *_code_of(save)])
@@ -284,10 +284,10 @@ def _removal_tables(removal: Removal) -> list[Table | str]:
     ]
     if removal.steps is not None:
         steps = removal.steps.assign(chosen=removal.steps["chosen"].map({True: "yes", False: ""}))
-        written = [name for name in steps if name not in ("places", "chosen")]
+        measured = [heading for name, heading in _STEP_NAMES.items() if name in steps]
         tried = (
             *columns(count, "Places tried=places"),
-            *(each for name in written for each in columns(_percent, _STEP_NAMES[name])),
+            *columns(_percent, *measured),
             *columns(str, "chosen"),
         )
         tables.append(frame_table(steps, tried))

@@ -48,7 +48,10 @@ def columns(written: Callable[[Any], str], *names: str) -> Iterator[Column]:
 
 
 def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 0) -> Table:
-    """Tabulate columns of a frame: text (format `str`) on the left and folded, figures right.
+    """Tabulate columns of a frame: text (format `str`) on the left, figures on the right.
+
+    Text is folded between words; names and figures stay whole, if the table has to be wider than
+    the terminal for them.
 
     Not a number is shown as ``-``. In the first `grouped` columns a value is shown once for the
     rows that share it and those to its left; an empty line follows the rows that share the first.
@@ -74,6 +77,8 @@ def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 
             table.add_section()
         table.add_row(*map(_cell, [*[""] * same, *cells[same:]]))
         above = cells
+    for column in table.columns:
+        column.min_width = max(map(_longest_word, [column.header, *column.cells]))
     return table
 
 
@@ -91,9 +96,16 @@ def facts_table(facts: dict[str, Any]) -> Table:
 
 def show(*printed: RenderableType, written: Iterable[Path | None] = ()) -> None:
     """Print lines and tables, then name the files written; None is one that was not asked for."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
     out = console()
     for each in printed:
-        out.print(each)
+        if isinstance(each, Table):
+            least = Measurement.get(out, out.options.update(width=1000), each).minimum
+            out.print(each, width=max(out.width, least), crop=False)
+        else:
+            out.print(each)
     paths = [str(path) for path in written if path is not None]
     if paths:
         out.print(f"Written: {' and '.join(paths)}")
@@ -105,6 +117,10 @@ def console() -> Console:
 
     made = Console(markup=False, highlight=False)
     return made if made.is_terminal else Console(markup=False, highlight=False, width=_PIPED_WIDTH)
+
+
+def _longest_word(cell: RenderableType) -> int:
+    return max((len(word) for word in str(cell).split()), default=0)
 
 
 def _cell(name: str) -> Text:

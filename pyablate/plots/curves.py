@@ -168,9 +168,9 @@ def guessing(table: pd.DataFrame, y: str) -> float | None:
     """Return what guessing gets; None where that is not known."""
     if y == "target_balanced_accuracy":
         return 0.5
-    level = table["chance"].dropna() if "chance" in table else []
-    if not len(level) or not 0 < level.iloc[0] <= 1:
+    known = table["chance"].dropna().tolist() if "chance" in table else []
+    if not known or not 0 < known[0] <= 1:
         return None
     if y == "loss":
-        return -math.log(level.iloc[0])
-    return float(level.iloc[0]) if y.endswith("accuracy") else None
+        return -math.log(known[0])
+    return float(known[0]) if y.endswith("accuracy") else None

@@ -164,7 +164,7 @@ def _write(axis: Any, numbers: Floats) -> None:
     """Write numbers at an axis, which ends where it did."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # there are axes already
 
-    axis.set_major_locator(FixedLocator(numbers))
+    axis.set_major_locator(FixedLocator(numbers.tolist()))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}".replace("-", "\u2212")))
 

@@ -152,6 +152,7 @@ class ResultPlots:
         ylabel = self._said(label_of(drop)[0])
         axes.set(xlim=(-0.5, len(chosen) - 0.5), xlabel="layer", ylabel=ylabel)
         axes.margins(y=0.12)
+        axes.use_sticky_edges = False  # the bands, else dots at 0 were cut in half
         stretch(axes.yaxis, drops[shown], log if limit is None else bool(log))
         legend(axes)
         return axes
