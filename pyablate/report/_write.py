@@ -85,8 +85,7 @@ def write_report(
     Raises
     ------
     ValueError, TypeError
-        Something given does not belong to this result, or the run was an estimated one; the message
-        says what.
+        Something given does not belong to this result; the message says what.
     OSError
         The file cannot be written, or a table cannot be read.
 
@@ -98,7 +97,6 @@ def write_report(
     >>> Path("report.html").read_text()[:15]
     '<!doctype html>'
     """
-    result.check_complete("report")
     if model is not None and data is None:
         raise ValueError("model: data are needed too, to see which images activate a unit most")
     check_file(Path(path), "path")

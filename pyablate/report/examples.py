@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyablate.analysis.statistics import row_blocks
-from pyablate.report.numbers import joined, leading
+from pyablate.report.numbers import certain, joined, leading
 from pyablate.report.packed import packed
 from pyablate.results.record import Ints, Record
 
@@ -49,6 +49,7 @@ def examples(
     (number, class and intact prediction of every image mentioned); and
     ``pictures`` (by image number, as data URIs).
     """
+    result = certain(result)
     parts = [_chosen(result, rows) for rows in row_blocks(result)]
     flips, lengths = (joined([each[i] for each in parts]) for i in range(2))
     ends = np.cumsum(lengths)

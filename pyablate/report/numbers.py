@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
 from pyablate._version import __version__
 from pyablate.analysis.clusters import cluster_units, profile_distances
-from pyablate.analysis.statistics import layer_rows, max_class_test, row_blocks, significance
+from pyablate.analysis.statistics import (
+    adjusted,
+    layer_rows,
+    max_class_test,
+    row_blocks,
+    significance,
+)
 from pyablate.report.packed import packed
-from pyablate.results.record import Floats, Ints, Record
+from pyablate.results.record import Flips, Floats, Ints, Record
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 MOST_MOVES = 300
 """Distinct changes of prediction (true class, before, after) that a unit's card lists."""
 
 _KNOWN = ("accuracy", "accuracy_drop", "max_class_drop", "max_class")
+_ENDS = ("accuracy_drop_low", "accuracy_drop_high")  # of an estimated run's interval
 _MOST_CLUSTERED = 10_000  # units: pyablate.analysis.clusters holds all distances in memory
 
 
@@ -35,7 +47,8 @@ def contents(
     shares, the page shows points. ``provenance`` are further lines about where the result comes
     from.
     """
-    cells, hurt_pairs = _cells(result, fdr)
+    tests = significance(result, fdr=fdr)
+    cells, hurt_pairs = _cells(result, tests)
     return {
         "title": title,
         "fdr": fdr,
@@ -48,18 +61,19 @@ def contents(
             "position": packed(_class_positions(result)),
         },
         "layers": _layers(result),
-        "units": _units(result),
+        "units": _units(result, tests),
         "cells": cells,
         "moves": _moves(result),
     }
 
 
-def _cells(result: Record, fdr: float) -> tuple[dict[str, Any], int]:
-    """Test each class of each unit; return counts and tests, and how many pairs are hurt."""
-    tests = significance(result, fdr=fdr)
+def _cells(result: Record, tests: xr.Dataset) -> tuple[dict[str, Any], int]:
+    """Gather counts and tests of each class of each unit, and how many pairs are hurt."""
     hurt = tests["significant"].to_numpy() & (result.lost > result.gained)
-    counts = {"lost": packed(result.lost), "gained": packed(result.gained)}
-    return counts | {name: packed(tests[name].to_numpy()) for name in "pq"}, int(hurt.sum())
+    cells = {"lost": packed(result.lost), "gained": packed(result.gained)}
+    if result.estimate is not None:
+        cells["half_width"] = packed(result.half_width("class_accuracy_drop"))
+    return cells | {name: packed(tests[name].to_numpy()) for name in "pq"}, int(hurt.sum())
 
 
 def _summary(result: Record, hurt_pairs: int) -> dict[str, Any]:
@@ -68,7 +82,9 @@ def _summary(result: Record, hurt_pairs: int) -> dict[str, Any]:
         "intervention": result.intervention,
         "accuracy": result.baseline_accuracy,
         "word": result.word,
-        "flips": len(result.flips.image),
+        "flips": round(float(result.flip_count.sum())),
+        "guarantee": result.guarantee,
+        "known": str(result.estimate or result.screening or ""),
         "hurt_pairs": hurt_pairs,
         "audit": {
             "pairs": result.audit.pairs,
@@ -88,8 +104,11 @@ def _provenance(result: Record, further: Mapping[str, object]) -> list[list[str]
     if result.seconds:
         facts["Time of the run"] = f"{result.seconds:,.1f} s"
     facts["Audit"] = result.audit if result.audit.pairs else "none"
+    facts["Guarantee"] = result.guarantee
     if result.screening is not None:
         facts["Screening"] = result.screening
+    if result.estimate is not None:
+        facts["Estimate"] = result.estimate
     facts["Report written by"] = f"pyablate {__version__}"
     return [[str(name), str(value)] for name, value in facts.items()]
 
@@ -110,15 +129,16 @@ def _layers(result: Record) -> list[dict[str, Any]]:
     ]
 
 
-def _units(result: Record) -> dict[str, Any]:
+def _units(result: Record, tests: xr.Dataset) -> dict[str, Any]:
     number = {layer: code for code, layer in enumerate(layer_rows(result))}
-    worst = max_class_test(result)
+    worst = _worst_of_estimates(result, tests) if result.estimate else max_class_test(result)
     columns = {
         "layer": np.array([number[str(layer)] for layer in result.units["layer"]], dtype=np.int64),
         "accuracy_drop": result.accuracy_drop,
         "max_class_drop": result.max_class_drop,
         "max_class": result.max_class,
-        "flips": np.diff(result.flips.start),
+        "half_width": result.half_width("accuracy_drop"),
+        "flips": result.flip_count,
         "undefined": result.undefined.sum(axis=1),
         "noise_floor": worst["noise_floor"].to_numpy(),
         "split_half_drop": worst["split_half_drop"].to_numpy(),
@@ -132,12 +152,26 @@ def _units(result: Record) -> dict[str, Any]:
     } | {name: packed(values) for name, values in columns.items()}
 
 
+def _worst_of_estimates(result: Record, tests: xr.Dataset) -> pd.DataFrame:
+    """Test the most hurt class of each unit by Bonferroni's bound over the classes.
+
+    :func:`pyablate.analysis.statistics.max_class_test` needs to know which images changed.
+    """
+    harm: Floats = np.where(result.lost > result.gained, tests["p"].to_numpy(), np.nan)
+    harm = np.where(np.isnan(tests["p"]), np.nan, np.nan_to_num(harm, nan=1.0))
+    p = np.minimum(1.0, np.nanmin(harm, axis=1) * (result.class_sizes > 0).sum())
+    q, unknown = np.empty_like(p), np.full(len(p), np.nan)
+    for rows in layer_rows(result).values():
+        q[rows] = adjusted(p[rows])
+    return pd.DataFrame({"noise_floor": unknown, "split_half_drop": unknown, "p": p, "q": q})
+
+
 def measures(result: Record) -> dict[str, Floats]:
     """Further numbers that the run recorded, one per unit, such as the change of the loss."""
     return {
         str(name): values.to_numpy().astype(np.float64)
         for name, values in result.data.items()
-        if values.dims == ("unit",) and name not in _KNOWN
+        if values.dims == ("unit",) and name not in (*_KNOWN, *_ENDS)
     }
 
 
@@ -169,6 +203,7 @@ def _class_positions(result: Record) -> Ints:
 def _moves(result: Record) -> dict[str, Any]:
     """Count images by true class, prediction before and after; the most frequent of each unit."""
     k = result.classes
+    result = certain(result)
     counted = [_most_frequent(result, rows) for rows in row_blocks(result)]
     total, kinds, count = (joined([part[i] for part in counted]) for i in range(3))
     return {
@@ -195,6 +230,13 @@ def _most_frequent(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
     total = np.bincount(row, minlength=rows.stop - rows.start)
     first = np.lexsort((-count, row))[leading(total, MOST_MOVES)]
     return total, kind[first], count[first]
+
+
+def certain(result: Record) -> Record:
+    """Leave out flips that are not known: an estimated run does not tell which images change."""
+    if result.estimate is None:
+        return result
+    return replace(result, flips=Flips.gather(len(result.units), []), estimate=None)
 
 
 def leading(lengths: Ints, most: int) -> NDArray[np.bool_]:

@@ -25,7 +25,11 @@ def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any
     layer, target and attribute that has one.
     """
     columns = attribute_columns(aligned(table, result), None)
-    targets = [*TARGETS, *measures(result)]
+    targets = [
+        name
+        for name in (*TARGETS, *measures(result))
+        if result.estimate is None or name != "split_half_drop"  # which needs every prediction
+    ]
     found = correlate(
         result,
         table,

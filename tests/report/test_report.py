@@ -18,6 +18,7 @@ import pytest
 import torch
 import xarray as xr
 from PIL import Image
+from support import networks
 from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
 from support.shelled import invoke
 from torch import nn
@@ -131,6 +132,32 @@ def test_attributes_and_their_correlations(result, page):
     np.testing.assert_allclose(lines["correlation"][where], expected["correlation"], rtol=1e-6)
     names = [found["name"][i] for i in lines["attribute"][where]]
     assert names == expected["attribute"].tolist()
+
+
+def test_an_estimated_run(tmp_path):
+    model, images, labels = networks.network("residual")
+    options = {"guarantee": "estimated", "budget": "40%", "progress": False, "audit": 0}
+    found = pa.ablate(model, (images, labels), **options)
+    path = tmp_path / "report.html"
+    attributes = attributes_of(found, 4)
+    found.report(path, attributes=attributes, model=model, data=(images, labels))
+    data = data_of(path.read_text("utf-8"))
+    summary, units, cells = data["summary"], data["units"], data["cells"]
+    assert summary["guarantee"] == "estimated"
+    assert summary["known"] == str(found.estimate)
+    assert ["Guarantee", "estimated"] in data["provenance"]
+    np.testing.assert_allclose(units["half_width"], found.half_width(), rtol=1e-6)
+    np.testing.assert_allclose(
+        cells["half_width"], found.half_width("class_accuracy_drop"), rtol=1e-6
+    )
+    np.testing.assert_allclose(cells["lost"], found.lost, rtol=1e-6)
+    assert np.isnan(units["noise_floor"]).all()
+    assert not np.any(data["moves"]["total"])
+    assert len(data["examples"]["image"]) == 0 < len(data["examples"]["activating"])
+    assert data["attributes"]["targets"] == ["max_class_drop", "accuracy_drop"]
+    # By Bonferroni the most hurt class of a unit is at least as likely a harmless unit's.
+    hurt = np.where(found.lost > found.gained, found.significance()["p"], 1.0).min(axis=1)
+    np.testing.assert_allclose(units["p"], np.minimum(1, found.classes * hurt), rtol=1e-5)
 
 
 def test_a_class_without_images_and_a_unit_without_flips():

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from support import networks
 from support.report_pages import AWKWARD, attributes_of, structured
 from support.simulated import from_predictions
 
+import pyablate as pa
 from pyablate.result import AblationResult
 
 if TYPE_CHECKING:
@@ -595,3 +597,23 @@ def test_without_labels_the_page_speaks_of_agreement(result, open_page, tmp_path
         page.keyboard.press("Escape")
     assert [text for text in shown if "ccuracy" in text] == []
     assert "agreement of the intact network" in shown[2]
+
+
+def test_estimates_are_shown_with_their_intervals(open_page, tmp_path):
+    model, images, labels = networks.network("residual")
+    options = {"guarantee": "estimated", "budget": "40%", "progress": False, "audit": 0}
+    found = pa.ablate(model, (images, labels), **options)
+    found.report(tmp_path / "report.html", attributes=attributes_of(found, 2))
+    page = open_page(tmp_path / "report.html")
+    assert f"Estimated: {found.estimate}." in page.locator("#summary").inner_text()
+    heads = page.locator("#unit-table th").all_inner_texts()
+    assert "\u00b1" in heads
+    assert "Noise floor" not in heads
+    order = np.argsort(-found.max_class_drop, kind="stable")[: len(column(page, 3))]
+    widths = found.half_width()[order]
+    np.testing.assert_allclose(figures(column(page, 3)), widths, atol=5.1e-5)
+    page.locator("#unit-table tbody tr").first.click()
+    title_of_card(page)
+    card = page.locator("#card").inner_text()
+    assert f"\u00b1 {points(widths[0])}, 95 %" in card
+    assert "confusion" not in card

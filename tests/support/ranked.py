@@ -111,6 +111,7 @@ def main() -> None:
     pa.merge([folder / "part2.zarr", folder / "part1.zarr"], folder / "merged.zarr")
     assert contents(folder / "merged.zarr") == expected, "merged shards differ"
     _check_screened(folder)
+    _check_estimated(folder)
     print(f"equal; {kept} blocks were kept over a death")
 
 
@@ -125,6 +126,17 @@ def _check_screened(folder: Path) -> None:
         place = folder / "screened by two.zarr"
         assert together(place, 2, **options) == [0, 0]
     assert contents(place) == contents(folder / "screened.zarr"), "screened processes differ"
+
+
+def _check_estimated(folder: Path) -> None:
+    """Two processes draw the pairs that one draws, also where one of them dies and both go on."""
+    options = {"guarantee": "estimated", "budget": "40%", "seed": 1}
+    one = ablate(folder / "estimated.zarr", **options).estimate
+    assert 0 < one.drawn.sum() < one.live.sum()
+    place = folder / "estimated by two.zarr"
+    assert together(place, 2, dies=1, **options) != [0, 0]
+    assert together(place, 2, **options) == [0, 0]
+    assert contents(place) == contents(folder / "estimated.zarr"), "estimating processes differ"
 
 
 if __name__ == "__main__":

@@ -102,13 +102,16 @@ function unitCard(unit) {
       "div",
       { class: "tiles" },
       tile(points(units.max_class_drop[unit]), "largest class drop", [classLink(worst), `, q ${chance(units.q[unit])}`]),
-      tile(points(units.noise_floor[unit]), "noise floor", "the same for a harmless unit"),
-      tile(points(units.split_half_drop[unit]), "split-half class drop"),
-      tile(signedPoints(units.accuracy_drop[unit]), `${score()} drop`),
+      ...(estimated() ? [] : [
+        tile(points(units.noise_floor[unit]), "noise floor", "the same for a harmless unit"),
+        tile(points(units.split_half_drop[unit]), "split-half class drop"),
+      ]),
+      tile(signedPoints(units.accuracy_drop[unit]), `${score()} drop`,
+        estimated() ? `\u00b1 ${points(units.half_width[unit])}, 95 %` : null),
       tile(count(units.flips[unit]), "changed predictions", `of ${count(data.summary.images)}`),
     ),
     part("Classes hurt and helped", ...classesOf(unit)),
-    part("Change of the confusion matrix", ...confusionOf(unit)),
+    ...(estimated() ? [] : [part("Change of the confusion matrix", ...confusionOf(unit))]),
     ...pictureParts(unit),
     ...(data.attributes ? [part("Attributes", attributesOf(unit, layer))] : []),
   ];
@@ -132,6 +135,9 @@ function testTable(title, link, pairs) {
   const columns = [
     { title, cell: ([unit, k]) => link(title === "Class" ? k : unit) },
     { title: "Drop", numeric: true, cell: ([unit, k]) => signedPoints(classDrop(unit, k)) },
+    ...(estimated()
+      ? [{ title: "\u00b1", numeric: true, hint: "half of the 95 % interval", cell: ([unit, k]) => points(data.cells.half_width[cell(unit, k)]) }]
+      : []),
     { title: "", cell: ([unit, k]) => bar(classDrop(unit, k) / extreme) },
     { title: "Lost", numeric: true, hint: "right to wrong", cell: ([unit, k]) => count(data.cells.lost[cell(unit, k)]) },
     { title: "Gained", numeric: true, hint: "wrong to right", cell: ([unit, k]) => count(data.cells.gained[cell(unit, k)]) },

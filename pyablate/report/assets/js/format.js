@@ -1,7 +1,8 @@
 // Numbers as text. Drops are shares in the data and percentage points on the page.
 
 const minus = (text) => text.replace("-", "\u2212");
-const count = (number) => number.toLocaleString("en");
+// Whole, but of an estimated run.
+const count = (number) => minus(number.toLocaleString("en", { maximumFractionDigits: 1 }));
 const points = (share) => (Number.isFinite(share) ? minus((100 * share).toFixed(2)) : "\u2013");
 const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(2)} %` : "\u2013");
 

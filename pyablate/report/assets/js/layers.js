@@ -83,7 +83,7 @@ function layersSection() {
   let shown = "max_class_drop";
 
   function draw() {
-    const floor = shown === "max_class_drop" ? data.units.noise_floor : null;
+    const floor = shown === "max_class_drop" && !estimated() ? data.units.noise_floor : null;
     const text = unitFigures().figures.find((figure) => figure[0] === shown)[1];
     drawRows(
       holder,
@@ -94,7 +94,7 @@ function layersSection() {
         data.units.label[mark.unit],
         `${text}: ${signedPoints(mark.x / 100)} points`,
         `hurts ${className(data.units.max_class[mark.unit])} most`,
-        `noise floor ${points(data.units.noise_floor[mark.unit])}, q ${chance(data.units.q[mark.unit])}`,
+        `${estimated() ? "" : `noise floor ${points(data.units.noise_floor[mark.unit])}, `}q ${chance(data.units.q[mark.unit])}`,
       ],
       `${text} (percentage points)`,
     );
@@ -106,11 +106,13 @@ function layersSection() {
     note.textContent = floor
       ? "The largest of many class drops is positive even for a harmless unit. The noise floor is what " +
         "such a unit would show if it changed the same images by chance."
-      : "Positive means harm. The split-half drop chooses the class on one half of the images and " +
-        "measures on the other, so a harmless unit has 0 on average.";
+      : estimated()
+        ? "Positive means harm. Drops are estimates; the largest of many is too large on average."
+        : "Positive means harm. The split-half drop chooses the class on one half of the images and " +
+          "measures on the other, so a harmless unit has 0 on average.";
   }
 
-  const choices = unitFigures().figures.slice(0, 3).map(([name, text]) => [name, text]);
+  const choices = unitFigures().figures.filter(([name]) => name.endsWith("_drop")).map(([name, text]) => [name, text]);
   const choose = (value) => {
     shown = value;
     draw();

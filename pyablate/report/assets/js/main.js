@@ -11,6 +11,7 @@ function summarySection() {
       `${count(unitCount())} units of ${count(data.layers.length)} ${data.layers.length === 1 ? "layer" : "layers"}, ` +
         `each replaced by ${summary.intervention} alone, on ${count(summary.images)} images of ${classesSaid()}: ` +
         `${count(pairs)} predictions.`),
+    summary.known ? make("p", { class: "note guarantee" }, `${titled(summary.guarantee)}: ${summary.known}.`) : null,
     make(
       "div",
       { class: "tiles" },

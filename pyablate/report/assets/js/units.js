@@ -27,13 +27,16 @@ function unitColumns() {
   return [
     { key: "label", title: "Unit", by: (unit) => unit, cell: unitLink },
     figure("accuracy_drop", titled(`${score()} drop`), units.accuracy_drop, points, "percentage points, all images"),
+    ...(estimated() ? [figure("half_width", "\u00b1", units.half_width, points, "half of the 95 % interval of the drop")] : []),
     figure("max_class_drop", "Largest class drop", units.max_class_drop, points, "percentage points of that class"),
     {
       key: "max_class", title: "of class", by: (unit) => className(units.max_class[unit]),
       cell: (unit) => classLink(units.max_class[unit]),
     },
-    figure("noise_floor", "Noise floor", units.noise_floor, points, "largest class drop to expect of a harmless unit that changes the same images"),
-    figure("split_half_drop", "Split-half", units.split_half_drop, points, "class chosen on one half of the images, drop measured on the other"),
+    ...(estimated() ? [] : [
+      figure("noise_floor", "Noise floor", units.noise_floor, points, "largest class drop to expect of a harmless unit that changes the same images"),
+      figure("split_half_drop", "Split-half", units.split_half_drop, points, "class chosen on one half of the images, drop measured on the other"),
+    ]),
     figure("q", "q", units.q, chance, "chance of a harmless unit to show as much, adjusted over the layer (Benjamini-Hochberg)"),
     figure("hurt", "Classes hurt", hurt, count, `classes hurt by more than chance, each tested by itself, q <= ${data.fdr}`),
     figure("flips", "Changed", units.flips, count, "images whose prediction changes"),

@@ -25,6 +25,7 @@ const classCount = () => data.classes.name.length;
 const score = () => data.summary.word;
 // Numbers of the classes that have images.
 const presentClasses = () => d3.range(classCount()).filter((k) => data.classes.size[k]);
+const estimated = () => data.summary.guarantee === "estimated";
 const titled = (text) => text[0].toUpperCase() + text.slice(1);
 const cell = (unit, k) => unit * classCount() + k;
 const layerName = (unit) => data.layers[data.units.layer[unit]].name;
@@ -44,7 +45,7 @@ function unitFigures() {
   const figures = [
     ["max_class_drop", "Largest class drop", units.max_class_drop],
     ["accuracy_drop", titled(`${score()} drop`), units.accuracy_drop],
-    ["split_half_drop", "Split-half class drop", units.split_half_drop],
+    ...(estimated() ? [] : [["split_half_drop", "Split-half class drop", units.split_half_drop]]),
     ["flips", "Changed predictions", units.flips],
     ...Object.entries(units.measures).map(([name, values]) => [name, spaced(name), values]),
   ];
