@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -183,6 +184,7 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     "magnitude_masks": lambda c: compression.magnitude_masks(c.model, 0.3).model,
     "block_masks": lambda c: compression.block_masks(c.model, 2).model,
     "save_network": lambda c: saved(c),
+    "save_weights": lambda c: saved_weights(c),
     "reference.ablate": lambda c: reference.ablate(c.model, c.data, "act").predictions(),
     "reference.logits": lambda c: next(reference.logits(c.model, c.data, "act"))[1],
     "reference.compare": lambda c: reference.compare(c.result, c.model, c.data, "act").mismatches,
@@ -207,6 +209,7 @@ NEED_NO_LOGITS = {
     "magnitude_masks",
     "block_masks",
     "save_network",
+    "save_weights",
 }
 
 NEED_IMAGES = {
@@ -225,6 +228,11 @@ def saved(case: Case) -> Any:
     given = case.inputs
     found = network(**given) if isinstance(given, dict) else network(given)
     return (found if isinstance(found, Tensor) else list(found.values())[-1]).detach()
+
+
+def saved_weights(case: Case) -> Any:
+    compression.save_weights(case.model, case.model, "module:make", "n.safetensors")
+    return list(load_file("n.safetensors").values())
 
 
 def weighted(case: Case) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import pkgutil
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +17,17 @@ import pyablate as pa
 
 _PACKAGE = Path(pa.__file__).parent
 _STUB = ast.parse((_PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
-_HEAVY = {"torch", "pandas", "xarray", "scipy", "zarr", "matplotlib", "numpy", "safetensors"}
+_HEAVY = {
+    "rich",
+    "torch",
+    "pandas",
+    "xarray",
+    "scipy",
+    "zarr",
+    "matplotlib",
+    "numpy",
+    "safetensors",
+}
 # Public name -> the module that it comes from, or None where it is a module itself.
 _PUBLIC = {
     alias.name: node.module
@@ -55,6 +65,28 @@ for words in (["--help"], *([command.replace("_", "-"), "--help"] for command in
 sys.stderr.write(" ".join(sorted(sys.modules)))
 """
 
+_TIMED_HELP = """
+import contextlib, io, json, time
+from pyablate.cli.app import app
+start = time.process_time()  # of the interpreter and all imports
+commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+seconds, texts = {}, {}
+for name in ["", *(command.replace("_", "-") for command in commands)]:
+    for _ in range(3):
+        begun = time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            try:
+                app([*name.split(), "--help"], prog_name="pyablate")
+            except SystemExit:
+                pass
+        took = time.process_time() - begun
+        seconds[name] = min(took, seconds.get(name, took))
+    texts[name] = told.getvalue()
+print(json.dumps({"start": start, "seconds": seconds, "texts": texts}))
+"""
+
+_BARE = "import time; print(time.process_time())"
+
 _VERSION_OF_LOOSE_SOURCES = """
 import sys
 from importlib import metadata
@@ -91,15 +123,35 @@ def test_the_help_of_every_command_imports_nothing_heavy():
     assert not _HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]], ids=" ".join)
-def test_help_takes_less_than_a_second(words):
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "Usage" in _python("-m", "pyablate", *words).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 1.0
+def test_help_of_every_command_takes_less_than_three_tenths_of_a_second():
+    for _ in range(5):  # the best of several: a busy machine takes more CPU seconds
+        run = json.loads(_python("-c", _TIMED_HELP).stdout)
+        slowest = {name: run["start"] + seconds for name, seconds in run["seconds"].items()}
+        if max(slowest.values()) < 0.3:
+            return
+    # Where all of them were slow a bare interpreter is, too: it takes 0.02 s of an idle core.
+    bare = min(float(_python("-c", _BARE).stdout) for _ in range(3))
+    assert max(slowest.values()) < 15 * bare, slowest
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What each command says in 80 columns, the list of all under ""."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        return json.loads(_python("-c", _TIMED_HELP).stdout)["texts"]
+
+
+def test_help_is_readable_in_80_columns(helps):
+    assert len(helps) > 20
+    for command, text in helps.items():
+        lines = text.splitlines()
+        assert lines[0].startswith(f"Usage: pyablate {command}".strip())
+        assert max(map(len, lines)) <= 80, command
+        options = text.partition("Options:\n")[2].splitlines()
+        indents = [len(line) - len(line.lstrip()) for line in options]
+        assert all(indent <= 36 for indent in indents), command  # more than half is for the text
+    assert "..." not in helps[""].partition("Commands:")[2]  # nothing is cut off
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -79,6 +79,11 @@ def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]
     return np.asarray([number.get(str(value), -1) for value in column], dtype=np.int64)
 
 
+def formula_of(table: xr.Dataset | pd.DataFrame, name: str) -> str:
+    """Say what an attribute is, where the table says so; otherwise an empty text."""
+    return str(getattr(table[name], "attrs", {}).get("formula", ""))
+
+
 def read_table(path: Path) -> xr.Dataset | pd.DataFrame:
     """Read a table of attributes: a CSV file with a column of labels, or a Zarr group."""
     if not path.exists():

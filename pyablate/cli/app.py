@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from pyablate.cli.common import (
     parse_axes,
     words,
 )
-from pyablate.cli.compression import compare, prune, sensitivity
+from pyablate.cli.compression import compare, sensitivity
 from pyablate.cli.doctor import doctor
 from pyablate.cli.experiments import cumulative, minimal_sets, pairs, rotation, shapley
 from pyablate.cli.options import (
@@ -41,6 +42,7 @@ from pyablate.cli.options import (
     with_options,
 )
 from pyablate.cli.plot import plot
+from pyablate.cli.pruning import finetune, prune
 from pyablate.cli.report import report
 from pyablate.cli.run import merge, run
 from pyablate.cli.show import show_run
@@ -61,7 +63,10 @@ class _Shell(TyperGroup):
         line: str | None
         code: Any
         try:
-            code = super().main(*args, **options)
+            helped = self._help(list(given))
+            if helped is not None:
+                typer.echo(helped)
+            code = super().main(*args, **options) if helped is None else 0
             # Newer versions of typer turn Ctrl-C into this code themselves.
             line = "interrupted" if code == INTERRUPTED else ""
         except BaseException as error:
@@ -73,6 +78,18 @@ class _Shell(TyperGroup):
         if line and "--json" in given and _speaks():
             typer.echo(json.dumps({"event": "error", "message": line, "exit_code": code}))
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _help(self, given: list[str]) -> str | None:
+        """Return the help asked for, if any, before typer imports all that parses words."""
+        if not given or not {"-h", "--help"} & set(given):
+            return None
+        context = self.context_class(self, info_name="pyablate", **self.context_settings)
+        command = self.commands.get(given[0])
+        if command is not None:
+            return command.get_help(
+                command.context_class(command, info_name=given[0], parent=context)
+            )
+        return self.get_help(context) if given[0] in ("-h", "--help") else None
 
 
 def _speaks() -> bool:
@@ -89,7 +106,7 @@ app = typer.Typer(
     name="pyablate",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # in 80 columns its tables leave seventeen for the text
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -238,6 +255,11 @@ def plan(
     typer.echo(visible(made.explain(), keep="\n"))
 
 
+def _first_words(command: Callable[..., None]) -> str:
+    """Return the first line of a command's help, which the list of all would cut off."""
+    return (command.__doc__ or "").partition("\n")[0]
+
+
 for _command in (
     demo,
     layers,
@@ -248,6 +270,7 @@ for _command in (
     significance,
     correlate,
     prune,
+    finetune,
     sensitivity,
     compare,
     cumulative,
@@ -259,8 +282,8 @@ for _command in (
     report,
     doctor,
 ):
-    app.command()(with_options(_command))
-app.command("show")(with_options(show_run))
+    app.command(short_help=_first_words(_command))(with_options(_command))
+app.command("show", short_help=_first_words(show_run))(with_options(show_run))
 
 
 def main() -> None:

@@ -98,11 +98,11 @@ def check_files(**paths: Path | None) -> None:
             check_file(path, f"--{option}")
 
 
-def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+def check_suffix(path: Path, suffixes: Sequence[str], option: str = "--output") -> None:
     """Refuse a file whose name does not tell one of the known formats."""
     if path.suffix not in suffixes:
         expected = f"a name ending in {', '.join(suffixes[:-1])} or {suffixes[-1]}"
-        raise InputError(f"--output: expected {expected}, got {str(path)!r}")
+        raise InputError(f"{option}: expected {expected}, got {str(path)!r}")
 
 
 def error_line(error: BaseException) -> tuple[str | None, int]:

@@ -1,4 +1,4 @@
-"""The shell's ``prune``, ``sensitivity`` and ``compare``."""
+"""The shell's ``sensitivity`` and ``compare``, and what is ranked by."""
 
 from __future__ import annotations
 
@@ -61,17 +61,12 @@ Scope = Annotated[
 ]
 Fraction = Annotated[
     list[float] | None,
-    typer.Option(min=0, max=1, help="Share of the units that goes; may be given again."),
+    typer.Option(
+        min=0, max=1, metavar="SHARE", help="Share of the units that goes; may be given again."
+    ),
 ]
 
-_CURVE_COLUMNS = (
-    *columns(str, "Ranking=ranking"),
-    *columns(lambda share: f"{100 * share:.0f} %", "gone=fraction"),
-    *columns(points, "accuracy", "worst class=worst_class_accuracy"),
-    *columns(points, "mean class=mean_class_accuracy"),
-    *columns("{:.3f}".format, "loss"),
-    *columns("{:,.0f}".format, "parameters", "FLOPs=flops"),
-)
+
 _SENSITIVITY_COLUMNS = (
     *columns(str, "Layer=layer"),
     *columns(lambda share: f"{100 * share:.1f} %", "gone=fraction"),
@@ -93,70 +88,6 @@ _ATTRIBUTION_COLUMNS = (
     *columns(number, "95 % interval=interval"),
     *columns(count, "images", "undefined"),
 )
-
-
-def prune(
-    *,
-    network: Network,
-    images: Images,
-    by: By = ["l1"],  # noqa: B006  # typer copies it
-    column: Column = None,
-    scope: Scope = "layer",
-    fraction: Fraction = None,
-    seeds: Annotated[int, typer.Option(min=0, help="Random orders to compare with.")] = 3,
-    seed: Seed = 0,
-    device: Device = None,
-    pixels: Preprocessing,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the curves as CSV.")
-    ] = None,
-    save: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.pt2", help="Write the smaller network; needs one --by and one --fraction."
-        ),
-    ] = None,
-    progress: Bar = None,
-) -> None:
-    """Remove more and more units, by one or several rankings, and say what is lost.
-
-    Try `pyablate prune demo:vgg_bn --data demo --limit 1000 --by l1 --by bn_scale`
-
-    `pyablate prune demo:vgg_bn --data demo --by run.zarr --column max_class_drop --csv curve.csv`
-
-    `pyablate prune demo:vgg_bn --data demo --by l1 --fraction 0.3 --save smaller.pt2`
-    """
-    from pyablate.compression import remove, save_network
-    from pyablate.compression._prune_curve import FRACTIONS, prune_curve
-
-    check_files(csv=csv, save=save)
-    if save is not None and (len(by) != 1 or len(fraction or []) != 1):
-        raise ValueError("--save: expected one --by and one --fraction, which say what to remove")
-    if save is not None and save.suffix != ".pt2":
-        raise ValueError(f"--save: expected a file called *.pt2, got {str(save)!r}")
-    _check_column(column, by)
-    model = network.load(device)
-    loaded = images.load(pixels, network.pixels(model))
-    rankings = {what: _ranking(what, model, loaded, column, scope, seed) for what in by}
-    curves = prune_curve(
-        model,
-        loaded.batches,
-        rankings,
-        fractions=fraction or FRACTIONS,
-        seeds=seeds,
-        class_names=loaded.class_names,
-        device=device,
-        progress=progress,
-    )
-    if csv is not None:
-        write_csv(curves, csv)
-    if save is not None and fraction:
-        sample = loaded.first(2)
-        removal = remove(model, rankings[by[0]], sample, fraction=fraction[0])
-        save_network(removal.model, sample, save)
-    # Random orders by their mean.
-    means = curves.groupby(["ranking", "fraction"], sort=False).mean(numeric_only=True)
-    show(frame_table(means.reset_index(), _CURVE_COLUMNS, grouped=1), written=[csv, save])
 
 
 def sensitivity(
@@ -191,10 +122,10 @@ def sensitivity(
     from pyablate.compression._sensitivity import FRACTIONS
 
     check_files(output=output)
-    _check_column(column, [by])
+    check_column(column, [by])
     model = network.load(device)
     loaded = images.load(pixels, network.pixels(model))
-    ranking = _ranking(by, model, loaded, column, "layer", seed)
+    ranking = ranking_of(by, model, loaded, column, "layer", seed)
     found = measure(
         model,
         loaded.batches,
@@ -308,7 +239,7 @@ def _comparison_tables(found: Comparison, one: str, other: str) -> list[Table]:
     return tables
 
 
-def _check_column(column: str | None, by: list[str]) -> None:
+def check_column(column: str | None, by: list[str]) -> None:
     """Refuse a column where no ranking has any."""
     from pyablate.compression.filters import CRITERIA
 
@@ -319,9 +250,10 @@ def _check_column(column: str | None, by: list[str]) -> None:
         )
 
 
-def _ranking(
+def ranking_of(
     what: str, network: nn.Module, images: Data, column: str | None, scope: str, seed: int
 ) -> Ranking:
+    """Rank by what ``--by`` names."""
     import pyablate as pa
     from pyablate.analysis.unit_table import read_table
     from pyablate.compression.filters import CRITERIA, filter_ranking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,17 @@ from pyablate.cli.options import (
     Risk,
     Seed,
 )
-from pyablate.cli.tables import chance, change, columns, count, figure, frame_table, points, show
+from pyablate.cli.tables import (
+    chance,
+    change,
+    columns,
+    count,
+    figure,
+    frame_table,
+    number,
+    points,
+    show,
+)
 from pyablate.io.atomic import whole, write_csv
 
 if TYPE_CHECKING:
@@ -74,9 +85,10 @@ _VALUE_COLUMNS = (
 )
 _ROTATION_COLUMNS = (
     *columns(str, "Layer=layer", "Figure=figure"),
-    *columns(figure, "units", "rotated", "difference", "from=difference_low", "to=difference_high"),
+    *columns(number, "units", "rotated", "difference", "from=difference_low", "to=difference_high"),
     *columns(chance, "p"),
 )
+_SIDES = {"units": "units", "rotated": "rotated directions"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +237,10 @@ def minimal_sets(
 ) -> None:
     """Find, for each class, few units without which it is lost.
 
-    Units are added by their single drops of the class until its accuracy is at chance, then put
-    back where they are not needed. Sets are found on one half of the images and measured on the
-    other; `others lose` tells a set that is about the class from plain destruction.
+    Units are added by their single drops of the class (by its loss where no unit alone costs it an
+    image) until its accuracy is at chance, then put back where they are not needed. Sets are found
+    on one half of the images and measured on the other; `others lose` tells a set that is about the
+    class from plain destruction.
 
     Try `pyablate minimal-sets demo:vgg_bn --data demo --limit 1000 --layers features.16
     --class Bag --class Sandal -o sets.json`
@@ -247,7 +260,7 @@ def minimal_sets(
         **options,
     )
     rows = found.table.assign(units=found.table["units"].map(" ".join))
-    _finish(frame_table(rows, _SET_COLUMNS), rows, settings.output, found.result)
+    _finish(frame_table(found.shown, _SET_COLUMNS), rows, settings.output, found.result)
 
 
 def shapley(
@@ -326,7 +339,8 @@ def rotation(
     """Are single units special? Compare them with random directions of the same layer.
 
     gini is how concentrated on few classes the harm is (0: all alike); split_half_drop the largest
-    class drop without the bias of choosing its class. Intervals are 95 % bootstrap over units.
+    class drop without the bias of choosing its class. Drops are printed in percentage points.
+    Intervals are 95 % bootstrap over units.
 
     Try `pyablate rotation demo:vgg_bn --data demo --limit 1000 --layers features.16 -o turned.csv`
     """
@@ -334,8 +348,35 @@ def rotation(
 
     model, data, options = settings.load(network, images)
     found = pa.rotation_control(model, data, layers, rotations=rotations, fewest=fewest, **options)
-    table = frame_table(found.table, _ROTATION_COLUMNS, grouped=1)
-    _finish(table, found.table, settings.output, found.rotated)
+    table = frame_table(_in_points(found.table), _ROTATION_COLUMNS, grouped=1)
+    remarks = _without_figures(found.table, fewest)
+    _finish(table, found.table, settings.output, found.rotated, remarks)
+
+
+def _in_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Write drops in percentage points, gini as it is; what is not a number stays one."""
+    drops = table["figure"].str.endswith("_drop")
+    shown = {name for _, name, written in _ROTATION_COLUMNS if written is number}
+    return table.assign(
+        **{
+            name: [
+                value if value != value else points(value) if drop else figure(value)
+                for value, drop in zip(table[name], drops, strict=True)
+            ]
+            for name in shown
+        }
+    )
+
+
+def _without_figures(table: pd.DataFrame, fewest: int) -> list[str]:
+    """Say why rows are empty, once for all layers."""
+    empty = table[table["figure"] == "gini"]
+    return [
+        f"No gini of the {said} of {', '.join(layers)}: none of them loses {fewest} images "
+        "(--fewest)"
+        for side, said in _SIDES.items()
+        if (layers := list(empty["layer"][empty[side].isna()]))
+    ]
 
 
 def _orders(order: list[str], columns: list[str] | None) -> dict[str, Any]:
@@ -420,7 +461,11 @@ def _value_table(found: Shapley) -> Table:
 
 
 def _finish(
-    table: Table, rows: pd.DataFrame, path: Path | None, made: AblationResult | Shapley
+    table: Table,
+    rows: pd.DataFrame,
+    path: Path | None,
+    made: AblationResult | Shapley,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write the rows, then print the table, what is known of its runs, and where the rows are."""
     if path is not None and path.suffix == ".json":
@@ -429,4 +474,4 @@ def _finish(
     elif path is not None:
         write_csv(rows, path, "--output")
     screened = [] if made.screening is None else [f"Screening: {made.screening}"]
-    show(table, f"Audit: {made.audit}", *screened, written=[path])
+    show(table, *remarks, f"Audit: {made.audit}", *screened, written=[path])

@@ -90,8 +90,8 @@ Precision = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Arithmetic of the dense part: auto, int8, bf16, fp32 or fp64; the predictions are "
-        "the same.",
+        help="In what pairs are computed first: auto, int8 (8-bit integers), bf16, fp32 or fp64; "
+        "doubtful ones again more exactly, so the predictions are the same.",
     ),
 ]
 Guarantee = Annotated[

@@ -33,6 +33,9 @@ _KINDS_OF = {
     "unit": ("profile",),
     "units": ("heat-map",),
     "order": ("heat-map",),
+    "classes": ("heat-map", "profile"),
+    "log": ("drops", "heat-map", "scatter", *_CURVES),
+    "limit": ("drops", "heat-map", "scatter"),
     "attributes": ("scatter",),
     "attribute": ("scatter",),
     "target": ("drops", "scatter"),
@@ -72,6 +75,31 @@ class Drawing:
     ] = None
     x: Annotated[str | None, typer.Option(metavar="COLUMN", help="Across, of curves.")] = None
     y: Annotated[str, typer.Option(metavar="COLUMN", help="Upwards, of curves.")] = "accuracy"
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many classes at most, the most changed: 50 (heat-map), 20 (profile)."
+        ),
+    ] = None
+    log: Annotated[
+        bool | None,
+        typer.Option(
+            "--log/--linear",
+            help="Logarithmic drops (of curves: what is across); left out: drops where a single "
+            "one would take half of the axis.",
+            show_default=False,
+        ),
+    ] = None
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Where drops or their colours end; what is beyond is marked there.",
+        ),
+    ] = None
+    width: Annotated[
+        float | None, typer.Option(min=1, max=100, metavar="INCHES", help="Width of the picture.")
+    ] = None
 
 
 def plot(
@@ -118,10 +146,11 @@ def plot(
     check_files(output=output)
     _without_screen()
     axes = (_curves if kind in _CURVES else _of_result)(source, kind, options)
+    figure: Any = axes.figure
+    if options.width is not None:
+        figure.set_figwidth(options.width)
     with whole(output, "--output") as fresh, _about_glyphs():
-        axes.figure.savefig(  # type: ignore[union-attr]
-            fresh, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix]
-        )
+        figure.savefig(fresh, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
     typer.echo(f"Written: {visible(str(output))}")
 
 
@@ -130,7 +159,8 @@ def _check_options(context: typer.Context, kind: str) -> None:
     for name, kinds in _KINDS_OF.items():
         source = context.get_parameter_source(name)
         if kind not in kinds and source is not None and source.name != "DEFAULT":
-            raise InputError(f"--{name}: is for --kind {' and '.join(kinds)}, got --kind {kind}")
+            expected = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
+            raise InputError(f"--{name}: is for --kind {expected}, got --kind {kind}")
 
 
 @contextmanager
@@ -163,9 +193,10 @@ def _curves(source: Path, kind: str, options: Drawing) -> Axes:
         table = pd.read_csv(source)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise OSError(f"{source}: not a CSV file: {error}") from None
+    given: dict[str, Any] = {"y": options.y, "log": bool(options.log)}
     if kind == "cumulative":
-        return plots.cumulative_curves(table, x=options.x or "removed", y=options.y)
-    return plots.prune_curves(table, x=options.x or "fraction", y=options.y)
+        return plots.cumulative_curves(table, x=options.x or "removed", **given)
+    return plots.prune_curves(table, x=options.x or "fraction", **given)
 
 
 def _of_result(source: Path, kind: str, options: Drawing) -> Axes:
@@ -178,15 +209,18 @@ def _of_result(source: Path, kind: str, options: Drawing) -> Axes:
     if kind == "profile" and options.unit is None:
         raise InputError("--kind profile: needs --unit LAYER:UNIT")
     draw = pa.load(source).plot
+    classes: dict[str, Any] = {} if options.classes is None else {"classes": options.classes}
     if kind == "profile":
-        return draw.profile(str(options.unit))
+        return draw.profile(str(options.unit), **classes)
+    axis: dict[str, Any] = {"log": options.log, "limit": options.limit}
     if kind == "heat-map":
         order: Any = options.order  # checked there
-        return draw.heat_map(options.units, order=order)
+        return draw.heat_map(options.units, order=order, **axis, **classes)
+    axis["layers"] = options.layers
     if attributes is not None and attribute is not None:
         target = target or "split_half_drop"
-        return draw.scatter(read_table(attributes), attribute, target, layers=options.layers)
-    return draw.drops(target or "max_class_drop", layers=options.layers)  # type: ignore[arg-type]
+        return draw.scatter(read_table(attributes), attribute, target, **axis)
+    return draw.drops(target or "max_class_drop", **axis)  # type: ignore[arg-type]
 
 
 def _without_screen() -> None:

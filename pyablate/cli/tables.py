@@ -1,4 +1,7 @@
-"""How the shell prints: a console, frames as tables, what was written."""
+"""How the shell prints: a console, frames as tables, what was written.
+
+Rich is imported where something is printed, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
-
 from pyablate.io.sanitize import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    from rich.console import ConsoleOptions, RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 _PIPED_WIDTH = 120
 
@@ -49,11 +48,17 @@ def columns(written: Callable[[Any], str], *names: str) -> Iterator[Column]:
 
 
 def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 0) -> Table:
-    """Tabulate columns of a frame: text (format `str`) on the left and folded, figures right.
+    """Tabulate columns of a frame: text (format `str`) on the left, figures on the right.
+
+    Text is folded between words; names and figures stay whole, if the table has to be wider than
+    the terminal for them.
 
     Not a number is shown as ``-``. In the first `grouped` columns a value is shown once for the
     rows that share it and those to its left; an empty line follows the rows that share the first.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, _, written in shown:
         if written is str:
@@ -72,11 +77,15 @@ def frame_table(frame: pd.DataFrame, shown: Sequence[Column], *, grouped: int = 
             table.add_section()
         table.add_row(*map(_cell, [*[""] * same, *cells[same:]]))
         above = cells
+    for column in table.columns:
+        column.min_width = max(map(_longest_word, [column.header, *column.cells]))
     return table
 
 
 def facts_table(facts: dict[str, Any]) -> Table:
     """Tabulate names and values."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -87,9 +96,16 @@ def facts_table(facts: dict[str, Any]) -> Table:
 
 def show(*printed: RenderableType, written: Iterable[Path | None] = ()) -> None:
     """Print lines and tables, then name the files written; None is one that was not asked for."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
     out = console()
     for each in printed:
-        out.print(each)
+        if isinstance(each, Table):
+            least = Measurement.get(out, out.options.update(width=1000), each).minimum
+            out.print(each, width=max(out.width, least), crop=False)
+        else:
+            out.print(each)
     paths = [str(path) for path in written if path is not None]
     if paths:
         out.print(f"Written: {' and '.join(paths)}")
@@ -97,21 +113,14 @@ def show(*printed: RenderableType, written: Iterable[Path | None] = ()) -> None:
 
 def console() -> Console:
     """Make a console that does not squeeze tables into 80 columns when piped into a file."""
-    made = _Console(markup=False, highlight=False)
-    return made if made.is_terminal else _Console(markup=False, highlight=False, width=_PIPED_WIDTH)
+    from pyablate.cli.console import Console
+
+    made = Console(markup=False, highlight=False)
+    return made if made.is_terminal else Console(markup=False, highlight=False, width=_PIPED_WIDTH)
 
 
-class _Console(Console):
-    """Lets no control characters through but rich's own, whatever was printed."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            if segment.control:
-                yield segment
-            else:
-                yield segment._replace(text=visible(segment.text, keep="\n"))
+def _longest_word(cell: RenderableType) -> int:
+    return max((len(word) for word in str(cell).split()), default=0)
 
 
 def _cell(name: str) -> Text:
@@ -119,6 +128,8 @@ def _cell(name: str) -> Text:
 
     Control characters are shown before the width of the column is measured.
     """
+    from rich.text import Text
+
     return Text(visible(name))
 
 

@@ -14,6 +14,7 @@ from pyablate.compression.decomposition import prune_and_decompose, truncated_sv
 from pyablate.compression.export import save_network
 from pyablate.compression.filters import filter_ranking, prune_filters
 from pyablate.compression.interchange import importance, masked
+from pyablate.compression.rebuilding import save_weights
 from pyablate.compression.soft_pruning import soft_filter_pruning
 from pyablate.compression.transforms import (
     Transformed,
@@ -52,6 +53,7 @@ __all__ = [
     "rank",
     "remove",
     "save_network",
+    "save_weights",
     "sensitivity",
     "size",
     "soft_filter_pruning",

@@ -83,7 +83,7 @@ def prune_curve(
         One row per ranking, seed and fraction: ``ranking``; ``seed`` (-1 where there is none);
         ``fraction``; ``places`` and ``units``, how many went; ``accuracy``,
         ``worst_class_accuracy`` with its ``worst_class``, ``mean_class_accuracy`` and ``loss``
-        (mean cross entropy);
+        (mean cross entropy); ``chance``, the accuracy of guessing, 1 / classes;
         ``parameters`` and ``flops`` (of one image) of the network without them.
 
     Raises
@@ -146,6 +146,7 @@ class _Points:
             inputs = inputs_of(model)
             self.norms = norms_to_fold(model, sample)
         self.names = class_names_of(model, class_names, classes)
+        self.chance = 1 / classes
         self.coupling = Coupling(model, sample if inputs is None else inputs.as_given(sample))
         self.double = model.double()
         self._known: dict[frozenset[str], tuple[Evaluation, Size]] = {}
@@ -164,6 +165,7 @@ class _Points:
             "worst_class": self.names[worst],
             "mean_class_accuracy": float(np.nanmean(found.class_accuracy)),
             "loss": found.loss,
+            "chance": self.chance,
             "parameters": sized.parameters,
             "flops": sized.flops,
         }

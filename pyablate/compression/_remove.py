@@ -5,26 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyablate._validation import first_line
+from pyablate.comparison._latency import latency as timed
+from pyablate.comparison.evaluation import evaluate, prepared
 from pyablate.compression._rank import Ranking
+from pyablate.compression._target import Measure, Target, search
 from pyablate.compression.coupling import Coupling
+from pyablate.data.dataset import Data
 from pyablate.data.inputs import Inputs, packed
 from pyablate.network import near_tie
 from pyablate.network.classifier import giving_logits
-from pyablate.network.forward import check_logits, forward, own_dtype
+from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.sites import Site, evaluation, hooked
+from pyablate.runtime.determinism import undisturbed
 
 logger = logging.getLogger("pyablate")
 
 AGREEMENT = 1e-3
 """Share of the largest logit by which masked and removed network may differ by rounding."""
+
+_REPEATS = 10  # passes that a latency is measured by
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,19 @@ class Removal:
     model : nn.Module
         The smaller network, of ordinary modules, in the mode in which the original was.
     units : tuple of str
-        Labels of all units that went, those that hang together with the named ones included.
+        Labels of all units that went, those that hang together with the named ones included, in
+        the order in which they went.
     before, after : Size
         Of the original and of the smaller network.
     difference : float
         Largest difference on the sample between the logits of the smaller network and of the
         original with the same units at zero, as a share of the largest of these logits. Rounding
         only, about 1e-6, unless something behind a unit turns zero into another number.
+    reached : bool
+        Whether the smaller network is as asked for.
+    steps : pandas.DataFrame or None
+        Of a target, one row per number of places tried: ``places``, the share of ``flops`` and of
+        ``latency`` left and ``accuracy``, as far as they were measured, and ``chosen``.
 
     Examples
     --------
@@ -79,6 +94,8 @@ class Removal:
     before: Size
     after: Size
     difference: float
+    reached: bool = True
+    steps: pd.DataFrame | None = None
 
     def __repr__(self) -> str:
         """Sizes in one line."""
@@ -94,6 +111,10 @@ def remove(
     sample: Any,
     *,
     fraction: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    accuracy: float | None = None,
+    data: Any = None,
 ) -> Removal:
     """Take units out of a network for good.
 
@@ -107,11 +128,21 @@ def remove(
         The network; it stays as it is.
     units : Ranking or sequence of str
         Labels ``"layer:unit"`` (or joined by ``+``); what hangs together with them goes too. Or a
-        ranking, of which ``fraction`` goes.
+        ranking, of which ``fraction`` goes, or as much as a target asks for, in its order.
     sample : Tensor, dict or tuple of Tensor
-        A batch of inputs, ``[N, ...]``; a few images are enough.
+        A batch of inputs, ``[N, ...]``; a few images are enough, but for ``latency``, which is
+        timed on this batch.
     fraction : float, optional
         With a ranking: share of its removable places that goes.
+    flops, latency : float, optional
+        With a ranking: share of the FLOPs, or of the time of a pass, that may be left; as few
+        places go as meet that. Several numbers of places are tried, by bisection.
+    accuracy : float, optional
+        With a ranking: lowest accuracy allowed on ``data``, a share. Without the two above as many
+        places go as it allows; with them no more than it allows, even if they are not met then
+        (``reached`` is False, and a warning says so).
+    data : pair of arrays, DataLoader or iterable of (images, labels), optional
+        For ``accuracy``.
 
     Returns
     -------
@@ -123,17 +154,81 @@ def remove(
     ImportError
         Torch-Pruning is not installed.
     ValueError, TypeError
-        Unknown units, units that cannot be removed, nothing left of a layer, or a network that
-        cannot run with fewer channels.
+        Unknown units, units that cannot be removed, nothing left of a layer, a network that
+        cannot run with fewer channels or is less accurate than asked for as it is, targets without
+        a ranking or beside a fraction.
 
     Examples
     --------
     >>> removal = pa.remove(model, ["features.16:3", "features.16:7"], images[:2])
     >>> removal.units, removal.model.classifier.in_features
     (('features.16:3', 'features.16:7'), 126)
+    >>> norms = pa.compression.filter_ranking(model, images[:2], "l1")
+    >>> half = pa.remove(model, norms, images[:2], flops=0.5)
+    >>> half.after.flops <= 0.5 * half.before.flops
+    True
     """
+    target = Target(flops, latency, accuracy)
+    if not target.wanted:
+        return _removed(Coupling(model, sample), labels_of(units, fraction))
+    if not isinstance(units, Ranking) or fraction is not None:
+        raise ValueError(
+            f"{' and '.join(target.wanted)}: expected a ranking as units, and no fraction, got "
+            f"{type(units).__name__} and {fraction!r}"
+        )
+    if (accuracy is None) != (data is None):
+        raise ValueError("accuracy: expected together with the data on which it is measured")
     coupling = Coupling(model, sample)
-    gone = _all_coupled(coupling, labels_of(units, fraction))
+    measures = _measures(coupling, units, model, sample, data)
+    count, steps = search(target, len(units.sequence), measures)
+    labels = [unit for one in units.sequence[:count] for unit in one.units]
+    chosen = steps[steps["chosen"]].iloc[0]
+    costs = {name: share for name, share in target.wanted.items() if name != "accuracy"}
+    missed = [
+        f"{chosen[name]:.1%} of the {name} left instead of {share:.1%}"
+        for name, share in costs.items()
+        if not chosen[name] <= share
+    ]
+    if missed:
+        logger.warning("remove: target not reached: %s", ", ".join(missed))
+    return replace(_removed(coupling, labels), reached=not missed, steps=steps)
+
+
+def _measures(
+    coupling: Coupling, ranking: Ranking, model: nn.Module, sample: Any, data: Any
+) -> dict[str, Measure]:
+    """Figures of the network without the first places of a ranking."""
+    before, _ = _sized(coupling.model, coupling.sample, coupling.inputs)
+    images = None
+    if data is not None:
+        images = Data(data, dtype=own_dtype(model), device=device_of(model))
+        images.hold_if_read_once()
+
+    @lru_cache(maxsize=1)
+    def smaller(places: int) -> tuple[nn.Module, Size]:
+        gone = [unit for one in ranking.sequence[:places] for unit in one.units]
+        network, size_, _ = without(coupling, gone)
+        return network, size_
+
+    def time(places: int) -> float:
+        networks = {"before": model, "after": smaller(places)[0]}
+        return float(1 / timed(networks, sample, repeats=_REPEATS)["speedup"].iloc[1])
+
+    def accuracy(places: int) -> float:
+        assert images is not None  # checked before
+        with undisturbed(model, None):
+            return evaluate(prepared(smaller(places)[0], None)[0], images).accuracy
+
+    return {
+        "flops": lambda places: smaller(places)[1].flops / before.flops,
+        "latency": time,
+        "accuracy": accuracy,
+    }
+
+
+def _removed(coupling: Coupling, labels: Sequence[str]) -> Removal:
+    """Take units out, with what hangs together with them, and compare with the masked network."""
+    gone = _all_coupled(coupling, labels)
     masked = silenced(coupling, gone)
     before, _ = _sized(coupling.model, coupling.sample, coupling.inputs)
     smaller, after, logits = without(coupling, gone)

@@ -335,7 +335,7 @@ class PrecisionCascade:
             useless = self._measure(live, more)
         for tier in useless if self.measured >= LEAST_SAMPLE else []:
             bound = self.error_bounds.get(tier, 1.0)
-            logger.info("%s is too coarse here (error bound %.2g)", tier, bound)
+            logger.debug("%s is too coarse here (error bound %.2g)", tier, bound)
             self.tiers.remove(tier)
 
     @property
@@ -357,7 +357,7 @@ class PrecisionCascade:
             except RuntimeError as error:
                 if out_of_memory.is_shortage(error):
                     raise
-                logger.info("%s is left out: %s", tier, str(error).splitlines()[0])
+                logger.debug("%s is left out: %s", tier, str(error).splitlines()[0])
                 useless.append(tier)
                 continue
             assert rough is not None

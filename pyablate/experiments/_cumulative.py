@@ -184,9 +184,9 @@ class Cumulative:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per curve and step.
 
-        ``order``, ``repeat``, ``target``, ``removed``, ``kept``, ``accuracy``, and for curves made
-        for a class ``target_accuracy`` and ``target_balanced_accuracy``. The accuracies of all
-        classes are in ``data``.
+        ``order``, ``repeat``, ``target``, ``removed``, ``kept``, ``accuracy``, for curves made
+        for a class ``target_accuracy`` and ``target_balanced_accuracy``, and ``chance``, the
+        accuracy of guessing, 1 / classes. The accuracies of all classes are in ``data``.
         """
         steps = self.data.sizes["step"]
         curves = self._curves()
@@ -197,6 +197,7 @@ class Cumulative:
             accuracy=self.data["accuracy"].to_numpy().ravel(),
             target_accuracy=self._of_target("class_accuracy").ravel(),
             target_balanced_accuracy=self._of_target("balanced_accuracy").ravel(),
+            chance=1 / self.data.sizes["class"],
         )
 
     def __repr__(self) -> str:
@@ -208,11 +209,18 @@ class Cumulative:
         """Show the areas under the curves."""
         return page(repr(self), self.area)
 
-    def plot(self, *, x: str = "removed", y: str = "accuracy", ax: Axes | None = None) -> Axes:
+    def plot(
+        self,
+        *,
+        x: str = "removed",
+        y: str = "accuracy",
+        log: bool = False,
+        ax: Axes | None = None,
+    ) -> Axes:
         """Draw the curves, see :func:`pyablate.plots.cumulative_curves`."""
         from pyablate.plots import cumulative_curves
 
-        return cumulative_curves(self, x=x, y=y, ax=ax)
+        return cumulative_curves(self, x=x, y=y, log=log, ax=ax)
 
     def _curves(self) -> pd.DataFrame:
         return pd.DataFrame(

@@ -51,10 +51,10 @@ def minimal_sets(
     """Find, for each class, a smallest set of units whose removal takes it to chance.
 
     Greedy, and each step an ablation: units are added by their single drops of the class, largest
-    first, until the accuracy of the class is at most ``chance``; then, one at a time, units are put
-    back without which the class stays at chance, the one that matters least first. What is left
-    is *irreducible*: no unit of it can be put back. A smaller set of other units may exist; only
-    all subsets would tell.
+    first (by what they add to its loss where no unit alone costs it an image), until the accuracy
+    of the class is at most ``chance``; then, one at a time, units are put back without which the
+    class stays at chance, the one that matters least first. What is left is *irreducible*: no unit
+    of it can be put back. A smaller set of other units may exist; only all subsets would tell.
 
     The images are split at random into halves, class by class: sets are found on one half, and
     every figure but ``chosen_accuracy`` is measured on the other.
@@ -106,7 +106,14 @@ def minimal_sets(
     single = ablate(model, halves.choosing, layers, **common)
     targets = targets_of(single, classes)
     rows = single.rows(units)
-    orders = {t: best_first(single.class_accuracy_drop[rows, t]).tolist() for t in targets}
+    harm = single.class_accuracy_drop[rows]
+    # Without a class that any unit alone harms there is no order: units that back each other up.
+    silent = [target for target in targets if not (harm[:, target] > 0).any()]
+    if silent:
+        measured = {**common, "measures": ["loss"], "guarantee": "exact"}
+        losses = ablate(model, halves.choosing, layers, **measured).class_loss_change
+        harm = np.where(np.isin(np.arange(single.classes), silent), losses[rows], harm)
+    orders = {t: best_first(harm[:, t]).tolist() for t in targets}
     level = 1 / single.classes if chance is None else chance
     found = _grown(ablated, orders, level, min(largest or LARGEST, len(units)))
     if prune:
@@ -130,10 +137,11 @@ class MinimalSets:
     ----------
     table : pandas.DataFrame
         One row per class: ``class``; ``reached``, whether chance was reached on the half on which
-        sets are chosen (if not, the set is the most harmful one tried); ``size`` and ``units``
-        (tuple of labels, the largest single drop first); ``chosen_accuracy`` of the class on that
-        half; and on the other half ``baseline_accuracy``, ``accuracy``, ``balanced_accuracy`` of
-        the class and ``others_drop``, accuracy drop of the images of all other classes.
+        sets are chosen (if not, there is no set, and the rest of the row is about the most harmful
+        units tried); ``size`` and ``units`` (tuple of labels, the largest single drop first);
+        ``chosen_accuracy`` of the class on that half; and on the other half ``baseline_accuracy``,
+        ``accuracy``, ``balanced_accuracy`` of the class and ``others_drop``, accuracy drop of the
+        images of all other classes.
     chance : float
         Accuracy that counts as chance.
     result : AblationResult
@@ -152,11 +160,31 @@ class MinimalSets:
 
     def __repr__(self) -> str:
         """Size in one line."""
-        return f"MinimalSets({len(self.table)} sets)"
+        found = int(self.table["reached"].sum())
+        return f"MinimalSets({found} sets for {len(self.table)} classes)"
 
     def _repr_html_(self) -> str:
-        """Show the table."""
-        return page(repr(self), self.table)
+        """Show the sets; a search that found none has tried some, which are none."""
+        return page(repr(self), self.shown)
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The table as people read it, ``units`` as one text; of classes without a set it says so.
+
+        Their ``size``, ``accuracy`` and ``others_drop`` are NaN.
+        """
+        table, reached = self.table, self.table["reached"].astype(bool)
+        failed = [
+            f"none found: {size} units leave {100 * accuracy:.2f} %"
+            for size, accuracy in zip(table["size"], table["accuracy"], strict=True)
+        ]
+        figures = {
+            name: table[name].astype(object).where(reached, np.nan)
+            for name in ("size", "accuracy", "balanced_accuracy", "others_drop")
+        }
+        return table.assign(
+            **figures, units=table["units"].map(" ".join).where(reached, pd.Series(failed))
+        )
 
 
 @dataclass(frozen=True)
@@ -218,7 +246,7 @@ def _prune(ablated: Ablated, found: dict[int, _Found], level: float) -> None:
                 found[target] = _Found(sets[target][place], accuracy, reached=True)
                 if len(found[target].units) > 1:
                     shorter.append(target)
-        logger.info("minimal sets: a unit less in %d of %d sets", len(shorter), len(open_))
+        logger.debug("minimal sets: a unit less in %d of %d sets", len(shorter), len(open_))
         open_ = shorter
 
 

@@ -1,4 +1,4 @@
-"""Reading of weights, without arbitrary pickles."""
+"""Reading of weights, without arbitrary pickles, and writing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pyablate.io.atomic import whole
 from pyablate.io.sanitize import visible
 
 _log = logging.getLogger("pyablate")
@@ -52,6 +53,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"weights: {str(path)!r} is no safetensors file ({error})") from None
     return _cleaned(_state_in(_unpickle_tensors(path), path))
+
+
+def write_state(model: nn.Module, path: Path, what: str = "path") -> None:
+    """Write the weights of a network as a safetensors file, whole or not at all."""
+    # Copies: tensors that share memory are not taken.
+    state = model.state_dict()
+    state = {name: each.detach().clone().contiguous() for name, each in state.items()}
+    with whole(path, what) as fresh:
+        safetensors.torch.save_file(state, fresh)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
 from pyablate._validation import check_choice
-from pyablate.plots.drawing import CHANCE, COLOURS, MARKERS, entry, label_of, legend, new_axes
+from pyablate.plots.drawing import (
+    CHANCE,
+    COLOURS,
+    MARKERS,
+    entry,
+    label_of,
+    legend,
+    new_axes,
+    plain,
+    stretch,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +37,12 @@ def cumulative_curves(
     *,
     x: str = "removed",
     y: str = "accuracy",
+    log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw accuracy against units removed; several random orders as a band from worst to best.
+
+    A dotted line is what guessing gets.
 
     Parameters
     ----------
@@ -60,7 +74,7 @@ def cumulative_curves(
     order = table["order"].astype(str)
     target = table["target"].fillna("").astype(str)  # empty cells of a CSV file come as NaN
     name = order.where(target == "", order + ": " + target)
-    return _curves(table.assign(name=name), "removed", x, y, ax)
+    return _curves(table.assign(name=name), "removed", x, y, log, ax)
 
 
 def prune_curves(
@@ -68,9 +82,12 @@ def prune_curves(
     *,
     x: str = "fraction",
     y: str = "accuracy",
+    log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the curves of :func:`pyablate.prune_curve`, random orders as a band from worst to best.
+
+    A dotted line is what guessing gets.
 
     Parameters
     ----------
@@ -78,6 +95,8 @@ def prune_curves(
         From :func:`pyablate.prune_curve`.
     x, y : str
         Columns, for example ``"flops"`` and ``"worst_class_accuracy"``.
+    log : bool
+        Whether the axis across is logarithmic, beyond numbers near 0.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default a new figure.
 
@@ -97,7 +116,7 @@ def prune_curves(
     True
     """
     table = _table(curves, "pa.prune_curve", ("ranking", "fraction"))
-    return _curves(table.assign(name=table["ranking"].astype(str)), "fraction", x, y, ax)
+    return _curves(table.assign(name=table["ranking"].astype(str)), "fraction", x, y, log, ax)
 
 
 def _table(curves: Any, maker: str, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -111,14 +130,15 @@ def _table(curves: Any, maker: str, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
-def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> Axes:
+def _curves(table: pd.DataFrame, step: str, x: str, y: str, log: bool, ax: Axes | None) -> Axes:
     """Draw ``y`` against ``x``, a line for each name; where a step comes again, mean and range."""
     for argument, column in (("x", x), ("y", y)):
         check_choice(argument, column, list(table.select_dtypes("number").columns))
         if table[column].isna().all():
             raise ValueError(f"{argument}: no curve has {column!r}")
     axes = new_axes(ax, width=6.4, height=4.4)
-    (x_label, x_scale), (y_label, y_scale) = label_of(x), label_of(y)
+    x_label, x_scale = label_of(x, table[x].max())
+    y_label, y_scale = label_of(y, table[y].max())
     named = table.dropna(subset=[x, y]).groupby("name", sort=False)
     # A second round of the colours is dashed.
     dashes = cycle(["-"] * len(COLOURS) + ["--"] * len(COLOURS))
@@ -134,6 +154,23 @@ def _curves(table: pd.DataFrame, step: str, x: str, y: str, ax: Axes | None) -> 
         if several:
             low, high = y_scale * points.min()[y], y_scale * points.max()[y]
             axes.fill_between(across, low, high, color=shade, alpha=0.3, linewidth=0)
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=plain(x_label), ylabel=plain(y_label))
+    if log:
+        stretch(axes.xaxis, x_scale * table[x], log)
+    level = guessing(table, y)
+    if level is not None:
+        axes.axhline(y_scale * level, color=CHANCE, linestyle=":", zorder=0, label="chance")
     legend(axes)
     return axes
+
+
+def guessing(table: pd.DataFrame, y: str) -> float | None:
+    """Return what guessing gets; None where that is not known."""
+    if y == "target_balanced_accuracy":
+        return 0.5
+    known = table["chance"].dropna().tolist() if "chance" in table else []
+    if not known or not 0 < known[0] <= 1:
+        return None
+    if y == "loss":
+        return -math.log(known[0])
+    return float(known[0]) if y.endswith("accuracy") else None

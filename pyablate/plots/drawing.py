@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pyablate._validation import optional
 from pyablate.io.sanitize import visible
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
+    from pyablate.results.record import Floats
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -30,6 +35,8 @@ ABOVE: dict[str, Any] = {
 """Text above a point."""
 
 CLASS_DROP = "class accuracy drop (percentage points)"
+
+_LOGARITHMIC = "(logarithmic beyond ±{:g})"
 
 _POINTS = {
     "accuracy_drop": "accuracy drop",
@@ -49,10 +56,14 @@ _PLAIN = {
     "removed": "units removed",
     "kept": "units kept",
     "units": "units removed",
-    "flops": "FLOPs of one image",
-    "parameters": "parameters",
+    "places": "places removed",
     "loss": "cross entropy (nats)",
 }
+_LARGE = {
+    "flops": ("FLOPs of one image", "{}FLOPs of one image", ("G", "M", "k")),
+    "parameters": ("parameters", "parameters ({})", ("billions", "millions", "thousands")),
+}
+"""Label of small numbers, of large ones, and what stands there for 1e9, 1e6 and 1e3."""
 
 
 def new_axes(ax: Axes | None, *, width: float, height: float) -> Axes:
@@ -88,23 +99,83 @@ def entry(name: str) -> str:
     return plain(f" {name}" if name.startswith("_") else name)
 
 
-def label_of(name: str) -> tuple[str, float]:
-    """Label of an axis, and what to multiply its numbers by."""
+def label_of(name: str, largest: float = 0.0) -> tuple[str, float]:
+    """Label of an axis whose numbers go up to ``largest``, and what to multiply them by."""
     if name in _POINTS:
         return f"{_POINTS[name]} (percentage points)", 100.0
     if name in _PERCENT:
         return f"{_PERCENT[name]} (%)", 100.0
-    return _PLAIN.get(name, plain(name.replace("_", " "))), 1.0
+    if name in _LARGE:
+        label, large, units = _LARGE[name]
+        for unit, size in zip(units, (1e9, 1e6, 1e3), strict=True):
+            if largest >= size:
+                return large.format(unit), 1 / size
+        return label, 1.0
+    return _PLAIN.get(name, name.replace("_", " ")), 1.0
+
+
+def squeezed(numbers: ArrayLike) -> bool:
+    """Say whether one number in fifty, or a single one, takes half of an axis from 0."""
+    numbers = np.asarray(numbers, np.float64)
+    sizes = np.sort(np.abs(numbers[np.isfinite(numbers)]))
+    few = max(1, len(sizes) // 50)
+    return len(sizes) >= 8 and bool(sizes[-1] > 2 * sizes[-1 - few] > 0)
+
+
+def linear_part(numbers: ArrayLike) -> float:
+    """Up to where a symmetric logarithmic scale is linear: the power of ten below the median."""
+    sizes = np.abs(np.asarray(numbers, np.float64))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    return float(10 ** np.floor(np.log10(np.median(sizes)))) if len(sizes) else 1.0
+
+
+def steps(threshold: float, largest: float) -> Floats:
+    """Return numbers to write at a symmetric logarithmic scale: 0, powers of ten, some between."""
+    decades = np.arange(np.ceil(np.log10(max(largest / threshold, 1.0)) + 1e-9))
+    within = [1.0] if len(decades) > 3 else [1.0, 2.0, 5.0]
+    up = np.outer(threshold * 10**decades, within).ravel()
+    return np.concatenate([-up[::-1], [0.0], up])
+
+
+def stretch(axis: Any, numbers: ArrayLike, log: bool | None) -> None:
+    """Draw an axis by a symmetric logarithmic scale: if ``log``, or by None where it is squeezed.
+
+    The label says so.
+    """
+    numbers = np.asarray(numbers, np.float64)
+    if log is None:
+        log = squeezed(numbers)
+    if not log or not np.isfinite(numbers).any():
+        return
+    threshold = linear_part(numbers)
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("symlog", linthresh=threshold)
+    _write(axis, steps(threshold, float(np.nanmax(np.abs(numbers)))))
+    axis.set_label_text(f"{axis.get_label_text()}\n{_LOGARITHMIC.format(threshold)}")
+
+
+def stretch_bar(bar: Any, threshold: float, end: float) -> None:
+    """Write numbers beside logarithmic colours, and say that they are."""
+    _write(bar.long_axis, steps(threshold, end))
+    bar.set_label(f"{bar.ax.get_ylabel()}\n{_LOGARITHMIC.format(threshold)}")
+
+
+def _write(axis: Any, numbers: Floats) -> None:
+    """Write numbers at an axis, which ends where it did."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # there are axes already
+
+    axis.set_major_locator(FixedLocator(numbers.tolist()))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}".replace("-", "\u2212")))
 
 
 def tick(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
-    """Name the places 0, 1, ...; smaller where there are many, none where they cannot be read."""
-    if len(names) > 120:
-        axis.set_ticks([])
-        return
+    """Name the places 0, 1, ...; smaller where there are many, every second, third ... beyond."""
+    every = -(-len(names) // 120)
     size = "small" if len(names) <= 40 else "xx-small"
     how = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-    axis.set_ticks(range(len(names)), [plain(name) for name in names], fontsize=size, **how)
+    shown = [plain(name) for name in names[::every]]
+    axis.set_ticks(range(0, len(names), every), shown, fontsize=size, **how)
 
 
 def legend(axes: Axes, title: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import cycle
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from pyablate.analysis.statistics import (
     significance,
 )
 from pyablate.analysis.targets import unit_targets
-from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
+from pyablate.analysis.unit_table import aligned, attribute_columns, formula_of, preferred_classes
 from pyablate.plots.drawing import (
     ABOVE,
     CHANCE,
@@ -32,8 +33,12 @@ from pyablate.plots.drawing import (
     entry,
     label_of,
     legend,
+    linear_part,
     new_axes,
     plain,
+    squeezed,
+    stretch,
+    stretch_bar,
     tick,
 )
 
@@ -75,6 +80,8 @@ class ResultPlots:
         layers: str | Sequence[str] | None = None,
         fdr: float = 0.05,
         names: int = 1,
+        log: bool | None = None,
+        limit: float | None = None,
         ax: Axes | None = None,
     ) -> Axes:
         """Draw every unit as a dot, layer by layer, and what chance would show.
@@ -97,6 +104,11 @@ class ResultPlots:
             False discovery rate of what is called more than chance.
         names : int
             How many units of each layer to name, the largest drops first.
+        log : bool, optional
+            Whether the axis is logarithmic beyond drops near 0; by default where a single unit
+            would take half of it.
+        limit : float, optional
+            Percentage points at which the axis ends; units beyond are drawn as triangles there.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
@@ -105,9 +117,10 @@ class ResultPlots:
         ImportError
             matplotlib is not installed.
         ValueError
-            Another drop, no such layer, ``fdr`` not between 0 and 1.
+            Another drop, no such layer, ``limit`` not above 0, ``fdr`` not between 0 and 1.
         """
         check_level("fdr", fdr)
+        _check_limit(limit)
         q, floor = _chance(self.result, drop)
         found = q <= fdr
         chosen = chosen_layers(self.result, layers)
@@ -126,18 +139,21 @@ class ResultPlots:
             (shown[found[shown]], COLOURS[0], f"unit beyond chance (q ≤ {fdr:g})"),
         ):
             if len(rows):
-                style: dict[str, Any] = {"s": 12, "color": colour, "alpha": 0.8, "linewidths": 0}
-                axes.scatter(place[rows], drops[rows], label=meaning, **style)
+                style: dict[str, Any] = {"color": colour, "alpha": 0.8, "linewidths": 0}
+                _dots(axes, place[rows], drops[rows], limit, s=12, label=meaning, **style)
         if self.result.estimate is not None:
             _interval(axes, place[shown], drops[shown], 100 * self.result.half_width(drop)[shown])
         for rows in chosen.values():
             for row in rows[np.argsort(-drops[rows], kind="stable")][:names]:
                 text = _name(self.result, row, with_class=drop == "max_class_drop")
-                axes.annotate(text, (place[row], drops[row]), **ABOVE)
+                at = drops[row] if limit is None else np.clip(drops[row], -limit, limit)
+                axes.annotate(text, (place[row], at), **ABOVE)
         tick(axes.xaxis, list(chosen), turned=len(chosen) > 5)
         ylabel = self._said(label_of(drop)[0])
         axes.set(xlim=(-0.5, len(chosen) - 0.5), xlabel="layer", ylabel=ylabel)
         axes.margins(y=0.12)
+        axes.use_sticky_edges = False  # the bands, else dots at 0 were cut in half
+        stretch(axes.yaxis, drops[shown], log if limit is None else bool(log))
         legend(axes)
         return axes
 
@@ -148,9 +164,13 @@ class ResultPlots:
         order: Literal["drop", "layer", "cluster"] = "drop",
         fdr: float = 0.05,
         limit: float | None = None,
+        log: bool | None = None,
+        classes: int = 50,
         ax: Axes | None = None,
     ) -> Axes:
         """Draw the accuracy drop of every class for some units; dots mark what is significant.
+
+        Classes without images are left out, which the axis says.
 
         Parameters
         ----------
@@ -164,6 +184,12 @@ class ResultPlots:
             False discovery rate, see :func:`pyablate.analysis.statistics.significance`.
         limit : float, optional
             Percentage points at which the colours end; by default the largest drop or gain.
+        log : bool, optional
+            Whether the colours are logarithmic beyond drops near 0; by default where one drop in
+            fifty would take half of them, and no ``limit`` is given.
+        classes : int
+            Draw at most so many, those of which one of these units changes most images; they keep
+            their order.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
@@ -172,28 +198,37 @@ class ResultPlots:
         ImportError
             matplotlib is not installed.
         ValueError
-            No such unit or order, less than one unit, ``limit`` not above 0, ``fdr`` not between 0
-            and 1.
+            No such unit or order, less than one unit or class, ``limit`` not above 0, ``fdr`` not
+            between 0 and 1.
         """
         result = self.result
-        if limit is not None and not limit > 0:
-            raise ValueError(f"limit: expected a number above 0, got {limit!r}")
+        _check_limit(limit)
+        check_count("classes", classes)
         rows = _ordered(result, _chosen(result, units), order)
-        drops = 100 * result.class_accuracy_drop[rows]
-        significant = significance(result, fdr=fdr)["significant"].to_numpy()[rows]
-        width, height = 2.6 + 0.42 * result.classes, 1.6 + 0.22 * len(rows)
+        shown = _most_changed(result, rows, classes)
+        drops = 100 * result.class_accuracy_drop[rows][:, shown]
+        significant = significance(result, fdr=fdr)["significant"].to_numpy()[rows][:, shown]
+        width, height = 2.6 + 0.42 * len(shown), 1.6 + 0.22 * len(rows)
         axes = new_axes(ax, width=min(width, 18), height=min(height, 12))
         axes.spines[:].set_visible(False)
         end = limit or float(np.nanmax(np.abs(drops))) or 1.0
-        image = axes.imshow(drops, cmap="RdBu_r", vmin=-end, vmax=end, aspect="auto")
+        stretched = log if log is not None else limit is None and squeezed(drops)
+        linear = linear_part(drops)
+        colours = _colours(end, linear if stretched else None)
+        # Each cell its own colour: matplotlib would blend many small ones.
+        style: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+        image = axes.imshow(drops, cmap="RdBu_r", norm=colours, **style)
         down, across = np.nonzero(significant)
         axes.scatter(across, down, s=12, color="black", edgecolors="white", linewidths=0.6)
         tick(axes.yaxis, result.units["label"].iloc[rows].tolist())
-        tick(axes.xaxis, list(result.class_names), turned=True)
-        axes.set(xlabel="class", ylabel=f"unit switched off (dot: q ≤ {fdr:g})")
+        tick(axes.xaxis, [result.class_names[k] for k in shown], turned=True)
+        xlabel = _classes_said(result, len(shown))
+        axes.set(xlabel=xlabel, ylabel=f"unit switched off (dot: q ≤ {fdr:g})")
         beyond = "neither" if limit is None else "both"
         label = self._said(CLASS_DROP)
-        axes.figure.colorbar(image, ax=axes, label=label, extend=beyond, shrink=0.8)
+        bar = axes.figure.colorbar(image, ax=axes, label=label, extend=beyond, shrink=0.8)
+        if stretched:
+            stretch_bar(bar, linear, end)
         return axes
 
     def profile(
@@ -273,6 +308,8 @@ class ResultPlots:
         method: str = "spearman",
         preferred: str = "class_selectivity_class",
         seed: int = 0,
+        log: bool | None = None,
+        limit: float | None = None,
         ax: Axes | None = None,
     ) -> Axes:
         """Draw an attribute of the units against what their ablation does.
@@ -296,6 +333,11 @@ class ResultPlots:
             Variable of the table with each unit's preferred class.
         seed : int
             Of everything random.
+        log : bool, optional
+            Whether both axes are logarithmic beyond numbers near 0; by default each where a single
+            unit would take half of it.
+        limit : float, optional
+            Where the upward axis ends, in its units; units beyond are drawn as triangles there.
         ax : matplotlib.axes.Axes, optional
             Where to draw; by default a new figure.
 
@@ -304,8 +346,9 @@ class ResultPlots:
         ImportError
             matplotlib is not installed.
         ValueError, TypeError
-            Whatever :func:`pyablate.correlate` raises.
+            ``limit`` not above 0, and whatever :func:`pyablate.correlate` raises.
         """
+        _check_limit(limit)
         result, frame = self.result, aligned(table, self.result)
         numbers = attribute_columns(frame, attribute)[attribute]
         classes = preferred_classes(frame, preferred, result.class_names)
@@ -326,15 +369,13 @@ class ResultPlots:
         for line, colour, marker in lines:
             rows = chosen[str(line.layer)]
             meaning = f"{line.layer}: {line.correlation:+.2f} [{line.low:+.2f}, {line.high:+.2f}]"
-            style: dict[str, Any] = {
-                "s": 20,
-                "color": colour,
-                "marker": marker,
-                "alpha": 0.75,
-                "linewidths": 0,
-            }
-            axes.scatter(numbers[rows], scale * values[rows], label=entry(meaning), **style)
-        axes.set(xlabel=plain(attribute.replace("_", " ")), ylabel=self._said(label))
+            style: dict[str, Any] = {"s": 20, "color": colour, "alpha": 0.75, "linewidths": 0}
+            across, up = numbers[rows], scale * values[rows]
+            _dots(axes, across, up, limit, label=entry(meaning), marker=marker, **style)
+        axes.set(xlabel=_attribute_label(table, attribute), ylabel=plain(self._said(label)))
+        shown = np.concatenate(list(chosen.values()))
+        stretch(axes.xaxis, numbers[shown], log)
+        stretch(axes.yaxis, scale * values[shown], log if limit is None else bool(log))
         legend(axes, title=f"{method}, 95 % interval")
         return axes
 
@@ -350,6 +391,58 @@ def _chance(result: Record, drop: str) -> tuple[Floats, Floats | None]:
     for rows in layer_rows(result).values():
         p[rows] = adjusted(p[rows])
     return p, None
+
+
+def _check_limit(limit: float | None) -> None:
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit: expected a number above 0, got {limit!r}")
+
+
+def _dots(axes: Axes, x: Floats, y: Floats, limit: float | None, **style: Any) -> None:
+    """Draw dots; those beyond the limit as triangles where the axis ends, named by no legend."""
+    if limit is None:
+        axes.scatter(x, y, **style)
+        return
+    axes.set_ylim(-limit if (y < 0).any() or axes.get_ylim()[0] < 0 else 0, limit)
+    inside = np.abs(y) <= limit
+    axes.scatter(x[inside], y[inside], **style)
+    edge = style | {"s": 3 * style["s"], "label": "_beyond", "clip_on": False}
+    for marker, beyond in (("^", y > limit), ("v", y < -limit)):
+        if beyond.any():
+            ends = np.full(int(beyond.sum()), limit if marker == "^" else -limit)
+            axes.scatter(x[beyond], ends, **edge | {"marker": marker})
+
+
+def _attribute_label(table: Any, attribute: str) -> str:
+    """Name of an attribute, with its formula where the table says it."""
+    name, formula = attribute.replace("_", " "), formula_of(table, attribute)
+    return "\n".join(wrap(plain(f"{name}: {formula}" if formula else name), 80))
+
+
+def _most_changed(result: Record, rows: Ints, most: int) -> Ints:
+    """Classes with images, at most so many: those of which one of these units changes most."""
+    present = np.flatnonzero(result.class_sizes)
+    # In images: a class of one image easily loses all of its accuracy.
+    changed = np.abs(result.lost[rows] - result.gained[rows]).max(axis=0)[present]
+    return np.sort(present[np.argsort(-changed, kind="stable")][:most])
+
+
+def _classes_said(result: Record, shown: int) -> str:
+    present = int((result.class_sizes > 0).sum())
+    if shown < present:
+        return f"class ({shown} of {present:,} with images, those of which most change)"
+    if present < result.classes:
+        return f"class (the {present:,} of {result.classes:,} with images)"
+    return "class"
+
+
+def _colours(end: float, linear: float | None) -> Any:
+    """Colours from ``-end`` to ``end``, logarithmic beyond ``linear`` if there is one."""
+    from matplotlib import colors  # an extra; the axes are there, so it is, too
+
+    if linear is None:
+        return colors.Normalize(-end, end)
+    return colors.SymLogNorm(min(linear, end), vmin=-end, vmax=end)
 
 
 def _interval(axes: Axes, x: Floats, y: Floats, width: Floats, *, upright: bool = True) -> None:
@@ -377,18 +470,23 @@ def _name(result: Record, row: int, *, with_class: bool) -> str:
 def _chosen(result: Record, units: int | Rows) -> Ints:
     if isinstance(units, int | np.integer) and not isinstance(units, bool):
         check_count("units", units)
-        largest: Ints = np.argsort(-result.max_class_drop, kind="stable")[:units]
-        return largest
+        return _by_drop(result, np.arange(len(result.units)))[:units]
     rows = result.rows(units)
     if not len(rows):
         raise ValueError("units: expected at least 1, got none")
     return rows
 
 
+def _by_drop(result: Record, rows: Ints) -> Ints:
+    """Order rows by the largest class drop; where small classes tie, by the drop of all images."""
+    order: Ints = np.lexsort((-result.accuracy_drop[rows], -result.max_class_drop[rows]))
+    return rows[order]
+
+
 def _ordered(result: Record, rows: Ints, order: str) -> Ints:
     check_choice("order", order, ("drop", "layer", "cluster"))
     if order == "drop":
-        return rows[np.argsort(-result.max_class_drop[rows], kind="stable")]
+        return _by_drop(result, rows)
     if order == "layer":
         return np.sort(rows)
     if len(rows) < 2:

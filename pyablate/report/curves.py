@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyablate.plots.curves import guessing
+from pyablate.plots.drawing import label_of
 from pyablate.results.record import Record
 
 
@@ -29,7 +31,7 @@ _KINDS = (
     _Kind("order", "removed", "units removed", "repeat"),
     _Kind("layer", "fraction", "share of the layer's units ablated", ""),
 )
-_NO_MEASURE = ("fraction", "seed", "removed", "kept", "repeat", "places", "units")
+_NO_MEASURE = ("fraction", "seed", "removed", "kept", "repeat", "places", "units", "chance")
 _SET_FIGURES = ("baseline_accuracy", "accuracy", "others_drop")
 
 
@@ -38,15 +40,17 @@ def curve_charts(curves: Any) -> list[dict[str, Any]]:
 
     Curves are a table or CSV file, or several, of :func:`pyablate.prune_curve`,
     :func:`pyablate.sensitivity` or :func:`pyablate.cumulative`. Each chart has a ``title``, ``x``
-    (what it is), ``measures`` (columns, accuracy first), and ``series``: ``name``, ``random``,
-    ``x`` and one list of numbers per measure.
+    (what it is), ``measures`` (columns, accuracy first: ``name``, ``label``, ``scale`` to multiply
+    by, and ``chance``, what guessing gets, or None), and ``series``: ``name``, ``random``, ``x``
+    and one list of numbers per measure.
     """
     if curves is None:
         return []
     if isinstance(curves, Mapping):
         return [_chart(str(title), _frame(each)) for title, each in curves.items()]
     several = curves if isinstance(curves, list | tuple) else [curves]
-    return [_chart(_title(each, number), _frame(each)) for number, each in enumerate(several, 1)]
+    titles = _titles(several)
+    return [_chart(title, _frame(each)) for title, each in zip(titles, several, strict=True)]
 
 
 def sets_by_class(given: Any, result: Record) -> list[dict[str, Any] | None]:
@@ -78,8 +82,18 @@ def sets_by_class(given: Any, result: Record) -> list[dict[str, Any] | None]:
     return sets
 
 
-def _title(curves: Any, number: int) -> str:
-    return Path(curves).name if isinstance(curves, str | Path) else f"Curves {number}"
+def _titles(several: Sequence[Any]) -> list[str]:
+    """Name curves by their files, with as many folders as tell them apart, or by numbers."""
+    titles = [f"Curves {number}" for number in range(1, len(several) + 1)]
+    paths = {i: Path(each) for i, each in enumerate(several) if isinstance(each, str | Path)}
+    for i, path in paths.items():
+        others = [other for j, other in paths.items() if j != i]
+        depths = range(1, len(path.parts) + 1)
+        apart = (n for n in depths if path.parts[-n:] not in [o.parts[-n:] for o in others])
+        tail = next(apart, None)
+        shown = path.name if tail is None else "/".join(path.parts[-tail:])
+        titles[i] = f"{shown} ({i + 1})" if tail is None else shown
+    return titles
 
 
 def _frame(given: Any) -> pd.DataFrame:
@@ -126,7 +140,13 @@ def _chart(title: str, table: pd.DataFrame) -> dict[str, Any]:
                 "values": {measure: _numbers(ordered[measure]) for measure in measures},
             }
         )
-    return {"title": title, "x": kind.label, "measures": measures, "series": series}
+    described = [_measure(table, name) for name in measures]
+    return {"title": title, "x": kind.label, "measures": described, "series": series}
+
+
+def _measure(table: pd.DataFrame, name: str) -> dict[str, Any]:
+    label, scale = label_of(name)
+    return {"name": name, "label": label, "scale": scale, "chance": guessing(table, name)}
 
 
 def _labels(units: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pyablate.analysis.correlation import correlate
-from pyablate.analysis.unit_table import aligned, attribute_columns
+from pyablate.analysis.unit_table import aligned, attribute_columns, formula_of
 from pyablate.report.numbers import measures
 from pyablate.report.packed import packed
 from pyablate.results.record import Record
@@ -45,7 +45,7 @@ def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any
     numbers = ["units", "correlation", "low", "high", "p", "q"]
     return {
         "name": list(columns),
-        "formula": [_formula(table, name) for name in columns],
+        "formula": [formula_of(table, name) for name in columns],
         "values": [packed(values) for values in columns.values()],
         "targets": targets,
         "correlations": {
@@ -55,8 +55,3 @@ def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any
         }
         | {name: packed(known[name].to_numpy()) for name in numbers},
     }
-
-
-def _formula(table: xr.Dataset | pd.DataFrame, name: str) -> str:
-    """Say what an attribute is, where the table says so."""
-    return str(getattr(table[name], "attrs", {}).get("formula", ""))

@@ -254,8 +254,9 @@ class Screening:
             return "no layer was screened"
         return (
             f"{total.pairs:,} pairs: {total.silent:,} silent, {total.computed:,} computed, "
-            f"{total.settled:,} settled by prediction; {self.wrong:,} of {self.sampled:,} settled "
-            f"pairs sampled were wrong; 95 % upper bound {self.upper_bound:.2g} of all predictions"
+            f"{total.settled:,} predicted not to change; {self.wrong:,} of {self.sampled:,} of "
+            "these, computed as a check, were wrong; 95 % upper bound "
+            f"{self.upper_bound:.2g} of all predictions"
         )
 
 

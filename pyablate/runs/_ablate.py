@@ -133,8 +133,8 @@ def ablate(
         ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on, and
         what it takes for few pairs of a large network, whose capture would take longer.
     precision : {"auto", "int8", "bf16", "fp32", "fp64"}
-        Arithmetic of the dense part; "auto" takes what this device is measured to run fastest. All
-        give the same predictions: doubtful pairs are decided again in higher precision.
+        What pairs are computed in first; "auto" takes what this device is measured to run fastest.
+        All give the same predictions: doubtful pairs are decided again in higher precision.
     measures : sequence of {"loss", "margin"}
         Also record how much each ablation changes the cross-entropy, and the lead of the largest
         logit over the second, summed over the images of each class. In whatever precision decided

@@ -31,6 +31,7 @@ from pyablate.runs.audit import CALL as AUDIT_CALL
 from pyablate.runs.audit import PASSES, usual_pairs
 from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
 from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
+from pyablate.runs.state import in_words
 from pyablate.runtime.determinism import undisturbed
 
 aten = torch.ops.aten
@@ -206,12 +207,12 @@ class Plan:
         """What is said below the table."""
         return [
             f"{self.images:,} images in batches of {self.batch_size}, {self.slice_pairs:,} pairs "
-            f"at a time; dense part in {', doubtful pairs in '.join(self.tiers)}",
+            f"at a time; decided in {', doubtful pairs in '.join(map(in_words, self.tiers))}",
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
             f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
             f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
-            f"predicted: {self.seconds:,.1f} s in all; the live share was measured on "
-            f"{min(_SAMPLE, self.images)} images",
+            f"predicted: {self.seconds:,.1f} s in all; how many pairs change anything was measured "
+            f"on {min(_SAMPLE, self.images)} images",
             *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
             self._screened(),
             *self._estimated,
@@ -247,8 +248,8 @@ class Plan:
         if found.stages is not None:
             return f"screened: {least:,.1f} s, {parts}"
         return (
-            f"screened: from {least:,.1f} s if all pairs are settled to {most:,.1f} s if none is, "
-            f"{parts}; measure=True (--measure) finds out how many"
+            f"screened: from {least:,.1f} s if no pair has to be computed to {most:,.1f} s if all "
+            f"have, {parts}; measure=True (--measure) finds out how many"
         )
 
 

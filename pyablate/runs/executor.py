@@ -40,7 +40,7 @@ from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
 from pyablate.runs.sampling import Drawing
 from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup
-from pyablate.runs.state import TIERS, pack_cascade
+from pyablate.runs.state import TIERS, in_words, pack_cascade
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.host_to_device import sent
 from pyablate.runtime.progress import stage
@@ -342,7 +342,7 @@ class BlockSweep:
         """Let float64 compute values of a job: what is not finite has no difference."""
         exact = self.setup.exact
         if isinstance(exact, Exact) and job not in exact.recomputed:
-            logger.info("%s: something inside is not finite: values instead of deltas", job.name)
+            logger.debug("%s: something inside is not finite: values instead of deltas", job.name)
             exact.recomputed.add(job)
 
     def _by_deltas(self, job: Job, batch: Batch, clean: Clean, record: Record | None) -> Predicted:
@@ -508,8 +508,7 @@ class BlockSweep:
             total.update(cascade.classified)
         decided = {_name(tier): total[tier] for tier in TIERS if tier in total}
         if decided:
-            words = {"int8": "8-bit integers"}
-            each = (f"{pairs:,} in {words.get(tier, tier)}" for tier, pairs in decided.items())
+            each = (f"{pairs:,} in {in_words(tier)}" for tier, pairs in decided.items())
             logger.info("pairs decided: %s", ", ".join(each))
         bounds = {
             job.name: {_name(tier): cascade.error_bound(tier) for tier in cascade.error_bounds}

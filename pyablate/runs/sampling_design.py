@@ -203,7 +203,7 @@ def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: i
         for job in open_
     }
     for job in setup.jobs:
-        logger.info("%s: %s", job.name, designs.get(job, "computed exactly, without a sample"))
+        logger.debug("%s: %s", job.name, designs.get(job, "computed exactly, without a sample"))
     total = round(sum(expected.values())) + done
     return Design(
         str(budget), seed, total, factor, deepest + 1, tuple(map(designs.get, setup.jobs))

@@ -197,7 +197,7 @@ class Screen:
         if steps <= self.raised[job]:
             return False
         self.raised[job] = steps
-        logger.info("%s: %d settled pairs were wrong: thresholds raised", job.name, found.sum())
+        logger.debug("%s: %d settled pairs were wrong: thresholds raised", job.name, found.sum())
         return True
 
     def take_note(

@@ -19,6 +19,11 @@ TIERS = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
 """All precisions of the dense part, cheapest first."""
 
 
+def in_words(tier: str) -> str:
+    """Say a precision in the words of a user."""
+    return "8-bit integers" if tier == "int8" else tier
+
+
 def pack_statistics(
     statistics: Mapping[Key, Statistics], thresholds: Mapping[str, Any] | None = None
 ) -> dict[str, NDArray[Any]]:

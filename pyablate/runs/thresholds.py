@@ -165,7 +165,9 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
             if one is None
             else ", ".join(f"{s.place or 'unit'} {s.threshold}" for s in one.stages)
         )
-        logger.info("%s: %s", job.name, stages or "computed exactly, without screening")
+        logger.debug("%s: %s", job.name, stages or "computed exactly, without screening")
+    if found:
+        logger.info("screened: %d of %d layers, the others are computed", len(found), len(jobs))
     settled = sum(
         one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
     )

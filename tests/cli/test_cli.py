@@ -475,7 +475,7 @@ def test_demo_compares_a_screened_run_with_an_exact_one(tmp_path: Path) -> None:
     assert code == 0, err
     words = " ".join(out.split())
     assert "of 36,480 predictions differ" in words  # 760 units
-    assert "settled by prediction" in words
+    assert "predicted not to change" in words
 
 
 _CORRELATE = ("correlate", "results/tiny.zarr", "units.csv")

@@ -110,15 +110,79 @@ def test_the_smaller_network_is_saved_and_read_again() -> None:
         torch.testing.assert_close(load_model("small.pt2")(images), removal.model(images))
     code, out = invoke("compare", "demo:alexnet", "small.pt2", *DATA)
     assert code == 0, out
-    for options in (("--by", "l1", "--by", "l2", "--fraction", "0.2"), ()):
+    for options in (
+        ("--by", "l1", "--by", "l2", "--fraction", "0.2"),
+        (),
+        ("--fraction", "0.2", "--flops", "50%"),
+    ):
         code, out = invoke("prune", "demo:alexnet", *DATA, *options, "--save", "two.pt2")
         assert code != 0
-        assert "one --by and one --fraction" in out
+        assert "--save: expected one --by, and one --fraction or a target" in out
     code, out = invoke("prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--save", "small.pth")
     assert code != 0
     assert "--save" in out
     assert "small.pth" in out
     assert "done" not in out, "refused before the work, not behind it"
+
+
+def test_saving_runs_nothing_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyablate.compression import _prune_curve
+
+    monkeypatch.setattr(_prune_curve, "prune_curve", None)  # would raise
+    code, out = invoke("prune", "demo:alexnet", *DATA, "--fraction", "0.2", "--save", "small.pt2")
+    assert code == 0, out
+    assert "FLOPs of one image" in out
+    assert "units are gone" in out
+
+
+def test_down_to_a_target_saved_as_weights_and_code_then_fine_tuned() -> None:
+    code, out = invoke(
+        "prune", "demo:alexnet", *DATA, "--flops", "-50%", "--save", "small_alexnet.safetensors",
+        "--csv", "tried.csv",
+    )  # fmt: skip
+    assert code == 0, out
+    assert "Written: tried.csv and small_alexnet.safetensors and small_alexnet.py" in out
+    model, images, labels = pa.demo.load("alexnet", limit=40)
+    ranking = pa.compression.filter_ranking(model, images[:2], "l1")
+    expected = pa.remove(model, ranking, images[:2], flops=0.5)
+    small = load_model("small_alexnet:make_model", "small_alexnet.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), expected.model(images))
+    pd.testing.assert_frame_equal(pd.read_csv("tried.csv"), expected.steps)
+    network = ("small_alexnet:make_model", "--weights", "small_alexnet.safetensors", *DATA)
+    code, out = invoke(
+        "finetune", *network, "--epochs", "1", "--batch-size", "20", "--learning-rate", "0.001",
+        "--save", "tuned.safetensors", "--csv", "epochs.csv",
+    )  # fmt: skip
+    assert code == 0, out
+    tuned = load_model("small_alexnet:make_model", "tuned.safetensors")
+    again = pa.finetune(
+        small, (images, labels), epochs=1, batch_size=20, learning_rate=0.001, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(images), again.model(images))
+    assert len(pd.read_csv("epochs.csv")) == 1
+    assert f"{again.history['loss'][0]:.4f}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("prune demo:alexnet --data demo --flops 120%", "--flops: expected a share such as 50%"),
+        ("prune demo:alexnet --data demo --accuracy -5%", "--accuracy: expected a share"),
+        (
+            "prune demo:alexnet --data demo --by l1 --by l2 --flops 50%",
+            "targets: expected one --by",
+        ),
+        ("prune small.pt2 --data demo --fraction 0.1 --save a.safetensors", "expected a .pt2 file"),
+        ("finetune demo:alexnet --data demo --save a.pth", "--save: expected a name ending in"),
+        ("finetune demo:alexnet --data demo --save a.pt2 --original-weights w", "--original"),
+    ],
+)
+def test_what_cannot_be_is_refused(words: str, message: str) -> None:
+    code, out = invoke(*words.split())
+    assert code == 2
+    assert message in out
 
 
 def test_compare_attributions() -> None:

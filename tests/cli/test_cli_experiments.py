@@ -140,3 +140,15 @@ def test_rotation() -> None:
     expected = pa.rotation_control(model, data, LAYER, rotations=1, fewest=1, progress=False)
     pd.testing.assert_frame_equal(pd.read_csv("turned.csv"), expected.table)
     assert "split_half_drop" in out
+    row = expected.table.set_index("figure").loc["max_class_drop"]
+    assert f"{100 * row['units']:.2f}" in out  # in percentage points
+
+
+def test_an_empty_row_of_the_rotation_is_explained() -> None:
+    code, out = invoke(
+        "rotation", "demo:alexnet", *DATA, "--layers", LAYER, "--rotations", "1",
+        "--fewest", "100000",
+    )  # fmt: skip
+    assert code == 0, out
+    for side in ("units", "rotated directions"):
+        assert f"No gini of the {side} of {LAYER}: none of them loses 100000 images" in out

@@ -146,3 +146,20 @@ def test_times_are_readable(result: AblationResult, seconds: float, shown: str) 
     lines = summary.hook_loop_lines(result, timing)
     assert lines[0].startswith(f"Plain hook loop on this machine: {shown}, estimated")
     assert len(lines) == 2  # nothing was compared, nothing is said about it
+
+
+def test_names_stay_whole_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "_PIPED_WIDTH", 60)
+    names = ["blocks.4.1.conv_pwl.activation:12", "blocks.4.1.conv_pwl.activation:13"]
+    frame = pd.DataFrame({"first": names, "second": names[::-1], "class": "great white shark"})
+    frame = frame.assign(drop=0.1)
+    named = tables.columns(str, "Unit=first", "and unit=second", "class")
+    shown = (*named, *tables.columns(tables.points, "drop"))
+    tables.show(tables.frame_table(frame, shown))
+    printed = capsys.readouterr().out
+    for name in names:
+        assert printed.count(name) == 2
+    assert "\u2026" not in printed  # no figure is cut
+    assert "great white shark" not in printed  # folded between its words, to save room

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import pyablate as pa
 from pyablate.compression._remove import size
+from pyablate.compression._target import Target, search
 
 pytest.importorskip("torch_pruning")
 
@@ -121,3 +124,89 @@ def test_ranking_and_fraction_belong_together():
         pa.remove(model, ranking, images(), fraction=1.5)
     with pytest.raises(TypeError, match="units"):
         pa.remove(model, "blocks.1:0", images())
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 20])
+def test_as_few_go_as_meet_the_target_and_no_more_than_the_accuracy_allows(most):
+    def figures(places: int) -> dict[str, float]:
+        return {"flops": 1 - 0.04 * places, "accuracy": 0.9 - 0.02 * places}
+
+    measures: dict[str, Any] = {
+        name: lambda places, name=name: figures(places)[name] for name in figures(0)
+    }
+    for flops, floor in itertools.product((None, 0.3, 0.7, 1.0), (None, 0.6, 0.85)):
+        if flops is None and floor is None:
+            continue
+        count, steps = search(Target(flops=flops, accuracy=floor), most, measures)
+        allowed = [n for n in range(most + 1) if floor is None or figures(n)["accuracy"] >= floor]
+        small = [n for n in range(most + 1) if flops is None or figures(n)["flops"] <= flops]
+        expected = max(allowed)
+        if flops is not None:
+            expected = min([*small, most][0], max(allowed))
+        assert count == expected
+        assert steps["places"][steps["chosen"]].tolist() == [count]
+        assert len(steps) <= 12
+
+
+def test_down_to_half_of_the_operations():
+    model = made(Mobile)
+    ranking = pa.rank(model, images(), "random", scope="global", seed=1)
+    removal = pa.remove(model, ranking, images(), flops=0.5)
+    assert removal.reached
+    assert removal.after.flops <= 0.5 * removal.before.flops
+    assert removal.steps is not None
+    places = int(removal.steps["places"][removal.steps["chosen"]].iloc[0])
+    order = [unit for one in ranking.sequence[:places] for unit in one.units]
+    assert removal.units == tuple(order)
+    one_less = [unit for one in ranking.sequence[: places - 1] for unit in one.units]
+    assert pa.remove(model, one_less, images()).after.flops > 0.5 * removal.before.flops
+
+
+def test_no_further_than_the_accuracy_allows(caplog):
+    model = made(Mobile)
+    pictures = images()
+    labels = model(pictures).argmax(1)
+    ranking = pa.rank(model, pictures, "random", scope="global", seed=1)
+    given: dict[str, Any] = {"accuracy": 0.9, "data": (pictures, labels)}
+    removal = pa.remove(model, ranking, pictures, **given)
+    agreed = (removal.model(pictures).argmax(1) == labels).float().mean()
+    assert agreed >= 0.9
+    assert removal.reached
+    assert not caplog.messages
+    removal = pa.remove(model, ranking, pictures, flops=0.01, **given)
+    assert not removal.reached
+    assert (removal.model(pictures).argmax(1) == labels).float().mean() >= 0.9
+    assert "target not reached" in caplog.text
+
+
+def test_a_target_of_time_is_measured():
+    model = made(Mobile)
+    ranking = pa.rank(model, images(), "random", scope="global", seed=1)
+    removal = pa.remove(model, ranking, images(), latency=1.0, flops=0.9)
+    assert removal.steps is not None
+    assert {"latency", "flops"} <= set(removal.steps.columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flops": 1.5}, "flops: expected a number from 0 to 1"),
+        ({"flops": 0.5, "fraction": 0.3}, "expected a ranking as units, and no fraction"),
+        ({"flops": 0.5, "units": ["a:0"]}, "flops: expected a ranking as units"),
+        ({"accuracy": 0.5}, "accuracy: expected together with the data"),
+        ({"flops": 0.5, "data": (images(), torch.zeros(8))}, "accuracy: expected together"),
+    ],
+)
+def test_bad_targets(options, message):
+    model = made(Mobile)
+    units = pa.rank(model, images(), "random", scope="layer", seed=1)
+    with pytest.raises(ValueError, match=message):
+        pa.remove(model, **{"units": units, "sample": images()} | options)
+
+
+def test_an_accuracy_that_the_whole_network_does_not_have():
+    model, pictures = made(Mobile), images()
+    wrong = (model(pictures).argmax(1) + 1) % 4
+    ranking = pa.rank(model, pictures, "random", scope="layer", seed=1)
+    with pytest.raises(ValueError, match="that of the whole network"):
+        pa.remove(model, ranking, pictures, accuracy=0.5, data=(pictures, wrong))

@@ -42,11 +42,23 @@ def test_planted_sets_are_found_and_nothing_else():
     assert found.chance == pytest.approx(1 / 3)
 
 
-def test_without_pruning_the_order_of_the_single_drops_is_kept():
+def test_where_no_unit_alone_harms_the_class_they_are_added_by_its_loss():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", classes="0", prune=False, audit=0, progress=False)
-    # No unit alone harms the class: units come in their order until both are in.
-    assert found.table["units"][0] == tuple(f"units:{unit}" for unit in range(5))
+    # Their drops are all 0; unit 4 has the larger weight, and unit 0 hardly any.
+    assert found.table["units"][0] == ("units:4", "units:1")
+
+
+def test_a_failed_search_is_not_shown_as_a_set():
+    model, data = planted()
+    found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
+    assert repr(found) == "MinimalSets(2 sets for 3 classes)"
+    shown = found.shown.set_index("class")
+    assert shown.loc["1", "units"] == "units:2"
+    size = found.table["size"][2]
+    assert shown.loc["2", "units"] == f"none found: {size} units leave 100.00 %"
+    assert shown.loc["2", ["size", "accuracy", "others_drop"]].isna().all()
+    assert "none found" in found._repr_html_()
 
 
 def test_figures_are_those_of_full_forward_passes():

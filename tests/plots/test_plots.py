@@ -84,7 +84,8 @@ def test_overall_drops_have_their_own_test(result):
 
 def test_heat_map(result):
     axes = result.plot.heat_map(3)
-    rows = np.argsort(-result.max_class_drop, kind="stable")[:3]
+    # Where classes tie, by the drop of all images.
+    rows = np.lexsort((-result.accuracy_drop, -result.max_class_drop))[:3]
     (image,) = axes.images
     drops = 100 * result.class_accuracy_drop
     np.testing.assert_allclose(image.get_array(), drops[rows])
@@ -139,9 +140,73 @@ def test_a_class_without_images_is_not_drawn():
     labels = np.array([0, 0, 2, 2])
     empty = from_predictions(np.array([[1, 0, 2, 2]]), labels, labels, 3)
     assert names(empty.plot.profile(0).yaxis) == ["class 0", "class 2"]
-    drawn = empty.plot.heat_map().images[0].get_array()
-    assert np.ma.getmaskarray(np.ma.masked_invalid(drawn)).tolist() == [[False, True, False]]
+    axes = empty.plot.heat_map()
+    assert names(axes.xaxis) == ["class 0", "class 2"]
+    assert np.isfinite(axes.images[0].get_array()).all()
+    assert axes.get_xlabel() == "class (the 2 of 3 with images)"
     empty.plot.drops()
+
+
+def test_of_a_thousand_classes_those_that_change_are_drawn_and_named():
+    labels = np.repeat([3, 500, 700, 999], [40, 40, 40, 1])
+    ablated = np.tile(labels, (2, 1))
+    ablated[0, :30] = 5
+    ablated[1, 80:] = 6  # all of class 700, and the one image of class 999
+    axes = from_predictions(ablated, labels, labels, 1000).plot.heat_map(classes=2)
+    assert names(axes.xaxis) == ["class 3", "class 700"]
+    assert axes.get_xlabel() == "class (2 of 4 with images, those of which most change)"
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[0, 100], [75, 0]]
+    assert image.get_interpolation() == "nearest"  # cells are not blended
+    many = from_predictions(np.zeros((1, 200), int), np.arange(200), np.arange(200), 200)
+    axes = many.plot.heat_map(classes=200)
+    assert names(axes.xaxis) == [f"class {k}" for k in range(0, 200, 2)]
+
+
+@pytest.fixture(scope="module")
+def outlier() -> pa.AblationResult:
+    """One unit of forty breaks a class, the others do next to nothing."""
+    rates = np.full((40, 4), 0.02)
+    rates[5, 3] = 0.9
+    return simulate(rates, 0.02, 100, np.random.default_rng(0))
+
+
+def test_an_outlier_does_not_squeeze_the_rest(outlier, result):
+    axes = outlier.plot.drops()
+    assert axes.get_yscale() == "symlog"
+    assert axes.get_ylabel().endswith("(logarithmic beyond ±1)")
+    axes.figure.canvas.draw()
+    written = [label.get_text() for label in axes.yaxis.get_ticklabels()]
+    assert {"0", "1", "2", "5", "10", "20"} <= set(written)
+    assert outlier.plot.drops(log=False).get_yscale() == "linear"
+    assert result.plot.drops().get_yscale() == "linear"  # two stand out, one has no half by itself
+    assert result.plot.drops(log=True).get_yscale() == "symlog"
+    axes = outlier.plot.heat_map(10)
+    assert type(axes.images[0].norm).__name__ == "SymLogNorm"
+    assert axes.figure.axes[1].get_ylabel().endswith("(logarithmic beyond ±1)")
+    assert type(outlier.plot.heat_map(10, log=False).images[0].norm).__name__ == "Normalize"
+    assert type(outlier.plot.heat_map(10, limit=9).images[0].norm).__name__ == "Normalize"
+
+
+def test_units_beyond_the_limit_are_marked_where_the_axis_ends(outlier):
+    axes = outlier.plot.drops(limit=20)
+    assert axes.get_ylim()[1] == 20
+    assert axes.get_yscale() == "linear"
+    found = points(axes)
+    assert found["_beyond"].tolist() == [[pytest.approx(0, abs=0.3), 20]]
+    drawn = sum(len(found[name]) for name in found if name.startswith(("unit", "_beyond")))
+    assert drawn == len(outlier.units)
+
+
+def test_attributes_are_drawn_with_their_formula_and_outliers_aside(outlier):
+    values = np.r_[1e4, np.linspace(1, 9, 39)]
+    table = pd.DataFrame({"size": values}, index=outlier.units["label"]).rename_axis("unit")
+    data = table.to_xarray()
+    data["size"].attrs["formula"] = "sum |w|"
+    axes = outlier.plot.scatter(data, "size", "accuracy_drop")
+    assert axes.get_xlabel() == "size: sum |w|\n(logarithmic beyond ±1)"
+    assert axes.get_xscale() == "symlog"
+    assert outlier.plot.scatter(data, "size", log=False).get_xscale() == "linear"
 
 
 def test_nothing_flips():
@@ -241,6 +306,45 @@ def test_prune_curves(pruned):
     assert axes.get_xlabel() == "FLOPs of one image"
 
 
+@pytest.mark.parametrize(
+    ("column", "factor", "label", "largest"),
+    [
+        ("flops", 1, "FLOPs of one image", 100),
+        ("flops", 3e6, "MFLOPs of one image", 300),
+        ("flops", 3e8, "GFLOPs of one image", 30),
+        ("parameters", 2e4, "parameters (millions)", 2),
+        ("fraction", 1, "share of units removed (%)", 50),
+    ],
+)
+def test_axes_have_units(pruned, column, factor, label, largest):
+    table = pruned.assign(
+        flops=pruned["flops"] * factor, parameters=pruned["flops"] * factor, loss=1.0
+    )
+    axes = pa.plots.prune_curves(table, x=column)
+    assert axes.get_xlabel() == label
+    assert max(axes.lines[0].get_xdata()) == pytest.approx(largest)
+
+
+def test_chance_is_a_line(pruned, cumulative):
+    def level(axes: Any) -> list[float]:
+        return [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
+
+    assert level(pa.plots.prune_curves(pruned)) == []  # an older table does not say it
+    known = pruned.assign(chance=0.1, loss=1.0)
+    assert level(pa.plots.prune_curves(known)) == [pytest.approx(10)]
+    assert level(pa.plots.prune_curves(known, y="loss")) == [pytest.approx(np.log(10))]
+    assert level(pa.plots.prune_curves(known, y="flops")) == []
+    assert level(pa.plots.cumulative_curves(cumulative.assign(chance=0.25))) == [25]
+    balanced = cumulative.assign(target_balanced_accuracy=cumulative["target_accuracy"])
+    assert level(pa.plots.cumulative_curves(balanced, y="target_balanced_accuracy")) == [50]
+
+
+def test_curves_by_a_logarithmic_scale(cumulative):
+    table = cumulative.assign(removed=10 ** cumulative["removed"])
+    assert pa.plots.cumulative_curves(table, log=True).get_xscale() == "symlog"
+    assert pa.plots.cumulative_curves(table).get_xscale() == "linear"
+
+
 def test_the_axes_given_are_used(result, pruned):
     table = pd.DataFrame({"size": np.arange(15.0)}, index=result.units["label"])
     drawings: list[Callable[[Any], Any]] = [
@@ -268,6 +372,8 @@ def test_the_axes_given_are_used(result, pruned):
         (lambda r: r.plot.heat_map("first:9"), ValueError, "no unit 'first:9'"),
         (lambda r: r.plot.heat_map(order="size"), ValueError, "order: expected"),
         (lambda r: r.plot.heat_map(limit=0), ValueError, "limit"),
+        (lambda r: r.plot.heat_map(classes=0), ValueError, "classes"),
+        (lambda r: r.plot.drops(limit=-1), ValueError, "limit"),
         (lambda r: r.plot.profile("first:9"), ValueError, "no unit 'first:9'"),
         (lambda r: r.plot.profile(0, classes=0), ValueError, "classes"),
         (lambda r: pa.plots.prune_curves([1]), TypeError, "pa.prune_curve"),
@@ -320,9 +426,11 @@ def here(
         "run.zarr",
         "run.zarr --kind drops --target accuracy_drop --layers first",
         "run.zarr --kind heat-map --units 4 --order cluster",
-        "run.zarr --kind profile --unit first:2",
-        "run.zarr --kind scatter --attributes table.csv --attribute size --target gini",
-        "pruned.csv --kind prune --x flops",
+        "run.zarr --log --width 4",
+        "run.zarr --kind heat-map --classes 2 --limit 9 --linear",
+        "run.zarr --kind profile --unit first:2 --classes 3",
+        "run.zarr --kind scatter --attributes table.csv --attribute size --target gini --limit 2",
+        "pruned.csv --kind prune --x flops --log",
         "cumulative.csv --kind cumulative",
     ],
 )
@@ -348,6 +456,10 @@ def test_plot_on_the_shell(here, words):
         ("run.zarr --kind profile --unit first:2 --attribute a", "--attribute: is for --kind scat"),
         ("run.zarr --kind profile --unit first:2 --x a", "--x: is for --kind cumulative and prune"),
         ("run.zarr --units 20", "--units: is for --kind heat-map"),
+        ("run.zarr --classes 3", "--classes: is for --kind heat-map and profile"),
+        ("run.zarr --kind profile --unit first:2 --log", "--log: is for --kind drops, heat-map"),
+        ("pruned.csv --kind prune --limit 3", "--limit: is for --kind drops, heat-map and scatter"),
+        ("run.zarr --limit -1", "limit: expected a number above 0"),
         ("nowhere.zarr -o new/plot.png", "nowhere.zarr"),
         ("run.zarr --kind profile --unit third:1", "no unit 'third:1'"),
         ("run.zarr --kind scatter --attribute size", "needs --attributes FILE"),
@@ -363,6 +475,12 @@ def test_bad_input_on_the_shell(here, words, message):
     assert "Traceback" not in said
     assert not (here / "plot.png").exists()
     assert not (here / "new").exists()
+
+
+def test_a_picture_has_the_width_asked_for(here):
+    code, said = invoke("plot", "run.zarr", "--width", "5", "--dpi", "40")
+    assert code == 0, said
+    assert pyplot.imread(here / "plot.png").shape[1] == 200
 
 
 def test_capitals_name_a_format_too(here):

@@ -439,7 +439,11 @@ def test_curves_of_every_kind(tmp_path):
     layer = pd.DataFrame({"layer": ["a", "b"], "fraction": 0.1, "accuracy": [0.8, 0.7]})
     charts = curve_charts([tmp_path / "prune.csv", order, layer])
     assert [chart["title"] for chart in charts] == ["prune.csv", "Curves 2", "Curves 3"]
-    assert charts[0]["measures"] == ["accuracy", "flops"]
+    accuracy, flops = charts[0]["measures"]
+    assert accuracy == {"name": "accuracy", "label": "accuracy (%)", "scale": 100, "chance": None}
+    assert (flops["label"], flops["scale"]) == ("FLOPs of one image", 1)
+    guessed = curve_charts(prune.assign(chance=0.1))[0]["measures"]
+    assert [each["chance"] for each in guessed] == [0.1, None]
     l1, random = charts[0]["series"]
     assert (l1["x"], l1["values"]["accuracy"]) == ([0.0, 0.5], [0.9, 0.4])
     assert random["random"]
@@ -448,6 +452,23 @@ def test_curves_of_every_kind(tmp_path):
     assert [series["name"] for series in charts[2]["series"]] == ["a", "b"]
     assert curve_charts({"mine": layer})[0]["title"] == "mine"
     json.dumps(charts, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "titles"),
+    [
+        (["a/c.csv", "b/c.csv"], ["a/c.csv", "b/c.csv"]),
+        (["a/c.csv", "b/d.csv"], ["c.csv", "d.csv"]),
+        (["x/a/c.csv", "y/a/c.csv", "d.csv"], ["x/a/c.csv", "y/a/c.csv", "d.csv"]),
+        (["a/c.csv", "a/c.csv"], ["c.csv (1)", "c.csv (2)"]),
+    ],
+)
+def test_titles_tell_files_apart(files, titles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("layer,fraction,accuracy\na,0,0.9\n")
+    assert [chart["title"] for chart in curve_charts(files)] == titles
 
 
 def test_minimal_sets_from_a_table_and_back_from_csv(result, tmp_path):

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from support import networks
 from support.report_pages import AWKWARD, attributes_of, structured
+from support.simulated import from_predictions
 
 import pyablate as pa
 from pyablate.result import AblationResult
@@ -480,6 +481,107 @@ def test_two_thousand_units_and_a_hundred_classes(open_page, tmp_path):
     page.get_by_label("Search").fill(worst)
     page.locator("#unit-table tbody a", has_text=re.compile(f"^{re.escape(worst)}$")).click()
     assert title_of_card(page) == worst
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationResult, Path]:
+    """A report of 300 classes, a third of them without images, an attribute with an outlier."""
+    full = structured(40, 300, 4, 2)
+    kept = full.labels % 3 > 0
+    predictions = full.predictions(slice(None))[:, kept]
+    result = from_predictions(
+        predictions, full.baseline[kept], full.labels[kept], 300, full.units["layer"].tolist()
+    )
+    folder = tmp_path_factory.mktemp("sparse")
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+        curves = CURVES.assign(chance=0.1, loss=1.0, flops=4e8)
+        curves.to_csv(folder / name / "curve.csv", index=False)
+    attributes = attributes_of(result, 1)
+    attributes.iloc[0] = 1e4
+    sets = pd.DataFrame(
+        {"class": ["class 1", "class 2"], "units": ["a:0", "a:0 a:1"], "reached": [True, False]}
+    )
+    result.report(
+        folder / "report.html",
+        attributes=attributes,
+        curves=[folder / "one" / "curve.csv", folder / "other" / "curve.csv"],
+        minimal_sets=sets,
+    )
+    return result, folder / "report.html"
+
+
+def test_classes_without_images_are_folded_away(sparse, open_page):
+    _, path = sparse
+    page = open_page(path, width=1280)
+    assert "200 of 300 classes" in page.locator("#summary .lead").inner_text()
+    assert page.locator("#class-table tbody tr").count() == 200
+    absent = page.locator("#absent")
+    assert absent.locator("summary").inner_text() == "100 classes have no images in the data"
+    assert not absent.locator("p").is_visible()
+    absent.locator("summary").click()
+    assert absent.locator("p").inner_text().startswith("class 0, class 3, class 6")
+    page.locator(".heat").focus()
+    page.keyboard.press("ArrowRight")
+    assert " class 1. drop" in page.locator("#live").inner_text()
+    page.keyboard.press("c")
+    assert title_of_card(page) == "class 1"
+    page.locator("#card .next").click()
+    page.wait_for_function("document.querySelector('#card-title').textContent === 'class 2'")
+    page.locator("#card .next").click()
+    page.wait_for_function("document.querySelector('#card-title').textContent === 'class 4'")
+
+
+def test_many_classes_share_the_height_and_grow_until_they_can_be_read(sparse, open_page):
+    page = open_page(sparse[1], width=1280)
+    canvas = page.locator(".heat canvas")
+    assert canvas.bounding_box()["height"] < 700  # type: ignore[index]
+    for _ in range(6):
+        page.locator("#heatmap").get_by_role("button", name="Zoom in").click()
+    page.locator(".heat").focus()
+    for key in ("ArrowRight", "End", "Shift+ArrowDown"):
+        page.keyboard.press(key)
+    # The cell under the keys is in view, and the pointer finds the same there.
+    spoken = page.locator("#live").inner_text().split(".")[0].strip()
+    box = canvas.bounding_box()
+    tip = page.locator("#tip").bounding_box()
+    assert box is not None
+    assert tip is not None
+    assert box["y"] - 120 < tip["y"] < box["y"] + box["height"]
+    assert page.locator("#tip div").first.inner_text().split(".")[0] == spoken
+
+
+def test_tables_say_that_they_scroll(sparse, report, open_page):
+    page = open_page(sparse[1], width=1280)
+    more = page.locator("#classes .more")
+    assert more.inner_text() == "Scroll down for all 200 rows."
+    assert not page.locator("#units .more").is_visible()
+    narrow = open_page(report, width=400)
+    assert "sideways" in narrow.locator("#units .more").inner_text()
+
+
+def test_curves_of_two_files_of_one_name(sparse, open_page):
+    page = open_page(sparse[1])
+    assert page.locator("#curves h3").all_inner_texts() == ["one/curve.csv", "other/curve.csv"]
+    first = page.locator("#curves .part").first
+    assert "chance" in first.locator(".legend").inner_text()
+    first.get_by_label("Measure").select_option(label="FLOPs of one image")
+    assert "FLOPs of one image" in str(first.locator(".chart svg").first.text_content())
+    assert "chance" not in first.locator(".legend").inner_text()
+
+
+def test_a_failed_search_is_no_minimal_set(sparse, open_page):
+    page = open_page(sparse[1], "#class/2")
+    assert title_of_card(page) == "class 2"
+    assert "No minimal set found" in page.locator("#card").inner_text()
+    rows = page.locator("#class-table tbody tr").all_inner_texts()
+    shown = {row.split("\t")[0]: row.split("\t")[-1] for row in rows}
+    assert (shown["class 1"], shown["class 2"], shown["class 4"]) == ("1", "none found", "\u2013")
+
+
+def test_an_attribute_of_one_outlier_is_drawn_by_its_logarithm(sparse, open_page):
+    page = open_page(sparse[1])
+    assert "attribute_0, logarithmic" in page.locator("#attributes .points").inner_text()
 
 
 def test_without_labels_the_page_speaks_of_agreement(result, open_page, tmp_path):

@@ -100,7 +100,7 @@ def test_a_plan_has_the_ends_of_a_screened_run(planned):
     more = found.prediction_seconds + found.measuring_seconds
     assert more < least < most
     assert most == pytest.approx(plan.table["seconds"].sum() + more)
-    assert "if all pairs are settled" in plan.explain()
+    assert "if no pair has to be computed" in plan.explain()
     assert f"estimated: {plan.seconds_at(0.02):,.1f} s at a budget of 2% of" in plan.explain()
     assert 0 < found.drawing_seconds < found.prediction_seconds  # 2 of 9 directions
     none, half, every = (plan.seconds_at(share) for share in (0.0, 0.5, 1.0))

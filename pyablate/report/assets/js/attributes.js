@@ -68,14 +68,8 @@ function attributesSection() {
         data.layers.map((_, layer) => cellOf(layer, attribute)),
       ),
     );
-    matrix.replaceChildren(
-      make(
-        "div",
-        { class: "scroll tall" },
-        make("table", { class: "correlations" },
-          make("thead", {}, make("tr", {}, make("td", {}, "Spearman"), head)), make("tbody", {}, body)),
-      ),
-    );
+    const heading = make("thead", {}, make("tr", {}, make("td", {}, "Spearman"), head));
+    matrix.replaceChildren(scrolling(make("table", { class: "correlations" }, heading, make("tbody", {}, body)), true));
     if (focused) matrix.querySelector("[aria-pressed=true]")?.focus();
   }
 
@@ -105,8 +99,8 @@ function attributesSection() {
       marginLeft: 48,
       marginBottom: 40,
       grid: true,
-      x: { label: name[attribute], nice: true, ticks: width < 420 ? 4 : 7, labelArrow: "none" },
-      y: { label: scale === 1 ? target : `${target} (points)`, nice: true, labelArrow: "none" },
+      x: anyScale(marks.map((mark) => mark.x), name[attribute], width < 420 ? 4 : 7),
+      y: anyScale(marks.map((mark) => mark.y), scale === 1 ? target : `${target} (points)`),
       marks: [
         Plot.ruleY([0], { stroke: "var(--muted)" }),
         Plot.dot(marks, {

@@ -207,9 +207,7 @@ function changeMatrix(moves, involved) {
     make("tr", {}, make("th", { scope: "row" }, className(k)), change[i].map((value, j) => cellOf(value, i, j))),
   );
   const corner = make("td", { class: "corner" }, "true \\ predicted");
-  return make(
-    "div",
-    { class: "scroll" },
+  return scrolling(
     make("table", { class: "matrix" }, make("thead", {}, make("tr", {}, corner, head)), make("tbody", {}, body)),
   );
 }
@@ -289,7 +287,10 @@ function flipsNote(unit, shown) {
 
 function classCard(k) {
   const images = data.classes.size[k];
-  const top = cardBar("Class", k > 0 ? classHash(k - 1) : null, k < classCount() - 1 ? classHash(k + 1) : null);
+  const present = presentClasses();
+  const before = present.filter((other) => other < k).at(-1);
+  const after = present.find((other) => other > k);
+  const top = cardBar("Class", ...[before, after].map((other) => (other === undefined ? null : classHash(other))));
   if (!images)
     return [top, cardTitle(className(k)), make("p", { class: "note" }, "The data have no image of this class.")];
   const all = d3.range(unitCount());
@@ -320,7 +321,7 @@ function classCard(k) {
       tile(count(hurt), "units hurt it", `more than chance, q \u2264 ${data.fdr}`),
       tile(count(found.length - hurt), "units help when ablated"),
     ),
-    ...(data.sets[k] ? [part("Minimal set", ...minimalSet(data.sets[k]))] : []),
+    ...(data.sets[k] ? [part(data.sets[k].reached === false ? "No minimal set found" : "Minimal set", ...minimalSet(data.sets[k]))] : []),
     part("Most important units", ranked.length
       ? testTable("Unit", unitLink, ranked.map((unit) => [unit, k]))
       : make("p", { class: "note" }, "No unit hurts this class.")),
@@ -331,7 +332,7 @@ function classCard(k) {
 function minimalSet(set) {
   const place = new Map(data.units.label.map((label, unit) => [label, unit]));
   const links = set.units.map((label) => (place.has(label) ? unitLink(place.get(label)) : label));
-  const said = set.reached === false ? "Chance was not reached; the most harmful set tried: " : "Without these units the class is lost: ";
+  const said = set.reached === false ? "Chance was not reached. The units that harmed the class most of those tried: " : "Without these units the class is lost: ";
   const figures = [];
   if (set.baseline_accuracy !== null && set.accuracy !== null)
     figures.push(`accuracy of the class ${percent(set.baseline_accuracy)} \u2192 ${percent(set.accuracy)}`);

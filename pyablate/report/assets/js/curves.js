@@ -9,14 +9,14 @@ function curvesSection() {
 }
 
 function curveChart(curves) {
-  let measure = curves.measures[0];
+  let measure = curves.measures[0].name;
   const holder = make("div", { class: "chart" });
   const figures = make("div");
   const names = Array.from(new Set(curves.series.filter((s) => !s.random).map((s) => s.name)));
   const dash = (name) => DASHES[Math.floor(names.indexOf(name) / SERIES.length) % DASHES.length];
   const colourOf = (name) => SERIES[names.indexOf(name) % SERIES.length];
-  const share = () => /accuracy|drop/.test(measure);
-  const scaled = (value) => (value === null ? NaN : share() ? 100 * value : value);
+  const chosen = () => curves.measures.find((each) => each.name === measure);
+  const scaled = (value) => (value === null ? NaN : chosen().scale * value);
 
   function rows() {
     return curves.series.flatMap((series, i) =>
@@ -25,6 +25,7 @@ function curveChart(curves) {
   }
 
   function draw() {
+    const { label, scale, chance: level } = chosen();
     const shown = rows().filter((row) => Number.isFinite(row.y));
     const [random, ranked] = [shown.filter((row) => row.random), shown.filter((row) => !row.random)];
     const width = Math.max(280, holder.clientWidth);
@@ -37,8 +38,9 @@ function curveChart(curves) {
       marginBottom: 40,
       grid: true,
       x: { label: curves.x, labelArrow: "none", labelAnchor: "center" },
-      y: { label: share() ? `${measure} (%)` : measure, labelArrow: "none", tickFormat: share() ? undefined : "~s" },
+      y: { label, labelArrow: "none", tickFormat: scale === 1 ? "~s" : undefined },
       marks: [
+        Plot.ruleY(level === null ? [] : [scaled(level)], { stroke: "var(--muted)", strokeDasharray: "2 3" }),
         Plot.line(random, { x: "x", y: "y", z: "z", stroke: "var(--dot)", strokeOpacity: 0.7, strokeWidth: 1.2 }),
         ...names.map((name) =>
           Plot.line(ranked.filter((row) => row.name === name), {
@@ -48,12 +50,13 @@ function curveChart(curves) {
         Plot.dot(last, { x: "x", y: "y", r: 3, fill: (row) => colourOf(row.name) }),
         Plot.tip(shown, Plot.pointer({
           x: "x", y: "y", fill: "var(--surface)", stroke: "var(--line)",
-          title: (row) => `${row.name}\n${curves.x}: ${plain(row.x)}\n${measure}: ${plain(row.y)}`,
+          title: (row) => `${row.name}\n${curves.x}: ${plain(row.x)}\n${label}: ${plain(row.y)}`,
         })),
       ],
     });
     const keys = names.map((name) => line(colourOf(name), dash(name), name));
     if (random.length) keys.push(line("var(--dot)", "", "random orders"));
+    if (level !== null) keys.push(line("var(--muted)", "2 3", "chance"));
     holder.replaceChildren(figure, make("p", { class: "legend" }, keys));
     figures.replaceChildren(figuresTable(curves, measure, scaled));
   }
@@ -61,7 +64,7 @@ function curveChart(curves) {
   const controls = make(
     "div",
     { class: "controls" },
-    select("Measure", curves.measures.map((name) => [name, name.replaceAll("_", " ")]), measure, (value) => {
+    select("Measure", curves.measures.map(({ name, label }) => [name, label]), measure, (value) => {
       measure = value;
       draw();
     }),

@@ -52,8 +52,28 @@ function tile(value, label, note = "") {
   );
 }
 
+// A box that scrolls, with a line under it that says so where something of it is out of view.
+function scrolling(content, tall = false) {
+  const note = make("p", { class: "note more", hidden: true });
+  const box = make("div", { class: tall ? "scroll tall" : "scroll" }, content);
+  watched.observe(box);
+  return make("div", { class: "scrolls" }, box, note);
+}
+
+const watched = new ResizeObserver((entries) => {
+  for (const { target: box } of entries) {
+    const down = box.scrollHeight > box.clientHeight + 1;
+    const sideways = box.scrollWidth > box.clientWidth + 1;
+    const rows = box.querySelectorAll("tbody tr").length;
+    const note = box.nextElementSibling;
+    note.hidden = !down && !sideways;
+    const ways = [down ? `down for all ${count(rows)} rows` : "", sideways ? "sideways for further columns" : ""];
+    note.textContent = `Scroll ${ways.filter(Boolean).join(", ")}.`;
+  }
+});
+
 // A table from columns {title, cell(row), numeric, hint} and rows; cells are text or elements.
-function table(columns, rows, properties = {}) {
+function table(columns, rows, properties = {}, tall = false) {
   const heads = columns.map((column) =>
     make("th", { scope: "col", class: column.numeric ? "number" : null, title: column.hint }, column.title),
   );
@@ -70,7 +90,7 @@ function table(columns, rows, properties = {}) {
     make("thead", {}, make("tr", {}, heads)),
     make("tbody", {}, body),
   );
-  return make("div", { class: "scroll" }, made);
+  return scrolling(made, tall);
 }
 
 // A bar left or right of a zero line; share from -1 to 1, harm to the right.

@@ -2,6 +2,8 @@
 
 const HEAT = { top: 22, bottom: 8, right: 2 };
 const WIDEST_UNIT = 22; // pixels, at the closest zoom
+const TALLEST_CLASS = 24;
+const HEIGHT = 600; // pixels of the map, where there are many classes
 const FEW_CLASSES = 30; // up to these all classes stay in view while units are zoomed
 
 function heatmapSection() {
@@ -55,8 +57,8 @@ function heatmapSection() {
     "p",
     { class: "note" },
     "Columns are units, rows are classes. Zoom with the buttons, by pinching, or with Ctrl and the wheel; " +
-      "drag to move; click a cell for its unit, a name for its class. Where several units share a pixel " +
-      "the largest change is drawn.",
+      "drag to move; click a cell for its unit, a name for its class. Where several units or classes share a " +
+      "pixel the largest change is drawn.",
   );
   return [controls, drawn(holder, map.draw), legend, note];
 }
@@ -79,9 +81,9 @@ function arrangedUnits(state) {
 }
 
 function arrangedClasses(state, units) {
-  const classes = d3.range(classCount());
-  const { size, accuracy, position, name } = data.classes;
-  const harm = (k) => (size[k] ? d3.mean(units, (unit) => classDrop(unit, k)) : -Infinity);
+  const classes = presentClasses();
+  const { accuracy, position, name } = data.classes;
+  const harm = (k) => d3.mean(units, (unit) => classDrop(unit, k));
   if (state.classes === "harm") return d3.sort(classes, (k) => -harm(k));
   if (state.classes === "accuracy") return d3.sort(classes, (k) => accuracy[k]);
   if (state.classes === "cluster") return d3.sort(classes, (k) => position[k]);
@@ -120,8 +122,8 @@ function heatmap(holder, canvas, legend, state) {
     context.font = "12px system-ui, sans-serif";
     const longest = d3.max(rows, (k) => context.measureText(className(k)).width) || 0;
     const left = Math.round(Math.min(longest + 14, width < 560 ? 96 : 170));
-    const each = Math.max(3, Math.min(24, Math.round(420 / rows.length)));
-    size = { width: width - left - HEAT.right, height: each * rows.length, left };
+    const each = Math.max(3, Math.min(TALLEST_CLASS, Math.round(420 / rows.length)));
+    size = { width: width - left - HEAT.right, height: Math.min(each * rows.length, HEIGHT), left };
     const ratio = window.devicePixelRatio || 1;
     const height = size.height + HEAT.top + HEAT.bottom;
     canvas.width = width * ratio;
@@ -129,23 +131,23 @@ function heatmap(holder, canvas, legend, state) {
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const closest = Math.max(1, (WIDEST_UNIT * columns.length) / size.width);
+    const tallest = rows.length > FEW_CLASSES ? (TALLEST_CLASS * rows.length) / size.height : 1;
+    const closest = Math.max(1, tallest, (WIDEST_UNIT * columns.length) / size.width);
     behaviour
       .scaleExtent([1, closest])
       .extent([[0, 0], [size.width, size.height]])
       .translateExtent([[0, 0], [size.width, size.height]]);
   }
 
-  const x = () => transform.rescaleX(d3.scaleLinear([0, columns.length], [0, size.width]));
-  function y() {
-    const scale = d3.scaleLinear([0, rows.length], [0, size.height]);
-    if (rows.length <= FEW_CLASSES) return scale;
-    const tallest = Math.max(1, (24 * rows.length) / size.height);
-    const k = Math.min(transform.k, tallest);
-    const most = size.height * (1 - k);
-    // Past the tallest rows only the columns grow; the part in view keeps its place.
-    const shift = transform.k > 1 ? (transform.y / (size.height * (1 - transform.k))) * most : 0;
-    return d3.zoomIdentity.translate(0, shift).scale(k).rescaleY(scale);
+  const x = () => along(columns.length, size.width, WIDEST_UNIT, transform.x);
+  const y = () => along(rows.length, size.height, rows.length > FEW_CLASSES ? TALLEST_CLASS : 0, transform.y);
+
+  // Where cells lie in one direction. Past the largest cells only the other direction grows, and
+  // the part in view keeps its place.
+  function along(number, length, largest, moved) {
+    const k = Math.min(transform.k, Math.max(1, (largest * number) / length));
+    const shift = k > 1 ? (moved * (1 - k)) / (1 - transform.k) : 0;
+    return d3.zoomIdentity.translate(shift, 0).scale(k).rescaleX(d3.scaleLinear([0, number], [0, length]));
   }
 
   function draw() {
@@ -277,18 +279,21 @@ function heatmap(holder, canvas, legend, state) {
     paint();
   }
 
-  // Which cell is under the pointer; among units that share a pixel the one that is drawn.
+  // Which cell is under the pointer; among those that share a pixel the one that is drawn.
   function under(event) {
     const [px, py] = d3.pointer(event, canvas);
     const [sx, sy] = [x(), y()];
     const row = Math.floor(sy.invert(py - HEAT.top));
     if (row < 0 || row >= rows.length || py < HEAT.top || py > HEAT.top + size.height) return null;
     if (px < size.left) return { row, column: null };
-    const perColumn = Math.max(1, Math.ceil(1 / (sx(1) - sx(0))));
-    const from = Math.floor(sx.invert(px - size.left) / perColumn) * perColumn;
-    const range = d3.range(from, Math.min(from + perColumn, columns.length)).filter((c) => c >= 0);
-    const column = d3.greatest(range, (c) => Math.abs(shownDrop(columns[c], rows[row])) || 0);
-    return column === undefined ? null : { row, column };
+    const sharing = (scale, at, number) => {
+      const together = Math.max(1, Math.ceil(1 / (scale(1) - scale(0))));
+      const from = Math.floor(scale.invert(at) / together) * together;
+      return d3.range(Math.max(0, from), Math.min(from + together, number));
+    };
+    const cells = d3.cross(sharing(sy, py - HEAT.top, rows.length), sharing(sx, px - size.left, columns.length));
+    const drawn = d3.greatest(cells, ([r, c]) => Math.abs(shownDrop(columns[c], rows[r])));
+    return drawn === undefined ? null : { row: drawn[0], column: drawn[1] };
   }
 
   function lines({ column, row }) {
@@ -332,8 +337,15 @@ function heatmap(holder, canvas, legend, state) {
     const dx = sx(column) < 0 ? -sx(column) : Math.min(0, size.width - sx(column + 1));
     const dy = sy(row) < 0 ? -sy(row) : Math.min(0, size.height - sy(row + 1));
     if (!dx && !dy) return;
+    // How far the whole map moves where one direction has grown less than the other.
+    const whole = (by, scale, number, length) => {
+      const k = ((scale(1) - scale(0)) * number) / length;
+      return by && k > 1 ? (by * (1 - transform.k)) / (1 - k) : 0;
+    };
+    const right = whole(dx, sx, columns.length, size.width);
+    const down = whole(dy, sy, rows.length, size.height);
     const box = [[0, 0], [size.width, size.height]];
-    transform = behaviour.constrain()(transform.translate(dx / transform.k, dy / transform.k), box, box);
+    transform = behaviour.constrain()(transform.translate(right / transform.k, down / transform.k), box, box);
     canvas.__zoom = transform;
   }
 
@@ -396,10 +408,9 @@ function heatPalette() {
   const words = (rgb) => ((255 << 24) | (rgb.b << 16) | (rgb.g << 8) | rgb.r) >>> 0;
   const steps = d3.range(513).map((i) => d3.rgb(blend(i / 512)));
   const table = Uint32Array.from(steps, words);
-  const unknown = words(d3.rgb(colour("unknown")));
   const place = (t) => 0.5 + 0.5 * Math.sign(t) * Math.sqrt(Math.min(1, Math.abs(t)));
   return {
-    at: (t) => (Number.isNaN(t) ? unknown : table[Math.round(512 * place(t))]),
+    at: (t) => table[Math.round(512 * place(t))],
     css: (t) => String(steps[Math.round(512 * place(t))]),
   };
 }
@@ -414,10 +425,8 @@ function drawLegend(holder, palette, extreme) {
       t === 0 ? "0" : signedPoints(t * extreme),
     ),
   );
-  const missing = Array.from(data.classes.size).some((images) => images === 0);
   holder.replaceChildren(
     make("span", {}, `Drop of class ${score()} (points)`),
     make("span", { class: "steps" }, boxes),
-    ...(missing ? [swatch("unknown", "class without images")] : []),
   );
 }

@@ -9,7 +9,7 @@ function summarySection() {
   return [
     make("p", { class: "lead" },
       `${count(unitCount())} units of ${count(data.layers.length)} ${data.layers.length === 1 ? "layer" : "layers"}, ` +
-        `each replaced by ${summary.intervention} alone, on ${count(summary.images)} images of ${count(classCount())} classes: ` +
+        `each replaced by ${summary.intervention} alone, on ${count(summary.images)} images of ${classesSaid()}: ` +
         `${count(pairs)} predictions.`),
     summary.known ? make("p", { class: "note guarantee" }, `${titled(summary.guarantee)}: ${summary.known}.`) : null,
     make(
@@ -34,12 +34,18 @@ function summarySection() {
   ];
 }
 
+function classesSaid() {
+  const present = presentClasses().length;
+  const all = `${count(classCount())} classes`;
+  return present < classCount() ? `${count(present)} of ${all}` : all;
+}
+
 function classesSection() {
   const all = d3.range(unitCount());
-  const rows = d3.range(classCount()).map((k) => {
-    const worst = data.classes.size[k] ? d3.greatest(all, (unit) => classDrop(unit, k)) : null;
+  const rows = presentClasses().map((k) => {
+    const worst = d3.greatest(all, (unit) => classDrop(unit, k));
     const hurt = all.filter((unit) => isSignificant(unit, k) && classDrop(unit, k) > 0).length;
-    return { k, worst, hurt, drop: worst === null ? NaN : classDrop(worst, k) };
+    return { k, worst, hurt, drop: classDrop(worst, k) };
   });
   const sets = data.sets.some((set) => set !== null);
   const extreme = d3.max(rows, (row) => row.drop) || 1;
@@ -49,12 +55,25 @@ function classesSection() {
     { title: titled(score()), numeric: true, cell: (row) => percent(data.classes.accuracy[row.k]) },
     { title: "Largest drop", numeric: true, cell: (row) => points(row.drop) },
     { title: "", cell: (row) => bar(row.drop / extreme) },
-    { title: "by unit", cell: (row) => (row.worst === null ? "\u2013" : unitLink(row.worst)) },
+    { title: "by unit", cell: (row) => unitLink(row.worst) },
     { title: "Units that hurt it", numeric: true, hint: `q <= ${data.fdr}`, cell: (row) => count(row.hurt) },
-    ...(sets ? [{ title: "Minimal set", numeric: true, cell: (row) => (data.sets[row.k] ? count(data.sets[row.k].units.length) : "\u2013") }] : []),
+    ...(sets ? [{ title: "Minimal set", numeric: true, cell: (row) => setSize(data.sets[row.k]) }] : []),
   ];
   const shown = d3.sort(rows, (row) => -row.drop || 0);
-  return [make("div", { class: "tall scroll" }, table(columns, shown, { id: "class-table" }))];
+  return [table(columns, shown, { id: "class-table" }, true), ...withoutImages()];
+}
+
+// A search that reached no set has tried some, which are none.
+function setSize(set) {
+  if (!set) return "\u2013";
+  return set.reached === false ? "none found" : count(set.units.length);
+}
+
+function withoutImages() {
+  const names = d3.range(classCount()).filter((k) => !data.classes.size[k]).map(className);
+  if (!names.length) return [];
+  const head = `${count(names.length)} ${names.length === 1 ? "class has" : "classes have"} no images in the data`;
+  return [make("details", { id: "absent" }, make("summary", {}, head), make("p", { class: "note" }, names.join(", ")))];
 }
 
 function patternsSection() {
@@ -75,7 +94,7 @@ function patternsSection() {
     },
   ];
   const note = `Groups of images that ${layer} responds to alike; ${count(left)} images are in none.`;
-  return [make("p", { class: "note" }, note), make("div", { class: "tall scroll" }, table(columns, rows, { id: "pattern-table" }))];
+  return [make("p", { class: "note" }, note), table(columns, rows, { id: "pattern-table" }, true)];
 }
 
 function section(id, title, content) {

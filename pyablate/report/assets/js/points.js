@@ -11,6 +11,25 @@ function dropScale(values, label) {
   return { type: "symlog", constant: 1, domain, ticks, tickFormat: (tick) => minus(String(tick)), label };
 }
 
+// A scale for any numbers: logarithmic beyond small ones where one in fifty, or a single one, would
+// take half of the axis.
+function anyScale(values, label, ticks) {
+  const sizes = d3.sort(values, Math.abs).map(Math.abs);
+  const rest = sizes.at(-1 - Math.max(1, Math.floor(sizes.length / 50)));
+  if (sizes.length < 8 || !(sizes.at(-1) > 2 * rest && rest > 0)) return { label, nice: true, ticks, labelArrow: "none" };
+  const constant = 10 ** Math.floor(Math.log10(d3.median(sizes.filter((size) => size > 0))));
+  const decades = Math.ceil(Math.log10(sizes.at(-1) / constant));
+  const up = d3.range(decades + 1).flatMap((decade) =>
+    (decades > 3 ? [1] : [1, 2, 5]).map((digit) => Number((digit * constant * 10 ** decade).toPrecision(1))),
+  );
+  const [low, high] = d3.extent(values);
+  const shown = [...up.map((tick) => -tick), 0, ...up].filter((tick) => tick >= low && tick <= high);
+  return {
+    type: "symlog", constant, ticks: shown, tickFormat: (tick) => minus(d3.format("~g")(tick)),
+    label: `${label}, logarithmic`, labelArrow: "none",
+  };
+}
+
 // Puts a drawing of points {x, y, unit} into a holder that reacts to pointer and keys.
 function pickable(holder, figure, marks, describe) {
   const x = figure.scale("x");

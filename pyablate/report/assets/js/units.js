@@ -124,7 +124,7 @@ function unitsSection() {
       make("thead", {}, make("tr", {}, columns().map(head))),
       make("tbody", {}, body),
     );
-    holder.replaceChildren(make("div", { class: "scroll" }, made));
+    holder.replaceChildren(scrolling(made));
     status.textContent = tableOrder.length
       ? `${count(tableOrder.length)} of ${count(unitCount())} units. Drops in percentage points, positive means harm.`
       : "No unit matches.";

@@ -23,6 +23,8 @@ const unitCount = () => data.units.label.length;
 const classCount = () => data.classes.name.length;
 // Accuracy, or agreement where there are no labels.
 const score = () => data.summary.word;
+// Numbers of the classes that have images.
+const presentClasses = () => d3.range(classCount()).filter((k) => data.classes.size[k]);
 const estimated = () => data.summary.guarantee === "estimated";
 const titled = (text) => text[0].toUpperCase() + text.slice(1);
 const cell = (unit, k) => unit * classCount() + k;
