@@ -31,7 +31,13 @@ LAYERS = {
 }
 """Early, middle and late ones, and one that is decided in closed form."""
 
-IMAGES, FIRST, AUDIT = 16, 8, 30
+IMAGES, FIRST = 16, 8
+
+AUDIT, ROUNDS = 16, 2
+"""Pairs and rounds at most: a float64 pass of such a network is slow, and so is its capture."""
+
+COMPILED = {layers[1] for layers in LAYERS.values()}
+"""Layers for which `cached` tries to compile, which takes a minute or more."""
 
 UNITS = (32, 64, 128, 1280)
 """Of each of these layers, at most: as many more as they are later and cost less."""
@@ -48,7 +54,6 @@ class Subject:
     images: Tensor
 
     def job(self, labels: list[str]) -> Job:
-        # A float64 pass of such a network is slow, so fewer pairs are audited.
         return Job(self.model, self.images, labels, audit=AUDIT, first=FIRST)
 
 
@@ -85,16 +90,16 @@ def test_layer(benchmark: Any, settings: Settings, network: str, layer: str, mos
     job = found.job(labels)
 
     def rivals(count: int) -> list[Any]:
-        some = found.images[:count]
-        parts = cut(found.model, layer)
-        return [Cached(parts, some, layer, site.axis, units, compiling=settings.compiling)]
+        some, parts = found.images[:count], cut(found.model, layer)
+        compiling = settings.compiling and layer in COMPILED
+        return [Cached(parts, some, layer, site.axis, units, compiling)]
 
     compare(
         benchmark,
         f"{network} {layer}, from pixels",
         job,
         rivals,
-        settings,
+        replace(settings, rounds=min(ROUNDS, settings.rounds)),
         group="imagenet",
         extra=lambda count, _: {"units_in_all": site.channels, **floor(job.plan(count), count)},
     )
@@ -120,7 +125,8 @@ def test_network(benchmark: Any, settings: Settings, network: str) -> None:
                 share=len(labels) / len(every),
             )
         ],
-        replace(settings, seconds=5 * settings.seconds),  # many layers, each with its fixed costs
+        # More time, as there are many layers, each with its fixed costs.
+        replace(settings, seconds=5 * settings.seconds, rounds=min(ROUNDS, settings.rounds)),
         group="imagenet",
         extra=lambda count, _: {"units_in_all": len(every), **floor(job.plan(count), count)},
     )
