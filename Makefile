@@ -78,6 +78,7 @@ format: build
 $(VENV)/.bench: $(VENV)/.installed
 	@echo "installing what the benchmarks compare with"
 	@$(BIN)/python -m pip install -q -e '.[bench]'
+	@$(BIN)/python -m pip install -q --no-deps timm  # torchvision, which it asks for, is not needed
 	@touch $@
 
 bench: $(VENV)/.bench

@@ -12,7 +12,7 @@ from rivals import Cached, ClosedForm
 from subjects import (
     classifier,
     cut,
-    efficientnet_lite0,
+    efficientnet_lite,
     head,
     photograph_crops,
     pooled_head,
@@ -66,26 +66,6 @@ def test_efficientnet(benchmark: Any, settings: Settings) -> None:
     measure_head(benchmark, settings, name, pooled_head(model.linear), maps)
 
 
-@pytest.mark.parametrize(("layer", "first"), [("head.2", 16), ("blocks.8", 32)])
-def test_efficientnet_from_pixels(
-    benchmark: Any, settings: Settings, layer: str, first: int
-) -> None:
-    """The same network from its pixels on: the last units, and the output of a middle block."""
-    model, crops = efficientnet(min(16 * first, settings.images))
-    model, crops = model.to(settings.device), crops.to(settings.device)
-    compare(
-        benchmark,
-        f"EfficientNet-Lite0 {layer}, from pixels",
-        # A float64 pass of this network is slow, so fewer pairs are audited.
-        Job(model, crops, layer, audit=30, first=first),
-        lambda count: [
-            Cached(cut(model, layer), crops[:count], layer, compiling=settings.compiling)
-        ],
-        settings,
-        group="efficientnet",
-    )
-
-
 @pytest.mark.parametrize("layer", ["relu1", "relu2"])
 @pytest.mark.parametrize("network", ["alexnet", "shapes of VGG-16"])
 def test_fully_connected(benchmark: Any, settings: Settings, network: str, layer: str) -> None:
@@ -114,7 +94,7 @@ def test_fully_connected(benchmark: Any, settings: Settings, network: str, layer
 
 def efficientnet(images: int) -> tuple[nn.Module, Tensor]:
     try:
-        return efficientnet_lite0(), photograph_crops(images)
+        return efficientnet_lite(), photograph_crops(images)
     except ImportError as error:
         pytest.skip(f"{error}; pip install -e '.[bench]'")
 

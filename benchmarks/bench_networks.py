@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from measure import Job, Settings, compare, planned
+from measure import Job, Settings, compare, floor, planned
 from rivals import Hooks
 from subjects import SHIPPED
 
@@ -26,6 +26,7 @@ def test_network(benchmark: Any, settings: Settings, network: str) -> None:
         replace(settings, seconds=5 * settings.seconds),  # many layers, each with its fixed costs
         group="networks",
         extra=lambda count, _: {
-            "predicted_seconds": planned(network, settings.device).seconds / 1000 * count
+            "predicted_seconds": planned(network, settings.device).seconds / 1000 * count,
+            **floor(planned(network, settings.device), count),
         },
     )

@@ -53,6 +53,12 @@ class Job:
     first: int = 64  # images of the run that is checked first and tells how many to time
     guarantee: str = "exact"
 
+    def plan(self, count: int) -> pa.Plan:
+        """Plan the same call on the first `count` images."""
+        images = self.images[:count]
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        return pa.plan(self.model, (images, labels), self.layers)
+
     def run(self, count: int, audit: int = 0) -> tuple[pa.AblationResult, float, float]:
         """Ablate on the first `count` images; result, seconds of the sweep, seconds of the call."""
         images = self.images[:count]
@@ -93,6 +99,28 @@ def planned(network: str, device: str) -> pa.Plan:
     model = pa.demo.network(network).to(device)
     images, labels = pa.demo.images(256)
     return pa.plan(model, (images.to(device), labels), images=1000)
+
+
+def floor(plan: pa.Plan, images: int, layers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Say what layers cost at least by the rates that the plan measured.
+
+    Returns
+    -------
+    dict
+        Arithmetic (`gflop`) and bytes (`gbyte`) of the differences of all pairs, the share of pairs
+        that cost any (`live`), the measured rates, and the longer of the two times they lead to.
+    """
+    rows = plan.table if layers is None else plan.table[plan.table["layer"].isin(layers)]
+    gflop, gbyte = rows[["gflop", "gbyte"]].sum() * images / plan.images
+    bandwidth = plan.peaks.bandwidth / 1e9
+    return {
+        "gflop": gflop,
+        "gbyte": gbyte,
+        "live": (rows["live"] * rows["pairs"]).sum() / rows["pairs"].sum(),
+        "peak_gflops": plan.gflops,
+        "bandwidth_gbytes": bandwidth,
+        "floor_seconds": max(gflop / plan.gflops, gbyte / bandwidth),
+    }
 
 
 def must_agree(rivals: Sequence[Rival], result: pa.AblationResult) -> dict[str, Agreement]:
@@ -195,6 +223,7 @@ def compare(
         "seconds": seconds,
         "call_seconds": call,
         "pairs_per_second": count * units / typical,
+        "flipped": len(result.flips.row) / (count * units),
         "audit": asdict(result.audit),
         "settled": result.effort.pairs_by_precision,
         "doubt": result.effort.error_bounds,

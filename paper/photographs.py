@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 import pyablate as pa
-from benchmarks.subjects import PHOTOGRAPHS, efficientnet_lite0, photograph_crops
+from benchmarks.subjects import PHOTOGRAPHS, efficientnet_lite, photograph_crops
 from paper.markdown import interval, number, points, table
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def ablated(crops: torch.Tensor, run: Path) -> pa.AblationResult:
     """Ablate every unit, or load what was found before."""
     if (run / "zarr.json").exists():
         return pa.load(run)
-    return pa.ablate(efficientnet_lite0(), (crops,), "*", guarantee="screened", output=run)
+    return pa.ablate(efficientnet_lite(0), (crops,), "*", guarantee="screened", output=run)
 
 
 def by_layer(result: pa.AblationResult, kinds: Kinds) -> pd.DataFrame:
@@ -149,7 +149,7 @@ def related(result: pa.AblationResult, crops: torch.Tensor) -> pd.DataFrame:
     """Rank correlations of attributes with the share of changed predictions, by layer."""
     layers = list(dict.fromkeys(result.units["layer"]))
     data = crops, torch.from_numpy(result.baseline)
-    known = pa.attributes(efficientnet_lite0(), data, layers, list(ATTRIBUTES))
+    known = pa.attributes(efficientnet_lite(0), data, layers, list(ATTRIBUTES))
     return pa.correlate(
         result, known, targets="accuracy_drop", methods="spearman", resamples=500, shuffles=1
     )

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from pyablate import ops
 from pyablate.engine import int8_conv
+from pyablate.runtime.out_of_memory import ERRORS, is_shortage
 
 LONG_ENOUGH = 0.04
 """Seconds that one measurement takes: several times the turn of a process on a busy machine."""
@@ -21,7 +22,6 @@ WARM_UPS, ROUNDS, LAUNCHES = 3, 3, 20
 """On a GPU: runs before anything is timed, and how many times how many of them are."""
 
 
-@functools.cache
 def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) -> float:
     """Operations per second of a 64 -> 64 channel 3 x 3 convolution, channels last.
 
@@ -38,17 +38,38 @@ def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) ->
     Returns
     -------
     float
-        The best of many short runs; 0 where the device cannot do it. Measured once.
+        The best of many short runs; 0 where the device cannot do it. Measured once, unless memory
+        is too short for as much work as it should be.
     """
-    x = torch.ones(_images(device), 64, 14, 14, device=device)
+    return _as_memory_allows(
+        _images(device), lambda images: _convolution_rate(device, dtype, alone, images)
+    )
+
+
+@functools.cache
+def _convolution_rate(device: str, dtype: torch.dtype, alone: bool, images: int) -> float:
+    x = torch.ones(images, 64, 14, 14, device=device)
     w = torch.ones(64, 64, 3, 3, device=device)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     try:
         with torch.no_grad(), _one_thread() if alone else nullcontext():
             seconds = _best(_convolution(x, w, dtype), device)
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_shortage(error):
+            raise  # another time there may be enough
         return 0.0
     return 2.0 * x.numel() * 64 * 9 / seconds
+
+
+def _as_memory_allows(work: int, measure: Callable[[int], float]) -> float:
+    """Measure with this much work, or with half of it and so on as long as memory is short."""
+    while True:
+        try:
+            return measure(work)
+        except ERRORS as error:
+            if work == 1 or not is_shortage(error):
+                raise
+        work //= 2
 
 
 def _images(device: str) -> int:
@@ -77,12 +98,16 @@ def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tenso
     return lambda: int8_conv.convolve(quantized, filters)
 
 
-@functools.cache
 def unit_rate(device: str) -> float:
     """Operations per second of the first convolution after a unit (``ops.unit_delta``)."""
+    return _as_memory_allows(_times(device), lambda times: _unit_rate(device, times))
+
+
+@functools.cache
+def _unit_rate(device: str, times: int) -> float:
     maps = torch.ones(16, 16, 14, 14, device=device)
     filters = torch.ones(16, 3, 3, 64, device=device)
-    pairs = 256 * _times(device)
+    pairs = 256 * times
     channel, pair = (torch.arange(n, dtype=torch.int32, device=device) for n in (16, pairs))
     image, column = pair % 16, pair // 16 % 16
 
@@ -92,13 +117,17 @@ def unit_rate(device: str) -> float:
     return 2.0 * work().numel() * 9 / _best(work, device)
 
 
-@functools.cache
 def change_rate(device: str) -> float:
     """Bytes per second of differences read and written by ``ops.delta_activation`` in bfloat16.
 
     On a CPU they lie in a cache mostly, so this is more than memory gives.
     """
-    pairs = 512 * _times(device)
+    return _as_memory_allows(_times(device), lambda times: _change_rate(device, times))
+
+
+@functools.cache
+def _change_rate(device: str, times: int) -> float:
+    pairs = 512 * times
     delta = torch.ones(pairs, 4096, device=device, dtype=torch.bfloat16)
     base = torch.ones(4, 4096, device=device)
     image = torch.arange(pairs, dtype=torch.int32, device=device) % 4

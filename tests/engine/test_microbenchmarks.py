@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 
 from pyablate.engine import microbenchmarks
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is remembered from before, and nothing of the test afterwards."""
+    found = [
+        getattr(microbenchmarks, f"_{name}_rate") for name in ("convolution", "unit", "change")
+    ]
+    for rate in found:
+        rate.cache_clear()
+    yield
+    for rate in found:
+        rate.cache_clear()
 
 
 def test_a_gpu_is_given_enough_to_do():
@@ -49,3 +63,52 @@ def test_a_gpu_is_timed_by_its_own_events_on_its_own_device(monkeypatch):
 def test_rates_of_the_processor_are_numbers():
     assert microbenchmarks.unit_rate("cpu") > 0
     assert microbenchmarks.change_rate("cpu") > 0
+
+
+@pytest.mark.parametrize("rate", ["convolution", "unit", "change"])
+@pytest.mark.usefixtures("fresh")
+def test_a_lack_of_memory_is_not_remembered(monkeypatch, rate):
+    short, best, tried = [True], microbenchmarks._best, []
+
+    def stopwatch(work, device):
+        tried.append(work)
+        if short[0] and len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return best(work, device)
+
+    def measure():
+        tried.clear()
+        dtype = (torch.float32,) if rate == "convolution" else ()
+        return getattr(microbenchmarks, f"{rate}_rate")("cpu", *dtype)
+
+    monkeypatch.setattr(microbenchmarks, "_best", stopwatch)
+    monkeypatch.setattr(microbenchmarks, "_images", lambda _: 8)
+    monkeypatch.setattr(microbenchmarks, "_times", lambda _: 4)
+    with_less = measure()
+    assert with_less > 0
+    assert len(tried) == 3  # all, half and a quarter
+    short[0] = False
+    enough = measure()
+    assert enough > 0
+    assert len(tried) == 1
+    assert measure() == enough
+    assert not tried
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_a_device_cannot_do_is_remembered_and_too_little_memory_said(monkeypatch):
+    def stopwatch(error):
+        def fail(_work, _device):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(microbenchmarks, "_best", stopwatch(MemoryError("no")))
+    with pytest.raises(MemoryError):
+        microbenchmarks.convolution_rate("cpu", torch.float32)
+    monkeypatch.setattr(microbenchmarks, "_best", stopwatch(RuntimeError("not implemented")))
+    assert microbenchmarks.convolution_rate("cpu", torch.float32) == 0
+    monkeypatch.undo()
+    assert microbenchmarks.convolution_rate("cpu", torch.float32) == 0
+    with pytest.raises(RuntimeError):
+        microbenchmarks.convolution_rate("no such device", torch.float32)

@@ -1,0 +1,132 @@
+"""Networks of ImageNet's size from their pixels on: three layers each, and whole networks.
+
+EfficientNet-Lite0 and 2 have their ImageNet weights; those of timm are drawn (`timm_networks.py`).
+Images are crops of photographs. All units would take hours, so some are ablated, at even distances.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from measure import Job, Settings, compare, floor
+from rivals import Cached, Hooks, spread
+from subjects import LITE_SIZES, cut, efficientnet_lite, photograph_crops
+from timm_networks import random_classifier
+from torch import Tensor, nn
+
+import pyablate as pa
+
+LAYERS = {
+    "EfficientNet-Lite0": ("blocks.2", "blocks.8", "blocks.13._swish@1", "head.2"),
+    "EfficientNet-Lite2": ("blocks.3", "blocks.12", "blocks.20._swish@1"),
+    "resnet18": ("layer1.0.act1", "layer2.1.act1", "layer4.0.act1"),
+    "resnet50": ("layer1.1.act2", "layer3.0.act2", "layer4.1.act1"),
+    "mobilenetv3_small_100": ("blocks.1.1.bn1.act", "blocks.3.1.bn1.act", "blocks.4.2"),
+    "convnext_atto": tuple(f"stages.{stage}.blocks.1.mlp.act" for stage in (0, 2, 3)),
+    "deit_tiny_patch16_224": tuple(f"blocks.{block}.mlp.act" for block in (1, 6, 10)),
+}
+"""Early, middle and late ones, and one that is decided in closed form."""
+
+IMAGES, FIRST = 16, 8
+
+AUDIT, ROUNDS = 16, 2
+"""Pairs and rounds at most: a float64 pass of such a network is slow, and so is its capture."""
+
+COMPILED = {layers[1] for layers in LAYERS.values()}
+"""Layers for which `cached` tries to compile, which takes a minute or more."""
+
+UNITS = (32, 64, 128, 1280)
+"""Of each of these layers, at most: as many more as they are later and cost less."""
+
+UNITS_OF_ALL = Hooks.units_timed * 51
+"""Of a whole network. An odd multiple: the units that `hooks` times are among them."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and its images."""
+
+    model: nn.Module
+    images: Tensor
+
+    def job(self, labels: list[str]) -> Job:
+        return Job(self.model, self.images, labels, audit=AUDIT, first=FIRST)
+
+
+@functools.lru_cache(maxsize=1)
+def subject(network: str, device: str) -> Subject:
+    """Make a network and its images; only the last one is kept."""
+    try:
+        if network.startswith("EfficientNet-Lite"):
+            number = int(network[-1])
+            model: nn.Module = efficientnet_lite(number)
+            images = photograph_crops(IMAGES, LITE_SIZES[number])
+        else:
+            images = photograph_crops(IMAGES)
+            model = random_classifier(network, images)
+    except ImportError as error:
+        pytest.skip(f"{error}; make bench installs it")
+    return Subject(model.to(device), images.to(device))
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "most"),
+    [
+        (network, layer, most)
+        for network, layers in LAYERS.items()
+        for layer, most in zip(layers, UNITS, strict=False)
+    ],
+    ids=str,
+)
+def test_layer(benchmark: Any, settings: Settings, network: str, layer: str, most: int) -> None:
+    found = subject(network, settings.device)
+    (site,) = pa.select(pa.sites(found.model, found.images[:1]), layer)
+    units = spread(site.channels, most)
+    labels = [site.label(unit) for unit in units]
+    job = found.job(labels)
+
+    def rivals(count: int) -> list[Any]:
+        some, parts = found.images[:count], cut(found.model, layer)
+        compiling = settings.compiling and layer in COMPILED
+        return [Cached(parts, some, layer, site.axis, units, compiling)]
+
+    compare(
+        benchmark,
+        f"{network} {layer}, from pixels",
+        job,
+        rivals,
+        replace(settings, rounds=min(ROUNDS, settings.rounds)),
+        group="imagenet",
+        extra=lambda count, _: {"units_in_all": site.channels, **floor(job.plan(count), count)},
+    )
+
+
+@pytest.mark.parametrize("network", LAYERS)
+def test_network(benchmark: Any, settings: Settings, network: str) -> None:
+    found = subject(network, settings.device)
+    sites = pa.select(pa.sites(found.model, found.images[:1]))
+    every = [site.label(unit) for site in sites for unit in range(site.channels)]
+    labels = [every[i] for i in spread(len(every), UNITS_OF_ALL)]
+    job = replace(found.job(labels), first=2)
+    no_labels = torch.zeros(len(found.images), dtype=torch.int64)
+    compare(
+        benchmark,
+        f"{network}, all layers, from pixels",
+        job,
+        lambda count: [
+            Hooks(
+                found.model,
+                (found.images[:count], no_labels[:count]),
+                sites,
+                share=len(labels) / len(every),
+            )
+        ],
+        # More time, as there are many layers, each with its fixed costs.
+        replace(settings, seconds=5 * settings.seconds, rounds=min(ROUNDS, settings.rounds)),
+        group="imagenet",
+        extra=lambda count, _: {"units_in_all": len(every), **floor(job.plan(count), count)},
+    )
