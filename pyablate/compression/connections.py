@@ -72,8 +72,8 @@ def learn_connections(
     Examples
     --------
     >>> sparse = pa.compression.learn_connections(model, data, epochs=1)
-    >>> sparse.history["connections"].iloc[-1] < 278496, sparse.ratio > 1
-    (True, True)
+    >>> bool((sparse.model.features[14].weight == 0).any())
+    True
     """
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
@@ -101,7 +101,7 @@ def learn_connections(
 class Mask(nn.Module):
     """Masks of a layer's weights, each the unit step of a trained number."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         weight = module.weight.detach()
         axis = 1 if getattr(module, "transposed", False) else 0

@@ -38,7 +38,7 @@ def rls_pruning(
     rounds: int = 3,
     forgetting: float = 1.0,
     epochs: int = 3,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 128,
@@ -198,7 +198,7 @@ class Inverses:
         """Take in what the layers read in training mode, and turn their gradients for a while."""
         hooks = []
         for name in self.matrices:
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
             read = partial(self._read, name)
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
             hooks.append(module.weight.register_hook(partial(self._turned, name)))
@@ -222,7 +222,8 @@ class Inverses:
         """Sum ``w^2 / P_ii`` over the weights of each input channel of each layer, ``[inputs]``."""
         found = {}
         for name, inverse in self.matrices.items():
-            weight = model.get_submodule(name).weight.detach().double()
+            module: Any = model.get_submodule(name)
+            weight = module.weight.detach().double()
             size = weight.flatten(1).square().sum(0) / inverse.diagonal()
             found[name] = size.reshape(weight.shape[1], -1).sum(1).cpu()
         return found
