@@ -175,6 +175,14 @@ RUNS: dict[str, Callable[[Case], Any]] = {
             c.model, c.sample, c.data, 0.3, epochs=1, progress=False
         ).model
     ),
+    "rls_pruning": lambda c: (
+        compression.rls_pruning(
+            c.model, c.sample, c.data, 0.3, rounds=1, epochs=1, progress=False
+        ).model
+    ),
+    "learn_connections": lambda c: (
+        compression.learn_connections(c.model, c.data, epochs=1, progress=False).model
+    ),
     "truncated_svd": lambda c: compression.truncated_svd(c.model, 0.4, rectify=True).model,
     "prune_and_decompose": lambda c: (
         compression.prune_and_decompose(c.model, c.sample, 0.3, 0.4).model

@@ -20,14 +20,11 @@ from pyablate.attribution.collapsed import (
     tapped,
 )
 from pyablate.comparison.evaluation import prepared
-from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit
-from pyablate.data.dataset import Data
+from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit, training
 from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import device_of
-from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import Site
-from pyablate.runtime.determinism import undisturbed
-from pyablate.runtime.progress import Report, reporting
+from pyablate.runtime.progress import Report
 
 WEIGHT = 100.0
 """Of the penalty, as in Park et al. 2020."""
@@ -146,20 +143,15 @@ def finetune(
         raise ValueError(f"weight: expected 0 or more, got {weight!r}")
     if preserve_attributions and original is None:
         raise ValueError("original: expected the network whose attributions are kept, got None")
-    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
-        tuned, dtype = prepared(model, device)
-        held = Data(data, dtype=dtype, device=device_of(tuned))
-        held.hold()
+    with training(model, data, device, progress) as (tuned, held, report):
         sample = held.first(2).images
         loss = cross_entropy(tuned)
         if preserve_attributions and original is not None:
-            teacher = _prepared_original(original, tuned, dtype)
+            teacher = _prepared_original(original, tuned, held.dtype)
             found = map_site(teacher, sample, layers[0]), map_site(tuned, sample, layers[1])
             _check_classes(teacher, tuned, sample)
             loss = _preserving(teacher, tuned, found, variant, weight, seed)
-        with giving_logits(tuned):
-            fit_inputs(tuned, held, sample)
-            history = fit(tuned, held, loss, schedule, report=report)
+        history = fit(tuned, held, loss, schedule, report=report)
     return FineTuned(tuned, pd.DataFrame(history), schedule)
 
 

@@ -1,8 +1,9 @@
-"""The training loop (SGD) that fine-tuning and soft filter pruning share."""
+"""The training loop (SGD) that fine-tuning and all that trains while it compresses share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyablate._validation import check_count, check_seed
+from pyablate.comparison.evaluation import prepared
 from pyablate.data.dataset import Data
-from pyablate.network.forward import check_logits
-from pyablate.runtime.progress import Report
+from pyablate.network.classifier import giving_logits
+from pyablate.network.forward import check_logits, device_of
+from pyablate.network.model_checks import fit_inputs
+from pyablate.runtime.determinism import undisturbed
+from pyablate.runtime.progress import Report, reporting
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of images and labels: mean cross entropy, and a penalty that is added to it."""
@@ -48,6 +53,21 @@ class Schedule:
         check_seed(self.seed)
 
 
+@contextmanager
+def training(
+    model: nn.Module,
+    data: Any,
+    device: str | torch.device | None,
+    progress: bool | Report | None,
+) -> Iterator[tuple[nn.Module, Data, Report]]:
+    """Give a copy of a network to train, the data, held in memory, and where progress is told."""
+    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
+        copy, dtype = prepared(model, device)
+        held = Data(data, dtype=dtype, device=device_of(copy))
+        held.hold()
+        yield copy, held, report
+
+
 def fit(
     model: nn.Module,
     data: Data,
@@ -57,7 +77,7 @@ def fit(
     after_epoch: Callable[[], None] = lambda: None,
     report: Report = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """Train a network in place and leave it in evaluation mode.
+    """Train a network, a working copy, in place and leave it in evaluation mode.
 
     Parameters that need no gradient stay as they are. The loss is run with the network in training
     mode, ``after_epoch`` without gradients. Returns for each epoch its number (from 1), the
@@ -80,40 +100,44 @@ def fit(
     generator = torch.Generator().manual_seed(schedule.seed)
     torch.manual_seed(schedule.seed)  # dropout; the caller gets its generator back
     history = []
-    for epoch in range(1, schedule.epochs + 1):
-        model.train()
-        rate, sums = optimizer.param_groups[0]["lr"], torch.zeros(2, dtype=torch.float64)
-        order = torch.randperm(len(labels), generator=generator).split(schedule.batch_size)[:steps]
-        for step, chosen in enumerate(order):
-            images = data.at(chosen)
-            if schedule.augment is not None:
-                images = schedule.augment(images, generator)
-            with torch.enable_grad():
-                entropy, penalty = loss(images, labels[chosen.to(labels.device)])
-                optimizer.zero_grad()
-                (entropy + penalty).backward()
-            found = torch.stack([entropy.detach(), penalty.detach()]).double().cpu()
-            if not bool(torch.isfinite(found).all()):
-                raise ValueError(
-                    f"learning_rate: the loss is no longer finite in epoch {epoch}, step "
-                    f"{step + 1}, at a rate of {rate:.3g}; try a smaller one"
-                )
-            optimizer.step()
-            cosine.step()
-            sums += found
-            report((epoch - 1) * steps + step + 1, schedule.epochs * steps, f"epoch {epoch}")
-        with torch.no_grad():
-            after_epoch()
-        entropy_mean, penalty_mean = (sums / steps).tolist()
-        history.append(
-            {
-                "epoch": epoch,
-                "learning_rate": rate,
-                "loss": entropy_mean + penalty_mean,
-                "cross_entropy": entropy_mean,
-                "penalty": penalty_mean,
-            }
-        )
+    with giving_logits(model):
+        fit_inputs(model, data, data.first(2).images)
+        for epoch in range(1, schedule.epochs + 1):
+            model.train()
+            rate, sums = optimizer.param_groups[0]["lr"], torch.zeros(2, dtype=torch.float64)
+            order = torch.randperm(len(labels), generator=generator).split(schedule.batch_size)[
+                :steps
+            ]
+            for step, chosen in enumerate(order):
+                images = data.at(chosen)
+                if schedule.augment is not None:
+                    images = schedule.augment(images, generator)
+                with torch.enable_grad():
+                    entropy, penalty = loss(images, labels[chosen.to(labels.device)])
+                    optimizer.zero_grad()
+                    (entropy + penalty).backward()
+                found = torch.stack([entropy.detach(), penalty.detach()]).double().cpu()
+                if not bool(torch.isfinite(found).all()):
+                    raise ValueError(
+                        f"learning_rate: the loss is no longer finite in epoch {epoch}, step "
+                        f"{step + 1}, at a rate of {rate:.3g}; try a smaller one"
+                    )
+                optimizer.step()
+                cosine.step()
+                sums += found
+                report((epoch - 1) * steps + step + 1, schedule.epochs * steps, f"epoch {epoch}")
+            with torch.no_grad():
+                after_epoch()
+            entropy_mean, penalty_mean = (sums / steps).tolist()
+            history.append(
+                {
+                    "epoch": epoch,
+                    "learning_rate": rate,
+                    "loss": entropy_mean + penalty_mean,
+                    "cross_entropy": entropy_mean,
+                    "penalty": penalty_mean,
+                }
+            )
     model.eval()
     return history
 

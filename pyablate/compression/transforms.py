@@ -197,7 +197,7 @@ def magnitude_masks(
         if scope == "layer":
             prune.l1_unstructured(module, name, amount=float(fraction))
         prune.remove(module, name)
-    return Transformed(changed, _sparse_bits(model, [one for one, _ in chosen]), float_bits(model))
+    return Transformed(changed, sparse_bits(model, [one for one, _ in chosen]), float_bits(model))
 
 
 def block_masks(
@@ -281,7 +281,8 @@ def float_bits(model: nn.Module) -> int:
     return FLOAT_BITS * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sparse_bits(model: nn.Module, masked: Sequence[Any]) -> int:
+def sparse_bits(model: nn.Module, masked: Sequence[Any]) -> int:
+    """Bits of all parameters where a masked weight takes one, and 32 more if it is not zero."""
     total = sum(int(module.weight.numel()) for module in masked)
     kept = sum(int((module.weight != 0).sum()) for module in masked)
     return float_bits(model) - FLOAT_BITS * total + total + FLOAT_BITS * kept
