@@ -1,6 +1,6 @@
 """Networks of related systems, as their papers define them, small and with random weights.
 
-All take 12x12 images of two channels (``time_series`` a signal of 24 samples) and tell five classes.
+All take 12x12 images of two channels (``time_series`` signals of 24 samples) and tell five classes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from support.networks import CLASSES, Pooled, conv_bn, made
 from torch import Tensor, nn
 from torch.nn import functional
+
+from support.networks import CLASSES, Pooled, conv_bn, made, spread_logits
 
 
 class WideBlock(nn.Module):
@@ -143,9 +144,14 @@ def orthogonality_loss(weight: Tensor, stride: int) -> Tensor:
     return (gram - target).square().sum()
 
 
-def orthogonal_loss_of(model: nn.Module) -> Tensor:
+def trained_orthogonal(model: nn.Module) -> None:
+    """Take steps down the loss alone."""
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return sum((orthogonality_loss(c.weight, c.stride[0]) for c in convs), torch.zeros(()))
+    steps = torch.optim.SGD([conv.weight for conv in convs], lr=0.02)
+    for _ in range(30):
+        steps.zero_grad()
+        torch.stack([orthogonality_loss(c.weight, c.stride[0]) for c in convs]).sum().backward()
+        steps.step()
 
 
 def orthogonal_resnet() -> nn.Module:
@@ -198,7 +204,7 @@ class RepGraph(nn.Module):
         self.value, self.out = nn.Conv2d(channels, inner, 1), conv_bn(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, height, width = x.shape
+        height, width = x.shape[2:]
         offset = self.offset(x).unflatten(1, (self.samples, 2)).flatten(3)  # [N, S, (x, y), L]
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([column, row]).flatten(1).to(x)
@@ -229,6 +235,7 @@ class DACNN(nn.Module):
         super().__init__()
         self.first = nn.Sequential(*conv_bn(2, 8), nn.ReLU())
         self.anchor = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.mine = own
         self.own = nn.ModuleDict(
             {str(layer): nn.Conv2d(8, 8, 3, padding=1, bias=False) for layer in own}
         )
@@ -239,7 +246,7 @@ class DACNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for layer, norm in enumerate(self.norms):
-            kernel = self.own[str(layer)] if str(layer) in self.own else self.anchor
+            kernel = self.own[str(layer)] if layer in self.mine else self.anchor
             x = self.relu(norm(kernel(x)))
             if layer == 1:
                 x = functional.max_pool2d(x, 2)
@@ -341,7 +348,7 @@ RELATED: dict[str, Related] = {
 
 
 @cache
-def related(name: str, images: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+def related(name: str, images: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
     """A network in evaluation mode with random weights, random images and random labels."""
     one = RELATED[name]
     draw = torch.Generator().manual_seed(7)
@@ -349,5 +356,8 @@ def related(name: str, images: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
     x += torch.randn(images, one.shape[0], *[1] * (len(one.shape) - 1), generator=draw)
     model = one.build()
     made(getattr(model, "scores", model), x)  # of probabilities, the logits are to be spread
+    if name == "orthogonal_resnet":
+        trained_orthogonal(model)
+        spread_logits(model, x)
     model.known_as = name
-    return model.eval(), x, torch.randint(CLASSES, (images,), generator=draw)
+    return model.eval(), x, torch.arange(images) % 3
