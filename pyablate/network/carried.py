@@ -53,10 +53,20 @@ class Carried:
         self.logits = logits
         self.live = _before(steps, logits)
         self._to_logits = self.names({"": [logits]} if logits is not None else {})
+        self._classes = {logits} if logits is not None else set()
+        for step in reversed(steps):
+            readers = [reader for reader in step.readers if reader in self.live]
+            only = all(one in self._classes and one.keeps_units_of(step) for one in readers)
+            if readers and only and len(step.shape) <= 2:
+                self._classes.add(step)
 
     def ends_in_logits(self, step: Step) -> bool:
         """Whether the units of a step are classes."""
         return bool(self._to_logits[step])
+
+    def holds_classes(self, step: Step) -> bool:
+        """Whether a tensor has the logits' units and nothing else: neither positions nor uses."""
+        return step in self._classes
 
     def names(self, sites: Mapping[str, Sequence[Step]]) -> dict[Step, set[str]]:
         """Say of each step in which sites its units are, each by itself.

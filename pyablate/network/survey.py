@@ -144,6 +144,7 @@ class _Call:
     """Functions of torch that had been called when the module returned."""
     within: Within
     feeds_activation: bool = False
+    holds_classes: bool = False
 
 
 @dataclass
@@ -181,6 +182,8 @@ class _Pass:
     def survey(self) -> Survey:
         """Say what was seen: sites by modules, and those that nonlinearities make besides."""
         carried = Carried(self.flow.steps, self.logits)
+        for call in self.calls:
+            call.holds_classes = call.step is not None and carried.holds_classes(call.step)
         chosen = [place for place in self._module_places() if place.site.kind in SPEAKING]
         reached = carried.names({place.site.name: place.steps for place in chosen})
         unheard = [source for source in self._sources(carried) if not reached[source]]
@@ -401,6 +404,8 @@ class _Pass:
         return [replace(plain, site=replace(site, kind="layer")) if separate else plain, single]
 
     def _kind(self, call: _Call, known: bool) -> Kind:
+        if call.holds_classes:
+            return "layer"
         kind = original_type(call.module)
         holds_others = issubclass(kind, nn.Sequential)  # and is heard through its last module
         if call.feeds_activation and not holds_others:

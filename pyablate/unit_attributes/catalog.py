@@ -67,6 +67,14 @@ CATALOG: tuple[Attribute, ...] = (
         False,
     ),
     Attribute(
+        "orthogonality_loss",
+        "weights",
+        "sum over the layer's filters v and shifts s of (<w_u, w_v shifted by s> - [v = u and s = "
+        "0])^2, s in multiples of the stride",
+        "Wang et al. 2020, arXiv:1911.12207",
+        False,
+    ),
+    Attribute(
         "nisp",
         "nisp",
         "s_k = |W_(k+1)|^T s_(k+1), 1 at each class, batch norm folded, max pooling as the mean, "

@@ -1,9 +1,10 @@
-"""Attributes of the weights alone: norms of filters, batch norm, spectrum."""
+"""Attributes of the weights alone: norms of filters, batch norm, spectrum, orthogonality."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from scipy import stats
@@ -22,8 +23,8 @@ def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Ten
 
     The graph was captured with the sites marked and batch norm not folded. Filters that are summed
     before the unit is activated, as in a residual block, count together; an identity shortcut has
-    no filter. The spectrum is that of the one layer that makes the unit, and batch norm counts for
-    a unit only where the unit is one channel of it, not of a sum.
+    no filter. Spectrum and orthogonality are those of the one layer that makes the unit, and batch
+    norm counts for a unit only where the unit is one channel of it, not of a sum.
     """
     sites = list(sites)
     axes = {site.name: site.axis for site in sites}
@@ -31,6 +32,13 @@ def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Ten
     norms = [node for node in graph.graph.nodes if node.target is BATCH_NORM and node.users]
     scales = makers(graph, norms, axes)
     found: dict[str, dict[str, Tensor]] = {}
+
+    def spectral(node: fx.Node) -> Tensor:
+        return leading_share(_filters(graph, node))
+
+    def orthogonality(node: fx.Node) -> Tensor:
+        return _orthogonality(graph, node)
+
     for site in sites:
         units = site.channels
         one, two = _maker_norms(graph, filters[site.name], units)
@@ -41,7 +49,8 @@ def from_weights(graph: Graph, sites: Iterable[Site]) -> dict[str, dict[str, Ten
             "l1_norm_outgoing": out_one,
             "l2_norm_outgoing": out_two,
             **_batch_norm(graph, scales[site.name], units),
-            "spectral": _spectral(graph, filters[site.name], units),
+            "spectral": _of_one_layer(filters[site.name], units, spectral),
+            "orthogonality_loss": _of_one_layer(filters[site.name], units, orthogonality),
         }
     return found
 
@@ -83,9 +92,14 @@ def _filters(graph: Graph, node: fx.Node) -> Tensor:
 def columns_by_input(graph: Graph, node: fx.Node) -> Tensor:
     """Return the weights by input channel, float64 ``[I, rest]``."""
     weight = cast(Tensor, graph.constant(node, 1)).double().cpu()
-    groups = cast(int, node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1
-    split: Tensor = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, ...]
+    split: Tensor = weight.unflatten(0, (_option(node, 6), -1))  # [groups, O / groups, ...]
     return split.movedim(2, 1).flatten(0, 1).flatten(1)
+
+
+def _option(node: fx.Node, place: int) -> Any:
+    """Return stride (3), dilation (5) or groups (6) of a convolution, 1 of a linear map."""
+    given = node.target in CONVOLUTIONS and len(node.args) > place
+    return node.args[place] if given else 1
 
 
 def _batch_norm(graph: Graph, links: list[Link], units: int) -> dict[str, Tensor]:
@@ -112,15 +126,16 @@ def _batch_norm(graph: Graph, links: list[Link], units: int) -> dict[str, Tensor
     }
 
 
-def _spectral(graph: Graph, links: list[Link], units: int) -> Tensor:
-    share = torch.full((units,), torch.nan, dtype=torch.float64)
+def _of_one_layer(links: list[Link], units: int, measure: Callable[[fx.Node], Tensor]) -> Tensor:
+    """Measure of each unit's filter within its layer; NaN where none or several make the unit."""
+    values = torch.full((units,), torch.nan, dtype=torch.float64)
     seen = torch.zeros(units, dtype=torch.bool)
     for link in links:
         here = link.channel >= 0
-        share[here] = leading_share(_filters(graph, link.node))[link.channel[here]]
-        share[here & seen] = torch.nan
+        values[here] = measure(link.node)[link.channel[here]]
+        values[here & seen] = torch.nan
         seen |= here
-    return share
+    return values
 
 
 def leading_share(filters: Tensor) -> Tensor:
@@ -134,3 +149,57 @@ def leading_share(filters: Tensor) -> Tensor:
     energy = s.square().cumsum(0)
     count = int((energy < ENERGY * energy[-1]).sum()) + 1
     return (u[:, :count] * s[:count]).square().sum(dim=1) / filters.square().sum(dim=1)
+
+
+def _orthogonality(graph: Graph, node: fx.Node) -> Tensor:
+    weight = cast(Tensor, graph.constant(node, 1)).double().cpu()
+    sizes = weight.shape[2:]
+    strides, dilations = (_along(_option(node, place), len(sizes)) for place in (3, 5))
+    return orthogonality_loss(weight.unflatten(0, (_option(node, 6), -1)), strides, dilations)
+
+
+def _along(option: int | list[int], axes: int) -> list[int]:
+    """Spell out what is given once for all axes."""
+    given = [option] if isinstance(option, int) else list(option)
+    return given if len(given) == axes else given * axes
+
+
+def orthogonality_loss(weight: Tensor, strides: list[int], dilations: list[int]) -> Tensor:
+    """Squared distance of each filter from being orthogonal to all others and their shifts.
+
+    A convolution is a matrix, doubly block-Toeplitz, with a row for every filter and position. The
+    inner products of a filter's row with all rows, less 1 with itself, are squared and summed: the
+    filter's share of ``|conv(K, K) - I_0|^2`` of Wang et al. 2020, arXiv:1911.12207. Rows overlap
+    whose positions are apart by a multiple of the stride, less than a kernel's extent; those of
+    dilated kernels meet in whole taps only.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Filters by group, ``[groups, O / groups, I / groups, *size]``.
+    strides, dilations : list of int
+        One per axis of a kernel.
+
+    Returns
+    -------
+    Tensor
+        ``[O]``.
+    """
+    sizes = weight.shape[3:]
+    loss = weight.new_zeros(weight.shape[:2])
+    for shift in itertools.product(*map(_shifts, sizes, strides, dilations)):
+        here = [slice(max(0, by), size + min(0, by)) for by, size in zip(shift, sizes, strict=True)]
+        there = [
+            slice(max(0, -by), size - max(0, by)) for by, size in zip(shift, sizes, strict=True)
+        ]
+        one, other = (weight[(..., *taps)].flatten(2) for taps in (here, there))
+        products = one @ other.transpose(1, 2)
+        if not any(shift):
+            products -= torch.eye(products.shape[1], dtype=products.dtype)
+        loss += products.square().sum(dim=2)
+    return loss.flatten()
+
+
+def _shifts(size: int, stride: int, dilation: int) -> list[int]:
+    """Distances of overlapping kernels, in taps."""
+    return [taps for taps in range(1 - size, size) if taps * dilation % stride == 0]

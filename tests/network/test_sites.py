@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support import networks
@@ -148,6 +150,58 @@ def test_logits_are_classes_not_units(name, head):
     assert head not in {each.name for each in found(name)}
     with pytest.raises(ValueError, match=f"no layer that holds units is called '{head}'"):
         select(found(name), head)
+
+
+class Ended(nn.Module):
+    """Something behind the last map by weights."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], *, twice: bool = False) -> None:
+        super().__init__()
+        self.hidden, self.act, self.head = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.end, self.twice = end, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(self.act(self.hidden(x)))
+        if self.twice:  # a sum keeps the units of the scores, and a map by weights reads them, too
+            scores = torch.sigmoid(scores)
+            return scores + scores @ torch.eye(4)
+        return self.end(scores)
+
+
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda scores: scores.softmax(1),
+    "log": lambda scores: torch.log(torch.sigmoid(scores) + 1e-6),
+    "bounded": lambda scores: 30 * torch.tanh(scores / 30),
+    "module": nn.Softplus(),
+    "one label": lambda scores: torch.stack([1 - scores[:, 2], scores.sigmoid()[:, 2]], dim=1),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_classes_are_no_units_whatever_lies_behind_them(name):
+    every = sites(Ended(ENDS[name]), torch.randn(2, 6))
+    assert {"head", "act"} <= {each.name for each in every}
+    assert [each.name for each in select(every)] == ["act"]
+
+
+def test_a_block_that_returns_classes_holds_no_units():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Ended(torch.sigmoid)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) / 3
+
+    every = sites(Scaled(), torch.randn(2, 6))
+    assert "net" in {each.name for each in every}
+    assert [each.name for each in select(every)] == ["net.act"]
+
+
+def test_units_that_something_else_reads_are_units():
+    every = sites(Ended(torch.sigmoid, twice=True), torch.randn(2, 6))
+    assert [each.name for each in select(every)] == ["act", "head"]
 
 
 def test_flatten_holds_no_units():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 import xarray as xr
 from scipy import stats
 from support import networks
+from support.related_networks import orthogonality_loss, related
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -127,8 +131,9 @@ def test_filters_are_found(name, layer):
         check_made(found, made(model))
     check_read(found, read(model))
     if layer == "body.4.relu2":
-        for of_one_filter in ("bn_scale", "bn_active", "bn_mean_relu", "spectral"):
-            assert found[of_one_filter].isnull().all(), of_one_filter
+        of_one_filter = ("bn_scale", "bn_active", "bn_mean_relu", "spectral", "orthogonality_loss")
+        for attribute in of_one_filter:
+            assert found[attribute].isnull().all(), attribute
     if name == "conv1d":
         np.testing.assert_allclose(found["bn_scale"], model.norm.weight.abs().detach(), rtol=1e-6)
 
@@ -173,6 +178,55 @@ def test_spectral():
     leading = vt[: int(np.argmax(share >= 0.9)) + 1]
     inside = ((filters @ leading.T) ** 2).sum(axis=1) / (filters**2).sum(axis=1)
     np.testing.assert_allclose(found["spectral"], inside, rtol=1e-6)
+
+
+def toeplitz(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Matrix of a layer without padding and bias: its outputs on every image with a single 1."""
+    count = math.prod(shape)
+    out = layer(torch.eye(count, dtype=torch.float64).unflatten(1, shape))
+    return out.flatten(2).permute(1, 2, 0)  # [filters, positions, inputs]
+
+
+def orthogonality_by_hand(weight: Tensor, layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Inner products of each filter's middle row with all rows, less 1 with itself, squared."""
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    layer.bias = None
+    layer.padding = (0,) * (weight.ndim - 2)
+    rows = toeplitz(layer, shape)
+    middle = rows.shape[1] // 2
+    products = torch.einsum("un,vpn->uvp", rows[:, middle], rows)
+    products[:, :, middle] -= torch.eye(len(rows), dtype=torch.float64)
+    return products.square().sum(dim=(1, 2))
+
+
+def test_orthogonality_of_rows_of_the_toeplitz_matrix():
+    """Odd numbers of positions, so that all that overlaps the middle one is there."""
+    torch.manual_seed(0)
+    convs = (
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Conv2d(4, 6, (3, 2), stride=2, groups=2),
+        nn.Conv2d(6, 3, 3, dilation=2, padding=2),
+        nn.Conv2d(3, 5, 3, stride=2, dilation=3, padding=3),
+    )
+    behind = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    between = itertools.chain.from_iterable((conv, nn.ReLU()) for conv in convs)
+    model = nn.Sequential(*between, *behind).eval()
+    found = attributes_of(model, torch.rand(2, 2, 12, 12), "orthogonality_loss")
+    loss = found["orthogonality_loss"].to_series().groupby(found["layer"].to_numpy())
+    shapes = [(2, 7, 7), (4, 11, 10), (6, 13, 13), (3, 23, 23)]
+    for layer, (conv, shape) in enumerate(zip(convs, shapes, strict=True)):
+        expected = orthogonality_by_hand(conv.weight, conv, shape)
+        np.testing.assert_allclose(loss.get_group(str(2 * layer + 1)), expected)
+    weight = model[10].weight.detach().double()
+    linear = (weight @ weight.t() - torch.eye(4)).square().sum(dim=1)
+    np.testing.assert_allclose(loss.get_group("11"), linear)
+
+
+def test_orthogonality_adds_up_to_the_regulariser():
+    model, images, _ = related("orthogonal_resnet")
+    found = attributes_of(model, images, "orthogonality_loss", "body.2")["orthogonality_loss"]
+    whole = orthogonality_loss(model.body[0].weight.detach(), 1)
+    assert float(found.sum()) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_a_batch_norm_channel_of_scale_zero():
