@@ -1,8 +1,9 @@
-"""The training loop (SGD) that fine-tuning and soft filter pruning share."""
+"""The training loop (SGD) that fine-tuning and the transforms that train share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyablate._validation import check_count, check_seed
+from pyablate.comparison.evaluation import prepared
 from pyablate.data.dataset import Data
-from pyablate.network.forward import check_logits
-from pyablate.runtime.progress import Report
+from pyablate.network.classifier import giving_logits
+from pyablate.network.forward import check_logits, device_of
+from pyablate.network.model_checks import fit_inputs
+from pyablate.runtime.determinism import undisturbed
+from pyablate.runtime.progress import Report, reporting
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of images and labels: mean cross entropy, and a penalty that is added to it."""
@@ -127,3 +132,20 @@ def cross_entropy(model: nn.Module) -> Loss:
         return found, found.new_zeros(())
 
     return loss
+
+
+@contextmanager
+def workplace(
+    model: nn.Module,
+    data: Any,
+    device: str | torch.device | None,
+    progress: bool | Report | None,
+) -> Iterator[tuple[nn.Module, Data, Report]]:
+    """Hand out a copy of a network that gives logits, and data in memory that fit it."""
+    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
+        work, dtype = prepared(model, device)
+        held = Data(data, dtype=dtype, device=device_of(work))
+        held.hold()
+        with giving_logits(work):
+            fit_inputs(work, held, held.first(2).images)
+            yield work, held, report

@@ -10,18 +10,12 @@ import torch
 from torch import nn
 
 from pyablate._validation import check_choice, check_fraction
-from pyablate.comparison.evaluation import prepared
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.filters import BY_WEIGHTS, filter_ranking, without_units
-from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit
+from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, workplace
 from pyablate.compression.transforms import Transformed
-from pyablate.data.dataset import Data
-from pyablate.network.classifier import giving_logits
-from pyablate.network.forward import device_of
-from pyablate.network.model_checks import fit_inputs
-from pyablate.runtime.determinism import undisturbed
-from pyablate.runtime.progress import Report, reporting
+from pyablate.runtime.progress import Report
 
 
 def soft_filter_pruning(
@@ -90,10 +84,7 @@ def soft_filter_pruning(
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )
-    with undisturbed(model, device), torch.inference_mode(False), reporting(progress) as report:
-        trained, dtype = prepared(model, device)
-        held = Data(data, dtype=dtype, device=device_of(trained))
-        held.hold()
+    with workplace(model, data, device, progress) as (trained, held, report):
         coupling = Coupling(trained, sample)
         zero: list[str] = []
 
@@ -103,10 +94,8 @@ def soft_filter_pruning(
             set_to_zero(trained, coupling, zero)
 
         loss = cross_entropy(trained)
-        with giving_logits(trained):
-            fit_inputs(trained, held, held.first(2).images)
-            history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
-        removal = remove(trained, zero, sample)
+        history = fit(trained, held, loss, schedule, after_epoch=after_epoch, report=report)
+    removal = remove(trained, zero, sample)
     return without_units(removal, pd.DataFrame(history))
 
 
