@@ -10,6 +10,7 @@ from pyablate.compression._rank import Ranking, rank
 from pyablate.compression._remove import Removal, Size, remove, size
 from pyablate.compression._sensitivity import sensitivity
 from pyablate.compression.connections import learn_connections
+from pyablate.compression.collaborative import collaborative_compression
 from pyablate.compression.coupling import Coupled, couplings
 from pyablate.compression.decomposition import prune_and_decompose, truncated_svd
 from pyablate.compression.export import save_network
@@ -17,6 +18,7 @@ from pyablate.compression.filters import filter_ranking, prune_filters
 from pyablate.compression.interchange import importance, masked
 from pyablate.compression.rebuilding import save_weights
 from pyablate.compression.rls import rls_pruning
+from pyablate.compression.low_rank import low_rank_training
 from pyablate.compression.soft_pruning import soft_filter_pruning
 from pyablate.compression.transforms import (
     Transformed,
@@ -25,6 +27,7 @@ from pyablate.compression.transforms import (
     kernel_codebook,
     magnitude_masks,
 )
+from pyablate.compression.unification import unify_weights
 
 __all__ = [
     "Comparison",
@@ -38,6 +41,7 @@ __all__ = [
     "attribution_maps",
     "attributions_preserved",
     "block_masks",
+    "collaborative_compression",
     "compare",
     "couplings",
     "filter_ranking",
@@ -48,6 +52,7 @@ __all__ = [
     "kernel_codebook",
     "latency",
     "learn_connections",
+    "low_rank_training",
     "magnitude_masks",
     "masked",
     "prune_and_decompose",
@@ -63,4 +68,5 @@ __all__ = [
     "soft_filter_pruning",
     "surviving",
     "truncated_svd",
+    "unify_weights",
 ]

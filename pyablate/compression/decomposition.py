@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,29 +58,12 @@ def truncated_svd(
     >>> pa.compression.truncated_svd(model, 0.4).ratio > 1
     True
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected a number above 0 and up to 1, got {share!r}")
+    check_share(share)
     changed = copied(model)
-    scales = _norm_scales(changed) if rectify else {}
-    for name, module in list(weighted(changed, layers)):
-        if getattr(module, "groups", 1) > 1 or getattr(module, "transposed", False):
-            continue
-        matrix = module.weight.detach().flatten(1).double()
-        kept = math.ceil(share * min(matrix.shape))
-        if kept * sum(matrix.shape) >= matrix.numel():
-            continue
-        scale = scales.get(name, matrix.new_ones(len(matrix)))[:, None]
-        u, s, v = torch.linalg.svd(scale * matrix, full_matrices=False)
-        values = s[:kept]
-        if energy_transfer:
-            total = values.square().sum()
-            values = values * (s.square().sum() / total).sqrt() if total > 0 else values
-        root = values.sqrt()
-        # A row that batch norm multiplies by zero may be anything: zero.
-        undone = torch.where(scale == 0, 0, u[:, :kept] / torch.where(scale == 0, 1, scale))
-        pair = _pair(module, root[:, None] * v[:kept], undone * root)
-        owner, _, leaf = name.rpartition(".")
-        setattr(changed.get_submodule(owner), leaf, pair.train(module.training))
+    norms = batch_norms(changed) if rectify else {}
+    for name, module, kept in list(decomposable(changed, layers, share)):
+        two = pair(module, *factors(module, kept, norms.get(name), energy_transfer))
+        changed.set_submodule(name, two)
     return Transformed(changed, float_bits(changed), float_bits(model))
 
 
@@ -108,8 +91,8 @@ def prune_and_decompose(
     Notes
     -----
     Both at once, since they take different redundancy away: Li, Lin, Zhang et al. 2021, *Towards
-    Compact CNNs via Collaborative Compression*, arXiv:2105.11228. They choose the shares of each
-    layer by its sensitivity; here they are given.
+    Compact CNNs via Collaborative Compression*, arXiv:2105.11228. Here the shares are given; to
+    have them found, as they do, see :func:`collaborative_compression`.
 
     Examples
     --------
@@ -121,18 +104,61 @@ def prune_and_decompose(
     return Transformed(both.model, both.bits, pruned.original_bits, removed=pruned.removed)
 
 
-def _norm_scales(model: nn.Module) -> dict[str, Tensor]:
-    """``gamma / sqrt(var + eps)`` of the batch norm that alone reads a layer, by its name."""
+def check_share(share: float) -> None:
+    """Refuse what is no share of the singular values to keep."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number above 0 and up to 1, got {share!r}")
+
+
+def decomposable(
+    model: nn.Module, layers: str | Sequence[str], share: float
+) -> Iterator[tuple[str, Any, int]]:
+    """Layers that two smaller ones can replace, with their names and the values to keep."""
+    for name, module in plain(model, layers):
+        sizes = len(module.weight), module.weight[0].numel()
+        kept = math.ceil(share * min(sizes))
+        if kept * sum(sizes) < module.weight.numel():
+            yield name, module, kept
+
+
+def plain(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Linear maps, and convolutions neither in groups nor transposed, whose names match."""
+    for name, module in weighted(model, layers):
+        alone = getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
+        if name and alone:
+            yield name, module
+
+
+def factors(module: Any, kept: int, norm: Any, energy_transfer: bool) -> tuple[Tensor, Tensor]:
+    """Matrices ``[kept, inputs * kernel]`` and ``[outputs, kept]`` whose product is nearest.
+
+    Behind the batch norm, if there is one; see :func:`truncated_svd`.
+    """
+    matrix = module.weight.detach().flatten(1).double()
+    scale = (matrix.new_ones(len(matrix)) if norm is None else module_scale(norm))[:, None]
+    u, s, v = torch.linalg.svd(scale * matrix, full_matrices=False)
+    values = s[:kept]
+    if energy_transfer:
+        total = values.square().sum()
+        values = values * (s.square().sum() / total).sqrt() if total > 0 else values
+    root = values.sqrt()
+    # A row that batch norm multiplies by zero may be anything: zero.
+    undone = torch.where(scale == 0, 0, u[:, :kept] / torch.where(scale == 0, 1, scale))
+    return root[:, None] * v[:kept], undone * root
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch norms with running statistics that alone read a layer, by its name."""
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # tracing fails in as many ways as there are networks
         reason = first_line(error)
         raise ValueError(f"rectify: torch.fx cannot trace this network: {reason}") from error
     found = {layer: model.get_submodule(norm) for layer, norm in norms_behind(graph, model)}
-    return {layer: module_scale(n) for layer, n in found.items() if n.running_var is not None}
+    return {layer: norm for layer, norm in found.items() if norm.running_var is not None}
 
 
-def _pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
+def pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
     """Two layers with these matrices in place of a convolution or linear map."""
     like = {"device": module.weight.device, "dtype": module.weight.dtype}
     bias = module.bias is not None
@@ -162,4 +188,4 @@ def _pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
     if bias:
         with torch.no_grad():
             after.bias.copy_(module.bias)
-    return nn.Sequential(before, after)
+    return nn.Sequential(before, after).train(module.training)
