@@ -187,6 +187,17 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     "prune_and_decompose": lambda c: (
         compression.prune_and_decompose(c.model, c.sample, 0.3, 0.4).model
     ),
+    "collaborative_compression": lambda c: (
+        compression.collaborative_compression(
+            c.model, c.sample, c.data, 0.5, step=0.3, progress=False
+        ).model
+    ),
+    "low_rank_training": lambda c: (
+        compression.low_rank_training(c.model, c.data, 0.3, epochs=1, progress=False).model
+    ),
+    "unify_weights": lambda c: (
+        compression.unify_weights(c.model, data=c.data, epochs=1, progress=False).model
+    ),
     "int8_weights": lambda c: compression.int8_weights(c.model).model,
     "kernel_codebook": lambda c: compression.kernel_codebook(c.model, 2).model,
     "magnitude_masks": lambda c: compression.magnitude_masks(c.model, 0.3).model,

@@ -72,7 +72,11 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
             {"limit=500": "limit=120"},
             "curves both sets worth best along control table",
         ),
-        ("related-systems.md", {"limit=200": "limit=60"}, "contrast graph needed sets region pruned sparse"),
+        (
+            "related-systems.md",
+            {"limit=200": "limit=60"},
+            "contrast graph unified low both needed sets region pruned sparse",
+        ),
         (
             "compression.md",
             {"limit=500": "limit=60"},
@@ -81,7 +85,7 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     ],
 )
 def test_python_in_a_page_runs(page, shorter, defined, tmp_path, monkeypatch):
-    if page in ("compression.md", "your-model.md", "related-systems.md"):
+    if page in ("compression.md", "related-systems.md", "your-model.md"):
         pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
     assert set(defined.split()) <= set(_run_page(_DOCS / "guides" / page, *shorter.items()))

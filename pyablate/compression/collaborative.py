@@ -109,6 +109,10 @@ def collaborative_compression(
     torch_pruning()
     with workplace(model, data, device, progress) as (work, held, report):
         chosen = dict(plain(work, layers))
+        if not chosen:
+            raise ValueError(
+                f"layers: expected layers that are neither in groups nor transposed, got {layers!r}"
+            )
         slopes = _gradients(work, held, [module.weight for module in chosen.values()], batch_size)
         found = [Layer.of(m.weight, g) for m, g in zip(chosen.values(), slopes, strict=True)]
         sizes = np.array([layer.weight.numel() for layer in found])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 
 from pyablate._validation import first_line
 from pyablate.compression.filters import prune_filters
@@ -163,15 +164,14 @@ def pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
     like = {"device": module.weight.device, "dtype": module.weight.dtype}
     bias = module.bias is not None
     kept = len(first)
-    before: Any
-    after: Any
-    linear = isinstance(module, nn.Linear)
-    if linear:
-        before = nn.Linear(module.in_features, kept, bias=False, **like)
-        after = nn.Linear(kept, module.out_features, bias=bias, **like)
+    # Not initialised, which would draw random numbers.
+    if isinstance(module, nn.Linear):
+        before = skip_init(nn.Linear, module.in_features, kept, bias=False, **like)
+        after = skip_init(nn.Linear, kept, module.out_features, bias=bias, **like)
     else:
         kind = type(module)
-        before = kind(
+        before = skip_init(
+            kind,
             module.in_channels,
             kept,
             module.kernel_size,
@@ -182,7 +182,7 @@ def pair(module: Any, first: Tensor, second: Tensor) -> nn.Sequential:
             padding_mode=module.padding_mode,
             **like,
         )
-        after = kind(kept, module.out_channels, 1, bias=bias, **like)
+        after = skip_init(kind, kept, module.out_channels, 1, bias=bias, **like)
     overwrite(before, first)
     overwrite(after, second)
     if bias:

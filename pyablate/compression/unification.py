@@ -60,7 +60,9 @@ def unify_weights(
     data : pair of arrays, DataLoader or iterable of (images, labels), optional
         To train on, not those on which the result is judged; held in memory.
     rho : float
-        Weight of the distance from unified weights while training, above 0.
+        Weight of the distance from unified weights while training, above 0. The weights follow
+        them within an epoch if ``learning_rate rho steps / (1 - momentum)`` is 2 or more; with
+        less, training need not converge, and the ``penalty`` of the history does not fall.
     epochs, learning_rate, momentum, weight_decay, batch_size, augment, seed, device, progress
         As for :func:`pyablate.finetune`; without data nothing is trained.
 

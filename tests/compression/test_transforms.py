@@ -176,6 +176,7 @@ ALL: list[Callable[[nn.Module], Transformed]] = [
     lambda model: compression.int8_weights(model),
     lambda model: compression.magnitude_masks(model, 0.5),
     lambda model: compression.block_masks(model, 2),
+    lambda model: compression.unify_weights(model, fraction=0.5),
 ]
 
 
