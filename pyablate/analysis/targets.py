@@ -17,6 +17,9 @@ TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
 NEEDS_ALL = {"split_half_drop", "gini", "entropy"}
 """Targets that an estimated run cannot give."""
 
+CELL_TARGET = "class_accuracy_drop"
+"""Target of cells of unit and class."""
+
 # Only where a run recorded them.
 MEASURES = ("loss_change", "margin_change")
 
@@ -71,6 +74,42 @@ def unit_targets(
         targets = [t for t in TARGETS if t not in left_out] + measured
     names = [targets] if isinstance(targets, str) else list(targets)
     return {name: _target(result, name, preferred, splits, seed) for name in names}
+
+
+def cell_targets(
+    result: Record, targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None
+) -> dict[str, Floats]:
+    """Take variables of the result over unit and class, by default ``class_accuracy_drop``.
+
+    Returns
+    -------
+    dict of str to float64 [unit, class]
+        NaN for classes without images.
+
+    Raises
+    ------
+    ValueError
+        The result has no such variable, or numbers are given, which have no class.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import cell_targets
+    >>> cell_targets(result)["class_accuracy_drop"].shape
+    (128, 10)
+    """
+    if isinstance(targets, Mapping):
+        raise ValueError("targets: expected names of variables over unit and class, got a mapping")
+    names = [CELL_TARGET] if targets is None else targets
+    known = [str(name) for name, of in result.data.items() if of.dims == ("unit", "class")]
+    found = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise ValueError(
+                f"targets: no target {name!r} of unit and class{nearest(name, known)}"
+            )
+        values = result.data[name].to_numpy().astype(np.float64)
+        found[name] = np.where(result.class_sizes > 0, values, np.nan)
+    return found
 
 
 def preferred_class_drop(result: Record, preferred: Ints) -> Floats:
