@@ -1,4 +1,4 @@
-"""Cells of unit and class: does what an attribute says of a class foretell the drop of that class?
+"""Cells of unit and class: how well an attribute of both foretells the drops of classes.
 
 Three figures of two matrices ``[unit, class]``, one of an attribute and one of drops:
 
@@ -73,7 +73,7 @@ class Cells:
         )
 
     def _scores(self) -> tuple[list[Floats], list[Floats]]:
-        """What a figure multiplies, for attribute and drop: ranks by row, by column, top cells."""
+        """Ranks by row and by column, and top cells, of attribute and drop."""
         return tuple(  # type: ignore[return-value]  # of two
             [_ranks(x, 1), _ranks(x, 0), _Descending(x).top(self.top)]
             for x in (self.attribute, self.drop)

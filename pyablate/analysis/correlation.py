@@ -246,7 +246,9 @@ def _cell_figures(
         "missing": int((~units).sum()),
     }
     if min(counts["units"], counts["classes"]) < FEWEST:
-        return [{"figure": name, **counts, **dict.fromkeys(_CELL_FIGURES, np.nan)} for name in FIGURES]
+        return [
+            {"figure": name, **counts, **dict.fromkeys(_CELL_FIGURES, np.nan)} for name in FIGURES
+        ]
     cells = Cells(attribute[kept], drop[kept], top)
     value = cells.measured()
     drawn = cells.resampled(draws.resamples, np.random.default_rng(draws.seed))

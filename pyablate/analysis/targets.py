@@ -104,9 +104,7 @@ def cell_targets(
     found = {}
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
-            raise ValueError(
-                f"targets: no target {name!r} of unit and class{nearest(name, known)}"
-            )
+            raise ValueError(f"targets: no target {name!r} of unit and class{nearest(name, known)}")
         values = result.data[name].to_numpy().astype(np.float64)
         found[name] = np.where(result.class_sizes > 0, values, np.nan)
     return found

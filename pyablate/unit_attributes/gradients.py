@@ -47,6 +47,6 @@ def fisher(per_image: Tensor) -> Tensor:
 
 
 def by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sums over the images of each class, ``[C, K]`` from ``[N, C]`` and labels ``[N]``."""
+    """Sum over the images of each class, ``[C, K]`` from ``[N, C]`` and labels ``[N]``."""
     sums = values.new_zeros(classes, values.shape[1])
     return sums.index_add_(0, labels, values).t()
