@@ -9,11 +9,13 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyablate._validation import nearest
+from pyablate.analysis.shrinkage import shrunken_drop
 from pyablate.analysis.statistics import split_half_drop
 from pyablate.results.record import Floats, Ints, Record
 
 PREFERRED = "preferred_class_drop"
 TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
+SHRUNKEN = "shrunken_drop"
 NEEDS_ALL = {"split_half_drop", "gini", "entropy"}
 """Targets that an estimated run cannot give."""
 
@@ -41,7 +43,8 @@ def unit_targets(
     targets : str, sequence of str, or mapping of str to numbers [unit], optional
         ``accuracy_drop``; ``split_half_drop`` (the largest class drop without the bias of choosing
         its class); ``preferred_class_drop`` (drop of the class that the unit prefers); ``gini`` and
-        ``entropy`` of the class drops; ``loss_change`` and ``margin_change`` where the run recorded
+        ``entropy`` of the class drops; by name only ``shrunken_drop``
+        (:func:`pyablate.analysis.shrinkage.shrunken_drop`); ``loss_change`` and ``margin_change`` where the run recorded
         them; or any other variable of ``result.data`` over ``unit`` alone. A mapping brings numbers
         of its own. By default all that can be had.
     preferred : int64 [unit], optional
@@ -210,6 +213,8 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
         return preferred_class_drop(result, preferred)
     if name == "accuracy_drop":
         return result.accuracy_drop
+    if name == SHRUNKEN:
+        return shrunken_drop(result)
     if name == "split_half_drop":
         return split_half_drop(result, splits=splits, seed=seed)
     if name in ("gini", "entropy"):
@@ -218,7 +223,7 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
     if name in MEASURES:
         changes: Floats = getattr(result, name)  # says what is missing where it was not recorded
         return changes
-    known = [*TARGETS, *_recorded(result)]
+    known = [*TARGETS, SHRUNKEN, *_recorded(result)]
     if name not in known:
         raise ValueError(f"targets: no target {name!r}{nearest(name, known)}")
     return result.data[name].to_numpy().astype(np.float64)

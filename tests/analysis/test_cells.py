@@ -13,6 +13,7 @@ from support.simulated import simulate
 
 import pyablate as pa
 from pyablate.analysis.cells import Cells, agreement_of_halves, ceiling, half_drops
+from pyablate.analysis.statistics import random_half
 
 _FEW = {"resamples": 30, "shuffles": 19, "splits": 2}
 
@@ -92,7 +93,7 @@ def test_halves_of_the_images_are_measured_apart():
         np.testing.assert_allclose(np.mean(pair, axis=0), result.class_accuracy_drop[rows])
         assert not np.allclose(*pair)
     correct = result.predictions() == result.labels
-    half = pa.analysis.statistics.random_half(result.labels, 3, np.random.default_rng(2))
+    half = random_half(result.labels, 3, np.random.default_rng(2))
     before = result.baseline == result.labels
     first = next(iter(half_drops(result, rows, 1, seed=2)))
     for number, chosen in enumerate((half, ~half)):
