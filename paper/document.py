@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from paper import analysis, glyphs, plots
-from paper.analysis import ATTRIBUTES, TARGET_TITLES, TARGETS
+from paper.analysis import ATTRIBUTES, CELL_FIGURES, OF_CELLS, TARGET_TITLES, TARGETS
 from paper.findings import Groups, correlation_of, in_short, spread_of
 from paper.groups import Group, concentration
 from paper.markdown import interval, listed, number, points, spread, table
 from paper.measure import CURVE_ORDERS, Measured
 from paper.networks import FAMILIES
+
+CELL_TITLES = ("within a unit", "within a class", "top cells")
 
 
 def write(studied: Sequence[Measured], path: Path, pictures: Path) -> None:
@@ -44,6 +46,7 @@ def write(studied: Sequence[Measured], path: Path, pictures: Path) -> None:
         *in_short(groups, compared),
         *drops_section(groups, shown),
         *prediction_section(groups, shown),
+        *cells_section(groups),
         *concentration_section(compared, shown),
         *curves_section(groups, shown),
         *glyphs_section(groups, shown),
@@ -291,8 +294,101 @@ def _prediction_sentence(groups: Groups) -> str:
     )
 
 
+def cells_section(groups: Groups) -> list[str]:
+    """Question 3: cells of unit and class."""
+    lines = []
+    for group in groups.values():
+        for name in OF_CELLS:
+            rows = [group.cells.loc[(name, figure)] for figure in CELL_FIGURES]
+            lines.append(
+                (
+                    group.family.title,
+                    f"`{name}`",
+                    *(
+                        cell
+                        for row in rows[:2]
+                        for cell in (
+                            spread(row["value"], row["value_least"], row["value_most"]),
+                            number(row["ceiling"]),
+                            f"{row['told']:.0f} of {row['layers']:.0f}",
+                        )
+                    ),
+                    points(rows[2]["value"], 0),
+                    points(rows[2]["halves"], 0),
+                )
+            )
+    top = [line for group in groups.values() for line in _top_cells(group)]
+    return [
+        "## 3. Which class suffers?",
+        "The largest class drop says how much a unit matters to some class. Here every cell of "
+        "unit and class is asked: does what an attribute says of class k foretell the drop of it? "
+        "*Within a unit* is Spearman's correlation over the classes, mean over units (which class "
+        "suffers), *within a class* that over the units, mean over classes (which unit matters), "
+        f"*top cells* the share of the {points(analysis.TOP_CELLS, 0)} % of the cells with the "
+        "largest attribute that are among as many with the largest drops "
+        f"({points(analysis.TOP_CELLS, 0)} % by chance), beside that share between the drops of "
+        "two halves of the images. Means over layers. Attributes come from one half of the images "
+        "and drops from the other, so no image is in both; the ceiling is what a perfect attribute "
+        "would reach on so few images. *Beyond shuffles* counts the layers of all seeds in which "
+        "neither the attribute shuffled among units, which keeps what makes classes fragile "
+        "whoever is ablated, nor shuffled among classes reaches the figure (q at most "
+        f"{points(analysis.LEVEL, 0)} %): [statistics](../guides/statistics.md) has the formulas.",
+        table(
+            [
+                "network",
+                "attribute",
+                "within a unit",
+                "ceiling",
+                "beyond shuffles",
+                "within a class",
+                "ceiling",
+                "beyond shuffles",
+                "top cells",
+                "of halves",
+            ],
+            lines,
+        ),
+        "In the last map of the first seed, units and classes drawn again:",
+        table(
+            ["network", "attribute", "units", *CELL_TITLES], [line for one in top for line in one]
+        ),
+        _cells_sentence(groups),
+    ]
+
+
+def _top_cells(group: Group) -> list[tuple[str, ...]]:
+    """Figures of the last map with their intervals, attribute by attribute."""
+    table = group.members[0].cells
+    of_top = table[table["layer"] == group.family.top].set_index(["attribute", "figure"])
+    lines = []
+    for name in OF_CELLS:
+        rows = [of_top.loc[(name, figure)] for figure in CELL_FIGURES]
+        shown = (interval(row["value"], row["low"], row["high"]) for row in rows)
+        lines.append((group.family.title, f"`{name}`", str(rows[0]["units"]), *shown))
+    return lines
+
+
+def _cells_sentence(groups: Groups) -> str:
+    """Say which attribute tells most, and how much of what can be told."""
+    parts = []
+    for figure, words in zip(CELL_FIGURES[:2], CELL_TITLES[:2], strict=True):
+        tables = (group.cells.xs(figure, level="figure") for group in groups.values())
+        known = [of_figure.dropna(subset="value") for of_figure in tables]
+        best = [rows.sort_values("value").iloc[-1] for rows in known if len(rows)]
+        counted = pd.Series([row.name for row in best], dtype=object).value_counts()
+        reached = [row["value"] / row["ceiling"] for row in best if row["ceiling"] > 0]
+        named = listed([f"`{name}` ({count})" for name, count in counted.items()])
+        share = (
+            f", at {points(min(reached), 0)} to {points(max(reached), 0)} % of the ceiling"
+            if reached
+            else ""
+        )
+        parts.append(f"{words} {named}{share}")
+    return f"The best attribute, with the number of families: {'; '.join(parts)}."
+
+
 def concentration_section(compared: pd.DataFrame, shown: str) -> list[str]:
-    """Question 3: rotation, dropout, batch norm."""
+    """Question 4: rotation, dropout, batch norm."""
     lines = [
         (
             row["what"],
@@ -307,7 +403,7 @@ def concentration_section(compared: pd.DataFrame, shown: str) -> list[str]:
         for _, row in compared.iterrows()
     ]
     return [
-        "## 3. Rotation, dropout and batch norm",
+        "## 4. Rotation, dropout and batch norm",
         "How concentrated on few classes is the damage? The Gini coefficient is 0 if all classes "
         "suffer alike and nears 1 if one suffers alone; it is taken over units (or directions) "
         "that lose at least ten images. Directions are random orthogonal axes in the last map. "
@@ -334,7 +430,7 @@ def concentration_section(compared: pd.DataFrame, shown: str) -> list[str]:
 
 
 def curves_section(groups: Groups, shown: str) -> list[str]:
-    """Question 4: cumulative ablation."""
+    """Question 5: cumulative ablation."""
     lines, least = [], []
     for group in groups.values():
         of_group = group.areas
@@ -363,7 +459,7 @@ def curves_section(groups: Groups, shown: str) -> list[str]:
         for order in named
     }
     return [
-        "## 4. Many units",
+        "## 5. Many units",
         "The units of the last map are removed one after another, the first of an order first. "
         "The area under the curve is over the share of units removed: a ranking that puts "
         "important units first has a small one. Measured drops come from one half of the images, "
@@ -382,7 +478,7 @@ def curves_section(groups: Groups, shown: str) -> list[str]:
 
 
 def glyphs_section(groups: Groups, shown: str) -> list[str]:
-    """Question 5: many classes."""
+    """Question 6: many classes."""
     if "glyphs" not in groups:
         return []
     group = groups["glyphs"]

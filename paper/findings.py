@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
-from paper.analysis import OF_THE_PAPER, TARGETS
+from paper.analysis import OF_CELLS, OF_THE_PAPER, TARGETS
 from paper.groups import TWINS, Group
 from paper.markdown import number, points, spread, table
 
@@ -29,6 +30,14 @@ def in_short(groups: Groups, compared: pd.DataFrame) -> list[str]:
             *_well(groups),
         ),
         ("They predict it better than the overall drop", *_better(groups)),
+        (
+            "Selectivity and class correlation tell well which classes a unit's loss damages",
+            *_tell(groups, "within_unit"),
+        ),
+        (
+            "They tell well which units a class needs",
+            *_tell(groups, "within_class"),
+        ),
     ]
     names = {
         "rotation": "The damage of units differs in concentration from that of random directions",
@@ -135,6 +144,28 @@ def _better(groups: Groups) -> tuple[str, str]:
         f"better in {len(better)}, worse in {len(worse)}, undecided in "
         f"{every - len(better) - len(worse)} of {every} pairs; difference of the "
         "correlations: " + ", ".join(parts)
+    )
+
+
+def _tell(groups: Groups, figure: str) -> tuple[str, str]:
+    """Cells of unit and class: how well, and in how many layers at all."""
+    found = [
+        (group.family.title, name, group.cells.loc[(name, figure)])
+        for group in groups.values()
+        for name in OF_CELLS[:2]
+    ]
+    cells = [cell for cell in found if not np.isnan(cell[2]["value"])]
+    if not cells:
+        return "not seen", "no layer has a correlation"
+    well = sum(cell[2]["value"] >= WELL for cell in cells)
+    worst_title, worst_name, worst = min(cells, key=lambda cell: cell[2]["value"])
+    best_title, best_name, best = max(cells, key=lambda cell: cell[2]["value"])
+    told, layers = (int(sum(cell[2][name] for cell in cells)) for name in ("told", "layers"))
+    return _verdict(well, len(cells)), (
+        f"well in {well} of {len(cells)} pairs of attribute and family; from "
+        f"{number(worst['value'])} (`{worst_name}`, {worst_title}, ceiling "
+        f"{number(worst['ceiling'])}) to {number(best['value'])} (`{best_name}`, {best_title}, "
+        f"ceiling {number(best['ceiling'])}); more than the shuffles in {told} of {layers} layers"
     )
 
 

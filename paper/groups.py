@@ -51,6 +51,11 @@ class Group:
         return analysis.predicted([member.predictions for member in self.members])
 
     @cached_property
+    def cells(self) -> pd.DataFrame:
+        """`analysis.joined_cells` of all seeds."""
+        return analysis.joined_cells([member.cells for member in self.members])
+
+    @cached_property
     def axes(self) -> list[pd.DataFrame]:
         """`analysis.axes` of each seed."""
         return [analysis.axes(result) for result in self.results]

@@ -21,6 +21,7 @@ from paper.networks import Network
 
 SEED = 0  # of splits, rotations, random orders and resamples
 RANKINGS = {"selectivity": "class_selectivity", "L1 norm": "l1_norm"}
+CELL_SAMPLES = 8  # times as many sampled images where every class needs some
 CURVE_ORDERS = ("measured drop", *RANKINGS, "random")
 
 
@@ -153,6 +154,26 @@ class Measured:
         )
 
     @cached_property
+    def cells(self) -> pd.DataFrame:
+        """What attributes say of a class against the drop of that class: `analysis.cells`."""
+
+        def make() -> pd.DataFrame:
+            images, labels = self._images
+            half = analysis.half_of(labels.numpy(), SEED)
+            found = pa.attributes(
+                self.network.model(),
+                (images[half], labels[half]),
+                which=list(analysis.OF_CELLS),
+                class_names=self.network.class_names,
+                sample=CELL_SAMPLES * self.extent.sample,
+            )
+            return analysis.cells(
+                self.result, found, half, resamples=self.extent.resamples // 5, seed=SEED
+            )
+
+        return self._kept("cells.csv", make)
+
+    @cached_property
     def predictions(self) -> pd.DataFrame:
         """Draws of mean correlations: see `analysis.prediction_draws`."""
         return self._kept(
@@ -229,6 +250,7 @@ STAGES = (
     "result",
     "attributes",
     "correlations",
+    "cells",
     "predictions",
     "rotation",
     "rotated_axes",

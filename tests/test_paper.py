@@ -7,16 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from scipy import stats
 from support.simulated import simulate
 
 import pyablate as pa
-from paper import analysis, glyphs, markdown, measure, train
+from paper import analysis, document, findings, glyphs, markdown, measure, train
 from paper.networks import FAMILIES, FOLDER, Network, balanced, known
 from pyablate.analysis.targets import gini
 
@@ -188,6 +190,73 @@ def test_targets_agree_with_themselves_where_damage_is_real():
     assert found["split_half_drop"] > 0.9
     noise = analysis.reliability(chance, splits=20).iloc[0]
     assert abs(noise["split_half_drop"]) < 0.3
+
+
+def cells_of(result: pa.AblationResult, **attributes: np.ndarray) -> xr.Dataset:
+    over = {f"{name}_per_class": (("unit", "class"), a) for name, a in attributes.items()}
+    return xr.Dataset(over, coords={"unit": result.units["label"].to_numpy(dtype=str)})
+
+
+def test_cells_take_drops_from_the_other_half(result, monkeypatch):
+    random = np.random.default_rng(5)
+    half = analysis.half_of(result.labels, 0)
+    other = analysis.on_images(result, ~half).class_accuracy_drop
+    monkeypatch.setattr(analysis, "OF_CELLS", ("same", "noise"))
+    table = cells_of(result, same=other, noise=random.random(other.shape), more=other)
+    found = analysis.cells(result, table, half, resamples=5, shuffles=9)
+    assert set(found["attribute"]) == {"same", "noise"}
+    exact = found[(found["attribute"] == "same") & (found["figure"] != "precision")]
+    assert exact["value"].tolist() == pytest.approx([1.0] * 4)
+    assert (np.bincount(result.labels[half]) == 20).all()
+
+
+def test_families_join_the_cells_of_their_networks():
+    def network(level: float) -> pd.DataFrame:
+        lines = itertools.product(["one", "two"], ["a", "b"], analysis.CELL_FIGURES)
+        frame = pd.DataFrame(lines, columns=["layer", "attribute", "figure"])
+        second = np.where(frame["layer"] == "two", 0.1, 0.0)
+        return frame.assign(value=level + second, q=second, halves=0.3, ceiling=0.6)
+
+    first, second = network(0.1), network(0.5)
+    second.loc[second["layer"] == "two", ["value", "q"]] = np.nan
+    row = analysis.joined_cells([first, second]).loc[("b", "within_class")]
+    assert row["value"] == pytest.approx((0.15 + 0.5) / 2)
+    assert (row["value_least"], row["value_most"]) == pytest.approx((0.15, 0.5))
+    assert (row["layers"], row["told"]) == (3, 2)
+    assert row["ceiling"] == pytest.approx(0.6)
+
+
+class Joined:
+    """A family of which only the cells are known."""
+
+    def __init__(self, title: str, values: dict[str, float]) -> None:
+        self.family = SimpleNamespace(title=title, top="top")
+        lines = itertools.product(analysis.OF_CELLS, analysis.CELL_FIGURES)
+        frame = pd.DataFrame(lines, columns=["attribute", "figure"]).assign(layer="top")
+        frame["value"] = frame["attribute"].map(values)
+        figures = {"q": 0.01, "halves": 0.4, "ceiling": 0.8, "low": 0.0, "high": 1.0, "units": 9}
+        cells = frame.assign(**figures)
+        self.members = [SimpleNamespace(cells=cells)]
+        self.cells = analysis.joined_cells([cells])
+
+
+def test_the_verdict_on_cells_follows_the_rules():
+    well = Joined("good", dict.fromkeys(analysis.OF_CELLS, 0.6))
+    poor = Joined("poor", dict.fromkeys(analysis.OF_CELLS, 0.1))
+    half = Joined("half", {"class_selectivity": 0.7, "class_correlation": 0.3, "lrp": 0.4})
+    none = Joined("none", {})
+    assert findings._tell({"a": well}, "within_unit")[0] == "agrees"
+    assert findings._tell({"a": poor}, "within_unit")[0] == "does not agree"
+    word, figures = findings._tell({"a": half, "b": poor, "c": none}, "within_class")
+    assert word == "partly"
+    assert figures.startswith("well in 1 of 4 pairs of attribute and family; from 0.10")
+    assert figures.endswith(
+        "0.70 (`class_selectivity`, half, ceiling 0.80); more than the shuffles in 4 of 4 layers"
+    )
+    assert findings._tell({"c": none}, "within_unit")[0] == "not seen"
+    text = "\n\n".join(document.cells_section({"a": half, "b": well, "c": none}))
+    assert "within a unit `class_selectivity` (1) and `lrp` (1), at 75 to 87 % of" in text
+    assert "nan" not in text
 
 
 def test_measured_correlations_are_scipys(result, attributes):

@@ -1,9 +1,9 @@
 """Correlation coefficients of thousands of resamples of the same units, as matrix products.
 
-A resample is a vector of weights: how often it holds each unit. With the matrix
-``S[j, i] = sign(x_i - x_j)`` the ranks of all units in all resamples are ``W @ S`` (shifted and
-doubled), and Kendall's sum over pairs is ``w S_x S_y w``; ties, which repeated units always bring,
-come out right by themselves.
+A resample is a vector of weights: how often it holds each unit. The rank of a unit is the weight
+below it and half of the weight of its equals. With the matrix ``S[j, i] = sign(x_i - x_j)``
+Kendall's sum over pairs is ``w S_x S_y w``; ties, which repeated units always bring, come out right
+by themselves.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class Variable:
     @cached_property
     def ranks(self) -> NDArray[np.float32]:
         """float32 [resample, unit]: twice the rank in the resample, centred."""
-        return self.weights @ self.signs
+        distinct, place = np.unique(self.values, return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        first = np.searchsorted(place[order], np.arange(len(distinct)))
+        held = np.add.reduceat(self.weights[:, order], first, axis=1)
+        upto = np.cumsum(held, axis=1)
+        centred: NDArray[np.float32] = (2 * upto - held - upto[:, -1:])[:, place]
+        return centred
 
     @cached_property
     def untied(self) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -13,9 +14,22 @@ from scipy import stats
 
 from pyablate._validation import check_choices, check_count, check_level, check_seed, nearest
 from pyablate.analysis.bootstrap import METHODS, Variable, coefficients, resample, shuffled
+from pyablate.analysis.cells import (
+    FEWEST,
+    FIGURES,
+    Cells,
+    agreement_of_halves,
+    ceiling,
+    half_drops,
+)
 from pyablate.analysis.statistics import adjusted, layer_rows
-from pyablate.analysis.targets import unit_targets
-from pyablate.analysis.unit_table import aligned, attribute_columns, preferred_classes
+from pyablate.analysis.targets import CELL_TARGET, cell_targets, unit_targets
+from pyablate.analysis.unit_table import (
+    aligned,
+    attribute_columns,
+    cell_columns,
+    preferred_classes,
+)
 from pyablate.results.record import Floats, Record
 
 if TYPE_CHECKING:
@@ -27,6 +41,12 @@ _FIGURES = ["correlation", "low", "high", "p", "shuffled", "random_order"]
 _COLUMNS = (
     "layer target attribute method units missing correlation low high p q shuffled random_order"
 ).split()
+_CELL_FIGURES = ["value", "low", "high", "p", "shuffled_units", "shuffled_classes"]
+_CELL_FIGURES += ["halves", "ceiling"]
+_CELL_COLUMNS = (
+    "layer target attribute figure units classes missing value low high p q shuffled_units "
+    "shuffled_classes halves ceiling"
+).split()
 _Made = TypeVar("_Made")
 
 
@@ -36,6 +56,8 @@ def correlate(
     *,
     attributes: str | Sequence[str] | None = None,
     targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None,
+    cells: bool = False,
+    top: float = 0.05,
     methods: str | Sequence[str] = METHODS,
     layers: str | Sequence[str] | None = None,
     preferred: str = "class_selectivity_class",
@@ -62,8 +84,15 @@ def correlate(
     targets : str, sequence of str, or mapping of str to numbers [unit], optional
         What to predict, see :func:`pyablate.analysis.targets.unit_targets`; by default all that can
         be had.
+    cells : bool
+        Compare cells of unit and class instead: does what an attribute says of class k foretell the
+        drop of class k? The table is then a data set with variables over ``unit`` and ``class``
+        (``auc_per_class`` is attribute ``auc``), and targets are such variables of ``result.data``,
+        by default ``class_accuracy_drop``.
+    top : float
+        Share of the cells that ``precision`` looks at, with ``cells``.
     methods : str or sequence of str
-        Of ``pearson``, ``spearman``, ``kendall`` (tau-b).
+        Of ``pearson``, ``spearman``, ``kendall`` (tau-b); cells are compared by ``spearman``.
     layers : str or sequence of str, optional
         Names or globs; by default all.
     preferred : str
@@ -92,6 +121,23 @@ def correlate(
 
         NaN for fewer than three units, and where attribute or target is constant.
 
+        With ``cells`` one row per layer, target, attribute and ``figure``: ``within_unit`` (rank
+        correlation over classes, mean over units: which class suffers), ``within_class`` (over
+        units, mean over classes: which unit matters) and ``precision`` (of the ``top`` cells by the
+        attribute, the share that is among as many by the drop):
+
+        - ``units`` and ``classes`` that took part, and ``missing``, units left out because a
+          cell of theirs is not finite; a class without any finite cell is left out before;
+        - ``value``, and ``low`` and ``high``, the interval when units and classes are drawn again;
+        - ``shuffled_units`` and ``shuffled_classes``: what the figure stays below with probability
+          ``confidence`` when the attribute's rows, or columns, are shuffled. The first keeps what
+          all units have in common (classes that are fragile, whoever is ablated), the second what
+          all classes have (units that matter to all);
+        - ``p``, the share of shuffles that reach the value, of the kind that reaches it more often,
+          and ``q``, adjusted over the attributes of the layer, target and figure;
+        - ``halves``, the figure between the drops of two halves of the images, and ``ceiling``, the
+          correlation to expect of a perfect attribute; only of ``class_accuracy_drop``.
+
     Raises
     ------
     ValueError
@@ -105,6 +151,10 @@ def correlate(
     >>> found = pa.correlate(result, table, methods="spearman", resamples=50, seed=0)
     >>> found["target"].iloc[0], int(found["units"].iloc[0])
     ('accuracy_drop', 128)
+    >>> table = pa.attributes(model, data, "features.16", "class_correlation")
+    >>> found = pa.correlate(result, table, cells=True, resamples=20, shuffles=20)
+    >>> found["figure"].tolist()
+    ['within_unit', 'within_class', 'precision']
     """
     methods = check_choices("methods", methods, METHODS)
     if not methods:
@@ -113,6 +163,13 @@ def correlate(
     check_count("shuffles", shuffles)
     check_seed(seed)
     check_level("confidence", confidence)
+    if cells:
+        check_level("top", top)
+        check_count("splits", splits)
+        if tuple(methods) not in (METHODS, ("spearman",)):
+            raise ValueError(f"methods: cells are compared by spearman, got {', '.join(methods)}")
+        draws = _Draws(resamples, shuffles, confidence, splits, seed)
+        return _cells(result, table, attributes, targets, layers, top, draws)
     frame = aligned(table, result)
     columns = attribute_columns(frame, attributes, leave_out=[preferred])
     wanted = unit_targets(
@@ -134,6 +191,96 @@ def correlate(
     tests = found.groupby(_FAMILY, sort=False)["p"]
     found["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
     return found[_COLUMNS]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How much of everything random, as :func:`correlate` takes it."""
+
+    resamples: int
+    shuffles: int
+    confidence: float
+    splits: int
+    seed: int
+
+
+def _cells(
+    result: Record,
+    table: xr.Dataset | pd.DataFrame,
+    attributes: str | Sequence[str] | None,
+    targets: str | Sequence[str] | Mapping[str, ArrayLike] | None,
+    layers: str | Sequence[str] | None,
+    top: float,
+    draws: _Draws,
+) -> pd.DataFrame:
+    """Compare attributes with drops in every cell of unit and class."""
+    result.check_complete("correlate(cells=True)")
+    columns = cell_columns(table, result, attributes)
+    wanted = cell_targets(result, targets)
+    lines: list[dict[str, Any]] = []
+    for layer, rows in chosen_layers(result, layers).items():
+        halves = list(half_drops(result, rows, draws.splits, draws.seed))
+        for target, drops in wanted.items():
+            pairs = halves if target == CELL_TARGET else []
+            for attribute, values in columns.items():
+                head = {"layer": layer, "target": target, "attribute": attribute}
+                found = _cell_figures(values[rows], drops[rows], pairs, top, draws)
+                lines += [head | line for line in found]
+    found = pd.DataFrame(lines)
+    tests = found.groupby(["layer", "target", "figure"], sort=False)["p"]
+    found["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
+    return found[_CELL_COLUMNS]
+
+
+def _cell_figures(
+    attribute: Floats, drop: Floats, halves: Sequence[Sequence[Floats]], top: float, draws: _Draws
+) -> list[dict[str, Any]]:
+    """All figures of one attribute on the cells of one layer."""
+    finite = np.isfinite(attribute) & np.isfinite(drop)
+    classes = finite.any(axis=0)
+    units = finite[:, classes].all(axis=1)
+    kept = np.ix_(units, classes)
+    counts = {
+        "units": int(units.sum()),
+        "classes": int(classes.sum()),
+        "missing": int((~units).sum()),
+    }
+    if min(counts["units"], counts["classes"]) < FEWEST:
+        return [
+            {"figure": name, **counts, **dict.fromkeys(_CELL_FIGURES, np.nan)} for name in FIGURES
+        ]
+    cells = Cells(attribute[kept], drop[kept], top)
+    value = cells.measured()
+    drawn = cells.resampled(draws.resamples, np.random.default_rng(draws.seed))
+    tail = (1 - draws.confidence) / 2
+    low, high = (_quantiles(drawn, level) for level in (tail, 1 - tail))
+    generator = np.random.default_rng((draws.seed, 1))
+    by_units, by_classes = (cells.shuffled(draws.shuffles, generator, axis) for axis in (0, 1))
+    reaching = [(shuffled >= value).sum(axis=0) for shuffled in (by_units, by_classes)]
+    p = (1 + np.maximum(*reaching)) / (1 + draws.shuffles)
+    bounds = [_quantiles(shuffled, draws.confidence) for shuffled in (by_units, by_classes)]
+    agreeing = agreement_of_halves([[half[kept] for half in pair] for pair in halves], top)
+    return [
+        {
+            "figure": name,
+            **counts,
+            "value": value[i],
+            "low": low[i],
+            "high": high[i],
+            "p": p[i] if np.isfinite(value[i]) else np.nan,
+            "shuffled_units": bounds[0][i],
+            "shuffled_classes": bounds[1][i],
+            "halves": agreeing[i],
+            "ceiling": ceiling(agreeing[i]) if name != "precision" else np.nan,
+        }
+        for i, name in enumerate(FIGURES)
+    ]
+
+
+def _quantiles(draws: Floats, level: float) -> Floats:
+    """Quantile of each column [draw, figure], NaN left out; NaN where nothing is left."""
+    columns = (column[~np.isnan(column)] for column in draws.T)
+    return np.array([np.quantile(known, level) if len(known) else np.nan for known in columns])
 
 
 class _Chance:

@@ -9,13 +9,18 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyablate._validation import nearest
+from pyablate.analysis.shrinkage import shrunken_drop
 from pyablate.analysis.statistics import split_half_drop
 from pyablate.results.record import Floats, Ints, Record
 
 PREFERRED = "preferred_class_drop"
 TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")
+SHRUNKEN = "shrunken_drop"
 NEEDS_ALL = {"split_half_drop", "gini", "entropy"}
 """Targets that an estimated run cannot give."""
+
+CELL_TARGET = "class_accuracy_drop"
+"""Target of cells of unit and class."""
 
 # Only where a run recorded them.
 MEASURES = ("loss_change", "margin_change")
@@ -38,7 +43,8 @@ def unit_targets(
     targets : str, sequence of str, or mapping of str to numbers [unit], optional
         ``accuracy_drop``; ``split_half_drop`` (the largest class drop without the bias of choosing
         its class); ``preferred_class_drop`` (drop of the class that the unit prefers); ``gini`` and
-        ``entropy`` of the class drops; ``loss_change`` and ``margin_change`` where the run recorded
+        ``entropy`` of the class drops; by name only ``shrunken_drop``
+        (:func:`pyablate.analysis.shrinkage.shrunken_drop`); ``loss_change`` and ``margin_change`` where the run recorded
         them; or any other variable of ``result.data`` over ``unit`` alone. A mapping brings numbers
         of its own. By default all that can be had.
     preferred : int64 [unit], optional
@@ -71,6 +77,40 @@ def unit_targets(
         targets = [t for t in TARGETS if t not in left_out] + measured
     names = [targets] if isinstance(targets, str) else list(targets)
     return {name: _target(result, name, preferred, splits, seed) for name in names}
+
+
+def cell_targets(
+    result: Record, targets: str | Sequence[str] | Mapping[str, ArrayLike] | None = None
+) -> dict[str, Floats]:
+    """Take variables of the result over unit and class, by default ``class_accuracy_drop``.
+
+    Returns
+    -------
+    dict of str to float64 [unit, class]
+        NaN for classes without images.
+
+    Raises
+    ------
+    ValueError
+        The result has no such variable, or numbers are given, which have no class.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.targets import cell_targets
+    >>> cell_targets(result)["class_accuracy_drop"].shape
+    (128, 10)
+    """
+    if isinstance(targets, Mapping):
+        raise ValueError("targets: expected names of variables over unit and class, got a mapping")
+    names = [CELL_TARGET] if targets is None else targets
+    known = [str(name) for name, of in result.data.items() if of.dims == ("unit", "class")]
+    found = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise ValueError(f"targets: no target {name!r} of unit and class{nearest(name, known)}")
+        values = result.data[name].to_numpy().astype(np.float64)
+        found[name] = np.where(result.class_sizes > 0, values, np.nan)
+    return found
 
 
 def preferred_class_drop(result: Record, preferred: Ints) -> Floats:
@@ -173,6 +213,8 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
         return preferred_class_drop(result, preferred)
     if name == "accuracy_drop":
         return result.accuracy_drop
+    if name == SHRUNKEN:
+        return shrunken_drop(result)
     if name == "split_half_drop":
         return split_half_drop(result, splits=splits, seed=seed)
     if name in ("gini", "entropy"):
@@ -181,7 +223,7 @@ def _target(result: Record, name: str, preferred: Ints | None, splits: int, seed
     if name in MEASURES:
         changes: Floats = getattr(result, name)  # says what is missing where it was not recorded
         return changes
-    known = [*TARGETS, *_recorded(result)]
+    known = [*TARGETS, SHRUNKEN, *_recorded(result)]
     if name not in known:
         raise ValueError(f"targets: no target {name!r}{nearest(name, known)}")
     return result.data[name].to_numpy().astype(np.float64)

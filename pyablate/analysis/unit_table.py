@@ -17,6 +17,7 @@ from pyablate.results.record import Floats, Ints, Record
 if TYPE_CHECKING:
     import xarray as xr
 
+_PER_CLASS = "_per_class"
 _LABELS = ("unit", "label")  # columns of a CSV file that may hold the unit labels
 
 
@@ -62,6 +63,50 @@ def attribute_columns(
         if not pd.api.types.is_numeric_dtype(frame[name]):
             raise ValueError(f"attributes: {name!r} holds no numbers but {frame[name].dtype}")
     return {name: frame[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in names}
+
+
+def cell_columns(
+    table: xr.Dataset | pd.DataFrame, result: Record, names: str | Sequence[str] | None
+) -> dict[str, Floats]:
+    """Pick the variables over unit and class, [unit, class] in the order of the result.
+
+    ``auc_per_class`` is picked, and called, by ``auc`` as well.
+    """
+    if not hasattr(table, "data_vars"):
+        raise TypeError(
+            "table: cells of unit and class need an xarray.Dataset with variables over both, got "
+            f"{type(table).__name__}"
+        )
+    of_cells = {
+        str(name).removesuffix(_PER_CLASS): values
+        for name, values in table.data_vars.items()
+        if values.dims == ("unit", "class")
+    }
+    if names is None:
+        names = list(of_cells)
+    if not of_cells or not len(names):
+        raise ValueError("table: expected at least one attribute over 'unit' and 'class', got none")
+    labels = aligned(table.drop_vars(list(table.data_vars)), result).index
+    classes = tuple(map(str, table["class"].to_numpy())) if "class" in table.coords else None
+    if classes not in (None, result.class_names):
+        raise ValueError(
+            f"table: expected the classes of the result, {result.class_names[0]!r} and "
+            f"{result.classes - 1} others in this order, got {len(classes)}: {classes[0]!r}, ..."
+        )
+    chosen = {}
+    for name in [names] if isinstance(names, str) else names:
+        short = name.removesuffix(_PER_CLASS)
+        if short not in of_cells:
+            raise ValueError(
+                f"attributes: no attribute {name!r} of unit and class{nearest(name, of_cells)}"
+            )
+        values = of_cells[short].sel(unit=labels.to_numpy()).to_numpy().astype(np.float64)
+        if values.shape[1] != result.classes:
+            raise ValueError(
+                f"table: expected {result.classes} classes in {name!r}, got {values.shape[1]}"
+            )
+        chosen[short] = values
+    return chosen
 
 
 def preferred_classes(frame: pd.DataFrame, name: str, class_names: Sequence[str]) -> Ints | None:

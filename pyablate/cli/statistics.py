@@ -38,6 +38,13 @@ _CORRELATION_COLUMNS = (
     *columns(chance, "q"),
     *columns("{:.2f}".format, "by chance=random_order"),
 )
+_CELL_COLUMNS = (
+    *columns(str, "Layer=layer", "Target=target", "Figure=figure", "Attribute=attribute"),
+    *columns("{:+.2f}".format, "value", "from=low", "to=high"),
+    *columns(chance, "q"),
+    *columns("{:+.2f}".format, "units shuffled=shuffled_units", "classes=shuffled_classes"),
+    *columns("{:.2f}".format, "ceiling"),
+)
 
 
 def significance(
@@ -114,6 +121,14 @@ def correlate(
         typer.Option(metavar="NAME", help="pearson, spearman or kendall; may be given again."),
     ] = ["spearman"],  # noqa: B006  # typer copies it
     layers: Only = None,
+    cells: Annotated[
+        bool,
+        typer.Option(
+            "--cells",
+            help="Compare what attributes say of each class with the drop of that class; needs a "
+            ".zarr table.",
+        ),
+    ] = False,
     resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
     seed: Seeds = 0,
     csv: Annotated[
@@ -135,6 +150,7 @@ def correlate(
         read_table(attributes),
         attributes=attribute,
         targets=target,
+        cells=cells,
         methods=method,
         layers=layers,
         resamples=resamples,
@@ -142,7 +158,7 @@ def correlate(
     )
     if csv is not None:
         write_csv(found, csv)
-    show(_correlation_table(found), written=[csv])
+    show(_cell_table(found) if cells else _correlation_table(found), written=[csv])
 
 
 def _significance_table(result: AblationResult, tests: xr.Dataset, units: pd.DataFrame) -> Table:
@@ -162,6 +178,18 @@ def _significance_table(result: AblationResult, tests: xr.Dataset, units: pd.Dat
         sums = {name: int(found.sum()) for name, found in counts.items()}
         parts.append(worst_units(units.iloc[rows]).assign(**sums))
     return frame_table(pd.concat(parts), _SIGNIFICANCE_COLUMNS, grouped=4)
+
+
+def _cell_table(found: pd.DataFrame) -> Table:
+    """Tabulate, per layer, target and figure, the attributes that foretell most."""
+    import pandas as pd
+
+    families = found.groupby(["layer", "target", "figure"], sort=False)
+    best = [
+        lines.sort_values("value", ascending=False, kind="stable").head(_BEST)
+        for _, lines in families
+    ]
+    return frame_table(pd.concat(best), _CELL_COLUMNS, grouped=3)
 
 
 def _correlation_table(found: pd.DataFrame) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import pandas as pd
 from torch import nn
 
 from pyablate._validation import check_choice, check_exact, check_fraction, check_seed, nearest
+from pyablate.analysis.statistics import mcnemar, sampling_variance
 from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import attribute_columns, table_frame
 from pyablate.compression.coupling import Coupled, Coupling
@@ -22,6 +24,10 @@ from pyablate.results.screening import Screening
 if TYPE_CHECKING:
     import xarray as xr
 
+logger = logging.getLogger("pyablate")
+
+UNRESOLVED = 0.05
+"""Above this p value of McNemar's test the 95 % interval of an accuracy drop holds 0."""
 SCOPES = ("global", "layer")
 COMBINATIONS: dict[str, Callable[[list[float]], float]] = {
     "max": np.max,
@@ -58,8 +64,11 @@ def rank(
         scores by label, as a mapping or ``pandas.Series``.
     column : str, optional
         Which drop or attribute: of a result any target of :func:`pyablate.correlate` that needs no
-        preferred class, such as ``"accuracy_drop"`` (the default), ``"max_class_drop"`` or
-        ``"split_half_drop"``; of a table any of its attributes, needless if there is only one.
+        preferred class, such as ``"accuracy_drop"`` (the default), ``"shrunken_drop"``,
+        ``"max_class_drop"`` or ``"split_half_drop"``; of a table any of its attributes, needless if
+        there is only one. Where most accuracy drops cannot be told from 0 (McNemar's test at 5 %),
+        the default is ``"loss_change"`` if the run recorded it, and ranking by accuracy drops warns
+        in the log.
     layers : str or sequence of str, optional
         Rank only these (names or globs) and what hangs together with them.
     scope : {"global", "layer"}
@@ -294,7 +303,7 @@ def _check_axes(coupling: Coupling, scores: Any) -> None:
 def _by_label(scores: Any, column: str | None) -> tuple[str, dict[str, float]]:
     """Name of the score and its value for each label."""
     if isinstance(scores, AblationResult):
-        name = column or "accuracy_drop"
+        name = _column_of(scores, column)
         values = unit_targets(scores, name)[name]
         return name, dict(zip(scores.units["label"].astype(str), values.tolist(), strict=True))
     if isinstance(scores, (Mapping, pd.Series)) and not hasattr(scores, "data_vars"):
@@ -310,6 +319,33 @@ def _by_label(scores: Any, column: str | None) -> tuple[str, dict[str, float]]:
         twice = labels[labels.duplicated()][0]
         raise ValueError(f"scores: unit {twice!r} is there more than once")
     return name, dict(zip(labels, values.tolist(), strict=True))
+
+
+def _column_of(result: AblationResult, column: str | None) -> str:
+    """Choose the drop to rank by, and say where accuracy is too coarse for it."""
+    if column not in (None, "accuracy_drop"):
+        return str(column)
+    p = mcnemar(
+        result.lost.sum(axis=1),
+        result.gained.sum(axis=1),
+        sampling_variance(result, "accuracy_drop"),
+    )
+    unresolved = int((p > UNRESOLVED).sum())
+    if 2 * unresolved <= len(p):
+        return "accuracy_drop"
+    told = (
+        f"the accuracy drops of {unresolved} of {len(p)} units cannot be told from 0 on "
+        f"{len(result.labels)} images (McNemar, p > {UNRESOLVED:g})"
+    )
+    if column is None and "loss" in result.measures:
+        logger.info("rank: %s; ranked by loss_change", told)
+        return "loss_change"
+    logger.warning(
+        "rank: %s: their order is mostly chance; record the loss (measures=[\"loss\"]) and rank by "
+        "loss_change, or take more images",
+        told,
+    )
+    return "accuracy_drop"
 
 
 def _of_classes(

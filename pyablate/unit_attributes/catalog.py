@@ -163,16 +163,20 @@ CATALOG: tuple[Attribute, ...] = (
     Attribute(
         "taylor",
         "gradients",
-        "mean over images of |mean over positions of g a|, g the gradient of the cross-entropy",
+        "mean over images (of class k) of |mean over positions of g a|, g the gradient of the "
+        "cross-entropy",
         "Molchanov et al. 2017, arXiv:1611.06440",
         True,
+        per_class=True,
     ),
     Attribute(
         "fisher",
         "gradients",
-        "mean over images of (sum over positions of g a)^2, g the gradient of the cross-entropy",
+        "mean over images (of class k) of (sum over positions of g a)^2, g the gradient of the "
+        "cross-entropy",
         "Theis et al. 2018, arXiv:1801.05787",
         True,
+        per_class=True,
     ),
     Attribute(
         "hrank",

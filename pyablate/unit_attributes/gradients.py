@@ -37,10 +37,16 @@ def per_unit(maps: Tensor, site: Site) -> Tensor:
 
 
 def taylor(per_image: Tensor, positions: int) -> Tensor:
-    """Sum over images of the absolute mean over positions, ``[C]`` from ``[N, C]``."""
-    return per_image.abs().sum(dim=0) / positions
+    """Absolute mean over positions, ``[N, C]`` from sums over positions."""
+    return per_image.abs() / positions
 
 
 def fisher(per_image: Tensor) -> Tensor:
-    """Sum over images of the squared sum over positions, ``[C]`` from ``[N, C]``."""
-    return per_image.square().sum(dim=0)
+    """Squared sum over positions, ``[N, C]`` from sums over positions."""
+    return per_image.square()
+
+
+def by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Sum over the images of each class, ``[C, K]`` from ``[N, C]`` and labels ``[N]``."""
+    sums = values.new_zeros(classes, values.shape[1])
+    return sums.index_add_(0, labels, values).t()

@@ -14,7 +14,7 @@ from pyablate.network.forward import forward
 from pyablate.network.sites import Site, hooked
 from pyablate.ops.moments import MapMoments, map_moments
 from pyablate.runtime.allocator import keep_freed_blocks
-from pyablate.unit_attributes.gradients import contributions, fisher, taylor
+from pyablate.unit_attributes.gradients import by_class, contributions, fisher, taylor
 
 
 @dataclass(eq=False)
@@ -30,7 +30,8 @@ class Observed:
     positions : int
         Positions of one map.
     taylor, fisher : Tensor
-        float64 ``[C]``, sums over images; zeros where no gradients were asked for.
+        float64 ``[C, K]``, sums over the images of each class; zeros where no gradients were asked
+        for.
     """
 
     site: Site
@@ -80,7 +81,7 @@ def observe(
     the number of images done.
     """
     keep_freed_blocks()
-    watched = _Watch(sites, repeated, len(data), gradients)
+    watched = _Watch(sites, repeated, len(data), classes, gradients)
     labels, probabilities = [], []
     for batch in data.batches(batch_size):
         logits = watched.run(model, batch)
@@ -101,6 +102,7 @@ class _Watch:
     sites: Sequence[Site]
     repeated: frozenset[str]
     images: int
+    classes: int
     gradients: bool
     done: int = 0
     layers: dict[str, Observed] = field(default_factory=dict)
@@ -138,7 +140,7 @@ class _Watch:
         maps = maps.detach()[: len(batch)]
         layer = self.layers.get(site.name)
         if layer is None:
-            layer = self.layers[site.name] = _empty(self._site(site.name), maps, self.images)
+            layer = self.layers[site.name] = self._empty(self._site(site.name), maps)
         own = layer.maps.part(self.done, len(batch))
         if maps.device.type == "cpu":
             map_moments(maps, own, axis=site.axis)
@@ -154,24 +156,24 @@ class _Watch:
         maps = {self._site(name): calls for name, calls in self.held.items()}
         for site, per_image in contributions(logits, batch.labels, maps).items():
             layer = self.layers[site.name]
-            layer.taylor += taylor(per_image, layer.positions).cpu()
-            layer.fisher += fisher(per_image).cpu()
+            labels = batch.labels.to(per_image.device)
+            layer.taylor += by_class(taylor(per_image, layer.positions), labels, self.classes).cpu()
+            layer.fisher += by_class(fisher(per_image), labels, self.classes).cpu()
 
     def _site(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)
+
+    def _empty(self, site: Site, maps: Tensor) -> Observed:
+        return Observed(
+            site=site,
+            maps=MapMoments.empty(site.channels, self.images, maps.dtype),
+            positions=maps[0].numel() // site.channels,
+            taylor=torch.zeros(site.channels, self.classes, dtype=torch.float64),
+            fisher=torch.zeros(site.channels, self.classes, dtype=torch.float64),
+        )
 
 
 def _flat(maps: Tensor, site: Site) -> Tensor:
     """Units first, all positions behind: ``[N, C, positions]``."""
     moved = maps.movedim(site.axis, 1)
     return moved.flatten(2) if moved.ndim > 2 else moved.unsqueeze(2)
-
-
-def _empty(site: Site, maps: Tensor, images: int) -> Observed:
-    return Observed(
-        site=site,
-        maps=MapMoments.empty(site.channels, images, maps.dtype),
-        positions=maps[0].numel() // site.channels,
-        taylor=torch.zeros(site.channels, dtype=torch.float64),
-        fisher=torch.zeros(site.channels, dtype=torch.float64),
-    )

@@ -19,6 +19,7 @@ from pyablate.runtime.chunking import NUMBERS
 from pyablate.runtime.progress import Report
 from pyablate.unit_attributes import activations, concepts, information, selectivity
 from pyablate.unit_attributes.catalog import Attribute
+from pyablate.unit_attributes.gradients import by_class
 from pyablate.unit_attributes.nisp import nisp
 from pyablate.unit_attributes.observe import Observations, Observed, observe
 from pyablate.unit_attributes.relevance import conductance, contrastive, relevance, shares
@@ -142,14 +143,14 @@ class Work:
 
     def _reduce(self, layer: Observed, seen: Observations, probabilities: Tensor) -> None:
         """Take from one layer what follows; ``probabilities`` ``[K, N]`` are standardised."""
-        name, images, pooled = layer.site.name, len(seen.labels), layer.maps.pooled
+        name, pooled = layer.site.name, layer.maps.pooled
         if self.wants("activations", "class_selectivity"):
             label = seen.labels.int()
-            by_class = class_moments(pooled, layer.maps.active, label, self.ready.classes)
+            moments = class_moments(pooled, layer.maps.active, label, self.ready.classes)
             if self.wants("activations"):
-                self._store(name, activations.moments(layer, by_class))
+                self._store(name, activations.moments(layer, moments))
             if self.wants("class_selectivity"):
-                index = selectivity.class_selectivity(by_class.total, layer.maps.least, seen.count)
+                index = selectivity.class_selectivity(moments.total, layer.maps.least, seen.count)
                 self._store(name, {"class_selectivity_per_class": index})
         if self.wants("class_correlation", "redundancy"):
             units = selectivity.standardised(pooled)
@@ -159,7 +160,8 @@ class Work:
             if self.wants("redundancy"):
                 self._store(name, {"redundancy": selectivity.redundancy(units)})
         if self.wants("gradients"):
-            self._store(name, {"taylor": layer.taylor / images, "fisher": layer.fisher / images})
+            for attribute, sums in (("taylor", layer.taylor), ("fisher", layer.fisher)):
+                self._store(name, _means(attribute, sums, seen.count))
         if self.wants("auc", "informedness", "precision_at", "information"):
             self._rank(layer, seen)
 
@@ -220,10 +222,12 @@ class Work:
 
 def _by_class(name: str, values: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
     """Means of ``[N, C]`` over all images, and over those of each class."""
-    sums = torch.zeros(classes, values.shape[1], dtype=torch.float64)
-    sums.index_add_(0, labels, values)
-    mean = sums.t() / torch.bincount(labels, minlength=classes)
-    return {name: values.mean(dim=0), f"{name}_per_class": mean}
+    return _means(name, by_class(values, labels, classes), labels.bincount(minlength=classes))
+
+
+def _means(name: str, sums: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """Means over all images and over each class, from sums ``[C, K]`` over ``count`` images."""
+    return {name: sums.sum(dim=1) / count.sum(), f"{name}_per_class": sums / count}
 
 
 def _evenly(data: Data, count: int, batch_size: int) -> tuple[Tensor, Tensor]:

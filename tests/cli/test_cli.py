@@ -452,6 +452,24 @@ def test_correlate_prints_and_writes_what_the_library_finds(here: Path) -> None:
     assert "Written: found.csv" in out
 
 
+# Zarr has no settled encoding of text; xarray's is the one there is.
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 specification")
+def test_correlate_of_cells_prints_what_the_library_finds(here: Path) -> None:
+    random = np.random.default_rng(0)
+    result = simulate(random.random((4, 4)), 0.1, 20, random, ["layer"] * 4)
+    result.save("planted.zarr")
+    cells = {"mine_per_class": (("unit", "class"), random.random((4, 4)))}
+    table = xr.Dataset(cells, coords={"unit": result.units["label"].to_numpy(dtype=str)})
+    table.to_zarr("cells.zarr", consolidated=False)
+    options = ("--cells", "--resamples", "20", "--csv", "found.csv")
+    code, out, err = invoke_apart("correlate", "planted.zarr", "cells.zarr", *options)
+    assert code == 0, err
+    expected = pa.correlate(result, table, cells=True, resamples=20)
+    pd.testing.assert_frame_equal(pd.read_csv("found.csv"), expected, check_dtype=False)
+    for word in ("within_unit", "within_class", "precision", "mine", "Written: found.csv"):
+        assert word in out
+
+
 @pytest.mark.slow
 def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
     code, out, err = invoke_apart("demo", "--limit", "64", "--output", str(tmp_path / "demo"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,12 @@ import pytest
 import torch
 from support.compressible import Dense, Grouped, Mobile, images, made
 from support.screened import careless_thresholds, layers_case
+from support.simulated import simulate
 from support.state import state_of
 from torch import nn
 
 import pyablate as pa
+from pyablate.results.measures import Measure
 
 pytest.importorskip("torch_pruning")
 
@@ -257,3 +260,37 @@ def test_a_ranking_by_a_screened_run_keeps_its_certificate(monkeypatch):
     assert ranking.shuffled(0).screening is None
     with pytest.raises(ValueError, match="guarantee: expected 'exact', since nothing is ablated"):
         pa.rank(model, sample, screened, guarantee="screened")
+
+
+def of_features(rates: np.ndarray, gain: np.ndarray | float) -> pa.AblationResult:
+    """A result on 200 images made up for the first layer of a shipped network."""
+    return simulate(rates, gain, 100, np.random.default_rng(0), ["features.1"] * 24)
+
+
+def test_drops_that_are_mostly_chance_are_told(caplog):
+    model = pa.demo.network("alexnet")
+    harmless, harmful = np.full((24, 2), 0.05), np.full((24, 2), 0.6)
+    options = {"layers": "features.1"}
+    coarse = of_features(harmless, 0.05)
+    with caplog.at_level("INFO", "pyablate"):
+        assert pa.rank(model, SAMPLE, coarse, **options).name == "accuracy_drop"
+        said = caplog.text
+        assert "rank: the accuracy drops of 24 of 24 units cannot be told from 0 on 200" in said
+        caplog.clear()
+        recorded = replace(coarse, measures={"loss": Measure(np.arange(48.0).reshape(24, 2))})
+        ranking = pa.rank(model, SAMPLE, recorded, **options)
+        assert ranking.name == "loss_change"
+        assert [one.label for one in ranking.order] == labels("features.1", 24)
+        assert {record.levelname for record in caplog.records} == {"INFO"}
+        caplog.clear()
+        # What is asked for is done, and the other columns are nobody's business.
+        assert pa.rank(model, SAMPLE, recorded, column="accuracy_drop", **options).name == (
+            "accuracy_drop"
+        )
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+        caplog.clear()
+        shrunken = pa.rank(model, SAMPLE, coarse, column="shrunken_drop", **options)
+        assert np.all(np.diff(shrunken.scores) >= 0)
+        resolved = replace(of_features(harmful, 0.0), measures=recorded.measures)
+        assert pa.rank(model, SAMPLE, resolved, **options).name == "accuracy_drop"
+        assert not caplog.records

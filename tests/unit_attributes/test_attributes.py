@@ -166,6 +166,12 @@ def test_gradients(name):
     products = [g * a for _, a, g in units(name)]
     agree(name, "taylor", [abs(p.mean(axis=1)).mean() for p in products], rtol=2e-3)
     agree(name, "fisher", [(p.sum(axis=1) ** 2).mean() for p in products], rtol=2e-3)
+    labels = networks.network(name)[2].numpy()
+    slow = [
+        [abs(p[labels == k].mean(axis=1)).mean() for k in range(networks.CLASSES)] for p in products
+    ]
+    found = table(name)["taylor_per_class"].to_numpy()
+    np.testing.assert_allclose(found, slow, rtol=2e-3, atol=1e-7)
 
 
 def test_gradients_are_left_alone():
@@ -374,12 +380,16 @@ def test_every_variable_says_what_it_is():
         assert set(variable.attrs) >= {"formula", "source", "family", "rescaling_invariant"}
 
 
+_ENDINGS = ("", "_class", "_per_class")
+
+
 def test_which_by_name_and_family():
     model, images, labels = networks.network("residual")
     found = pa.attributes(model, (images, labels), which=["sparsity", "auc"])
     assert set(found.data_vars) == {"sparsity", "auc", "auc_class", "auc_per_class"}
     with_family = pa.attributes(model, (images, labels), which="gradients")
-    assert set(with_family.data_vars) == {"taylor", "fisher"}
+    both = {f"{name}{ending}" for name in ("taylor", "fisher") for ending in _ENDINGS}
+    assert set(with_family.data_vars) == both
 
 
 @pytest.mark.parametrize(
