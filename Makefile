@@ -29,7 +29,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test fuzz lint format bench demo docs pictures compression paper wheel test-wheel sanitize clean
+.PHONY: build test fuzz lint format bench demo docs pictures compression paper photographs wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -104,6 +104,10 @@ pictures: build
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
 	$(BIN)/python -m paper $(ARGS)
+
+# Hours: a screened run of all units of a network of ImageNet's size, kept in build/photographs.
+photographs: $(VENV)/.bench
+	$(BIN)/python -m paper.photographs $(ARGS)
 
 # Goes on where it was broken off: measurements are kept in compression_study.
 compression: build

@@ -206,9 +206,9 @@ after CIFAR-10 or ImageNet hold programs that download them), so the
 
 {(flips > 0).mean():.0%} of the units change a prediction at all; a unit changes
 {points(flips.mean() / images, 2)} % of them on average and {points(flips.max() / images)} % at most
-(`{worst}`). The narrowest kind of WordNet that holds the class before and the class after is smaller
-than that of the class before and one that is predicted of a random crop in {nearer} of {counted}
-layers (medians over all flips of a layer).
+(`{worst}`). The narrowest kind of WordNet that holds the class before and the class after is
+smaller than that of the class before and one that is predicted of a random crop in {nearer} of
+{counted} layers (medians over all flips of a layer).
 
 {_layer_table(layers)}
 

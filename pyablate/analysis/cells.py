@@ -103,7 +103,8 @@ class _Descending:
         wanted = max(1, round(share * upto[-1]))
         left = np.clip(wanted - (upto - held), 0, held)
         chance = np.divide(left, held, out=np.zeros(len(held)), where=held > 0)
-        return chance[self.place].reshape(self.shape)
+        found: Floats = chance[self.place].reshape(self.shape)
+        return found
 
 
 def half_drops(result: Record, rows: Ints, splits: int, seed: int) -> Iterator[list[Floats]]:
@@ -151,7 +152,8 @@ def ceiling(halves: Floats) -> Floats:
     its root the correlation of a measurement with what it measures. 0 where halves do not agree.
     """
     agreeing = np.maximum(halves, 0.0)
-    return np.sqrt(2 * agreeing / (1 + agreeing))
+    found: Floats = np.sqrt(2 * agreeing / (1 + agreeing))
+    return found
 
 
 def _agreement(attribute: list[Floats], drop: list[Floats]) -> Floats:
@@ -167,7 +169,8 @@ def _ranks(values: Floats, axis: int) -> Floats:
     ranks = stats.rankdata(values, axis=axis)
     ranks -= ranks.mean(axis=axis, keepdims=True)
     length = np.sqrt((ranks**2).sum(axis=axis, keepdims=True))
-    return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
+    found: Floats = np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
+    return found
 
 
 def _mean_correlation(x: Floats, y: Floats, rows: Weights, columns: Weights) -> Floats:
@@ -176,11 +179,13 @@ def _mean_correlation(x: Floats, y: Floats, rows: Weights, columns: Weights) -> 
     for number, pair in enumerate(zip(x, y, strict=True)):
         if any(one.min() == one.max() for one in pair):
             continue
-        r = coefficients(*(Variable(one, columns) for one in pair), "spearman")
+        one, other = (Variable(side, columns) for side in pair)
+        r = coefficients(one, other, "spearman")
         drawn = np.where(np.isnan(r), 0.0, rows[:, number])
         total += drawn * np.nan_to_num(r)
         count += drawn
-    return np.divide(total, count, out=np.full(len(rows), np.nan), where=count > 0)
+    found: Floats = np.divide(total, count, out=np.full(len(rows), np.nan), where=count > 0)
+    return found
 
 
 def _mean(values: NDArray[np.float64]) -> float:

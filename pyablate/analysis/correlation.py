@@ -226,10 +226,10 @@ def _cells(
                 head = {"layer": layer, "target": target, "attribute": attribute}
                 found = _cell_figures(values[rows], drops[rows], pairs, top, draws)
                 lines += [head | line for line in found]
-    found = pd.DataFrame(lines)
-    tests = found.groupby(["layer", "target", "figure"], sort=False)["p"]
-    found["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
-    return found[_CELL_COLUMNS]
+    frame = pd.DataFrame(lines)
+    tests = frame.groupby(["layer", "target", "figure"], sort=False)["p"]
+    frame["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
+    return frame.loc[:, list(_CELL_COLUMNS)]
 
 
 def _cell_figures(

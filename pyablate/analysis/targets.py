@@ -44,9 +44,9 @@ def unit_targets(
         ``accuracy_drop``; ``split_half_drop`` (the largest class drop without the bias of choosing
         its class); ``preferred_class_drop`` (drop of the class that the unit prefers); ``gini`` and
         ``entropy`` of the class drops; by name only ``shrunken_drop``
-        (:func:`pyablate.analysis.shrinkage.shrunken_drop`); ``loss_change`` and ``margin_change`` where the run recorded
-        them; or any other variable of ``result.data`` over ``unit`` alone. A mapping brings numbers
-        of its own. By default all that can be had.
+        (:func:`pyablate.analysis.shrinkage.shrunken_drop`); ``loss_change`` and ``margin_change``
+        where the run recorded them; or any other variable of ``result.data`` over ``unit`` alone. A
+        mapping brings numbers of its own. By default all that can be had.
     preferred : int64 [unit], optional
         Preferred class of each unit, -1 for none.
     splits, seed : int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -77,17 +77,18 @@ def cell_columns(
             "table: cells of unit and class need an xarray.Dataset with variables over both, got "
             f"{type(table).__name__}"
         )
+    dataset: Any = table
     of_cells = {
         str(name).removesuffix(_PER_CLASS): values
-        for name, values in table.data_vars.items()
+        for name, values in dataset.data_vars.items()
         if values.dims == ("unit", "class")
     }
     if names is None:
         names = list(of_cells)
     if not of_cells or not len(names):
         raise ValueError("table: expected at least one attribute over 'unit' and 'class', got none")
-    labels = aligned(table.drop_vars(list(table.data_vars)), result).index
-    classes = tuple(map(str, table["class"].to_numpy())) if "class" in table.coords else None
+    labels = aligned(dataset.drop_vars(list(dataset.data_vars)), result).index
+    classes = tuple(map(str, dataset["class"].to_numpy())) if "class" in dataset.coords else None
     if classes not in (None, result.class_names):
         raise ValueError(
             f"table: expected the classes of the result, {result.class_names[0]!r} and "

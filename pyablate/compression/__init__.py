@@ -9,16 +9,16 @@ from pyablate.compression._prune_curve import prune_curve
 from pyablate.compression._rank import Ranking, rank
 from pyablate.compression._remove import Removal, Size, remove, size
 from pyablate.compression._sensitivity import sensitivity
-from pyablate.compression.connections import learn_connections
 from pyablate.compression.collaborative import collaborative_compression
+from pyablate.compression.connections import learn_connections
 from pyablate.compression.coupling import Coupled, couplings
 from pyablate.compression.decomposition import prune_and_decompose, truncated_svd
 from pyablate.compression.export import save_network
 from pyablate.compression.filters import filter_ranking, prune_filters
 from pyablate.compression.interchange import importance, masked
+from pyablate.compression.low_rank import low_rank_training
 from pyablate.compression.rebuilding import save_weights
 from pyablate.compression.rls import rls_pruning
-from pyablate.compression.low_rank import low_rank_training
 from pyablate.compression.soft_pruning import soft_filter_pruning
 from pyablate.compression.transforms import (
     Transformed,

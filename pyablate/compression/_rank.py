@@ -341,7 +341,7 @@ def _column_of(result: AblationResult, column: str | None) -> str:
         logger.info("rank: %s; ranked by loss_change", told)
         return "loss_change"
     logger.warning(
-        "rank: %s: their order is mostly chance; record the loss (measures=[\"loss\"]) and rank by "
+        'rank: %s: their order is mostly chance; record the loss (measures=["loss"]) and rank by '
         "loss_change, or take more images",
         told,
     )

@@ -126,11 +126,11 @@ def collaborative_compression(
     changed, removed = _without_unread(work, sample)
     bits = 0
     for name, rank in ranks.items():
-        module: Any = changed.get_submodule(name)
-        smaller = _smaller(module, rank)
+        whole: Any = changed.get_submodule(name)
+        smaller = _smaller(whole, rank)
         changed.set_submodule(name, smaller)
         selects = any(isinstance(part, Select) for part in smaller.children())
-        bits += module.weight.shape[1] if selects else 0
+        bits += whole.weight.shape[1] if selects else 0
     return Transformed(changed, float_bits(changed) + bits, float_bits(model), removed=removed)
 
 
@@ -281,7 +281,8 @@ def _squared_parts(matrix: Tensor) -> Tensor:
     if len(matrix) > matrix.shape[1]:
         return _squared_parts(matrix.T).T
     _, u = torch.linalg.eigh(matrix @ matrix.T)
-    return u.square() @ (u.T @ matrix).square()
+    found: Tensor = u.square() @ (u.T @ matrix).square()
+    return found
 
 
 def best_rates(
@@ -297,7 +298,7 @@ def best_rates(
     flat = a + np.log(b) - np.log(sizes)
 
     def rates(level: float) -> np.ndarray:
-        return np.clip((level - flat) / b, 0, MOST)
+        return np.asarray(np.clip((level - flat) / b, 0, MOST))
 
     lowest, highest = flat.min(), (flat + MOST * b).max()
     wanted = min(fraction * sizes.sum(), rates(highest) @ sizes)
@@ -380,6 +381,8 @@ class Select(nn.Module):
     axis : int
         Where the channels are.
     """
+
+    channels: Tensor
 
     def __init__(self, channels: Tensor, axis: int) -> None:
         super().__init__()

@@ -188,11 +188,11 @@ def orthogonality_loss(weight: Tensor, strides: list[int], dilations: list[int])
     sizes = weight.shape[3:]
     loss = weight.new_zeros(weight.shape[:2])
     for shift in itertools.product(*map(_shifts, sizes, strides, dilations)):
-        here = [slice(max(0, by), size + min(0, by)) for by, size in zip(shift, sizes, strict=True)]
-        there = [
-            slice(max(0, -by), size - max(0, by)) for by, size in zip(shift, sizes, strict=True)
-        ]
-        one, other = (weight[(..., *taps)].flatten(2) for taps in (here, there))
+        one = other = weight
+        for axis, (by, size) in enumerate(zip(shift, sizes, strict=True), start=3):
+            one = one.narrow(axis, max(0, by), size - abs(by))
+            other = other.narrow(axis, max(0, -by), size - abs(by))
+        one, other = one.flatten(2), other.flatten(2)
         products = one @ other.transpose(1, 2)
         if not any(shift):
             products -= torch.eye(products.shape[1], dtype=products.dtype)

@@ -130,7 +130,7 @@ def test_bad_input():
 
     data = PICTURES, LABELS
     flat = torch.randn(24, 20), LABELS
-    with pytest.raises(ValueError, match="rectify: torch.fx cannot trace"):
+    with pytest.raises(ValueError, match=r"rectify: torch.fx cannot trace"):
         low_rank_training(Branching(), flat, 0.3)
     assert low_rank_training(Branching(), flat, 0.3, rectify=False, epochs=1).ratio > 1
     for share in (0.0, 1.1):
