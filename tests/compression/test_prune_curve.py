@@ -118,11 +118,13 @@ def test_plot(shipped):
     from matplotlib import pyplot
 
     model, pictures, labels = shipped
-    ranking = pa.rank(model, pictures[:1], "random", name="chance")
+    ranking = pa.rank(model, pictures[:1], "random", name="ours")
     data = pictures[:20], labels[:20]
     curves = pa.prune_curve(model, data, ranking, fractions=[0.3], seeds=2)
     axes = pa.plots.prune_curves(curves, x="flops")
-    assert [line.get_label() for line in axes.lines] == ["chance", "random (mean, range)"]
+    assert [line.get_label() for line in axes.lines] == [
+        *("ours", "random (mean, range)", "chance"),
+    ]
     pyplot.close("all")
 
 
