@@ -349,9 +349,7 @@ def cells_section(groups: Groups) -> list[str]:
             lines,
         ),
         "In the last map of the first seed, units and classes drawn again:",
-        table(
-            ["network", "attribute", "units", *CELL_TITLES], [line for one in top for line in one]
-        ),
+        table(["network", "attribute", "units", *CELL_TITLES], top),
         _cells_sentence(groups),
     ]
 
