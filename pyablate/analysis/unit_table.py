@@ -89,7 +89,8 @@ def cell_columns(
         raise ValueError("table: expected at least one attribute over 'unit' and 'class', got none")
     labels = aligned(dataset.drop_vars(list(dataset.data_vars)), result).index
     classes = tuple(map(str, dataset["class"].to_numpy())) if "class" in dataset.coords else None
-    if classes not in (None, result.class_names):
+    numbered = tuple(map(str, range(result.classes)))  # of attributes without class names
+    if classes not in (None, numbered, result.class_names):
         raise ValueError(
             f"table: expected the classes of the result, {result.class_names[0]!r} and "
             f"{result.classes - 1} others in this order, got {len(classes)}: {classes[0]!r}, ..."

@@ -88,7 +88,7 @@ def unify_weights(
     --------
     >>> unified = pa.compression.unify_weights(model, (4, 4))
     >>> round(unified.ratio, 1)
-    10.3
+    10.6
     >>> unified.model.features[14].weight.flatten(1)[:4, :4].abs().unique().numel()
     1
     """
