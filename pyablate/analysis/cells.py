@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pyablate.analysis.bootstrap import Variable, Weights, coefficients, resample
-from pyablate.analysis.statistics import random_half
+from pyablate.analysis.statistics import changes, net_by_cell, random_half
 from pyablate.results.record import Floats, Ints, Record
 
 FIGURES = ("within_unit", "within_class", "precision")
@@ -113,23 +113,15 @@ def half_drops(result: Record, rows: Ints, splits: int, seed: int) -> Iterator[l
     One pair of matrices for each split; NaN for a class that has no image in a half.
     """
     generator = np.random.default_rng(seed)
-    flips, parts = result.flips, []
-    for row in rows:
-        run = slice(flips.start[row], flips.start[row + 1])
-        image = flips.image[run]
-        label = result.labels[image]
-        net = (result.baseline[image] == label).astype(np.int64) - (flips.prediction[run] == label)
-        parts.append((image, label, net))
-    unit = np.repeat(np.arange(len(rows)), [len(image) for image, _, _ in parts])
-    image, label, net = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
-    shape = len(rows), result.classes
+    span = slice(int(rows.min()), int(rows.max()) + 1)
+    image, cell, net = changes(result, span)
+    shape = span.stop - span.start, result.classes
     for _ in range(splits):
         half = random_half(result.labels, result.classes, generator)
         pair = []
         for chosen in (half, ~half):
             inside = chosen[image]
-            cell = unit[inside] * result.classes + label[inside]
-            lost = np.bincount(cell, net[inside], minlength=shape[0] * shape[1]).reshape(shape)
+            lost = net_by_cell(cell[inside], net[inside], shape)[rows - span.start]
             sizes = np.bincount(result.labels[chosen], minlength=result.classes)
             pair.append(np.where(sizes > 0, lost / np.maximum(sizes, 1), np.nan))
         yield pair

@@ -35,7 +35,6 @@ from pyablate.results.record import Floats, Record
 if TYPE_CHECKING:
     import xarray as xr
 
-_FEWEST = 3  # two points always lie on a line
 _FAMILY = ["layer", "target", "method"]
 _FIGURES = ["correlation", "low", "high", "p", "shuffled", "random_order"]
 _COLUMNS = (
@@ -343,7 +342,7 @@ def _pair(
     both = np.isfinite(attribute) & np.isfinite(target)
     x, y = attribute[both], target[both]
     counts = {"units": len(x), "missing": len(both) - len(x)}
-    if len(x) < _FEWEST or x.min() == x.max() or y.min() == y.max():
+    if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
         empty = dict.fromkeys(_FIGURES, np.nan)
         return [{"method": method, **counts, **empty} for method in methods]
     lines = []

@@ -288,12 +288,12 @@ def split_half_drop(result: Record, *, splits: int = 10, seed: int = 0) -> Float
     halves = [random_half(result.labels, result.classes, generator) for _ in range(splits)]
     total = np.zeros(len(result.units))
     for rows in row_blocks(result, result.classes):
-        image, cell, net = _changes(result, rows)
+        image, cell, net = changes(result, rows)
         shape = rows.stop - rows.start, result.classes
-        both = _net(cell, net, shape)[:, usable]
+        both = net_by_cell(cell, net, shape)[:, usable]
         for half in halves:
             inside = half[image]
-            first = _net(cell[inside], net[inside], shape)[:, usable]
+            first = net_by_cell(cell[inside], net[inside], shape)[:, usable]
             second = both - first
             sizes = np.bincount(result.labels[half], minlength=result.classes)
             rest = result.class_sizes - sizes
@@ -424,8 +424,16 @@ def random_half(labels: Ints, classes: int, generator: np.random.Generator) -> N
     return half
 
 
-def _changes(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
-    """Flips of some rows that changed correctness: image, (row, class) as one number, +1 or -1."""
+def changes(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
+    """Flips of some rows that changed correctness: image, (row, class) as one number, +1 or -1.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import changes
+    >>> image, cell, net = changes(result, slice(0, 1))
+    >>> int(net.sum()) == int((result.lost - result.gained)[0].sum())
+    True
+    """
     run = slice(result.flips.start[rows.start], result.flips.start[rows.stop])
     image = result.flips.image[run]
     label = result.labels[image]
@@ -435,7 +443,15 @@ def _changes(result: Record, rows: slice) -> tuple[Ints, Ints, Ints]:
     return image[kept], cell[kept], np.where(lost[kept], 1, -1)
 
 
-def _net(cell: Ints, net: Ints, shape: tuple[int, int]) -> Floats:
+def net_by_cell(cell: Ints, net: Ints, shape: tuple[int, int]) -> Floats:
+    """Sum +1 and -1 of :func:`changes` by row and class: float64 of that shape.
+
+    Examples
+    --------
+    >>> from pyablate.analysis.statistics import net_by_cell
+    >>> net_by_cell(np.array([0, 2, 2]), np.array([1, 1, -1]), (1, 3)).tolist()
+    [[1.0, 0.0, 0.0]]
+    """
     sums = np.bincount(cell, net, minlength=shape[0] * shape[1])
     return sums.astype(np.float64, copy=False).reshape(shape)
 

@@ -17,11 +17,13 @@ from pyablate._validation import check_count
 from pyablate.compression._remove import AGREEMENT, silenced, without
 from pyablate.compression.coupling import Coupling, torch_pruning
 from pyablate.compression.decomposition import factors, pair, plain
-from pyablate.compression.sgd import workplace
+from pyablate.compression.sgd import training
 from pyablate.compression.transforms import Transformed, float_bits, overwrite
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
+from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import check_logits
+from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import copied
 from pyablate.runtime.progress import Report
 
@@ -107,7 +109,11 @@ def collaborative_compression(
         raise ValueError(f"step: expected a number above 0 and up to 1, got {step!r}")
     check_count("batch_size", batch_size)
     torch_pruning()
-    with workplace(model, data, device, progress) as (work, held, report):
+    with (
+        training(model, data, device, progress) as (work, held, report),
+        giving_logits(work),
+    ):
+        fit_inputs(work, held, held.first(2).images)
         chosen = dict(plain(work, layers))
         if not chosen:
             raise ValueError(

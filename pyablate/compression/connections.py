@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit, training
-from pyablate.compression.transforms import Transformed, float_bits, sparse_bits, weighted
+from pyablate.compression.transforms import (
+    Transformed,
+    float_bits,
+    output_axis,
+    sparse_bits,
+    weighted,
+)
 from pyablate.runtime.progress import Report
 
 
@@ -104,8 +110,7 @@ class Mask(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         weight = module.weight.detach()
-        axis = 1 if getattr(module, "transposed", False) else 0
-        self._others = [dim for dim in range(weight.ndim) if dim != axis]
+        self._others = [dim for dim in range(weight.ndim) if dim != output_axis(module)]
         size = weight.abs()
         mean = size.mean(self._others, keepdim=True)
         self.steps = nn.Parameter(torch.where(mean > 0, size / mean, 0))

@@ -12,7 +12,13 @@ from torch.nn.utils import skip_init
 
 from pyablate._validation import first_line
 from pyablate.compression.filters import prune_filters
-from pyablate.compression.transforms import Transformed, float_bits, overwrite, weighted
+from pyablate.compression.transforms import (
+    Transformed,
+    float_bits,
+    is_plain,
+    overwrite,
+    weighted,
+)
 from pyablate.network.batch_norm import module_scale, norms_behind
 from pyablate.network.sites import copied
 
@@ -125,8 +131,7 @@ def decomposable(
 def plain(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Linear maps, and convolutions neither in groups nor transposed, whose names match."""
     for name, module in weighted(model, layers):
-        alone = getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
-        if name and alone:
+        if name and is_plain(module):
             yield name, module
 
 

@@ -14,7 +14,7 @@ from pyablate._validation import check_choice
 from pyablate.compression._rank import Ranking, rank
 from pyablate.compression._remove import Removal, remove
 from pyablate.compression.coupling import Coupling
-from pyablate.compression.transforms import FLOAT_BITS, Transformed
+from pyablate.compression.transforms import FLOAT_BITS, Transformed, output_axis
 from pyablate.unit_attributes import attributes
 
 BY_WEIGHTS = ("l1", "l2", "bn_scale", "nisp")
@@ -140,9 +140,8 @@ def _size(coupling: Coupling, units: Sequence[str], criterion: str) -> float:
         if criterion == "bn_scale" and norm and module.weight is not None:
             parts.append(module.weight.detach()[channels].abs())
         elif criterion != "bn_scale" and makes and "out" in dependency.handler.__name__:
-            axis = 1 if getattr(module, "transposed", False) else 0
             taken = torch.tensor(channels, device=module.weight.device)
-            parts.append(module.weight.detach().index_select(axis, taken).flatten())
+            parts.append(module.weight.detach().index_select(output_axis(module), taken).flatten())
     if not parts:
         return math.nan
     joined = torch.cat([part.double().cpu() for part in parts])

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from pyablate.compression._rank import Ranking
 from pyablate.compression._remove import labels_of
 from pyablate.compression.coupling import Coupling
+from pyablate.compression.transforms import output_axis
 
 
 def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Any) -> nn.Module:
@@ -64,7 +65,7 @@ def masked(model: nn.Module, ranking: Ranking, fraction: float, sample: Any) -> 
         target = changed.get_submodule(coupling.name_of(module)) if own else module
         for name in own:
             value = getattr(module, name)
-            axis = 1 if name == "weight" and getattr(module, "transposed", False) else 0
+            axis = output_axis(module) if name == "weight" else 0
             if value.shape[axis] == 1 < len(channels):
                 continue  # one slope of a PReLU for all channels
             mask = torch.ones_like(value)

@@ -17,7 +17,7 @@ from pyablate.compression.decomposition import (
     factors,
     truncated_svd,
 )
-from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, workplace
+from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, training
 from pyablate.compression.transforms import Transformed, overwrite
 from pyablate.runtime.progress import Report
 
@@ -81,7 +81,7 @@ def low_rank_training(
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )
-    with workplace(model, data, device, progress) as (trained, held, report):
+    with training(model, data, device, progress) as (trained, held, report):
         norms = batch_norms(trained) if rectify else {}
 
         def after_epoch() -> None:

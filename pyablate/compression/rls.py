@@ -21,7 +21,7 @@ from pyablate.compression._rank import Ranking, rank
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, training
-from pyablate.compression.transforms import Transformed, float_bits, weighted
+from pyablate.compression.transforms import Transformed, float_bits, is_plain, weighted
 from pyablate.data.dataset import Data
 from pyablate.runtime.progress import Report
 
@@ -187,8 +187,7 @@ class Inverses:
         self.forgetting = forgetting
         self.matrices: dict[str, Tensor] = {}
         for name, module in weighted(model, "*"):
-            plain = getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
-            if plain and module.weight.requires_grad:
+            if is_plain(module) and module.weight.requires_grad:
                 size, device = module.weight[0].numel(), module.weight.device
                 one = torch.eye(size, dtype=torch.float64, device=device)
                 self.matrices[name] = start * one

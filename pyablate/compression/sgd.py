@@ -151,19 +151,3 @@ def cross_entropy(model: nn.Module) -> Loss:
         return found, found.new_zeros(())
 
     return loss
-
-
-@contextmanager
-def workplace(
-    model: nn.Module,
-    data: Any,
-    device: str | torch.device | None,
-    progress: bool | Report | None,
-) -> Iterator[tuple[nn.Module, Data, Report]]:
-    """Give the same as :func:`training`, where the copy returns logits and nothing else."""
-    with (
-        training(model, data, device, progress) as (work, held, report),
-        giving_logits(work),
-    ):
-        fit_inputs(work, held, held.first(2).images)
-        yield work, held, report

@@ -14,7 +14,7 @@ from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.filters import BY_WEIGHTS, filter_ranking, without_units
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, training
-from pyablate.compression.transforms import Transformed
+from pyablate.compression.transforms import Transformed, output_axis
 from pyablate.runtime.progress import Report
 
 
@@ -109,5 +109,5 @@ def set_to_zero(model: nn.Module, coupling: Coupling, units: Iterable[str]) -> N
         makes = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
         if makes and "out" in dependency.handler.__name__:
             weight = model.get_parameter(f"{coupling.name_of(module)}.weight").data
-            axis = 1 if getattr(module, "transposed", False) else 0
-            weight.index_fill_(axis, torch.tensor(channels, device=weight.device), 0)
+            taken = torch.tensor(channels, device=weight.device)
+            weight.index_fill_(output_axis(module), taken, 0)

@@ -142,8 +142,7 @@ def int8_weights(model: nn.Module, *, layers: str | Sequence[str] = "*") -> Tran
     bits = float_bits(model)
     for _, module in weighted(changed, layers):
         weight = module.weight.detach().double()
-        axis = 1 if getattr(module, "transposed", False) else 0
-        others = [dim for dim in range(weight.ndim) if dim != axis]
+        others = [dim for dim in range(weight.ndim) if dim != output_axis(module)]
         scale = weight.abs().amax(dim=others, keepdim=True) / 127
         steps = torch.where(scale > 0, weight / scale.clamp(min=1e-300), 0).round()
         overwrite(module, steps * scale)
@@ -268,6 +267,16 @@ def weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[st
     for name, module in known.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             yield name, module
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a layer is one matrix: a linear map, or a convolution of one group, not transposed."""
+    return getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
+
+
+def output_axis(module: Any) -> int:
+    """Axis of a layer's weights along which its outputs lie."""
+    return 1 if getattr(module, "transposed", False) else 0
 
 
 def overwrite(module: Any, values: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyablate._validation import check_count, check_fraction
-from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit, workplace
+from pyablate.compression.sgd import Augment, Loss, Schedule, cross_entropy, fit, training
 from pyablate.compression.transforms import (
     FLOAT_BITS,
     Transformed,
@@ -104,11 +104,13 @@ def unify_weights(
     )
     changed, history = copied(model), None
     if data is not None:
-        with workplace(model, data, device, progress) as (changed, held, report):
-            training = Alternation([m for _, m in weighted(changed, layers)], block, fraction, rho)
-            loss = training.penalised(cross_entropy(changed))
+        with training(model, data, device, progress) as (changed, held, report):
+            alternation = Alternation(
+                [m for _, m in weighted(changed, layers)], block, fraction, rho
+            )
+            loss = alternation.penalised(cross_entropy(changed))
             history = pd.DataFrame(
-                fit(changed, held, loss, schedule, after_epoch=training.update, report=report)
+                fit(changed, held, loss, schedule, after_epoch=alternation.update, report=report)
             )
     bits = float_bits(model)
     for _, module in weighted(changed, layers):

@@ -157,8 +157,8 @@ def _worst_of_estimates(result: Record, tests: xr.Dataset) -> pd.DataFrame:
 
     :func:`pyablate.analysis.statistics.max_class_test` needs to know which images changed.
     """
-    harm: Floats = np.where(result.lost > result.gained, tests["p"].to_numpy(), np.nan)
-    harm = np.where(np.isnan(tests["p"]), np.nan, np.nan_to_num(harm, nan=1.0))
+    of_class = tests["p"].to_numpy()  # NaN without images
+    harm: Floats = np.where((result.lost > result.gained) | np.isnan(of_class), of_class, 1.0)
     p = np.minimum(1.0, np.nanmin(harm, axis=1) * (result.class_sizes > 0).sum())
     q, unknown = np.empty_like(p), np.full(len(p), np.nan)
     for rows in layer_rows(result).values():

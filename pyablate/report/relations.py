@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pyablate.analysis.correlation import correlate
+from pyablate.analysis.targets import NEEDS_ALL
 from pyablate.analysis.unit_table import aligned, attribute_columns, formula_of
 from pyablate.report.numbers import measures
 from pyablate.report.packed import packed
@@ -28,7 +29,7 @@ def relations(result: Record, table: xr.Dataset | pd.DataFrame) -> dict[str, Any
     targets = [
         name
         for name in (*TARGETS, *measures(result))
-        if result.estimate is None or name != "split_half_drop"  # which needs every prediction
+        if result.estimate is None or name not in NEEDS_ALL
     ]
     found = correlate(
         result,
