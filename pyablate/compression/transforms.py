@@ -270,7 +270,7 @@ def weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[st
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a layer is one matrix: a linear map, or a convolution of one group, not transposed."""
+    """Whether a layer is one matrix: linear, or a convolution of one group, not transposed."""
     return getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
 
 
