@@ -132,6 +132,7 @@ class Cached:
     name: str = "cached"
     note: str = ""
     batch: int = 0
+    clock: Callable[[], float] = time.perf_counter
     units: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -150,12 +151,12 @@ class Cached:
 
     def seconds(self) -> float:
         with torch.inference_mode(), tf32(True):
-            begin = time.perf_counter()
+            begin = self.clock()
             kept = self._keep(self.images)
             _wait(self.images)
-            middle = time.perf_counter()
+            middle = self.clock()
             self._predict(kept, plainly)
-            end = time.perf_counter()
+            end = self.clock()
         return middle - begin + (end - middle) * self.total / len(self.units)
 
     def check(self, result: AblationResult) -> Agreement:

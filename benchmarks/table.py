@@ -230,13 +230,15 @@ def screening(cases: Cases) -> str:
             _seconds(median(case["rivals"]["exact"]["seconds"])),
             _seconds(median(case["seconds"])),
             _ratio(case["rivals"]["exact"]),
+            _ratio(case["rivals"]["cached"]) if "cached" in case["rivals"] else "",
             f"{case['computed']:.1%}",
             f"{case['missed']:,} of {case['flips']:,}",
             f"{case['certificate']:.2g}",
         )
         for name, case in sorted(cases.items())
     ]
-    head = "case|images|units|exact|screened|ratio (spread)|computed|missed flips|certificate"
+    head = "case|images|units|exact|screened|ratio (spread)|`cached`|computed|missed flips"
+    head += "|certificate"
     return "\n\n".join([_table(head.split("|"), lines), *_summary(cases)])
 
 

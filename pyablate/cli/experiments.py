@@ -73,6 +73,7 @@ _SET_COLUMNS = (
     *columns(str, "Class=class"),
     *columns(count, "units=size"),
     *columns(lambda reached: "yes" if reached else "no", "at chance=reached"),
+    *columns(str, "minimal"),
     *columns(points, "before=baseline_accuracy", "after=accuracy", "others lose=others_drop"),
     *columns(str, "which=units"),
 )
@@ -232,15 +233,18 @@ def minimal_sets(
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Put back units that are not needed.")
     ] = True,
+    exhaust: Annotated[
+        int, typer.Option(min=1, metavar="K", help="Try all sets of up to K units besides.")
+    ] = 1,
     intervention: Intervention = "zero",
     settings: Settings,
 ) -> None:
     """Find, for each class, few units without which it is lost.
 
     Units are added by their single drops of the class (by its loss where no unit alone costs it an
-    image) until its accuracy is at chance, then put back where they are not needed. Sets are found
-    on one half of the images and measured on the other; `others lose` tells a set that is about the
-    class from plain destruction.
+    image) until its accuracy is at chance, then put back where they are not needed; `minimal` tells
+    whether all smaller sets were tried. Sets are found on one half of the images and measured on
+    the other; `others lose` tells a set that is about the class from plain destruction.
 
     Try `pyablate minimal-sets demo:vgg_bn --data demo --limit 1000 --layers features.16
     --class Bag --class Sandal -o sets.json`
@@ -256,6 +260,7 @@ def minimal_sets(
         chance=chance,
         largest=largest,
         prune=prune,
+        exhaust=exhaust,
         intervention=intervention,
         **options,
     )

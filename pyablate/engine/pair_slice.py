@@ -47,6 +47,7 @@ def carry(
     """Carry the changes of some pairs to places that all of the job's changes pass, in order.
 
     ``row`` and ``image`` are int64 ``[P]`` on the CPU. Pairs that need not go on leave the slice.
+    The last place may be the logits.
     """
     if not places or not len(row):
         return
@@ -56,8 +57,9 @@ def carry(
     pairs = torch.arange(len(row))
     part, start = _PairSlice(sweep, sent(row, device), sent(image, device), dtype), 0
     for place in places:
-        part.run(steps[start : number[place] + 1])
-        start = number[place] + 1
+        stop = number.get(place, len(steps) - 1) + 1  # the logits of a sweep without a dense part
+        part.run(steps[start:stop])
+        start = stop
         change = part.delta(place)
         kept = look(place, pairs, None if change is None else tensor(change)[: len(pairs)])
         chosen = kept.nonzero().squeeze(1)

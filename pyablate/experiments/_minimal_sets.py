@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,12 @@ FIRST = 8
 LARGEST = 64
 """Size of a set at which the search ends, unless told otherwise."""
 
+TOGETHER = 4096
+"""Sets that one run ablates while all are tried."""
+
+MOST = 200_000
+"""Sets that are tried at most."""
+
 Set = frozenset[int]
 Ablated = Callable[[Sequence[Set]], AblationResult]
 
@@ -43,6 +51,7 @@ def minimal_sets(
     chance: float | None = None,
     largest: int | None = None,
     prune: bool = True,
+    exhaust: int = 1,
     seed: int = 0,
     intervention: str | Intervention = "zero",
     class_names: Sequence[str] | None = None,
@@ -54,7 +63,10 @@ def minimal_sets(
     first (by what they add to its loss where no unit alone costs it an image), until the accuracy
     of the class is at most ``chance``; then, one at a time, units are put back without which the
     class stays at chance, the one that matters least first. What is left is *irreducible*: no unit
-    of it can be put back. A smaller set of other units may exist; only all subsets would tell.
+    of it can be put back. A smaller set of other units may exist: nothing that is known of single
+    units or pairs bounds from below what three do together, so that only trying all sets of a size
+    tells. Single units are tried all; ``exhaust=2`` tries all pairs as well, and so on, and takes
+    the most harmful of those that take the class to chance in place of a larger set.
 
     The images are split at random into halves, class by class: sets are found on one half, and
     every figure but ``chosen_accuracy`` is measured on the other.
@@ -73,6 +85,9 @@ def minimal_sets(
         Size up to which sets are tried; by default 64, or all units if they are fewer.
     prune : bool
         Whether to put units back. Each round is a run of its own.
+    exhaust : int
+        Try all sets of up to so many units, where the set found is larger: C units have
+        C (C - 1) / 2 pairs. 200,000 sets at most.
     seed : int
         Of the split, and as for :func:`pyablate.ablate`.
     intervention, class_names, **options
@@ -94,9 +109,11 @@ def minimal_sets(
         raise ValueError(f"chance: expected a share from 0 to below 1, got {chance!r}")
     if largest is not None:
         check_count("largest", largest)
+    check_count("exhaust", exhaust)
     halves = split(data, seed=seed)
     ready = opened(model, halves.choosing, options)
     units = labels_of(select(ready.sites, layers))
+    _check_all(len(units), exhaust)
     common = {"intervention": intervention, "class_names": class_names, "seed": seed, **options}
 
     def ablated(sets: Sequence[Set]) -> AblationResult:
@@ -118,12 +135,14 @@ def minimal_sets(
     found = _grown(ablated, orders, level, min(largest or LARGEST, len(units)))
     if prune:
         _prune(ablated, found, level)
+    for size in range(2, exhaust + 1):
+        _try_all(ablated, found, level, len(units), size)
     distinct = list(dict.fromkeys(each.units for each in found.values()))
     groups = [[units[unit] for unit in sorted(each)] for each in distinct]
     result = ablate(model, halves.measuring, groups=groups, **common)
     place = {each: row for row, each in enumerate(distinct)}
     lines = [
-        _line(result, target, each, place[each.units], orders[target], units)
+        _line(result, target, each, place[each.units], orders[target], units, exhaust)
         for target, each in found.items()
     ]
     return MinimalSets(pd.DataFrame(lines), level, result)
@@ -139,6 +158,8 @@ class MinimalSets:
         One row per class: ``class``; ``reached``, whether chance was reached on the half on which
         sets are chosen (if not, there is no set, and the rest of the row is about the most harmful
         units tried); ``size`` and ``units`` (tuple of labels, the largest single drop first);
+        ``at_least``, units of any set that takes the class to chance on that half, as all smaller
+        ones were tried, and ``minimal``, whether the set has no more than these;
         ``chosen_accuracy`` of the class on that half; and on the other half ``baseline_accuracy``,
         ``accuracy``, ``balanced_accuracy`` of the class and ``others_drop``, accuracy drop of the
         images of all other classes.
@@ -174,6 +195,7 @@ class MinimalSets:
         Their ``size``, ``accuracy`` and ``others_drop`` are NaN.
         """
         table, reached = self.table, self.table["reached"].astype(bool)
+        known = np.where(table["minimal"], "yes", [f"at least {n}" for n in table["at_least"]])
         failed = [
             f"none found: {size} units leave {100 * accuracy:.2f} %"
             for size, accuracy in zip(table["size"], table["accuracy"], strict=True)
@@ -183,7 +205,9 @@ class MinimalSets:
             for name in ("size", "accuracy", "balanced_accuracy", "others_drop")
         }
         return table.assign(
-            **figures, units=table["units"].map(" ".join).where(reached, pd.Series(failed))
+            **figures,
+            minimal=known,
+            units=table["units"].map(" ".join).where(reached, pd.Series(failed)),
         )
 
 
@@ -250,6 +274,31 @@ def _prune(ablated: Ablated, found: dict[int, _Found], level: float) -> None:
         open_ = shorter
 
 
+def _check_all(units: int, exhaust: int) -> None:
+    count = sum(math.comb(units, size) for size in range(2, exhaust + 1))
+    if count > MOST:
+        raise ValueError(
+            f"exhaust: {count:,} sets of up to {exhaust} of {units:,} units would be tried, at "
+            f"most {MOST:,} can be; expected fewer, or fewer layers"
+        )
+
+
+def _try_all(
+    ablated: Ablated, found: dict[int, _Found], level: float, units: int, size: int
+) -> None:
+    """Try all sets of a size, in place of larger ones and of none."""
+    open_ = [t for t, each in found.items() if not each.reached or len(each.units) > size]
+    best: dict[int, _Found] = {}
+    every = map(frozenset, itertools.combinations(range(units), size))
+    while open_ and (sets := list(itertools.islice(every, TOGETHER))):
+        for target, accuracies in _accuracies(ablated, dict.fromkeys(open_, sets)).items():
+            place = int(accuracies.argmin())
+            accuracy = float(accuracies[place])
+            if accuracy <= level and (target not in best or accuracy < best[target].accuracy):
+                best[target] = _Found(sets[place], accuracy, reached=True)
+    found.update(best)
+
+
 def _accuracies(ablated: Ablated, sets: Mapping[int, Sequence[Set]]) -> dict[int, Floats]:
     """Accuracy of each class with each of its sets ablated; equal sets once."""
     distinct = list(dict.fromkeys(each for several in sets.values() for each in several))
@@ -268,7 +317,10 @@ def _line(
     row: int,
     order: Sequence[int],
     units: Sequence[str],
+    exhaust: int,
 ) -> dict[str, Any]:
+    # Of size 1 the largest single drop of the class is tried first, so that all of them are.
+    at_least = min(len(found.units), exhaust + 1) if found.reached else exhaust + 1
     others = result.class_sizes.sum() - result.class_sizes[target]
     net = (result.lost - result.gained)[row]
     return {
@@ -276,6 +328,8 @@ def _line(
         "reached": found.reached,
         "size": len(found.units),
         "units": tuple(units[unit] for unit in order if unit in found.units),
+        "at_least": at_least,
+        "minimal": found.reached and len(found.units) <= at_least,
         "chosen_accuracy": found.accuracy,
         "baseline_accuracy": result.baseline_class_accuracy[target],
         "accuracy": class_accuracy(result)[row, target],

@@ -111,8 +111,7 @@ def plan_screened(
         for units, most in zip(table["units"], live, strict=True)
     ]
     share = np.where(able, wanted / np.maximum(live, 1), 0.0)
-    # Each is computed once for its logits and once more up to the narrow places.
-    spent = each * min(IMAGES, images) + 2.0 * slower * float(share @ seconds)
+    spent = each * min(IMAGES, images) + slower * float(share @ seconds)
     least = np.where(able, far_chance(float(live[able].sum())), 1.0)
     return ScreenedPlan(*gradients, spent, (float(least @ seconds), float(seconds.sum())))
 

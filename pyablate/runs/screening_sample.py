@@ -24,8 +24,7 @@ from pyablate.engine import clean_run
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.narrow_places import narrow_places, passed_by_all
-from pyablate.engine.pair_slice import carry, logit_change
-from pyablate.engine.precision_cascade import PrecisionCascade
+from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.score import Prediction, Scale, Score, directions, joined
@@ -35,6 +34,7 @@ from pyablate.interventions import uniform
 from pyablate.runs.setup import Setup
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.chunking import GRADIENTS
+from pyablate.runtime.host_to_device import sent
 
 IMAGES, TOGETHER = 128, 16
 """Images on which thresholds are measured, all where there are fewer; and how many at a time."""
@@ -271,11 +271,11 @@ def _sample(
     row, image = row[drawn], image[drawn]
     if not len(row):
         return
-    found.scored.setdefault(None, []).append(scores.only(drawn))
     begin = time.perf_counter()
-    found.actual.append(_leads(setup, sweep, row, image))
+    lead, there = _carried(setup, sweep, predicted, row, image, found.places)
     found.seconds.append(time.perf_counter() - begin)
-    for place, score in carried_scores(setup, sweep, predicted, row, image, found.places).items():
+    found.actual.append(lead)
+    for place, score in ((None, scores.only(drawn)), *there.items()):
         found.scored.setdefault(place, []).append(score)
 
 
@@ -287,53 +287,51 @@ def _lowest(scores: Score) -> Tensor:
     return low
 
 
-def carried_scores(
+def _carried(
     setup: Setup,
     sweep: Sweep,
     predicted: Prediction,
     row: Tensor,
     image: Tensor,
     places: Sequence[fx.Node],
-) -> dict[fx.Node, Score]:
-    """Score pairs at each of some places."""
+) -> tuple[Tensor, dict[fx.Node, Score]]:
+    """Carry pairs through the network; leads that the intact network's class keeps, and scores.
+
+    Leads over the best other class, float32 ``[P]``, are what the model's own precision says: near
+    ties are of no account here. NaN, where logits are not finite, counts as the largest error.
+    Scores are by place.
+    """
+    logits, own = sweep.clean.logits, sweep.clean.prediction.long()
+    lead = _leads(logits, own).float().cpu()[image]
     found = {place: Score(*torch.full((3, len(row)), torch.nan)) for place in places}
     dtype = setup.data.dtype  # low ones are chosen by a stopwatch, and scores must not depend on it
     size = sweep.suffix.pairs_in(setup.slice_bytes)(dtype)
     for pairs in torch.arange(len(row)).split(size):
 
         def look(
-            place: fx.Node, some: Tensor, change: Tensor | None, own: Tensor = pairs
+            place: fx.Node, some: Tensor, change: Tensor | None, mine: Tensor = pairs
         ) -> Tensor:
-            score = predicted.at(place, image[own[some]], change)
-            found[place].lowest[own[some]] = score.lowest
-            found[place].size[own[some]] = score.size
-            found[place].norm[own[some]] = score.norm
+            which = mine[some]
+            if place is sweep.graph.logits:
+                of = sent(image[which], logits.device)
+                after = logits[of] if change is None else logits[of] + change
+                lead[which] = _leads(after, own[of]).float().cpu()
+                return torch.zeros(len(some), dtype=torch.bool)
+            score = predicted.at(place, image[which], change)
+            found[place].lowest[which] = score.lowest
+            found[place].size[which] = score.size
+            found[place].norm[which] = score.norm
             return torch.ones(len(some), dtype=torch.bool)
 
-        carry(sweep, row[pairs], image[pairs], dtype, places, look)
-    return found
+        carry(sweep, row[pairs], image[pairs], dtype, [*places, sweep.graph.logits], look)
+    return lead, found
 
 
-def _leads(setup: Setup, sweep: Sweep, row: Tensor, image: Tensor) -> Tensor:
-    """Lead that the intact network's class keeps over the best other one, float32 ``[P]``."""
-    clean = sweep.clean
-    change = torch.zeros(len(row), setup.classes, dtype=clean.logits.dtype)
-    pairs = zip(row.tolist(), image.tolist(), strict=True)
-    place = {pair: number for number, pair in enumerate(pairs)}
-
-    def record(rows: Tensor, images: Tensor, changed: Tensor) -> None:
-        where = [place[pair] for pair in zip(rows.tolist(), images.tolist(), strict=True)]
-        change[where] = changed.cpu().to(change.dtype)
-
-    cascade = PrecisionCascade([setup.data.dtype])
-    size = sweep.suffix.pairs_in(setup.slice_bytes)
-    cascade.classify(
-        lambda *pairs: logit_change(sweep, *pairs), row, image, clean, size, record=record
-    )
-    logits = clean.logits.cpu()[image] + change
-    own = clean.predicted[image].long().unsqueeze(1)
+def _leads(logits: Tensor, own: Tensor) -> Tensor:
+    """Lead ``[P]`` of a class over the best other one."""
+    own = own.unsqueeze(1)
     others = logits.scatter(1, own, -torch.inf).amax(dim=1)
-    return (logits.gather(1, own).squeeze(1) - others).float()
+    return logits.gather(1, own).squeeze(1) - others
 
 
 def _relative(score: Score, scale: Scale) -> Floats:

@@ -49,6 +49,56 @@ def test_where_no_unit_alone_harms_the_class_they_are_added_by_its_loss():
     assert found.table["units"][0] == ("units:4", "units:1")
 
 
+def misleading() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Class 0 falls by units 2 and 3 together, neither of which costs it an image alone.
+
+    Of units 0, 1 and 4 each costs a quarter of its images: unit 5 speaks against these.
+    """
+    weight = torch.zeros(2, 6)
+    weight[0] = torch.tensor([2.0, 2.0, 1.0, 1.0, 2.0, -2.5])
+    images = torch.zeros(64, 6)
+    images[:32, 2:4] = 1.0
+    for start, unit in ((0, 0), (8, 1), (16, 4)):
+        images[start : start + 8, [unit, 5]] = 1.0
+    labels = torch.arange(2).repeat_interleave(32)
+    return networks.on_inputs(weight, torch.tensor([0.0, 0.3])), (images, labels)
+
+
+def test_all_pairs_are_tried_and_a_smaller_set_is_taken():
+    model, data = misleading()
+    options: dict[str, Any] = {"chance": 0.0, "prune": False, "audit": 0, "progress": False}
+    plain = pa.minimal_sets(model, data, "units", classes="0", **options)
+    line = plain.table.iloc[0]
+    assert (line["size"], line["at_least"], line["minimal"]) == (5, 2, False)
+    assert plain.shown["minimal"].tolist() == ["at least 2"]
+    found = pa.minimal_sets(model, data, "units", classes="0", exhaust=2, **options)
+    line = found.table.iloc[0]
+    assert set(line["units"]) == {"units:2", "units:3"}
+    assert (line["at_least"], line["minimal"], line["accuracy"]) == (2, True, 0.0)
+    assert found.shown["minimal"].tolist() == ["yes"]
+
+
+def test_the_least_size_is_that_of_all_subsets():
+    model, images, labels = networks.network("residual", 60)
+    options: dict[str, Any] = {"audit": 0, "progress": False}
+    found = pa.minimal_sets(
+        model, (images, labels), "body.3", seed=2, chance=0.3, exhaust=3, **options
+    )
+    choosing = split((images, labels), seed=2).choosing
+    (site,) = pa.select(pa.sites(model, images[:1]), "body.3")
+    units = [site.label(unit) for unit in range(site.channels)]
+    sets = [each for n in (1, 2, 3) for each in itertools.combinations(units, n)]
+    every = reference.ablate(model, choosing, groups=sets, progress=False)
+    accuracy = every.baseline_class_accuracy - every.class_accuracy_drop
+    sizes = np.array([len(each) for each in sets])
+    for _, line in found.table.iterrows():
+        fits = sizes[accuracy[:, int(line["class"])] <= 0.3]
+        least = int(fits.min()) if len(fits) else 4
+        assert line["at_least"] == least
+        assert line["minimal"] == (line["reached"] and line["size"] == least)
+        assert not line["minimal"] or line["size"] <= 4
+
+
 def test_a_failed_search_is_not_shown_as_a_set():
     model, data = planted()
     found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
@@ -114,6 +164,7 @@ def test_what_cannot_be_lost_says_so_with_the_most_harmful_set():
         ({"classes": []}, "at least one class"),
         ({"chance": 1.0}, "chance: expected"),
         ({"largest": 0}, "largest: expected"),
+        ({"exhaust": 0}, "exhaust: expected"),
         ({"intervention": "direction"}, "not in groups"),
         ({"layers": "unit"}, "units"),
     ],
@@ -122,3 +173,10 @@ def test_bad_arguments(options, message):
     model, data = planted()
     with pytest.raises(ValueError, match=message):
         pa.minimal_sets(model, data, **({"layers": "units", "progress": False} | options))
+
+
+def test_more_sets_than_can_be_tried_are_refused():
+    model = networks.on_inputs(torch.zeros(2, 700), torch.zeros(2))
+    data = torch.zeros(4, 700), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="exhaust: 244,650 sets of up to 2 of 700 units"):
+        pa.minimal_sets(model, data, "units", exhaust=2, audit=0, progress=False)
