@@ -296,8 +296,8 @@ def check_own(module: Any, name: str = "") -> None:
     """Refuse a layer whose weights are computed at each pass, so that they cannot be set."""
     if "weight" not in module._parameters:
         raise ValueError(
-            f"layers: the weights of {name or type(module).__name__} are computed from others (weight "
-            "norm or another parametrization); make them plain first, for example by "
+            f"layers: the weights of {name or type(module).__name__} are computed from others (by "
+            "weight norm or another parametrization); make them plain first, for example by "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
 
