@@ -13,7 +13,6 @@ from support.state import state_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-import pyablate as pa
 from pyablate import compression
 from pyablate.compression.rls import ROWS, Inverses, _scored, input_rows
 
@@ -145,7 +144,6 @@ def test_what_is_removed_is_named_as_in_the_original():
     torch.testing.assert_close(found.model.conv.weight, model.conv.weight[kept])
     torch.testing.assert_close(found.model.fc.weight, model.fc.weight[:, kept])
     assert found.bits == 32 * sum(p.numel() for p in found.model.parameters())
-    assert pa.compare(model, found.model, data).after.accuracy >= 0
     again = compression.rls_pruning(model, X[:2], data, 0.7, rounds=3, epochs=2, **options)
     assert state_of(found.model)["values"] == state_of(again.model)["values"]
     # With nothing gone one pass recovers.
