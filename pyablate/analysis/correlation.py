@@ -46,6 +46,7 @@ _CELL_COLUMNS = (
     "layer target attribute figure units classes missing value low high p q shuffled_units "
     "shuffled_classes halves ceiling"
 ).split()
+_EQUAL = 1e-9
 _Made = TypeVar("_Made")
 
 
@@ -132,8 +133,8 @@ def correlate(
           ``confidence`` when the attribute's rows, or columns, are shuffled. The first keeps what
           all units have in common (classes that are fragile, whoever is ablated), the second what
           all classes have (units that matter to all);
-        - ``p``, the share of shuffles that reach the value, of the kind that reaches it more often,
-          and ``q``, adjusted over the attributes of the layer, target and figure;
+        - ``p``, the share of shuffles that reach the value or have none, of the kind that does so
+          more often, and ``q``, adjusted over the attributes of the layer, target and figure;
         - ``halves``, the figure between the drops of two halves of the images, and ``ceiling``, the
           correlation to expect of a perfect attribute; only of ``class_accuracy_drop``.
 
@@ -186,10 +187,16 @@ def correlate(
                 pair = numbers[rows], values[rows]
                 head = {"layer": layer, "target": target, "attribute": attribute}
                 lines += [head | line for line in _pair(*pair, methods, chance)]
-    found = pd.DataFrame(lines)
+    found = _frame(lines)
     tests = found.groupby(_FAMILY, sort=False)["p"]
     found["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
     return found[_COLUMNS]
+
+
+def _frame(lines: list[dict[str, Any]]) -> pd.DataFrame:
+    if not lines:
+        raise ValueError("attributes, targets, layers: expected at least one of each, got none")
+    return pd.DataFrame(lines)
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,7 @@ def _cells(
                 head = {"layer": layer, "target": target, "attribute": attribute}
                 found = _cell_figures(values[rows], drops[rows], pairs, top, draws)
                 lines += [head | line for line in found]
-    frame = pd.DataFrame(lines)
+    frame = _frame(lines)
     tests = frame.groupby(["layer", "target", "figure"], sort=False)["p"]
     frame["q"] = tests.transform(lambda p: adjusted(p.to_numpy()))
     return frame.loc[:, list(_CELL_COLUMNS)]
@@ -255,7 +262,8 @@ def _cell_figures(
     low, high = (_quantiles(drawn, level) for level in (tail, 1 - tail))
     generator = np.random.default_rng((draws.seed, 1))
     by_units, by_classes = (cells.shuffled(draws.shuffles, generator, axis) for axis in (0, 1))
-    reaching = [(shuffled >= value).sum(axis=0) for shuffled in (by_units, by_classes)]
+    # Equal figures differ in their last bits by the order of a sum; no figure speaks for no value.
+    reaching = [(~(one < value - _EQUAL)).sum(axis=0) for one in (by_units, by_classes)]
     p = (1 + np.maximum(*reaching)) / (1 + draws.shuffles)
     bounds = [_quantiles(shuffled, draws.confidence) for shuffled in (by_units, by_classes)]
     agreeing = agreement_of_halves([[half[kept] for half in pair] for pair in halves], top)

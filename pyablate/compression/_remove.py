@@ -169,6 +169,8 @@ def remove(
     True
     """
     target = Target(flops, latency, accuracy)
+    if (accuracy is None) != (data is None):
+        raise ValueError("accuracy: expected together with the data on which it is measured")
     if not target.wanted:
         return _removed(Coupling(model, sample), labels_of(units, fraction))
     if not isinstance(units, Ranking) or fraction is not None:
@@ -176,8 +178,6 @@ def remove(
             f"{' and '.join(target.wanted)}: expected a ranking as units, and no fraction, got "
             f"{type(units).__name__} and {fraction!r}"
         )
-    if (accuracy is None) != (data is None):
-        raise ValueError("accuracy: expected together with the data on which it is measured")
     coupling = Coupling(model, sample)
     measures = _measures(coupling, units, model, sample, data)
     count, steps = search(target, len(units.sequence), measures)

@@ -18,7 +18,7 @@ from pyablate.compression._remove import AGREEMENT, silenced, without
 from pyablate.compression.coupling import Coupling, torch_pruning
 from pyablate.compression.decomposition import factors, pair, plain
 from pyablate.compression.sgd import training
-from pyablate.compression.transforms import Transformed, float_bits, overwrite
+from pyablate.compression.transforms import Transformed, float_bits, output_axis, overwrite
 from pyablate.data.dataset import Data
 from pyablate.network import near_tie
 from pyablate.network.classifier import giving_logits
@@ -358,7 +358,8 @@ def _unread(coupling: Coupling, units: Sequence[str]) -> bool:
         module = dependency.target.module
         weighted = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
         if weighted and "out" not in dependency.handler.__name__:
-            read.append(bool(module.weight[:, channels].any()))
+            weight = module.weight.transpose(0, 1) if output_axis(module) else module.weight
+            read.append(bool(weight[:, channels].any()))
     return bool(read) and not any(read)
 
 

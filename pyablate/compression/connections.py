@@ -87,9 +87,12 @@ def learn_connections(
     if not weight >= 0:
         raise ValueError(f"weight: expected 0 or more, got {weight!r}")
     with training(model, data, device, progress) as (trained, held, report):
-        modules = [module for _, module in weighted(trained, layers)]
-        masks = [Mask(module) for module in modules]
-        for module, mask in zip(modules, masks, strict=True):
+        own = [module for _, module in weighted(trained, layers, in_place=True)]
+        of = {module.weight: Mask(module) for module in own}
+        masks = list(of.values())
+        modules = [module for _, module in weighted(trained, layers)]  # some may share weights
+        chosen = [(module, of[module.weight]) for module in modules]
+        for module, mask in chosen:
             parametrize.register_parametrization(module, "weight", mask)
         counts: list[int] = []
 
@@ -101,7 +104,7 @@ def learn_connections(
         for module in modules:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     table = pd.DataFrame(history).assign(connections=counts)
-    return Transformed(trained, sparse_bits(trained, modules), float_bits(model), history=table)
+    return Transformed(trained, sparse_bits(trained, own), float_bits(model), history=table)
 
 
 class Mask(nn.Module):

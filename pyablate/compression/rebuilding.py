@@ -1,6 +1,6 @@
 """A smaller network as its weights, and the code that makes a network for them.
 
-The code needs what made the original, and torch: not this package, nor Torch-Pruning.
+The code needs what made the original, torch and safetensors: not this package, nor Torch-Pruning.
 """
 
 from __future__ import annotations

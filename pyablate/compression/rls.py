@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,6 +115,7 @@ def rls_pruning(
     history: list[dict[str, Any]] = []
     with training(model, data, device, progress) as (trained, held, report):
         original = {unit: unit for one in Coupling(trained, sample).classes for unit in one.units}
+        sizes: dict[tuple[str, ...], int] = {}
         before = -math.inf  # which no loss reaches: at first all passes are made
         for part in range(rounds + 1):
             inverses = Inverses(trained, forgetting)
@@ -128,9 +130,9 @@ def rls_pruning(
             before = loss
             if part == rounds:
                 break
-            # An equal number each time, so a growing share of what is left.
-            share = (fraction / rounds) / (1 - fraction * part / rounds)
-            removal = remove(trained, _scored(trained, sample, inverses), sample, fraction=share)
+            ranking = _scored(trained, sample, inverses)
+            going = _going(ranking, sizes, fraction * (part + 1) / rounds)
+            removal = remove(trained, going, sample)
             trained = removal.model
             removed += [original[unit] for unit in removal.units]
             left = surviving(list(original), removal.units)
@@ -162,6 +164,21 @@ def _scored(model: nn.Module, sample: Any, inverses: Inverses) -> Ranking:
         if parts:
             scores[one.label] = sum(parts)
     return rank(model, sample, scores, scope="layer", name="rls")
+
+
+def _going(ranking: Ranking, sizes: dict[tuple[str, ...], int], share: float) -> list[str]:
+    """Units that go now, so that of each layer such a share is gone in all.
+
+    ``sizes``, the removable places of each layer, is filled in when nothing has gone.
+    """
+    left = Counter(one.layers for one in ranking.order if not one.obstacle)
+    going: list[str] = []
+    for layers, places in left.items():
+        size = sizes.setdefault(layers, places)
+        mine = [one for one in ranking.sequence if one.layers == layers]
+        count = max(0, round(share * size) - (size - places))
+        going += [unit for one in mine[:count] for unit in one.units]
+    return going
 
 
 class Inverses:

@@ -99,7 +99,7 @@ def kernel_codebook(
     check_count("kernels", kernels, 2)
     changed = copied(model)
     bits = float_bits(model)
-    for _, module in weighted(changed, layers):
+    for _, module in weighted(changed, layers, in_place=True):
         weight = module.weight.detach()
         area = weight[0, 0].numel() if isinstance(module, nn.modules.conv._ConvNd) else 1
         count = weight.numel() // area
@@ -140,7 +140,7 @@ def int8_weights(model: nn.Module, *, layers: str | Sequence[str] = "*") -> Tran
     """
     changed = copied(model)
     bits = float_bits(model)
-    for _, module in weighted(changed, layers):
+    for _, module in weighted(changed, layers, in_place=True):
         weight = module.weight.detach().double()
         others = [dim for dim in range(weight.ndim) if dim != output_axis(module)]
         scale = weight.abs().amax(dim=others, keepdim=True) / 127
@@ -189,7 +189,7 @@ def magnitude_masks(
     check_choice("scope", scope, ("global", "layer"))
     check_fraction("fraction", fraction)
     changed = copied(model)
-    chosen = [(module, "weight") for _, module in weighted(changed, layers)]
+    chosen = [(module, "weight") for _, module in weighted(changed, layers, in_place=True)]
     if scope == "global":
         prune.global_unstructured(chosen, prune.L1Unstructured, amount=float(fraction))
     for module, name in chosen:
@@ -239,7 +239,7 @@ def block_masks(
     changed = copied(model)
     bits = float_bits(model)
     generator = np.random.default_rng(seed)
-    for _, module in weighted(changed, layers):
+    for _, module in weighted(changed, layers, in_place=True):
         weight = module.weight.detach()
         rows, columns = weight.shape[:2]
         if min(rows, columns) < blocks or blocks == 1:
@@ -254,8 +254,14 @@ def block_masks(
     return Transformed(changed, bits, float_bits(model))
 
 
-def weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Convolutions and linear maps whose names match, in order."""
+def weighted(
+    model: nn.Module, layers: str | Sequence[str], *, in_place: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Convolutions and linear maps whose names match, in order.
+
+    To be changed ``in_place``: each weight once, of whichever layer has it first, and an error
+    where weights are computed from others, as by weight norm.
+    """
     kinds = (nn.modules.conv._ConvNd, nn.Linear)
     known = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     patterns = [layers] if isinstance(layers, str) else list(layers)
@@ -264,9 +270,16 @@ def weighted(model: nn.Module, layers: str | Sequence[str]) -> Iterator[tuple[st
             raise ValueError(
                 f"layers: no convolution or linear map matches {pattern!r}{nearest(pattern, known)}"
             )
+    held = set()
     for name, module in known.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            yield name, module
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        if in_place:
+            check_own(module, name)
+            if module.weight in held:
+                continue
+            held.add(module.weight)
+        yield name, module
 
 
 def is_plain(module: Any) -> bool:
@@ -279,8 +292,19 @@ def output_axis(module: Any) -> int:
     return 1 if getattr(module, "transposed", False) else 0
 
 
+def check_own(module: Any, name: str = "") -> None:
+    """Refuse a layer whose weights are computed at each pass, so that they cannot be set."""
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"layers: the weights of {name or type(module).__name__} are computed from others (by "
+            "weight norm or another parametrization); make them plain first, for example by "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
 def overwrite(module: Any, values: Tensor) -> None:
     """Give a layer other weights, whatever their shape."""
+    check_own(module)
     with torch.no_grad():
         module.weight.copy_(values.reshape(module.weight.shape))
 

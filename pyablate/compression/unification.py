@@ -106,14 +106,14 @@ def unify_weights(
     if data is not None:
         with training(model, data, device, progress) as (changed, held, report):
             alternation = Alternation(
-                [m for _, m in weighted(changed, layers)], block, fraction, rho
+                [m for _, m in weighted(changed, layers, in_place=True)], block, fraction, rho
             )
             loss = alternation.penalised(cross_entropy(changed))
             history = pd.DataFrame(
                 fit(changed, held, loss, schedule, after_epoch=alternation.update, report=report)
             )
     bits = float_bits(model)
-    for _, module in weighted(changed, layers):
+    for _, module in weighted(changed, layers, in_place=True):
         values, taken, sizes = unified(module.weight.detach(), block, fraction)
         overwrite(module, values)
         bits -= (FLOAT_BITS - 1) * int((sizes[taken] - 1).sum())

@@ -143,14 +143,15 @@ def stretch(axis: Any, numbers: ArrayLike, log: bool | None) -> None:
     The label says so.
     """
     numbers = np.asarray(numbers, np.float64)
+    numbers = numbers[np.isfinite(numbers)]
     if log is None:
         log = squeezed(numbers)
-    if not log or not np.isfinite(numbers).any():
+    if not log or not len(numbers):
         return
     threshold = linear_part(numbers)
     set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
     set_scale("symlog", linthresh=threshold)
-    _write(axis, steps(threshold, float(np.nanmax(np.abs(numbers)))))
+    _write(axis, steps(threshold, float(np.abs(numbers).max())))
     axis.set_label_text(f"{axis.get_label_text()}\n{_LOGARITHMIC.format(threshold)}")
 
 

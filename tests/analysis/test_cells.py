@@ -227,6 +227,29 @@ def test_a_layer_without_damage_has_no_correlation():
     assert agreement_of_halves([], 0.1).shape == (3,)
 
 
+def test_shuffles_that_have_no_figure_are_no_evidence():
+    """One unit alone does harm, and the attribute is of it alone: that says which unit matters."""
+    rates = np.zeros((64, 6))
+    rates[3] = [0.9, 0.1, 0.5, 0.2, 0.7, 0.3]
+    result = simulate(rates, 0.0, 60, np.random.default_rng(0))
+    found = pa.correlate(result, cell_table(result, a=rates), cells=True, **_FEW)
+    line = found.set_index("figure").loc["within_unit"]
+    assert line["value"] > 0.9
+    assert line["p"] == 1
+
+
+def test_equal_figures_are_reached_whatever_their_last_bits(monkeypatch):
+    value = Cells(*matrices(), 0.2).measured()
+    monkeypatch.setattr(Cells, "shuffled", lambda *_: np.tile(np.nextafter(value, -1), (19, 1)))
+    result = simulate(np.zeros((9, 6)), 0.0, 10, np.random.default_rng(0))
+    attribute, drop = matrices()
+    result.data["planted"] = (("unit", "class"), drop)
+    table = cell_table(result, a=attribute)
+    found = pa.correlate(result, table, cells=True, targets="planted", top=0.2, **_FEW)
+    assert found["value"].tolist() == pytest.approx(value.tolist())
+    assert found["p"].tolist() == [1, 1, 1]
+
+
 def test_selections_and_order(result, table):
     options: dict[str, Any] = {"cells": True, "attributes": "b", "layers": "late", **_FEW}
     found = pa.correlate(result, table, **options)
@@ -247,6 +270,8 @@ def test_selections_and_order(result, table):
         (None, {"targets": "accuracy_drop"}, r"targets: no target 'accuracy_drop' of unit and"),
         (None, {"targets": {"a": [1.0]}}, r"targets: expected names .*got a mapping"),
         (None, {"methods": "kendall"}, r"methods: cells are compared by spearman, got kendall"),
+        (None, {"targets": []}, r"targets, layers: expected at least one of each, got none"),
+        (None, {"layers": []}, r"targets, layers: expected at least one of each, got none"),
         (None, {"top": 0}, r"top: expected a number between 0 and 1, got 0"),
         (lambda t: t[[]].assign_coords(unit=t["unit"]), {}, r"table: expected at least one"),
         (lambda t: t.isel({"class": [1, 0, 2, 3, 4]}), {}, r"table: expected the classes of the"),

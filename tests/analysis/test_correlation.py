@@ -269,6 +269,7 @@ def with_duplicate(table: pd.DataFrame) -> pd.DataFrame:
         (None, {"methods": "kendal"}, r"methods: .*got 'kendal'; nearest: kendall"),
         (None, {"methods": []}, r"methods: .*got none"),
         (None, {"layers": "erly"}, r"layers: .*'erly'; nearest: early"),
+        (None, {"layers": []}, r"targets, layers: expected at least one of each, got none"),
         (None, {"resamples": 0}, r"resamples: expected at least 1, got 0"),
         (None, {"shuffles": 0}, r"shuffles: expected at least 1, got 0"),
         (None, {"confidence": 95}, r"confidence: .*between 0 and 1, got 95"),

@@ -195,6 +195,7 @@ def test_a_target_of_time_is_measured():
         ({"flops": 0.5, "units": ["a:0"]}, "flops: expected a ranking as units"),
         ({"accuracy": 0.5}, "accuracy: expected together with the data"),
         ({"flops": 0.5, "data": (images(), torch.zeros(8))}, "accuracy: expected together"),
+        ({"fraction": 0.5, "data": (images(), torch.zeros(8))}, "accuracy: expected together"),
     ],
 )
 def test_bad_targets(options, message):

@@ -192,6 +192,51 @@ def test_the_model_is_left_alone(transform):
     assert found.ratio > 1
 
 
+class Tied(nn.Module):
+    """Two convolutions that share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.third, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.third.weight = self.second.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.third(self.second(self.first(x).relu()).relu()).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+DATA = images(24), torch.arange(24) % 4
+IN_PLACE: dict[str, Callable[[nn.Module], Transformed]] = {
+    "int8": compression.int8_weights,
+    "codebook": lambda m: compression.kernel_codebook(m, 4),
+    "masks": lambda m: compression.magnitude_masks(m, 0.5),
+    "masks by layer": lambda m: compression.magnitude_masks(m, 0.5, scope="layer"),
+    "blocks": lambda m: compression.block_masks(m, 2),
+    "unified": lambda m: compression.unify_weights(m, (1, 4)),
+    "connections": lambda m: compression.learn_connections(m, DATA, epochs=2, learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_shared_weights_are_changed_and_counted_once(name):
+    """As where one module is called twice."""
+    model, same = made(Tied), made(Tied)
+    model.third.bias, same.third = model.second.bias, same.second
+    found, once = IN_PLACE[name](model), IN_PLACE[name](same)
+    assert found.model.third.weight is found.model.second.weight
+    torch.testing.assert_close(weight(found.model, "second"), weight(once.model, "second"))
+    assert found.bits == once.bits
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_weights_that_are_computed_are_refused(name):
+    model = made(Mobile)
+    nn.utils.parametrizations.weight_norm(model.fc)
+    with pytest.raises(ValueError, match="layers: the weights of fc are computed from others"):
+        IN_PLACE[name](model)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

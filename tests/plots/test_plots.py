@@ -206,6 +206,8 @@ def test_attributes_are_drawn_with_their_formula_and_outliers_aside(outlier):
     axes = outlier.plot.scatter(data, "size", "accuracy_drop")
     assert axes.get_xlabel() == "size: sum |w|\n(logarithmic beyond ±1)"
     assert axes.get_xscale() == "symlog"
+    table.iloc[3] = np.inf  # which takes no part
+    assert outlier.plot.scatter(table, "size", "accuracy_drop").get_xscale() == "symlog"
     assert outlier.plot.scatter(data, "size", log=False).get_xscale() == "linear"
 
 
