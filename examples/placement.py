@@ -237,7 +237,7 @@ def picture(images: Tensor, table: pd.DataFrame, settings: Sequence[Setting], pa
     places = np.arange(len(settings))
     left.set_yticks(CANVAS * (places + 0.5), [one.name for one in settings])
     left.set_xticks([])
-    for shift, layer in zip((-0.15, 0.15), LAYERS, strict=True):
+    for shift, layer in zip(np.linspace(-0.15, 0.15, len(LAYERS)), LAYERS, strict=True):
         rows = table[table["layer"] == layer]
         middle = rows["correlation"].to_numpy()
         error = [middle - rows["low"].to_numpy(), rows["high"].to_numpy() - middle]
