@@ -65,7 +65,7 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
             "finer tests table floor honest found units broken",
         ),
         ("attributes.md", {"limit=500": "limit=100"}, "table best"),
-        ("your-model.md", {}, "result comparison texts found"),
+        ("your-model.md", {}, "result comparison missed texts found"),
         ("guarantees.md", {"limit=200": "limit=60"}, "screened exact differ"),
         (
             "experiments.md",

@@ -405,7 +405,8 @@ def class_numbers(labels: Any, where: str) -> Tensor:
             return found.to(torch.int64).argmax(dim=1)
         raise TypeError(
             f"{where}: labels {list(found.shape)} must be one-hot, exactly one 1 in each row; "
-            "images of several classes or of none are not supported"
+            "of a network with several labels an image, ask for one at a time: its column, 0 or 1, "
+            "and logits= (docs/guides/your-model.md)"
         )
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"{where}: labels must be integers, got {found.dtype}")

@@ -76,8 +76,8 @@ def takes_quantized(graph: Graph, node: fx.Node) -> bool:
     if node.target is not aten.conv2d.default:
         return False
     weight = graph.constant(node, 1)
-    padding, groups = settings(node, 3, [1], [0], [1], 1)[1::2]
-    if weight is None or groups != 1 or isinstance(padding, str):
+    groups = settings(node, 6, 1)[0]
+    if weight is None or groups != 1:
         return False
     return weight.shape[1] >= LEAST_CHANNELS
 

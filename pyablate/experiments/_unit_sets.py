@@ -21,7 +21,7 @@ from pyablate.interventions import Intervention
 from pyablate.network.sites import select
 from pyablate.runs._ablate import ablate
 
-SIZES = (1, 2, 3, 4, 5, 20, 64)
+SIZES = (1, 2, 3, 4, 5, 20, 64, 128, 256)
 
 
 def unit_sets(
@@ -49,7 +49,8 @@ def unit_sets(
     layers : str or sequence of str
         Names or globs; sets may take units from all of them.
     sizes : sequence of int, optional
-        Units in a set, fewer than there are: by default those of 1 to 5, 20 and 64 that are.
+        Units in a set, fewer than there are: by default those of 1 to 5, 20, 64, 128 and
+        256 that are.
     classes : str, int, or sequence of these, optional
         Names or numbers; by default all classes with images.
     seed : int

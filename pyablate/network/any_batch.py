@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from pyablate._validation import first_line
 from pyablate.network.graph import MARKER, aten, function, is_symbolic
+from pyablate.network.graph_passes import PADDED_BY_NUMBER
 
 PROBED = (3, 5, 9, 17, 33, 65, 129, 257, 1025, 1 << 14)
 """Sizes at which the assumptions of a trace are looked at."""
@@ -139,7 +140,7 @@ def _dynamic(model: nn.Module, pair: Tensor) -> Parts:
 def _exported(model: nn.Module, images: Tensor, **options: Any) -> Parts:
     try:
         program = torch.export.export(model, (images,), strict=False, **options)
-        return _parts(program.run_decompositions({}))
+        return _parts(program.run_decompositions(PADDED_BY_NUMBER))
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many types; each means the same here

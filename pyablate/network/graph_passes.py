@@ -1,13 +1,48 @@
-"""Passes over a captured graph: padding folded into convolutions, filters with channels last."""
+"""Passes over a captured graph: how convolutions are padded, filters with channels last."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from pyablate.network.graph import CONVOLUTIONS, PADS, Graph, aten, pads_with_zeros, settings
+
+
+def _padded_by_number(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give the decomposition of a convolution whose padding is called "same" or "valid".
+
+    An even extent is padded by one more behind than in front, apart, as torch does it.
+    """
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sequence[int] = (1,),
+        padding: str = "valid",
+        dilation: Sequence[int] = (1,),
+        groups: int = 1,
+    ) -> Tensor:
+        sizes = weight.shape[2:]
+        steps = [dilation[axis % len(dilation)] for axis in range(len(sizes))]
+        both = [s * (n - 1) if padding == "same" else 0 for s, n in zip(steps, sizes, strict=True)]
+        if any(margin % 2 for margin in both):
+            behind = [side for margin in reversed(both) for side in (0, margin % 2)]
+            x = aten.constant_pad_nd.default(x, behind)
+        return convolve(x, weight, bias, stride, [margin // 2 for margin in both], steps, groups)
+
+    return run
+
+
+PADDED_BY_NUMBER: dict[Any, Callable[..., Tensor]] = {
+    aten.conv1d.padding: _padded_by_number(aten.conv1d.default),
+    aten.conv2d.padding: _padded_by_number(aten.conv2d.default),
+    aten.conv3d.padding: _padded_by_number(aten.conv3d.default),
+}
+"""Decompositions after which every convolution is an operator that the rules know."""
 
 
 def add_constant(graph: Graph, name: str, exact: Tensor, dtype: torch.dtype) -> fx.Node:
@@ -48,8 +83,6 @@ def _unpadded(graph: Graph, conv: fx.Node, pad: fx.Node) -> tuple[Tensor, list[i
     if len(margins) != 4 or min(margins) < 0 or conv.args[0] is not pad:
         return None
     stride, padding, dilation = settings(conv, 3, [1], [0], [1])[:3]
-    if isinstance(padding, str):
-        return None
     size = cast(fx.Node, pad.args[0]).meta["val"].shape[2:]
     symmetric, zeros = [], [0, 0, 0, 0]
     for i in (0, 1):

@@ -65,6 +65,24 @@ def test_few_features_of_a_trained_network_keep_its_decisions():
     assert (every.mask.sum(1) >= found.mask.sum(1)).mean() >= 0.8
 
 
+@pytest.mark.slow
+def test_features_are_units_that_the_class_is_lost_without():
+    """Far more of them than of sets drawn at random, by single units and by minimal sets."""
+    model, images, labels = pa.demo.load("vgg_bn", limit=240)
+    data, names, layer = (images, labels), pa.demo.CLASSES, "features.16"
+    options = {"class_names": names, "audit": 0, "progress": False}
+    found = pa.class_features(model, data, keep=0.99, class_names=names)
+    single = pa.ablate(model, data, layer, measures=["loss"], **options)
+    worst = np.argsort(-single.class_loss_change, axis=0)
+    sizes = zip(names, found.table["size"], strict=True)
+    harmful = {name: worst[:size, k].tolist() for k, (name, size) in enumerate(sizes)}
+    sets = pa.minimal_sets(model, data, layer, classes=["Bag", "Trouser"], prune=False, **options)
+    assert sets.table["reached"].all()
+    for others in (harmful, dict(zip(sets.table["class"], sets.table["units"], strict=True))):
+        overlap = found.overlap(others)
+        assert overlap["shared"].sum() > 5 * overlap["expected"].sum()
+
+
 def test_no_linear_layer_returns_the_logits():
     model, images, labels = planted()
     with pytest.raises(ValueError, match="model: expected logits that one linear layer returns"):

@@ -61,6 +61,7 @@ def test_sets_against_a_loop():
 def test_default_sizes_are_those_that_fit():
     assert _sizes(None, 8) == [1, 2, 3, 4, 5]
     assert _sizes(None, 65) == [1, 2, 3, 4, 5, 20, 64]
+    assert _sizes(None, 512) == [1, 2, 3, 4, 5, 20, 64, 128, 256]
     assert _sizes([9, 2, 9], 10) == [2, 9]
 
 
