@@ -1,6 +1,6 @@
 """How much of the measured importance of units is due to what replaces them.
 
-    python examples/interventions_study.py [--images 4000]
+    python examples/interventions_study.py [--images 2000]
 
 A layer of two shipped networks, ablated unit by unit by zero, mean, resample and the optimal
 constant (pyablate.optimal_constants), which is chosen on one half of the images; all are judged on
@@ -34,7 +34,9 @@ Floats = NDArray[np.float64]
 def measured(network: str, images: int) -> tuple[dict[str, pa.AblationResult], pa.OptimalConstants]:
     """Ablations of a layer on the half of the images on which no constant was chosen."""
     model, *data = pa.demo.load(network, limit=images)
-    found = pa.optimal_constants(model, tuple(data), LAYERS[network], progress=False, audit=0)
+    found = pa.optimal_constants(
+        model, tuple(data), LAYERS[network], rounds=3, progress=False, audit=0
+    )
     other = pa.ablate(
         model,
         split(tuple(data), seed=0).measuring,
@@ -118,7 +120,7 @@ mean activation from the unit's mean (median over units).
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=4000, help="half to choose, half to judge")
+    parser.add_argument("--images", type=int, default=2000, help="half to choose, half to judge")
     parser.add_argument("--page", type=Path, default=Path("docs/results/interventions.md"))
     options = parser.parse_args()
     verdicts, sections = zip(*(section(each, options.images) for each in LAYERS), strict=True)

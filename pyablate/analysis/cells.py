@@ -146,7 +146,8 @@ def within_units(attribute: Floats, drop: Floats) -> Floats:
     classes = (np.isfinite(attribute) & np.isfinite(drop)).any(axis=0)
     if classes.sum() < FEWEST:
         return np.full(len(drop), np.nan)
-    found: Floats = np.multiply(*(_ranks(x[:, classes], 1) for x in (attribute, drop))).sum(axis=1)
+    one, other = (_ranks(x[:, classes], 1) for x in (attribute, drop))
+    found: Floats = (one * other).sum(axis=1)
     return found
 
 

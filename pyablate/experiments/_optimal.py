@@ -93,12 +93,13 @@ def optimal_constants(
     check_count("rounds", rounds)
     check_exact(options.get("guarantee", "exact"), "the loss needs the logits of every pair")
     halves = split(data, seed=seed)
-    common = {"seed": seed, "class_names": class_names, **options, "measures": ["loss"]}
-    mean, std = _moments(model, halves.choosing, layers, {"class_names": class_names, **options})
+    common: dict[str, Any] = {"seed": seed, "class_names": class_names, **options}
+    mean, std = _moments(model, halves.choosing, layers, common)
 
     def ablated(images: Any, constants: Floats, **other: Any) -> AblationResult:
         given = Intervention("constant", values=_by_layer(constants, mean))
-        return ablate(model, images, list(mean), intervention=given, **{**common, **other})
+        chosen = {**common, **other, "measures": ["loss"]}
+        return ablate(model, images, list(mean), intervention=given, **chosen)
 
     def loss(constants: Floats) -> Floats:
         return ablated(halves.choosing, constants, audit=0).loss_change
