@@ -30,6 +30,7 @@ from .engine.care import AuditError as AuditError
 from .experiments import ClassFeatures as ClassFeatures
 from .experiments import Cumulative as Cumulative
 from .experiments import MinimalSets as MinimalSets
+from .experiments import OptimalConstants as OptimalConstants
 from .experiments import Pairs as Pairs
 from .experiments import Representative as Representative
 from .experiments import RotationControl as RotationControl
@@ -40,6 +41,7 @@ from .experiments import compare_damage as compare_damage
 from .experiments import cumulative as cumulative
 from .experiments import influence_graph as influence_graph
 from .experiments import minimal_sets as minimal_sets
+from .experiments import optimal_constants as optimal_constants
 from .experiments import pairs as pairs
 from .experiments import representative as representative
 from .experiments import rotation_control as rotation_control

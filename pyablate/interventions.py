@@ -34,7 +34,7 @@ class Intervention:
     ----------
     kind : str
         - ``zero``: 0 everywhere.
-        - ``constant``: ``value`` everywhere.
+        - ``constant``: ``value`` everywhere, or each unit's own of ``values``.
         - ``mean``: the unit's mean over all images and positions of the data.
         - ``class_mean``: its mean over the images that carry the image's own label.
         - ``resample``: its map on another image, the donor (see
@@ -45,13 +45,17 @@ class Intervention:
         - ``direction``: unit j is the j-th direction q of the layer and ``a`` becomes
           ``a - (a . q) q`` across the channels, at every position.
     value : float
-        For ``constant``.
+        For ``constant``, where ``values`` are not given.
     seed : int
         For ``resample``, ``noise`` and for random directions.
     directions : Tensor or mapping of str to Tensor, optional
         For ``direction``: ``[channels, directions]``, one for all layers or one by layer name.
         Columns are scaled to length 1. None means the columns of a random orthogonal matrix,
         drawn for each layer from the seed.
+    values : Tensor or mapping of str to Tensor, optional
+        For ``constant``: ``[units]``, one number for each unit, of all layers or by layer name; of
+        attention heads one for each of their features. :func:`pyablate.optimal_constants` finds
+        those that do the least damage.
 
     Examples
     --------
@@ -59,24 +63,36 @@ class Intervention:
     >>> turned = pa.Intervention("direction", directions=axes)
     >>> pa.ablate(model, data, "features.16", intervention=turned).intervention
     'direction:given'
+    >>> floor = pa.Intervention("constant", values=torch.full((128,), 0.1))
+    >>> pa.ablate(model, data, "features.16", intervention=floor).intervention
+    'constant:given'
     """
 
     kind: Kind = "zero"
     value: float = 0.0
     seed: int = 0
     directions: Tensor | Mapping[str, Tensor] | None = None
+    values: Tensor | Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_choice("intervention", self.kind, KINDS)
         if not math.isfinite(self.value):
             raise ValueError(f"intervention: value must be finite, got {self.value}")
+        if self.values is not None and (self.kind != "constant" or self.value != 0):
+            raise ValueError(
+                f"values: expected for 'constant' and without a value, got {self.kind!r} with "
+                f"value {self.value}"
+            )
         check_seed(self.seed)
 
     def __str__(self) -> str:
         """Return the text from which :func:`parse` makes the same intervention.
 
-        Given directions have no text that tells them apart: ``"direction:given"``.
+        Given directions or values have no text that tells them apart: ``"direction:given"``,
+        ``"constant:given"``.
         """
+        if self.values is not None:
+            return "constant:given"
         if self.kind == "constant":
             return f"constant:{float(self.value)!r}".removesuffix(".0")
         if self.directions is not None and self.kind == "direction":
@@ -108,11 +124,7 @@ class Intervention:
         ValueError
             No matrix for this layer, a wrong shape, or a column that has no direction.
         """
-        given = self.directions
-        if isinstance(given, Mapping):
-            if layer not in given:
-                raise ValueError(f"directions: none given for layer {layer!r}; has {list(given)}")
-            given = given[layer]
+        given = _of_layer("directions", self.directions, layer)
         if given is None:
             return _rotation(channels, _mix_seed(self.seed, layer))
         matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
@@ -126,6 +138,41 @@ class Intervention:
             raise ValueError(f"directions: a column for layer {layer!r} is zero or not finite")
         unit: Tensor = matrix / length
         return unit
+
+    def constants(self, layer: str, channels: int) -> Tensor:
+        """Numbers that replace the units of one layer under ``constant``.
+
+        Returns
+        -------
+        Tensor
+            Float64 ``[channels]``.
+
+        Raises
+        ------
+        ValueError
+            No values for this layer, another number of them, or one that is not finite.
+        """
+        given = _of_layer("values", self.values, layer)
+        if given is None:
+            given = torch.full((channels,), self.value, dtype=torch.float64, device="cpu")
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+        if values.shape != (channels,):
+            raise ValueError(
+                f"values: layer {layer!r} needs {channels} numbers, one for each unit, got shape "
+                f"{list(values.shape)}"
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"values: one for layer {layer!r} is not finite")
+        return values
+
+
+def _of_layer(name: str, given: Tensor | Mapping[str, Tensor] | None, layer: str) -> Tensor | None:
+    """Pick what was given for a layer, by its name or for all of them."""
+    if not isinstance(given, Mapping):
+        return given
+    if layer not in given:
+        raise ValueError(f"{name}: none given for layer {layer!r}; has {list(given)}")
+    return given[layer]
 
 
 def parse(spec: str | Intervention, *, seed: int = 0) -> Intervention:

@@ -130,6 +130,9 @@ RUNS: dict[str, Callable[[Case], Any]] = {
     "class_features": lambda c: pa.class_features(c.model, c.data).mask,
     "representative": lambda c: pa.representative(c.model, c.data, 3, "act").map,
     "unit_sets": lambda c: pa.unit_sets(c.model, c.data, "act", sizes=[1], **Q)["kept"],
+    "optimal_constants": lambda c: pa.optimal_constants(
+        c.model, c.data, "act", rounds=1, **Q
+    ).table["optimal_chosen"],
     "shapley": lambda c: pa.shapley(c.model, c.data, "act", permutations=2, **Q).data["value"],
     "rotation_control": lambda c: pa.rotation_control(
         c.model, c.data, "act", rotations=1, **Q

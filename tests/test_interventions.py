@@ -267,3 +267,30 @@ def test_given_directions_get_length_one():
 def test_bad_directions(directions, message):
     with pytest.raises(ValueError, match=message):
         Intervention("direction", directions=directions).matrix("a", 4)  # type: ignore[arg-type]
+
+
+def test_given_values_say_so_and_are_one_for_each_unit():
+    by_layer = Intervention("constant", values={"a": torch.tensor([1.0, -2.0])})
+    assert str(by_layer) == "constant:given"
+    assert by_layer.constants("a", 2).tolist() == [1, -2]
+    assert Intervention("constant", value=3).constants("a", 2).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.ones(3), r"layer 'a' needs 4 numbers, one for each unit, got shape \[3\]"),
+        (torch.ones(4, 1), r"got shape \[4, 1\]"),
+        (torch.full((4,), float("inf")), r"one for layer 'a' is not finite"),
+        ({"b": torch.ones(4)}, r"values: none given for layer 'a'; has \['b'\]"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        Intervention("constant", values=values).constants("a", 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"kind": "mean"}, {"kind": "constant", "value": 2.0}])
+def test_values_are_for_constants_without_a_value(options):
+    with pytest.raises(ValueError, match="values: expected for 'constant' and without a value"):
+        Intervention(**options, values=torch.ones(2))

@@ -137,6 +137,20 @@ def agreement_of_halves(pairs: Sequence[Sequence[Floats]], top: float) -> Floats
     return np.array([_mean(column) for column in every.T])
 
 
+def within_units(attribute: Floats, drop: Floats) -> Floats:
+    """Each unit's correlation over the classes, [unit], of two matrices that may hold NaN.
+
+    Classes that no unit has on both sides are left out; NaN for a unit that lacks another one, or
+    all of whose values are equal.
+    """
+    classes = (np.isfinite(attribute) & np.isfinite(drop)).any(axis=0)
+    if classes.sum() < FEWEST:
+        return np.full(len(drop), np.nan)
+    one, other = (_ranks(x[:, classes], 1) for x in (attribute, drop))
+    found: Floats = (one * other).sum(axis=1)
+    return found
+
+
 def ceiling(halves: Floats) -> Floats:
     """Correlation of a perfect attribute with drops whose halves agree so: sqrt(2 h / (1 + h)).
 

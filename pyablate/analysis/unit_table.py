@@ -65,6 +65,12 @@ def attribute_columns(
     return {name: frame[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in names}
 
 
+def has_cells(table: xr.Dataset | pd.DataFrame) -> bool:
+    """Whether a table has variables over unit and class."""
+    variables = getattr(table, "data_vars", {})
+    return any(values.dims == ("unit", "class") for values in variables.values())
+
+
 def cell_columns(
     table: xr.Dataset | pd.DataFrame, result: Record, names: str | Sequence[str] | None
 ) -> dict[str, Floats]:

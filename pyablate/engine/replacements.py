@@ -88,6 +88,9 @@ class Replacements:
             value = self.statistics[key].mean[unit]
         elif kind == "class_mean":
             value = self.statistics[key].class_mean[self.batch.labels[image], unit]
+        elif self.intervention.values is not None:
+            constants = self.intervention.constants(site.name, site.features)
+            value = sent(constants, unit.device)[unit]
         else:
             shape = torch.broadcast_shapes(image.shape, unit.shape)
             value = unit.new_full((), self.intervention.value, dtype=torch.float64).expand(shape)

@@ -3,6 +3,7 @@
 from pyablate.experiments._class_features import ClassFeatures, class_features
 from pyablate.experiments._cumulative import Cumulative, cumulative
 from pyablate.experiments._minimal_sets import MinimalSets, minimal_sets
+from pyablate.experiments._optimal import OptimalConstants, optimal_constants
 from pyablate.experiments._pairs import Pairs, pairs
 from pyablate.experiments._patterns import activation_patterns
 from pyablate.experiments._representative import Representative, representative
@@ -16,6 +17,7 @@ __all__ = [
     "ClassFeatures",
     "Cumulative",
     "MinimalSets",
+    "OptimalConstants",
     "Pairs",
     "Representative",
     "RotationControl",
@@ -27,6 +29,7 @@ __all__ = [
     "cumulative",
     "influence_graph",
     "minimal_sets",
+    "optimal_constants",
     "pairs",
     "representative",
     "rotation_control",

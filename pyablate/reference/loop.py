@@ -364,6 +364,8 @@ class _Loop:
         """Values that replace a unit's map ``[N, *positions]`` of the given shape."""
         kind = self.intervention.kind
         if kind in ("zero", "constant"):
+            if self.intervention.values is not None:
+                return float(self.intervention.constants(site.name, site.features)[unit])
             return 0.0 if kind == "zero" else self.intervention.value
         if kind == "resample":
             return output[len(batch.images) :].select(site.axis, unit)

@@ -58,7 +58,6 @@ def identify(
         JSON. The data's hash is not in it: it is known when all images have been read.
     """
     members = [job.members for job in setup.jobs]
-    directions = setup.intervention.directions
     options: dict[str, Any] = {
         "intervention": str(setup.intervention),
         "strategy": strategy,
@@ -67,8 +66,10 @@ def identify(
         "measures": list(measures),
         **guarantee,
     }
-    if directions is not None:
-        options["directions"] = _directions(directions)
+    for name in ("directions", "values"):
+        given = getattr(setup.intervention, name)
+        if given is not None:
+            options[name] = _by_layer(given)
     if setup.axes:
         options["axis"] = dict(sorted(setup.axes.items()))
     labels = {} if setup.data.labelled else {"labels": "none"}
@@ -103,7 +104,9 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 _READ_LATER = [("data", name) for name in ("hash", "others", "sample", "files")]
 """Known when all images have been read, or only of shards and where other images replace units."""
 
-_HASHES = ("labels", "hash", "others", "sample", "files", "structure", "weights", "directions")
+_HASHES = frozenset(
+    "labels hash others sample files structure weights directions values".split()  # no figures
+)
 
 _NAMES = {
     "model.structure": "the model's structure",
@@ -244,7 +247,7 @@ def _source(kind: type) -> str:
         return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _directions(given: Tensor | Mapping[str, Tensor]) -> str:
+def _by_layer(given: Tensor | Mapping[str, Tensor]) -> str:
     by_layer = given if isinstance(given, Mapping) else {"": given}
     digest = hashlib.sha256()
     for layer in sorted(by_layer):

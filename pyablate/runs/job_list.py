@@ -38,6 +38,9 @@ def plan_jobs(
             add([site], [((site.name, unit),) for unit in units], grouped=False)
     for at, members in _groups_by_sites(found, [] if groups is None else groups, intervention):
         add(at, members, grouped=True)
+    if intervention.kind == "constant":
+        for site in dict.fromkeys(site for job in jobs for site in job.sites):
+            intervention.constants(site.name, site.features)  # that they fit
     if not jobs:
         raise ValueError("groups: expected at least one group of units, got none")
     return jobs

@@ -169,6 +169,29 @@ def test_given_directions(columns):
     assert len(result.units) == 2 * columns
 
 
+@pytest.mark.parametrize("name", [*VARIED, "vit"])
+def test_given_constants(name):
+    """A number of its own for each unit, by layer; of attention heads for each feature."""
+    model, images, labels = networks.network(name)
+    layers = list(networks.ARCHITECTURES[name].layers)
+    found = pa.select(pa.sites(model, images[:2]), layers)
+    draw = torch.Generator().manual_seed(0)
+    values = {site.name: torch.randn(site.features, generator=draw) for site in found}
+    groups = [[f"{site.name}:{unit}" for site in found for unit in (0, 2)]]
+    groups += [[f"{found[-1].name}:{unit}" for unit in range(3)]]
+    intervention = Intervention("constant", values=values)
+    check(model, (images, labels), layers, groups=groups, intervention=intervention)
+
+
+def test_constants_that_do_not_fit_are_refused_beforehand():
+    model, images, labels = networks.network("residual")
+    short = Intervention("constant", values=torch.ones(7))
+    with pytest.raises(ValueError, match=r"values: layer 'body.3' needs 8 numbers"):
+        pa.ablate(model, (images, labels), "body.3", intervention=short, progress=False)
+    with pytest.raises(ValueError, match=r"values: layer 'body.3' needs 8 numbers"):
+        pa.plan(model, (images, labels), "body.3", intervention=short)
+
+
 def test_one_direction_along_a_unit_is_zeroing_it():
     model, images, labels = networks.network("residual")
     axes = Intervention("direction", directions=torch.eye(8))

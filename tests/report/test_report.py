@@ -18,8 +18,17 @@ import pytest
 import torch
 import xarray as xr
 from PIL import Image
+from scipy import stats
 from support import networks
-from support.report_pages import AWKWARD, attributes_of, data_of, decoded, elements, structured
+from support.report_pages import (
+    AWKWARD,
+    attributes_of,
+    cells_of,
+    data_of,
+    decoded,
+    elements,
+    structured,
+)
 from support.shelled import invoke
 from torch import nn
 
@@ -132,6 +141,35 @@ def test_attributes_and_their_correlations(result, page):
     np.testing.assert_allclose(lines["correlation"][where], expected["correlation"], rtol=1e-6)
     names = [found["name"][i] for i in lines["attribute"][where]]
     assert names == expected["attribute"].tolist()
+
+
+def test_what_attributes_say_of_each_class(result, page, tmp_path, monkeypatch, caplog):
+    assert data_of(page)["attributes"]["cells"] is None  # a table of units alone
+    table, drop = cells_of(result), result.class_accuracy_drop
+    shuffled = table.isel(unit=np.random.default_rng(0).permutation(len(drop)))
+    result.report(tmp_path / "r.html", attributes=shuffled)
+    found = data_of((tmp_path / "r.html").read_text())["attributes"]["cells"]
+    assert found["name"] == ["auc", "own"]
+    assert found["formula"] == ["P(a > b)", ""]
+    given = (table["auc_per_class"].to_numpy(), table["own"].to_numpy())
+    for values, within, expected in zip(found["values"], found["within"], given, strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+        for unit in range(len(drop)):
+            r = np.nan
+            if drop[unit].min() < drop[unit].max():
+                r = stats.spearmanr(expected[unit], drop[unit]).statistic
+            np.testing.assert_allclose(within[unit], r, atol=1e-6)
+    # Its mean over the units of a layer is the figure that correlate gives.
+    cells = pa.correlate(result, table, attributes="own", cells=True, resamples=2, shuffles=2)
+    of_units = cells[cells["figure"] == "within_unit"].set_index("layer")["value"]
+    for layer, value in of_units.items():
+        rows = (result.units["layer"] == layer).to_numpy()
+        assert np.nanmean(found["within"][1][rows]) == pytest.approx(value, abs=1e-6)
+    # As many as fit.
+    monkeypatch.setattr("pyablate.report.relations.MOST_CELLS", drop.size)
+    result.report(tmp_path / "r.html", attributes=table)
+    assert data_of((tmp_path / "r.html").read_text())["attributes"]["cells"]["name"] == ["auc"]
+    assert "for the cells of own, left out" in caplog.text
 
 
 def test_an_estimated_run(tmp_path):

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from support import networks
-from support.report_pages import AWKWARD, attributes_of, structured
+from support.report_pages import AWKWARD, attributes_of, cells_of, structured
 from support.simulated import from_predictions
 
 import pyablate as pa
@@ -198,6 +199,27 @@ def test_card_of_a_unit_by_mouse(report, result, open_page):
                            arg=result.units["label"][worst])  # fmt: skip
     page.get_by_role("button", name="Close").click()
     assert not page.locator("#card").is_visible()
+
+
+def test_card_of_a_unit_with_what_attributes_say_of_classes(result, open_page, tmp_path):
+    table = cells_of(result)
+    result.report(tmp_path / "report.html", attributes=table)
+    unit = int(result.max_class_drop.argmax())
+    page = open_page(tmp_path / "report.html", f"#unit/{result.units['label'][unit]}")
+    section = page.locator("#card section", has_text="Classes predicted and measured")
+    assert section.locator("th").all_inner_texts() == ["Class", "Drop", "auc", "own"]
+    rows = section.locator("tbody tr")
+    assert rows.count() == result.classes
+    first = rows.first.locator("td").all_inner_texts()
+    assert first[:2] == [
+        f"class {result.max_class[unit]}",
+        f"+{points(result.max_class_drop[unit])}",
+    ]
+    values = table["own"].to_numpy()[unit]
+    assert rows.locator("td:nth-child(4) b").count() == 3
+    assert float(first[3]) == pytest.approx(values[result.max_class[unit]], rel=1e-3)
+    within = stats.spearmanr(values, result.class_accuracy_drop[unit]).statistic
+    assert f"own +{within:.2f}" in section.inner_text()
 
 
 def test_confusion_change(report, result, open_page):

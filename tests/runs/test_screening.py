@@ -73,6 +73,16 @@ def test_no_flip_is_missed_and_most_pairs_are_settled(case, intervention):
     assert found.wrong == 0
 
 
+def test_constants_of_the_units_own_are_screened_too(case):
+    values = torch.linspace(-0.2, 0.6, 128)
+    own = pa.Intervention("constant", values=values)
+    exact = ablate(case, intervention=own, guarantee="exact")
+    screened = ablate(case, intervention=own)
+    assert missed(screened, exact) == 0
+    assert len(flips(exact)) > 1
+    assert screened.screening.wrong == 0
+
+
 def test_groups_are_screened_too(case):
     groups = [[f"features.13:{n}", f"features.13:{n + 1}"] for n in range(8)]
     groups += [[f"features.6:{n}", f"features.13:{n}"] for n in range(8)]

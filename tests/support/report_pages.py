@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from pyablate.result import AblationResult
 from pyablate.results.record import Audit
@@ -61,6 +62,21 @@ def attributes_of(result: AblationResult, count: int, seed: int = 0) -> pd.DataF
     columns = {f"attribute_{i}": random.normal(size=len(result.units)) for i in range(count)}
     columns["attribute_0"] = result.max_class_drop + 0.05 * columns["attribute_0"]
     return pd.DataFrame(columns, index=pd.Index(result.units["label"]))
+
+
+def cells_of(result: AblationResult, seed: int = 0) -> xr.Dataset:
+    """Made-up attributes of units, two of which have a value for each class."""
+    random = np.random.default_rng(seed)
+    shape = result.class_accuracy_drop.shape
+    noise = random.normal(size=shape)
+    return xr.Dataset(
+        {
+            "auc": ("unit", noise.max(axis=1), {"formula": "P(a > b)"}),
+            "auc_per_class": (("unit", "class"), noise),
+            "own": (("unit", "class"), result.class_accuracy_drop + 0.01 * noise),
+        },
+        coords={"unit": result.units["label"].tolist()},
+    )
 
 
 class Elements(HTMLParser):

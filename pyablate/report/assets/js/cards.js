@@ -114,6 +114,8 @@ function unitCard(unit) {
     ...(estimated() ? [] : [part("Change of the confusion matrix", ...confusionOf(unit))]),
     ...pictureParts(unit),
     ...(data.attributes ? [part("Attributes", attributesOf(unit, layer))] : []),
+    ...(data.attributes && data.attributes.cells && data.attributes.cells.name.length
+      ? [part("Classes predicted and measured", ...predictedOf(unit))] : []),
   ];
 }
 
@@ -235,6 +237,33 @@ function attributesOf(unit, layer) {
     },
   ];
   return table(columns, rows);
+}
+
+// What attributes say of each class beside what it loses; the three largest of each are bold.
+function predictedOf(unit) {
+  const { name, formula, values, within } = data.attributes.cells;
+  const present = presentClasses();
+  const drops = (k) => classDrop(unit, k);
+  const valueOf = (i, k) => values[i][cell(unit, k)];
+  const leading = (score, most) =>
+    d3.sort(present.filter((k) => Number.isFinite(score(k))), (k) => -score(k)).slice(0, most);
+  const top = name.map((_, i) => new Set(leading((k) => valueOf(i, k), 3)));
+  const few = present.length <= MOST_ROWS;
+  const shown = few ? present : [...new Set([...leading(drops, MOST_ROWS / 2), ...top.flatMap((some) => [...some])])];
+  const columns = [
+    { title: "Class", cell: (k) => classLink(k) },
+    { title: "Drop", numeric: true, hint: "measured", cell: (k) => signedPoints(drops(k)) },
+    ...name.map((text, i) => ({
+      title: text, numeric: true, hint: formula[i] || null,
+      cell: (k) => (top[i].has(k) ? make("b", {}, plain(valueOf(i, k))) : plain(valueOf(i, k))),
+    })),
+  ];
+  const agreeing = name.map((text, i) => `${text} ${Number.isFinite(within[i][unit]) ? correlation(within[i][unit]) : "\u2013"}`);
+  return [
+    table(columns, d3.sort(shown, (k) => -drops(k))),
+    make("p", { class: "note" }, `Rank correlation with the drops over the classes: ${agreeing.join(", ")}.`),
+    few ? null : make("p", { class: "note" }, `${count(present.length - shown.length)} classes with smaller drops are left out.`),
+  ].filter(Boolean);
 }
 
 function pictureParts(unit) {
