@@ -285,7 +285,9 @@ def _is_steep(node: fx.Node, value: Tensor, width: float) -> bool:
 def _root_mean_square(value: Tensor) -> float:
     """Over what is finite and not masked by a large number; 0 of nothing."""
     value = value.double()
-    value = value[value.abs() < MASKED]
+    known = value.abs() < MASKED
+    if not bool(known.all()):  # seldom, and slow
+        value = value[known]
     return float(value.square().mean().sqrt()) if value.numel() else 0.0
 
 
