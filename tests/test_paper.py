@@ -408,6 +408,25 @@ def test_a_quick_run_writes_the_page(tmp_path):
     assert "nan" not in text.replace("glyph", "")
 
 
+@pytest.mark.slow
+def test_a_table_of_the_page_is_what_is_measured_now():
+    """A layer with a closed form; drops of the committed page are rounded to hundredths."""
+    layer, extent, found = "features.16", measure.FULL, []
+    for network in known(("vgg_bn",)):
+        data = network.images(extent.images)
+        result = pa.ablate(network.model(), data, layer, audit=0, progress=False)
+        found.append(analysis.drops(result, seed=measure.SEED).set_index("layer").loc[layer])
+    mean = pd.DataFrame(found).mean()
+    text = (ROOT / "docs" / "results" / "paper.md").read_text()
+    table = text[text.index("### VGG-like") :].splitlines()
+    row = next(line for line in table if line.startswith(f"| `{layer}` |"))
+    cells = [cell.replace("\N{MINUS SIGN}", "-").strip() for cell in row.strip("|").split("|")]
+    assert mean["units"] == int(cells[1])
+    places = {"overall_median": 2, "overall_largest": 3, "class_median": 4, "class_largest": 7}
+    for name, place in places.items():
+        assert 100 * mean[name] == pytest.approx(float(cells[place]), abs=0.0051), name
+
+
 def test_the_page_is_of_these_networks():
     text = (ROOT / "docs" / "results" / "paper.md").read_text()
     for name, family in FAMILIES.items():

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from support.simulated import simulate
 
+import pyablate as pa
 from pyablate.analysis.shrinkage import shrunken_drop
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -79,3 +80,26 @@ def test_differences_are_paired_by_block(study):
     assert study.told(-mean, half) == "worse"
     assert study.told(0.5 * half, half) == "not told from 0"
     assert study.told(mean, float("nan")) == "not told from 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["compression_study"], indirect=True)
+def test_curves_of_the_page_are_what_is_measured_now(study, tmp_path):
+    """Rankings that depend on no images: the page has one figure of each, rounded to a tenth."""
+    pytest.importorskip("torch_pruning")
+    settings = study.Settings()
+    made = study.Study(tmp_path / "study", settings)
+    names = ("l1", "bn_scale")
+    table = pa.prune_curve(
+        pa.demo.network("vgg_bn"),
+        made.measuring,
+        {name: study.ranking_of(made, "vgg_bn", name, 0) for name in names},
+        fractions=settings.fractions,
+        seeds=0,
+        progress=False,
+    )
+    page = (EXAMPLES.parent / "docs" / "results" / "compression.md").read_text().splitlines()
+    for name in names:
+        row = next(line for line in page if line.startswith(f"| vgg_bn | {name} |"))
+        curve = table[(table["ranking"] == name) & (table["fraction"] > 0)]
+        assert 100 * curve["accuracy"].mean() == pytest.approx(float(row.split("|")[3]), abs=0.051)
