@@ -3,11 +3,11 @@
     python tools/check_sass.py             compile csrc/cuda/*.cu for sm_90, print a table, check it
     python tools/check_sass.py --write     put the table into docs/development/cuda.md too
 
-Needs nvcc, and nvdisasm beside it, on PATH or of the wheel nvidia-cuda-nvdisasm. The loops that are
-looked at are those that read or write memory and hold no other such loop. Exits with 1 where a kernel
-does what it must not: spill registers, divide integers of 64 bits by a call, choose an activation or
-call a function in such a loop, unless it computes in double (a division of doubles is a call), or,
-being for aligned data, leave out 16-byte access.
+Needs nvcc, and nvdisasm beside it, on PATH or of the wheel nvidia-cuda-nvdisasm. The loops that
+are looked at are those that read or write memory and hold no other such loop. Exits with 1 where a
+kernel does what it must not: spill registers, divide integers of 64 bits by a call, choose an
+activation or call a function in such a loop, unless it computes in double (a division of doubles is
+a call), or, being for aligned data, leave out 16-byte access.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ PAGE = ROOT / "docs" / "development" / "cuda.md"
 BEGIN, END = "<!-- sass: begin -->\n", "<!-- sass: end -->\n"
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Werror=all-warnings"]
 FLAGS += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", "-cubin"]
-
-NARROW = ("class_ranks",)
-"""Kernels whose entries are moved one by one: they are sorted."""
 
 _CODE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?);")
 _LABEL = re.compile(r"^(\.L_x?_?\d+):")
@@ -96,7 +93,7 @@ class Kernel:
         ]
 
     def faults(self) -> list[str]:
-        """What it does that it must not."""
+        """List what it does that it must not."""
         found = []
         if self.spills:
             found.append(f"{self.spills} bytes spilt")
@@ -187,7 +184,7 @@ def missing() -> str | None:
 
 
 def table(kernels: dict[str, list[Kernel]]) -> str:
-    """Write a Markdown table: one row for each operation, its kernels for aligned data and others."""
+    """Write a Markdown table with a row for each operation."""
     rows = [
         "| operation | kernels | 16-byte reads | 16-byte writes | registers | spills | calls |",
         "|---|---|---|---|---|---|---|",

@@ -40,8 +40,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
                     const auto taps = [&](auto f) {
 #pragma unroll 1
                         for (std::int64_t h = 0; h < p.kernel_h; ++h) {
-                            const std::int64_t v =
-                                y * p.stride_h - p.padding_h + h * p.dilation_h;
+                            const std::int64_t v = y * p.stride_h - p.padding_h + h * p.dilation_h;
                             if (!in_range(v, p.height)) continue;
 #pragma unroll 1
                             for (std::int64_t w = 0; w < p.kernel_w; ++w) {
@@ -76,8 +75,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
                             load(base + tap, z);
                             load(delta + tap, d);
                             for (int k = 0; k < N; ++k) {
-                                const T moved =
-                                    (T(widen(z[k])) - most[k]) + widen(d[k]) * scale;
+                                const T moved = (T(widen(z[k])) - most[k]) + widen(d[k]) * scale;
                                 const bool wins = moved > difference[k] || moved != moved;
                                 difference[k] = wins ? moved : difference[k];  // NaN stays
                             }

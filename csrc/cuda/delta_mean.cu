@@ -63,7 +63,7 @@ __device__ inline void average_columns(const DeltaMeanParams& p, Compute<D> shar
              c += N * all_threads()) {
             T sums[N] = {};
             if (valid && c < p.channels) {
-#pragma unroll unrolled<K>
+#pragma unroll unrolled < K>
                 for (std::int64_t m = threadIdx.y; m < p.positions; m += blockDim.y) {
                     changes.add(m * p.channels + c, sums);
                 }
@@ -98,7 +98,7 @@ __device__ inline void average_rows(const DeltaMeanParams& p, Compute<D> share) 
         for (std::int64_t c = first_row(); c < p.channels; c += all_rows()) {
             T sum[1] = {};
             if (valid) {
-#pragma unroll unrolled<K>
+#pragma unroll unrolled < K>
                 for (std::int64_t m = N * threadIdx.x; m < p.positions; m += N * warp_threads) {
                     changes.add(c * p.positions + m, sum);
                 }
@@ -107,8 +107,7 @@ __device__ inline void average_rows(const DeltaMeanParams& p, Compute<D> share) 
                 sum[0] += __shfl_down_sync(0xffffffffu, sum[0], static_cast<unsigned>(other));
             }
             if (threadIdx.x == 0) {
-                out[pair * p.channels + c] =
-                    valid ? sum[0] * share : not_a_number<T>();
+                out[pair * p.channels + c] = valid ? sum[0] * share : not_a_number<T>();
             }
         }
     }
@@ -124,8 +123,9 @@ __global__ void delta_mean_columns(const DeltaMeanParams p, Compute<D> share) {
 
 template <class D, class B, int N, bool RELU>
 __global__ void delta_mean_rows(const DeltaMeanParams p, Compute<D> share) {
-    with_activation<RELU>(p.activation.kind,
-                          [&](auto kind) { average_rows<decltype(kind)::value, D, B, N>(p, share); });
+    with_activation<RELU>(p.activation.kind, [&](auto kind) {
+        average_rows<decltype(kind)::value, D, B, N>(p, share);
+    });
 }
 
 }  // namespace

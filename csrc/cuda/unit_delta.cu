@@ -27,8 +27,8 @@ __global__ void unit_delta_kernel(const UnitDeltaParams p) {
         const std::int64_t taps = p.kernel_h * p.kernel_w * p.outputs;
         const D* map = static_cast<const D*>(p.delta) + (valid ? start : 0);  // [H, W], strided
         const T* filter =
-            static_cast<const T*>(p.weight) + (valid ? channel * taps : 0);    // [kh, kw, O]
-        const B* base = static_cast<const B*>(p.base);                         // [Ho, Wo, O]
+            static_cast<const T*>(p.weight) + (valid ? channel * taps : 0);  // [kh, kw, O]
+        const B* base = static_cast<const B*>(p.base);                       // [Ho, Wo, O]
         if (base != nullptr && valid) base += row * map_size;
         D* out = static_cast<D*>(p.out) + pair * map_size;  // [Ho, Wo, O]
         for (std::int64_t y = first_row(); y < p.out_h; y += all_rows()) {
@@ -76,8 +76,8 @@ __global__ void unit_delta_kernel(const UnitDeltaParams p) {
                                 if (valid) load(base + at, clean);
                             }
                             for (int k = 0; k < N; ++k) {
-                                const T change = activate_change<K>(
-                                    T(widen(clean[k])), sum[q][k], a, b);
+                                const T change =
+                                    activate_change<K>(T(widen(clean[k])), sum[q][k], a, b);
                                 results[k] = valid ? narrow<D>(change) : not_a_number<D>();
                             }
                             store(out + at, results);

@@ -1,9 +1,9 @@
 """1 x 1 convolutions of deltas with what follows in one pass: residual sum and ReLU's difference.
 
-Between two such convolutions a delta crosses a GPU's memory three times: written, read and written by
-the activation, read again. Here the product's own epilogue does the activation. The kernel is in
-Triton, which comes with PyTorch on CUDA; where it is missing, or measured to be no faster than the two
-steps one after the other, they are what runs.
+Between two such convolutions a delta crosses a GPU's memory four times: written, read and written
+by the activation, read again. Here the product's own epilogue does the activation. The kernel is
+in Triton, which comes with PyTorch on CUDA; where it is missing, or measured to be no faster than
+the two steps one after the other, they are what runs.
 """
 
 from __future__ import annotations
@@ -164,10 +164,11 @@ def worthwhile(device: torch.device) -> frozenset[tuple[int, int, int]]:
 
 @functools.cache
 def _worthwhile(device: str) -> frozenset[tuple[int, int, int]]:
-    return frozenset(size for size in MEASURED if _gain(device, size) >= GAIN)
+    return frozenset(size for size in MEASURED if gain(device, size) >= GAIN)
 
 
-def _gain(device: str, size: tuple[int, int, int]) -> float:
+def gain(device: str, size: tuple[int, int, int]) -> float:
+    """How many times as fast one pass is as two steps: input and output channels, side of maps."""
     inputs, outputs, side = size
     pairs = max(1, NUMBERS // (max(inputs, outputs) * side**2))
     maps = functools.partial(torch.ones, dtype=torch.bfloat16, device=device)

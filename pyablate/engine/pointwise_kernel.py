@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pointwise(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _pointwise(  # type: ignore[no-untyped-def]
     delta,  # [rows, C], rows = pairs * positions
     weight,  # [O, C]
     addend,  # [rows, O]
