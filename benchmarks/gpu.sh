@@ -134,9 +134,11 @@ build() {
     mkdir -p build && echo "$now" >build/gpu.sources
 }
 
-# The operations against the reference, the waits of the host, slices recorded as CUDA graphs.
+# The operations against the reference, the waits of the host, slices recorded as CUDA graphs, 1 x 1
+# convolutions in one pass.
 ops() {
-    step 90 ops "${pytest[@]}" -m cuda --maxfail=60 tests/ops/test_ops_*.py tests/engine/test_waits.py
+    step 90 ops "${pytest[@]}" -m cuda --maxfail=60 tests/ops/test_ops_*.py \
+        tests/engine/test_waits.py tests/engine/test_pointwise.py
 }
 
 # Whole runs against the float64 hook loop.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import pyablate as pa
 from pyablate import ops
-from pyablate.engine import cuda_graph, microbenchmarks
+from pyablate.engine import cuda_graph, microbenchmarks, pointwise
 from pyablate.reference import compare
 from pyablate.runs import setup
 from pyablate.runtime.determinism import undisturbed
@@ -145,13 +145,16 @@ def agree(visit: Visit, name: str, spec: str, precision: str, count: int) -> Non
 
 
 def speed(visit: Visit) -> None:
-    """Measure rates, kernels, a network, and sizes of slices, in this order."""
+    """Measure rates, kernels, a network, and sizes of slices, the most valuable first."""
 
     def ceilings() -> None:
         rates(visit)
 
     def own_kernels() -> None:
         kernels(visit)
+
+    def one_pass() -> None:
+        pointwise_gains(visit)
 
     def network() -> None:
         swept(visit, "default")
@@ -160,7 +163,7 @@ def speed(visit: Visit) -> None:
         sizes_of_slices(visit)
 
     large = () if visit.small else (network,)
-    visit.each(2 if visit.small else 20, ceilings, own_kernels, *large, slices)
+    visit.each(2 if visit.small else 20, ceilings, own_kernels, one_pass, *large, slices)
 
 
 def rates(visit: Visit) -> None:
@@ -197,6 +200,8 @@ def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
     delta, other = (visit.random(pairs, channels, side, side) for _ in range(2))
     image = torch.arange(pairs, device=visit.device, dtype=torch.int32) * 4 // pairs
 
+    size = (side, side)
+
     def rate(bytes_: int, work: Callable[[], Any]) -> float:
         return bytes_ * delta.numel() / visit.seconds(work) / 1e9
 
@@ -208,8 +213,23 @@ def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
             6, lambda: ops.delta_activation(base, delta, image, relu, addend=other, out=delta)
         ),
         mean=rate(2, lambda: ops.delta_mean(base, delta, image, relu)),
+        max_pool=rate(
+            4,
+            lambda: ops.delta_max_pool(
+                base, delta, image, kernel=3, stride=1, padding=1, out_size=size
+            ),
+        ),
         product_in_place=rate(4, lambda: delta.mul_(1.0)),
     )
+
+
+def pointwise_gains(visit: Visit) -> None:
+    """Tell how much faster 1 x 1 convolutions are in one pass, where that is offered."""
+    device = torch.device(visit.device)
+    offered = pointwise.offered(device)
+    for size in pointwise.MEASURED if offered else ():
+        visit.note("1 x 1 in one pass", size=size, times=pointwise.gain(visit.device, size))
+    visit.note("1 x 1 chosen", offered=offered, sizes=sorted(pointwise.worthwhile(device)))
 
 
 def swept(visit: Visit, how: str) -> None:

@@ -54,6 +54,14 @@ __device__ inline void sort_by(int byte, const Ranked<T>* from, Ranked<T>* to, s
     }
 }
 
+// a / b rounded down for 0 <= a < 2^52, b > 0, by_b near 1 / b: without a division of integers.
+__device__ inline std::int64_t quotient(std::int64_t a, std::int64_t b, double by_b) {
+    std::int64_t q = static_cast<std::int64_t>(static_cast<double>(a) * by_b);
+    if (q * b > a) --q;
+    if ((q + 1) * b <= a) ++q;
+    return q;
+}
+
 // What one class of a unit has, from the images in order. One thread goes through all of them.
 template <class T>
 __device__ inline void count_class(const ClassRanksParams& p, std::int64_t u, std::int64_t k,
@@ -62,6 +70,7 @@ __device__ inline void count_class(const ClassRanksParams& p, std::int64_t u, st
     for (std::int64_t bin = 0; bin < p.bins; ++bin) quantiles[bin * p.classes] = 0;
     std::int64_t rank_sum = 0, gain = 0, hits = 0, greater = 0;
     std::int32_t first = 0;
+    const double share = 1.0 / static_cast<double>(p.images);
     for (std::int64_t n = 0; n < p.images; ++n) {
         if (n > 0 && images[n].bits != images[n - 1].bits) greater = n;
         if (images[n].label != k) continue;
@@ -71,7 +80,7 @@ __device__ inline void count_class(const ClassRanksParams& p, std::int64_t u, st
         rank_sum += greater + at_least;
         const std::int64_t here = p.images * hits - p.count[k] * at_least;
         gain = here > gain ? here : gain;
-        ++quantiles[(p.images - at_least) * p.bins / p.images * p.classes];
+        ++quantiles[quotient((p.images - at_least) * p.bins, p.images, share) * p.classes];
     }
     p.rank_sum[u * p.classes + k] = rank_sum;
     p.gain[u * p.classes + k] = gain;

@@ -7,15 +7,14 @@ namespace pyablate::cuda {
 
 namespace {
 
-// One warp per pair.
-template <class T>
+// One warp per pair; a lane takes N classes at a time.
+template <class T, int N>
 __global__ void classify_kernel(const ClassifyParams p) {
-    const int lane = threadIdx.x % warp_threads;
     const std::int64_t step = all_threads() / warp_threads;
     for (std::int64_t pair = first_thread() / warp_threads; pair < p.pairs; pair += step) {
         const std::int64_t image = p.image[pair];
         if (!in_range(image, p.images)) {
-            if (lane == 0) p.out[pair] = -1;
+            if (lane() == 0) p.out[pair] = -1;
             continue;
         }
         const T* __restrict__ logits = static_cast<const T*>(p.logits) + image * p.classes;
@@ -23,15 +22,24 @@ __global__ void classify_kernel(const ClassifyParams p) {
         T limit = static_cast<const T*>(p.tolerance)[image];
         if (p.relative != 0) {
             T high = -infinity<T>(), low = -infinity<T>();  // low: of the negated changes
-            for (std::int64_t k = lane; k < p.classes; k += warp_threads) {
-                high = larger(high, delta[k]);
-                low = larger(low, -delta[k]);
+            for (std::int64_t k = N * lane(); k < p.classes; k += N * warp_threads) {
+                T d[N];
+                load(delta + k, d);
+                for (int i = 0; i < N; ++i) {
+                    high = larger(high, d[i]);
+                    low = larger(low, -d[i]);
+                }
             }
             limit = limit + static_cast<T>(p.relative) * (warp_max(high) + warp_max(low));
         }
-        const std::int32_t decision = decide<T>(
-            p.classes, limit, [&](std::int64_t k) { return changed(logits[k], delta[k]); });
-        if (lane == 0) p.out[pair] = decision;
+        const auto value = [&](std::int64_t k, T(&x)[N]) {
+            T d[N];
+            load(logits + k, x);
+            load(delta + k, d);
+            for (int i = 0; i < N; ++i) x[i] = changed(x[i], d[i]);
+        };
+        const std::int32_t decision = decide<T, N>(p.classes, limit, value);
+        if (lane() == 0) p.out[pair] = decision;
     }
 }
 
@@ -43,7 +51,11 @@ void classify(const ClassifyParams& p, int device, void* stream) {
     const auto grid = static_cast<unsigned>(grid_size(p.pairs, block_threads / warp_threads));
     dispatch_real("classify", p.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        classify_kernel<T><<<grid, block_threads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+        const bool packs = aligned(p.logits, p.delta) && p.classes % wide<T> == 0;
+        dispatch_width<wide<T>>(packs, [&](auto n) {
+            classify_kernel<T, n()>
+                <<<grid, block_threads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+        });
     });
     PYABLATE_CHECK_LAUNCH("classify");
 }

@@ -1,11 +1,15 @@
-// What all CUDA backends share: errors, the device guard, element types.
+// What all CUDA backends share: errors, the device guard, element types, how blocks lie on tensors,
+// access to several numbers at a time.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "pyablate/bfloat16.h"
 #include "pyablate/launch.h"
@@ -76,24 +80,136 @@ __device__ inline bool in_range(std::int64_t i, std::int64_t size) {
     return i >= 0 && i < size;
 }
 
-__device__ inline std::int64_t first_thread() {
+// --- blocks on tensors ---------------------------------------------------------------------------
+
+constexpr int block_threads = 256;
+constexpr int warp_threads = 32;
+
+// Threads in x, y and z take the columns, rows and planes of something three-dimensional, so that
+// none of them divides to find its place. Each axis of a block is the smallest power of two that
+// covers what is left of its block_threads.
+struct Tiles {
+    dim3 grid, block;
+};
+
+// Blocks along y or z; where there may not be as many as asked for, the kernel goes on by the grid.
+inline unsigned cut_grid(std::int64_t blocks) {
+    return static_cast<unsigned>(blocks < 65535 ? blocks : 65535);
+}
+
+inline Tiles tiles(std::int64_t columns, std::int64_t rows, std::int64_t planes = 1) {
+    const auto cover = [](std::int64_t size, std::int64_t most) {
+        std::int64_t threads = 1;
+        while (threads < size && threads < most) threads *= 2;
+        return threads;
+    };
+    const std::int64_t x = cover(columns, block_threads), y = cover(rows, block_threads / x);
+    const std::int64_t z = cover(planes, std::min<std::int64_t>(block_threads / x / y, 64));
+    return {dim3(static_cast<unsigned>(grid_size(columns, x)), cut_grid(divide_up(rows, y)),
+                 cut_grid(divide_up(planes, z))),
+            dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z))};
+}
+
+__device__ inline std::int64_t first_thread() {  // along x, as all_threads
     return static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 __device__ inline std::int64_t all_threads() {
     return static_cast<std::int64_t>(gridDim.x) * blockDim.x;
 }
-
-// f(z + d) - f(z). The function is chosen at run time: all threads take the same branch, and the
-// memory is slower than the switch. Host too, only since what it calls is.
-template <class T>
-PYABLATE_HOST_DEVICE inline T change(const Activation& f, T z, T d) {
-    return dispatch_activation(f.kind, [&](auto kind) {
-        return activate_change<decltype(kind)::value>(z, d, static_cast<T>(f.a),
-                                                      static_cast<T>(f.b));
-    });
+__device__ inline std::int64_t first_row() {
+    return static_cast<std::int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+}
+__device__ inline std::int64_t all_rows() {
+    return static_cast<std::int64_t>(gridDim.y) * blockDim.y;
+}
+__device__ inline std::int64_t first_plane() {
+    return static_cast<std::int64_t>(blockIdx.z) * blockDim.z + threadIdx.z;
+}
+__device__ inline std::int64_t all_planes() {
+    return static_cast<std::int64_t>(gridDim.z) * blockDim.z;
 }
 
-constexpr int block_threads = 256;
-constexpr int warp_threads = 32;
+// --- several numbers at a time -------------------------------------------------------------------
+
+constexpr int access = 16;  // bytes that one access moves at most
+
+// How many numbers of a type that is. Kernels for functions other than ReLU, which take more registers,
+// keep to `some`.
+template <class T>
+constexpr int wide = access / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int some = wide<T> < 4 ? wide<T> : 4;
+
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+    return (... && (reinterpret_cast<std::uintptr_t>(pointers) % access == 0));
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T at[N];
+};
+
+// N neighbours, in as few accesses as they fit; `from` and `to` are aligned for these.
+template <int N, class T>
+__device__ inline void load(const T* from, T (&values)[N]) {
+    constexpr int n = N < wide<T> ? N : wide<T>;
+    for (int i = 0; i < N; i += n) {
+        const auto pack = *reinterpret_cast<const Pack<T, n>*>(from + i);
+        for (int k = 0; k < n; ++k) values[i + k] = pack.at[k];
+    }
+}
+
+template <int N, class T>
+__device__ inline void store(T* to, const T (&values)[N]) {
+    if constexpr (N == 1) {
+        *to = values[0];
+    } else {
+        constexpr int n = N < wide<T> ? N : wide<T>;
+        using Words = std::conditional_t<n == wide<T>, uint4, uint2>;
+        static_assert(sizeof(Words) == n * sizeof(T));
+        for (int i = 0; i < N; i += n) {
+            Words words;
+            std::memcpy(&words, values + i, sizeof words);
+            __stwb(reinterpret_cast<Words*>(to + i), words);  // nvcc splits some plain stores
+        }
+    }
+}
+
+// f(std::integral_constant<int, N>): N numbers at a time if that is possible, else one.
+template <int N, class F>
+void dispatch_width(bool possible, F&& f) {
+    if (possible) {
+        f(std::integral_constant<int, N>{});
+    } else {
+        f(std::integral_constant<int, 1>{});
+    }
+}
+
+// --- elementwise functions -----------------------------------------------------------------------
+
+// f(std::integral_constant<ActivationKind, kind>), to be called outside of loops. ReLU, which most
+// networks have, has kernels of its own, which need fewer registers than all functions together.
+template <bool RELU, class F>
+__device__ inline void with_activation(ActivationKind kind, F&& f) {
+    if constexpr (RELU) {
+        f(std::integral_constant<ActivationKind, ActivationKind::relu>{});
+    } else {
+        dispatch_activation(kind, f);
+    }
+}
+
+// f(std::integral_constant<int, N>, std::bool_constant<RELU>): the numbers that a thread takes at a
+// time. Where it is one, memory is not what a kernel waits for, and ReLU has no other kernel.
+template <int N, int RELU_N, class F>
+void dispatch_width(bool possible, const Activation& activation, F&& f) {
+    if (!possible) {
+        f(std::integral_constant<int, 1>{}, std::false_type{});
+    } else if (activation.kind == ActivationKind::relu) {
+        f(std::integral_constant<int, RELU_N>{}, std::true_type{});
+    } else {
+        f(std::integral_constant<int, N>{}, std::false_type{});
+    }
+}
 
 }  // namespace pyablate::cuda

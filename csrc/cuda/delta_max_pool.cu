@@ -1,85 +1,120 @@
-#include "common.cuh"
 #include "pyablate/delta_max_pool.h"
+
+#include "common.cuh"
 #include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
 namespace {
 
-// One thread per output element in memory order, so that writes are coalesced in both layouts:
-// neighbours are channels (channels last) or positions of a row.
-template <class D, class B>
+// A thread goes along a row of a pair's output. Channels last: it takes N channels, all positions of
+// the row; its neighbours take the next channels. Otherwise one position of the row, all channels;
+// its neighbours take the next positions.
+template <class D, class B, int N, bool RELU>
 __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
     using T = Compute<D>;
-    const B* __restrict__ base = static_cast<const B*>(p.base);    // [N, C, H, W] or [N, H, W, C]
-    const D* __restrict__ delta = static_cast<const D*>(p.delta);  // [P, ...] likewise
-    D* __restrict__ out = static_cast<D*>(p.out);  // [P, C, Ho, Wo] or [P, Ho, Wo, C]
-    const std::int64_t row = p.channels * p.height * p.width;
-    const std::int64_t out_row = p.channels * p.out_h * p.out_w;
-    for (std::int64_t at = first_thread(); at < p.pairs * out_row; at += all_threads()) {
-        const std::int64_t pair = at / out_row, rest = at % out_row;
-        std::int64_t c, x, y;
-        if (p.channels_last) {
-            c = rest % p.channels;
-            x = rest / p.channels % p.out_w;
-            y = rest / p.channels / p.out_w;
-        } else {
-            x = rest % p.out_w;
-            y = rest / p.out_w % p.out_h;
-            c = rest / p.out_w / p.out_h;
-        }
-        const std::int64_t image = p.image[pair];
-        if (!in_range(image, p.images)) {
-            out[at] = not_a_number<D>();
-            continue;
-        }
-        // calls f with the offset of each tap inside the map
-        const auto taps = [&](auto f) {
-            for (std::int64_t i = 0; i < p.kernel_h; ++i) {
-                const std::int64_t v = y * p.stride_h - p.padding_h + i * p.dilation_h;
-                if (!in_range(v, p.height)) continue;
-                for (std::int64_t j = 0; j < p.kernel_w; ++j) {
-                    const std::int64_t u = x * p.stride_w - p.padding_w + j * p.dilation_w;
-                    if (!in_range(u, p.width)) continue;
-                    f(p.channels_last ? (v * p.width + u) * p.channels + c
-                                      : (c * p.height + v) * p.width + u);
+    // from one channel, column and row of a map to the next
+    const std::int64_t step_c = p.channels_last ? 1 : p.height * p.width;
+    const std::int64_t step_x = p.channels_last ? p.channels : 1;
+    const std::int64_t step_y = step_x * p.width;
+    const std::int64_t out_c = p.channels_last ? 1 : p.out_h * p.out_w;
+    const std::int64_t out_y = step_x * p.out_w;
+    const std::int64_t columns = p.channels_last ? p.channels : p.out_w;
+    const std::int64_t length = p.channels_last ? p.out_w : p.channels;
+    for (std::int64_t pair = first_plane(); pair < p.pairs; pair += all_planes()) {
+        const std::int64_t image = p.image[pair], map = p.channels * p.height * p.width;
+        const bool valid = in_range(image, p.images);
+        const B* base = static_cast<const B*>(p.base) + (valid ? image * map : 0);  // [N, ...]
+        const D* delta = static_cast<const D*>(p.delta) + pair * map;               // [P, ...]
+        D* out = static_cast<D*>(p.out) + pair * p.channels * p.out_h * p.out_w;
+        const T scale = p.scale == nullptr ? T(1) : T(p.scale[pair]);
+        for (std::int64_t y = first_row(); y < p.out_h; y += all_rows()) {
+            for (std::int64_t column = N * first_thread(); column < columns;
+                 column += N * all_threads()) {
+#pragma unroll 1
+                for (std::int64_t i = 0; i < length; ++i) {
+                    const std::int64_t c = p.channels_last ? column : i;
+                    const std::int64_t x = p.channels_last ? i : column;
+                    const std::int64_t left = x * p.stride_w - p.padding_w;
+                    // calls f with the offset of each tap inside the map
+                    const auto taps = [&](auto f) {
+#pragma unroll 1
+                        for (std::int64_t h = 0; h < p.kernel_h; ++h) {
+                            const std::int64_t v = y * p.stride_h - p.padding_h + h * p.dilation_h;
+                            if (!in_range(v, p.height)) continue;
+#pragma unroll 1
+                            for (std::int64_t w = 0; w < p.kernel_w; ++w) {
+                                const std::int64_t u = left + w * p.dilation_w;
+                                if (!in_range(u, p.width)) continue;
+                                f(v * step_y + u * step_x + c * step_c);
+                            }
+                        }
+                    };
+                    T most[N], difference[N];
+                    for (int k = 0; k < N; ++k) most[k] = difference[k] = -infinity<T>();
+                    if (valid) {
+                        taps([&](std::int64_t tap) {
+                            B z[N];
+                            load(base + tap, z);
+                            for (int k = 0; k < N; ++k) {
+                                most[k] = T(widen(z[k])) > most[k] ? T(widen(z[k])) : most[k];
+                            }
+                        });
+                    }
+                    unsigned empty = 0;  // channels without a tap inside the map that could win
+                    for (int k = 0; k < N; ++k) {
+                        if (most[k] == -infinity<T>()) {
+                            empty |= 1u << k;
+                            most[k] = 0;
+                        }
+                    }
+                    if (valid) {
+                        taps([&](std::int64_t tap) {
+                            B z[N];
+                            D d[N];
+                            load(base + tap, z);
+                            load(delta + tap, d);
+                            for (int k = 0; k < N; ++k) {
+                                const T moved = (T(widen(z[k])) - most[k]) + widen(d[k]) * scale;
+                                const bool wins = moved > difference[k] || moved != moved;
+                                difference[k] = wins ? moved : difference[k];  // NaN stays
+                            }
+                        });
+                    }
+                    D results[N];
+                    with_activation<RELU>(p.activation.kind, [&](auto kind) {
+                        for (int k = 0; k < N; ++k) {
+                            const bool spoiled = !valid || difference[k] != difference[k];
+                            const T d = (empty >> k & 1u) != 0 ? T(0) : difference[k];
+                            const T change = activate_change<decltype(kind)::value>(
+                                most[k], d, static_cast<T>(p.activation.a),
+                                static_cast<T>(p.activation.b));
+                            results[k] = spoiled ? not_a_number<D>() : narrow<D>(change);
+                        }
+                    });
+                    store(out + y * out_y + x * step_x + c * out_c, results);
                 }
             }
-        };
-        const B* from = base + image * row;
-        const D* by = delta + pair * row;
-        const T scale = p.scale == nullptr ? T(1) : T(p.scale[pair]);
-        T most = -infinity<T>();
-        taps([&](std::int64_t tap) {
-            const T z = widen(from[tap]);
-            most = z > most ? z : most;
-        });
-        const bool empty = most == -infinity<T>();  // no tap inside the map, or none that could win
-        if (empty) most = 0;
-        T difference = -infinity<T>();
-        bool spoiled = false;
-        taps([&](std::int64_t tap) {
-            const T moved = (T(widen(from[tap])) - most) + widen(by[tap]) * scale;
-            spoiled = spoiled || moved != moved;
-            difference = moved > difference ? moved : difference;
-        });
-        if (empty) difference = 0;
-        out[at] = spoiled ? not_a_number<D>() : narrow<D>(change(p.activation, most, difference));
+        }
     }
 }
 
 }  // namespace
 
 void delta_max_pool(const DeltaMaxPoolParams& p, int device, void* stream) {
-    const std::int64_t elements = p.pairs * p.channels * p.out_h * p.out_w;
-    if (elements == 0) return;
+    if (p.pairs * p.channels * p.out_h * p.out_w == 0) return;
     const DeviceGuard guard(device, "delta_max_pool");
-    const auto grid = static_cast<unsigned>(grid_size(elements, block_threads));
     dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
-        delta_max_pool_kernel<D, B>
-            <<<grid, block_threads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+        const bool packs =
+            p.channels_last && aligned(p.base, p.delta, p.out) && p.channels % wide<D> == 0;
+        dispatch_width<wide<D>, wide<D>>(packs, p.activation, [&](auto n, auto relu) {
+            const std::int64_t columns = p.channels_last ? p.channels / n() : p.out_w;
+            const Tiles on = tiles(columns, p.out_h, p.pairs);
+            delta_max_pool_kernel<D, B, n(), relu()>
+                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
+        });
     });
     PYABLATE_CHECK_LAUNCH("delta_max_pool");
 }

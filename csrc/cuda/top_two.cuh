@@ -9,6 +9,10 @@ namespace pyablate::cuda {
 
 constexpr unsigned whole_warp = 0xffffffffu;
 
+__device__ inline int lane() {  // of blocks along x
+    return static_cast<int>(threadIdx.x % warp_threads);
+}
+
 template <class T>
 struct Top {
     T best = -infinity<T>();
@@ -40,13 +44,15 @@ struct Top {
     }
 };
 
-// The decision over value(k), k in [0, classes), by the 32 lanes of a warp: neighbouring lanes take
-// neighbouring classes, then the lanes' top twos are merged by halves.
-template <class T, class F>
+// The decision over the classes by the 32 lanes of a warp; value(k, x) fills x with those from k on.
+// Neighbouring lanes take neighbours, N at a time, then the lanes' top twos are merged by halves.
+template <class T, int N, class F>
 __device__ std::int32_t decide(std::int64_t classes, T limit, F value) {
     Top<T> top;
-    for (std::int64_t k = threadIdx.x % warp_threads; k < classes; k += warp_threads) {
-        top.add(value(k), static_cast<std::int32_t>(k));
+    for (std::int64_t k = N * lane(); k < classes; k += N * warp_threads) {
+        T x[N];
+        value(k, x);
+        for (int i = 0; i < N; ++i) top.add(x[i], static_cast<std::int32_t>(k + i));
     }
     for (int offset = warp_threads / 2; offset > 0; offset /= 2) {
         Top<T> other;

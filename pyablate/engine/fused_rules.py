@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
@@ -35,7 +36,7 @@ def add(pairs: Pairs, node: fx.Node) -> Delta:
     if node.kwargs:
         return difference(pairs, node)
     sign = -1.0 if node.target in SUBTRACTIONS else 1.0
-    if sign > 0 and (waiting := _still_first(pairs, node)) is not None:
+    if sign > 0 and (waiting := _still_first(pairs, node) or _taken_up(pairs, node)) is not None:
         return waiting
     first, second = (_at_least_scaled(pairs, a) for a in node.args[:2])
     if isinstance(second, ChannelDelta) and _fit(first, second, node):
@@ -58,6 +59,23 @@ def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
     if not isinstance(raw, FirstMap):
         return None
     return raw if changed[0].meta["val"].shape == node.meta["val"].shape else None
+
+
+def _taken_up(pairs: Pairs, node: fx.Node) -> FirstMap | None:
+    """Let a 1 x 1 convolution that waits take up the dense delta that is added to it."""
+    for own, other in (node.args[:2], node.args[1::-1]):
+        if own is other or not isinstance(own, fx.Node) or not isinstance(other, fx.Node):
+            continue
+        raw, delta = pairs.raw(own), pairs.raw(other)
+        if not isinstance(raw, FirstMap) or not raw.adds:
+            continue
+        if isinstance(delta, (FirstMap, Scaled)):
+            delta = pairs.delta(other)
+        if isinstance(delta, Tensor) and list(delta.shape) == pairs.graph.shape(
+            own, len(pairs.image)
+        ):
+            return FirstMap(functools.partial(raw.run, addend=delta))
+    return None
 
 
 def _residual(pairs: Pairs, node: fx.Node, first: Delta, second: Delta) -> Sum | None:

@@ -57,15 +57,19 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class FirstMap:
-    """The first convolution after the unit, which waits for its activation.
+    """A convolution that waits for its activation: the first after the unit, or a 1 x 1 one.
 
     Attributes
     ----------
     run : callable
-        :func:`pyablate.ops.unit_delta` but for activation, base and quantized values.
+        :func:`pyablate.ops.unit_delta` or :func:`pyablate.engine.pointwise.convolve` but for
+        activation, base and quantized values.
+    adds : bool
+        Whether it takes an ``addend`` too, a dense delta of the same shape.
     """
 
     run: Callable[..., Tensor]
+    adds: bool = False
 
     def spell(self) -> Tensor:
         """Return the plain tensor."""

@@ -53,7 +53,7 @@ def _convolution_rate(device: str, dtype: torch.dtype, alone: bool, images: int)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     try:
         with torch.no_grad(), _one_thread() if alone else nullcontext():
-            seconds = _best(_convolution(x, w, dtype), device)
+            seconds = best(_convolution(x, w, dtype), device)
     except RuntimeError as error:
         if is_shortage(error):
             raise  # another time there may be enough
@@ -114,7 +114,7 @@ def _unit_rate(device: str, times: int) -> float:
     def work() -> Tensor:
         return ops.unit_delta(maps, filters, channel, image, column, padding=1)
 
-    return 2.0 * work().numel() * 9 / _best(work, device)
+    return 2.0 * work().numel() * 9 / best(work, device)
 
 
 def change_rate(device: str) -> float:
@@ -136,7 +136,7 @@ def _change_rate(device: str, times: int) -> float:
     def work() -> Tensor:
         return ops.delta_activation(base, delta, image, relu, out=delta)
 
-    return 4.0 * delta.numel() / _best(work, device)
+    return 4.0 * delta.numel() / best(work, device)
 
 
 def _times(device: str) -> int:
@@ -144,7 +144,7 @@ def _times(device: str) -> int:
     return 64 if device.startswith("cuda") else 1
 
 
-def _best(work: Callable[[], Tensor], device: str) -> float:
+def best(work: Callable[[], Tensor], device: str) -> float:
     """Seconds of the fastest of many runs: others may be at work, and a few runs hit upon them."""
     if device.startswith("cuda"):
         with torch.cuda.device(device):

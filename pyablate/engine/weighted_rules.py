@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.engine import int8_conv
+from pyablate.engine import int8_conv, pointwise
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import FirstMap, Scaled
 from pyablate.engine.rule_context import (
@@ -67,6 +67,8 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
         return _quantized_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = dense(pairs, source).to(lowered.dtype)
+    if plain and pointwise.fits(pairs, node, weight, (stride, padding, dilation)):
+        return FirstMap(functools.partial(pointwise.convolve, change, lowered, pairs.image), True)
     return tensor(convolve(change, lowered, None, stride, padding, dilation, groups))
 
 

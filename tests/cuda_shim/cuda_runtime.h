@@ -195,6 +195,23 @@ inline long long __double_as_longlong(double value) {
     return shim::bits_of<long long>(value);
 }
 
+// --- several numbers at a time -------------------------------------------------------------------
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+// Stores, with the cache's default.
+inline void __stwb(uint2* to, uint2 value) {
+    *to = value;
+}
+inline void __stwb(uint4* to, uint4 value) {
+    *to = value;
+}
+
 // --- atomics: threads change places only where they wait, so plain reads and writes are whole ----
 
 namespace shim {

@@ -56,7 +56,7 @@ def test_a_gpu_is_timed_by_its_own_events_on_its_own_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", device)
-    assert microbenchmarks._best(work, "cuda:1") == 2e-3
+    assert microbenchmarks.best(work, "cuda:1") == 2e-3
     assert on == ["cuda:1"]
 
 
@@ -68,7 +68,7 @@ def test_rates_of_the_processor_are_numbers():
 @pytest.mark.parametrize("rate", ["convolution", "unit", "change"])
 @pytest.mark.usefixtures("fresh")
 def test_a_lack_of_memory_is_not_remembered(monkeypatch, rate):
-    short, best, tried = [True], microbenchmarks._best, []
+    short, best, tried = [True], microbenchmarks.best, []
 
     def stopwatch(work, device):
         tried.append(work)
@@ -81,7 +81,7 @@ def test_a_lack_of_memory_is_not_remembered(monkeypatch, rate):
         dtype = (torch.float32,) if rate == "convolution" else ()
         return getattr(microbenchmarks, f"{rate}_rate")("cpu", *dtype)
 
-    monkeypatch.setattr(microbenchmarks, "_best", stopwatch)
+    monkeypatch.setattr(microbenchmarks, "best", stopwatch)
     monkeypatch.setattr(microbenchmarks, "_images", lambda _: 8)
     monkeypatch.setattr(microbenchmarks, "_times", lambda _: 4)
     with_less = measure()
@@ -103,10 +103,10 @@ def test_what_a_device_cannot_do_is_remembered_and_too_little_memory_said(monkey
 
         return fail
 
-    monkeypatch.setattr(microbenchmarks, "_best", stopwatch(MemoryError("no")))
+    monkeypatch.setattr(microbenchmarks, "best", stopwatch(MemoryError("no")))
     with pytest.raises(MemoryError):
         microbenchmarks.convolution_rate("cpu", torch.float32)
-    monkeypatch.setattr(microbenchmarks, "_best", stopwatch(RuntimeError("not implemented")))
+    monkeypatch.setattr(microbenchmarks, "best", stopwatch(RuntimeError("not implemented")))
     assert microbenchmarks.convolution_rate("cpu", torch.float32) == 0
     monkeypatch.undo()
     assert microbenchmarks.convolution_rate("cpu", torch.float32) == 0

@@ -41,11 +41,12 @@ struct ClassRanksParams {
     DType dtype;
 };
 
-// Bits that order as unsigned integers do, the greatest number first, and what they belong to.
+// Bits that order as unsigned integers do, the greatest number first, and what they belong to; moved
+// by one access.
 template <class T>
 struct Ranked;
 template <>
-struct Ranked<float> {
+struct alignas(8) Ranked<float> {
     using Bits = std::uint32_t;
     Bits bits;
     std::int32_t label;

@@ -76,10 +76,27 @@ PYABLATE_HOST_DEVICE inline T relu_change(T z, T d) {
     return at_least(d + (z - c), T(0) - c);
 }
 
+// 1 / x for x from 1 on, and x / 6. On a GPU a division of floats calls a function; what is used
+// there instead is off by 2 units in the last place at most.
+template <class T>
+PYABLATE_HOST_DEVICE inline T reciprocal(T x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<T, float>) return __fdividef(1.0f, x);
+#endif
+    return T(1) / x;
+}
+template <class T>
+PYABLATE_HOST_DEVICE inline T sixth(T x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<T, float>) return x * (1.0f / 6.0f);
+#endif
+    return x / T(6);
+}
+
 template <class T>
 PYABLATE_HOST_DEVICE inline T sigmoid(T x) {
     using std::exp;
-    return T(1) / (T(1) + exp(T(0) - x));
+    return reciprocal(T(1) + exp(T(0) - x));
 }
 
 }  // namespace math
@@ -106,7 +123,7 @@ PYABLATE_HOST_DEVICE inline T activate(T z, T a, T b) {
     } else if constexpr (K == ActivationKind::silu) {
         return z * math::sigmoid(z);
     } else if constexpr (K == ActivationKind::hardswish) {
-        return z * math::clamp(z + T(3), T(0), T(6)) / T(6);
+        return math::sixth(z * math::clamp(z + T(3), T(0), T(6)));
     } else if constexpr (K == ActivationKind::hardsigmoid) {
         return math::clamp(z * T(1.0 / 6.0) + T(0.5), T(0), T(1));
     } else if constexpr (K == ActivationKind::sigmoid) {
@@ -145,7 +162,11 @@ PYABLATE_HOST_DEVICE inline T activate_change(T z, T d, T a, T b) {
     }
 }
 
-// Calls f(std::integral_constant<ActivationKind, kind>); bindings/ has checked the kind.
+// Calls f(std::integral_constant<ActivationKind, kind>); bindings/ has checked the kind. f may be for a
+// GPU alone.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <class F>
 PYABLATE_HOST_DEVICE inline auto dispatch_activation(ActivationKind kind, F&& f) {
     using K = ActivationKind;
