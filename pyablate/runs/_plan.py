@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor, fx, nn
 
@@ -30,7 +31,7 @@ from pyablate.results.notebook import page
 from pyablate.runs.audit import CALL as AUDIT_CALL
 from pyablate.runs.audit import PASSES, usual_pairs
 from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
-from pyablate.runs.setup import Setup, SetupOptions, check_options, prepare
+from pyablate.runs.setup import Setup, SetupOptions, check_options, image_bytes, prepare
 from pyablate.runs.state import in_words
 from pyablate.runtime.determinism import undisturbed
 
@@ -43,6 +44,9 @@ _BUDGET = 0.02
 _MORE, _SHORT = (32, 256), 0.2
 """Images on which the clean run is timed besides: the larger number if it takes so many seconds."""
 
+
+_SLICES = 8
+"""Tensors of the size of a slice of pairs that live at a time, about."""
 
 CALL = 30e-6
 """Seconds that one operation on one slice of pairs costs beside its arithmetic, about."""
@@ -111,6 +115,9 @@ class Plan:
         very call took) and "audit".
     screened : ScreenedPlan or None
         What ``guarantee="screened"`` would take; None where everything would be computed.
+    memory : int or None
+        Predicted peak of the memory of this process, or of what torch allocates on a GPU, in bytes;
+        None where pairs run by replay.
 
     Examples
     --------
@@ -129,6 +136,7 @@ class Plan:
     remarks: tuple[str, ...] = ()
     other_seconds: dict[str, float] = field(default_factory=dict)
     screened: ScreenedPlan | None = None
+    memory: int | None = None
 
     @property
     def gflops(self) -> float:
@@ -216,6 +224,7 @@ class Plan:
             f"predicted: {self.seconds:,.1f} s in all; how many pairs change anything was measured "
             f"on {min(_SAMPLE, self.images)} images",
             *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
+            *([] if self.memory is None else [f"memory: about {self.memory / 1e9:,.1f} GB"]),
             self._screened(),
             *self._estimated,
             *self.remarks,
@@ -349,7 +358,21 @@ def plan(
         setup.remarks,
         others,
         screened,
+        _memory(setup, count),
     )
+
+
+def _memory(setup: Setup, images: int) -> int | None:
+    """Bytes in use at the peak: what there is now, one batch, and slices of pairs."""
+    if setup.graph is None:
+        return None
+    each = image_bytes(setup.graph, setup.jobs, setup.data.first(1).images)
+    device = setup.data.device
+    if device.type == "cuda":
+        now = int(torch.cuda.memory_allocated(device))
+    else:
+        now = int(psutil.Process().memory_info().rss)
+    return now + min(images, setup.batch_size) * each + _SLICES * setup.slice_bytes
 
 
 def _clean_seconds(setup: Setup, images: int, peaks: Peaks) -> float:
