@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 from playwright.sync_api import sync_playwright
 from sphinx.application import Sphinx
 
@@ -89,6 +90,9 @@ def take(page: Path, picture: Path) -> None:
         shown.goto(page.as_uri())
         shown.locator("article").screenshot(path=picture)
         browser.close()
+    Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE, colors=32).save(
+        picture, optimize=True
+    )
 
 
 if __name__ == "__main__":

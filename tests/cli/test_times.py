@@ -78,7 +78,9 @@ def test_no_command_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_tiny_job_takes_seconds(here: Path, command: str, record_property: Callable[[str, object], None]) -> None:
+def test_a_tiny_job_takes_seconds(
+    here: Path, command: str, record_property: Callable[[str, object], None]
+) -> None:
     if command == "merge":
         for part in (1, 2):
             words = f"run {_DATA} --shard {part}/2 -o part{part}.zarr"
