@@ -91,7 +91,8 @@ def make():
     return Net()
 '''
 _LAYERS = {"bn1.act": 8, "blocks.0.0.bn1.act": 12, "blocks.0.0.bn2.act": 12, "blocks.0": 8}
-_MODEL = ("timm_like:make", "--data", "photos", "--size", "12", "--mean", "0.5", "--std", "0.25")
+_THREE = ("--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25")
+_MODEL = ("timm_like:make", "--data", "photos", "--size", "12", *_THREE)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_a_network_as_timm_writes_them_from_its_layers_to_a_smaller_one() -> Non
 
     from pyablate.cli.data_specs import load_data
 
-    data = load_data("photos", size=12, mean=[0.5], std=[0.25]).batches
+    data = load_data("photos", size=12, mean=[0.5] * 3, std=[0.25] * 3).batches
     layers = list(result.strategy)
     expected = pa.reference.ablate(make().eval(), data, layers, progress=False)
     np.testing.assert_array_equal(result.predictions(), expected.predictions())
