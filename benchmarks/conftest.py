@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from measure import Settings
+
+os.environ["PYABLATE_CACHE"] = ""  # each call measures the machine as it is now
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

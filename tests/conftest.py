@@ -1,10 +1,14 @@
 """Settings of the whole test suite."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from support import exports, simulated
+
+# What is measured of the machine is not kept: nothing is written to the user's cache.
+os.environ["PYABLATE_CACHE"] = ""
 
 # The networks here are tiny: threads gain nothing, and on a busy machine waiting for one another
 # costs them hundreds of times what the work does.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from support.shelled import invoke_apart
 
 import pyablate as pa
 
@@ -111,6 +114,76 @@ def test_a_page_prints_what_it_says(page, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(printed):
             exec(compile(code, page, "exec"), names)
         assert printed.getvalue() == expected
+
+
+_WALKED = re.compile(r"```(python|console)\n(.*?)```", flags=re.DOTALL)
+_COMMAND = re.compile(r"^\$ pyablate ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", flags=re.MULTILINE)
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def _told(text: str) -> list[list[str]]:
+    """Words of each line that is not empty, without times and rules."""
+    text = re.sub(r"\d[\d.,]* (?:s|min)\b", "- s", text).replace("─", "")
+    return [words for words in map(str.split, text.splitlines()) if words]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
+
+
+def _must_agree(printed: str, expected: str, trained: bool) -> None:
+    """Compare what a command prints; behind a training rows change places, and accuracies a bit."""
+    found, told = ([" ".join(words) for words in _told(text)] for text in (printed, expected))
+    if not trained:
+        assert found == told
+        return
+    assert sorted(_NUMBER.sub("#", line) for line in found) == sorted(
+        _NUMBER.sub("#", line) for line in told
+    )
+    for line, other in zip(*(_of_accuracy(lines) for lines in (found, told)), strict=True):
+        assert _numbers(line) == pytest.approx(_numbers(other), abs=6)
+
+
+def _of_accuracy(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("accuracy, %")]
+
+
+@pytest.mark.slow
+def test_the_walk_of_a_new_user_prints_what_the_page_says(tmp_path, monkeypatch):
+    """Own network and folder of images, in the shell, then pruned and fine-tuned."""
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    for module in ("my_network", "small"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    names: dict[str, object] = {}
+    trained, commands = False, 0
+    for kind, block in _WALKED.findall((_DOCS / "tutorials" / "your-own-network.md").read_text()):
+        if kind == "python":
+            exec(compile(block, "your-own-network.md", "exec"), names)
+            continue
+        for words, expected in _COMMAND.findall(block):
+            code, printed, errors = invoke_apart(*shlex.split(words.replace("\\\n", " ")))
+            assert code == 0, errors
+            trained = trained or words.startswith("finetune")
+            _must_agree(printed, expected, trained)
+            commands += 1
+    assert commands >= 7
+    assert trained
+
+
+def test_the_comparison_of_printed_pages_can_fail():
+    _must_agree(" Time: 3.1 s\n\n a  1.5 ", "Time: 28.0 s\na 1.5\n", trained=False)
+    _must_agree("accuracy, % 90.00\nb 1\na 2e-05", "accuracy, % 91.5\na 1\nb 2", trained=True)
+    for printed, expected, trained in (
+        ("a 1.5", "a 1.6", False),
+        ("a 1.5\nb", "a 1.5", False),
+        ("a 90", "b 90", True),
+        ("accuracy, % 90", "accuracy, % 70", True),
+    ):
+        with pytest.raises(AssertionError):
+            _must_agree(printed, expected, trained)
 
 
 @pytest.mark.slow

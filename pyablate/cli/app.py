@@ -205,12 +205,25 @@ def layers(*, network: Network, sample: Sample, axis: Axes = None) -> None:
         typer.echo(visible(remark))
 
 
+_IMAGES = 1000
+"""Images of a plan where nothing says how many there will be."""
+
+_FEW = 16
+"""Images that are read at a time of a plan's data: it looks at the first ones only."""
+
+
 def plan(
     *,
     network: Network,
     sample: Sample,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Number of images the run would have.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Number of images of the run: by default all of the data, {_IMAGES:,} where only "
+            "their shape is given.",
+            show_default=False,
+        ),
     ] = None,
     layers: Layers = ["*"],  # noqa: B006  # typer copies it
     intervention: Intervention = "zero",
@@ -240,7 +253,11 @@ def plan(
     model = network.load()
     if measure and sample.data is None and not network.model.startswith("demo:"):
         raise InputError("--measure needs --data, got none")
-    data = sample.images(network, model).batches if measure else sample.load(network, model)
+    data: Any = None if measure else sample.noise(_FEW)
+    if data is not None:
+        images = images or _IMAGES
+    else:
+        data = sample.images(network, model, batch_size=_FEW).batches
     made = pa.plan(
         model,
         data,

@@ -125,16 +125,26 @@ def _broken() -> dict[str, str]:
 def _look_at_torch(found: Facts) -> None:
     import torch
 
-    from pyablate.engine.microbenchmarks import convolution_rate
+    from pyablate.engine.microbenchmarks import (
+        change_rate,
+        convolution_rate,
+        measure_again,
+        unit_rate,
+    )
 
     found["CPU"] |= {
         "threads of torch": torch.get_num_threads(),
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
     }
     tiers = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    measure_again()  # and keep it for plans and for the choice of precisions
     found["precisions"] = {
         name: round(convolution_rate("cpu", dtype) / 1e9, 1) for name, dtype in tiers.items()
     }
+    for dtype in tiers.values():
+        convolution_rate("cpu", dtype, alone=True)
+    unit_rate("cpu")
+    change_rate("cpu")
     devices = range(torch.cuda.device_count())
     found["CUDA"] |= {
         "of torch": torch.version.cuda,

@@ -21,6 +21,9 @@ def doctor(
 ) -> None:
     """Say what is installed and built, test it, and say what to do about what is wrong.
 
+    Measures this machine anew: plans and the choice of precisions rest on what was measured once
+    and is kept in the user's cache (`PYABLATE_CACHE` names another folder, empty keeps nothing).
+
     Ends with 5 if something does not work, with 0 if at most something could be added.
 
     Try `pyablate doctor`, `pyablate doctor --json > doctor.json`

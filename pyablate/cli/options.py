@@ -324,7 +324,7 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Where a command gets the one input that it runs the network on."""
+    """Where a command gets the few inputs that it runs the network on."""
 
     data: SampleSpec = None
     labels: Labels = None
@@ -333,28 +333,31 @@ class Sample:
 
     def load(self, network: Network, model: nn.Module) -> Tensor:
         """Take one input from the data, of the shape given, or from the shipped images."""
+        sample = self.noise(1)
+        if sample is None:
+            sample = self.images(network, model, batch_size=2).first(1)  # one size
+        parameter = next(iter(model.parameters()), None)
+        return sample if parameter is None else sample.to(parameter.device)
+
+    def noise(self, count: int) -> Tensor | None:
+        """Draw inputs of the shape given, if one is: a constant could hide what is alive."""
         import torch
 
         if self.data is None:
             check_needed("--data", {"--labels": self.labels, **by_option(self.pixels)})
-        if self.input_shape is not None:
-            sizes = parse_integers("--input-shape", self.input_shape, least=1)
-            # Noise, not zeros: a constant input can hide which tensors are alive.
-            noise = torch.Generator().manual_seed(0)
-            sample = torch.rand(1, *sizes, generator=noise)
-        elif self.data is not None or network.model.startswith("demo:"):
-            sample = self.images(network, model, limit=2).first(1)
-        else:
+        if self.input_shape is None:
+            return None
+        sizes = parse_integers("--input-shape", self.input_shape, least=1)
+        return torch.rand(count, *sizes, generator=torch.Generator().manual_seed(0))
+
+    def images(self, network: Network, model: nn.Module, *, batch_size: int) -> Data:
+        """Load the data, or the shipped images."""
+        if self.data is None and not network.model.startswith("demo:"):
             raise InputError(
                 "give --input-shape C,H,W or --data, so that the network can be run once"
             )
-        parameter = next(iter(model.parameters()), None)
-        return sample if parameter is None else sample.to(parameter.device)
-
-    def images(self, network: Network, model: nn.Module, limit: int | None = None) -> Data:
-        """Load the data, or the shipped images."""
-        images = Images(data=self.data or "demo", labels=self.labels, limit=limit)
-        return images.load(self.pixels, network.pixels(model))
+        images = Images(data=self.data or "demo", labels=self.labels)
+        return images.load(self.pixels, network.pixels(model), batch_size)
 
 
 def by_option(group: Any) -> dict[str, object]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch.nn import functional
 
 from pyablate import ops
 from pyablate.engine import int8_conv
+from pyablate.io.remembered import forget, recall, remember
 from pyablate.runtime.out_of_memory import ERRORS, is_shortage
 
 LONG_ENOUGH = 0.04
@@ -20,6 +24,47 @@ LONG_ENOUGH = 0.04
 
 WARM_UPS, ROUNDS, LAUNCHES = 3, 3, 20
 """On a GPU: runs before anything is timed, and how many times how many of them are."""
+
+
+def _once(measure: Callable[..., float]) -> Any:
+    """Measure with the same arguments once: in this process, and on this machine."""
+
+    @functools.cache
+    @functools.wraps(measure)
+    def rate(device: str, *given: object) -> float:
+        machine, name = _machine(device), " ".join(map(str, (measure.__name__, device, *given)))
+        known = recall(machine, name)
+        if known is None:
+            known = measure(device, *given)
+            remember(machine, name, known)
+        return known
+
+    return rate
+
+
+def _machine(device: str) -> str:
+    """Tell apart where rates differ: the processor as torch sees it, or the GPU."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    kind = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, {threads} threads on {cores} cores, torch {torch.__version__}"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def measure_again() -> None:
+    """Forget what is known of all machines, so that the next calls measure."""
+    forget()
+    for rate in (_convolution_rate, _unit_rate, _change_rate):
+        rate.cache_clear()
 
 
 def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) -> float:
@@ -38,15 +83,16 @@ def convolution_rate(device: str, dtype: torch.dtype, *, alone: bool = False) ->
     Returns
     -------
     float
-        The best of many short runs; 0 where the device cannot do it. Measured once, unless memory
-        is too short for as much work as it should be.
+        The best of many short runs; 0 where the device cannot do it. Measured once on a machine
+        (:mod:`pyablate.io.remembered`), unless memory is too short for as much work as it should
+        be.
     """
     return _as_memory_allows(
         _images(device), lambda images: _convolution_rate(device, dtype, alone, images)
     )
 
 
-@functools.cache
+@_once
 def _convolution_rate(device: str, dtype: torch.dtype, alone: bool, images: int) -> float:
     x = torch.ones(images, 64, 14, 14, device=device)
     w = torch.ones(64, 64, 3, 3, device=device)
@@ -103,7 +149,7 @@ def unit_rate(device: str) -> float:
     return _as_memory_allows(_times(device), lambda times: _unit_rate(device, times))
 
 
-@functools.cache
+@_once
 def _unit_rate(device: str, times: int) -> float:
     maps = torch.ones(16, 16, 14, 14, device=device)
     filters = torch.ones(16, 3, 3, 64, device=device)
@@ -125,7 +171,7 @@ def change_rate(device: str) -> float:
     return _as_memory_allows(_times(device), lambda times: _change_rate(device, times))
 
 
-@functools.cache
+@_once
 def _change_rate(device: str, times: int) -> float:
     pairs = 512 * times
     delta = torch.ones(pairs, 4096, device=device, dtype=torch.bfloat16)
@@ -149,6 +195,7 @@ def best(work: Callable[[], Tensor], device: str) -> float:
     if device.startswith("cuda"):
         with torch.cuda.device(device):
             return _by_events(work)
+    work()  # the first run fetches memory and prepares
     best, end = float("inf"), time.perf_counter() + LONG_ENOUGH
     begin = 0.0
     while begin < end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 
 import pandas as pd
@@ -18,12 +19,13 @@ def page(line: str, *tables: pd.DataFrame, notes: Iterable[str] = ()) -> str:
         # Without pandas' style sheet, which would be repeated in every output.
         parts.append(
             _written(table.head(ROWS)).to_html(
-                index=False, border=0, na_rep="-", float_format=_figure
+                index=False, border=0, justify="left", na_rep="-", float_format=_figure
             )
         )
         if len(table) > ROWS:
             parts.append(_paragraph(f"{ROWS} of {len(table):,} rows"))
-    return "\n".join([*parts, *map(_paragraph, notes)])
+    below = list(notes)
+    return "\n".join([*parts, *([_paragraph(*below)] if below else [])])
 
 
 def _written(table: pd.DataFrame) -> pd.DataFrame:
@@ -35,5 +37,7 @@ def _figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+def _paragraph(*lines: str) -> str:
+    """Escape lines; those that begin with spaces stay set in."""
+    set_in = [re.sub("^ +", "&emsp;", html.escape(line)) for line in lines]
+    return f"<p>{'<br>'.join(set_in)}</p>"

@@ -375,15 +375,20 @@ def _images_per_batch(
     """
     if graph is None:
         return 64
+    per_image = image_bytes(graph, jobs, sample) + extra
+    widest = graph.widest * sample.element_size()
+    enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
+    return int(max(1, min(enough, memory // 2 // max(per_image, 1))))
+
+
+def image_bytes(graph: Graph, jobs: Sequence[Job], sample: Tensor) -> int:
+    """Bytes that are held of one image while its batch is worked on."""
     kept = {_owner(node) for node in needed(Suffix.of(graph, job) for job in jobs)}
-    size = sample.element_size()
     # Beside the clean tensors stand the changes of one layer's units, while on their channels: as
     # differences, in the precision of the dense part, and on the way from one to the other.
     units = max((graph.elements(marker) for marker in graph.markers), default=0)
-    per_image = (sum(graph.elements(node) for node in kept) + 3 * units) * size + extra
-    widest = graph.widest * size
-    enough = min(max(256, CLEAN // max(widest, 1)), max(1, LARGEST // max(widest, 1)))
-    return int(max(1, min(enough, memory // 2 // max(per_image, 1))))
+    numbers = sum(graph.elements(node) for node in kept) + 3 * units
+    return int(numbers * sample.element_size())
 
 
 def _owner(node: fx.Node) -> fx.Node:

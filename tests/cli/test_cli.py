@@ -374,6 +374,24 @@ def test_plan_explains_without_running(here: Path) -> None:
     assert {path.name for path in here.glob("*.zarr")} == {"notes.zarr"}  # which was there before
 
 
+def test_a_plan_is_for_all_of_the_data_unless_told_otherwise(here: Path) -> None:
+    for number, name in enumerate(("ant", "bee", "cat")):
+        (here / "photos" / name).mkdir(parents=True)
+        for shade in range(7):
+            Image.new("L", (10, 10), 30 * shade + number).save(here / f"photos/{name}/{shade}.png")
+    network = ("plan", "small_network:make")
+    for sample, images in (
+        (("--data", "photos"), 21),
+        (("--data", "images.npz"), 12),
+        (("--data", "photos", "--images", "700"), 700),
+        (("--input-shape", "1,8,8"), 1000),
+    ):
+        code, out, err = invoke_apart(*network, *sample)
+        assert code == 0, err
+        assert f"\n{images:,} images in batches of" in out
+        assert "have no image among those read" not in err  # of all that are there none lacks
+
+
 def test_plan_measures_a_screened_run_on_the_data(here: Path) -> None:
     code, out, err = invoke_apart("plan", *_RUN[1:], "--measure", "--risk", "0.1")
     assert code == 0, err

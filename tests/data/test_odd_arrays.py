@@ -32,7 +32,7 @@ def read(source: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]
         (IMAGES, LABELS.astype(np.uint16)),
         (IMAGES, LABELS.astype(np.uint64)),
         (IMAGES, torch.from_numpy(LABELS).to(torch.uint32)),
-        (IMAGES[::-1][::-1], LABELS[::-1][::-1]),
+        (np.flip(np.flip(IMAGES).copy()), np.flip(np.flip(LABELS).copy())),  # negative strides
         (np.flip(np.flip(IMAGES, 1).copy(), 1), LABELS),
         (IMAGES.astype(">f4"), LABELS.astype(">i8")),
         (np.asfortranarray(IMAGES), LABELS.astype(">u2")),

@@ -21,6 +21,8 @@ def test_what_is_left_out_is_said_and_text_is_escaped():
     assert "10 of 12 rows" in found
     assert "0.1235" in found
     assert found.endswith("<p>c &amp; d</p>")
+    assert page("a", notes=["b:", "  c"]) == "<p>a</p>\n<p>b:<br>&emsp;c</p>"
+    assert page("a") == "<p>a</p>"
 
 
 def test_a_result_shows_its_worst_units():
