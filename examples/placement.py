@@ -21,6 +21,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -111,21 +112,18 @@ class Damage:
         Of the intact network.
     layer : ndarray
         str ``[unit]``.
-    loss : ndarray
-        float64 ``[unit]``: by how much the mean cross entropy rises without the unit.
-    class_loss : ndarray
-        float64 ``[unit, class]``: the same for the images of each class.
+    cells : ndarray
+        float64 ``[unit, class]``: by how much the mean cross entropy of the images of each class
+        rises without the unit.
     """
 
     accuracy: float
     layer: Any
-    loss: Any
-    class_loss: Any
+    cells: Any
 
-    def shares(self, layer: str) -> Any:
-        """Share of the harm done by the units of a layer that each class takes ``[class]``."""
-        harm = self.class_loss[self.layer == layer].clip(min=0).sum(0)
-        return harm / harm.sum()
+    def harm(self, layer: str) -> Any:
+        """Rises only, of the units of a layer, ``[unit, class]``."""
+        return self.cells[self.layer == layer].clip(min=0)
 
 
 def measured(images: Tensor, labels: Tensor, setting: Setting) -> Damage:
@@ -134,15 +132,17 @@ def measured(images: Tensor, labels: Tensor, setting: Setting) -> Damage:
     data = composites(images, setting), labels
     result = pa.ablate(model, data, list(LAYERS), measures=["loss"], progress=False)
     layer = result.units["layer"].to_numpy()
-    return Damage(result.baseline_accuracy, layer, result.loss_change, result.class_loss_change)
+    return Damage(result.baseline_accuracy, layer, result.class_loss_change)
 
 
-def correlation(one: Any, other: Any, seed: int = 0) -> tuple[float, float, float]:
-    """Rank correlation over units, and the ends of its 95 % bootstrap interval."""
+def correlation(one: Any, other: Any, seed: int = 0) -> str:
+    """Rank correlation of ``[unit]`` or ``[unit, class]``; 95 % bootstrap interval over units."""
     weights = resample(len(one), RESAMPLES, np.random.default_rng(seed))
+    weights = np.repeat(weights, one[0].size, axis=1)
+    one, other = one.ravel(), other.ravel()
     drawn = coefficients(Variable(one, weights), Variable(other, weights), "spearman")
-    middle = pd.Series(one).corr(pd.Series(other), method="spearman")
-    return middle, *np.nanquantile(drawn, [0.025, 0.975])
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return f"{stats.spearmanr(one, other).statistic:.2f} ({low:.2f} to {high:.2f})"
 
 
 def study(
@@ -153,11 +153,10 @@ def study(
     Returns
     -------
     table : pandas.DataFrame
-        One row per setting and layer: ``setting``, ``layer``, ``accuracy``, ``damage`` (mean over
-        units), ``correlation``, ``low``, ``high``, ``top`` (of the tenth of the units that does
-        most harm in the plain setting, the share that is among the same number in this one).
+        One row per setting and layer: ``setting``, ``layer``, ``accuracy``, ``damage`` (mean harm),
+        and correlations with their intervals, text: ``units`` and ``cells``.
     shares : pandas.DataFrame
-        One row per setting and layer, a column per class.
+        One row per setting and layer, a column per class: its part of the harm.
     """
     half = len(images) // 2
     first = measured(images[:half], labels[:half], PLAIN)
@@ -165,14 +164,13 @@ def study(
     for setting in settings:
         found = measured(images[half:], labels[half:], setting)
         for layer in LAYERS:
-            mine = found.layer == layer
-            before, after = first.loss[mine], found.loss[mine]
-            most = [set(np.argsort(-each)[: len(each) // 10]) for each in (before, after)]
-            middle, low, high = correlation(before, after)
             row = {"setting": setting.name, "layer": layer}
-            shares.append(row | dict(zip(pa.demo.CLASSES, found.shares(layer), strict=True)))
-            row |= {"accuracy": found.accuracy, "damage": after.mean(), "correlation": middle}
-            row |= {"low": low, "high": high, "top": len(most[0] & most[1]) / len(most[0])}
+            mine, before, after = found.layer == layer, first.harm(layer), found.harm(layer)
+            parts = after.sum(0) / after.sum()
+            shares.append(row | dict(zip(pa.demo.CLASSES, parts, strict=True)))
+            row |= {"accuracy": found.accuracy, "damage": after.mean()}
+            row |= {"units": correlation(before.mean(1), after.mean(1))}
+            row |= {"cells": correlation(first.cells[mine], found.cells[mine])}
             rows.append(row)
     return pd.DataFrame(rows), pd.DataFrame(shares)
 
@@ -184,9 +182,7 @@ def page(table: pd.DataFrame, shares: pd.DataFrame, images: int) -> str:
     for name, rows in table.groupby("setting", sort=False):
         line = [str(name), f"{100 * rows['accuracy'].iloc[0]:.1f} %"]
         for row in rows.to_dict("records"):
-            line += [f"{1000 * row['damage']:.1f}"]
-            line += [f"{row['correlation']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
-            line += [f"{100 * row['top']:.0f} %"]
+            line += [f"{1000 * row['damage']:.1f}", row["units"], row["cells"]]
         lines.append(line)
     last = shares[shares["layer"] == LAYERS[-1]]
     by_class = [
@@ -195,32 +191,31 @@ def page(table: pd.DataFrame, shares: pd.DataFrame, images: int) -> str:
     ]
     return f"""# Placement: size, position and rotation of the object
 
-Written by `python examples/placement.py`; do not edit. Do the units that matter stay the same when the
-object is smaller, elsewhere, turned, or in front of something? Controls in the manner of SI-Score
-(Djolonga et al. 2021, arXiv:2007.08558) on composites of shipped images: each object is scaled to so many
-of the 28 pixels, moved by 6 of them, turned, or laid over another image of so much of its brightness.
-SI-Score pastes photographed objects on photographs; these are small grey pictures, and the network
-(`{NETWORK}`) was trained on them as they are.
+Written by `python examples/placement.py`; do not edit. Do the units that matter stay the same when
+the object is smaller, elsewhere, turned, or in front of something? Controls in the manner of
+SI-Score (Djolonga et al. 2021, arXiv:2007.08558) on composites of shipped images: each object is
+scaled to so many of the 28 pixels, moved by 6 of them, turned, or laid over another image of so
+much of its brightness. SI-Score pastes photographed objects on photographs; these are small grey
+pictures, and the network (`{NETWORK}`) was trained on them as they are.
 
-Every unit of two layers is ablated by zero. Its damage is the rise of the mean cross entropy. The rank
-correlation over units is with the damage in the plain setting on {images // 2:,} images; each row is
-measured on {images // 2:,} *others*, the same ones in all rows, so the first row says what other images
-alone cost: no setting can be expected to come above it. In brackets is the 95 % bootstrap interval over units.
-"Same top" is the share of the most harmful tenth of the units that is also in the most harmful tenth of
-this setting.
+Every unit of two layers is ablated by zero. A cell is a unit and a class: the rise of the mean
+cross entropy of the class's images. The damage of a unit is the mean over classes, falls counted as
+0: the mean over all images hangs on a few of them, and gains in one class hide harm in others. Each
+row's rank correlations, over units and over cells, are with the plain setting on {images // 2:,}
+images, each row being measured on {images // 2:,} *others*, the same ones in all rows: so the first
+row says what other images alone cost. In brackets is the 95 % bootstrap interval over units.
 
-![composites, and the rank correlation of damage in each setting](images/placement.png)
+![composites, accuracy, and which classes take the damage in each setting](images/placement.png)
 
 {_markdown(heads, lines)}
 ## Which classes take the damage
 
-What the units of `{LAYERS[-1]}` cost each class, as a share of what they cost all, in per cent (rises of
-the cross entropy of each class's images; falls are left out).
+The part of the damage of the units of `{LAYERS[-1]}` that falls to each class, in per cent.
 
 {_markdown(["setting", *pa.demo.CLASSES], by_class)}"""
 
 
-WHAT = ("damage x 1000", "correlation", "same top")
+WHAT = ("damage x 1000", "units", "cells")
 
 
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -228,26 +223,19 @@ def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def picture(images: Tensor, table: pd.DataFrame, settings: Sequence[Setting], path: Path) -> None:
-    """Draw the composites of eight images, and the correlations beside them."""
-    shown = {"figsize": (11, 0.48 * len(settings) + 1), "width_ratios": (1, 1.1)}
+def picture(images: Tensor, shares: pd.DataFrame, settings: Sequence[Setting], path: Path) -> None:
+    """Draw the composites of eight images, and which classes take the damage beside them."""
+    shown = {"figsize": (11, 0.45 * len(settings) + 1.2), "width_ratios": (1, 1.25)}
     figure, (left, right) = plt.subplots(1, 2, **shown, layout="constrained")
     strips = [torch.cat(list(composites(images[:8], one)[:, 0]), dim=1) for one in settings]
-    left.imshow(torch.cat(strips).numpy(), cmap="gray")
-    places = np.arange(len(settings))
-    left.set_yticks(CANVAS * (places + 0.5), [one.name for one in settings])
+    left.imshow(torch.cat(strips).numpy(), cmap="gray", aspect="auto")
+    left.set_yticks(CANVAS * (np.arange(len(settings)) + 0.5), [one.name for one in settings])
     left.set_xticks([])
-    for shift, layer in zip(np.linspace(-0.15, 0.15, len(LAYERS)), LAYERS, strict=True):
-        rows = table[table["layer"] == layer]
-        middle = rows["correlation"].to_numpy()
-        error = [middle - rows["low"].to_numpy(), rows["high"].to_numpy() - middle]
-        right.errorbar(middle, places + shift, xerr=error, fmt="o", ms=4, label=layer)
-    right.plot(table["accuracy"].to_numpy()[:: len(LAYERS)], places, "k|", ms=12, label="accuracy")
-    right.set_ylim(len(settings) - 0.5, -0.5)
+    parts = shares.loc[shares["layer"] == LAYERS[-1], list(pa.demo.CLASSES)].to_numpy()
+    heat = right.imshow(100 * parts, cmap="viridis", vmin=0, aspect="auto")
+    right.set_xticks(range(len(pa.demo.CLASSES)), pa.demo.CLASSES, rotation=45, ha="right")
     right.set_yticks([])
-    right.axvline(0, color="0.8", lw=0.8)
-    right.set_xlabel("rank correlation of units' damage with the plain setting; accuracy")
-    right.legend(loc="lower left")
+    figure.colorbar(heat, ax=right, label=f"part of the damage of {LAYERS[-1]}, per cent")
     path.parent.mkdir(parents=True, exist_ok=True)
     # No software version or date in the file: equal results give equal pictures.
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -263,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     images, labels = pa.demo.images(options.images)
     table, shares = study(images, labels)
-    picture(images, table, SETTINGS, options.page.parent / "images" / "placement.png")
+    picture(images, shares, SETTINGS, options.page.parent / "images" / "placement.png")
     options.page.write_text(page(table, shares, len(images)).rstrip() + "\n")
     print(f"wrote {options.page} after {time.monotonic() - start:.0f} s")
 
