@@ -196,13 +196,13 @@ def best(work: Callable[[], Tensor], device: str) -> float:
         with torch.cuda.device(device):
             return _by_events(work)
     work()  # the first run fetches memory and prepares
-    best, end = float("inf"), time.perf_counter() + LONG_ENOUGH
+    fastest, end = float("inf"), time.perf_counter() + LONG_ENOUGH
     begin = 0.0
     while begin < end:
         begin = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        fastest = min(fastest, time.perf_counter() - begin)
+    return fastest
 
 
 def _by_events(work: Callable[[], Tensor]) -> float:
