@@ -142,16 +142,16 @@ def stretch(axis: Any, numbers: ArrayLike, log: bool | None) -> None:
 
     The label says so.
     """
-    numbers = np.asarray(numbers, np.float64)
-    numbers = numbers[np.isfinite(numbers)]
+    sizes = np.abs(np.asarray(numbers, np.float64))
+    sizes = sizes[np.isfinite(sizes)]
     if log is None:
-        log = squeezed(numbers)
-    if not log or not len(numbers):
+        log = squeezed(sizes)
+    if not log or not len(sizes):
         return
-    threshold = linear_part(numbers)
+    threshold = linear_part(sizes)
     set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
     set_scale("symlog", linthresh=threshold)
-    _write(axis, steps(threshold, float(np.abs(numbers).max())))
+    _write(axis, steps(threshold, float(sizes.max())))
     axis.set_label_text(f"{axis.get_label_text()}\n{_LOGARITHMIC.format(threshold)}")
 
 
