@@ -43,9 +43,10 @@ def unify_weights(
 ) -> Transformed:
     """Let the weights of a block share one magnitude and keep their signs.
 
-    The weights as a matrix ``[outputs, inputs * kernel]`` are cut into blocks, smaller ones at its
-    edges. A block becomes ``sign(w) mean |w|``, which is the nearest one by squares; 0 counts as
-    positive. With ``data`` the network is first trained towards that.
+    The weights as a matrix ``[outputs, inputs * kernel]`` (of transposed convolutions ``[inputs,
+    outputs * kernel]``) are cut into blocks, smaller ones at its edges. A block becomes ``sign(w)
+    mean |w|``, which is the nearest one by squares; 0 counts as positive. With ``data`` the network
+    is first trained towards that.
 
     Parameters
     ----------
