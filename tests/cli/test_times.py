@@ -41,7 +41,7 @@ COMMANDS = {
     "correlate": "correlate run.zarr attributes.csv --resamples 20",
     "prune": f"prune {_DATA} --fraction 0.3 --seeds 1",
     "finetune": f"finetune {_DATA} --epochs 1 --save tuned.safetensors",
-    "sensitivity": f"sensitivity {_DATA} --fraction 0.3 -o layers.csv",
+    "sensitivity": f"sensitivity {_DATA} --fraction 0.3 --output layers.csv",
     "compare": "compare tiny_network:make tiny_network:make --data images.npz",
     "cumulative": f"cumulative {_DATA} --layers 1 --order random --repeats 2",
     "pairs": f"pairs {_DATA} --layer 1",
