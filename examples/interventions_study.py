@@ -63,7 +63,7 @@ def word(low: float, high: float) -> str:
         return "most of it"
     if low > 0:
         return "part of it"
-    return "less than none: the constants did worse on other images" if high < 0 else "none seen"
+    return "none, the constants did worse on other images" if high < 0 else "none seen"
 
 
 def alike(correlation: float) -> str:
@@ -143,6 +143,10 @@ How much of the loss is the replacement's own:
 or above 0; *none seen*: it holds 0. The own share is 1 minus the loss by the optimal constant over
 the loss by this replacement, all units together. The order of the units by loss is *the same* as
 that by the optimal constant from a rank correlation of 0.9, *similar* from 0.5.
+
+The best constant of all images is not known: on the half on which the constants were chosen their
+loss is too low, on the other too high. So what a constant could spare lies, but for chance, between
+the two: the verdicts use the other half, and what was found on the first stands below each table.
 
 In the tables: *loss*, the rise of the mean loss in thousandths of a nat, mean over units;
 *accuracy*, its mean drop in points, and *most*, the largest of a unit; *class, most*, the largest

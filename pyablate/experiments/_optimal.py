@@ -73,7 +73,7 @@ def optimal_constants(
     Notes
     -----
     Optimal ablation: Li and Janson 2024, "Optimal ablation for interpretability",
-    arXiv:2409.09951. There by stochastic gradient descent; here each unit has one number, and an
+    arXiv:2409.09951. There by gradient descent; here each unit has one number, and an
     ablation gives the exact loss of all units at their numbers, so a search along the line does.
     From the unit's mean, or from zero where that is better, it looks a step to either side, at
     first one standard deviation, and at the lowest point of the parabola through the three (a
