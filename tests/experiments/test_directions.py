@@ -160,14 +160,18 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first.T @ second).square().sum() / 2)
 
 
+def components(rows: Rows) -> torch.Tensor:
+    """Principal components, largest first."""
+    return torch.from_numpy(np.linalg.eigh(np.cov(rows[0].T.numpy()))[1][:, ::-1].copy())
+
+
 def test_the_planted_subspace_is_found():
     rows, planes = planted(1, 1.5)
     products = Products(12)
     for first in range(0, 600, 100):
         products.add((rows[0][first : first + 100], rows[1][first : first + 100]))
     assert overlap(products.axes()[:, :2], planes[:, 0]) > 0.98
-    components = torch.from_numpy(np.linalg.eigh(np.cov(rows[0].T.numpy()))[1][:, ::-1].copy())
-    assert overlap(components[:, :2], planes[:, 0]) < 0.1
+    assert overlap(components(rows)[:, :2], planes[:, 0]) < 0.1
 
 
 def test_planted_subspaces_come_apart():
@@ -179,6 +183,17 @@ def test_planted_subspaces_come_apart():
     )
     assert each.max(1).values.min() > 0.9
     assert sorted(each.argmax(1).tolist()) == [0, 1, 2]
+
+
+def test_on_other_positions_more_relevance_is_kept_at_every_number():
+    rows, _ = planted(3, 0.7)
+    first, other = (tuple(part[half] for part in rows) for half in (slice(300), slice(300, None)))
+    products = Products(12)
+    products.add(first)
+    rivals = components(first), interventions.random_rotation(12, seed=9)
+    for found in (products.axes()[:, :6], disentangled(first, 3, 2, seed=1)):
+        for rival in rivals:
+            assert (kept(other, found) > kept(other, rival[:, :6])).all()
 
 
 def test_a_sample_is_drawn_from_all_positions():
