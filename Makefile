@@ -105,7 +105,7 @@ pictures: build
 paper: build
 	$(BIN)/python -m paper $(ARGS)
 
-# Hours: a screened run of all units of a network of ImageNet's size, kept in build/photographs.
+# An hour of one core: a screened run of all units of a network of ImageNet's size, kept in build/photographs.
 photographs: $(VENV)/.bench
 	$(BIN)/python -m paper.photographs $(ARGS)
 

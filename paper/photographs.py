@@ -269,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m paper.photographs", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--images", type=int, default=160, help="crops")
+    parser.add_argument("--images", type=int, default=64, help="crops")
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "photographs" / "run.zarr")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "photographs.md")
     options = parser.parse_args()
