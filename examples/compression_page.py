@@ -100,6 +100,7 @@ network and ranking; bands are the range over seeds.](images/compression-curves.
 {_markdown(heads, lines)}
 `accuracy_drop` and `max_class_drop` are measured by ablating every unit (and what hangs together
 with it) alone; `hrank` ranks layers with maps only, so its shares are shares of fewer units.
+Why accuracy drops on few images rank badly: [ranking by few images](ranking.md).
 """
 
 

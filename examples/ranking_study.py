@@ -26,7 +26,7 @@ from pyablate.analysis.shrinkage import beta_prior
 from pyablate.analysis.statistics import mcnemar
 from pyablate.compression._remove import silencing
 
-BLOCK, MEASURING = 500, 500
+BLOCK, MEASURING = 500, 1000
 FRACTIONS = (0.1, 0.3, 0.5, 0.7)
 RANDOM = 6  # orders
 UNRESOLVED = 0.05
