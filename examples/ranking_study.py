@@ -1,6 +1,6 @@
 """Why a ranking by accuracy drops on few images prunes badly: an experiment with a page about it.
 
-    python examples/ranking_study.py [--networks alexnet vgg_bn] [--blocks 4]
+    python examples/ranking_study.py [--networks alexnet vgg_bn] [--blocks 6]
 
 Every unit is ablated alone on blocks of 500 shipped images; the same counts are then read in
 different ways (ties, signs, shrinkage, changed predictions, loss) and from one block or several.
@@ -238,8 +238,8 @@ units between two blocks: accuracy drop {coarse["again_drop"]:.2f}, changed pred
 def main() -> None:
     """Measure what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["alexnet", "vgg_bn"])
-    parser.add_argument("--blocks", type=int, default=4, help=f"of {BLOCK} images, 2 to 18")
+    parser.add_argument("--networks", nargs="+", default=["alexnet"])
+    parser.add_argument("--blocks", type=int, default=6, help=f"of {BLOCK} images, 2 to 18")
     parser.add_argument("--folder", type=Path, default=Path("ranking_study"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/ranking.md"))
     options = parser.parse_args()
