@@ -22,6 +22,7 @@ from rivals import Agreement, Rival
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate.runtime.processor import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -254,7 +255,7 @@ def compare(
 def machine(device: str) -> dict[str, Any]:
     """Describe what the figures were measured on."""
     found = {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
@@ -294,16 +295,6 @@ def write(name: str, record: dict[str, Any], settings: Settings) -> None:
 def say(line: str) -> None:
     """Show progress (``pytest -s``, as `make bench` calls it)."""
     print(line, flush=True)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -154,8 +154,7 @@ def otherwise(
         }
     if exact is None:
         return found
-    place = {unit: row for row, unit in enumerate(map(tuple, _names(result)))}
-    rows = np.array([place[tuple(unit)] for unit in _names(exact)])
+    rows = result.rows(list(exact.units["label"]))
     if result.screening is not None:
         new = {row: number for number, row in enumerate(rows.tolist())}
         right = flips(exact)
@@ -170,10 +169,6 @@ def otherwise(
         "error_rms": float(np.sqrt(np.mean(error**2))),
         "inside": float(np.mean(np.abs(error) <= width + 1e-12)),
     }
-
-
-def _names(result: pa.AblationResult) -> list[list[Any]]:
-    return result.units[["layer", "unit"]].to_numpy().tolist()
 
 
 if __name__ == "__main__":

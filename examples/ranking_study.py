@@ -267,9 +267,9 @@ drop of the same block.
 
 {verdicts}
 
-*Better* and *worse*: the interval leaves 0 out. What follows is what the functions do: `pa.rank`
-warns where most accuracy drops cannot be told from 0 and ranks by the loss change if the run
-recorded it (`measures=["loss"]`), and takes `shrunken_drop`
+*Better* and *worse*: the interval leaves 0 out. `pa.rank` warns where most accuracy drops cannot be
+told from 0 and ranks by the loss change if the run recorded it (`measures=["loss"]`), and takes
+`shrunken_drop`; whether these help is what the lines above tell
 ([an order](../guides/compression.md#an-order-parank)).
 
 """

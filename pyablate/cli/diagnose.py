@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from pyablate._native import build_info
 from pyablate._validation import first_line
+from pyablate.runtime.processor import processor
 
 Facts = dict[str, dict[str, Any]]
 """Section -> name -> a plain value."""
@@ -68,7 +69,7 @@ def facts() -> Facts:
             "instruction set": built["cpu_isa"],
             "sanitizers": built["sanitizers"],
         },
-        "CPU": {"model": _processor(), "cores usable": _cores()},
+        "CPU": {"model": processor(), "cores usable": _cores()},
         "CUDA": {
             "compiled in": built["cuda"],
             "architectures": built["cuda_architectures"],
@@ -216,15 +217,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from pyablate import ops
 from pyablate.engine import int8_conv
 from pyablate.io.remembered import forget, recall, remember
 from pyablate.runtime.out_of_memory import ERRORS, is_shortage
+from pyablate.runtime.processor import processor
 
 LONG_ENOUGH = 0.04
 """Seconds that one measurement takes: several times the turn of a process on a busy machine."""
@@ -47,17 +47,8 @@ def _machine(device: str) -> str:
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cores, threads = os.cpu_count(), torch.get_num_threads()
-    kind = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    kind = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{kind}, {threads} threads on {cores} cores, torch {torch.__version__}"
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def measure_again() -> None:

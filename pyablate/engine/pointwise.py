@@ -140,7 +140,12 @@ def stepwise(
 
 def offered(device: torch.device) -> bool:
     """Whether there is a choice: a GPU, and Triton installed."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None  # asked for at every convolution
 
 
 def faster(device: torch.device, inputs: int, outputs: int) -> bool:

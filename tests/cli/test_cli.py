@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from PIL import Image
-from support.shelled import invoke_apart
+from support.shelled import TINY_NETWORK, invoke_apart
 from support.simulated import simulate
 from support.stores import contents
 from typer.main import get_command
@@ -27,20 +27,9 @@ import pyablate as pa
 from pyablate.cli.app import app
 from pyablate.runs.run_folder import RunStore, locked
 
-_NETWORK = """
+_NETWORK = f"""
 import time
-
-import torch
-from torch import nn
-
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
-    )
-
+{TINY_NETWORK}
 
 def sleep():
     print("sleeping", flush=True)
@@ -59,7 +48,7 @@ class TwoHeads(nn.Module):
 
     def forward(self, x):
         pooled = self.body(x)
-        return {"fine": self.fine(pooled), "coarse": self.coarse(pooled)}
+        return {{"fine": self.fine(pooled), "coarse": self.coarse(pooled)}}
 
 
 def wide():

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from support.shelled import invoke_apart
+from support.shelled import invoke_apart, write_photos
 
 import pyablate as pa
 from pyablate.cli.data_specs import load_data
@@ -33,12 +32,7 @@ def make():
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a network in ``net_of_data.py`` and 12 photos of three classes."""
     (tmp_path / "net_of_data.py").write_text(_NETWORK)
-    draw = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(4):
-            pixels = draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    write_photos(tmp_path / "photos", each=4, side=6)
     (tmp_path / "classes.txt").write_text("dog\ncat\nbee\nant\n")
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("net_of_data", None)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
-from support.shelled import invoke_apart
+from support.shelled import invoke_apart, write_photos
 
 import pyablate as pa
 
@@ -108,12 +107,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "timm_like.py").write_text(_NETWORK)
-    draw = np.random.default_rng(0)
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(8):
-            pixels = draw.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    write_photos(tmp_path / "photos", each=8, side=12)
     for module in ("timm_like", "small"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from support.shelled import invoke_apart
+from support.shelled import TINY_NETWORK, invoke_apart
 from support.simulated import simulate
 from typer.main import get_command
 
@@ -17,18 +17,6 @@ from pyablate.cli.app import app
 pytest.importorskip("torch_pruning")
 pytest.importorskip("matplotlib")
 
-_NETWORK = """
-import torch
-from torch import nn
-
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
-    )
-"""
 _DATA = "tiny_network:make --data images.npz"
 COMMANDS = {
     "demo": "demo alexnet --limit 2 --output demo",
@@ -61,7 +49,7 @@ from 0.05 to 5 where nothing else is at work."""
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny_network.py").write_text(_NETWORK)
+    (tmp_path / "tiny_network.py").write_text(TINY_NETWORK)
     draw = np.random.default_rng(0)
     images = draw.random((12, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from typer.testing import CliRunner
 
 from pyablate.cli.app import app
@@ -18,6 +20,30 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
     "OMP_NUM_THREADS": "1",
 }
+
+TINY_NETWORK = """
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )
+"""
+"""A module with a network that a command can make."""
+
+
+def write_photos(folder: Path, *, each: int, side: int) -> None:
+    """Fill a folder with colour noise of three classes."""
+    draw = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
