@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -74,7 +75,8 @@ def hooked_loss(model: nn.Module, layer: str, unit: int, data: tuple[Tensor, Ten
 def test_against_a_search_unit_by_unit():
     layer = "body.3"
     model, images, labels = networks.network("residual", 60)
-    model, images = model.double(), images.double()
+    # A copy: the network is shared by the tests of a process.
+    model, images = copy.deepcopy(model).double(), images.double()
     found = pa.optimal_constants(model, (images, labels), layer, rounds=6, seed=3, **QUIET)
     halves = split((images, labels), seed=3)
     intact = [
