@@ -26,6 +26,7 @@ class Case:
     ours: Callable[[], Tensor]
     plain: Callable[[], Tensor]
     exact: bool
+    tolerance: float = 1e-5
 
 
 def random(device: str, *shape: int) -> Tensor:
@@ -73,6 +74,27 @@ def unit_delta(device: str) -> Case:
 
     shape = f"{len(image):,} pairs, 1 -> {outputs} channels 3 x 3 on {size} x {size}, then ReLU"
     return Case(shape, ours, plain, exact=False)
+
+
+def delta_winograd(device: str) -> Case:
+    images, count, channels, size = 8, 64, 128, 14
+    delta, base = (random(device, n, channels, size, size) for n in (count, images))
+    weight = random(device, channels, channels, 3, 3) / (9 * channels) ** 0.5
+    image = torch.arange(count, dtype=torch.int32, device=device) % images
+    filters, relu = ops.winograd_filters(weight), ops.Activation("relu")
+
+    def plain() -> Tensor:
+        """PyTorch's convolution, and the activation in a pass of its own."""
+        change = functional.conv2d(delta, weight, padding=1)
+        return ops.delta_activation(base, change, image, relu, out=change)
+
+    def ours() -> Tensor:
+        return ops.delta_winograd(
+            delta, weight, filters, padding=1, activation=relu, base=base, image=image
+        )
+
+    shape = f"{count} pairs, {channels} -> {channels} channels 3 x 3 on {size} x {size}, then ReLU"
+    return Case(shape, ours, plain, exact=False, tolerance=1e-4)
 
 
 def delta_activation(device: str) -> Case:
@@ -178,6 +200,7 @@ def confusion_counts(device: str) -> Case:
 
 CASES = (
     unit_delta,
+    delta_winograd,
     delta_activation,
     delta_max_pool,
     head_flips,
@@ -193,7 +216,9 @@ def test_op(benchmark: Any, settings: Settings, make: Callable[[str], Case]) -> 
     if case.exact:
         assert torch.equal(case.ours(), case.plain())
     else:
-        torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            case.ours(), case.plain(), rtol=case.tolerance, atol=case.tolerance
+        )
     ours, theirs = in_turn(
         benchmark,
         lambda: stopwatch(case.ours, settings.device, CALLS),

@@ -1,9 +1,11 @@
-// Operations on dense changes: what happens between two convolutions.
+// Operations on dense changes: a convolution, and what happens between two.
 #include "deltas.h"
 
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_winograd.h"
+#include "pyablate/launch.h"
 
 namespace pyablate {
 
@@ -159,6 +161,63 @@ void delta_max_pool(const TensorView& base, const TensorView& delta, const Tenso
     run(place, params, threads, stream, cpu::delta_max_pool, cuda::delta_max_pool);
 }
 
+void delta_winograd(const TensorView& delta, const TensorView& filters, const MaybeTensor& base,
+                    const MaybeTensor& image, const MaybeTensor& addend, const TensorView& out,
+                    const Two& padding, const Function& activation, int threads) {
+    const Place place = place_of({{"delta", delta},
+                                  {"filters", filters},
+                                  {"base", base},
+                                  {"image", image},
+                                  {"addend", addend},
+                                  {"out", out}});
+    check(!place.cuda, "delta: expected a CPU tensor");
+    check(delta.dims == 4 && filters.dims == 4 && out.dims == 4,
+          "delta, filters, out: expected four dimensions");
+    const std::int64_t pairs = delta.shape[0], inputs = delta.shape[1], outputs = out.shape[1];
+    const std::int64_t height = delta.shape[2], width = delta.shape[3];
+    const std::int64_t out_h = height + 2 * padding[0] - 2, out_w = width + 2 * padding[1] - 2;
+    check(padding[0] >= 0 && padding[1] >= 0 && out_h > 0 && out_w > 0,
+          "padding: expected none below 0, and maps of at least one position");
+    const std::int64_t images = base ? base->shape[0] : 0;
+    check(base.has_value() == image.has_value(), "image: expected a tensor beside base");
+    const std::int64_t panels = divide_up(outputs, winograd_panel);
+    check_dtype({"delta", delta}, DType::float32);
+    check_dense({"delta", delta}, true);
+    check_shape({"out", out}, {pairs, outputs, out_h, out_w});
+    check_shape({"addend", addend}, {pairs, outputs, out_h, out_w});
+    check_dtype({"addend", addend}, DType::float32);
+    check_dense({"addend", addend}, true);
+    if (base) {
+        check_base_dtype(*base, DType::float32);
+        check_shape({"base", base}, {images, outputs, out_h, out_w});
+        check_dense({"base", base}, true);
+    }
+    const DeltaWinogradParams params{
+        .delta = static_cast<const float*>(delta.data),
+        .filters = read<float>({"filters", filters}, DType::float32,
+                               {winograd_parts, panels, inputs, winograd_panel}),
+        .base = base ? base->data : nullptr,
+        .addend = addend ? static_cast<const float*>(addend->data) : nullptr,
+        .image = image ? read_index({"image", image}, pairs, 0, images) : nullptr,
+        .out = static_cast<float*>(data_of(out, DType::float32, true)),
+        .pairs = pairs,
+        .images = images,
+        .height = height,
+        .width = width,
+        .inputs = inputs,
+        .outputs = outputs,
+        .out_h = out_h,
+        .out_w = out_w,
+        .padding_h = padding[0],
+        .padding_w = padding[1],
+        .activation = base ? activation_of(activation) : Activation{},
+        .base_dtype = base ? base->dtype : DType::float32,
+    };
+    if (out.elements() == 0) return;
+    const py::gil_scoped_release released;
+    cpu::delta_winograd(params, threads);
+}
+
 }  // namespace
 
 void define_deltas(py::module_& m) {
@@ -171,6 +230,8 @@ void define_deltas(py::module_& m) {
     m.def("delta_max_pool", &delta_max_pool, "base"_a, "delta"_a, "image"_a, py::kw_only(),
           "scale"_a, "out"_a, "codes"_a, "channels_last"_a, "kernel"_a, "stride"_a, "padding"_a,
           "dilation"_a, "activation"_a, "threads"_a, "stream"_a);
+    m.def("delta_winograd", &delta_winograd, "delta"_a, "filters"_a, py::kw_only(), "base"_a,
+          "image"_a, "addend"_a, "out"_a, "padding"_a, "activation"_a, "threads"_a);
 }
 
 }  // namespace pyablate

@@ -13,6 +13,7 @@ namespace {
      isa::delta_activation_codes, \
      isa::delta_mean,             \
      isa::delta_max_pool,         \
+     isa::delta_winograd,         \
      isa::head_flips,             \
      isa::classify,               \
      isa::map_moments}

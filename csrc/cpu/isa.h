@@ -11,6 +11,7 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_winograd.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/unit_delta.h"
@@ -37,6 +38,14 @@ struct UnitDeltaScratch {
     std::int64_t whole;    // with codes: all results of a pair
 };
 
+// How the scratch of one thread of delta_winograd is divided, in floats.
+struct WinogradScratch {
+    std::int64_t tiles;     // that go through the products together
+    std::int64_t inputs;    // transformed: one of 36 planes
+    std::int64_t products;  // one of 36 planes
+    std::int64_t zeros;     // what lies outside the maps
+};
+
 // Pairs of one column that are convolved together where each has a single output position.
 constexpr std::int64_t unit_delta_run = 28;
 
@@ -53,6 +62,8 @@ constexpr std::int64_t unit_delta_run = 28;
                     std::int64_t end);                                                           \
     void delta_max_pool(const DeltaMaxPoolParams& p, const cpu::PoolParts& parts, void* scratch, \
                         std::int64_t begin, std::int64_t end);                                   \
+    void delta_winograd(const DeltaWinogradParams& p, const cpu::WinogradScratch& sizes,         \
+                        float* scratch, std::int64_t begin, std::int64_t end);                   \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
     void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
     void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end);
@@ -76,6 +87,7 @@ struct Kernels {
     decltype(&baseline::delta_activation_codes) delta_activation_codes;
     decltype(&baseline::delta_mean) delta_mean;
     decltype(&baseline::delta_max_pool) delta_max_pool;
+    decltype(&baseline::delta_winograd) delta_winograd;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;
     decltype(&baseline::map_moments) map_moments;

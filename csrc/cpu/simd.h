@@ -57,6 +57,13 @@ struct Vec {
     }
 };
 
+// One number in every lane. Taken from zeros: x - 0 is x, so that no instruction is spent on it,
+// while 0 + x is another number for x = -0.
+template <class V>
+PYABLATE_INLINE V all_lanes(typename V::Scalar x) {
+    return V(typename V::Native(x - typename V::Native{}));
+}
+
 // bfloat16 numbers as the upper halves of floats
 template <int N>
 struct Halves {

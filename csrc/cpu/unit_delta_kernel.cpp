@@ -43,8 +43,7 @@ PYABLATE_INLINE void sum_taps(const Taps<T>& taps, std::int64_t value_step, T* o
         V weight[R];
         for (int r = 0; r < R; ++r) weight[r] = load_n<V>(taps.list[t].weight + o + r * V::size, n);
         for (int b = 0; b < B; ++b) {
-            const V value(
-                typename V::Native(typename V::Native{} + taps.list[t].value[b * value_step]));
+            const V value = all_lanes<V>(taps.list[t].value[b * value_step]);
             for (int r = 0; r < R; ++r) sum[b][r] = sum[b][r] + value * weight[r];
         }
     }

@@ -62,7 +62,7 @@ def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
 
 
 def _taken_up(pairs: Pairs, node: fx.Node) -> FirstMap | None:
-    """Let a 1 x 1 convolution that waits take up the dense delta that is added to it."""
+    """Let a convolution that waits take up the dense delta that is added to it."""
     for own, other in (node.args[:2], node.args[1::-1]):
         if own is other or not isinstance(own, fx.Node) or not isinstance(other, fx.Node):
             continue

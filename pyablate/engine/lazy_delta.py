@@ -57,13 +57,13 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class FirstMap:
-    """A convolution that waits for its activation: the first after the unit, or a 1 x 1 one.
+    """A convolution that does its activation too: the first after the unit, or one that is ours.
 
     Attributes
     ----------
     run : callable
-        :func:`pyablate.ops.unit_delta` or :func:`pyablate.engine.pointwise.convolve` but for
-        activation, base and quantized values.
+        :func:`pyablate.ops.unit_delta`, or ``convolve`` of :mod:`pyablate.engine.pointwise` or
+        :mod:`pyablate.engine.winograd`, but for activation, base and quantized values.
     adds : bool
         Whether it takes an ``addend`` too, a dense delta of the same shape.
     """

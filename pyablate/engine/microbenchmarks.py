@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyablate import ops
+from pyablate import _native, ops
 from pyablate.engine import int8_conv
 from pyablate.io.remembered import forget, recall, remember
 from pyablate.runtime.out_of_memory import ERRORS, is_shortage
@@ -54,7 +54,7 @@ def _machine(device: str) -> str:
 def measure_again() -> None:
     """Forget what is known of all machines, so that the next calls measure."""
     forget()
-    for rate in (_convolution_rate, _unit_rate, _change_rate):
+    for rate in (_convolution_rate, _unit_rate, _change_rate, _winograd_gain):
         rate.cache_clear()
 
 
@@ -174,6 +174,41 @@ def _change_rate(device: str, times: int) -> float:
         return ops.delta_activation(base, delta, image, relu, out=delta)
 
     return 4.0 * delta.numel() / best(work, device)
+
+
+def winograd_gain(channels: int) -> float:
+    """How many times as fast as PyTorch's 3 x 3 convolution ``ops.delta_winograd`` is.
+
+    In float32 on one thread of a processor, with so many input and output channels; each of them
+    followed by ReLU, as most are. 0 where it is not compiled.
+    """
+    if _native.core is None:
+        return 0.0
+    return _as_memory_allows(16, lambda pairs: _winograd_gain("cpu", channels, pairs))
+
+
+@_once
+def _winograd_gain(device: str, channels: int, pairs: int) -> float:
+    delta = torch.ones(pairs, channels, 16, 16, device=device)
+    weight = torch.ones(channels, channels, 3, 3, device=device)
+    base = torch.ones(2, channels, 16, 16, device=device)
+    delta, weight, base = (
+        x.contiguous(memory_format=torch.channels_last) for x in (delta, weight, base)
+    )
+    image, relu = torch.arange(pairs, dtype=torch.int32) % 2, ops.Activation("relu")
+    filters = ops.winograd_filters(weight)
+
+    def by_taps() -> Tensor:
+        result = functional.conv2d(delta, weight, padding=1)
+        return ops.delta_activation(base, result, image, relu, out=result)
+
+    def by_tiles() -> Tensor:
+        return ops.delta_winograd(
+            delta, weight, filters, padding=1, activation=relu, base=base, image=image
+        )
+
+    with torch.no_grad(), _one_thread():
+        return best(by_taps, device) / best(by_tiles, device)
 
 
 def _times(device: str) -> int:

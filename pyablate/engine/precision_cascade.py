@@ -70,9 +70,10 @@ WATCHED = 4
 SAFETY = 4.0
 """A tier's bound is so many times the largest error seen on :data:`SAMPLE` pairs."""
 
-FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02}
+FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02, torch.float32: 5e-4}
 """Least bounds, as shares of the spread, however small the errors seen. In 8 bits it stays at that:
-what goes beyond is attributed to the steps."""
+what goes beyond is attributed to the steps. In float32 a tile of Winograd's convolution shares the
+rounding error of its largest number, which later layers may make nothing of."""
 
 Advance = Callable[[int], None]
 """Told how many more pairs are done, for those who show progress."""
@@ -124,8 +125,9 @@ class PrecisionCascade:
     Attributes
     ----------
     tiers : list of torch.dtype
-        Of the dense suffix, cheapest first; the last is the model's own, bounded by :data:`FULL`
-        at least. ``int8`` means convolutions in 8-bit integers, the rest in bfloat16.
+        Of the dense suffix, cheapest first; the last is the model's own, bounded by :data:`FLOOR`
+        at least (:data:`FULL` in float64). ``int8`` means convolutions in 8-bit integers, the rest
+        in bfloat16.
     error_bounds : dict
         Share of the change's spread within which a tier is not trusted, once it has been measured
         on :data:`SAMPLE` pairs; see :meth:`error_bound` for fewer.
@@ -171,7 +173,7 @@ class PrecisionCascade:
         1 / s^2; by that root the bound is wider while fewer than :data:`SAMPLE` have been measured.
         """
         if tier == self.full:
-            return self.error_bounds.get(tier, FULL)
+            return self.error_bounds.get(tier, FLOOR.get(tier, FULL))
         return self.error_bounds[tier] * self._widening
 
     @property

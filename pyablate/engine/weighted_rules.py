@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.engine import int8_conv, pointwise
+from pyablate.engine import int8_conv, pointwise, winograd
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import FirstMap, Scaled
 from pyablate.engine.rule_context import (
@@ -69,6 +69,10 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
     change = dense(pairs, source).to(lowered.dtype)
     if plain and pointwise.fits(pairs, node, weight, (stride, padding, dilation)):
         return FirstMap(functools.partial(pointwise.convolve, change, lowered, pairs.image), True)
+    if plain and winograd.fits(pairs, node, weight, (stride, padding, dilation)):
+        filters = winograd.filters(pairs, node, weight)
+        run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
+        return FirstMap(run, True) if winograd.waits(pairs, node) else run()
     return tensor(convolve(change, lowered, None, stride, padding, dilation, groups))
 
 

@@ -139,6 +139,28 @@ def unit_delta(
     return out
 
 
+def delta_winograd(
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    padding: tuple[int, int],
+    activation: Activation | None,
+    base: Tensor | None,
+    image: Tensor | None,
+    addend: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Convolve, by the sum over taps, add and activate; fill ``out``."""
+    result = functional.conv2d(delta, weight, padding=padding)
+    result = result if addend is None else result + addend
+    if activation is not None:
+        assert base is not None
+        assert image is not None
+        rows = base[image.long()].to(result.dtype)
+        result = apply_activation(rows + result, activation) - apply_activation(rows, activation)
+    return out.copy_(result)
+
+
 def output_size(
     size: tuple[int, ...],
     kernel: tuple[int, int],

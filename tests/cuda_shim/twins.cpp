@@ -53,6 +53,9 @@ void delta_mean(const DeltaMeanParams&, int) {
 void delta_max_pool(const DeltaMaxPoolParams&, int) {
     std::abort();
 }
+void delta_winograd(const DeltaWinogradParams&, int) {
+    std::abort();
+}
 void unit_delta(const UnitDeltaParams&, int) {
     std::abort();
 }

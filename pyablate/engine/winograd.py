@@ -1,0 +1,137 @@
+"""3 x 3 convolutions of deltas in float32 on a processor, by Winograd's minimal filtering.
+
+What the model itself does by a sum over nine taps takes a quarter of the multiplications like this,
+and ten times the rounding error, which is still a hundredth of the bound by which predictions are
+trusted in full precision. That bound is measured on pairs of the run as with any arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, fx
+
+from pyablate import ops
+from pyablate.engine import microbenchmarks
+from pyablate.engine.rule_context import Pairs, only_reader
+from pyablate.network.aten import SUMS, named_activation, two
+from pyablate.network.graph import Graph, remembered
+from pyablate.ops import Activation, Quantized
+
+CHANNELS = (32, 64, 128, 256, 512)
+"""Channels at which both ways are timed."""
+
+LEAST_CHANNELS = 24
+"""Geometric mean of input and output channels below which transforming costs what it saves."""
+
+GAIN = 1.1
+"""How many times as fast it has to be."""
+
+SIDE = 4
+"""Of a tile of outputs."""
+
+
+def fits(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[object, ...]) -> bool:
+    """Whether a convolution without groups is done like this: it can be, and it pays.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        What is known of the slice.
+    node : fx.Node
+        The convolution.
+    weight : Tensor
+        ``[O, C, kh, kw]``.
+    geometry : tuple
+        Its stride, padding and dilation.
+
+    Returns
+    -------
+    bool
+        Never on a GPU, whose libraries choose for themselves.
+    """
+    if pairs.image.device.type != "cpu" or not pairs.dtype == weight.dtype == torch.float32:
+        return False
+    stride, _, dilation = geometry
+    if node.meta["val"].ndim != 4:
+        return False
+    if list(weight.shape[2:]) != [3, 3] or two(stride) != [1, 1] or two(dilation) != [1, 1]:
+        return False
+    return gain(pairs.graph, node) >= GAIN
+
+
+@remembered
+def gain(graph: Graph, node: fx.Node) -> float:
+    """How many times as fast as by taps a 3 x 3 convolution is, by the size nearest to its own."""
+    outputs, height, width = graph.shape(node, 1)[1:]
+    weight = graph.constant(node, 1)
+    assert weight is not None
+    channels = math.sqrt(outputs * weight.shape[1])
+    if channels < LEAST_CHANNELS or not height * width:
+        return 0.0
+    nearest = min(CHANNELS, key=lambda size: abs(math.log(size / channels)))
+    tiles = math.ceil(height / SIDE) * math.ceil(width / SIDE)
+    return microbenchmarks.winograd_gain(nearest) * height * width / (SIDE**2 * tiles)
+
+
+def waits(pairs: Pairs, node: fx.Node) -> bool:
+    """Whether an activation alone reads the result, perhaps after a residual sum."""
+    reader = only_reader(node)
+    if reader is not None and reader.target in SUMS:
+        reader = only_reader(reader)
+    return reader is not None and named_activation(reader) is not None and pairs.plain(node)
+
+
+def filters(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
+    """Transform filters, once."""
+    transform = functools.partial(ops.winograd_filters, weight)
+    return pairs.graph.prepared((node, "winograd"), transform)
+
+
+def convolve(
+    delta: Tensor,
+    weight: Tensor,
+    transformed: Tensor,
+    image: Tensor,
+    padding: int | list[int],
+    *,
+    activation: Activation | None = None,
+    base: Tensor | None = None,
+    addend: Tensor | None = None,
+    quantized: Quantized | None = None,
+) -> Tensor:
+    """Convolve a delta, add another to it, and take it through the activation.
+
+    Parameters
+    ----------
+    delta : Tensor
+        float32 ``[P, C, H, W]``.
+    weight, transformed : Tensor
+        ``[O, C, 3, 3]`` and its :func:`filters`.
+    image : Tensor
+        ``[P]``, row of ``base`` for each pair.
+    padding : int or list of int
+        Of the convolution.
+    activation, base, addend
+        As in :func:`pyablate.ops.delta_winograd`.
+    quantized : Quantized, optional
+        Not filled here: full precision has none.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[P, O, Ho, Wo]``.
+    """
+    assert quantized is None
+    return ops.delta_winograd(
+        delta,
+        weight,
+        transformed,
+        padding=two(padding),
+        activation=activation,
+        base=base,
+        image=None if base is None else image,
+        addend=None if addend is None else addend.to(torch.float32),
+    )
