@@ -46,18 +46,19 @@ def main() -> None:
     arguments.page.write_text(between(arguments.page.read_text(), text))
 
 
-def between(page: str, text: str) -> str:
-    """Put text between the markers of a page.
+def between(page: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
+    """Put text between two markers of a page.
 
     Raises
     ------
     ValueError
         The page lacks a marker.
     """
-    if BEGIN not in page or END not in page.split(BEGIN, 1)[1]:
-        raise ValueError(f"page: expected the markers {BEGIN} and {END}")
-    head, rest = page.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+    begin, end = markers
+    if begin not in page or end not in page.split(begin, 1)[1]:
+        raise ValueError(f"page: expected the markers {begin} and {end}")
+    head, rest = page.split(begin, 1)
+    return f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
 
 
 def of_machine(found: dict[str, Any]) -> str:

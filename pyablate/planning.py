@@ -1,6 +1,6 @@
-"""Under this name documented in 0.1: :mod:`pyablate.runs._plan`."""
+"""Under this name documented in 0.1: :mod:`pyablate.runs.cost_model`."""
 
-from pyablate.runs._plan import Peaks
+from pyablate.runs.cost_model import Peaks
 
 __all__ = [
     "Peaks",

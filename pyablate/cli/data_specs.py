@@ -133,8 +133,8 @@ def load_data(
     interpolation : str, optional
         Image files only: how pixels are scaled to `size`; by default "bilinear".
     channels : {1, 3}, optional
-        Image files only: decode as grey or RGB. By default as many as `mean` has entries, else
-        RGB unless the images are grey.
+        Image files only: decode as grey or RGB. By default as many as the model has a mean for;
+        else RGB where `mean` or `std` has three entries, and unless the images are all grey.
     mean, std : sequence of float, optional
         Per channel or one for all; the images, in ``[0, 1]``, become ``(images - mean) / std``.
     on_bad : {"error", "skip"}, optional
@@ -171,6 +171,8 @@ def load_data(
         check_count("batch_size", batch_size)
         check_count("workers", workers, 0)
         given = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
+        if channels is None and own and own.mean is not None:
+            channels = len(own.mean)  # those that the model takes
         read_as = TarShards if archives(path) else ImageFolder
         folder = read_as(
             path,

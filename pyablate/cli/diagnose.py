@@ -129,6 +129,8 @@ def _look_at_torch(found: Facts) -> None:
     from pyablate.engine.microbenchmarks import (
         change_rate,
         convolution_rate,
+        difference_rate,
+        matrix_rate,
         measure_again,
         unit_rate,
     )
@@ -146,6 +148,10 @@ def _look_at_torch(found: Facts) -> None:
         convolution_rate("cpu", dtype, alone=True)
     unit_rate("cpu")
     change_rate("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix_rate("cpu", dtype)
+        change_rate("cpu", dtype, "gelu")
+        difference_rate("cpu", dtype)
     devices = range(torch.cuda.device_count())
     found["CUDA"] |= {
         "of torch": torch.version.cuda,

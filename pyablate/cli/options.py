@@ -168,9 +168,15 @@ Interpolation = Annotated[
     typer.Option(metavar="NAME", help="How --size scales: bilinear (if left out), bicubic, ..."),
 ]
 Mean = Annotated[
-    str | None, typer.Option(metavar="M,M,M", help="Subtracted from each channel, after /255.")
+    str | None,
+    typer.Option(
+        metavar="M,M,M", help="Subtracted from each channel, after /255; one figure for all."
+    ),
 ]
-Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="What each channel is divided by.")]
+Std = Annotated[
+    str | None,
+    typer.Option(metavar="S,S,S", help="What each channel is divided by; one figure for all."),
+]
 Channels = Annotated[
     int | None,
     typer.Option(

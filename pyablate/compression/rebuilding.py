@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyablate.io.atomic import check_file, replace_file
@@ -25,11 +26,14 @@ In the shell: ``{module}:make_model --weights {weights}``.
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 # What modules know of their sizes, and shapes of their weights, where the original has others.
 SIZES = {sizes}
 SHAPES = {shapes}
+# Of all weights; None where it is the original's, which has several.
+DTYPE = {dtype}
 
 
 def original() -> nn.Module:
@@ -51,7 +55,7 @@ def make_model() -> nn.Module:
         if own in module._parameters:
             new = nn.Parameter(new, new.is_floating_point())
         setattr(module, own, new)
-    return model
+    return model if DTYPE is None else model.to(DTYPE)
 
 
 def load_model() -> nn.Module:
@@ -59,7 +63,11 @@ def load_model() -> nn.Module:
     from safetensors.torch import load_file
 
     model = make_model()
-    model.load_state_dict(load_file(Path(__file__).with_name({weights!r})))
+    state = load_file(Path(__file__).with_name({weights!r}))
+    for name, own in model.state_dict().items():
+        if own.dtype != state[name].dtype:
+            raise ValueError(f"{{name}}: made in {{own.dtype}}, saved in {{state[name].dtype}}")
+    model.load_state_dict(state)
     return model.eval()
 '''
 
@@ -86,7 +94,7 @@ def save_weights(
     ------
     ValueError
         Another suffix, a name that no Python module has, another ``maker``, or networks with
-        other modules or weights.
+        other modules or weights, or with weights in several precisions that are not the original's.
     OSError
         A file cannot be written, or one is there under the name of the code that this function did
         not write.
@@ -120,6 +128,7 @@ def save_weights(
         imported=imported,
         made=made,
         sizes=pprint.pformat(_sizes(model, original), width=88),
+        dtype=_dtype(model, original),
         shapes=pprint.pformat(_shapes(model, original), width=88),
     )
     write_state(model, target)
@@ -179,3 +188,23 @@ def _shapes(model: nn.Module, original: nn.Module) -> dict[str, tuple[int, ...]]
         odd = sorted(ours.keys() ^ theirs.keys())[0]
         raise ValueError(f"model: expected the weights of the original, and no other than {odd!r}")
     return {name: tuple(v.shape) for name, v in ours.items() if v.shape != theirs[name].shape}
+
+
+def _dtype(model: nn.Module, original: nn.Module) -> torch.dtype | None:
+    """Precision of all weights; None where they have several, those of the original.
+
+    The code makes a network in the maker's precision, into which weights would be rounded unsaid.
+    """
+    ours, theirs = (
+        {name: t.dtype for name, t in each.state_dict().items() if t.is_floating_point()}
+        for each in (model, original)
+    )
+    if len(set(ours.values())) == 1:
+        return next(iter(ours.values()))
+    odd = [name for name, dtype in ours.items() if dtype != theirs[name]]
+    if odd:
+        raise ValueError(
+            "model: expected weights of one dtype, or of those of the original; got "
+            f"{ours[odd[0]]} at {odd[0]}, where the original has {theirs[odd[0]]}"
+        )
+    return None

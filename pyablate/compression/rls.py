@@ -22,8 +22,9 @@ from pyablate.compression._rank import Ranking, rank
 from pyablate.compression._remove import remove
 from pyablate.compression.coupling import Coupling
 from pyablate.compression.sgd import Augment, Schedule, cross_entropy, fit, training
-from pyablate.compression.transforms import Transformed, float_bits, is_plain, weighted
+from pyablate.compression.transforms import Transformed, check_own, float_bits, is_plain, weighted
 from pyablate.data.dataset import Data
+from pyablate.network.sites import check_model
 from pyablate.runtime.progress import Report
 
 ROWS = 256
@@ -83,7 +84,8 @@ def rls_pruning(
     ImportError
         Torch-Pruning is not installed.
     ValueError, TypeError
-        Bad arguments or data, or a loss that is no longer finite.
+        Bad arguments or data, a loss that is no longer finite, layers that share their weights, or
+        whose weights are computed from others, as by weight norm.
 
     Notes
     -----
@@ -108,6 +110,7 @@ def rls_pruning(
     check_count("rounds", rounds)
     if not 0 < forgetting <= 1:
         raise ValueError(f"forgetting: expected a number above 0 and up to 1, got {forgetting!r}")
+    _check_weights(model)
     schedule = Schedule(
         epochs, learning_rate, momentum, weight_decay, batch_size, seed=seed, augment=augment
     )
@@ -140,6 +143,22 @@ def rls_pruning(
     return Transformed(
         trained, float_bits(trained), float_bits(model), tuple(removed), pd.DataFrame(history)
     )
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that take no steps of their own: one autocorrelation belongs to one weight."""
+    check_model(model)
+    first: dict[nn.Parameter, str] = {}
+    for name, module in weighted(model, "*"):
+        if not is_plain(module) or not module.weight.requires_grad:
+            continue
+        check_own(module, name)
+        other = first.setdefault(module.weight, name)
+        if other != name:
+            raise ValueError(
+                f"model: {other} and {name} share their weights; expected weights of one layer "
+                "each, since a step follows from what this one layer reads"
+            )
 
 
 def _one_pass(

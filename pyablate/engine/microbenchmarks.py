@@ -16,11 +16,19 @@ from torch.nn import functional
 from pyablate import _native, ops
 from pyablate.engine import int8_conv
 from pyablate.io.remembered import forget, recall, remember
+from pyablate.ops.activations import ActivationName
+from pyablate.runtime.chunking import SLICE
 from pyablate.runtime.out_of_memory import ERRORS, is_shortage
 from pyablate.runtime.processor import processor
 
-LONG_ENOUGH = 0.04
+LONG_ENOUGH = 0.2
 """Seconds that one measurement takes: several times the turn of a process on a busy machine."""
+
+_METHOD = "2"
+"""Changes with how rates are measured: what was kept of another method is no longer read."""
+
+FINE = 1e-5
+"""Seconds between two ticks of a clock that can measure runs of a millisecond."""
 
 WARM_UPS, ROUNDS, LAUNCHES = 3, 3, 20
 """On a GPU: runs before anything is timed, and how many times how many of them are."""
@@ -32,7 +40,8 @@ def _once(measure: Callable[..., float]) -> Any:
     @functools.cache
     @functools.wraps(measure)
     def rate(device: str, *given: object) -> float:
-        machine, name = _machine(device), " ".join(map(str, (measure.__name__, device, *given)))
+        machine = _machine(device)
+        name = " ".join(map(str, (measure.__name__, _METHOD, device, *given)))
         known = recall(machine, name)
         if known is None:
             known = measure(device, *given)
@@ -54,7 +63,14 @@ def _machine(device: str) -> str:
 def measure_again() -> None:
     """Forget what is known of all machines, so that the next calls measure."""
     forget()
-    for rate in (_convolution_rate, _unit_rate, _change_rate, _winograd_gain):
+    for rate in (
+        _convolution_rate,
+        _matrix_rate,
+        _unit_rate,
+        _change_rate,
+        _difference_rate,
+        _winograd_gain,
+    ):
         rate.cache_clear()
 
 
@@ -135,6 +151,32 @@ def _convolution(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Tenso
     return lambda: int8_conv.convolve(quantized, filters)
 
 
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a linear layer of 64 -> 256 features on a slice of pairs.
+
+    Its result is as large as the widest delta of a slice: with so few operations per number,
+    caches count as much as arithmetic. On one core with AVX2 it is half the rate of convolutions.
+    """
+    return _as_memory_allows(_times(device), lambda times: _matrix_rate(device, dtype, times))
+
+
+@_once
+def _matrix_rate(device: str, dtype: torch.dtype, times: int) -> float:
+    x = torch.ones(_rows(dtype) * times, 64, device=device, dtype=dtype)
+    w = torch.ones(_WIDTH, 64, device=device, dtype=dtype)
+    with torch.no_grad():
+        seconds = best(lambda: functional.linear(x, w), device)
+    return 2.0 * x.numel() * len(w) / seconds
+
+
+_WIDTH = 256
+"""Features of the slices that linear layers and differences are measured on."""
+
+
+def _rows(dtype: torch.dtype) -> int:
+    return SLICE // (_WIDTH * dtype.itemsize)
+
+
 def unit_rate(device: str) -> float:
     """Operations per second of the first convolution after a unit (``ops.unit_delta``)."""
     return _as_memory_allows(_times(device), lambda times: _unit_rate(device, times))
@@ -154,26 +196,64 @@ def _unit_rate(device: str, times: int) -> float:
     return 2.0 * work().numel() * 9 / best(work, device)
 
 
-def change_rate(device: str) -> float:
-    """Bytes per second of differences read and written by ``ops.delta_activation`` in bfloat16.
+def change_rate(
+    device: str, dtype: torch.dtype = torch.bfloat16, activation: ActivationName = "relu"
+) -> float:
+    """Bytes per second of differences read and written by ``ops.delta_activation``.
 
     On a CPU they lie in a cache mostly, so this is more than memory gives.
     """
-    return _as_memory_allows(_times(device), lambda times: _change_rate(device, times))
+    return _as_memory_allows(
+        _times(device), lambda times: _change_rate(device, dtype, activation, times)
+    )
 
 
 @_once
-def _change_rate(device: str, times: int) -> float:
-    pairs = 512 * times
-    delta = torch.ones(pairs, 4096, device=device, dtype=torch.bfloat16)
-    base = torch.ones(4, 4096, device=device)
-    image = torch.arange(pairs, dtype=torch.int32, device=device) % 4
-    relu = ops.Activation("relu")
+def _change_rate(device: str, dtype: torch.dtype, activation: ActivationName, times: int) -> float:
+    delta, base, image = _slice(device, dtype, times)
+    function = ops.Activation(activation)
 
     def work() -> Tensor:
-        return ops.delta_activation(base, delta, image, relu, out=delta)
+        return ops.delta_activation(base, delta, image, function, out=delta)
 
-    return 4.0 * delta.numel() / best(work, device)
+    return 2.0 * delta.numel() * delta.itemsize / best(work, device)
+
+
+def difference_rate(device: str, dtype: torch.dtype) -> float:
+    """Bytes per second of differences read and written by the rule that holds for every operator.
+
+    ``f(base + delta) - f(base)`` of a layer norm: seven passes of PyTorch, a tenth of the rate of a
+    native operation.
+    """
+    return _as_memory_allows(_times(device), lambda times: _difference_rate(device, dtype, times))
+
+
+@_once
+def _difference_rate(device: str, dtype: torch.dtype, times: int) -> float:
+    delta, base, image = _slice(device, dtype, times)
+    delta, base = (t.unflatten(1, (-1, _WIDTH)) for t in (delta, base))
+    clean, chosen = functional.layer_norm(base, (_WIDTH,)), image.long()
+
+    def work() -> Tensor:
+        after, before = functional.layer_norm(base[chosen] + delta, (_WIDTH,)), clean[chosen]
+        return torch.where(after == before, torch.zeros_like(after), after - before)
+
+    with torch.no_grad():
+        seconds = best(work, device)
+    return float(2 * delta.numel() * delta.itemsize / seconds)
+
+
+def _slice(device: str, dtype: torch.dtype, times: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Differences ``[P, 4096]`` of pairs, clean values of four images, which image each is of."""
+    pairs = 512 * times
+    delta = torch.ones(pairs, 4096, device=device, dtype=dtype)
+    base = torch.ones(4, 4096, device=device, dtype=_clean(dtype))
+    return delta, base, torch.arange(pairs, dtype=torch.int32, device=device) % 4
+
+
+def _clean(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the clean run beside differences of this one."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def winograd_gain(channels: int) -> float:
@@ -222,13 +302,24 @@ def best(work: Callable[[], Tensor], device: str) -> float:
         with torch.cuda.device(device):
             return _by_events(work)
     work()  # the first run fetches memory and prepares
-    fastest, end = float("inf"), time.perf_counter() + LONG_ENOUGH
+    clock = undisturbed_clock()
+    fastest, end = float("inf"), clock() + LONG_ENOUGH
     begin = 0.0
     while begin < end:
-        begin = time.perf_counter()
+        begin = clock()
         work()
-        fastest = min(fastest, time.perf_counter() - begin)
+        fastest = min(fastest, clock() - begin)
     return fastest
+
+
+def undisturbed_clock() -> Callable[[], float]:
+    """Return the clock that others' work moves least.
+
+    Where torch works on this thread alone, the thread's own time: on a busy machine every run of
+    some milliseconds is interrupted, the fastest as well, and half a rate would be kept for good.
+    """
+    fine = time.get_clock_info("thread_time").resolution < FINE
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _by_events(work: Callable[[], Tensor]) -> float:

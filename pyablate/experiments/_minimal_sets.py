@@ -14,7 +14,12 @@ import pandas as pd
 from torch import nn
 
 from pyablate._validation import check_count
-from pyablate.experiments.accuracies import balanced_accuracy, class_accuracy
+from pyablate.experiments.accuracies import (
+    balanced_accuracy,
+    baseline_balanced_accuracy,
+    class_accuracy,
+)
+from pyablate.experiments.permutations import Bools
 from pyablate.experiments.split import split
 from pyablate.experiments.units import best_first, class_number, labels_of, opened
 from pyablate.interventions import Intervention
@@ -67,6 +72,9 @@ def minimal_sets(
     units or pairs bounds from below what three do together, so that only trying all sets of a size
     tells. Single units are tried all; ``exhaust=2`` tries all pairs as well, and so on, and takes
     the most harmful of those that take the class to chance in place of a larger set.
+
+    A class that is at chance before anything is removed, by its accuracy or by its balanced
+    accuracy (half, as where all images are taken for it), is not told apart, and has no set.
 
     The images are split at random into halves, class by class: sets are found on one half, and
     every figure but ``chosen_accuracy`` is measured on the other.
@@ -121,7 +129,10 @@ def minimal_sets(
         return ablate(model, halves.choosing, groups=groups, **common)
 
     single = ablate(model, halves.choosing, layers, **common)
-    targets = targets_of(single, classes)
+    level = 1 / single.classes if chance is None else chance
+    asked = targets_of(single, classes)
+    lost = _at_chance(single, level)
+    targets = [target for target in asked if not lost[target]]
     rows = single.rows(units)
     harm = single.class_accuracy_drop[rows]
     # Without a class that any unit alone harms there is no order: units that back each other up.
@@ -131,7 +142,6 @@ def minimal_sets(
         losses = ablate(model, halves.choosing, layers, **measured).class_loss_change
         harm = np.where(np.isin(np.arange(single.classes), silent), losses[rows], harm)
     orders = {t: best_first(harm[:, t]).tolist() for t in targets}
-    level = 1 / single.classes if chance is None else chance
     found = _grown(ablated, orders, level, min(largest or LARGEST, len(units)))
     if prune:
         _prune(ablated, found, level)
@@ -139,11 +149,14 @@ def minimal_sets(
         _try_all(ablated, found, level, len(units), size)
     distinct = list(dict.fromkeys(each.units for each in found.values()))
     groups = [[units[unit] for unit in sorted(each)] for each in distinct]
-    result = ablate(model, halves.measuring, groups=groups, **common)
+    # Where no class is told apart there are no sets; single units stand in for their baseline.
+    result = ablate(model, halves.measuring, groups=groups or [[unit] for unit in units], **common)
     place = {each: row for row, each in enumerate(distinct)}
     lines = [
-        _line(result, target, each, place[each.units], orders[target], units, exhaust)
-        for target, each in found.items()
+        _line(result, target, found[target], place[found[target].units], orders, units, exhaust)
+        if target in found
+        else _line_without(result, target, float(single.baseline_class_accuracy[target]))
+        for target in asked
     ]
     return MinimalSets(pd.DataFrame(lines), level, result)
 
@@ -157,7 +170,9 @@ class MinimalSets:
     table : pandas.DataFrame
         One row per class: ``class``; ``reached``, whether chance was reached on the half on which
         sets are chosen (if not, there is no set, and the rest of the row is about the most harmful
-        units tried); ``size`` and ``units`` (tuple of labels, the largest single drop first);
+        units tried); ``told_apart``, whether the class was above chance before anything was removed
+        (if not, nothing is searched: ``units`` is empty and the figures are those of the intact
+        network); ``size`` and ``units`` (tuple of labels, the largest single drop first);
         ``at_least``, units of any set that takes the class to chance on that half, as all smaller
         ones were tried, and ``minimal``, whether the set has no more than these;
         ``chosen_accuracy`` of the class on that half; and on the other half ``baseline_accuracy``,
@@ -198,7 +213,11 @@ class MinimalSets:
         known = np.where(table["minimal"], "yes", [f"at least {n}" for n in table["at_least"]])
         failed = [
             f"none found: {size} units leave {100 * accuracy:.2f} %"
-            for size, accuracy in zip(table["size"], table["accuracy"], strict=True)
+            if told
+            else "not told apart before anything is removed"
+            for size, accuracy, told in zip(
+                table["size"], table["accuracy"], table["told_apart"], strict=True
+            )
         ]
         figures = {
             name: table[name].astype(object).where(reached, np.nan)
@@ -206,7 +225,7 @@ class MinimalSets:
         }
         return table.assign(
             **figures,
-            minimal=known,
+            minimal=np.where(table["told_apart"], known, ""),
             units=table["units"].map(" ".join).where(reached, pd.Series(failed)),
         )
 
@@ -234,12 +253,23 @@ def targets_of(single: AblationResult, classes: Any) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
+def _at_chance(single: AblationResult, level: float) -> Bools:
+    """Whether each class is lost in the intact network already, bool ``[class]``.
+
+    Of balanced accuracy half is chance, whatever accuracy the caller calls so.
+    """
+    balanced = baseline_balanced_accuracy(single)
+    return (single.baseline_class_accuracy <= level) | (balanced <= 0.5)
+
+
 def _grown(
     ablated: Ablated, orders: Mapping[int, list[int]], level: float, largest: int
 ) -> dict[int, _Found]:
     """Add units in order until each class is at chance; sizes by rounds that double."""
     best: dict[int, _Found] = {}
     done, size = 0, min(FIRST, largest)
+    if not orders:
+        return best
     while True:
         waiting = [t for t in orders if t not in best or not best[t].reached]
         sets = {t: [frozenset(orders[t][:n]) for n in range(done + 1, size + 1)] for t in waiting}
@@ -315,7 +345,7 @@ def _line(
     target: int,
     found: _Found,
     row: int,
-    order: Sequence[int],
+    orders: Mapping[int, Sequence[int]],
     units: Sequence[str],
     exhaust: int,
 ) -> dict[str, Any]:
@@ -326,8 +356,9 @@ def _line(
     return {
         "class": result.class_names[target],
         "reached": found.reached,
+        "told_apart": True,
         "size": len(found.units),
-        "units": tuple(units[unit] for unit in order if unit in found.units),
+        "units": tuple(units[unit] for unit in orders[target] if unit in found.units),
         "at_least": at_least,
         "minimal": found.reached and len(found.units) <= at_least,
         "chosen_accuracy": found.accuracy,
@@ -335,4 +366,23 @@ def _line(
         "accuracy": class_accuracy(result)[row, target],
         "balanced_accuracy": balanced_accuracy(result)[row, target],
         "others_drop": (net.sum() - net[target]) / others if others else np.nan,
+    }
+
+
+def _line_without(result: AblationResult, target: int, chosen: float) -> dict[str, Any]:
+    """Row of a class that is at chance before anything is removed."""
+    accuracy = result.baseline_class_accuracy[target]
+    return {
+        "class": result.class_names[target],
+        "reached": False,
+        "told_apart": False,
+        "size": 0,
+        "units": (),
+        "at_least": 0,
+        "minimal": False,
+        "chosen_accuracy": chosen,
+        "baseline_accuracy": accuracy,
+        "accuracy": accuracy,
+        "balanced_accuracy": baseline_balanced_accuracy(result)[target],
+        "others_drop": 0.0,
     }

@@ -76,10 +76,10 @@ class ImageFiles(Dataset[Any]):
     interpolation : str, optional
         How pixels are scaled to `size`: one of :data:`INTERPOLATIONS`, by default "bilinear".
     channels : {1, 3}, optional
-        Grey or RGB. By default as many as `mean` has entries, else RGB unless the images looked at
-        first are all grey.
+        Grey or RGB. By default RGB where `mean` or `std` has three entries, and unless the images
+        looked at first are all grey.
     mean, std : sequence of float, optional
-        Per channel, subtracted and divided by, after scaling to ``[0, 1]``.
+        Per channel or one for all, subtracted and divided by, after scaling to ``[0, 1]``.
     on_bad : {"error", "skip"}
         What happens to files that cannot be decoded: an error when one is read, or they are left
         out and listed; ``"skip"`` decodes every file once to find them.
@@ -129,7 +129,7 @@ class ImageFiles(Dataset[Any]):
         self._size = None if size is None else _scale_and_crop(size)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
-        self.channels = channels or (len(mean) if mean is not None else self._guess_channels())
+        self.channels = channels or _told(mean, std) or self._guess_channels()
         self._mean, self._std = moments(mean, std, self.channels)
         self._first_shape: tuple[int, ...] | None = None
         self._told = False
@@ -253,6 +253,11 @@ class ImageFiles(Dataset[Any]):
                 if not image.mode.startswith(_GREY_MODES):
                     return 3
         return 1
+
+
+def _told(*moments: Sequence[float] | None) -> int | None:
+    """Channels that figures are given for apart; one figure is for however many there are."""
+    return 3 if any(given is not None and len(given) == 3 for given in moments) else None
 
 
 def image_batches(images: ImageFiles, *, batch_size: int, workers: int = 0) -> DataLoader[Any]:

@@ -150,6 +150,8 @@ def _measure(table: pd.DataFrame, name: str) -> dict[str, Any]:
 
 
 def _labels(units: Any) -> list[str]:
+    if isinstance(units, float):  # an empty cell of a CSV file
+        return []
     if not isinstance(units, str):
         return [str(unit) for unit in units]
     if units.startswith(("(", "[")):  # as a tuple of labels comes out of a CSV file

@@ -10,33 +10,33 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pyablate._validation import check_bytes, check_count, check_fraction, check_level
 from pyablate.data.dataset import Batch
-from pyablate.engine import clean_run, weighted_rules
-from pyablate.engine.channel_delta import ChannelDelta
-from pyablate.engine.job import Job
-from pyablate.engine.logit_change import carried
-from pyablate.engine.microbenchmarks import change_rate, convolution_rate, unit_rate
+from pyablate.engine import clean_run
+from pyablate.engine.microbenchmarks import undisturbed_clock
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.suffix import Suffix, multiply_adds, needed
-from pyablate.engine.sweep import Sweep
+from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention, parse
-from pyablate.network.aten import SAME
 from pyablate.network.classifier import Choice
-from pyablate.network.graph import CONVOLUTIONS, Graph
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
 from pyablate.runs.audit import CALL as AUDIT_CALL
 from pyablate.runs.audit import PASSES, usual_pairs
+from pyablate.runs.cost_model import (
+    ATTAINED,
+    ATTAINED_IN_FULL,
+    SAMPLE,
+    Peaks,
+    forward_flop,
+    layer_costs,
+    peaks_of,
+)
 from pyablate.runs.screened_plan import ScreenedPlan, plan_screened, stages_table
 from pyablate.runs.setup import Setup, SetupOptions, check_options, image_bytes, prepare
 from pyablate.runs.state import in_words
 from pyablate.runtime.determinism import undisturbed
-
-aten = torch.ops.aten
-_SAMPLE = 16
 
 _BUDGET = 0.02
 """Share of the pairs of the estimated run that is planned beside an exact one."""
@@ -47,43 +47,6 @@ _MORE, _SHORT = (32, 256), 0.2
 
 _SLICES = 8
 """Tensors of the size of a slice of pairs that live at a time, about."""
-
-CALL = 30e-6
-"""Seconds that one operation on one slice of pairs costs beside its arithmetic, about."""
-
-
-ATTAINED = 0.5
-"""Share of the peaks that whole suffixes attained on the shipped networks, about."""
-
-ATTAINED_IN_FULL = 0.7
-"""Likewise of the rate of convolutions where all of them are in the model's own precision: what
-lies between them weighs less then. On one core with AVX2: from 0.5 to 0.95."""
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What this machine was measured to do, in operations and bytes per second.
-
-    Attributes
-    ----------
-    clean, dense, floating, unit : float
-        Convolutions in the model's precision, in the tier chosen, in its floating-point part, and
-        those of single changed maps.
-    bandwidth : float
-        Of differences through one elementwise pass.
-
-    Examples
-    --------
-    >>> peaks = pa.plan(model, data, "features.16").peaks
-    >>> peaks.dense > 0, peaks.bandwidth > 0
-    (True, True)
-    """
-
-    clean: float
-    dense: float
-    floating: float
-    unit: float
-    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -220,9 +183,12 @@ class Plan:
             f"at a time; decided in {', doubtful pairs in '.join(map(in_words, self.tiers))}",
             f"measured here: {self.gflops:,.0f} GFLOP/s in convolutions, "
             f"{self.peaks.unit / 1e9:,.0f} in those of single maps, "
-            f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences",
+            f"{self.peaks.matrix / 1e9:,.0f} in linear layers; "
+            f"{self.peaks.bandwidth / 1e9:,.1f} GB/s of differences, "
+            f"{self.peaks.gelu / 1e9:,.1f} in GELU, "
+            f"{self.peaks.difference / 1e9:,.1f} in operators without a rule of their own",
             f"predicted: {self.seconds:,.1f} s in all; how many pairs change anything was measured "
-            f"on {min(_SAMPLE, self.images)} images",
+            f"on {min(SAMPLE, self.images)} images",
             *(f"  {what}: {seconds:,.1f} s" for what, seconds in self._parts.items()),
             *([] if self.memory is None else [f"memory: about {self.memory / 1e9:,.1f} GB"]),
             self._screened(),
@@ -336,12 +302,11 @@ def plan(
         setup = prepare(model, data, options)
         prepared = time.perf_counter() - begin
         count = len(setup.data) if images is None else images
-        peaks = _peaks(setup)
+        peaks, costs = peaks_of(setup), layer_costs(setup)
         attained = ATTAINED if setup.low else ATTAINED_IN_FULL
-        rows = [_row(cost, count, peaks, attained) for cost in _costs(setup)]
+        table = pd.DataFrame([cost.row(count, peaks, attained) for cost in costs])
         clean = _clean_seconds(setup, count, peaks)
-        pairs = min((row.pop("slice") for row in rows), default=1)
-        table = pd.DataFrame(rows)
+        pairs = min((cost.slice for cost in costs), default=1)
         slower = peaks.dense / peaks.clean
         screened = plan_screened(setup, table, count, slower, risk if measure else None)
     audited = usual_pairs(setup, count) * (AUDIT_CALL + PASSES * clean / count)
@@ -383,157 +348,23 @@ def _clean_seconds(setup: Setup, images: int, peaks: Peaks) -> float:
     graph = setup.graph
     if graph is None:
         image = setup.data.first(1).images
-        return images * _forward_flop(setup.model, image) / peaks.clean / ATTAINED
+        return images * forward_flop(setup.model, image) / peaks.clean / ATTAINED
     keep = needed(Suffix.of(graph, job) for job in setup.jobs)
+    clock = undisturbed_clock()
 
     def seconds(batch: Batch) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         clean_run.run_graph(graph, keep, setup.exact, batch, rounding=Rounding())
-        return time.perf_counter() - begin
+        return clock() - begin
 
     def measured(size: int) -> tuple[int, float]:
         batch = setup.data.first(min(size, setup.batch_size))
         return len(batch), min(seconds(batch) for _ in range(3))
 
-    few, short = measured(_SAMPLE)
+    few, short = measured(SAMPLE)
     more, long = measured(_MORE[short * _MORE[1] / few <= _SHORT])
     if more == few or long <= short:
         return images * long / more
     each = (long - short) / (more - few)
     batches = -(-images // setup.batch_size)
     return images * each + batches * max(0.0, short - few * each)
-
-
-def _peaks(setup: Setup) -> Peaks:
-    where, full = str(setup.data.device), setup.data.dtype
-    tier = (*setup.low, full)[0]
-    return Peaks(
-        clean=convolution_rate(where, full),
-        dense=convolution_rate(where, tier),
-        floating=convolution_rate(where, carried(tier)),
-        unit=unit_rate(where),
-        bandwidth=change_rate(where),
-    )
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """Cost of one job: per live pair, and per image whether or not pairs are live.
-
-    Attributes
-    ----------
-    dense, floating, unit : float
-        Operations per live pair: in the cheapest tier, in its floating-point part, and on single
-        changed maps.
-    byte : float
-        Differences read and written per live pair.
-    image_byte : float
-        Bytes per image of what is done while deltas are on their channels.
-    calls : int
-        Operations per slice of pairs.
-    slice : int
-        Pairs per slice.
-    """
-
-    job: Job
-    strategy: str
-    live: float
-    dense: float = 0.0
-    floating: float = 0.0
-    unit: float = 0.0
-    byte: float = 0.0
-    image_byte: float = 0.0
-    calls: int = 0
-    slice: int = 1 << 30
-
-
-def _row(cost: _Cost, images: int, peaks: Peaks, attained: float) -> dict[str, Any]:
-    pairs = len(cost.job.rows) * images
-    live = pairs * cost.live
-    gbyte = (live * cost.byte + images * cost.image_byte) / 1e9
-    if cost.strategy == "replay":
-        attained = ATTAINED
-    seconds = live * (cost.dense / peaks.dense + cost.floating / peaks.floating) / attained
-    seconds += (live * cost.unit / peaks.unit + gbyte * 1e9 / peaks.bandwidth) / ATTAINED
-    seconds += cost.calls * CALL * -(-live // cost.slice)
-    return {
-        "layer": cost.job.name,
-        "strategy": cost.strategy,
-        "units": len(cost.job.rows),
-        "pairs": pairs,
-        "live": cost.live,
-        "gflop": live * (cost.dense + cost.floating + cost.unit) / 1e9,
-        "dense": live * (cost.dense or cost.floating) / 1e9,
-        "gbyte": gbyte,
-        "seconds": seconds,
-        "slice": cost.slice,
-    }
-
-
-def _costs(setup: Setup) -> list[_Cost]:
-    batch = next(iter(setup.data.batches(_SAMPLE)))
-    if setup.graph is None:
-        per_pair = _forward_flop(setup.model, batch.images[:1])
-        return [_Cost(job, "replay", 1.0, floating=per_pair) for job in setup.jobs]
-    suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
-    clean = clean_run.run_graph(
-        setup.graph, needed(suffixes), setup.exact, batch, rounding=Rounding()
-    )
-    costs = []
-    tier = (*setup.low, setup.data.dtype)[0]
-    for suffix in suffixes:
-        replacements = setup.own.replacements(batch, suffix.job)
-        with torch.no_grad():
-            sweep = Sweep(suffix, clean, replacements)
-            costs.append(_cost(sweep, len(batch), tier, suffix.pairs_in(setup.slice_bytes)(tier)))
-    return costs
-
-
-def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> _Cost:
-    job, graph = sweep.suffix.job, sweep.graph
-    image_byte = 0.0
-    if job.channelwise:
-        sweep.advance()
-        on_channel = [node for node in sweep.suffix.nodes if node in sweep.values]
-        # Each is read and written in full precision, with its clean value beside it.
-        image_byte = sum(3.0 * _size(sweep.values[node]) for node in on_channel) / images
-        if sweep.head is not None:
-            # Read a delta, write a prediction; the O(1) test leaves few classes to scan.
-            return _Cost(job, "closed form", 1.0, byte=16.0, image_byte=image_byte)
-    nodes = sweep.deferred if job.channelwise else sweep.suffix.nodes
-    live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
-    work = {"dense": 0.0, "floating": 0.0, "unit": 0.0}
-    for node in nodes:
-        single = job.single and bool(node.all_input_nodes)
-        delta = sweep.value(node.all_input_nodes[0]) if single else None
-        eight_bit = tier == torch.int8 and weighted_rules.takes_quantized(graph, node)
-        kind = "unit" if delta is not None else "dense" if eight_bit else "floating"
-        work[kind] += multiply_adds(graph, node) / (1 if delta is None else delta.size)
-    byte = sum(_bytes(graph, node) for node in nodes) * carried(tier).itemsize
-    calls = sum(node.target not in SAME for node in nodes)
-    return _Cost(
-        job, "delta", live, **work, byte=byte, image_byte=image_byte, calls=calls, slice=pairs
-    )
-
-
-def _size(delta: ChannelDelta) -> int:
-    """Size of a channelwise delta, all units and images."""
-    return delta.values.numel() * delta.values.element_size()
-
-
-def _bytes(graph: Graph, node: fx.Node) -> float:
-    """Elements that a node between two convolutions reads and writes for one pair."""
-    if node.target in SAME or node.target in CONVOLUTIONS or node.target is aten.linear.default:
-        return 0.0
-    reads = [source for source in node.all_input_nodes if source not in graph.constants]
-    return float(graph.elements(node) + sum(graph.elements(source) for source in reads))
-
-
-def _forward_flop(model: nn.Module, image: Tensor) -> float:
-    """Arithmetic of one plain forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import, rarely needed
-
-    pair = torch.cat([image, image])  # some networks squeeze a batch of one away
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pair)
-    return float(counter.get_total_flops()) / len(pair)

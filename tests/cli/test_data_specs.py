@@ -266,6 +266,25 @@ def test_grey_images_and_channels(tmp_path: Path) -> None:
     assert colour[0, :, 0, 0].tolist() == pytest.approx([0.2, 0.1, 0.0], abs=1e-6)
 
 
+def test_one_figure_is_for_every_channel_of_colour_images(tmp_path: Path) -> None:
+    pixels = np.full((4, 4, 3), (51, 102, 255), dtype=np.uint8)
+    _picture(tmp_path / "a" / "0.png", pixels)
+    images, _ = _all(load_data(tmp_path, mean=[0.2], std=[0.5]))
+    assert images.shape == (1, 3, 4, 4)
+    assert images[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.4, 1.6], abs=1e-6)
+    three, _ = _all(load_data(tmp_path, mean=[0.2] * 3, std=[0.5] * 3))
+    assert torch.equal(images, three)
+    assert _all(load_data(tmp_path, mean=[0.2], channels=1))[0].shape == (1, 1, 4, 4)
+    # The model says by its own figures how many channels it takes.
+    assert _all(load_data(tmp_path, mean=[0.2], own=OWN))[0].shape[1] == len(OWN.mean or ())
+
+
+def test_one_figure_keeps_grey_images_grey(tmp_path: Path) -> None:
+    _picture(tmp_path / "a" / "0.png", np.full((4, 4), 51, dtype=np.uint8))
+    assert _all(load_data(tmp_path, mean=[0.2], std=[0.5]))[0].shape == (1, 1, 4, 4)
+    assert _all(load_data(tmp_path, mean=[0.2], std=[0.5] * 3))[0].shape == (1, 3, 4, 4)
+
+
 def test_image_folder_leaves_the_random_state_alone(folder: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

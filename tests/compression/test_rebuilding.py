@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,52 @@ def test_the_shell_reads_it(name):
     assert pa.compression.size(again, pictures[:1]) == removal.after
     with torch.no_grad():
         torch.testing.assert_close(again(pictures), removal.model(pictures))
+
+
+_MAKER = """
+from torch import nn
+
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_precision_of_the_weights_is_kept(dtype, monkeypatch):
+    """The maker makes float32, into which others would be rounded when they are loaded."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("exact.py").write_text(_MAKER)
+    torch.manual_seed(0)
+    model = runpy.run_path("exact.py")["make"]().to(dtype).eval()
+    removal = pa.remove(model.float(), ["1:1"], images())
+    smaller = removal.model.double()
+    with torch.no_grad():
+        smaller[0].weight += 1e-9  # float32 has no digit for it
+    smaller = smaller.to(dtype)
+    save_weights(smaller, model, "exact:make", "precise.safetensors")
+    again = runpy.run_path("precise.py")["load_model"]()
+    assert {each.dtype for each in again.parameters()} == {dtype}
+    by_shell = load_model("precise:make_model", "precise.safetensors")
+    sys.modules.pop("precise", None)
+    with torch.no_grad():
+        expected = smaller(images().to(dtype))
+        assert torch.equal(again(images().to(dtype)), expected)
+        assert torch.equal(by_shell(images().to(dtype)), expected)
+
+
+def test_weights_of_several_precisions_are_the_makers_or_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("mixed.py").write_text(_MAKER)
+    model = runpy.run_path("mixed.py")["make"]().eval()
+    mixed = runpy.run_path("mixed.py")["make"]().eval()
+    mixed[3].double()
+    with pytest.raises(ValueError, match=r"dtype.*got torch\.float64 at 3\.weight"):
+        save_weights(mixed, model, "mixed:make", "several.safetensors")
+    assert not Path("several.safetensors").exists()
+    save_weights(mixed, mixed, "mixed:make", "several.safetensors")
+    with pytest.raises(ValueError, match=r"3\.weight: made in torch\.float32, saved in torch\.f"):
+        runpy.run_path("several.py")["load_model"]()
 
 
 def test_bad_arguments():

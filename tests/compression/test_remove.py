@@ -12,6 +12,7 @@ from support.compressible import Dense, Grouped, Mobile, Shifted, Written, image
 from torch import nn
 
 import pyablate as pa
+from pyablate.comparison import _latency
 from pyablate.compression._remove import size
 from pyablate.compression._target import Target, search
 
@@ -179,12 +180,25 @@ def test_no_further_than_the_accuracy_allows(caplog):
     assert "target not reached" in caplog.text
 
 
-def test_a_target_of_time_is_measured():
+def test_a_target_of_time_is_measured(monkeypatch):
+    """By the passes of the smaller network beside the whole one: here a clock of parameters."""
+
+    def clock(network, sample):
+        assert torch.equal(sample, images())
+        return 1e-6 * sum(each.numel() for each in network.parameters())
+
+    monkeypatch.setattr(_latency, "_timed", clock)
     model = made(Mobile)
     ranking = pa.rank(model, images(), "random", scope="global", seed=1)
-    removal = pa.remove(model, ranking, images(), latency=1.0, flops=0.9)
+    removal = pa.remove(model, ranking, images(), latency=0.6)
+    assert removal.reached
     assert removal.steps is not None
-    assert {"latency", "flops"} <= set(removal.steps.columns)
+    steps = removal.steps.set_index("places")
+    places = int(steps.index[steps["chosen"]].item())
+    assert 1 < places < len(ranking.sequence)
+    share = removal.after.parameters / removal.before.parameters
+    assert steps.loc[places, "latency"] == pytest.approx(share)
+    assert steps.loc[places, "latency"] <= 0.6 < steps.loc[places - 1, "latency"]
 
 
 @pytest.mark.parametrize(

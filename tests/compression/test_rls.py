@@ -196,3 +196,30 @@ def test_bad_input(options, message):
     given = {"model": pooled(0), "sample": X[:2], "data": (X, LABELS), "fraction": 0.5} | options
     with pytest.raises((ValueError, TypeError), match=message):
         compression.rls_pruning(**given)
+
+
+class Tied(nn.Module):
+    """Two layers that share one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 3, 3, padding=1) for c in (3, 3, 3))
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(x).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_shared_weights_are_refused_by_the_names_of_their_layers():
+    with pytest.raises(ValueError, match="model: first and second share their weights"):
+        compression.rls_pruning(Tied(), X[:2], (X, LABELS), 0.3, epochs=1, progress=False)
+
+
+def test_weights_that_are_computed_from_others_are_refused_by_name():
+    model = pooled(0)
+    name = next(name for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
+    nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    with pytest.raises(ValueError, match=f"the weights of {name} are computed from others"):
+        compression.rls_pruning(model, X[:2], (X, LABELS), 0.3, epochs=1, progress=False)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from pyablate.engine import microbenchmarks
+from pyablate.runtime.chunking import SLICE
 
 
 @pytest.fixture
 def fresh():
     """Nothing is remembered from before, and nothing of the test afterwards."""
-    found = [
-        getattr(microbenchmarks, f"_{name}_rate") for name in ("convolution", "unit", "change")
-    ]
+    names = ("convolution", "matrix", "unit", "change", "difference")
+    found = [getattr(microbenchmarks, f"_{name}_rate") for name in names]
     for rate in found:
         rate.cache_clear()
     yield
@@ -63,9 +63,47 @@ def test_a_gpu_is_timed_by_its_own_events_on_its_own_device(monkeypatch):
 def test_rates_of_the_processor_are_numbers():
     assert microbenchmarks.unit_rate("cpu") > 0
     assert microbenchmarks.change_rate("cpu") > 0
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert microbenchmarks.change_rate("cpu", dtype, "gelu") > 0
+        assert microbenchmarks.difference_rate("cpu", dtype) > 0
+        assert microbenchmarks.matrix_rate("cpu", dtype) > 0
 
 
-@pytest.mark.parametrize("rate", ["convolution", "unit", "change"])
+@pytest.mark.usefixtures("fresh")
+def test_rates_are_operations_and_bytes_of_a_slice_by_seconds(monkeypatch):
+    ran = []
+
+    def stopwatch(work, _device):
+        ran.append(work())
+        return 0.5
+
+    monkeypatch.setattr(microbenchmarks, "best", stopwatch)
+    found = microbenchmarks.matrix_rate("cpu", torch.float32)
+    assert ran[-1].numel() * 4 == SLICE
+    assert found == 2 * 2.0 * ran[-1].numel() * 64
+    found = microbenchmarks.difference_rate("cpu", torch.float32)
+    assert found == 2 * 2.0 * ran[-1].numel() * 4
+    found = microbenchmarks.change_rate("cpu", torch.bfloat16, "gelu")
+    assert found == 2 * 2.0 * ran[-1].numel() * 2
+
+
+def test_one_thread_is_timed_without_the_turns_of_others(monkeypatch):
+    """A rate that is kept for good is no worse where every run is interrupted."""
+    own, wall = [0.0], [0.0]
+
+    def work():
+        own[0] += 0.01
+        wall[0] += 0.03  # two others have their turns
+
+    monkeypatch.setattr(microbenchmarks.time, "thread_time", lambda: own[0])
+    monkeypatch.setattr(microbenchmarks.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert microbenchmarks.best(work, "cpu") == pytest.approx(0.01)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert microbenchmarks.best(work, "cpu") == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("rate", ["convolution", "matrix", "unit", "change", "difference"])
 @pytest.mark.usefixtures("fresh")
 def test_a_lack_of_memory_is_not_remembered(monkeypatch, rate):
     short, best, tried = [True], microbenchmarks.best, []
@@ -78,7 +116,7 @@ def test_a_lack_of_memory_is_not_remembered(monkeypatch, rate):
 
     def measure():
         tried.clear()
-        dtype = (torch.float32,) if rate == "convolution" else ()
+        dtype = () if rate in ("unit", "change") else (torch.float32,)
         return getattr(microbenchmarks, f"{rate}_rate")("cpu", *dtype)
 
     monkeypatch.setattr(microbenchmarks, "best", stopwatch)

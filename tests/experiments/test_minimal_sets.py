@@ -180,3 +180,36 @@ def test_more_sets_than_can_be_tried_are_refused():
     data = torch.zeros(4, 700), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="exhaust: 244,650 sets of up to 2 of 700 units"):
         pa.minimal_sets(model, data, "units", exhaust=2, audit=0, progress=False)
+
+
+def hesitant() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Class 2 is taken for class 0, class 1 rests on unit 2."""
+    model, (images, labels) = planted()
+    images[labels == 2] = images[0]
+    return model, (images, labels)
+
+
+def test_a_class_that_is_not_told_apart_has_no_set():
+    model, data = hesitant()
+    found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
+    table = found.table.set_index("class")
+    assert table["told_apart"].tolist() == [True, True, False]
+    assert table["reached"].tolist() == [True, True, False]
+    assert table.loc["2", "units"] == ()
+    assert table.loc["2", ["size", "at_least", "accuracy", "baseline_accuracy"]].tolist() == [0] * 4
+    assert table.loc["2", "balanced_accuracy"] == 0.5
+    assert repr(found) == "MinimalSets(2 sets for 3 classes)"
+    shown = found.shown.set_index("class")
+    assert shown.loc["2", "units"] == "not told apart before anything is removed"
+    assert shown.loc["2", "minimal"] == ""
+    assert shown.loc["1", "units"] == "units:2"
+
+
+def test_a_class_that_everything_is_taken_for_is_not_told_apart():
+    data = planted()[1]
+    model = networks.on_inputs(torch.zeros(3, 6), torch.tensor([1.0, 0.0, 0.0]))
+    found = pa.minimal_sets(model, data, "units", audit=0, progress=False)
+    assert not found.table["told_apart"].any()
+    assert found.table["baseline_accuracy"].tolist() == [1.0, 0.0, 0.0]
+    assert found.table["balanced_accuracy"].tolist() == [0.5] * 3
+    assert found.table["units"].tolist() == [()] * 3

@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def _another_process():
-    for name in ("convolution", "unit", "change"):
+    for name in ("convolution", "matrix", "unit", "change", "difference"):
         getattr(microbenchmarks, f"_{name}_rate").cache_clear()
 
 

@@ -529,6 +529,10 @@ def test_minimal_sets_from_a_table_and_back_from_csv(result, tmp_path):
     assert sets[2:] == [None, None, None]
     plain = table.assign(units=["block0.relu:0; block1.relu:3", "block0.relu:1"])
     assert sets_by_class(plain, result) == sets
+    table.assign(units=["block0.relu:0", ""]).to_csv(tmp_path / "empty.csv", index=False)
+    without = sets_by_class(tmp_path / "empty.csv", result)[0]
+    assert without is not None
+    assert without["units"] == []
 
 
 @pytest.mark.parametrize(

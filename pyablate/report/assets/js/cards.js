@@ -359,6 +359,7 @@ function classCard(k) {
 }
 
 function minimalSet(set) {
+  if (!set.units.length) return [make("p", {}, "The class is at chance before any unit is removed.")];
   const place = new Map(data.units.label.map((label, unit) => [label, unit]));
   const links = set.units.map((label) => (place.has(label) ? unitLink(place.get(label)) : label));
   const said = set.reached === false ? "Chance was not reached. The units that harmed the class most of those tried: " : "Without these units the class is lost: ";
