@@ -48,14 +48,16 @@ def narrow_places(graph: Graph, suffixes: Iterable[Suffix], elements: int) -> li
     back = order[::-1]
     behind = dict(zip(back, accumulate((cost[node] for node in back), initial=0.0), strict=False))
     whole = sum(cost.values())
-    able = {node for suffix in suffixes for node in passed_by_all(suffix)}
-    able = {node for node in able if _holds_rows(graph, node) and 0 < behind[node] < whole}
-    chosen: dict[fx.Node, None] = {}
+    passed = {node for suffix in suffixes for node in passed_by_all(suffix)}
+    # The last first: of places alike, a gradient behind the activation tells more.
+    able = [node for node in back if node in passed and _holds_rows(graph, node)]
+    able = [node for node in able if 0 < behind[node] < whole]
+    chosen: set[fx.Node] = set()
     for part in range(MOST, 0, -1):
         wanted = whole * part / (MOST + 1)
         near = sorted(able, key=lambda node: (abs(behind[node] - wanted), graph.elements(node)))
-        chosen.update(dict.fromkeys(near[:1]))
-    found = sorted(chosen, key=order.index)
+        chosen.update(near[:1])
+    found = [node for node in order if node in chosen]
     while sum(graph.elements(node) for node in found) > elements:
         found.remove(max(found, key=graph.elements))
     return found
