@@ -69,7 +69,7 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
     change = dense(pairs, source).to(lowered.dtype)
     if plain and pointwise.fits(pairs, node, weight, (stride, padding, dilation)):
         return FirstMap(functools.partial(pointwise.convolve, change, lowered, pairs.image), True)
-    if plain and winograd.fits(pairs, node, weight, (stride, padding, dilation)):
+    if plain and winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)
         run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
         return FirstMap(run, True) if winograd.waits(pairs, node) else run()

@@ -17,8 +17,10 @@ from pyablate import ops
 from pyablate.engine import microbenchmarks
 from pyablate.engine.rule_context import Pairs, only_reader
 from pyablate.network.aten import SUMS, named_activation, two
-from pyablate.network.graph import Graph, remembered
+from pyablate.network.graph import Graph, remembered, settings
 from pyablate.ops import Activation, Quantized
+
+aten = torch.ops.aten
 
 CHANNELS = (32, 64, 128, 256, 512)
 """Channels at which both ways are timed."""
@@ -33,8 +35,8 @@ SIDE = 4
 """Of a tile of outputs."""
 
 
-def fits(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[object, ...]) -> bool:
-    """Whether a convolution without groups is done like this: it can be, and it pays.
+def fits(pairs: Pairs, node: fx.Node, weight: Tensor) -> bool:
+    """Whether a convolution is done like this: it can be, and it pays.
 
     Parameters
     ----------
@@ -44,8 +46,6 @@ def fits(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[object, ..
         The convolution.
     weight : Tensor
         ``[O, C, kh, kw]``.
-    geometry : tuple
-        Its stride, padding and dilation.
 
     Returns
     -------
@@ -54,26 +54,29 @@ def fits(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[object, ..
     """
     if pairs.image.device.type != "cpu" or not pairs.dtype == weight.dtype == torch.float32:
         return False
-    stride, _, dilation = geometry
-    if node.meta["val"].ndim != 4:
-        return False
-    if list(weight.shape[2:]) != [3, 3] or two(stride) != [1, 1] or two(dilation) != [1, 1]:
-        return False
-    return gain(pairs.graph, node) >= GAIN
+    return gain(pairs.graph, node) > 1.0
 
 
 @remembered
 def gain(graph: Graph, node: fx.Node) -> float:
-    """How many times as fast as by taps a 3 x 3 convolution is, by the size nearest to its own."""
-    outputs, height, width = graph.shape(node, 1)[1:]
+    """How many times as fast as by taps a convolution in float32 is done on a processor.
+
+    By what was measured at the size nearest to its own; 1 where it is not done like this.
+    """
     weight = graph.constant(node, 1)
-    assert weight is not None
+    if node.target is not aten.conv2d.default or weight is None or node.meta["val"].ndim != 4:
+        return 1.0
+    stride, _, dilation, groups = settings(node, 3, [1], [0], [1], 1)
+    if list(weight.shape[2:]) != [3, 3] or groups != 1 or two(stride) + two(dilation) != [1] * 4:
+        return 1.0
+    outputs, height, width = graph.shape(node, 1)[1:]
     channels = math.sqrt(outputs * weight.shape[1])
     if channels < LEAST_CHANNELS or not height * width:
-        return 0.0
+        return 1.0
     nearest = min(CHANNELS, key=lambda size: abs(math.log(size / channels)))
     tiles = math.ceil(height / SIDE) * math.ceil(width / SIDE)
-    return microbenchmarks.winograd_gain(nearest) * height * width / (SIDE**2 * tiles)
+    found = microbenchmarks.winograd_gain(nearest) * height * width / (SIDE**2 * tiles)
+    return found if found >= GAIN else 1.0
 
 
 def waits(pairs: Pairs, node: fx.Node) -> bool:

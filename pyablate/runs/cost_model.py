@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pyablate.engine import clean_run, weighted_rules
+from pyablate.engine import clean_run, weighted_rules, winograd
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.job import Job
 from pyablate.engine.logit_change import carried
@@ -219,7 +219,9 @@ def _work(sweep: Sweep, nodes: list[fx.Node], tier: torch.dtype) -> Mapping[str,
         if delta is not None:
             work["unit"] += multiply_adds(graph, node) / delta.size
         else:
-            work[_rate_of(graph, node, tier)] += multiply_adds(graph, node)
+            by_tiles = tier == torch.float32 and sweep.clean.logits.device.type == "cpu"
+            times = winograd.gain(graph, node) if by_tiles else 1.0
+            work[_rate_of(graph, node, tier)] += multiply_adds(graph, node) / times
         work["matrix"] += _products(graph, node)
         work[_pass_of(node, changed)] += _elements(graph, node) * held
     return work
