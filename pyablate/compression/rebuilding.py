@@ -190,15 +190,18 @@ def _shapes(model: nn.Module, original: nn.Module) -> dict[str, tuple[int, ...]]
     return {name: tuple(v.shape) for name, v in ours.items() if v.shape != theirs[name].shape}
 
 
+def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Floating dtypes of the weights and buffers by name."""
+    state = model.state_dict()
+    return {name: t.dtype for name, t in state.items() if t.is_floating_point()}
+
+
 def _dtype(model: nn.Module, original: nn.Module) -> torch.dtype | None:
     """Precision of all weights; None where they have several, those of the original.
 
     The code makes a network in the maker's precision, into which weights would be rounded unsaid.
     """
-    ours, theirs = (
-        {name: t.dtype for name, t in each.state_dict().items() if t.is_floating_point()}
-        for each in (model, original)
-    )
+    ours, theirs = _dtypes(model), _dtypes(original)
     if len(set(ours.values())) == 1:
         return next(iter(ours.values()))
     odd = [name for name, dtype in ours.items() if dtype != theirs[name]]
