@@ -111,7 +111,7 @@ def test_other_ablations(case, groups):
 def test_what_full_precision_leaves_open_there_is_decided_in_float64(
     case, exact, from_units, monkeypatch
 ):
-    monkeypatch.setattr(precision_cascade, "FULL", 1e6)
+    monkeypatch.setitem(precision_cascade.FLOOR, torch.float32, 1e6)
     screened = ablate(case)
     assert flips(screened) == exact
     assert sum(from_units) >= screened.screening.computed
