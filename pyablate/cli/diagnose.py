@@ -41,7 +41,7 @@ class Finding:
 
 
 def facts() -> Facts:
-    """Collect what a bug report should say about an installation; takes a second or two.
+    """Collect what a bug report should say about an installation; takes some seconds.
 
     A version is None where something is not installed. With a torch that can be imported, there
     are ``precisions`` too: measured rates of a convolution in billions of operations per second
@@ -133,7 +133,9 @@ def _look_at_torch(found: Facts) -> None:
         matrix_rate,
         measure_again,
         unit_rate,
+        winograd_gain,
     )
+    from pyablate.engine.winograd import CHANNELS
 
     found["CPU"] |= {
         "threads of torch": torch.get_num_threads(),
@@ -152,6 +154,8 @@ def _look_at_torch(found: Facts) -> None:
         matrix_rate("cpu", dtype)
         change_rate("cpu", dtype, "gelu")
         difference_rate("cpu", dtype)
+    for channels in CHANNELS:
+        winograd_gain(channels)
     devices = range(torch.cuda.device_count())
     found["CUDA"] |= {
         "of torch": torch.version.cuda,
