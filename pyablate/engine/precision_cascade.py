@@ -270,7 +270,8 @@ class PrecisionCascade:
 
     def count(self, tier: torch.dtype, pairs: int) -> None:
         """Take note of pairs that a precision has decided."""
-        self.classified[tier] = self.classified.get(tier, 0) + pairs
+        if pairs:
+            self.classified[tier] = self.classified.get(tier, 0) + pairs
 
     def _decide(
         self, live: _Live, open_: Tensor, tier: torch.dtype, record: Record | None
