@@ -113,8 +113,8 @@ def test_views_cost_nothing(monkeypatch):
 
 
 def test_the_total_of_a_plan_follows_the_rates(monkeypatch):
-    images = torch.randn(4, TOKENS, WIDTH)
-    table = _planned(monkeypatch, Block(), images, ONE_EACH).table
-    slow = _planned(monkeypatch, Block(), images, replace(ONE_EACH, matrix=0.5)).table
-    work = _work(monkeypatch, Block(), images, "matrix") * (table["pairs"] * table["live"])
+    images, model = torch.randn(4, TOKENS, WIDTH), Block()
+    table = _planned(monkeypatch, model, images, ONE_EACH).table
+    slow = _planned(monkeypatch, model, images, replace(ONE_EACH, matrix=0.5)).table
+    work = _work(monkeypatch, model, images, "matrix") * (table["pairs"] * table["live"])
     assert (slow["seconds"] - table["seconds"]).item() == pytest.approx(work.item(), rel=1e-6)
