@@ -247,10 +247,10 @@ def _rate_of(graph: Graph, node: fx.Node, tier: torch.dtype) -> str:
 def _products(graph: Graph, node: fx.Node) -> float:
     """Operations of matrix products of two tensors that both belong to the images."""
     if node.target in MATMULS:
-        left = node.all_input_nodes[0]
+        left = operands(node)[0]
         return 2.0 * graph.elements(node) * int(left.meta["val"].shape[-1])
     if node.target is aten.scaled_dot_product_attention.default:
-        query, key = node.all_input_nodes[:2]
+        query, key = operands(node)[:2]  # which may be one and the same
         return 4.0 * graph.elements(query) * int(key.meta["val"].shape[-2])
     return 0.0
 

@@ -185,7 +185,7 @@ def test_more_sets_than_can_be_tried_are_refused():
 def hesitant() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     """Class 2 is taken for class 0, class 1 rests on unit 2."""
     model, (images, labels) = planted()
-    images[labels == 2] = images[0]
+    images[labels == 2] = images[0].clone()
     return model, (images, labels)
 
 
