@@ -58,15 +58,9 @@ class Suffix:
             if node not in self.graph.constants and self.graph.size(node, 1) is None
         }
 
-    def pairs_in(
-        self, slice_bytes: int, place: fx.Node | None = None
-    ) -> Callable[[torch.dtype], int]:
-        """As many pairs as let the widest tensor fit, by precision; from a place on, if given."""
-        widest = self.widest
-        if place is not None:
-            nodes = self.nodes[self.nodes.index(place) :]
-            widest = max(self.graph.elements(node) for node in nodes)
-        return lambda dtype: usual(max(1, slice_bytes // (widest * carried(dtype).itemsize)))
+    def pairs_in(self, slice_bytes: int) -> Callable[[torch.dtype], int]:
+        """As many pairs as let the widest tensor fit, by precision."""
+        return lambda dtype: usual(max(1, slice_bytes // (self.widest * carried(dtype).itemsize)))
 
     def columns(self, weight: Tensor, channel: Tensor) -> Tensor:
         """Columns ``[K, U]`` of the last layer that the units reach, laid out by unit once."""

@@ -174,11 +174,9 @@ class Screen:
         stages = {self._nodes[stage.place]: (n, stage) for n, stage in enumerate(later, start=1)}
         dtype = self.setup.data.dtype
         size = sweep.suffix.pairs_in(self.setup.slice_bytes)(dtype)
-        *_, last = stages
-        most = sweep.suffix.pairs_in(self.setup.slice_bytes, last)(dtype)
         asked = open_ | choice.sampled | forced
         judge = ready(row[asked], image[asked])
-        onward = None if judge is None else Onward(sweep, dtype, most, judge)
+        onward = None if judge is None else Onward(sweep, dtype, size, judge)
         for pairs in open_.nonzero().squeeze(1).split(size):
 
             def look(

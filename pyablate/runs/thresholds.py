@@ -51,11 +51,6 @@ POWERS = [(size / 2, norm / 2) for norm in range(5) for size in range(3) if size
 STAGES = 2
 """Narrow places at which the pairs of one layer are scored again, at most."""
 
-CARRIED = 1.5
-"""Cost of arithmetic on the way to a place, to that of the same in a pass from the unit to the
-logits: slices from which others have left are not full, and early maps are large, so that more than
-arithmetic counts. Measured on ``vgg_bn`` features.2: 1.7, on a busy machine."""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -226,7 +221,7 @@ def _with(
     for place, stage in stages.items():
         cost = 0.0
         if place is not None:
-            cost = CARRIED * (done[place] - before) + _look(sample.suffix, place)
+            cost = done[place] - before + _look(sample.suffix, place)
             whole, before = whole + left * cost, done[place]
         open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
         left = float(weight @ open_)
