@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,50 +23,12 @@ from pyablate.runtime.host_to_device import sent
 
 def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
     """Logit changes of some pairs, with the dense part in ``dtype``; None if there are none."""
-    part = _PairSlice(sweep, _filled_up(row), _filled_up(image), dtype)
-    return part.change(sweep.steps, len(row))
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """Pairs whose changes have been carried to a place that all of the job's changes pass.
-
-    Attributes
-    ----------
-    place : fx.Node
-        Where they are.
-    pairs : Tensor
-        int64 ``[P]``, on the CPU: which they are of those that set out.
-    row, image : Tensor
-        int64 ``[P]``.
-    change : Tensor
-        ``[P, ...]``, what they do to the place.
-    lost : Tensor or None
-        As of :class:`pyablate.engine.logit_change.Changed`.
-    """
-
-    place: fx.Node
-    pairs: Tensor
-    row: Tensor
-    image: Tensor
-    change: Tensor
-    lost: Tensor | None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Held]) -> Held:
-        """Put pairs of several slices together, all of them at one place."""
-        pairs, row, image, change = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("pairs", "row", "image", "change")
-        )
-        lost = [part.lost for part in parts if part.lost is not None]
-        return cls(parts[0].place, pairs, row, image, change, torch.cat(lost) if lost else None)
-
-
-def change_from(sweep: Sweep, held: Held, dtype: torch.dtype) -> Changed | None:
-    """Logit changes of pairs that go on from a place, as :func:`logit_change` gives them."""
-    number = next(n for n, (node, _, _) in enumerate(sweep.steps) if node is held.place)
-    return _PairSlice.of(sweep, held, dtype).change(sweep.steps[number + 1 :], len(held.pairs))
+    pairs = len(row)
+    more = usual(pairs, up=True) - pairs
+    if more:
+        row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
+    change = _PairSlice(sweep, row, image, dtype).change()
+    return change if change is None else change.first(pairs)
 
 
 Look = Callable[[fx.Node, Tensor, Tensor | None], Tensor]
@@ -82,22 +43,20 @@ def carry(
     dtype: torch.dtype,
     places: Sequence[fx.Node],
     look: Look,
-) -> Held | None:
+) -> None:
     """Carry the changes of some pairs to places that all of the job's changes pass, in order.
 
     ``row`` and ``image`` are int64 ``[P]`` on the CPU. Pairs that need not go on leave the slice.
-    The last place may be the logits. Returns the pairs that are to go on from there, if any.
+    The last place may be the logits.
     """
     if not places or not len(row):
-        return None
+        return
     device = sweep.clean.logits.device
     steps = sweep.steps
     number = {node: at for at, (node, _, _) in enumerate(steps)}
-    pairs, held, start = torch.arange(len(row)), None, 0
-    part = _PairSlice(sweep, sent(row, device), sent(image, device), dtype)
+    pairs = torch.arange(len(row))
+    part, start = _PairSlice(sweep, sent(row, device), sent(image, device), dtype), 0
     for place in places:
-        if held is not None:
-            part = _PairSlice.of(sweep, held, dtype)
         stop = number.get(place, len(steps) - 1) + 1  # the logits of a sweep without a dense part
         part.run(steps[start:stop])
         start = stop
@@ -106,9 +65,8 @@ def carry(
         chosen = kept.nonzero().squeeze(1)
         pairs = pairs[chosen]
         if not len(pairs) or change is None:
-            return None
-        held = part.held(place, pairs, sent(chosen, device))
-    return held
+            return
+        part = part.only(sent(chosen, device), place)
 
 
 class _PairSlice:
@@ -128,33 +86,14 @@ class _PairSlice:
         self._deltas: dict[fx.Node, Delta] = {}
         self._spelt: dict[fx.Node, Tensor] = {}
 
-    @classmethod
-    def of(cls, sweep: Sweep, held: Held, dtype: torch.dtype) -> _PairSlice:
-        """Go on with pairs from the place where they are."""
-        row, image, change = map(_filled_up, (held.row, held.image, held.change))
-        part = cls(sweep, row, image, dtype)
-        part._deltas[held.place] = change
-        part.lost += [] if held.lost is None else [_filled_up(held.lost)]
-        return part
-
-    def held(self, place: fx.Node, pairs: Tensor, chosen: Tensor) -> Held:
-        """Take some of the pairs, int64 ``[P]``, at a place that all their changes pass."""
-        row, image, change = self.column, self.image_long, tensor(self.delta(place))
-        lost = None if self._lost is None else self._lost[chosen]
-        return Held(place, pairs, row[chosen], image[chosen], change[chosen], lost)
-
-    def change(self, steps: Sequence[Step], pairs: int) -> Changed | None:
-        """Logit changes of the first pairs, behind these steps; None if they cannot change."""
-        self.run(steps)
+    def change(self) -> Changed | None:
+        """Logit changes; None if the pairs cannot change them."""
+        self.run(self.sweep.steps)
         change = self.delta(self.graph.logits)
         if change is None:
             return None
-        found = torch.stack(self.steps) if self.steps else None
-        return Changed(tensor(change), found, self._lost).first(pairs)
-
-    @property
-    def _lost(self) -> Tensor | None:
-        return torch.stack(self.lost).any(dim=0) if self.lost else None
+        lost = torch.stack(self.lost).any(dim=0) if self.lost else None
+        return Changed(tensor(change), torch.stack(self.steps) if self.steps else None, lost)
 
     def run(self, steps: Sequence[Step]) -> None:
         """Carry the changes through some nodes."""
@@ -167,6 +106,15 @@ class _PairSlice:
                 self._deltas.pop(source, None)
                 self.quantized.pop(source, None)
                 self._spelt.pop(source, None)
+
+    def only(self, pairs: Tensor, place: fx.Node) -> _PairSlice:
+        """Go on with some of the pairs, behind a place that all their changes pass."""
+        more = usual(len(pairs), up=True) - len(pairs)
+        chosen = torch.cat([pairs, pairs[-1:].expand(more)])
+        dtype = torch.int8 if self.eight_bit else self.dtype
+        part = _PairSlice(self.sweep, self.column[chosen], self.image_long[chosen], dtype)
+        part._deltas[place] = tensor(self.delta(place))[chosen]
+        return part
 
     def raw(self, node: fx.Node) -> Delta:
         delta = self._deltas.get(node)
@@ -212,9 +160,3 @@ class _PairSlice:
         incoming = self.delta(marker.all_input_nodes[0])
         values = base if incoming is None else base + tensor(incoming)
         return self.sweep.ablated(marker, values, self.column, self.image_long) - base
-
-
-def _filled_up(rows: Tensor) -> Tensor:
-    """Repeat the last of some pairs, so that their number is a usual one."""
-    more = usual(len(rows), up=True) - len(rows)
-    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more else rows

@@ -191,7 +191,6 @@ class PrecisionCascade:
         record: Record | None = None,
         truth: Truth | None = None,
         advance: Advance = lambda pairs: None,
-        measured: bool = False,
     ) -> Tensor:
         """Class of each pair, tier after tier.
 
@@ -214,8 +213,6 @@ class PrecisionCascade:
         advance : callable, optional
             Told after every slice of pairs how many of them are decided, about: the device is not
             waited for.
-        measured : bool
-            Whether :meth:`measure` has seen pairs of the batch.
 
         Returns
         -------
@@ -224,8 +221,9 @@ class PrecisionCascade:
             One wait for the device per tier that had anything to do.
         """
         live = _Live(change, row, image, clean, size, advance)
-        if not measured:
-            self._measure_all(live, truth)
+        self._calibrate(live)
+        if truth is not None and self.full != torch.float64:
+            self._measure_full(live, truth)
         prediction = torch.full((len(row),), -1, dtype=torch.int32)
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
             open_ = (prediction < 0).nonzero().squeeze(1)
@@ -238,24 +236,6 @@ class PrecisionCascade:
         return (
             prediction if truth is None else self.classify_in_float64(row, image, prediction, truth)
         )
-
-    def measure(
-        self,
-        change: Change,
-        row: Tensor,
-        image: Tensor,
-        clean: Clean,
-        size: Callable[[torch.dtype], int],
-        *,
-        truth: Truth | None = None,
-    ) -> None:
-        """Measure errors on some of the pairs, before any is decided; as of :meth:`classify`."""
-        self._measure_all(_Live(change, row, image, clean, size, lambda pairs: None), truth)
-
-    def _measure_all(self, live: _Live, truth: Truth | None) -> None:
-        self._calibrate(live)
-        if truth is not None and self.full != torch.float64:
-            self._measure_full(live, truth)
 
     def classify_in_float64(
         self, row: Tensor, image: Tensor, prediction: Tensor, truth: Truth
@@ -281,7 +261,7 @@ class PrecisionCascade:
         found = live.clean.prediction[image]
         for some, changed in self._slices(live, row, image, tier, live.size(tier)):
             if changed is not None:
-                found[some] = self.trusted(changed, image[some], live.clean, tier)
+                found[some] = self._trusted(changed, image[some], live.clean, tier)
                 if record is not None:
                     record(row[some], image[some], changed.logits)
             decided = 1.0 - self.left_open.get(tier, 0.0)
@@ -321,8 +301,7 @@ class PrecisionCascade:
         ]
         return joined(found) if found else None
 
-    def trusted(self, changed: Changed, image: Tensor, clean: Clean, tier: torch.dtype) -> Tensor:
-        """Classes of pairs in a tier, int32 ``[P]``; -1 where it is not precise enough."""
+    def _trusted(self, changed: Changed, image: Tensor, clean: Clean, tier: torch.dtype) -> Tensor:
         short, relative = image.to(torch.int32), self.error_bound(tier)
         logits, tolerance = clean.logits, clean.tolerance
         if changed.steps is not None:
@@ -386,7 +365,7 @@ class PrecisionCascade:
                 continue
             assert rough is not None
             self._learn(tier, rough, exact.logits, live.clean.tolerance[image])
-            open_ = float((self.trusted(rough, image, live.clean, tier) < 0).float().mean())
+            open_ = float((self._trusted(rough, image, live.clean, tier) < 0).float().mean())
             self.left_open[tier] = open_
             if self.error_bound(tier) >= 1.0 or open_ > USELESS:
                 useless.append(tier)

@@ -24,9 +24,8 @@ from pyablate.engine.care import Care
 from pyablate.engine.clean import Clean
 from pyablate.engine.float64 import IMAGES, Exact
 from pyablate.engine.job import Job
-from pyablate.engine.logit_change import Change, Changed
+from pyablate.engine.logit_change import Change
 from pyablate.engine.loss_margin import Measured, Record
-from pyablate.engine.onward import Judge
 from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replay import Replay, decision
@@ -39,7 +38,7 @@ from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
 from pyablate.runs.sampling import Drawing
-from pyablate.runs.screening import Ready, Screen
+from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup
 from pyablate.runs.state import TIERS, in_words, pack_cascade
 from pyablate.runtime import out_of_memory
@@ -382,22 +381,7 @@ class BlockSweep:
             return self._drawn(self.drawing, job, batch, clean, row, image, decide)
         if self.screen is None:
             return row, image, decide(row, image)
-        measure = functools.partial(cascade.measure, change, clean=clean, size=size, truth=truth)
-
-        def ready(row: Tensor, image: Tensor) -> Judge | None:
-            if len(cascade.tiers) > 1:  # lower ones are quicker from the units on
-                return None
-            measure(row, image)
-            return functools.partial(self._judge, cascade, clean)
-
-        return row, image, self._screened(self.screen, sweep, batch, row, image, decide, ready)
-
-    def _judge(
-        self, cascade: PrecisionCascade, clean: Clean, changed: Changed, image: Tensor
-    ) -> Tensor:
-        """Tell the classes of pairs that go on from a narrow place, in full precision."""
-        self.advance(len(image))
-        return cascade.trusted(changed, image, clean, cascade.full)
+        return row, image, self._screened(self.screen, sweep, batch, row, image, decide)
 
     def _screened(
         self,
@@ -406,27 +390,19 @@ class BlockSweep:
         batch: Batch,
         row: Tensor,
         image: Tensor,
-        decide: Callable[..., Tensor],
-        ready: Ready,
+        decide: Decide,
     ) -> Tensor:
-        """Settle live pairs by prediction where that will do; decide the others, and a sample.
-
-        What full precision leaves open of the pairs that went on from a narrow place is decided
-        from the units on, like those that did not.
-        """
+        """Settle live pairs by prediction where that will do; decide the others, and a sample."""
         job, intact = sweep.suffix.job, sweep.clean.predicted[image]
-        forced = self.auditor.draws(job, batch, row, image)
-        choice = screen.choose(sweep, batch, row, image, forced, ready)
+        choice = screen.choose(sweep, batch, row, image)
         if choice is None:
             return decide(row, image)
-        computed = choice.classes >= 0
-        found = torch.where(computed, choice.classes, intact)
-        if bool(computed.any()):
-            self.cascades[job].count(self.cascades[job].full, int(computed.sum()))
+        found, computed = intact.clone(), torch.zeros(len(row), dtype=torch.bool)
+        forced = self.auditor.draws(job, batch, row, image)
         while True:
             todo = (~computed & (forced | ~screen.settles(job, choice))).nonzero().squeeze(1)
             if len(todo):
-                found[todo] = decide(row[todo], image[todo], measured=choice.ready)
+                found[todo] = decide(row[todo], image[todo])
                 computed[todo] = True
             if not screen.learn(job, choice, found != intact):
                 break

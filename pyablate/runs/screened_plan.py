@@ -154,8 +154,8 @@ def _stages(layer: str, known: JobThresholds, chance: float, seconds: float) -> 
     for stage in known.stages:
         rows.append((layer, stage.place or UNIT, stage.open, open_ * stage.cost))
         open_ = stage.open
-    drawn = (1.0 - open_) * chance
-    rows.append((layer, COMPUTED, open_ + drawn, open_ * known.rest + drawn))
+    computed = open_ + (1.0 - open_) * chance
+    rows.append((layer, COMPUTED, computed, computed))
     found = pd.DataFrame(rows, columns=["layer", "stage", "open", "cost"])
     return found.assign(seconds=found["cost"] * seconds)
 

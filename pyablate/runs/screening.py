@@ -13,7 +13,7 @@ with lower ones is done again: pairs between the two are computed then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from pyablate.data.dataset import Batch
 from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
-from pyablate.engine.onward import Judge, Onward
 from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
 from pyablate.engine.score import Prediction, competing_classes, random_directions
@@ -36,10 +35,6 @@ from pyablate.runs.setup import Setup
 from pyablate.runs.thresholds import NEAR, JobThresholds, Stage, Thresholds
 
 logger = logging.getLogger("pyablate")
-
-Ready = Callable[[Tensor, Tensor], Judge | None]
-"""``ready(row, image)``: measure on pairs how precise the arithmetic is, and give what tells the
-classes of those that go on from a narrow place; None if they are to be computed from the units."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,25 +51,18 @@ class Choice:
         Bool: that is close to the threshold.
     sampled : Tensor
         Bool: it is settled, and computed all the same.
-    classes : Tensor
-        int32: of those that went on from a narrow place; -1 for the others.
-    ready : bool
-        Whether it has been measured how precise the arithmetic is.
     """
 
     stage: Tensor
     score: Tensor
     near: Tensor
     sampled: Tensor
-    classes: Tensor
-    ready: bool = False
 
     @classmethod
     def none(cls, pairs: int) -> Choice:
         """Begin with pairs that nothing has settled."""
         no = torch.zeros(pairs, dtype=torch.bool)
-        classes = torch.full((pairs,), -1, dtype=torch.int32)
-        return cls(torch.full((pairs,), -1), torch.zeros(pairs), no, no.clone(), classes)
+        return cls(torch.full((pairs,), -1), torch.zeros(pairs), no, no.clone())
 
     @property
     def settled(self) -> Tensor:
@@ -132,13 +120,8 @@ class Screen:
             return clean
         return replace(clean, predicted_change=self._predictor.predict(batch, clean))
 
-    def choose(
-        self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor, forced: Tensor, ready: Ready
-    ) -> Choice | None:
-        """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed.
-
-        Those that are ``forced``, bool ``[P]``, are computed whatever is found.
-        """
+    def choose(self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor) -> Choice | None:
+        """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed."""
         job, predicted = sweep.suffix.job, sweep.clean.predicted_change
         if job in self._of and not self._of[job].settles_any:
             return Choice.none(len(row))
@@ -152,7 +135,7 @@ class Screen:
         scores = predicted.scores[job].of(row, image).relative(first.scale)
         self._settle(choice, torch.arange(len(row)), 0, first, scores, draw)
         if later:
-            return self._carry(sweep, predicted, row, image, choice, later, draw, forced, ready)
+            self._carry(sweep, predicted, row, image, choice, later, draw)
         return choice
 
     def _carry(
@@ -164,20 +147,12 @@ class Screen:
         choice: Choice,
         later: list[Stage],
         draw: Tensor,
-        forced: Tensor,
-        ready: Ready,
-    ) -> Choice:
-        """Carry open pairs to narrow places, look again there, and go on with what is computed."""
-        open_ = ~choice.settled
-        if not bool(open_.any()):
-            return choice
+    ) -> None:
+        """Carry open pairs to narrow places, and look again there."""
         stages = {self._nodes[stage.place]: (n, stage) for n, stage in enumerate(later, start=1)}
         dtype = self.setup.data.dtype
         size = sweep.suffix.pairs_in(self.setup.slice_bytes)(dtype)
-        asked = open_ | choice.sampled | forced
-        judge = ready(row[asked], image[asked])
-        onward = None if judge is None else Onward(sweep, dtype, size, judge)
-        for pairs in open_.nonzero().squeeze(1).split(size):
+        for pairs in (~choice.settled).nonzero().squeeze(1).split(size):
 
             def look(
                 place: fx.Node, some: Tensor, change: Tensor | None, own: Tensor = pairs
@@ -186,17 +161,9 @@ class Screen:
                 mine = own[some]
                 scores = predicted.at(place, image[mine], change).relative(stage.scale)
                 self._settle(choice, mine, number, stage, scores, draw)
-                computed = choice.sampled[mine] | forced[mine]
-                return ~choice.settled[mine] | (computed & (onward is not None))
+                return ~choice.settled[mine]
 
-            held = carry(sweep, row[pairs], image[pairs], dtype, list(stages), look)
-            if held is not None and onward is not None:
-                onward.take(replace(held, pairs=pairs[held.pairs]))
-        if onward is None:
-            return choice
-        went_on, classes = onward.classes()
-        choice.classes[went_on] = classes
-        return replace(choice, ready=True)
+            carry(sweep, row[pairs], image[pairs], dtype, list(stages), look)
 
     def _settle(
         self,
@@ -207,8 +174,8 @@ class Screen:
         scores: Tensor,
         draw: Tensor,
     ) -> None:
-        """Take note of the pairs that a stage settles, and no earlier one has."""
-        chosen = (scores > stage.threshold) & ~choice.settled[pairs]
+        """Take note of the pairs that a stage settles."""
+        chosen = scores > stage.threshold
         pairs, scores = pairs[chosen], scores[chosen]
         near = scores <= NEAR * stage.threshold
         known = self.thresholds

@@ -104,14 +104,11 @@ class JobThresholds:
         Pairs on which this rests.
     settled : float
         Share of all pairs that are settled, as these suggest.
-    rest : float
-        Cost of a pair that no stage settles, behind the last: 1 if it is computed from the unit on.
     """
 
     stages: tuple[Stage, ...]
     measured: int
     settled: float
-    rest: float = 1.0
 
     @property
     def settles_any(self) -> bool:
@@ -161,9 +158,7 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     found = known.scored
     if known.unscored:
         logger.warning("nothing is screened, everything is computed: %s", known.unscored)
-    # Where lower precisions are quicker, open pairs are computed in these, from their units on.
-    goes_on = not setup.low
-    jobs = tuple(_best(found[job], risk, goes_on) if job in found else None for job in setup.jobs)
+    jobs = tuple(_best(found[job], risk) if job in found else None for job in setup.jobs)
     for job, one in zip(setup.jobs, jobs, strict=True):
         stages = (
             ""
@@ -185,11 +180,8 @@ def far_chance(settled: float) -> float:
     return max(FAR_SHARE, min(1.0, ENOUGH / max(1.0, settled)))
 
 
-def _best(sample: Sample, risk: float, goes_on: bool) -> JobThresholds:
-    """Choose the places that save most arithmetic, and the thresholds there.
-
-    ``goes_on`` is whether what is open behind the last place goes on from it.
-    """
+def _best(sample: Sample, risk: float) -> JobThresholds:
+    """Choose the places that save most arithmetic, and the thresholds there."""
     if not sample.actual:
         return JobThresholds((Stage("", math.inf, Scale(0.0, 0.0)),), 0, 0.0)
     done = dict(zip(sample.places, shares(sample.suffix, sample.places), strict=True))
@@ -202,16 +194,12 @@ def _best(sample: Sample, risk: float, goes_on: bool) -> JobThresholds:
             for place, scale in scales.items()
         }
         for some in itertools.combinations(able, count):
-            chosen = {place: stages[place] for place in (None, *some)}
-            found.append(_with(sample, chosen, done, goes_on))
+            found.append(_with(sample, {place: stages[place] for place in (None, *some)}, done))
     return min(found, key=lambda one: one[0])[1]
 
 
 def _with(
-    sample: Sample,
-    stages: Mapping[fx.Node | None, Stage],
-    done: Mapping[fx.Node, float],
-    goes_on: bool,
+    sample: Sample, stages: Mapping[fx.Node | None, Stage], done: Mapping[fx.Node, float]
 ) -> tuple[float, JobThresholds]:
     """Cost of a pair with these stages, in passes through the suffix; what they settle."""
     weight = sample.weight
@@ -227,8 +215,7 @@ def _with(
         left = float(weight @ open_)
         known.append(replace(stage, cost=cost, open=left))
     settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
-    rest = 1.0 - before if goes_on else 1.0
-    return whole + left * rest, JobThresholds(tuple(known), len(weight), settled, rest)
+    return whole + left, JobThresholds(tuple(known), len(weight), settled)
 
 
 def _scale(sample: Sample, place: fx.Node | None, risk: float) -> Scale:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
 from pyablate.engine.clean import Clean
-from pyablate.engine.narrow_places import narrow_places, passed_by_all
-from pyablate.engine.pair_slice import carry, change_from, logit_change
+from pyablate.engine.narrow_places import passed_by_all
+from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.score import COMPETITORS, Directions, Prediction, directions
 from pyablate.engine.suffix import Suffix, needed
@@ -167,54 +167,3 @@ def test_changes_of_a_group_are_looked_at_behind_its_last_site(group: list[str])
     assert min(map(suffix.nodes.index, places)) == last
     assert places[-1] is setup.graph.logits
     assert len(places) > 1
-
-
-def test_of_places_alike_the_last_is_chosen() -> None:
-    """The same in every process; and behind an activation gradients tell more than before it."""
-    model, data = layers_case(8)
-    setup = prepare(model, data, SetupOptions(["act", "late"], None, parse("zero")))
-    suffixes = [Suffix.of(setup.graph, job) for job in setup.jobs]
-    assert narrow_places(setup.graph, suffixes, 100) == [one.nodes[0] for one in suffixes]
-
-
-class Divided(nn.Module):
-    """Division by what all but cancels where unit 0 is ablated, and a ReLU behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.act, self.mix = nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4)
-        self.late, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
-        with torch.no_grad():
-            self.mix.weight[:, 0], self.mix.bias[:] = 1.0, 1e-6
-            self.mix.weight[:, 1:] *= 1e-6
-            self.first.bias[:] = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.late(1e-3 / self.mix(self.act(self.first(x))))))
-
-
-@pytest.mark.parametrize("network", ["plain", "divided"])
-def test_going_on_from_a_place_gives_what_the_whole_way_does(network: str) -> None:
-    """Also of pairs of which nothing is known, since something all but cancelled on the way."""
-    model, data = layers_case(30)
-    model = model if network == "plain" else Divided().eval()
-    setup = prepare(model, data, SetupOptions("act", None, parse("zero")))
-    graph, job = setup.graph, setup.jobs[0]
-    suffix, batch = Suffix.of(graph, job), setup.data.first(30)
-    clean = clean_run.run_graph(graph, needed([suffix]), setup.exact, batch, rounding=Rounding())
-    [place] = narrow_places(graph, [suffix], 100)[-1:]
-    with torch.no_grad():
-        sweep = Sweep(suffix, clean, setup.own.replacements(batch, job))
-        sweep.advance()
-        row, image = sweep.live_pairs()
-        whole = logit_change(sweep, row, image, torch.float32)
-        even = torch.arange(len(row)) % 2 == 0
-        held = carry(sweep, row, image, torch.float32, [place], lambda _, some, __: even[some])
-        found = change_from(sweep, held, torch.float32)
-    assert torch.equal(held.pairs, even.nonzero().squeeze(1))
-    torch.testing.assert_close(found.logits, whole.logits[even], equal_nan=True)
-    assert (whole.lost is not None) == (network == "divided")
-    if whole.lost is not None:
-        assert 0 < int(whole.lost[even].sum()) < len(held.pairs)
-        assert torch.equal(found.lost, whole.lost[even])
