@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from sets_study import Found, Reading
 
 WELL, WEAK = 0.5, 0.3
-SCALE = {"accuracy": (100, 2, "points"), "loss": (1000, 2, "thousandths of a nat")}
+BEYOND = "loss beyond added logits"
+SCALE = {
+    "accuracy": (100, 2, "points"),
+    "loss": (1000, 2, "thousandths of a nat"),
+    BEYOND: (1000, 2, "thousandths of a nat"),
+}
 OF_DAMAGE = ("class drops", "class losses")
 OTHERS = ("activations", "incoming filters", "outgoing filters")
 
@@ -110,14 +115,19 @@ def _of_ways(found: Found) -> list[str]:
         r = by_names[one, other].centred[0]
         return f"{other} **{alike(r, q[one, other])}** ({r:.2f}, q {q[one, other]:.3f})"
 
+    def itself(name: str) -> float:
+        return by_names[name, name].centred[0]
+
     synergy = f"synergy, {found.best}"
     lines = [
-        f"- Pairs that back each other up, by {found.best}, against pairs of like "
-        + "; ".join(told(synergy, other) for other in (*OF_DAMAGE, *OTHERS))
+        f"- Pairs that back each other up, by {reading} (with itself on other images "
+        f"{itself(f'synergy, {reading}'):.2f}), against pairs of like "
+        + "; ".join(told(f"synergy, {reading}", other) for other in (*OF_DAMAGE, *OTHERS))
         + "."
+        for reading in (found.best, BEYOND)
     ]
     lines += [
-        f"- Pairs of like {one} against pairs of like "
+        f"- Pairs of like {one} (with itself {itself(one):.2f}) against pairs of like "
         + "; ".join(told(one, other) for other in OTHERS)
         + "."
         for one in OF_DAMAGE
@@ -158,7 +168,10 @@ Written by `make sets` (`examples/sets_study.py`); do not edit. All {len(found.s
 the {found.units} units of `{found.layer}` of `{found.network}` are ablated by zero with
 [`pa.pairs`][pairs] on {found.images:,} images. The synergy of a pair is the damage without both
 units beyond the sum of the damages without either. Damage is read in two ways, as the drop of
-accuracy and as the rise of the mean loss. The images are split at random into two halves, class by
+accuracy and as the rise of the mean loss. The loss is convex in the logits: two units that lower
+the same logit do more harm together than apart even where nothing in the network interacts. So a
+third reading, {BEYOND}, takes off the synergy that follows if what the two units do to the
+logits is added up. The images are split at random into two halves, class by
 class: what is chosen or found on one half is looked for on the other. Units *back each other up*
 where their synergy is positive.
 
@@ -188,8 +201,8 @@ with the largest synergy on the first half, and the pair's synergy in it on the 
 {_markdown(heads, lines)}
 ## What goes with it
 
-Units are compared in {ways} ways, each a matrix over the pairs of units: the synergy by accuracy
-and by loss (units that back each other up count as close); the profile of accuracy drops over the
+Units are compared in {ways} ways, each a matrix over the pairs of units: the synergy by each
+reading (units that back each other up count as close); the profile of accuracy drops over the
 classes, and that of rises of the loss (cosine distance); the mean activations on the images (1
 minus the correlation); the filters that make a unit, and the weights that read it (cosine
 distance). {left_out} of the {found.units} units are never active on one of the halves and stay

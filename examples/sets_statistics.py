@@ -148,19 +148,22 @@ class Comparison:
 def compared(found: Mapping[str, Halves], shuffles: int) -> list[Comparison]:
     """Compare all ways with one another, each on one half with the other on the other half.
 
-    So no image counts on both sides. A way with itself is what other images alone cost.
+    So no image counts on both sides. A way with itself is what other images alone cost, and is not
+    tested.
     """
     levelled = {name: [centred(half) for half in both] for name, both in found.items()}
     grouped = {name: [clusters(half) for half in both] for name, both in found.items()}
-    names = list(found)
-    return [
-        Comparison(
-            one,
-            other,
-            mantel(found[one], found[other][::-1], shuffles),
-            mantel(levelled[one], levelled[other][::-1], shuffles),
-            agreement(grouped[one], grouped[other][::-1], max(99, shuffles // 5)),
-        )
-        for number, one in enumerate(names)
-        for other in names[number:]
-    ]
+    names, lines = list(found), []
+    for number, one in enumerate(names):
+        for other in names[number:]:
+            many = 0 if one == other else shuffles
+            lines.append(
+                Comparison(
+                    one,
+                    other,
+                    mantel(found[one], found[other][::-1], many),
+                    mantel(levelled[one], levelled[other][::-1], many),
+                    agreement(grouped[one], grouped[other][::-1], many // 2),
+                )
+            )
+    return lines

@@ -11,6 +11,7 @@ minutes of one core. Needs matplotlib and scikit-learn: ``pip install 'pyablate[
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sets_page import write
+from sets_page import BEYOND, write
 from sets_statistics import (
     Comparison,
     Floats,
@@ -32,7 +33,7 @@ from sets_statistics import (
     square,
     tossed,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate.analysis.clusters import profile_distances
@@ -40,7 +41,7 @@ from pyablate.analysis.statistics import adjusted, mcnemar
 from pyablate.experiments.split import split
 
 NETWORK, LAYER, INCOMING, OUTGOING = "alexnet", "features.7", "features.6", "features.8"
-SHUFFLES = 4999
+SHUFFLES = 1999
 RESAMPLES = 1000
 STRONGEST = 10
 Images = tuple[Tensor, Tensor]
@@ -144,6 +145,40 @@ def count_of_units(result: pa.AblationResult) -> int:
     return round((np.sqrt(8 * len(result.units) + 1) - 1) / 2)
 
 
+def added(images: Tensor, labels: Tensor, units: int) -> Floats:
+    """Synergy of each pair by loss if what two units do to the logits simply added up.
+
+    The loss is convex in the logits, so that two units which lower the same one do more harm
+    together than apart even where nothing in the network interacts: float64 ``[pair]``.
+    """
+    model, gone = pa.demo.network(NETWORK), [0]
+
+    def without(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, gone] = 0
+        return output
+
+    with torch.no_grad():
+        intact = model(images).double()
+        handle = model.get_submodule(LAYER).register_forward_hook(without)
+        changes = []
+        for unit in range(units):
+            gone[:] = [unit]
+            changes.append(model(images).double() - intact)
+        handle.remove()
+
+    def loss(logits: Tensor) -> float:
+        return float(nn.functional.cross_entropy(logits, labels))
+
+    single = [loss(intact + change) for change in changes]
+    return np.array(
+        [
+            loss(intact + changes[i] + changes[j]) - single[i] - single[j] + loss(intact)
+            for i, j in itertools.combinations(range(units), 2)
+        ]
+    )
+
+
 def activations(images: Tensor) -> Floats:
     """Mean over positions of each unit on each image: float64 ``[unit, image]``."""
     model, seen = pa.demo.network(NETWORK), []
@@ -221,7 +256,7 @@ class Found:
     other_predictions, other_pairs : int
         Predictions that differ between exact and screened, and pairs whose synergy does.
     readings : dict of str to Reading
-        "accuracy" and "loss".
+        "accuracy", "loss", and what of the latter is beyond added logits.
     signs : pandas.DataFrame
         One row per pair, on all images: ``more``, ``less``, ``p``, ``q`` as in `pa.pairs`.
     tossed : ndarray
@@ -256,8 +291,8 @@ class Found:
 
 
 def best_of(readings: Mapping[str, Reading]) -> str:
-    """Name of the reading whose synergies repeat better on other images."""
-    return max(readings, key=lambda name: readings[name].repeat[0])
+    """Name of the reading, accuracy or loss, whose synergies repeat better on other images."""
+    return max(("accuracy", "loss"), key=lambda name: readings[name].repeat[0])
 
 
 def strongest(results: Sequence[pa.AblationResult], reading: str) -> pd.DataFrame:
@@ -299,10 +334,14 @@ def study(setting: Setting, folder: Path) -> Found:
     more, less = (by_image > 0).sum(axis=1), (by_image < 0).sum(axis=1)
     p = mcnemar(more, less)
     sizes = [len(result.labels) for result in results]
+    parts = halves(setting)
+    by_loss = tuple(beyond(result.loss_change, units) for result in results)
+    expected = [added(*part, units) for part in parts]
     readings = {}
     for name, halves_of in (
         ("accuracy", tuple(part.mean(axis=1) for part in both)),
-        ("loss", tuple(beyond(result.loss_change, units) for result in results)),
+        ("loss", by_loss),
+        (BEYOND, tuple(found - own for found, own in zip(by_loss, expected, strict=True))),
     ):
         every = np.average(halves_of, axis=0, weights=sizes)
         readings[name] = Reading(
@@ -311,8 +350,7 @@ def study(setting: Setting, folder: Path) -> Found:
             repeated(*halves_of, units, setting.resamples),
         )
     exact = np.concatenate([result.predictions() for result in results], axis=1)
-    parts = [images for images, _ in halves(setting)]
-    ways, inside = distances(units, readings, profiles(results, parts))
+    ways, inside = distances(units, readings, profiles(results, [part[0] for part in parts]))
     return Found(
         NETWORK,
         LAYER,

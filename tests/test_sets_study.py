@@ -221,6 +221,18 @@ def test_a_small_study_writes_the_page(study, tmp_path, monkeypatch):
     assert row["joint"] == pytest.approx(loss(both) - loss([]), abs=1e-5)
 
 
+def test_logits_add_up_in_front_of_the_last_layer(study, monkeypatch):
+    monkeypatch.setattr(study, "LAYER", "classifier.3")
+    images, labels = study.halves(study.Setting(40))[0]
+    model = pa.demo.network(study.NETWORK)
+    found = pa.pairs(
+        model, (images, labels), study.LAYER, units=range(6), measures=["loss"], progress=False
+    )
+    expected = study.beyond(found.result.loss_change, 6)
+    assert np.abs(expected).max() > 1e-6
+    np.testing.assert_allclose(study.added(images, labels, 6), expected, atol=1e-6)
+
+
 def test_too_few_active_units(study):
     seen = {"activations": (np.zeros((5, 9)), np.zeros((5, 9)))}
     with pytest.raises(ValueError, match="at least 4 that are ever active, got 0"):
