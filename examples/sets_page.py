@@ -45,6 +45,15 @@ def exceeds(counted: int, tossed: NDArray[np.int64]) -> str:
     return "more than" if counted > np.quantile(tossed, 0.975) else "no more than"
 
 
+def origin(low: float, low_beyond: float) -> str:
+    """Tell where synergies by loss that repeat come from, by the lower ends of two intervals."""
+    if low <= 0:
+        return "no synergy by loss repeats on other images"
+    if low_beyond <= 0:
+        return "what repeats of the synergy by loss is not told from the curvature of the loss"
+    return "part of what repeats of the synergy by loss is more than the curvature of the loss"
+
+
 def alike(r: float, q: float) -> str:
     """Tell whether two ways to compare units agree on which pairs are close."""
     if q > LEVEL:
@@ -84,6 +93,8 @@ def verdicts(found: Found) -> list[str]:
             f"half of the images **{repeats(r_low)}** on the other (rank correlation {r:.2f}, "
             f"{between(r_low, r_high, 2)})."
         )
+    lows = (found.readings[name].repeat[1] for name in ("loss", BEYOND))
+    lines.append(f"- Where it comes from: **{origin(*lows)}**.")
     tested = int((found.signs["p"] <= LEVEL).sum())
     kept = found.signs[found.signs["q"] <= LEVEL]
     more = int((kept["more"] > kept["less"]).sum())
@@ -170,9 +181,9 @@ the {found.units} units of `{found.layer}` of `{found.network}` are ablated by z
 units beyond the sum of the damages without either. Damage is read in two ways, as the drop of
 accuracy and as the rise of the mean loss. The loss is convex in the logits: two units that lower
 the same logit do more harm together than apart even where nothing in the network interacts. So a
-third reading, {BEYOND}, takes off the synergy that follows if what the two units do to the
-logits is added up. The images are split at random into two halves, class by
-class: what is chosen or found on one half is looked for on the other. Units *back each other up*
+third reading, {BEYOND}, takes off the synergy that follows if what the two units do
+to the logits is added up. The images are split at random into two halves, class by class: what is
+chosen or found on one half is looked for on the other. Units *back each other up*
 where their synergy is positive.
 
 [pairs]: ../guides/experiments.md#what-two-units-do-together-papairs
@@ -248,7 +259,7 @@ def draw(found: Found, path: Path) -> None:
     """Draw synergies by cluster, one half against the other, and the ways against one another."""
     reading: Reading = found.readings[found.best]
     scale, _, unit = SCALE[found.best]
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     both = scale * np.mean(reading.halves, axis=0)
     matrix = square(both, found.units)
     tree = _tree(both.max() - both, "complete")
@@ -277,9 +288,10 @@ def draw(found: Found, path: Path) -> None:
     for row, column in np.ndindex(values.shape):
         ink = "white" if abs(values[row, column]) > 0.6 else "black"
         text = f"{values[row, column]:.2f}"
-        axes[2].text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-    axes[2].set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes[2].set_yticks(range(len(names)), names)
+        axes[2].text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
+    short = [name.replace("synergy, loss beyond added", "beyond added") for name in names]
+    axes[2].set_xticks(range(len(names)), short, rotation=45, ha="right")
+    axes[2].set_yticks(range(len(names)), short)
     axes[2].set_title("rank correlation over pairs, within units")
     # No software version or date in the file: equal results give equal pictures.
     figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -4,7 +4,7 @@
 
 All pairs of units of one layer of a shipped network are ablated, on two halves of the images apart,
 so that what is found on one half can be looked for on the other. Each run is a file in the folder:
-a killed study goes on where it stopped. Writes docs/results/sets.md and its picture; some seven
+a killed study goes on where it stopped. Writes docs/results/sets.md and its picture; some nine
 minutes of one core. Needs matplotlib and scikit-learn: ``pip install 'pyablate[plot,patterns]'``.
 """
 

@@ -157,6 +157,9 @@ def test_words_follow_from_rules(page):
     assert words == ["repeat well", "repeat in part", "do not repeat"]
     assert page.exceeds(9, np.arange(9)) == "more than"
     assert page.exceeds(7, np.arange(9)) == "no more than"
+    assert page.origin(-0.1, 0.1) == "no synergy by loss repeats on other images"
+    assert page.origin(0.1, -0.1).endswith("is not told from the curvature of the loss")
+    assert page.origin(0.2, 0.1).endswith("is more than the curvature of the loss")
     told = [page.alike(*figures) for figures in ((0.5, 0.01), (-0.1, 0.05), (0.9, 0.06))]
     assert told == ["alike", "weakly opposite", "not seen"]
 
