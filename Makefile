@@ -10,6 +10,7 @@
 #   make pictures   the generated parts of docs/: shell reference and pictures
 #   make compression  what can be removed from the shipped networks: docs/results/compression.md
 #   make paper      the 2018 paper's questions again: measured anew, docs/results/paper.md written
+#   make sets       all pairs of a layer, and what goes with their synergy: docs/results/sets.md
 #   make wheel      source distribution and wheels into dist/ (tools/wheels.sh says for which Pythons)
 #   make test-wheel install a wheel where there is no compiler and test that (PYTHON=, TORCH=, ARGS=)
 #   make sanitize   native tests under AddressSanitizer and UBSan
@@ -29,7 +30,7 @@ SHIM := $(wildcard tests/cuda_shim/*)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: build test fuzz lint format bench demo docs pictures compression paper photographs wheel test-wheel sanitize clean
+.PHONY: build test fuzz lint format bench demo docs pictures compression paper photographs sets wheel test-wheel sanitize clean
 
 build: $(VENV)/.installed
 
@@ -104,6 +105,10 @@ pictures: build
 # Goes on where it was broken off: measurements are kept in build/paper.
 paper: build
 	$(BIN)/python -m paper $(ARGS)
+
+# Nine minutes of one core; ablations are kept in sets_study.
+sets: build
+	$(BIN)/python examples/sets_study.py $(ARGS)
 
 # An hour of one core: a screened run of all units of a network of ImageNet's size, kept in build/photographs.
 photographs: $(VENV)/.bench
