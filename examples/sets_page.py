@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,16 @@ def between(low: float, high: float, digits: int) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
+def _repetition(reading: Reading) -> str:
+    r, low, high = reading.repeat
+    if math.isnan(r):
+        return "on one half of the images the synergies of all pairs are equal"
+    return (
+        f"the synergies of one half of the images **{repeats(low)}** on the other "
+        f"(rank correlation {r:.2f}, {between(low, high, 2)})"
+    )
+
+
 def verdicts(found: Found) -> list[str]:
     """Return the sentences that the page begins with, one for each question."""
     predictions = found.screened.units.shape[0] * found.images
@@ -86,12 +97,9 @@ def verdicts(found: Found) -> list[str]:
     for name, reading in found.readings.items():
         scale, digits, unit = SCALE[name]
         value, low, high = (scale * number for number in reading.mean)
-        r, r_low, r_high = reading.repeat
         lines.append(
             f"- By {name}: in the mean over all pairs two units **{together(low, high)}** "
-            f"({value:+.{digits}f} {unit}, {between(low, high, digits)}); the synergies of one "
-            f"half of the images **{repeats(r_low)}** on the other (rank correlation {r:.2f}, "
-            f"{between(r_low, r_high, 2)})."
+            f"({value:+.{digits}f} {unit}, {between(low, high, digits)}); {_repetition(reading)}."
         )
     lows = (found.readings[name].repeat[1] for name in ("loss", BEYOND))
     lines.append(f"- Where it comes from: **{origin(*lows)}**.")

@@ -6,6 +6,7 @@ units, tests permute them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,8 @@ def repeated(one: Floats, other: Floats, units: int, resamples: int) -> tuple[fl
     first, second = np.triu_indices(units, 1)
     weights = drawn[:, first] * drawn[:, second]  # a pair is drawn with both of its units
     found = coefficients(Variable(one, weights), Variable(other, weights), "spearman")
+    if np.isnan(found).all():  # nothing to rank: no set changes the accuracy
+        return math.nan, math.nan, math.nan
     low, high = np.nanquantile(found, [0.025, 0.975])
     return float(stats.spearmanr(one, other).statistic), float(low), float(high)
 
