@@ -48,9 +48,9 @@ def exceeds(counted: int, tossed: NDArray[np.int64]) -> str:
 
 def origin(low: float, low_beyond: float) -> str:
     """Tell where synergies by loss that repeat come from, by the lower ends of two intervals."""
-    if low <= 0:
+    if not low > 0:  # as where there is nothing to correlate
         return "no synergy by loss repeats on other images"
-    if low_beyond <= 0:
+    if not low_beyond > 0:
         return "what repeats of the synergy by loss is not told from the curvature of the loss"
     return "part of what repeats of the synergy by loss is more than the curvature of the loss"
 

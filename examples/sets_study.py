@@ -292,7 +292,13 @@ class Found:
 
 def best_of(readings: Mapping[str, Reading]) -> str:
     """Name of the reading, accuracy or loss, whose synergies repeat better on other images."""
-    return max(("accuracy", "loss"), key=lambda name: readings[name].repeat[0])
+
+    def how_well(name: str) -> float:
+        return float(
+            np.nan_to_num(readings[name].repeat[0], nan=-2.0)
+        )  # of equal ones there is none
+
+    return max(("accuracy", "loss"), key=how_well)
 
 
 def strongest(results: Sequence[pa.AblationResult], reading: str) -> pd.DataFrame:

@@ -201,7 +201,6 @@ void delta_winograd(const TensorView& delta, const TensorView& filters, const Ma
         .image = image ? read_index({"image", image}, pairs, 0, images) : nullptr,
         .out = static_cast<float*>(data_of(out, DType::float32, true)),
         .pairs = pairs,
-        .images = images,
         .height = height,
         .width = width,
         .inputs = inputs,

@@ -210,7 +210,7 @@ struct Block {
             float* row_of_tile = p.out + to.at(r);
             for (std::int64_t i = 0; i < to.columns * p.outputs; ++i) row_of_tile[i] = 0;
         }
-        close(to);
+        if (p.addend != nullptr) close(to);  // nothing else changes either
     }
 
     // The part of a tile that lies within the output.
@@ -246,11 +246,11 @@ struct Block {
 
 }  // namespace
 
-// Items are pairs.
+// Items are tiles, pair by pair.
 void delta_winograd(const DeltaWinogradParams& p, const cpu::WinogradScratch& sizes, float* scratch,
                     std::int64_t begin, std::int64_t end) {
     Block block(p, sizes, scratch);
-    for (std::int64_t tile = begin * block.per_pair; tile < end * block.per_pair; ++tile) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
         const float* at[in][in];
         block.locate(tile, at);
         if (block.all_zero(at)) {

@@ -133,9 +133,7 @@ def _look_at_torch(found: Facts) -> None:
         matrix_rate,
         measure_again,
         unit_rate,
-        winograd_gain,
     )
-    from pyablate.engine.winograd import CHANNELS
 
     found["CPU"] |= {
         "threads of torch": torch.get_num_threads(),
@@ -154,8 +152,6 @@ def _look_at_torch(found: Facts) -> None:
         matrix_rate("cpu", dtype)
         change_rate("cpu", dtype, "gelu")
         difference_rate("cpu", dtype)
-    for channels in CHANNELS:
-        winograd_gain(channels)
     devices = range(torch.cuda.device_count())
     found["CUDA"] |= {
         "of torch": torch.version.cuda,

@@ -128,8 +128,8 @@ def save_weights(
         imported=imported,
         made=made,
         sizes=pprint.pformat(_sizes(model, original), width=88),
-        dtype=_dtype(model, original),
         shapes=pprint.pformat(_shapes(model, original), width=88),
+        dtype=_dtype(model, original),
     )
     write_state(model, target)
     replace_file(code, text.encode())

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.engine import lazy_delta
 from pyablate.engine.channel_delta import ChannelDelta, keeps_shape
-from pyablate.engine.lazy_delta import Activated, FirstMap, QuantizedDelta, Scaled, Sum
+from pyablate.engine.lazy_delta import Activated, QuantizedDelta, Scaled, Sum, WaitingConvolution
 from pyablate.engine.rule_context import (
     Delta,
     Pairs,
@@ -52,29 +52,29 @@ def add(pairs: Pairs, node: fx.Node) -> Delta:
     return full_shape(pairs, node, other if left is None else tensor(left) + other)
 
 
-def _still_first(pairs: Pairs, node: fx.Node) -> FirstMap | None:
+def _still_first(pairs: Pairs, node: fx.Node) -> WaitingConvolution | None:
     """Let a first convolution go on waiting where only what stands still is added to it."""
     changed = changing(pairs, node)
     raw = pairs.raw(changed[0]) if len(changed) == 1 else None
-    if not isinstance(raw, FirstMap):
+    if not isinstance(raw, WaitingConvolution):
         return None
     return raw if changed[0].meta["val"].shape == node.meta["val"].shape else None
 
 
-def _taken_up(pairs: Pairs, node: fx.Node) -> FirstMap | None:
+def _taken_up(pairs: Pairs, node: fx.Node) -> WaitingConvolution | None:
     """Let a convolution that waits take up the dense delta that is added to it."""
     for own, other in (node.args[:2], node.args[1::-1]):
         if own is other or not isinstance(own, fx.Node) or not isinstance(other, fx.Node):
             continue
         raw, delta = pairs.raw(own), pairs.raw(other)
-        if not isinstance(raw, FirstMap) or not raw.adds:
+        if not isinstance(raw, WaitingConvolution) or not raw.adds:
             continue
-        if isinstance(delta, (FirstMap, Scaled)):
+        if isinstance(delta, (WaitingConvolution, Scaled)):
             delta = pairs.delta(other)
         if isinstance(delta, Tensor) and list(delta.shape) == pairs.graph.shape(
             own, len(pairs.image)
         ):
-            return FirstMap(functools.partial(raw.run, addend=delta))
+            return WaitingConvolution(functools.partial(raw.run, addend=delta))
     return None
 
 
@@ -97,7 +97,7 @@ def _at_least_scaled(pairs: Pairs, node: fx.node.Argument) -> Delta:
     if not isinstance(node, fx.Node):
         return None
     raw = pairs.raw(node)
-    return pairs.delta(node) if isinstance(raw, (FirstMap, Sum, Activated)) else raw
+    return pairs.delta(node) if isinstance(raw, (WaitingConvolution, Sum, Activated)) else raw
 
 
 def _onto(
@@ -147,7 +147,7 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
     source = operand(node)
     named = named_activation(node)
     raw = pairs.raw(source)
-    delta = raw if isinstance(raw, (FirstMap, Sum)) else _waiting(raw, source)
+    delta = raw if isinstance(raw, (WaitingConvolution, Sum)) else _waiting(raw, source)
     if named is None or delta is None or not pairs.plain(source):
         return difference(pairs, node)
 
@@ -158,14 +158,14 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
     reader = only_reader(node)
     pooled = reader is not None and reader.target is aten.max_pool2d.default and named.monotone
     averaged = reader is not None and _averages(pairs, reader)
-    if (pooled or averaged) and not isinstance(delta, FirstMap):
+    if (pooled or averaged) and not isinstance(delta, WaitingConvolution):
         return Activated(delta, source, named, run)
     return run()
 
 
-def _layout(delta: Scaled | Sum | FirstMap) -> torch.memory_format:
+def _layout(delta: Scaled | Sum | WaitingConvolution) -> torch.memory_format:
     """Layout that a native operation gives its result."""
-    if isinstance(delta, FirstMap):
+    if isinstance(delta, WaitingConvolution):
         return torch.channels_last
     values = (delta.first if isinstance(delta, Sum) else delta).values
     last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)

@@ -56,7 +56,7 @@ class Sum:
 
 
 @dataclass(frozen=True, eq=False)
-class FirstMap:
+class WaitingConvolution:
     """A convolution that does its activation too: the first after the unit, or one that is ours.
 
     Attributes
@@ -123,7 +123,7 @@ class QuantizedDelta:
         return self.quantized.spell(self.dtype)
 
 
-Pending = Scaled | Sum | FirstMap | Activated | QuantizedDelta
+Pending = Scaled | Sum | WaitingConvolution | Activated | QuantizedDelta
 
 
 def held(result: Tensor, quantized: ops.Quantized | None) -> Tensor | QuantizedDelta:
@@ -134,14 +134,14 @@ def held(result: Tensor, quantized: ops.Quantized | None) -> Tensor | QuantizedD
 
 
 def activate(
-    source: Scaled | Sum | FirstMap,
+    source: Scaled | Sum | WaitingConvolution,
     base: Tensor,
     image: Tensor,
     activation: Activation,
     quantized: ops.Quantized | None,
 ) -> Tensor | QuantizedDelta:
     """Do what is pending and the activation, in one pass."""
-    if isinstance(source, FirstMap):
+    if isinstance(source, WaitingConvolution):
         return held(source.run(activation=activation, base=base, quantized=quantized), quantized)
     first, second = _parts(source)
     result = ops.delta_activation(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyablate import _native, ops
+from pyablate import ops
 from pyablate.engine import int8_conv
 from pyablate.io.remembered import forget, recall, remember
 from pyablate.ops.activations import ActivationName
@@ -63,14 +63,7 @@ def _machine(device: str) -> str:
 def measure_again() -> None:
     """Forget what is known of all machines, so that the next calls measure."""
     forget()
-    for rate in (
-        _convolution_rate,
-        _matrix_rate,
-        _unit_rate,
-        _change_rate,
-        _difference_rate,
-        _winograd_gain,
-    ):
+    for rate in (_convolution_rate, _matrix_rate, _unit_rate, _change_rate, _difference_rate):
         rate.cache_clear()
 
 
@@ -256,41 +249,6 @@ def _clean(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def winograd_gain(channels: int) -> float:
-    """How many times as fast as PyTorch's 3 x 3 convolution ``ops.delta_winograd`` is.
-
-    In float32 on one thread of a processor, with so many input and output channels; each of them
-    followed by ReLU, as most are. 0 where it is not compiled.
-    """
-    if _native.core is None:
-        return 0.0
-    return _as_memory_allows(16, lambda pairs: _winograd_gain("cpu", channels, pairs))
-
-
-@_once
-def _winograd_gain(device: str, channels: int, pairs: int) -> float:
-    delta = torch.ones(pairs, channels, 16, 16, device=device)
-    weight = torch.ones(channels, channels, 3, 3, device=device)
-    base = torch.ones(2, channels, 16, 16, device=device)
-    delta, weight, base = (
-        x.contiguous(memory_format=torch.channels_last) for x in (delta, weight, base)
-    )
-    image, relu = torch.arange(pairs, dtype=torch.int32) % 2, ops.Activation("relu")
-    filters = ops.winograd_filters(weight)
-
-    def by_taps() -> Tensor:
-        result = functional.conv2d(delta, weight, padding=1)
-        return ops.delta_activation(base, result, image, relu, out=result)
-
-    def by_tiles() -> Tensor:
-        return ops.delta_winograd(
-            delta, weight, filters, padding=1, activation=relu, base=base, image=image
-        )
-
-    with torch.no_grad(), _one_thread():
-        return best(by_taps, device) / best(by_tiles, device)
-
-
 def _times(device: str) -> int:
     """How many times the work that occupies a processor a GPU is given."""
     return 64 if device.startswith("cuda") else 1
@@ -302,7 +260,7 @@ def best(work: Callable[[], Tensor], device: str) -> float:
         with torch.cuda.device(device):
             return _by_events(work)
     work()  # the first run fetches memory and prepares
-    clock = undisturbed_clock()
+    clock = undisturbed_clock(device)
     fastest, end = float("inf"), clock() + LONG_ENOUGH
     begin = 0.0
     while begin < end:
@@ -312,14 +270,15 @@ def best(work: Callable[[], Tensor], device: str) -> float:
     return fastest
 
 
-def undisturbed_clock() -> Callable[[], float]:
+def undisturbed_clock(device: str) -> Callable[[], float]:
     """Return the clock that others' work moves least.
 
     Where torch works on this thread alone, the thread's own time: on a busy machine every run of
     some milliseconds is interrupted, the fastest as well, and half a rate would be kept for good.
     """
     fine = time.get_clock_info("thread_time").resolution < FINE
-    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if fine and alone else time.perf_counter
 
 
 def _by_events(work: Callable[[], Tensor]) -> float:

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from pyablate import ops
 from pyablate.engine import microbenchmarks
-from pyablate.engine.rule_context import Pairs, only_reader
-from pyablate.network.aten import SUMS, named_activation, two
+from pyablate.engine.rule_context import Pairs, activation_behind
+from pyablate.network.aten import two
 from pyablate.ops import Activation, Quantized
 
 logger = logging.getLogger("pyablate")
@@ -63,10 +63,7 @@ def fits(pairs: Pairs, node: fx.Node, weight: Tensor, geometry: tuple[object, ..
     stride, padding, _ = geometry
     if kernel != [1, 1] or two(stride) != [1, 1] or padding not in (0, [0], [0, 0]):
         return False
-    reader = only_reader(node)
-    if reader is not None and reader.target in SUMS:
-        reader = only_reader(reader)
-    if reader is None or named_activation(reader) != RELU or not pairs.plain(node):
+    if activation_behind(pairs, node) != RELU:
         return False
     return faster(device, inputs, outputs)
 

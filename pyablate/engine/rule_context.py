@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import Pending
-from pyablate.network.aten import DIVISIONS, SAME
+from pyablate.network.aten import DIVISIONS, SAME, SUMS, named_activation
 from pyablate.network.graph import Graph, Value, operands, remembered, tensor
-from pyablate.ops import Quantized
+from pyablate.ops import Activation, Quantized
 
 KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
 """Shares of a change that have to be left of base + delta where relative errors count."""
@@ -151,3 +151,14 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     """Return the one node that computes something from a node, or None if there are others."""
     readers = readers_of(node)
     return readers[0] if len(readers) == 1 else None
+
+
+def activation_behind(pairs: Pairs, node: fx.Node) -> Activation | None:
+    """Return the activation that alone reads a node, perhaps after a residual sum.
+
+    An operation that gives the node's change may do it in the same pass.
+    """
+    reader = only_reader(node)
+    if reader is not None and reader.target in SUMS:
+        reader = only_reader(reader)
+    return named_activation(reader) if reader is not None and pairs.plain(node) else None

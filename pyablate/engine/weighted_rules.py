@@ -10,18 +10,18 @@ from torch import Tensor, fx
 from pyablate import ops
 from pyablate.engine import int8_conv, pointwise, winograd
 from pyablate.engine.channel_delta import ChannelDelta
-from pyablate.engine.lazy_delta import FirstMap, Scaled
+from pyablate.engine.lazy_delta import Scaled, WaitingConvolution
 from pyablate.engine.rule_context import (
     Delta,
     DenseDelta,
     Pairs,
+    activation_behind,
     changing,
     dense,
     difference,
-    only_reader,
     readers_of,
 )
-from pyablate.network.aten import SUMS, named_activation, two
+from pyablate.network.aten import two
 from pyablate.network.batch_norm import norm_scale
 from pyablate.network.graph import (
     Graph,
@@ -68,11 +68,13 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = dense(pairs, source).to(lowered.dtype)
     if plain and pointwise.fits(pairs, node, weight, (stride, padding, dilation)):
-        return FirstMap(functools.partial(pointwise.convolve, change, lowered, pairs.image), True)
+        return WaitingConvolution(
+            functools.partial(pointwise.convolve, change, lowered, pairs.image), True
+        )
     if plain and winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)
         run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
-        return FirstMap(run, True) if winograd.waits(pairs, node) else run()
+        return run() if activation_behind(pairs, node) is None else WaitingConvolution(run, True)
     return tensor(convolve(change, lowered, None, stride, padding, dilation, groups))
 
 
@@ -134,15 +136,12 @@ def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
 
 def _first_convolution(
     pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, geometry: _Geometry
-) -> Tensor | FirstMap:
+) -> Tensor | WaitingConvolution:
     """Convolve one input channel per pair: 1/C of the work."""
     filters = _by_input(pairs.graph, node, weight.permute(1, 2, 3, 0))
     run = functools.partial(_single_channel, pairs, delta, delta.values, filters, geometry)
-    reader = only_reader(node)
-    if reader is not None and reader.target in SUMS:
-        reader = only_reader(reader)  # with a shortcut that mostly stands still
-    waits = reader is not None and named_activation(reader) is not None and pairs.plain(node)
-    return FirstMap(run) if waits else run()
+    # A shortcut that is added in between mostly stands still.
+    return WaitingConvolution(run) if activation_behind(pairs, node) is not None else run()
 
 
 def fully_connected(pairs: Pairs, node: fx.Node) -> DenseDelta:

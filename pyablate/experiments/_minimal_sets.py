@@ -149,8 +149,8 @@ def minimal_sets(
         _try_all(ablated, found, level, len(units), size)
     distinct = list(dict.fromkeys(each.units for each in found.values()))
     groups = [[units[unit] for unit in sorted(each)] for each in distinct]
-    # Where no class is told apart there are no sets; single units stand in for their baseline.
-    result = ablate(model, halves.measuring, groups=groups or [[unit] for unit in units], **common)
+    # Where no class is told apart there are no sets; a single unit stands in for the baseline.
+    result = ablate(model, halves.measuring, groups=groups or [units[:1]], **common)
     place = {each: row for row, each in enumerate(distinct)}
     lines = [
         _line(result, target, found[target], place[found[target].units], orders, units, exhaust)
@@ -170,9 +170,10 @@ class MinimalSets:
     table : pandas.DataFrame
         One row per class: ``class``; ``reached``, whether chance was reached on the half on which
         sets are chosen (if not, there is no set, and the rest of the row is about the most harmful
-        units tried); ``told_apart``, whether the class was above chance before anything was removed
-        (if not, nothing is searched: ``units`` is empty and the figures are those of the intact
-        network); ``size`` and ``units`` (tuple of labels, the largest single drop first);
+        units tried); ``told_apart``, whether the class was above chance on that half before
+        anything was removed (if not, nothing is searched: ``units`` is empty and the figures are
+        those of the intact network); ``size`` and ``units`` (tuple of labels, the largest single
+        drop first);
         ``at_least``, units of any set that takes the class to chance on that half, as all smaller
         ones were tried, and ``minimal``, whether the set has no more than these;
         ``chosen_accuracy`` of the class on that half; and on the other half ``baseline_accuracy``,

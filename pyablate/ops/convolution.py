@@ -1,4 +1,4 @@
-"""A dense delta through a 3 x 3 convolution, with a third of the multiplications."""
+"""A dense delta through a 3 x 3 convolution, with a quarter of the multiplications."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def delta_winograd(
     """Convolve a dense delta by 3 x 3 filters with stride 1, and do what follows in the same pass.
 
     By Winograd's minimal filtering: a quarter of the multiplications of the sum over taps, and
-    rounding errors some ten times as large. Parts of the maps where nothing changes cost nothing.
+    rounding errors some ten times as large. Tiles of the maps where nothing changes are left out.
 
     Parameters
     ----------

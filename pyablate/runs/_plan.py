@@ -350,7 +350,7 @@ def _clean_seconds(setup: Setup, images: int, peaks: Peaks) -> float:
         image = setup.data.first(1).images
         return images * forward_flop(setup.model, image) / peaks.clean / ATTAINED
     keep = needed(Suffix.of(graph, job) for job in setup.jobs)
-    clock = undisturbed_clock()
+    clock = undisturbed_clock(str(setup.data.device))
 
     def seconds(batch: Batch) -> float:
         begin = clock()

@@ -72,6 +72,9 @@ def assert_close(result, expected):
         ((4, 4), 130, 33, 0),
         ((3, 9), 5, 1, 0),  # a single output row
         ((1, 1), 8, 8, 1),
+        ((1, 9), 20, 18, 1),
+        ((14, 14), 320, 17, 1),  # blocks of more tiles
+        ((9, 9), 512, 16, 1),
         ((6, 6), 7, 20, 3),  # positions that see nothing but padding
     ],
 )
@@ -127,8 +130,9 @@ def test_a_pair_does_not_depend_on_those_beside_it(backend):
             assert torch.equal(ops.delta_winograd(**part), whole[some])
         threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(3)
-            assert torch.equal(ops.delta_winograd(**case), whole)
+            for count in (2, 3, 64):
+                torch.set_num_threads(count)
+                assert torch.equal(ops.delta_winograd(**case), whole)
         finally:
             torch.set_num_threads(threads)
 
@@ -140,8 +144,7 @@ def test_what_is_not_a_number_stays_in_its_pair(backend, bad):
     case["delta"][2, 3, 4, 4] = bad
     with using_backend(backend):
         result = ops.delta_winograd(**plain(case))
-    assert not result[2].isfinite().all()
-    assert result[2, :, 3:6, 3:6].isnan().all() or not result[2, :, 3:6, 3:6].isfinite().any()
+    assert not result[2, :, 3:6, 3:6].isfinite().any()
     others = [0, 1, 3, 4]
     assert result[others].isfinite().all()
     assert_close(result[others], truth(plain(case))[others])

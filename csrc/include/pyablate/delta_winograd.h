@@ -7,7 +7,7 @@
 // A tile of 6 x 6 inputs and the filters are transformed, multiplied element by element and summed
 // over input channels, and the sums transformed back to 4 x 4 outputs: 36 products instead of 144.
 // Rounding errors are some ten times those of a sum in order. A tile whose inputs are all zero
-// costs nothing. CPU and float32 only.
+// is looked at once and done. CPU and float32 only.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct DeltaWinogradParams {
     const float* addend;        // [P, Ho, Wo, O] or null
     const std::int32_t* image;  // [P], in [0, N), or null without base
     float* out;                 // [P, Ho, Wo, O]
-    std::int64_t pairs, images, height, width, inputs, outputs;
+    std::int64_t pairs, height, width, inputs, outputs;
     std::int64_t out_h, out_w, padding_h, padding_w;
     Activation activation;
     DType base_dtype;  // float32 or bfloat16
