@@ -160,6 +160,8 @@ def test_words_follow_from_rules(page):
     assert page.origin(-0.1, 0.1) == "no synergy by loss repeats on other images"
     assert page.origin(0.1, -0.1).endswith("is not told from the curvature of the loss")
     assert page.origin(0.2, 0.1).endswith("is more than the curvature of the loss")
+    assert page.origin(np.nan, 0.1) == page.origin(-0.1, 0.1)
+    assert page.origin(0.1, np.nan) == page.origin(0.1, -0.1)
     told = [page.alike(*figures) for figures in ((0.5, 0.01), (-0.1, 0.05), (0.9, 0.06))]
     assert told == ["alike", "weakly opposite", "not seen"]
 
@@ -240,3 +242,13 @@ def test_too_few_active_units(study):
     seen = {"activations": (np.zeros((5, 9)), np.zeros((5, 9)))}
     with pytest.raises(ValueError, match="at least 4 that are ever active, got 0"):
         study.distances(5, {}, seen)
+
+
+def test_a_reading_without_a_correlation_repeats_worst(study):
+    def readings(accuracy: float, loss: float) -> dict[str, SimpleNamespace]:
+        both = {"accuracy": accuracy, "loss": loss}
+        return {name: SimpleNamespace(repeat=(r, r, r)) for name, r in both.items()}
+
+    assert study.best_of(readings(np.nan, -0.9)) == "loss"
+    assert study.best_of(readings(-0.9, np.nan)) == "accuracy"
+    assert study.best_of(readings(0.2, 0.1)) == "accuracy"
