@@ -294,9 +294,8 @@ def best_of(readings: Mapping[str, Reading]) -> str:
     """Name of the reading, accuracy or loss, whose synergies repeat better on other images."""
 
     def how_well(name: str) -> float:
-        return float(
-            np.nan_to_num(readings[name].repeat[0], nan=-2.0)
-        )  # of equal ones there is none
+        r = readings[name].repeat[0]
+        return -2.0 if np.isnan(r) else r  # equal synergies have no correlation
 
     return max(("accuracy", "loss"), key=how_well)
 

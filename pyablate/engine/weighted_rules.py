@@ -71,7 +71,7 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
         return WaitingConvolution(
             functools.partial(pointwise.convolve, change, lowered, pairs.image), True
         )
-    if plain and winograd.fits(pairs, node, weight):
+    if winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)
         run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
         return run() if activation_behind(pairs, node) is None else WaitingConvolution(run, True)

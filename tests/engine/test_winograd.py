@@ -174,10 +174,11 @@ def test_read_twice_and_given_in_other_forms(used):
 def test_losses_and_screened_runs_are_the_same_every_time(used):
     model, x, labels = data_of(Plain(), images=64)
     for options in ({"measures": ["loss"]}, {"guarantee": "screened"}):
-        one, other = (
+        one, other, cut = (
             pa.ablate(model, (x, labels), "relu", batch_size=size, **options, **UNTIMED)
-            for size in (64, 64)
+            for size in (64, 64, 16)
         )
         assert np.array_equal(one.predictions(), other.predictions())
+        assert np.array_equal(one.predictions(), cut.predictions())
         if "measures" in options:
             assert np.array_equal(one.loss_change, other.loss_change)
