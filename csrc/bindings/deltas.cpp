@@ -187,16 +187,11 @@ void delta_winograd(const TensorView& delta, const TensorView& filters, const Ma
     check_shape({"addend", addend}, {pairs, outputs, out_h, out_w});
     check_dtype({"addend", addend}, DType::float32);
     check_dense({"addend", addend}, true);
-    if (base) {
-        check_base_dtype(*base, DType::float32);
-        check_shape({"base", base}, {images, outputs, out_h, out_w});
-        check_dense({"base", base}, true);
-    }
     const DeltaWinogradParams params{
         .delta = static_cast<const float*>(delta.data),
         .filters = read<float>({"filters", filters}, DType::float32,
                                {winograd_parts, panels, inputs, winograd_panel}),
-        .base = base ? base->data : nullptr,
+        .base = base_of(base, DType::float32, outputs, out_h, out_w),
         .addend = addend ? static_cast<const float*>(addend->data) : nullptr,
         .image = image ? read_index({"image", image}, pairs, 0, images) : nullptr,
         .out = static_cast<float*>(data_of(out, DType::float32, true)),

@@ -28,6 +28,16 @@ inline void check_base_dtype(const TensorView& base, DType delta) {
           name_of(base.dtype));
 }
 
+// The clean output of a convolution, [N, O, Ho, Wo] channels_last, null where it is left out.
+inline const void* base_of(const MaybeTensor& base, DType delta, std::int64_t outputs,
+                           std::int64_t out_h, std::int64_t out_w) {
+    if (!base) return nullptr;
+    check_base_dtype(*base, delta);
+    check_shape({"base", base}, {base->shape[0], outputs, out_h, out_w});
+    check_dense({"base", base}, true);
+    return base->data;
+}
+
 inline void check_window(const Two& kernel, const Two& stride, const Two& padding,
                          const Two& dilation) {
     for (const std::size_t i : {0u, 1u}) {

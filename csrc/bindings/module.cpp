@@ -45,6 +45,7 @@ PYBIND11_MODULE(_core, m) {
           "Blocks of a CUDA launch, for tests.");
 
     define_units(m);
+    define_convolutions(m);
     define_deltas(m);
     define_decisions(m);
     define_moments(m);

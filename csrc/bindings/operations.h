@@ -15,6 +15,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 void define_units(py::module_& m);
+void define_convolutions(py::module_& m);
 void define_deltas(py::module_& m);
 void define_decisions(py::module_& m);
 void define_moments(py::module_& m);

@@ -73,11 +73,6 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
     check_shape({"out", result}, {pairs, outputs, out_h, out_w});
     check(out_h > 0 && out_w > 0, "out: expected maps with at least one position");
     check_window({kernel_h, kernel_w}, stride, padding, dilation);
-    if (base) {
-        check_base_dtype(*base, delta.dtype);
-        check_shape({"base", base}, {base_images, outputs, out_h, out_w});
-        check_dense({"base", base}, true);
-    }
     const UnitDeltaParams params{
         .delta = delta.data,
         .weight = read<void>({"weight", weight}, computing(delta.dtype),
@@ -85,7 +80,7 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
         .channel = read_index({"channel", channel}, units, 0, inputs),
         .image = read_index({"image", image}, pairs, 0, images),
         .column = read_index({"column", column}, pairs, 0, units),
-        .base = base ? base->data : nullptr,
+        .base = base_of(base, delta.dtype, outputs, out_h, out_w),
         .base_image = read_index({"base_image", base_image}, pairs, 0, base_images),
         .out = data_of(out, delta.dtype, true),
         .codes = codes_of(codes, result, delta.dtype, true),

@@ -14,6 +14,7 @@ namespace {
      isa::delta_mean,             \
      isa::delta_max_pool,         \
      isa::delta_winograd,         \
+     isa::depthwise,              \
      isa::head_flips,             \
      isa::classify,               \
      isa::map_moments}

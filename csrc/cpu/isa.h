@@ -12,6 +12,7 @@
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
 #include "pyablate/delta_winograd.h"
+#include "pyablate/depthwise.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/unit_delta.h"
@@ -64,6 +65,7 @@ constexpr std::int64_t unit_delta_run = 28;
                         std::int64_t begin, std::int64_t end);                                   \
     void delta_winograd(const DeltaWinogradParams& p, const cpu::WinogradScratch& sizes,         \
                         float* scratch, std::int64_t begin, std::int64_t end);                   \
+    void depthwise(const DepthwiseParams& p, std::int64_t begin, std::int64_t end);              \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
     void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
     void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end);
@@ -88,6 +90,7 @@ struct Kernels {
     decltype(&baseline::delta_mean) delta_mean;
     decltype(&baseline::delta_max_pool) delta_max_pool;
     decltype(&baseline::delta_winograd) delta_winograd;
+    decltype(&baseline::depthwise) depthwise;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;
     decltype(&baseline::map_moments) map_moments;

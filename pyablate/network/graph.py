@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
+from pyablate import ops
 from pyablate.network.layout import BatchLayout
 from pyablate.runtime.chunking import portions
 
@@ -321,6 +322,8 @@ def function(node: fx.Node) -> Callable[..., Any]:
         return aten.reshape.default
     if node.target is MARKER:
         return _identity
+    if node.target is aten.conv2d.default and len(node.args) > 6 and node.args[6] != 1:
+        return _grouped
     if node.target is aten.squeeze.default:  # which would take a batch of one for an axis to drop
         shape = node.all_input_nodes[0].meta["val"].shape
         ones = [a for a, size in enumerate(shape) if not is_symbolic(size) and size == 1]
@@ -353,6 +356,24 @@ def is_symbolic(size: Any) -> bool:
 
 def _squeeze(x: Tensor, dims: list[int]) -> Tensor:
     return cast(Tensor, aten.squeeze.dims(x, dims))
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve in groups; PyTorch has no fast way for float64 where each channel is one."""
+    slow = x.dtype == weight.dtype == torch.float64 and x.device.type == "cpu"
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not slow or wanted or type(x) is not Tensor or not len(weight) == groups == x.shape[1]:
+        return cast(Tensor, aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups))
+    result = ops.depthwise(x, weight, stride=stride, padding=padding, dilation=dilation)
+    return result if bias is None else result + bias.reshape(-1, 1, 1)
 
 
 def _identity(x: Tensor, *_: Any) -> Tensor:

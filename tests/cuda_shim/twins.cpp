@@ -56,6 +56,9 @@ void delta_max_pool(const DeltaMaxPoolParams&, int) {
 void delta_winograd(const DeltaWinogradParams&, int) {
     std::abort();
 }
+void depthwise(const DepthwiseParams&, int) {
+    std::abort();
+}
 void unit_delta(const UnitDeltaParams&, int) {
     std::abort();
 }
