@@ -224,7 +224,8 @@ def depthwise(
     out = output(None, (images, channels, *size), x, torch.channels_last)
     core = backend(x) if x.device.type == "cpu" else None
     if core is None:
-        return out.copy_(functional.conv2d(x, weight, groups=channels, **geometry))
+        step, pad, apart = geometry.values()
+        return out.copy_(functional.conv2d(x, weight, None, step, pad, apart, channels))
     filters = weight.squeeze(1).permute(1, 2, 0).contiguous()  # channels fill the vectors
     core.depthwise(x, filters, out, threads=context(x)["threads"], **geometry)
     return out

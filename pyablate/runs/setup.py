@@ -24,6 +24,7 @@ from pyablate.engine.replacements import Key, Statistics
 from pyablate.engine.replay import Replay, in_double
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention
+from pyablate.network import capture_memory
 from pyablate.network.capture import CaptureError, capture
 from pyablate.network.classifier import Choice, check_choice_of_logits
 from pyablate.network.forward import Cost, cost_of, forward, images_at_a_time, two_images
@@ -343,17 +344,21 @@ def _replay_is_quicker(cost: Cost, pairs: int) -> bool:
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
     stage("capturing the network")
+    key = capture_memory.key_of(model, tuple(marked), sample.shape[1:], sample.dtype)
+    with torch.no_grad():
+        expected = forward(model, sample)
+    known = capture_memory.find(key)
+    if known is not None and _computes(known, sample, expected):
+        return known
     try:
         graph = capture(model, sample, marked)
         if graph.half:
             # It rounds there itself, and differences do not: they would decide otherwise.
             raise CaptureError("parts of it compute in half precision")
-        with torch.no_grad():
-            found = graph.run(sample, [graph.logits])[graph.logits]
-            expected = forward(model, sample)
-        if not alike(tensor(found), expected, SAME):
+        if not _computes(graph, sample, expected):
             # Marked outputs are tensors of their own; in a network they may be one and the same.
             raise CaptureError("it works in place on a tensor that is read elsewhere too")
+        capture_memory.keep(key, graph)
         return graph
     except CaptureError as error:
         logger.warning(
@@ -362,6 +367,12 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
             error,
         )
         return None
+
+
+@torch.no_grad()
+def _computes(graph: Graph, sample: Tensor, expected: Tensor) -> bool:
+    """Whether a graph gives the logits that are expected."""
+    return alike(tensor(graph.run(sample, [graph.logits])[graph.logits]), expected, SAME)
 
 
 def _images_per_batch(
