@@ -19,6 +19,7 @@ from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
 from pyablate.experiments.units import check_every_pair
 from pyablate.interventions import Intervention
+from pyablate.network.capture_memory import keep_captures
 from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
@@ -108,6 +109,7 @@ def compare_damage(
     return pd.DataFrame(lines)
 
 
+@keep_captures()
 def rotation_control(
     model: nn.Module,
     data: Any,

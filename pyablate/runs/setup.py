@@ -344,7 +344,7 @@ def _replay_is_quicker(cost: Cost, pairs: int) -> bool:
 
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
     stage("capturing the network")
-    key = capture_memory.key_of(model, tuple(marked), sample.shape[1:], sample.dtype)
+    key = capture_memory.key_of(model, frozenset(marked), sample.shape[1:], sample.dtype)
     with torch.no_grad():
         expected = forward(model, sample)
     known = capture_memory.find(key)
