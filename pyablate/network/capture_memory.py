@@ -2,7 +2,7 @@
 
 Exporting takes seconds, whatever is done with the graph. A network is known again by all that it
 holds: its classes, its weights, and every attribute, hook and function of its modules. What lies
-outside of it cannot be seen from here (a global variable, a function of another file), and
+outside of it cannot be seen from here (a global variable, an attribute of a class), and
 comparing logits does not show it either: a threshold may be reached by ablated units alone. So
 nothing is kept unless :func:`keep_captures` is in force.
 """
@@ -41,8 +41,8 @@ def keep_captures() -> Iterator[None]:
 
     Exporting takes a second to half a minute, as a rule longer than the ablation of a few units.
     What changes in a network is noticed: weights, attributes, hooks, modules and functions put on
-    it. What is not noticed are changes outside of it: do not change global variables that its code
-    reads, or functions that it calls, within. Kept are up to 512 MB of weights, on the CPU, until
+    it. What is not noticed are changes outside of it: do not change, within, global variables that
+    its code reads, functions that it calls, or attributes of its classes. Kept are up to 512 MB of weights, on the CPU, until
     the block ends; in the same thread.
 
     Examples
