@@ -93,13 +93,16 @@ class ChannelDelta:
         return full.flatten(1, 2) if self.inner > 1 else full.movedim(1, self.axis)
 
     def add_to(self, dense: Tensor, image: Tensor, column: Tensor, factor: Tensor) -> None:
-        """Add this delta, times a factor per pair ``[P]`` or ``[1]``, to one ``[P, ...]``."""
+        """Add this delta, times factors, to one ``[P, ...]``.
+
+        Factors are ``[P]`` or ``[1]``, or ``[P, H, W]``, one for each position of a map.
+        """
         view = (
             dense.unflatten(1, (self.size, -1)) if self.inner > 1 else dense.movedim(self.axis, 1)
         )
         pair = torch.arange(len(image), device=image.device)
         own = self.values[image, column]
-        own = own * factor.reshape(-1, *[1] * (own.ndim - 1))
+        own = own * (factor if factor.ndim > 1 else factor.reshape(-1, *[1] * (own.ndim - 1)))
         view[pair, self.channel[column]] += own.to(view.dtype)
 
     def of(self, full: Tensor) -> Tensor:

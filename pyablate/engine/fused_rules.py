@@ -152,7 +152,8 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
         return difference(pairs, node)
 
     def run() -> Tensor | QuantizedDelta:
-        quantized = new_quantized(pairs, node, _layout(delta))
+        rows = not isinstance(delta, WaitingConvolution)
+        quantized = new_quantized(pairs, node, _layout(delta), by_position=rows)
         return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, quantized)
 
     reader = only_reader(node)
@@ -215,6 +216,7 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Delta:
         delta, origin, activation = raw.source, raw.node, raw.activation
     elif isinstance(raw, Activated):
         delta = Scaled(dense(pairs, source))
+    delta = lazy_delta.by_pair(delta)
     if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]

@@ -15,18 +15,21 @@ from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.ops import Activation
+from pyablate.ops.quantized import spread
 
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
     """``values[p] * scale[p]``: what an 8-bit convolution gives.
 
+    That of a 1 x 1 convolution may have a factor for each position.
+
     Attributes
     ----------
     values : Tensor
         ``[P, ...]``.
     scale : Tensor or None
-        float32 ``[P]``; None for 1.
+        float32 ``[P]`` or ``[P, H, W]``; None for 1.
     fresh : bool
         Whether nobody else reads ``values``, so that results may be written there.
     """
@@ -39,7 +42,7 @@ class Scaled:
         """Return the plain tensor."""
         if self.scale is None:
             return self.values
-        factor = self.scale.reshape(-1, *[1] * (self.values.ndim - 1)).to(self.values.dtype)
+        factor = spread(self.scale, self.values.ndim).to(self.values.dtype)
         return self.values.mul_(factor) if self.fresh else self.values * factor
 
 
@@ -160,7 +163,8 @@ def activate(
 
 def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:
     """Do what is pending, the activation and global average pooling, in one pass: ``[P, C]``."""
-    first, second = _parts(source)
+    first, second = (by_pair(part) for part in _parts(source))
+    assert first is not None
     return ops.delta_mean(
         base,
         first.values,
@@ -170,6 +174,13 @@ def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activati
         addend=None if second is None else second.values,
         addend_scale=None if second is None else second.scale,
     )
+
+
+def by_pair(part: Scaled | None) -> Scaled | None:
+    """Multiply factors of positions out: not every operation knows them."""
+    if part is None or part.scale is None or part.scale.ndim == 1:
+        return part
+    return Scaled(part.spell(), fresh=part.fresh)
 
 
 def _parts(source: Scaled | Sum) -> tuple[Scaled, Scaled | None]:

@@ -96,25 +96,55 @@ def _quantized_convolution(
     source = operand(node)
     quantized = pairs.quantized.get(source)
     if quantized is None:
-        quantized = pairs.quantized[source] = ops.encode(dense(pairs, source))
+        fine = _read_by_position(pairs.graph, source)
+        quantized = ops.encode(dense(pairs, source), by_position=fine)
+        pairs.quantized[source] = quantized
     values = quantized.values.contiguous(memory_format=torch.channels_last)
 
     def prepare() -> int8_conv.Filters:
         stride, padding, dilation = (two(value) for value in geometry)
         return int8_conv.prepare(weight, (stride, padding, dilation), list(values.shape))
 
-    pairs.steps.append(quantized.scale)
+    pairs.steps.append(_steps(quantized))
     result = int8_conv.convolve(values, pairs.graph.prepared((node, torch.int8), prepare))
     return Scaled(result, quantized.scale, fresh=len(readers_of(node)) == 1)
 
 
-def new_quantized(pairs: Pairs, node: fx.Node, layout: torch.memory_format) -> Quantized | None:
-    """Memory for the quantized values of a node's delta, if an 8-bit convolution will read them."""
+def _steps(quantized: Quantized) -> Tensor:
+    """Return the step of each pair, ``[P]``: of positions the root of their mean square."""
+    scale = quantized.scale
+    return scale.square().flatten(1).mean(dim=1).sqrt() if quantized.by_position else scale
+
+
+@remembered
+def _read_by_position(graph: Graph, node: fx.Node) -> bool:
+    """Whether all 8-bit convolutions that read a node read one position for each that they give."""
+    readers = [reader for reader in readers_of(node) if takes_quantized(graph, reader)]
+    return bool(readers) and all(_pointwise(graph, reader) for reader in readers)
+
+
+def _pointwise(graph: Graph, node: fx.Node) -> bool:
+    weight = graph.constant(node, 1)
+    stride, padding = settings(node, 3, [1], [0])[:2]
+    kernel = None if weight is None else list(weight.shape[2:])
+    return kernel == [1, 1] and two(stride) == [1, 1] and two(padding) == [0, 0]
+
+
+def new_quantized(
+    pairs: Pairs, node: fx.Node, layout: torch.memory_format, *, by_position: bool = False
+) -> Quantized | None:
+    """Memory for the quantized values of a node's delta, if an 8-bit convolution will read them.
+
+    With a factor for each position where that is allowed, and read by 1 x 1 convolutions alone.
+    """
     reads = [takes_quantized(pairs.graph, reader) for reader in readers_of(node)]
     if not pairs.eight_bit or not any(reads):
         return None
     shape = pairs.graph.shape(node, len(pairs.image))
-    quantized = Quantized.empty(shape, layout, pairs.image.device, alone=all(reads))
+    fine = by_position and layout == torch.channels_last and _read_by_position(pairs.graph, node)
+    quantized = Quantized.empty(
+        shape, layout, pairs.image.device, alone=all(reads), by_position=fine
+    )
     pairs.quantized[node] = quantized
     return quantized
 

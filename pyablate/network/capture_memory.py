@@ -42,8 +42,8 @@ def keep_captures() -> Iterator[None]:
     Exporting takes a second to half a minute, as a rule longer than the ablation of a few units.
     What changes in a network is noticed: weights, attributes, hooks, modules and functions put on
     it. What is not noticed are changes outside of it: do not change, within, global variables that
-    its code reads, functions that it calls, or attributes of its classes. Kept are up to 512 MB of weights, on the CPU, until
-    the block ends; in the same thread.
+    its code reads, functions that it calls, or attributes of its classes. Kept are up to 512 MB of
+    weights, on the CPU, until the block ends; in the same thread.
 
     Examples
     --------

@@ -22,7 +22,7 @@ from pyablate.ops.dispatch import (
     ready_scales,
     written,
 )
-from pyablate.ops.quantized import Quantized
+from pyablate.ops.quantized import Quantized, rows, spread
 
 
 def delta_activation(
@@ -51,7 +51,8 @@ def delta_activation(
     activation : Activation
         The function.
     scale, addend_scale : Tensor, optional
-        float32 [P], factor of each pair's ``delta`` and ``addend``; 1 if not given.
+        float32 [P], factor of each pair's ``delta`` and ``addend``; 1 if not given. Of maps
+        ``[P, C, H, W]`` also ``[P, H, W]``, a factor of each position.
     addend : Tensor, optional
         ``[P, *S]``, a second delta added to the first (residual sum), dtype of ``delta``.
     out : Tensor, optional
@@ -78,6 +79,11 @@ def delta_activation(
     >>> pa.ops.delta_activation(base, delta, image, pa.ops.Activation("relu")).tolist()
     [[-1.0, 1.0]]
     """
+    finer = (scale, addend_scale, None if quantized is None else quantized.scale)
+    if any(factor is not None and factor.ndim == 3 for factor in finer):
+        return _at_positions(
+            base, delta, image, activation, (scale, addend_scale), addend, out, quantized
+        )
     check_change(base, delta, image)
     for name, tensor in (("addend", addend), ("out", out)):
         if tensor is not None:
@@ -122,13 +128,67 @@ def delta_activation(
     return out.copy_(result)
 
 
-def encode(delta: Tensor) -> Quantized:
+def _at_positions(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    activation: Activation,
+    scales: tuple[Tensor | None, Tensor | None],
+    addend: Tensor | None,
+    out: Tensor | None,
+    quantized: Quantized | None,
+) -> Tensor:
+    """Do the same for maps whose positions have factors of their own: each is a row."""
+    check_change(base, delta, image, dims=4)
+    pairs, _, *size = delta.shape
+    positions = size[0] * size[1]
+    if quantized is not None and not quantized.by_position:
+        # A row knows nothing of the largest change of its pair.
+        delta = _times(delta, scales[0])
+        addend = None if addend is None else _times(addend, scales[1])
+        return delta_activation(
+            base, delta, image, activation, addend=addend, out=out, quantized=quantized
+        )
+
+    def factor(name: str, given: Tensor | None) -> Tensor | None:
+        if given is None or given.ndim == 1:
+            return None if given is None else given.repeat_interleave(positions)
+        check_shape(name, given, (pairs, *size))
+        return given.reshape(-1)
+
+    place = torch.arange(positions, dtype=torch.int32, device=delta.device)
+    result = delta_activation(
+        rows(base),
+        rows(delta),
+        (image.unsqueeze(1) * positions + place).reshape(-1),
+        activation,
+        scale=factor("scale", scales[0]),
+        addend=None if addend is None else rows(addend),
+        addend_scale=factor("addend_scale", scales[1]),
+        out=None if out is None else rows(out),
+        quantized=None if quantized is None else quantized.rows(),
+    )
+    if written(result, quantized) is None:
+        return result
+    maps = result.unflatten(0, (pairs, *size)).permute(0, 3, 1, 2)
+    if out is None or out.is_contiguous(memory_format=torch.channels_last):
+        return maps if out is None else out
+    return out.copy_(maps)
+
+
+def _times(delta: Tensor, scale: Tensor | None) -> Tensor:
+    return delta if scale is None else (delta * spread(scale, 4)).to(delta.dtype)
+
+
+def encode(delta: Tensor, *, by_position: bool = False) -> Quantized:
     """Write a delta in 8 bits per number.
 
     Parameters
     ----------
     delta : Tensor
         ``[P, *S]``, float32, float64 or bfloat16.
+    by_position : bool
+        Whether each position of maps ``[P, C, H, W]`` has a factor of its own.
 
     Returns
     -------
@@ -149,7 +209,10 @@ def encode(delta: Tensor) -> Quantized:
     if delta.dim() < 1:
         raise ValueError("delta: expected at least one dimension, got none")
     delta = dense(delta.detach())
-    quantized = Quantized.empty(delta.shape, layout_of(delta), delta.device, alone=True)
+    layout = torch.channels_last if by_position else layout_of(delta)
+    quantized = Quantized.empty(
+        delta.shape, layout, delta.device, alone=True, by_position=by_position
+    )
     each = torch.arange(len(delta), dtype=torch.int32, device=delta.device)
     delta_activation(
         delta, delta, each, Activation("identity"), quantized=quantized

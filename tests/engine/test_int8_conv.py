@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import pyablate as pa
 from pyablate import reference
-from pyablate.engine import int8_conv, precision_cascade
+from pyablate.engine import int8_conv, precision_cascade, weighted_rules
 
 needs_eight_bits = pytest.mark.skipif(
     not int8_conv.available(), reason="this processor has no exact 8-bit products"
@@ -102,3 +102,90 @@ def test_a_number_that_dwarfs_all_others_of_a_pair(times):
     exact = pa.ablate(model, (images, labels), "first", precision="fp64", audit=0)
     assert np.array_equal(found.predictions()[1], exact.predictions()[1])
     assert found.effort.pairs_by_precision["int8"] > 0.5 * 64 * 128
+
+
+class Pointwise(nn.Module):
+    """1 x 1 convolutions, and one of each kind of reader behind them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.widen, self.narrow = nn.Conv2d(16, 48, 1), nn.Conv2d(48, 16, 1)
+        self.spread, self.again = nn.Conv2d(48, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.step, self.head = nn.Conv2d(48, 16, 1, stride=2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        y = self.widen(functional.relu(self.again(x)))
+        if self.kind == "pooled":
+            y = self.narrow(functional.max_pool2d(functional.relu(y), 2))
+        elif self.kind == "pooled bare":
+            y = self.narrow(functional.max_pool2d(y, 2).relu())
+        elif self.kind == "averaged bare":
+            return self.head(self.narrow(y.relu()).mean((2, 3)))
+        elif self.kind == "residual":
+            y = self.again(functional.relu(self.narrow(functional.relu(y)) + self.again(x)))
+        elif self.kind == "onto the unit":
+            y = self.narrow(functional.relu(y)) + x
+        elif self.kind == "3 x 3":
+            y = self.again(functional.relu(self.spread(functional.relu(y))))
+        elif self.kind == "both":
+            y = functional.relu(y)
+            y = self.spread(y) + self.narrow(y)
+        elif self.kind == "stride":
+            y = self.step(functional.relu(y))
+        return self.head(functional.relu(y).mean((2, 3)))
+
+
+BY_POSITION = {  # whether each 8-bit convolution reads factors of positions, in order
+    "pooled": [False, False],
+    "pooled bare": [False, True],
+    "averaged bare": [False, True],
+    "residual": [False, True, True],
+    "onto the unit": [False, True],
+    "3 x 3": [False, False, True],
+    "both": [False, False, False],
+    "stride": [False, False],
+}
+
+
+@needs_eight_bits
+@pytest.mark.parametrize("kind", BY_POSITION)
+def test_1_x_1_convolutions_read_factors_of_positions(kind, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(precision_cascade, "USELESS", 0.95)
+    fine = []
+    real = weighted_rules._steps
+
+    def seen(quantized):
+        fine.append(quantized.by_position)
+        return real(quantized)
+
+    monkeypatch.setattr(weighted_rules, "_steps", seen)
+    images = torch.randn(96, 3, 10, 10)
+    model = networks.made(Pointwise(kind), images)
+    data = images, torch.randint(5, (96,))
+    result = pa.ablate(model, data, "relu", precision="int8")
+    assert reference.compare(result, model, data, "relu").mismatches == 0
+    assert result.effort.pairs_by_precision["int8"] > 100
+    assert result.effort.error_bounds["relu"]["int8"] < 0.6
+    assert fine[: len(BY_POSITION[kind])] == BY_POSITION[kind]
+
+
+@needs_eight_bits
+def test_factors_of_positions_leave_fewer_pairs_open(monkeypatch):
+    """A unit speaks at a few places: the changes of all others were rounded to nothing."""
+    torch.manual_seed(1)
+    images = torch.randn(96, 3, 12, 12) * torch.logspace(-2, 1, 12).reshape(1, 1, 12, 1)
+    model = networks.made(Pointwise("residual"), images)
+    data = images, torch.randint(5, (96,))
+    fine = pa.ablate(model, data, "relu", precision="int8", audit=0)
+    monkeypatch.setattr(weighted_rules, "_pointwise", lambda graph, node: False)
+    coarse = pa.ablate(model, data, "relu", precision="int8", audit=0)
+    assert np.array_equal(fine.predictions(), coarse.predictions())
+    left = [
+        sum(result.effort.pairs_by_precision.values()) - result.effort.pairs_by_precision["int8"]
+        for result in (fine, coarse)
+    ]
+    assert left[0] < 0.9 * left[1]

@@ -118,7 +118,10 @@ def test_values_of_ten_units_are_those_of_all_subsets(options):
     model, images, labels = ten()
     game = all_subsets(ten(), {"units": 10}, **options)
     exact = shapley_values(game)
-    options = {**options, "precision": "fp32"}  # losses are as exact as what decides the predictions
+    options = {
+        **options,
+        "precision": "fp32",
+    }  # losses are as exact as what decides the predictions
     found = pa.shapley(model, (images, labels), "units", permutations=300, **options, **QUIET)
     assert np.abs(exact).max() > 0.05, "units that do not matter prove nothing"
     assert within(found, exact)

@@ -14,7 +14,7 @@ from support.ops_cases import (
 
 from pyablate import ops
 from pyablate.ops import Activation
-from pyablate.ops.quantized import Quantized
+from pyablate.ops.quantized import Quantized, spread
 
 RELU = Activation("relu")
 POOL = {"kernel": 2, "stride": 2, "out_size": (3, 4)}
@@ -229,3 +229,105 @@ def test_codes_of_another_shape_are_refused():
     quantized = Quantized.empty((4, 3, 5, 5), torch.contiguous_format, "cpu")
     with pytest.raises(ValueError, match="quantized: expected the layout of the result"):
         ops.delta_activation(delta[:1], delta, image, RELU, quantized=quantized)
+
+
+def positions(quantized):
+    return quantized.scale.unsqueeze(1) * (quantized.values.float() - 128)
+
+
+@pytest.mark.parametrize("backend", CPU_TWINS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alone", [False, True])
+def test_positions_may_have_factors_of_their_own(backend, dtype, alone):
+    torch.manual_seed(7)
+    delta, base = maps(6, 21, 5, 9, dtype=dtype), maps(3, 21, 5, 9)
+    delta[2] = 0
+    delta[:, :, 2, 3] *= 1e-5  # beside large ones
+    delta[1, :, 4, 4] = 0
+    delta[3, 4, 1, 1] = torch.nan
+    image = random_index(6, 3)
+    with using_backend(backend):
+        quantized = Quantized.empty(delta.shape, LAYOUTS[1], "cpu", alone=alone, by_position=True)
+        plain = ops.delta_activation(base, delta, image, RELU)
+        result = ops.delta_activation(base, delta, image, RELU, quantized=quantized)
+    assert (
+        result.numel() == 0 if alone else torch.equal(result.nan_to_num(7.0), plain.nan_to_num(7.0))
+    )
+    assert quantized.scale.shape == (6, 5, 9)
+    assert quantized.scale.isnan().nonzero().tolist() == [[3, 1, 1]]
+    most = plain.float().abs().amax(1)
+    near = torch.finfo(dtype).eps  # codes are of the changes before they are rounded
+    torch.testing.assert_close(
+        quantized.scale, most / 127, rtol=2 * near, atol=1e-30, equal_nan=True
+    )
+    stored = plain.float().abs() * near
+    error = (positions(quantized) - plain.float()).abs()
+    fine = error <= 0.5001 * quantized.scale.unsqueeze(1) + stored
+    fine[3, :, 1, 1] = True
+    assert fine.all()
+    assert torch.equal(
+        quantized.spell(torch.float32).nan_to_num(7.0), positions(quantized).nan_to_num(7.0)
+    )
+
+
+@pytest.mark.parametrize("backend", CPU_TWINS)
+def test_encode_by_position(backend):
+    torch.manual_seed(8)
+    for layout in LAYOUTS:
+        delta = maps(4, 6, 3, 5, layout=layout)
+        with using_backend(backend):
+            quantized = ops.encode(delta, by_position=True)
+        assert quantized.values.is_contiguous(memory_format=LAYOUTS[1])
+        error = (positions(quantized) - delta).abs()
+        assert (error <= 0.5001 * quantized.scale.unsqueeze(1)).all()
+    by_pytorch = on_reference(ops.encode, delta, by_position=True)
+    torch.testing.assert_close(by_pytorch.scale, quantized.scale)
+    assert ((by_pytorch.values.int() - quantized.values.int()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("backend", CPU_TWINS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("fine", ["delta", "addend", "both"])
+@pytest.mark.parametrize("coded", [None, "pairs", "positions"])
+def test_factors_of_positions_multiply(backend, layout, fine, coded):
+    torch.manual_seed(9)
+    delta, addend = maps(5, 17, 4, 6, layout=layout), maps(5, 17, 4, 6, layout=layout)
+    base, image = maps(3, 17, 4, 6, layout=layout), random_index(5, 3)
+    scale = torch.rand(5, 4, 6) if fine != "addend" else torch.rand(5)
+    addend_scale = torch.rand(5, 4, 6) if fine != "delta" else torch.rand(5)
+    whole = delta * spread(scale, 4) + addend * spread(addend_scale, 4)
+    expected = ops.delta_activation(base, whole.contiguous(memory_format=layout), image, RELU)
+    quantized = None
+    if coded:
+        quantized = Quantized.empty(
+            delta.shape,
+            LAYOUTS[1] if coded == "positions" else layout,
+            "cpu",
+            by_position=coded == "positions",
+        )
+    kept = delta.clone(memory_format=torch.preserve_format)
+    with using_backend(backend):
+        result = ops.delta_activation(
+            base,
+            kept,
+            image,
+            RELU,
+            scale=scale,
+            addend=addend,
+            addend_scale=addend_scale,
+            out=kept,
+            quantized=quantized,
+        )
+    assert result.data_ptr() == kept.data_ptr()
+    torch.testing.assert_close(result, expected)
+    if quantized is not None:
+        step = spread(quantized.scale, 4)
+        assert ((quantized.spell(torch.float32) - expected).abs() <= 0.501 * step + 1e-6).all()
+
+
+def test_factors_of_positions_have_to_fit():
+    delta, image = maps(5, 7, 4, 6), random_index(5, 5)
+    with pytest.raises(ValueError, match="scale: expected shape"):
+        ops.delta_activation(delta, delta, image, RELU, scale=torch.rand(5, 6, 4))
+    with pytest.raises(ValueError, match="expected 4 dimensions"):
+        ops.delta_activation(delta[:, 0], delta[:, 0], image, RELU, scale=torch.rand(5, 4, 6))
