@@ -1,6 +1,6 @@
 """Convolutions in 8-bit integers: oneDNN, by PyTorch's quantised operators.
 
-A pair's delta comes as quantized values with a factor of its own
+A pair's delta comes as quantized values with a factor of its own, or of each of its positions
 (:class:`pyablate.ops.quantized.Quantized`); a filter has one factor per output channel. Sums are
 exact integers, so all of the error is in the two roundings.
 """
