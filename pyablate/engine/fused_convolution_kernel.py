@@ -152,5 +152,6 @@ def launch(
         precision="ieee" if delta.dtype == torch.float32 else "tf32",
         num_warps=8,
         num_stages=3,
+        enable_fp_fusion=True,  # the default, said because Triton 3.9 warns otherwise
         **tiles,
     )
