@@ -20,8 +20,13 @@ from torch.nn import functional
 
 from pyablate import ops
 from pyablate.engine import microbenchmarks
-from pyablate.engine.rule_context import Pairs, activation_behind, only_reader
-from pyablate.network.aten import SUMS, two
+from pyablate.engine.rule_context import (
+    Pairs,
+    activation_behind,
+    only_reader,
+    reader_behind_sum,
+)
+from pyablate.network.aten import two
 from pyablate.ops import Activation, Quantized
 
 logger = logging.getLogger("pyablate")
@@ -107,9 +112,7 @@ def fits(pairs: Pairs, node: fx.Node, weight: Tensor, stride: Setting) -> bool:
 
 def _pooled(node: fx.Node) -> bool:
     """Whether a pooling alone reads the activation behind: there is nothing to be saved then."""
-    reader = only_reader(node)
-    if reader is not None and reader.target in SUMS:
-        reader = only_reader(reader)
+    reader = reader_behind_sum(node)
     pooling = None if reader is None else only_reader(reader)
     return pooling is not None and pooling.target in POOLS
 
