@@ -134,11 +134,11 @@ build() {
     mkdir -p build && echo "$now" >build/gpu.sources
 }
 
-# The operations against the reference, the waits of the host, slices recorded as CUDA graphs, 1 x 1
-# convolutions in one pass.
+# The operations against the reference, the waits of the host, slices recorded as CUDA graphs,
+# convolutions with ReLU in one pass.
 ops() {
     step 90 ops "${pytest[@]}" -m cuda --maxfail=60 tests/ops/test_ops_*.py \
-        tests/engine/test_waits.py tests/engine/test_pointwise.py
+        tests/engine/test_waits.py tests/engine/test_fused_convolution.py
 }
 
 # Whole runs against the float64 hook loop.

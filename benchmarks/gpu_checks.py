@@ -27,7 +27,7 @@ from torch import Tensor
 
 import pyablate as pa
 from pyablate import ops
-from pyablate.engine import cuda_graph, microbenchmarks, pointwise
+from pyablate.engine import cuda_graph, fused_convolution, microbenchmarks
 from pyablate.reference import compare
 from pyablate.runs import setup
 from pyablate.runtime.determinism import undisturbed
@@ -154,7 +154,7 @@ def speed(visit: Visit) -> None:
         kernels(visit)
 
     def one_pass() -> None:
-        pointwise_gains(visit)
+        gains_of_one_pass(visit)
 
     def network() -> None:
         swept(visit, "default")
@@ -223,13 +223,15 @@ def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
     )
 
 
-def pointwise_gains(visit: Visit) -> None:
-    """Tell how much faster 1 x 1 convolutions are in one pass, where that is offered."""
+def gains_of_one_pass(visit: Visit) -> None:
+    """Tell how much faster convolutions are in one pass with ReLU, where that is offered."""
     device = torch.device(visit.device)
-    offered = pointwise.offered(device)
-    for size in pointwise.MEASURED if offered else ():
-        visit.note("1 x 1 in one pass", size=size, times=pointwise.gain(visit.device, size))
-    visit.note("1 x 1 chosen", offered=offered, sizes=sorted(pointwise.worthwhile(device)))
+    offered = fused_convolution.offered(device)
+    for size in fused_convolution.MEASURED if offered else ():
+        times = fused_convolution.gain(visit.device, size)
+        visit.note("convolution in one pass", size=size, times=times)
+    chosen = sorted(fused_convolution.worthwhile(device))
+    visit.note("chosen for one pass", offered=offered, sizes=chosen)
 
 
 def swept(visit: Visit, how: str) -> None:

@@ -65,8 +65,8 @@ class WaitingConvolution:
     Attributes
     ----------
     run : callable
-        :func:`pyablate.ops.unit_delta`, or ``convolve`` of :mod:`pyablate.engine.pointwise` or
-        :mod:`pyablate.engine.winograd`, but for activation, base and quantized values.
+        :func:`pyablate.ops.unit_delta`, or ``convolve`` of :mod:`pyablate.engine.winograd` or
+        :mod:`pyablate.engine.fused_convolution`, but for activation, base and quantized values.
     adds : bool
         Whether it takes an ``addend`` too, a dense delta of the same shape.
     """

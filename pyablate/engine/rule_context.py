@@ -153,12 +153,16 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     return readers[0] if len(readers) == 1 else None
 
 
+def reader_behind_sum(node: fx.Node) -> fx.Node | None:
+    """Return the one node that reads a node, perhaps after a residual sum, or None."""
+    reader = only_reader(node)
+    return only_reader(reader) if reader is not None and reader.target in SUMS else reader
+
+
 def activation_behind(pairs: Pairs, node: fx.Node) -> Activation | None:
     """Return the activation that alone reads a node, perhaps after a residual sum.
 
     An operation that gives the node's change may do it in the same pass.
     """
-    reader = only_reader(node)
-    if reader is not None and reader.target in SUMS:
-        reader = only_reader(reader)
+    reader = reader_behind_sum(node)
     return named_activation(reader) if reader is not None and pairs.plain(node) else None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.engine import int8_conv, pointwise, winograd
+from pyablate.engine import fused_convolution, int8_conv, winograd
 from pyablate.engine.channel_delta import ChannelDelta
+from pyablate.engine.fused_convolution import Geometry
 from pyablate.engine.lazy_delta import Scaled, WaitingConvolution
 from pyablate.engine.rule_context import (
     Delta,
@@ -34,10 +35,6 @@ from pyablate.network.graph import (
 from pyablate.ops import Quantized
 
 aten = torch.ops.aten
-
-_Setting = int | list[int]
-_Geometry = tuple[_Setting, _Setting, _Setting]
-"""Stride, padding and dilation as an operator was given them."""
 
 LEAST_CHANNELS = 16
 """Input channels below which an 8-bit convolution is no faster than one in bfloat16."""
@@ -67,10 +64,10 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
         return _quantized_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = dense(pairs, source).to(lowered.dtype)
-    if plain and pointwise.fits(pairs, node, weight, (stride, padding, dilation)):
-        return WaitingConvolution(
-            functools.partial(pointwise.convolve, change, lowered, pairs.image), True
-        )
+    if plain and fused_convolution.fits(pairs, node, weight, stride):
+        fused, geometry = fused_convolution.convolve, (stride, padding, dilation)
+        run = functools.partial(fused, change, lowered, pairs.image, geometry)
+        return WaitingConvolution(run, True)
     if winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)
         run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
@@ -91,7 +88,7 @@ def takes_quantized(graph: Graph, node: fx.Node) -> bool:
 
 
 def _quantized_convolution(
-    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: _Geometry
+    pairs: Pairs, node: fx.Node, weight: Tensor, geometry: Geometry
 ) -> Scaled:
     source = operand(node)
     quantized = pairs.quantized.get(source)
@@ -165,7 +162,7 @@ def _weight(pairs: Pairs, node: fx.Node, weight: Tensor) -> Tensor:
 
 
 def _first_convolution(
-    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, geometry: _Geometry
+    pairs: Pairs, node: fx.Node, delta: ChannelDelta, weight: Tensor, geometry: Geometry
 ) -> Tensor | WaitingConvolution:
     """Convolve one input channel per pair: 1/C of the work."""
     filters = _by_input(pairs.graph, node, weight.permute(1, 2, 3, 0))
@@ -239,7 +236,7 @@ def _single_channel(
     delta: ChannelDelta,
     maps: Tensor,
     filters: Tensor,
-    geometry: _Geometry = (1, 0, 1),
+    geometry: Geometry = (1, 0, 1),
     *,
     activation: ops.Activation | None = None,
     base: Tensor | None = None,

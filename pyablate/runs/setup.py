@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
-from pyablate.engine import int8_conv, pointwise
+from pyablate.engine import fused_convolution, int8_conv
 from pyablate.engine.discontinuous import behind_images, jumps, observed_jump, steep
 from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
@@ -314,7 +314,8 @@ def _low_precisions(
             found.insert(0, dtype)
             rate = own
     if torch.bfloat16 in found:
-        pointwise.worthwhile(device)  # now: nothing can be timed while a slice is recorded
+        # Now: nothing can be timed while a slice is recorded.
+        fused_convolution.worthwhile(device)
     return tuple(found)
 
 
