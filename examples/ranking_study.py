@@ -1,9 +1,9 @@
 """Why a ranking by accuracy drops on few images prunes badly: an experiment with a page about it.
 
-    python examples/ranking_study.py [--networks alexnet vgg_bn] [--blocks 6]
+    python examples/ranking_study.py [--networks alexnet vgg_bn] [--sizes 200 500 3000 9000]
 
-Every unit is ablated alone on blocks of 500 shipped images; the same counts are then read in
-different ways (ties, signs, shrinkage, changed predictions, loss) and from one block or several.
+Every unit is ablated alone on blocks of 100 shipped images; the same counts are then read in
+different ways (ties, signs, shrinkage, changed predictions, loss) and from a few blocks or many.
 Each reading ranks the units, and the network is pruned by it, on other images. Each block is a file
 in the folder: a killed run goes on where it stopped. Writes docs/results/ranking.md.
 """
@@ -11,7 +11,7 @@ in the folder: a killed run goes on where it stopped. Writes docs/results/rankin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,10 @@ from pyablate.analysis.shrinkage import beta_prior
 from pyablate.analysis.statistics import mcnemar
 from pyablate.compression._remove import silencing
 
-BLOCK, MEASURING = 500, 1000
+BLOCK, MEASURING = 100, 1000
+SIZES = (200, 500, 3000, 9000)
+USUAL = 500  # images, as on the page about compression
+PARTS = 12  # disjoint ones of a size, at most
 FRACTIONS = (0.1, 0.3, 0.5, 0.7)
 RANDOM = 6  # orders
 UNRESOLVED = 0.05
@@ -108,37 +111,48 @@ class Pruning:
         return float(np.mean(found))
 
 
-def areas(network: str, blocks: int, folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Areas of all readings from one block, half of them and all; and how coarse the counts are."""
-    tables = [measured(network, block, folder) for block in range(blocks)]
-    kept, pruning = folder / f"{network}-areas-{blocks}.csv", Pruning(network)
+def pooled(some: list[pd.DataFrame]) -> pd.DataFrame:
+    """Add the counts of some blocks up."""
     columns = ["lost", "gained", "loss"]
+    joined = some[0].copy()
+    joined[columns] = sum(table[columns] for table in some)
+    return joined
 
-    def pooled(some: list[pd.DataFrame]) -> pd.DataFrame:
-        joined = some[0].copy()
-        joined[columns] = sum(table[columns] for table in some)
-        return joined
 
+def parts_of(tables: list[pd.DataFrame], images: int) -> list[pd.DataFrame]:
+    """Return the counts on disjoint parts of so many images."""
+    together = images // BLOCK
+    starts = range(0, len(tables) - together + 1, together)
+    return [pooled(tables[start : start + together]) for start in starts][:PARTS]
+
+
+def areas(
+    network: str, sizes: Sequence[int], folder: Path
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Areas of all readings by the number of images; and how coarse the counts are on 500."""
+    with pa.keep_captures():
+        tables = [measured(network, block, folder) for block in range(max(sizes) // BLOCK)]
+    kept = folder / f"{network}-areas-{'-'.join(map(str, sizes))}.csv"
     if not kept.exists():
+        pruning = Pruning(network)
         lines = []
         for seed in range(RANDOM):
             chance = np.random.default_rng(seed).random(len(tables[0]))
             head = {"reading": "random", "images": 0, "part": seed}
             lines.append(head | {"area": pruning.area(tables[0], chance)})
-        for together in dict.fromkeys((1, blocks // 2, blocks)):
-            for part in range(blocks // together):
-                counts = pooled(tables[part * together : (part + 1) * together])
+        for images in sizes:
+            for part, counts in enumerate(parts_of(tables, images)):
                 noise = np.random.default_rng(part).uniform(0, 0.5, len(counts))
                 for reading, score in READINGS.items():
                     scores = np.asarray(score(counts, noise), dtype=np.float64)
-                    head = {"reading": reading, "images": BLOCK * together, "part": part}
+                    head = {"reading": reading, "images": images, "part": part}
                     lines.append(head | {"area": pruning.area(counts, scores)})
         pd.DataFrame(lines).to_csv(kept, index=False)
-    return pd.read_csv(kept), coarseness(tables, pooled(tables))
+    return pd.read_csv(kept), coarseness(parts_of(tables, USUAL), pooled(tables))
 
 
 def coarseness(tables: list[pd.DataFrame], every: pd.DataFrame) -> dict[str, float]:
-    """Tell what one block can resolve of the units, mean over the blocks."""
+    """Tell what 500 images can resolve of the units, mean over parts of so many."""
     p = [mcnemar(table["lost"].to_numpy(), table["gained"].to_numpy()) for table in tables]
     net = [(table["lost"] - table["gained"]) for table in tables]
     pairs = [(i, j) for i in range(len(net)) for j in range(i)]
@@ -149,7 +163,7 @@ def coarseness(tables: list[pd.DataFrame], every: pd.DataFrame) -> dict[str, flo
         "values": float(np.mean([drop.nunique() for drop in net])),
         "unresolved": float(np.mean([(one > UNRESOLVED).mean() for one in p])),
         "helpful": float(np.mean([one.mean() for one in helpful])),
-        # Of the units that look helpful on one block, those that are on all others together.
+        # Of the units that look helpful on one part, those that are on all others together.
         "confirmed": float(
             np.mean([((total - net[i])[one] < 0).mean() for i, one in enumerate(helpful)])
         ),
@@ -181,9 +195,9 @@ def told(mean: float, half: float) -> str:
     return "better" if mean > 0 else "worse"
 
 
-def section(network: str, blocks: int, folder: Path) -> tuple[list[str], str]:
+def section(network: str, wanted: Sequence[int], folder: Path) -> tuple[list[str], str]:
     """Return the verdicts on a network, and its part of the page."""
-    found, coarse = areas(network, blocks, folder)
+    found, coarse = areas(network, wanted, folder)
     sizes = sorted(set(found["images"]) - {0})
     chance = found.loc[found["reading"] == "random", "area"]
     cells = found.groupby(["reading", "images"])["area"].agg(["mean", "std", "count"])
@@ -193,12 +207,12 @@ def section(network: str, blocks: int, folder: Path) -> tuple[list[str], str]:
         for images in sizes:
             mean, std, count = cells.loc[(reading, images)]
             row.append(f"{100 * mean:.1f}" + (f" ({100 * std:.1f})" if count > 2 else ""))
-        mean, half = difference(found, reading, "accuracy drop", BLOCK)
+        mean, half = difference(found, reading, "accuracy drop", USUAL)
         row.append("" if reading == "accuracy drop" else f"{100 * mean:+.1f} ± {100 * half:.1f}")
         lines.append(row)
     by_chance = f"{100 * chance.mean():.1f} ({100 * chance.std():.1f})"
     lines.append(["random", *[by_chance] * len(sizes), ""])
-    heads = ["ranked by", *(f"{images:,} images" for images in sizes), f"minus drop, {BLOCK}"]
+    heads = ["ranked by", *(f"{images:,} images" for images in sizes), f"minus drop, {USUAL}"]
     verdicts = []
     for reading, question in (
         ("ties at random", "Ties: breaking them at random is"),
@@ -207,7 +221,7 @@ def section(network: str, blocks: int, folder: Path) -> tuple[list[str], str]:
         ("changed", "Cancellation: counting lost and gained alike is"),
         ("loss", "Resolution: the loss of the same images is"),
     ):
-        mean, half = difference(found, reading, "accuracy drop", BLOCK)
+        mean, half = difference(found, reading, "accuracy drop", USUAL)
         verdicts.append(
             f"- {network}: {question} **{told(mean, half)}** "
             f"({100 * mean:+.1f} ± {100 * half:.1f} points)."
@@ -224,11 +238,11 @@ def section(network: str, blocks: int, folder: Path) -> tuple[list[str], str]:
     )
     text = f"""## {network}
 
-{coarse["units"]} units. On {BLOCK} images their accuracy drops take {coarse["values"]:.0f}
-different values (mean over {blocks} blocks); {100 * coarse["unresolved"]:.0f} % cannot be told from
+{coarse["units"]} units. On {USUAL} images their accuracy drops take {coarse["values"]:.0f}
+different values (mean over {PARTS} parts); {100 * coarse["unresolved"]:.0f} % cannot be told from
 0 (McNemar, p > {UNRESOLVED:g}). {100 * coarse["helpful"]:.0f} % look helpful, of which
-{100 * coarse["confirmed"]:.0f} % do so on the other blocks together as well. Rank correlation over
-units between two blocks: accuracy drop {coarse["again_drop"]:.2f}, changed predictions
+{100 * coarse["confirmed"]:.0f} % do so on all other images together as well. Rank correlation over
+units between two parts: accuracy drop {coarse["again_drop"]:.2f}, changed predictions
 {coarse["again_changed"]:.2f}, loss {coarse["again_loss"]:.2f}.
 
 {_markdown(heads, lines)}"""
@@ -238,30 +252,31 @@ units between two blocks: accuracy drop {coarse["again_drop"]:.2f}, changed pred
 def main() -> None:
     """Measure what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["alexnet"])
-    parser.add_argument("--blocks", type=int, default=6, help=f"of {BLOCK} images, 2 to 18")
+    parser.add_argument("--networks", nargs="+", default=["alexnet", "vgg_bn"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help=f"{USUAL} among them")
     parser.add_argument("--folder", type=Path, default=Path("ranking_study"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/ranking.md"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    parts = [section(network, options.blocks, options.folder) for network in options.networks]
+    parts = [section(network, tuple(options.sizes), options.folder) for network in options.networks]
     verdicts = "\n".join(line for lines, _ in parts for line in lines)
     readings = "\n".join(f"- `{reading}`: {what}" for reading, what in WHAT.items())
     options.page.write_text(
         f"""# Ranking by few images
 
 Written by `python examples/ranking_study.py`; do not edit. On [compression](compression.md) a
-ranking by the accuracy drop of single units on {BLOCK} images prunes no better than chance. Why?
+ranking by the accuracy drop of single units on {USUAL} images prunes no better than chance. Why?
 The same ablations are read in different ways, each of which mends one possible cause and leaves the
 others:
 
 {readings}
 
-Every unit is ablated alone on blocks of {BLOCK} images. The figures are mean accuracies in per cent
-over the shares {FRACTIONS[0]:.0%} to {FRACTIONS[-1]:.0%} of every layer removed, lowest first, on
-{MEASURING:,} other images; in brackets the standard deviation over blocks, or over {RANDOM} random
-orders; ± is half the 95 % interval (Student's t) over blocks, of the difference from the accuracy
-drop of the same block.
+Every unit is ablated alone, on up to {max(options.sizes):,} images; each number of images is tried
+on {PARTS} disjoint parts of the images, or as many as there are. The figures are mean accuracies in
+per cent over the shares {FRACTIONS[0]:.0%} to {FRACTIONS[-1]:.0%} of every layer removed, lowest
+first, on {MEASURING:,} other images; in brackets the standard deviation over parts, or over {RANDOM}
+random orders; ± is half the 95 % interval (Student's t) over parts, of the difference from the
+accuracy drop of the same part.
 
 ## In short
 

@@ -82,6 +82,19 @@ def test_differences_are_paired_by_block(study):
     assert study.told(mean, float("nan")) == "not told from 0"
 
 
+@pytest.mark.parametrize("study", ["ranking_study"], indirect=True)
+def test_parts_are_disjoint_and_as_many_as_asked(study):
+    tables = [
+        pd.DataFrame({"label": ["a"], "lost": [2**i], "gained": [1], "loss": [0.5]})
+        for i in range(31)
+    ]
+    parts = study.parts_of(tables, 5 * study.BLOCK)
+    assert [int(part["lost"].iloc[0]) for part in parts] == [31 << 5 * i for i in range(6)]
+    assert [int(part["gained"].iloc[0]) for part in parts] == [5] * 6
+    assert len(study.parts_of(tables, study.BLOCK)) == study.PARTS
+    assert tables[0]["lost"].iloc[0] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("study", ["compression_study"], indirect=True)
 def test_curves_of_the_page_are_what_is_measured_now(study, tmp_path):
