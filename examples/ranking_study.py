@@ -274,9 +274,9 @@ others:
 Every unit is ablated alone, on up to {max(options.sizes):,} images; each number of images is tried
 on {PARTS} disjoint parts of the images, or as many as there are. The figures are mean accuracies in
 per cent over the shares {FRACTIONS[0]:.0%} to {FRACTIONS[-1]:.0%} of every layer removed, lowest
-first, on {MEASURING:,} other images; in brackets the standard deviation over parts, or over {RANDOM}
-random orders; ± is half the 95 % interval (Student's t) over parts, of the difference from the
-accuracy drop of the same part.
+first, on {MEASURING:,} other images; in brackets the standard deviation over parts, or over
+{RANDOM} random orders; ± is half the 95 % interval (Student's t) over parts, of the difference from
+the accuracy drop of the same part.
 
 ## In short
 
