@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 def measured(network: str, block: int, folder: Path) -> pd.DataFrame:
     """Images lost and gained and the loss gained without each unit, on one block of images."""
-    path = folder / f"{network}-{block}.csv"
+    path = folder / f"{network}-{BLOCK}x{block}.csv"
     if not path.exists():
         images, labels = pa.demo.images()
         part = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -130,8 +130,7 @@ def areas(
     network: str, sizes: Sequence[int], folder: Path
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Areas of all readings by the number of images; and how coarse the counts are on 500."""
-    with pa.keep_captures():
-        tables = [measured(network, block, folder) for block in range(max(sizes) // BLOCK)]
+    tables = [measured(network, block, folder) for block in range(max(sizes) // BLOCK)]
     kept = folder / f"{network}-areas-{'-'.join(map(str, sizes))}.csv"
     if not kept.exists():
         pruning = Pruning(network)
@@ -239,7 +238,7 @@ def section(network: str, wanted: Sequence[int], folder: Path) -> tuple[list[str
     text = f"""## {network}
 
 {coarse["units"]} units. On {USUAL} images their accuracy drops take {coarse["values"]:.0f}
-different values (mean over {PARTS} parts); {100 * coarse["unresolved"]:.0f} % cannot be told from
+different values (mean over disjoint parts); {100 * coarse["unresolved"]:.0f} % cannot be told from
 0 (McNemar, p > {UNRESOLVED:g}). {100 * coarse["helpful"]:.0f} % look helpful, of which
 {100 * coarse["confirmed"]:.0f} % do so on all other images together as well. Rank correlation over
 units between two parts: accuracy drop {coarse["again_drop"]:.2f}, changed predictions
@@ -257,6 +256,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("ranking_study"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/ranking.md"))
     options = parser.parse_args()
+    most = len(pa.demo.images()[1]) - MEASURING
+    if USUAL not in options.sizes or any(n % BLOCK or not 0 < n <= most for n in options.sizes):
+        parser.error(f"--sizes: expected multiples of {BLOCK} up to {most}, {USUAL} among them")
     options.folder.mkdir(parents=True, exist_ok=True)
     parts = [section(network, tuple(options.sizes), options.folder) for network in options.networks]
     verdicts = "\n".join(line for lines, _ in parts for line in lines)

@@ -49,7 +49,6 @@ from .experiments import shapley as shapley
 from .experiments import spectral_profile as spectral_profile
 from .experiments import unit_sets as unit_sets
 from .interventions import Intervention as Intervention
-from .network.capture_memory import keep_captures as keep_captures
 from .network.classifier import classifier as classifier
 from .network.sites import Site as Site
 from .network.sites import select as select

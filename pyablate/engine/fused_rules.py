@@ -105,6 +105,8 @@ def _onto(
 ) -> Scaled:
     """Add a delta that is on its channel to the dense one of a node, in place where it may."""
     dense = _waiting(pairs.raw(source), source)
+    if channel.axis != 1 or channel.inner > 1:
+        dense = lazy_delta.by_pair(dense)  # its maps are not those that positions are counted on
     assert dense is not None
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_full((1,), sign)

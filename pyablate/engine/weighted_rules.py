@@ -108,9 +108,15 @@ def _quantized_convolution(
 
 
 def _steps(quantized: Quantized) -> Tensor:
-    """Return the step of each pair, ``[P]``: of positions the root of their mean square."""
-    scale = quantized.scale
-    return scale.square().flatten(1).mean(dim=1).sqrt() if quantized.by_position else scale
+    """Return the step of each pair, ``[P]``: of positions the root of their mean square.
+
+    Roundings are independent, so that sums of them grow like that. What a maximum makes of a single
+    one is in the factor that is measured (``gain`` of the precision cascade).
+    """
+    if not quantized.by_position:
+        return quantized.scale
+    squares = quantized.scale.double().square()  # in which the least do not vanish
+    return squares.flatten(1).mean(dim=1).sqrt().float()
 
 
 @remembered

@@ -22,7 +22,7 @@ from pyablate.experiments.orders import Order, measured, named, orders_of
 from pyablate.experiments.split import split
 from pyablate.experiments.units import labels_of, opened
 from pyablate.interventions import Intervention
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
@@ -37,7 +37,7 @@ STEPS = 64
 """Points of a curve of a larger layer, unless told otherwise."""
 
 
-@keep_captures()
+@same_network()
 def cumulative(
     model: nn.Module,
     data: Any,

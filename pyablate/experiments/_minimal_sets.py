@@ -23,7 +23,7 @@ from pyablate.experiments.permutations import Bools
 from pyablate.experiments.split import split
 from pyablate.experiments.units import best_first, class_number, labels_of, opened
 from pyablate.interventions import Intervention
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
@@ -48,7 +48,7 @@ Set = frozenset[int]
 Ablated = Callable[[Sequence[Set]], AblationResult]
 
 
-@keep_captures()
+@same_network()
 def minimal_sets(
     model: nn.Module,
     data: Any,

@@ -15,7 +15,7 @@ from pyablate._validation import check_count, check_exact
 from pyablate.experiments.split import split
 from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import check_channels, select
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
@@ -34,7 +34,7 @@ REACH = 4.0
 ByLayer = dict[str, Tensor]
 
 
-@keep_captures()
+@same_network()
 def optimal_constants(
     model: nn.Module,
     data: Any,

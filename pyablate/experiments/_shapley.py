@@ -16,7 +16,7 @@ from pyablate.data.dataset import gathered
 from pyablate.experiments.permutations import Bools, Estimates, Rules, estimate
 from pyablate.experiments.units import class_number, opened
 from pyablate.interventions import Intervention, parse
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
 from pyablate.results.record import Audit, Floats, Ints
@@ -43,7 +43,7 @@ Ablated = Callable[[Groups, Report], tuple[Floats, AblationResult]]
 """What is lost without each of some groups of units, and the run that tells."""
 
 
-@keep_captures()
+@same_network()
 def shapley(
     model: nn.Module,
     data: Any,

@@ -18,14 +18,14 @@ from pyablate.experiments.accuracies import balanced_accuracy, baseline_balanced
 from pyablate.experiments.split import split
 from pyablate.experiments.units import best_first, labels_of, opened
 from pyablate.interventions import Intervention
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import select
 from pyablate.runs._ablate import ablate
 
 SIZES = (1, 2, 3, 4, 5, 20, 64, 128, 256)
 
 
-@keep_captures()
+@same_network()
 def unit_sets(
     model: nn.Module,
     data: Any,

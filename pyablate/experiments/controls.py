@@ -19,7 +19,7 @@ from pyablate.data.dataset import gathered
 from pyablate.experiments import directions
 from pyablate.experiments.units import check_every_pair
 from pyablate.interventions import Intervention
-from pyablate.network.capture_memory import keep_captures
+from pyablate.network.capture_memory import same_network
 from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
 from pyablate.results.notebook import page
@@ -109,7 +109,7 @@ def compare_damage(
     return pd.DataFrame(lines)
 
 
-@keep_captures()
+@same_network()
 def rotation_control(
     model: nn.Module,
     data: Any,

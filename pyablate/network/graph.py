@@ -368,7 +368,7 @@ def _grouped(
     groups: int = 1,
 ) -> Tensor:
     """Convolve in groups; PyTorch has no fast way for float64 where each channel is one."""
-    slow = x.dtype == weight.dtype == torch.float64 and x.device.type == "cpu"
+    slow = x.dtype == weight.dtype == torch.float64 and x.device.type == "cpu" and x.ndim == 4
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not slow or wanted or type(x) is not Tensor or not len(weight) == groups == x.shape[1]:
         return cast(Tensor, aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups))

@@ -50,13 +50,17 @@ def check_change(base: Tensor, delta: Tensor, image: Tensor, *, dims: int | None
     check_shape("delta", delta, (pairs, *base.shape[1:]))
 
 
-def ready_scales(like: Tensor, **scales: Tensor | None) -> list[Tensor | None]:
-    """Check factors of the pairs; return them ready to be read."""
+def ready_scales(
+    like: Tensor, *, finer: bool = False, **scales: Tensor | None
+) -> list[Tensor | None]:
+    """Check factors of the pairs, or with ``finer`` of maps' positions; return them to be read."""
     ready: list[Tensor | None] = []
     for name, scale in scales.items():
         if scale is not None:
-            check_tensor(name, scale, dims=1, dtypes=(torch.float32,), like=like)
-            check_shape(name, scale, (like.shape[0],))
+            by_position = finer and scale.ndim == 3
+            shape = (like.shape[0], *like.shape[2:]) if by_position else (like.shape[0],)
+            check_tensor(name, scale, dims=len(shape), dtypes=(torch.float32,), like=like)
+            check_shape(name, scale, shape)
         ready.append(None if scale is None else scale.detach().contiguous())
     return ready
 

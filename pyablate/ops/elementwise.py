@@ -64,8 +64,8 @@ def delta_activation(
     -------
     Tensor
         ``act(base[image] + d) - act(base[image])`` with
-        ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``; ``out`` if
-        that was given; nothing (``[0]``) where the quantized values are all that is wanted.
+        ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``, with factors
+        of positions channels_last; ``out`` if that was given; nothing (``[0]``) where the quantized values are all that is wanted.
 
     Raises
     ------
@@ -79,16 +79,15 @@ def delta_activation(
     >>> pa.ops.delta_activation(base, delta, image, pa.ops.Activation("relu")).tolist()
     [[-1.0, 1.0]]
     """
-    finer = (scale, addend_scale, None if quantized is None else quantized.scale)
-    if any(factor is not None and factor.ndim == 3 for factor in finer):
-        return _at_positions(
-            base, delta, image, activation, (scale, addend_scale), addend, out, quantized
-        )
     check_change(base, delta, image)
     for name, tensor in (("addend", addend), ("out", out)):
         if tensor is not None:
             check_tensor(name, tensor, dtypes=(delta.dtype,), like=delta)
             check_shape(name, tensor, tuple(delta.shape))
+    finer = (scale, addend_scale, None if quantized is None else quantized.scale)
+    if any(factor is not None and factor.ndim == 3 for factor in finer):
+        scales = ready_scales(delta, finer=True, scale=scale, addend_scale=addend_scale)
+        return _at_positions(base, delta, image, activation, scales, addend, out, quantized)
     scales = ready_scales(delta, scale=scale, addend_scale=addend_scale)
     change = dense(delta.detach())
     layout = layout_of(change)
@@ -133,13 +132,12 @@ def _at_positions(
     delta: Tensor,
     image: Tensor,
     activation: Activation,
-    scales: tuple[Tensor | None, Tensor | None],
+    scales: list[Tensor | None],
     addend: Tensor | None,
     out: Tensor | None,
     quantized: Quantized | None,
 ) -> Tensor:
     """Do the same for maps whose positions have factors of their own: each is a row."""
-    check_change(base, delta, image, dims=4)
     pairs, _, *size = delta.shape
     positions = size[0] * size[1]
     if quantized is not None and not quantized.by_position:
@@ -149,22 +147,21 @@ def _at_positions(
         return delta_activation(
             base, delta, image, activation, addend=addend, out=out, quantized=quantized
         )
-
-    def factor(name: str, given: Tensor | None) -> Tensor | None:
-        if given is None or given.ndim == 1:
-            return None if given is None else given.repeat_interleave(positions)
-        check_shape(name, given, (pairs, *size))
-        return given.reshape(-1)
-
+    if quantized is not None:
+        check_shape("quantized", quantized.values, tuple(delta.shape))
+    factors = [
+        None if s is None else s.repeat_interleave(positions) if s.ndim == 1 else s.reshape(-1)
+        for s in scales
+    ]
     place = torch.arange(positions, dtype=torch.int32, device=delta.device)
     result = delta_activation(
         rows(base),
         rows(delta),
         (image.unsqueeze(1) * positions + place).reshape(-1),
         activation,
-        scale=factor("scale", scales[0]),
+        scale=factors[0],
         addend=None if addend is None else rows(addend),
-        addend_scale=factor("addend_scale", scales[1]),
+        addend_scale=factors[1],
         out=None if out is None else rows(out),
         quantized=None if quantized is None else quantized.rows(),
     )
@@ -208,6 +205,8 @@ def encode(delta: Tensor, *, by_position: bool = False) -> Quantized:
     check_tensor("delta", delta, dtypes=FLOATS)
     if delta.dim() < 1:
         raise ValueError("delta: expected at least one dimension, got none")
+    if by_position and delta.dim() != 4:
+        raise ValueError(f"delta: expected maps [P, C, H, W], got shape {tuple(delta.shape)}")
     delta = dense(delta.detach())
     layout = torch.channels_last if by_position else layout_of(delta)
     quantized = Quantized.empty(

@@ -71,7 +71,16 @@ class Quantized:
         return self.scale.ndim > 1
 
     def rows(self) -> Quantized:
-        """Return the same memory with each position as a row, ``[P * H * W, C]``."""
+        """Return the same memory with each position as a row, ``[P * H * W, C]``.
+
+        Raises
+        ------
+        ValueError
+            The maps do not lie channels_last.
+        """
+        if not self.values.is_contiguous(memory_format=torch.channels_last):
+            strides = self.values.stride()
+            raise ValueError(f"quantized: expected channels_last values, got strides {strides}")
         return Quantized(rows(self.values), self.scale.view(-1), self.alone)
 
     def fill(self, delta: Tensor) -> None:

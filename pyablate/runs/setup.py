@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,7 +168,8 @@ def prepare(
     by_replay = options.strategy == "replay" or (
         options.guarantee == "exact" and _replay_is_quicker(cost, pairs)
     )
-    graph = None if by_replay else _capture(work, sample, marked)
+    how = frozenset(marked), sample.shape[1:], sample.dtype, sample.device, options.logits
+    graph = None if by_replay else _known(model, work, sample, marked, how)
     _hold(data, intervention)
     memory = options.memory or _free(data.device) // 4
     keep_freed_blocks(memory)
@@ -343,23 +344,29 @@ def _replay_is_quicker(cost: Cost, pairs: int) -> bool:
     return quicker
 
 
+def _known(
+    model: nn.Module, copy: nn.Module, sample: Tensor, marked: Sequence[Site], how: Hashable
+) -> Graph | None:
+    """Return the graph that is kept of a model, or capture its copy."""
+    graph = capture_memory.find(model, how)
+    if graph is None and (graph := _capture(copy, sample, marked)) is not None:
+        capture_memory.keep(model, how, graph)
+    return graph
+
+
 def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph | None:
     stage("capturing the network")
-    key = capture_memory.key_of(model, frozenset(marked), sample.shape[1:], sample.dtype)
-    with torch.no_grad():
-        expected = forward(model, sample)
-    known = capture_memory.find(key)
-    if known is not None and _computes(known, sample, expected):
-        return known
     try:
         graph = capture(model, sample, marked)
         if graph.half:
             # It rounds there itself, and differences do not: they would decide otherwise.
             raise CaptureError("parts of it compute in half precision")
-        if not _computes(graph, sample, expected):
+        with torch.no_grad():
+            found = graph.run(sample, [graph.logits])[graph.logits]
+            expected = forward(model, sample)
+        if not alike(tensor(found), expected, SAME):
             # Marked outputs are tensors of their own; in a network they may be one and the same.
             raise CaptureError("it works in place on a tensor that is read elsewhere too")
-        capture_memory.keep(key, graph)
         return graph
     except CaptureError as error:
         logger.warning(
@@ -368,12 +375,6 @@ def _capture(model: nn.Module, sample: Tensor, marked: Sequence[Site]) -> Graph 
             error,
         )
         return None
-
-
-@torch.no_grad()
-def _computes(graph: Graph, sample: Tensor, expected: Tensor) -> bool:
-    """Whether a graph gives the logits that are expected."""
-    return alike(tensor(graph.run(sample, [graph.logits])[graph.logits]), expected, SAME)
 
 
 def _images_per_batch(

@@ -329,5 +329,30 @@ def test_factors_of_positions_have_to_fit():
     delta, image = maps(5, 7, 4, 6), random_index(5, 5)
     with pytest.raises(ValueError, match="scale: expected shape"):
         ops.delta_activation(delta, delta, image, RELU, scale=torch.rand(5, 6, 4))
-    with pytest.raises(ValueError, match="expected 4 dimensions"):
-        ops.delta_activation(delta[:, 0], delta[:, 0], image, RELU, scale=torch.rand(5, 4, 6))
+    flat = delta[:, 0].contiguous()
+    with pytest.raises(ValueError, match="scale: expected"):
+        ops.delta_activation(flat, flat, image, RELU, scale=torch.rand(5, 4, 6))
+    with pytest.raises(TypeError, match="scale: expected dtype"):
+        ops.delta_activation(delta, delta, image, RELU, scale=torch.rand(5, 4, 6).double())
+    with pytest.raises(ValueError, match="addend: expected shape"):
+        ops.delta_activation(
+            delta, delta, image, RELU, scale=torch.rand(5, 4, 6), addend=maps(5, 7, 6, 4)
+        )
+    for shape, layout in (((5, 7, 6, 4), LAYOUTS[1]), ((5, 7, 4, 6), LAYOUTS[0])):
+        quantized = Quantized.empty(shape, layout, "cpu", by_position=True)
+        with pytest.raises(ValueError, match="quantized: expected"):
+            ops.delta_activation(delta, delta, image, RELU, quantized=quantized)
+        if layout == LAYOUTS[0]:
+            with pytest.raises(ValueError, match="quantized: expected channels_last"):
+                quantized.fill(delta)
+    with pytest.raises(ValueError, match="delta: expected maps"):
+        ops.encode(flat, by_position=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (4, 1, 3, 2), (3, 6, 1, 1), (2, 9, 1, 5)])
+def test_small_maps_by_position(shape):
+    delta = maps(*shape)
+    quantized = ops.encode(delta, by_position=True)
+    error = (quantized.spell(torch.float32) - delta).abs()
+    assert (error <= 0.5001 * quantized.scale.unsqueeze(1)).all()
+    assert quantized.scale.shape == (shape[0], *shape[2:])
