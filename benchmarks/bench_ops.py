@@ -97,6 +97,17 @@ def delta_winograd(device: str) -> Case:
     return Case(shape, ours, plain, exact=False, tolerance=1e-4)
 
 
+def depthwise(device: str) -> Case:
+    x = random(device, 8, 672, 14, 14).double()
+    weight = random(device, 672, 1, 5, 5).double()
+    return Case(
+        "8 images x 672 channels by 5 x 5 on 14 x 14, float64",
+        lambda: ops.depthwise(x, weight, padding=2),
+        lambda: functional.conv2d(x, weight, padding=2, groups=672),
+        exact=False,
+    )
+
+
 def delta_activation(device: str) -> Case:
     base, delta = random(device, 64, 64, 14, 14), random(device, 1024, 64, 14, 14)
     image = torch.arange(1024, dtype=torch.int32, device=device) % 64
@@ -201,6 +212,7 @@ def confusion_counts(device: str) -> Case:
 CASES = (
     unit_delta,
     delta_winograd,
+    depthwise,
     delta_activation,
     delta_max_pool,
     head_flips,

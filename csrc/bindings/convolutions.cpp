@@ -10,7 +10,7 @@ void depthwise(const TensorView& x, const TensorView& filters, const TensorView&
                const Two& stride, const Two& padding, const Two& dilation, int threads) {
     const Place place = place_of({{"x", x}, {"filters", filters}, {"out", out}});
     check(!place.cuda, "x: expected a CPU tensor");
-    check_real({"x", x});
+    check_dtype({"x", x}, DType::float64);
     check(x.dims == 4 && filters.dims == 3 && out.dims == 4,
           "x, filters, out: expected four, three and four dimensions");
     const std::int64_t images = x.shape[0], channels = x.shape[1];
@@ -23,13 +23,14 @@ void depthwise(const TensorView& x, const TensorView& filters, const TensorView&
         result[i] = room / stride[i] + 1;
     }
     check_shape({"out", out}, {images, channels, result[0], result[1]});
-    check_dtype({"out", out}, x.dtype);
+    check_dtype({"out", out}, DType::float64);
     check_dense({"x", x}, true);
     check_dense({"out", out}, true);
     const DepthwiseParams params{
-        .x = x.data,
-        .filters = read<void>({"filters", filters}, x.dtype, {kernel[0], kernel[1], channels}),
-        .out = out.data,
+        .x = static_cast<const double*>(x.data),
+        .filters =
+            read<double>({"filters", filters}, DType::float64, {kernel[0], kernel[1], channels}),
+        .out = static_cast<double*>(out.data),
         .images = images,
         .height = size[0],
         .width = size[1],
@@ -44,7 +45,6 @@ void depthwise(const TensorView& x, const TensorView& filters, const TensorView&
         .padding_w = padding[1],
         .dilation_h = dilation[0],
         .dilation_w = dilation[1],
-        .dtype = x.dtype,
     };
     if (out.elements() == 0) return;
     const py::gil_scoped_release released;

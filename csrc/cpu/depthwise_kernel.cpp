@@ -12,38 +12,43 @@ namespace {
 constexpr int most_columns = 4;
 constexpr int most_taps = 64;  // summed in one go; larger filters take several
 
-template <class T>
 struct Taps {
     struct Tap {
-        const T* input;  // of the first column
-        const T* weight;
+        const double* input;  // of the first column
+        const double* weight;
     };
     Tap list[most_taps];
     int count = 0;
 };
 
-// Sums of `Columns` columns, whose inputs lie `step` apart; `more` adds to those that are there.
-template <int Columns, class T>
-void sum_taps(const Taps<T>& taps, std::int64_t step, std::int64_t channels, bool more, T* to) {
-    for_each_vector<T>(channels, [&](auto vector, std::int64_t c, int n) PYABLATE_LAMBDA_INLINE {
-        using V = decltype(vector);
-        V sum[Columns];
+// Sums of `Columns` columns, whose inputs lie `step` apart, for the n channels from c on; `more` adds
+// to those that are there.
+template <class V, int Columns>
+PYABLATE_INLINE void sum_channels(const Taps& taps, std::int64_t step, std::int64_t channels,
+                                  std::int64_t c, int n, bool more, double* to) {
+    V sum[Columns];
+    for (int k = 0; k < Columns; ++k) {
+        sum[k] = more ? load_n<V>(to + k * channels + c, n) : V(0.0);
+    }
+    for (int t = 0; t < taps.count; ++t) {
+        const V weight = load_n<V>(taps.list[t].weight + c, n);
+        const double* input = taps.list[t].input + c;
         for (int k = 0; k < Columns; ++k) {
-            sum[k] = more ? load_n<V>(to + k * channels + c, n) : V(0.0);
+            sum[k] = sum[k] + load_n<V>(input + k * step, n) * weight;
         }
-        for (int t = 0; t < taps.count; ++t) {
-            const V weight = load_n<V>(taps.list[t].weight + c, n);
-            const T* input = taps.list[t].input + c;
-            for (int k = 0; k < Columns; ++k) {
-                sum[k] = sum[k] + load_n<V>(input + k * step, n) * weight;
-            }
-        }
-        for (int k = 0; k < Columns; ++k) store_n(to + k * channels + c, sum[k], n);
-    });
+    }
+    for (int k = 0; k < Columns; ++k) store_n(to + k * channels + c, sum[k], n);
+}
+
+template <int Columns>
+void sum_taps(const Taps& taps, std::int64_t step, std::int64_t channels, bool more, double* to) {
+    const auto some = [&](auto vector, std::int64_t c, int n) PYABLATE_LAMBDA_INLINE {
+        sum_channels<decltype(vector), Columns>(taps, step, channels, c, n, more, to);
+    };
+    for_each_vector<double>(channels, some);
 }
 
 // The output row `y` of an image.
-template <class T>
 struct Row {
     const DepthwiseParams& p;
     const std::int64_t image, y;
@@ -64,9 +69,9 @@ struct Row {
     }
 
     void sum(std::int64_t x, int columns) const {
-        Taps<T> taps;
+        Taps taps;
         bool more = false;
-        T* to = static_cast<T*>(p.out) + ((image * p.out_h + y) * p.out_w + x) * p.channels;
+        double* to = p.out + ((image * p.out_h + y) * p.out_w + x) * p.channels;
         const auto flush = [&] {
             const std::int64_t step = p.stride_w * p.channels;
             columns == 1 ? sum_taps<1>(taps, step, p.channels, more, to)
@@ -74,43 +79,32 @@ struct Row {
             taps.count = 0;
             more = true;
         };
-        const T* filters = static_cast<const T*>(p.filters);
         for (std::int64_t i = 0; i < p.kernel_h; ++i) {
             const std::int64_t from = y * p.stride_h + i * p.dilation_h - p.padding_h;
             if (from < 0 || from >= p.height) continue;
-            const T* row =
-                static_cast<const T*>(p.x) + (image * p.height + from) * p.width * p.channels;
+            const double* row = p.x + (image * p.height + from) * p.width * p.channels;
             for (std::int64_t j = 0; j < p.kernel_w; ++j) {
                 if (!inside(x, j)) continue;
                 if (taps.count == most_taps) flush();
                 taps.list[taps.count++] = {row + input_column(x, j) * p.channels,
-                                           filters + (i * p.kernel_w + j) * p.channels};
+                                           p.filters + (i * p.kernel_w + j) * p.channels};
             }
         }
         if (taps.count > 0 || !more) flush();
     }
 };
 
-template <class T>
-void run_rows(const DepthwiseParams& p, std::int64_t begin, std::int64_t end) {
+}  // namespace
+
+// Items are output rows, image by image.
+void depthwise(const DepthwiseParams& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
-        const Row<T> row{p, r / p.out_h, r % p.out_h};
+        const Row row{p, r / p.out_h, r % p.out_h};
         for (std::int64_t x = 0; x < p.out_w;) {
             const int columns = row.columns_at(x);
             row.sum(x, columns);
             x += columns;
         }
-    }
-}
-
-}  // namespace
-
-// Items are output rows, image by image.
-void depthwise(const DepthwiseParams& p, std::int64_t begin, std::int64_t end) {
-    if (p.dtype == DType::float64) {
-        run_rows<double>(p, begin, end);
-    } else {
-        run_rows<float>(p, begin, end);
     }
 }
 

@@ -12,7 +12,7 @@ from pyablate.ops import reference as reference
 from pyablate.ops._checks import check_pairs, check_shape, check_tensor, two
 from pyablate.ops._layout import base_rows, output
 from pyablate.ops.activations import Activation
-from pyablate.ops.dispatch import FLOATS, REAL, activation_arguments, backend, context
+from pyablate.ops.dispatch import FLOATS, activation_arguments, backend, context
 
 PANEL = 16
 """Output channels whose filters lie together."""
@@ -179,21 +179,21 @@ def depthwise(
 ) -> Tensor:
     """Convolve each channel by its own filter.
 
-    For float64, in which libraries convolve channel after channel; in float32 they are as fast.
+    In float64, in which libraries convolve channel after channel; in others they are fast.
 
     Parameters
     ----------
     x : Tensor
-        float64 or float32 ``[N, C, H, W]``.
+        float64 ``[N, C, H, W]``.
     weight : Tensor
-        ``[C, 1, kh, kw]``, dtype of ``x``.
+        float64 ``[C, 1, kh, kw]``.
     stride, padding, dilation : int or pair of int
         Of the convolution, (height, width).
 
     Returns
     -------
     Tensor
-        ``[N, C, Ho, Wo]`` channels_last, dtype of ``x``; no bias.
+        float64 ``[N, C, Ho, Wo]`` channels_last; no bias.
 
     Raises
     ------
@@ -206,8 +206,8 @@ def depthwise(
     >>> pa.ops.depthwise(x, weight, stride=2, padding=2).shape
     torch.Size([2, 4, 4, 4])
     """
-    check_tensor("x", x, dims=4, dtypes=REAL)
-    check_tensor("weight", weight, dims=4, dtypes=(x.dtype,), like=x)
+    check_tensor("x", x, dims=4, dtypes=(torch.float64,))
+    check_tensor("weight", weight, dims=4, dtypes=(torch.float64,), like=x)
     (images, channels, *maps), kernel = x.shape, (weight.shape[2], weight.shape[3])
     check_shape("weight", weight, (channels, 1, *kernel))
     geometry = {
@@ -224,8 +224,7 @@ def depthwise(
     out = output(None, (images, channels, *size), x, torch.channels_last)
     core = backend(x) if x.device.type == "cpu" else None
     if core is None:
-        step, pad, apart = geometry.values()
-        return out.copy_(functional.conv2d(x, weight, None, step, pad, apart, channels))
+        return reference.depthwise(x, weight, out=out, **geometry)
     filters = weight.squeeze(1).permute(1, 2, 0).contiguous()  # channels fill the vectors
     core.depthwise(x, filters, out, threads=context(x)["threads"], **geometry)
     return out

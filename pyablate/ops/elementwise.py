@@ -65,7 +65,8 @@ def delta_activation(
     Tensor
         ``act(base[image] + d) - act(base[image])`` with
         ``d = delta * scale + addend * addend_scale``, dtype and layout of ``delta``, with factors
-        of positions channels_last; ``out`` if that was given; nothing (``[0]``) where the quantized values are all that is wanted.
+        of positions channels_last; ``out`` if that was given; nothing (``[0]``) where the quantized
+        values are all that is wanted.
 
     Raises
     ------

@@ -161,6 +161,19 @@ def delta_winograd(
     return out.copy_(result)
 
 
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out: Tensor,
+) -> Tensor:
+    """Convolve each channel by its own filter; fill ``out``."""
+    return out.copy_(functional.conv2d(x, weight, None, stride, padding, dilation, len(weight)))
+
+
 def output_size(
     size: tuple[int, ...],
     kernel: tuple[int, int],

@@ -173,6 +173,34 @@ def test_1_x_1_convolutions_read_factors_of_positions(kind, monkeypatch):
     assert fine[: len(BY_POSITION[kind])] == BY_POSITION[kind]
 
 
+class Across(nn.Module):
+    """Units are columns of the maps onto which a 1 x 1 convolution is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.inner, self.outer = nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.relu(x)
+        y = self.inner(functional.relu(self.outer(x))) + x
+        return self.head(functional.relu(y).mean((2, 3)))
+
+
+@needs_eight_bits
+def test_units_along_another_axis_are_added_at_their_places(monkeypatch):
+    torch.manual_seed(2)
+    monkeypatch.setattr(precision_cascade, "USELESS", 0.95)
+    images = torch.randn(64, 16, 16, 16)  # channels, rows and columns are as many
+    model = networks.made(Across(), images)
+    data = images, torch.randint(5, (64,))
+    result = pa.ablate(model, data, "relu", precision="int8", axis={"relu": 3}, audit=0)
+    exact = pa.ablate(model, data, "relu", precision="fp64", axis={"relu": 3}, audit=0)
+    assert np.array_equal(result.predictions(), exact.predictions())
+    assert result.effort.pairs_by_precision["int8"] > 100
+    assert result.effort.error_bounds["relu"]["int8"] < 0.6
+
+
 @needs_eight_bits
 def test_factors_of_positions_leave_fewer_pairs_open(monkeypatch):
     """A unit speaks at a few places: the changes of all others were rounded to nothing."""

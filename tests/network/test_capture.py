@@ -14,6 +14,8 @@ from support.oracle import check
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate import ops
+from pyablate.network.capture import capture
 
 IN_PLACE = (Act("ELU", inplace=True), Conv(out=4), Act("ReLU"))
 
@@ -120,3 +122,32 @@ def test_complex_parameters_stay_complex():
         expected = model(images).argmax(dim=1)
     result = check(model, (images, labels), "relu")
     assert (result.baseline == expected.numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "own"),
+    [
+        ({"groups": 8}, torch.float64, True),
+        ({"groups": 8, "stride": 2, "padding": 1, "dilation": 2}, torch.float64, True),
+        ({"groups": 8, "bias": False}, torch.float64, True),
+        ({"groups": 8}, torch.float32, False),
+        ({"groups": 4}, torch.float64, False),
+        ({"groups": 8, "out_channels": 16}, torch.float64, False),
+    ],
+    ids=str,
+)
+def test_depthwise_convolutions_in_float64_are_our_own(options, dtype, own, monkeypatch):
+    torch.manual_seed(0)
+    options = {"in_channels": 8, "out_channels": 8, "kernel_size": 3} | options
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(**options)).to(dtype).eval()
+    x = torch.randn(4, 3, 12, 12, dtype=dtype)
+    graph = capture(nn.Sequential(*model, nn.Flatten()), x, [])
+    calls = []
+    real = ops.depthwise
+    monkeypatch.setattr(ops, "depthwise", lambda *a, **b: calls.append(a) or real(*a, **b))
+    with torch.no_grad():
+        found = graph.run(x, [graph.logits])[graph.logits]
+        torch.testing.assert_close(found, model(x).flatten(1))
+    assert bool(calls) is own
+    weighted = graph.run(x.clone().requires_grad_(), [graph.logits])[graph.logits]
+    assert weighted.requires_grad

@@ -11,26 +11,23 @@ from pyablate import ops
 
 ON_CPU = ["baseline", "avx2", "avx512"]
 LAST = torch.channels_last
-ERROR = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
-def problem(size, channels, kernel, images=3, dtype=torch.float64):
+def problem(size, channels, kernel, images=3):
     torch.manual_seed(size[0] * 100 + channels)
-    x = random_maps(images, channels, *size).to(dtype)
-    return x, random_maps(channels, 1, *kernel).to(dtype)
+    x = random_maps(images, channels, *size).double()
+    return x, random_maps(channels, 1, *kernel).double()
 
 
 def check(result, x, weight, **geometry):
-    expected = functional.conv2d(x.double(), weight.double(), groups=len(weight), **geometry)
-    assert result.dtype == x.dtype
+    expected = functional.conv2d(x, weight, groups=len(weight), **geometry)
     assert result.is_contiguous(memory_format=LAST)
     scale = float(expected.abs().max()) + 1.0 if expected.numel() else 1.0
     assert result.shape == expected.shape
-    assert torch.allclose(result.double(), expected, rtol=0, atol=ERROR[x.dtype] * scale)
+    assert torch.allclose(result, expected, rtol=0, atol=1e-13 * scale)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("size", "channels", "kernel", "geometry"),
     [
@@ -46,8 +43,8 @@ def check(result, x, weight, **geometry):
         ((5, 9), 7, (1, 1), {}),
     ],
 )
-def test_is_the_convolution(backend, dtype, size, channels, kernel, geometry):
-    x, weight = problem(size, channels, kernel, dtype=dtype)
+def test_is_the_convolution(backend, size, channels, kernel, geometry):
+    x, weight = problem(size, channels, kernel)
     with using_backend(backend):
         check(ops.depthwise(x, weight, **geometry), x, weight, **geometry)
         last = x.contiguous(memory_format=LAST)
@@ -95,8 +92,8 @@ def test_any_size(height, width, channels, kernel, stride, dilation, images):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(2, 6, 8, 8).bfloat16()}, TypeError, "x: expected dtype"),
-        ({"x": torch.zeros(2, 6, 8, 8)}, TypeError, "weight: expected dtype"),
+        ({"x": torch.zeros(2, 6, 8, 8)}, TypeError, "x: expected dtype"),
+        ({"weight": torch.zeros(6, 1, 3, 3)}, TypeError, "weight: expected dtype"),
         ({"x": torch.zeros(2, 5, 8, 8).double()}, ValueError, "weight: expected shape"),
         ({"weight": torch.zeros(6, 2, 3, 3).double()}, ValueError, "weight: expected shape"),
         ({"x": torch.zeros(2, 6, 2, 8).double()}, ValueError, "x: maps of"),

@@ -1,25 +1,22 @@
-// Each channel through its own filter: a depthwise convolution.
+// Each channel through its own filter: a depthwise convolution in float64.
 //
 //   out[n, y, x, c] = sum over i, j of x[n, y * stride + i * dilation - padding, ..., c] * filters[i, j, c]
 //
-// Libraries have this for float32 and bfloat16, but for float64 they convolve channel after channel,
-// 70 times as slowly. CPU only.
+// Libraries are fast at it in float32 and bfloat16, but in float64 they convolve channel after
+// channel (benchmarks/bench_ops.py). CPU only.
 #pragma once
 
 #include <cstdint>
 
-#include "pyablate/tensor_view.h"
-
 namespace pyablate {
 
 struct DepthwiseParams {
-    const void* x;        // [N, H, W, C]
-    const void* filters;  // [kh, kw, C]
-    void* out;            // [N, Ho, Wo, C]
+    const double* x;        // [N, H, W, C]
+    const double* filters;  // [kh, kw, C]
+    double* out;            // [N, Ho, Wo, C]
     std::int64_t images, height, width, channels, out_h, out_w;
     std::int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
     std::int64_t dilation_h, dilation_w;
-    DType dtype;  // of all three: float32 or float64
 };
 
 namespace cpu {
