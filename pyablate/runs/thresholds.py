@@ -211,12 +211,10 @@ def _cheapest(
     The most directions of several that take as much, to three digits: the last bits of open shares
     depend on the machine.
     """
-    found = {}
+    found, cost = {}, {}
     for number, count in enumerate(choices):
-        sample = {job: some[number] for job, some in scored.items()}
-        found[count] = {job: _best(one, risk) for job, one in sample.items()}
-    cost = {}
-    for count, jobs in found.items():
+        jobs = {job: _best(some[number], risk) for job, some in scored.items()}
+        found[count] = jobs
         cost[count] = float(f"{_operations(count, jobs, scored, images):.3g}")
         logger.debug("predicted along %s: %g operations for each image", count, cost[count])
     cheapest = min(cost, key=cost.__getitem__)
