@@ -36,13 +36,13 @@ def careless_thresholds(
 
 
 class Layers(nn.Module):
-    """Twelve units, another layer behind them, three classes or more."""
+    """Twelve units, another layer behind them, three classes."""
 
-    def __init__(self, classes: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
         self.first, self.act = nn.Linear(6, 12), nn.ReLU()
-        self.mix, self.late, self.head = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, classes)
+        self.mix, self.late, self.head = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)
         with torch.no_grad():  # so that all classes are predicted
             self.mix.weight.mul_(3.0)
             self.head.weight.mul_(3.0)
@@ -52,12 +52,12 @@ class Layers(nn.Module):
         return self.head(self.late(self.mix(self.act(self.first(x)))))
 
 
-def layers_case(images: int, classes: int = 3) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def layers_case(images: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """Such a network, and images with labels that it gets right mostly."""
-    model = Layers(classes).eval()
+    model = Layers().eval()
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(images, 6, generator=draw)
     with torch.no_grad():
         labels = model(x).argmax(1)
-    labels[::7] = (labels[::7] + 1) % classes
+    labels[::7] = (labels[::7] + 1) % 3
     return model, (x, labels)
