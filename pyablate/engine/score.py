@@ -248,6 +248,8 @@ class Directions:
         """Take changes ``[..., D]`` along those of :meth:`only`."""
         if count == self.count:
             return changes
+        if not count.random:
+            return changes[..., : count.nearest]
         near, random = changes.split([self.count.nearest, self.count.random], dim=-1)
         return torch.cat([near[..., : count.nearest], random[..., : count.random]], dim=-1)
 
