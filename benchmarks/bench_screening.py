@@ -20,6 +20,7 @@ from subjects import cut
 import pyablate as pa
 from pyablate.engine import clean_run
 from pyablate.engine.rounding import Rounding
+from pyablate.engine.score import DirectionCount
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import parse
 from pyablate.runs.screening_sample import chosen_places, predictor
@@ -89,7 +90,8 @@ class Predictions:
         options = SetupOptions(self.job.layers, None, parse("zero"), guarantee="screened")
         setup = prepare(self.job.model, data, options)
         suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs}
-        guess = predictor(setup, suffixes, chosen_places(setup, suffixes))
+        choices = [DirectionCount.most(setup.classes)]
+        guess = predictor(setup, suffixes, chosen_places(setup, suffixes), choices)
         keep = needed(suffixes.values())
         seconds = 0.0
         for batch in setup.data.batches(setup.batch_size):

@@ -9,7 +9,8 @@ taken behind that, where the first operators mix channels.
 
 Directions are y - k for the predicted class y and its nearest competitors k, and, where these are
 not all classes, random signs: the mean square of their changes estimates that of the change of the
-logits over the classes (Johnson and Lindenstrauss 1984; Achlioptas 2003).
+logits over the classes (Johnson and Lindenstrauss 1984; Achlioptas 2003). What fewer directions
+would have predicted follows from the same gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.clean_run import laid_out
 from pyablate.engine.job import Job
 from pyablate.engine.replacements import Replacements
-from pyablate.engine.score import Directions, Prediction, Score, directions, joined
+from pyablate.engine.score import DirectionCount, Directions, Prediction, Score, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.network.graph import MARKER, Graph, Value, tensor
@@ -86,9 +87,11 @@ class Predictor:
         Narrow places where changes are looked at again.
     memory : int
         Bytes that may be held.
-    nearest : int or None
-        Competitors, if only some of the directions will do; then the likeliest other class of each
-        pair is told besides.
+    choices : sequence of DirectionCount
+        Gradients are taken along the directions of the first, of which the others are parts; there
+        is a score for each.
+    rivals : bool
+        Whether to tell the likeliest other class of each pair besides.
     """
 
     graph: Graph
@@ -96,7 +99,8 @@ class Predictor:
     replacements: Callable[[Batch, Job], Replacements]
     places: Sequence[fx.Node]
     memory: int
-    nearest: int | None = None
+    choices: Sequence[DirectionCount]
+    rivals: bool = False
 
     def predict(self, batch: Batch, clean: Clean) -> Prediction:
         """Predict every pair of a batch.
@@ -106,21 +110,22 @@ class Predictor:
         RuntimeError
             An operator of the network has no derivative.
         """
-        whole = Directions.of(clean.logits, clean.prediction, self.nearest)
-        scores: dict[Job, list[Score]] = {job: [] for job in self.suffixes}
+        whole = Directions.of(clean.logits, clean.prediction, self.choices[0])
+        scores: dict[Job, list[list[Score]]] = {job: [] for job in self.suffixes}
         gradients: dict[fx.Node, list[Tensor]] = {place: [] for place in self.places}
         for image in torch.arange(len(batch)).split(self._images):
             some = whole.take(sent(image, clean.logits.device))
             changes, there = self._changes(batch.take(image), some)
             for job, (change, norm) in changes.items():
-                score = some.score(change, norm)
-                if self.nearest is not None:
-                    score = replace(score, rival=some.rivals(change))
-                scores[job].append(score)
+                known = some.scores(change, norm, self.choices)
+                if self.rivals:
+                    known = [replace(score, rival=some.rivals(change)) for score in known]
+                scores[job].append(known)
             for place, gradient in there.items():
                 gradients[place].append(gradient)
         return Prediction(
-            {job: joined(parts) for job, parts in scores.items()},
+            self.choices,
+            {job: [*map(joined, zip(*parts, strict=True))] for job, parts in scores.items()},
             whole,
             {place: torch.cat(parts) for place, parts in gradients.items()},
         )
@@ -186,8 +191,7 @@ class Predictor:
         """Images whose activations, gradients and changes of all layers fit."""
         activations = sum(self.graph.elements(node) for node in self.graph.graph.nodes)
         places = sum(self.graph.elements(place) for place in self.places)
-        count = directions(self.graph.shape(self.graph.logits, 1)[-1])
-        each = 12 * (activations + count * places)
+        each = 12 * (activations + self.choices[0].total * places)
         return int(max(1, min(IMAGES, self.memory // 4 // max(each, 1))))
 
     def _parts(self, sweep: Sweep) -> _Parts:

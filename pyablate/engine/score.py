@@ -18,8 +18,52 @@ and :data:`RANDOM` together, and nothing is left to estimate."""
 COMPETITORS = 8
 RANDOM = 16
 
+FEWER = ((4, 16), (8, 8), (4, 8), (2, 8))
+"""Competitors and random directions that may do as well; see :meth:`DirectionCount.choices`."""
+
 FLOOR = 0.1
 """Share of a layer's typical change below which a change counts as that; see :meth:`Scale.of`."""
+
+
+@dataclass(frozen=True)
+class DirectionCount:
+    """How many directions over the classes there are.
+
+    Attributes
+    ----------
+    nearest : int
+        To other classes, nearest first.
+    random : int
+        Random ones.
+    """
+
+    nearest: int
+    random: int
+
+    @classmethod
+    def most(cls, classes: int) -> DirectionCount:
+        """Count those that a network with so many classes may have."""
+        return cls(classes - 1, 0) if classes <= FEW_CLASSES else cls(COMPETITORS, RANDOM)
+
+    @classmethod
+    def choices(cls, classes: int) -> tuple[DirectionCount, ...]:
+        """List what a run chooses from, most first: each is a part of the first.
+
+        Of few classes a half and a quarter of the others may do.
+        """
+        most = cls.most(classes)
+        if most.random:
+            return most, *(cls(*count) for count in FEWER)
+        return most, *(cls(most.nearest // part, 0) for part in (2, 4) if most.nearest >= 2 * part)
+
+    @property
+    def total(self) -> int:
+        """All of them, a backward pass each."""
+        return self.nearest + self.random
+
+    def __str__(self) -> str:
+        random = f" and {self.random} random directions" if self.random else ""
+        return f"the {self.nearest} nearest other classes{random}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +133,14 @@ class Score:
         """Take those of some pairs, of a list of them."""
         return Score(self.lowest[pairs], self.size[pairs], self.norm[pairs])
 
+    def put(self, pairs: Tensor, known: Score) -> None:
+        """Write in what is known of some pairs of a list."""
+        self.lowest[pairs], self.size[pairs], self.norm[pairs] = (
+            known.lowest,
+            known.size,
+            known.norm,
+        )
+
     def on_cpu(self) -> Score:
         """Copy to the CPU, as float32."""
         return Score(self.lowest.float().cpu(), self.size.float().cpu(), self.norm.float().cpu())
@@ -129,27 +181,23 @@ class Directions:
     signs: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, prediction: Tensor, nearest: int | None = None) -> Directions:
-        """Choose directions for images with these logits ``[N, K]`` and predictions ``[N]``.
-
-        With ``nearest`` only so many competitors are among them, and nothing else.
-        """
+    def of(cls, logits: Tensor, prediction: Tensor, wanted: DirectionCount) -> Directions:
+        """Choose so many for images with these logits ``[N, K]`` and predictions ``[N]``."""
         images, classes = logits.shape
-        count, random = competing_classes(classes), random_directions(classes)
-        if nearest is not None:
-            count, random = min(nearest, classes - 1), 0
-        chosen = prediction.long()
+        count, chosen = wanted.nearest, prediction.long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf)
         best = others.topk(min(count + 1, classes), dim=1)
         own = logits.gather(1, chosen.unsqueeze(1))
         margins = own - best.values
         beyond = count < classes - 1
         rest = margins[:, count] if beyond else logits.new_full((images,), torch.inf)
-        signs = _signs(random, classes, logits)
+        signs = _signs(classes, logits)[: wanted.random]
         return cls(chosen, best.indices[:, :count], margins[:, :count], rest, signs)
 
-    def __len__(self) -> int:
-        return self.competitors.shape[1] + len(self.signs)
+    @property
+    def count(self) -> DirectionCount:
+        """How many there are."""
+        return DirectionCount(self.competitors.shape[1], len(self.signs))
 
     def vectors(self) -> Iterable[Tensor]:
         """Give one ``[N, K]`` after the other."""
@@ -168,6 +216,13 @@ class Directions:
             prediction, competitors, self.margins[image], self.rest[image], self.signs
         )
 
+    def only(self, count: DirectionCount) -> Directions:
+        """Take fewer of them: the nearest, and the first of the random ones."""
+        near = count.nearest
+        rest = self.margins[:, near] if near < self.count.nearest else self.rest
+        competitors, margins = self.competitors[:, :near], self.margins[:, :near]
+        return Directions(self.prediction, competitors, margins, rest, self.signs[: count.random])
+
     def rivals(self, changes: Tensor) -> Tensor:
         """Other class that changes ``[N, row, D]`` bring nearest, int32 ``[N, row]``.
 
@@ -176,6 +231,27 @@ class Directions:
         count = self.competitors.shape[1]
         nearest = (self.margins.unsqueeze(1) + changes[..., :count]).argmin(dim=-1)
         return self.competitors.gather(1, nearest).to(torch.int32)
+
+    def scores(
+        self,
+        changes: Tensor,
+        norm: Tensor,
+        choices: Iterable[DirectionCount],
+        image: Tensor | None = None,
+    ) -> list[Score]:
+        """Score by each of some choices of them; see :meth:`score`."""
+        return [
+            self.only(count).score(self._part(changes, count), norm, image) for count in choices
+        ]
+
+    def _part(self, changes: Tensor, count: DirectionCount) -> Tensor:
+        """Take changes ``[..., D]`` along those of :meth:`only`."""
+        if count == self.count:
+            return changes
+        if not count.random:
+            return changes[..., : count.nearest]
+        near, random = changes.split([self.count.nearest, self.count.random], dim=-1)
+        return torch.cat([near[..., : count.nearest], random[..., : count.random]], dim=-1)
 
     def score(self, changes: Tensor, norm: Tensor, image: Tensor | None = None) -> Score:
         """Lowest margin that changes leave, and their size.
@@ -203,24 +279,10 @@ class Directions:
         return Score(lowest, high - low, norm)
 
 
-def competing_classes(classes: int) -> int:
-    """Count the directions to other classes of a network with so many."""
-    return classes - 1 if classes <= FEW_CLASSES else COMPETITORS
-
-
-def random_directions(classes: int) -> int:
-    """Count the random directions."""
-    return 0 if classes <= FEW_CLASSES else RANDOM
-
-
-def directions(classes: int) -> int:
-    """Count all directions."""
-    return competing_classes(classes) + random_directions(classes)
-
-
-def _signs(count: int, classes: int, like: Tensor) -> Tensor:
+def _signs(classes: int, like: Tensor) -> Tensor:
+    """Random signs ``[R, K]``: as many as there may be, so that fewer are the first of them."""
     draw = torch.Generator().manual_seed(classes)
-    signs = torch.randint(0, 2, (count, classes), generator=draw).to(like) * 2 - 1
+    signs = torch.randint(0, 2, (RANDOM, classes), generator=draw).to(like) * 2 - 1
     return signs - signs.mean(dim=1, keepdim=True)
 
 
@@ -230,6 +292,8 @@ class Prediction:
 
     Attributes
     ----------
+    choices : sequence of DirectionCount
+        Of the directions: scores are lists, of one score for each.
     scores : dict
         Of all pairs of each job, ``[N, row]`` on the CPU, by the gradient at the units.
     directions : Directions
@@ -238,14 +302,15 @@ class Prediction:
         ``[N, D, elements]`` at each narrow place.
     """
 
-    scores: dict[Job, Score]
+    choices: Sequence[DirectionCount]
+    scores: dict[Job, list[Score]]
     directions: Directions
     gradients: dict[fx.Node, Tensor]
 
-    def at(self, place: fx.Node, image: Tensor, change: Tensor | None) -> Score:
+    def at(self, place: fx.Node, image: Tensor, change: Tensor | None) -> list[Score]:
         """Score pairs, image by image, by their exact change at a place, ``[P, ...]`` or none."""
         directions, gradient = self.directions, self.gradients[place]
-        along = gradient.new_zeros(len(image), len(directions))
+        along = gradient.new_zeros(len(image), directions.count.total)
         norm = gradient.new_zeros(len(image))
         if change is not None:
             flat = change.flatten(1).to(gradient.dtype)
@@ -256,4 +321,5 @@ class Prediction:
                 stop = start + count
                 along[start:stop] = flat[start:stop] @ gradient[one].t()
                 start = stop
-        return directions.score(along, norm, sent(image, along.device)).on_cpu()
+        found = directions.scores(along, norm, self.choices, sent(image, along.device))
+        return [score.on_cpu() for score in found]

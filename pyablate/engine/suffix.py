@@ -77,6 +77,19 @@ class Suffix:
         return sum(multiply_adds(graph, node) + graph.elements(node) for node in self.nodes)
 
     @cached_property
+    def mixed_work(self) -> float:
+        """Operations behind the first maps that mix a unit with others, which are cheap."""
+        mixed: set[fx.Node] = set()
+        total = 0.0
+        for node in self.nodes:
+            follows = not mixed.isdisjoint(node.all_input_nodes)
+            if follows or node.target in LINEAR_MAPS:
+                mixed.add(node)
+            if follows:
+                total += multiply_adds(self.graph, node)
+        return total
+
+    @cached_property
     def widest(self) -> int:
         """Largest number of elements that one pair needs in one tensor of the suffix."""
         return max((self.graph.elements(node) for node in self.nodes), default=1)

@@ -136,7 +136,8 @@ class Screening:
     near_chance, far_chance : float
         Chance of a settled pair to be in the sample, near its layer's threshold and beyond.
     competitors, random : int
-        Directions over the classes along which changes were predicted.
+        Directions over the classes along which changes were predicted: to the nearest other
+        classes, and random ones. Chosen before the first block; of runs that were joined, the most.
     layers : dict of str to LayerScreening
         By layer; those that were computed exactly as a whole are not in it.
 
@@ -162,9 +163,14 @@ class Screening:
         names = dict.fromkeys([*self.layers, *other.layers])
         none = LayerScreening()
         layers = {n: self.layers.get(n, none) + other.layers.get(n, none) for n in names}
-        near = min(self.near_chance, other.near_chance)
-        far = min(self.far_chance, other.far_chance)
-        return replace(self, near_chance=near, far_chance=far, layers=layers)
+        return replace(
+            self,
+            near_chance=min(self.near_chance, other.near_chance),
+            far_chance=min(self.far_chance, other.far_chance),
+            competitors=max(self.competitors, other.competitors),
+            random=max(self.random, other.random),
+            layers=layers,
+        )
 
     @property
     def total(self) -> LayerScreening:

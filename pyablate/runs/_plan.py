@@ -17,6 +17,7 @@ from pyablate.data.dataset import Batch
 from pyablate.engine import clean_run
 from pyablate.engine.microbenchmarks import undisturbed_clock
 from pyablate.engine.rounding import Rounding
+from pyablate.engine.score import DirectionCount
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.interventions import Intervention, parse
 from pyablate.network.classifier import Choice
@@ -156,6 +157,9 @@ class Plan:
             lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
             took = result.effort.other_seconds.items()
             lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
+        if result is not None and result.screening is not None:
+            count = DirectionCount(result.screening.competitors, result.screening.random)
+            lines.append(f"  predictions: along {count}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -219,7 +223,7 @@ class Plan:
         beside = self.clean_seconds + sum(self.other_seconds.values())
         least, most = (beside + seconds for seconds in found.seconds)
         parts = (
-            f"{found.prediction_seconds:,.1f} s of it predictions, "
+            f"{found.prediction_seconds:,.1f} s of it predictions along {found.directions}, "
             f"{found.measuring_seconds:,.1f} s measuring thresholds"
         )
         if found.stages is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from pyablate.data.dataset import Batch
 from pyablate.engine.care import AuditError, Mismatch
@@ -26,7 +26,6 @@ from pyablate.engine.replay import Decision, Replay, decision
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Suffix, multiply_adds
 from pyablate.network import near_tie
-from pyablate.network.graph import LINEAR_MAPS
 from pyablate.results.measures import Accuracy
 from pyablate.runs.blocks import FlipChunk
 from pyablate.runs.setup import Setup
@@ -68,23 +67,10 @@ def usual_pairs(setup: Setup, images: int | None = None) -> int:
         run, audited = float(images + everything), PASSES
     else:
         whole = sum(multiply_adds(graph, node) for node in graph.graph.nodes)
-        behind = sum(len(job.rows) * _behind(Suffix.of(graph, job)) for job in setup.jobs)
+        behind = sum(len(job.rows) * Suffix.of(graph, job).mixed_work for job in setup.jobs)
         run = images * (whole + behind / FASTER) / RATE
         audited = CALL + PASSES * whole / RATE
     return min(everything, max(LEAST, min(MOST, int(SHARE * run / audited))))
-
-
-def _behind(suffix: Suffix) -> float:
-    """Operations of a pair behind the first maps that mix its unit with others, which are cheap."""
-    mixed: set[fx.Node] = set()
-    total = 0.0
-    for node in suffix.nodes:
-        follows = not mixed.isdisjoint(node.all_input_nodes)
-        if follows or node.target in LINEAR_MAPS:
-            mixed.add(node)
-        if follows:
-            total += multiply_adds(suffix.graph, node)
-    return total
 
 
 @dataclass(frozen=True)

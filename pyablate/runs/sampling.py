@@ -24,7 +24,7 @@ from pyablate.engine.suffix import Suffix
 from pyablate.interventions import uniform
 from pyablate.results.estimate import Estimate
 from pyablate.runs.blocks import FlipChunk
-from pyablate.runs.sampling_design import NEAREST, Design, JobDesign
+from pyablate.runs.sampling_design import Design, JobDesign, nearest
 from pyablate.runs.screening_sample import predictor
 from pyablate.runs.setup import Setup
 
@@ -98,7 +98,7 @@ class Drawing:
         if graph is None or not scored:
             return None
         suffixes = {job: Suffix.of(graph, job) for job in scored}
-        return predictor(self.setup, suffixes, [], NEAREST)
+        return predictor(self.setup, suffixes, [], [nearest(self.setup.classes)], rivals=True)
 
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
@@ -202,7 +202,8 @@ def _scored(
     intact: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Levels of pairs by their scores, and their predicted classes."""
-    known = predicted.scores[job].of(row, image)
+    [scores] = predicted.scores[job]
+    known = scores.of(row, image)
     score = known.relative(design.scale)
     level = torch.from_numpy(design.level(score.double().numpy()))
     assert known.rival is not None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pyablate.analysis.tail import Tail
 from pyablate.engine.job import Job
-from pyablate.engine.score import Scale
+from pyablate.engine.score import DirectionCount, Scale
 from pyablate.runs.screening_sample import LOW, MOST, Sample, Samples, samples
 from pyablate.runs.setup import Setup
 
@@ -171,6 +171,11 @@ class Design:
         return cls(**{**known, "jobs": jobs})
 
 
+def nearest(classes: int) -> DirectionCount:
+    """Count the directions of a network with so many classes."""
+    return DirectionCount(min(NEAREST, classes - 1), 0)
+
+
 def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: int) -> Design:
     """Reckon the chances of all jobs' pairs; see the module.
 
@@ -182,10 +187,11 @@ def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: i
     ValueError
         The budget is a time that does not suffice, or one for what cannot be timed beforehand.
     """
-    known = samples(setup, seed, partial(_before, setup, budget), NEAREST)
+    choice = [nearest(setup.classes)]
+    known = samples(setup, seed, partial(_before, setup, budget), choice, in_depth=False)
     if known.unscored:
         logger.warning("pairs are drawn with one chance for all, since %s", known.unscored)
-    curves = {job: _Curve.of(sample) for job, sample in known.scored.items() if _tells(sample)}
+    curves = {job: _Curve.of(one) for job, [one] in known.scored.items() if _tells(one)}
     open_ = [job for job in setup.jobs if job not in known.closed]
     scale = len(setup.data)
     done = sum(curve.computed for curve in curves.values())
@@ -349,7 +355,7 @@ def _within_time(
     left = seconds - images * took / of
     each = {
         job: _sums([(s, len(n)) for s, n in zip(one.seconds, one.actual, strict=True)])
-        for job, one in known.scored.items()
+        for job, [one] in known.scored.items()
     }
 
     def enough(step: int) -> bool:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from pyablate.engine import clean_run
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import directions
+from pyablate.engine.score import DirectionCount
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.result import AblationResult
 from pyablate.results.screening import LayerScreening
-from pyablate.runs.sampling_design import NEAREST
+from pyablate.runs.sampling_design import nearest
 from pyablate.runs.screening_sample import IMAGES, chosen_places, pairs_wanted, predictor
 from pyablate.runs.setup import Setup
 from pyablate.runs.thresholds import JobThresholds, far_chance, measure
@@ -46,6 +46,9 @@ class ScreenedPlan:
     layer_seconds : (float, float)
         Of the layers: if every live pair were settled, but for the sample, and if none were. The
         same twice where open shares were measured.
+    directions : DirectionCount
+        Over the classes, along which changes are predicted: those that a run would choose where
+        open shares were measured, else as many as it may take.
     stages : pandas.DataFrame or None
         Where they were, one row per layer and stage: ``layer``; ``stage``, "unit", a node of the
         graph, or "computed"; ``open``, the share of the live pairs that it leaves open, and of the
@@ -63,6 +66,7 @@ class ScreenedPlan:
     drawing_seconds: float
     measuring_seconds: float
     layer_seconds: tuple[float, float]
+    directions: DirectionCount
     stages: pd.DataFrame | None = None
 
     @property
@@ -97,14 +101,16 @@ def plan_screened(
     if each is None:
         return None
     seconds = table["seconds"].to_numpy()
-    classes = setup.classes
-    gradients = each * images, each * images * min(NEAREST, classes - 1) / directions(classes)
+    most = DirectionCount.most(setup.classes)
+    along_one = each * images / most.total
+    drawing = along_one * nearest(setup.classes).total
     if risk is not None:
         begin = time.perf_counter()
-        known = measure(setup, risk, seed=0).jobs
+        known = measure(setup, risk, seed=0)
         spent = time.perf_counter() - begin
-        stages, whole = _measured(table, known)
-        return ScreenedPlan(*gradients, spent, (whole, whole), stages)
+        stages, whole = _measured(table, known.jobs)
+        predicting = along_one * known.directions.total
+        return ScreenedPlan(predicting, drawing, spent, (whole, whole), known.directions, stages)
     live = (table["pairs"] * table["live"]).to_numpy()
     wanted = [
         min(pairs_wanted(units, images), most)
@@ -113,7 +119,8 @@ def plan_screened(
     share = np.where(able, wanted / np.maximum(live, 1), 0.0)
     spent = each * min(IMAGES, images) + slower * float(share @ seconds)
     least = np.where(able, far_chance(float(live[able].sum())), 1.0)
-    return ScreenedPlan(*gradients, spent, (float(least @ seconds), float(seconds.sum())))
+    ends = float(least @ seconds), float(seconds.sum())
+    return ScreenedPlan(each * images, drawing, spent, ends, most)
 
 
 def _measured(
@@ -184,7 +191,8 @@ def _prediction_seconds(setup: Setup, able: NDArray[np.bool_]) -> float | None:
     suffixes = {
         job: Suffix.of(setup.graph, job) for job, one in zip(setup.jobs, able, strict=True) if one
     }
-    guess = predictor(setup, suffixes, chosen_places(setup, suffixes))
+    choices = [DirectionCount.most(setup.classes)]
+    guess = predictor(setup, suffixes, chosen_places(setup, suffixes), choices)
     keep = needed(suffixes.values())
     taken = 0.0
     for size in (_FEW, _FEW, _MORE):  # twice, as the first pass prepares much

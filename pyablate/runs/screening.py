@@ -25,7 +25,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.job import Job
 from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
-from pyablate.engine.score import Prediction, competing_classes, random_directions
+from pyablate.engine.score import Prediction
 from pyablate.engine.suffix import Suffix
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -112,7 +112,8 @@ class Screen:
         assert graph is not None
         able = {job for job, one in self._of.items() if one.settles_any}
         suffixes = {job: Suffix.of(graph, job) for job in able}
-        return predictor(self.setup, suffixes, list(self._nodes.values()))
+        places = list(self._nodes.values())
+        return predictor(self.setup, suffixes, places, [self.thresholds.directions])
 
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
@@ -132,7 +133,8 @@ class Screen:
             uniform(self.thresholds.seed, row.numpy() + job.rows.start, batch.index[image].numpy())
         )
         choice = Choice.none(len(row))
-        scores = predicted.scores[job].of(row, image).relative(first.scale)
+        [known] = predicted.scores[job]
+        scores = known.of(row, image).relative(first.scale)
         self._settle(choice, torch.arange(len(row)), 0, first, scores, draw)
         if later:
             self._carry(sweep, predicted, row, image, choice, later, draw)
@@ -159,8 +161,8 @@ class Screen:
             ) -> Tensor:
                 number, stage = stages[place]
                 mine = own[some]
-                scores = predicted.at(place, image[mine], change).relative(stage.scale)
-                self._settle(choice, mine, number, stage, scores, draw)
+                [known] = predicted.at(place, image[mine], change)
+                self._settle(choice, mine, number, stage, known.relative(stage.scale), draw)
                 return ~choice.settled[mine]
 
             carry(sweep, row[pairs], image[pairs], dtype, list(stages), look)
@@ -226,11 +228,11 @@ class Screen:
 
     def nothing(self) -> Screening:
         """Begin to count."""
-        known, classes = self.thresholds, self.setup.classes
+        known = self.thresholds
         return Screening(
             risk=known.risk,
             near_chance=known.near_chance,
             far_chance=known.far_chance,
-            competitors=competing_classes(classes),
-            random=random_directions(classes),
+            competitors=known.directions.nearest,
+            random=known.directions.random,
         )

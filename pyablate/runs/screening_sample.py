@@ -27,7 +27,7 @@ from pyablate.engine.narrow_places import narrow_places, passed_by_all
 from pyablate.engine.pair_slice import carry
 from pyablate.engine.predicted_change import Predictor
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import Prediction, Scale, Score, directions, joined
+from pyablate.engine.score import DirectionCount, Prediction, Scale, Score, joined
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
@@ -53,11 +53,14 @@ def predictor(
     setup: Setup,
     suffixes: Mapping[Job, Suffix],
     places: Sequence[fx.Node],
-    nearest: int | None = None,
+    choices: Sequence[DirectionCount],
+    *,
+    rivals: bool = False,
 ) -> Predictor:
     """Make what predicts some jobs of a captured network."""
     assert setup.graph is not None
-    return Predictor(setup.graph, suffixes, setup.own.replacements, places, setup.memory, nearest)
+    own, memory = setup.own.replacements, setup.memory
+    return Predictor(setup.graph, suffixes, own, places, memory, choices, rivals)
 
 
 @dataclass(eq=False)
@@ -68,6 +71,8 @@ class Sample:
     ----------
     suffix : Suffix
         Of the job.
+    directions : DirectionCount
+        Along which that was predicted.
     places : list of fx.Node
         Narrow places that its changes pass.
     pairs : int
@@ -89,6 +94,7 @@ class Sample:
     """
 
     suffix: Suffix
+    directions: DirectionCount
     places: list[fx.Node]
     wanted: float
     pairs: int = 0
@@ -110,6 +116,11 @@ class Sample:
         """The same of the pairs computed."""
         found: NDArray[np.bool_] = self.low_of_live[torch.cat(self.drawn).numpy()]
         return found
+
+    @property
+    def live_share(self) -> float:
+        """Share of the pairs that the ablations change."""
+        return sum(map(len, self.lowest)) / max(1, self.pairs)
 
     @cached_property
     def weight(self) -> Floats:
@@ -160,8 +171,8 @@ class Samples:
 
     Attributes
     ----------
-    scored : dict
-        Samples of the jobs whose pairs gradients tell of.
+    scored : dict of lists of Sample
+        Of the jobs whose pairs gradients tell of: the same pairs, by each choice of directions.
     closed : set
         Jobs with a closed form, or without effect on the logits: there is nothing to be saved.
     unscored : str
@@ -170,14 +181,19 @@ class Samples:
         What clean runs and predictions took, and of how many images.
     """
 
-    scored: dict[Job, Sample] = field(default_factory=dict)
+    scored: dict[Job, list[Sample]] = field(default_factory=dict)
     closed: set[Job] = field(default_factory=set)
     unscored: str = ""
     batch_seconds: list[tuple[float, int]] = field(default_factory=list)
 
 
 def samples(
-    setup: Setup, seed: int, wanted: Callable[[Job], float], nearest: int | None = None
+    setup: Setup,
+    seed: int,
+    wanted: Callable[[Job], float],
+    choices: Sequence[DirectionCount],
+    *,
+    in_depth: bool = True,
 ) -> Samples:
     """Predict and compute random pairs of the jobs that can be screened.
 
@@ -187,9 +203,10 @@ def samples(
         The run, and what draws the pairs.
     wanted : callable
         How many of each job.
-    nearest : int, optional
-        Only so many competitors are looked at, and pairs at their units only; else changes are
-        carried to narrow places of the network as well.
+    choices : sequence of DirectionCount
+        Of directions, all of them parts of the first, whose scores tell which are low.
+    in_depth : bool
+        Changes are carried to narrow places of the network as well.
     """
     graph = setup.graph
     if graph is None or setup.abrupt:
@@ -198,12 +215,12 @@ def samples(
     suffixes = {job: Suffix.of(graph, job) for job in setup.jobs}
     told = Samples(closed={j for j, one in suffixes.items() if graph.logits not in one.nodes})
     suffixes = {job: one for job, one in suffixes.items() if job not in told.closed}
-    places = chosen_places(setup, suffixes) if nearest is None else []
+    places = chosen_places(setup, suffixes) if in_depth else []
     found = told.scored
     for job, suffix in suffixes.items():
         passed = [place for place in places if place in passed_by_all(suffix)]
-        found[job] = Sample(suffix, passed, wanted(job))
-    guess = predictor(setup, suffixes, places, nearest)
+        found[job] = [Sample(suffix, count, passed, wanted(job)) for count in choices]
+    guess = predictor(setup, suffixes, places, choices)
     begin = time.perf_counter()
     for batch, clean in _batches(setup, seed, needed(suffixes.values())):
         try:
@@ -231,9 +248,8 @@ def samples(
 def chosen_places(setup: Setup, suffixes: Mapping[Job, Suffix]) -> list[fx.Node]:
     """Narrow places, with no more gradients than :data:`GRADIENTS` together."""
     assert setup.graph is not None
-    return narrow_places(
-        setup.graph, suffixes.values(), GRADIENTS // (4 * directions(setup.classes))
-    )
+    most = DirectionCount.most(setup.classes).total
+    return narrow_places(setup.graph, suffixes.values(), GRADIENTS // (4 * most))
 
 
 def _batches(setup: Setup, seed: int, keep: set[fx.Node]) -> Iterator[tuple[Batch, Clean]]:
@@ -251,32 +267,42 @@ def _batches(setup: Setup, seed: int, keep: set[fx.Node]) -> Iterator[tuple[Batc
 
 
 def _sample(
-    setup: Setup, sweep: Sweep, batch: Batch, predicted: Prediction, seed: int, found: Sample
+    setup: Setup,
+    sweep: Sweep,
+    batch: Batch,
+    predicted: Prediction,
+    seed: int,
+    found: Sequence[Sample],
 ) -> None:
     """Compute some random pairs of a job in full precision, and carry them to all places."""
-    job = sweep.suffix.job
+    job, first = sweep.suffix.job, found[0]
     row, image = sweep.live_pairs()
     dense = {node for node, _, _ in sweep.steps}  # before these, changes are on their channels
-    found.places = [place for place in found.places if place in dense]
-    scores = predicted.scores[job].of(row, image)
-    found.pairs += len(job.rows) * len(batch)
-    found.live.append(scores)
-    low = _lowest(scores)
-    found.lowest.append(low)
+    places = [place for place in first.places if place in dense]
+    scores = [score.of(row, image) for score in predicted.scores[job]]
+    low = _lowest(scores[0])
     every = len(job.rows) * min(IMAGES, len(setup.data))
-    chance = found.wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
-    places = row.numpy() + job.rows.start, batch.index[image].numpy()
-    drawn = torch.from_numpy(uniform(seed + 1, *places)) < chance
-    found.drawn.append(drawn)
+    chance = first.wanted / 2 / every * torch.where(low, 1.0 / LOW, 1.0 / (1 - LOW))
+    pair = row.numpy() + job.rows.start, batch.index[image].numpy()
+    drawn = torch.from_numpy(uniform(seed + 1, *pair)) < chance
+    for sample, score in zip(found, scores, strict=True):
+        sample.places = places
+        sample.pairs += len(job.rows) * len(batch)
+        sample.live.append(score)
+        sample.lowest.append(low)
+        sample.drawn.append(drawn)
     row, image = row[drawn], image[drawn]
     if not len(row):
         return
     begin = time.perf_counter()
-    lead, there = _carried(setup, sweep, predicted, row, image, found.places)
-    found.seconds.append(time.perf_counter() - begin)
-    found.actual.append(lead)
-    for place, score in ((None, scores.only(drawn)), *there.items()):
-        found.scored.setdefault(place, []).append(score)
+    lead, there = _carried(setup, sweep, predicted, row, image, places)
+    seconds = time.perf_counter() - begin
+    there[None] = [score.only(drawn) for score in scores]
+    for number, sample in enumerate(found):
+        sample.seconds.append(seconds)
+        sample.actual.append(lead)
+        for place, known in there.items():
+            sample.scored.setdefault(place, []).append(known[number])
 
 
 def _lowest(scores: Score) -> Tensor:
@@ -294,16 +320,19 @@ def _carried(
     row: Tensor,
     image: Tensor,
     places: Sequence[fx.Node],
-) -> tuple[Tensor, dict[fx.Node, Score]]:
+) -> tuple[Tensor, dict[fx.Node | None, list[Score]]]:
     """Carry pairs through the network; leads that the intact network's class keeps, and scores.
 
     Leads over the best other class, float32 ``[P]``, are what the model's own precision says: near
     ties are of no account here. NaN, where logits are not finite, counts as the largest error.
-    Scores are by place.
+    Scores are by place and choice of directions.
     """
     logits, own = sweep.clean.logits, sweep.clean.prediction.long()
     lead = _leads(logits, own).float().cpu()[image]
-    found = {place: Score(*torch.full((3, len(row)), torch.nan)) for place in places}
+    found: dict[fx.Node | None, list[Score]] = {
+        place: [Score(*torch.full((3, len(row)), torch.nan)) for _ in predicted.choices]
+        for place in places
+    }
     dtype = setup.data.dtype  # low ones are chosen by a stopwatch, and scores must not depend on it
     size = sweep.suffix.pairs_in(setup.slice_bytes)(dtype)
     for pairs in torch.arange(len(row)).split(size):
@@ -317,10 +346,9 @@ def _carried(
                 after = logits[of] if change is None else logits[of] + change
                 lead[which] = _leads(after, own[of]).float().cpu()
                 return torch.zeros(len(some), dtype=torch.bool)
-            score = predicted.at(place, image[which], change)
-            found[place].lowest[which] = score.lowest
-            found[place].size[which] = score.size
-            found[place].norm[which] = score.norm
+            scores = predicted.at(place, image[which], change)
+            for known, score in zip(found[place], scores, strict=True):
+                known.put(which, score)
             return torch.ones(len(some), dtype=torch.bool)
 
         carry(sweep, row[pairs], image[pairs], dtype, [*places, sweep.graph.logits], look)

@@ -6,6 +6,10 @@ their scores were off is compared with the scores: see :mod:`pyablate.analysis.t
 A pair is scored by the gradient at its unit first. Where that does not settle it, its exact change
 is carried to narrow places of the network and scored again, the gradient there being nearer to the
 logits: which places pay follows from the shares of pairs that stay open and the arithmetic.
+
+So does the number of directions along which changes are predicted. The pairs are scored along all
+that there may be, and by parts of these from the same gradients: fewer directions are fewer
+backward passes for each image, and more open pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,9 +25,10 @@ import numpy as np
 from torch import fx
 
 from pyablate.analysis.tail import Tail, safe_above
+from pyablate.engine.job import Job
 from pyablate.engine.narrow_places import shares
-from pyablate.engine.score import Scale, directions
-from pyablate.engine.suffix import Suffix, multiply_adds
+from pyablate.engine.score import DirectionCount, Scale
+from pyablate.engine.suffix import multiply_adds
 from pyablate.runs.screening_sample import Floats, Sample, pairs_wanted, samples
 from pyablate.runs.setup import Setup
 
@@ -50,6 +55,12 @@ POWERS = [(size / 2, norm / 2) for norm in range(5) for size in range(3) if size
 
 STAGES = 2
 """Narrow places at which the pairs of one layer are scored again, at most."""
+
+BACKWARD = 1.3
+"""Operations of open pairs that are done in the time of one of a backward pass, about.
+
+Written down, so that all processes and shards choose alike. On one core with AVX2 it is 0.6 in vit,
+1.1 in EfficientNet-Lite0 and convnext, 1.3 in alexnet, 2.4 in vgg_bn and 2.7 in resnet."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,12 @@ class JobThresholds:
         """Whether any score settles a pair."""
         return any(math.isfinite(stage.threshold) for stage in self.stages)
 
+    @property
+    def passes(self) -> float:
+        """What a live pair costs, in passes through the suffix: stages, and the rest if open."""
+        reach = [1.0, *(stage.open for stage in self.stages)]
+        return sum(n * stage.cost for n, stage in zip(reach, self.stages, strict=False)) + reach[-1]
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -128,6 +145,8 @@ class Thresholds:
         Of the sample.
     near_chance, far_chance : float
         Of settled pairs to be in it.
+    directions : DirectionCount
+        Along which changes are predicted.
     jobs : tuple of JobThresholds or None
         One per job; None where everything is computed.
     """
@@ -136,6 +155,7 @@ class Thresholds:
     seed: int
     near_chance: float
     far_chance: float
+    directions: DirectionCount
     jobs: tuple[JobThresholds | None, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -149,16 +169,17 @@ class Thresholds:
             one and JobThresholds(**{**one, "stages": tuple(map(Stage.of, one["stages"]))})
             for one in known["jobs"]
         )
-        return cls(**{**known, "jobs": jobs})
+        return cls(**{**known, "directions": DirectionCount(**known["directions"]), "jobs": jobs})
 
 
 def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
     """Measure the thresholds of all jobs; see the module."""
-    known = samples(setup, seed, lambda job: pairs_wanted(len(job.rows), len(setup.data)))
-    found = known.scored
+    images, choices = len(setup.data), DirectionCount.choices(setup.classes)
+    known = samples(setup, seed, lambda job: pairs_wanted(len(job.rows), images), choices)
     if known.unscored:
         logger.warning("nothing is screened, everything is computed: %s", known.unscored)
-    jobs = tuple(_best(found[job], risk) if job in found else None for job in setup.jobs)
+    directions, found = _cheapest(known.scored, choices, images, risk)
+    jobs = tuple(map(found.get, setup.jobs))
     for job, one in zip(setup.jobs, jobs, strict=True):
         stages = (
             ""
@@ -167,17 +188,58 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
         )
         logger.debug("%s: %s", job.name, stages or "computed exactly, without screening")
     if found:
-        logger.info("screened: %d of %d layers, the others are computed", len(found), len(jobs))
-    settled = sum(
-        one.settled * len(job.rows) for job, one in zip(setup.jobs, jobs, strict=True) if one
-    )
-    far = far_chance(settled * len(setup.data))
-    return Thresholds(risk, seed, max(NEAR_SHARE, far), far, jobs)
+        told = "screened: %d of %d layers, the others are computed; predicted along %s"
+        logger.info(told, len(found), len(jobs), directions)
+    far = _far_chance(found, images)
+    return Thresholds(risk, seed, max(NEAR_SHARE, far), far, directions, jobs)
 
 
 def far_chance(settled: float) -> float:
     """Chance of settled pairs to be sampled, of which there will be about so many."""
     return max(FAR_SHARE, min(1.0, ENOUGH / max(1.0, settled)))
+
+
+def _far_chance(jobs: Mapping[Job, JobThresholds], images: int) -> float:
+    return far_chance(images * sum(one.settled * len(job.rows) for job, one in jobs.items()))
+
+
+def _cheapest(
+    scored: Mapping[Job, Sequence[Sample]],
+    choices: Sequence[DirectionCount],
+    images: int,
+    risk: float,
+) -> tuple[DirectionCount, dict[Job, JobThresholds]]:
+    """Choose the directions with which a run takes least arithmetic, and the thresholds with these.
+
+    The most directions of several that take as much, to three digits: the last bits of open shares
+    depend on the machine.
+    """
+    found, cost = {}, {}
+    for number, count in enumerate(choices):
+        jobs = {job: _best(some[number], risk) for job, some in scored.items()}
+        found[count] = jobs
+        cost[count] = float(f"{_operations(count, jobs, scored, images):.3g}")
+        logger.debug("predicted along %s: %g operations for each image", count, cost[count])
+    cheapest = min(cost, key=cost.__getitem__)
+    return cheapest, found[cheapest]
+
+
+def _operations(
+    count: DirectionCount,
+    jobs: Mapping[Job, JobThresholds],
+    scored: Mapping[Job, Sequence[Sample]],
+    images: int,
+) -> float:
+    """Operations for each image: of backward passes, and of pairs that are open or sampled."""
+    far = _far_chance(jobs, images)
+    pairs, behind = 0.0, dict[fx.Node, float]()
+    for job, known in jobs.items():
+        sample = scored[job][0]
+        each = sample.live_share * known.passes + known.settled * far
+        pairs += len(job.rows) * each * sample.suffix.mixed_work
+        if known.settles_any:  # or it needs no gradient
+            behind |= {n: multiply_adds(sample.suffix.graph, n) for n in sample.suffix.nodes}
+    return BACKWARD * count.total * sum(behind.values()) + pairs
 
 
 def _best(sample: Sample, risk: float) -> JobThresholds:
@@ -195,27 +257,25 @@ def _best(sample: Sample, risk: float) -> JobThresholds:
         }
         for some in itertools.combinations(able, count):
             found.append(_with(sample, {place: stages[place] for place in (None, *some)}, done))
-    return min(found, key=lambda one: one[0])[1]
+    return min(found, key=lambda one: one.passes)
 
 
 def _with(
     sample: Sample, stages: Mapping[fx.Node | None, Stage], done: Mapping[fx.Node, float]
-) -> tuple[float, JobThresholds]:
-    """Cost of a pair with these stages, in passes through the suffix; what they settle."""
+) -> JobThresholds:
+    """Follow the pairs through these stages."""
     weight = sample.weight
     open_ = np.ones(len(weight), bool)
     left, before, known = 1.0, 0.0, []
-    whole = 0.0
     for place, stage in stages.items():
         cost = 0.0
         if place is not None:
-            cost = done[place] - before + _look(sample.suffix, place)
-            whole, before = whole + left * cost, done[place]
+            cost = done[place] - before + _look(sample, place)
+            before = done[place]
         open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
         left = float(weight @ open_)
         known.append(replace(stage, cost=cost, open=left))
-    settled = (1.0 - left) * len(sample.low_of_live) / max(1, sample.pairs)
-    return whole + left, JobThresholds(tuple(known), len(weight), settled)
+    return JobThresholds(tuple(known), len(weight), (1.0 - left) * sample.live_share)
 
 
 def _scale(sample: Sample, place: fx.Node | None, risk: float) -> Scale:
@@ -267,11 +327,11 @@ def _safe(
     return max(worst, safe_above(scores, chance, weight, risk))
 
 
-def _look(suffix: Suffix, place: fx.Node) -> float:
+def _look(sample: Sample, place: fx.Node) -> float:
     """Cost of a look at a place, in passes through the suffix."""
-    graph = suffix.graph
-    whole = sum(multiply_adds(graph, node) for node in suffix.nodes)
-    return 4.0 * directions(graph.shape(graph.logits, 1)[-1]) * graph.elements(place) / whole
+    graph = sample.suffix.graph
+    whole = sum(multiply_adds(graph, node) for node in sample.suffix.nodes)
+    return 4.0 * sample.directions.total * graph.elements(place) / whole
 
 
 def _rounded_up(number: float) -> float:

@@ -1,5 +1,7 @@
 """What gradients predict, where it must be right: behind linear operators to the last digit."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support.screened import layers_case
@@ -11,7 +13,7 @@ from pyablate.engine.clean import Clean
 from pyablate.engine.narrow_places import passed_by_all
 from pyablate.engine.pair_slice import logit_change
 from pyablate.engine.rounding import Rounding
-from pyablate.engine.score import COMPETITORS, Directions, Prediction, directions
+from pyablate.engine.score import COMPETITORS, DirectionCount, Directions, Prediction
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import parse
@@ -52,14 +54,18 @@ def ready(classes: int, intervention: str, **options: object) -> Setup:
     return prepare(network, (images, labels), wanted)
 
 
-def prediction(setup: Setup) -> tuple[Prediction, Suffix, Batch, Clean]:
+def prediction(
+    setup: Setup, choices: Sequence[DirectionCount] = (), *, places: int = 0
+) -> tuple[Prediction, Suffix, Batch, Clean]:
     job = setup.jobs[0]
     suffix = Suffix.of(setup.graph, job)
     batch = next(iter(setup.data.batches(7)))
     clean = clean_run.run_graph(
         setup.graph, needed([suffix]), setup.exact, batch, rounding=Rounding()
     )
-    return predictor(setup, {job: suffix}, []).predict(batch, clean), suffix, batch, clean
+    some = passed_by_all(suffix)[-1 - places : -1]  # right before the logits
+    guess = predictor(setup, {job: suffix}, some, choices or [DirectionCount.most(setup.classes)])
+    return guess.predict(batch, clean), suffix, batch, clean
 
 
 def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directions]:
@@ -74,7 +80,7 @@ def predicted_and_actual(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Directio
             sweep.advance()
         change = logit_change(sweep, row, image, torch.float32).logits
     shape = 7, len(job.rows), -1
-    scores = found.scores[job]
+    [scores] = found.scores[job]
     return scores.lowest, scores.size, change.reshape(shape), found.directions
 
 
@@ -86,10 +92,12 @@ def test_the_norm_is_that_of_the_change_where_the_gradient_is_taken() -> None:
     network.load_state_dict(setup.model.state_dict())
     with torch.no_grad():
         expected = network.act(network.first(batch.images)).flatten(2).norm(dim=2)
-    torch.testing.assert_close(found.scores[suffix.job].norm, expected, rtol=1e-4, atol=1e-5)
+    [score] = found.scores[suffix.job]
+    torch.testing.assert_close(score.norm, expected, rtol=1e-4, atol=1e-5)
     groups, grouped, *_ = prediction(ready(4, "zero", groups=GROUPS))
     together = [expected[:, group].norm(dim=1) for group in ([0, 3], [1], [2, 4, 5])]
-    torch.testing.assert_close(groups.scores[grouped.job].norm, torch.stack(together, dim=1))
+    [score] = groups.scores[grouped.job]
+    torch.testing.assert_close(score.norm, torch.stack(together, dim=1))
 
 
 GROUPS = [["act:0", "act:3"], ["act:1"], ["act:2", "act:4", "act:5"]]
@@ -138,13 +146,13 @@ def test_what_is_ablated_at_every_call_adds_up() -> None:
 
 def test_the_nearest_other_class_is_a_competitor() -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
-    directions = Directions.of(logits, logits.argmax(dim=1))
+    directions = Directions.of(logits, logits.argmax(dim=1), DirectionCount.most(40))
     ranks = logits.sort(dim=1, descending=True)
     assert torch.equal(directions.competitors, ranks.indices[:, 1 : 1 + COMPETITORS])
     torch.testing.assert_close(
         directions.rest, ranks.values[:, 0] - ranks.values[:, COMPETITORS + 1]
     )
-    few = Directions.of(logits[:, :6], logits[:, :6].argmax(dim=1))
+    few = Directions.of(logits[:, :6], logits[:, :6].argmax(dim=1), DirectionCount.most(6))
     assert few.competitors.shape[1] == 5
     assert torch.isinf(few.rest).all()
 
@@ -152,8 +160,41 @@ def test_the_nearest_other_class_is_a_competitor() -> None:
 @pytest.mark.parametrize("classes", [2, 3, 32, 33, 500])
 def test_directions_are_as_many_as_are_reckoned_with(classes: int) -> None:
     logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
-    found = Directions.of(logits, logits.argmax(dim=1))
-    assert len(found) == len(list(found.vectors())) == directions(classes)
+    most = DirectionCount.most(classes)
+    found = Directions.of(logits, logits.argmax(dim=1), most)
+    assert found.count == most
+    assert len(list(found.vectors())) == most.total
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 32, 33])
+def test_fewer_directions_are_parts_of_the_most(classes: int) -> None:
+    most, *fewer = DirectionCount.choices(classes)
+    assert most == DirectionCount.most(classes)
+    assert all(0 < one.nearest <= most.nearest and one.random <= most.random for one in fewer)
+    totals = [one.total for one in (most, *fewer)]
+    assert totals == sorted(set(totals), reverse=True)
+
+
+@pytest.mark.parametrize("classes", [10, 500])
+def test_fewer_directions_score_as_if_they_were_alone(classes: int) -> None:
+    setup, choices = ready(classes, "zero"), DirectionCount.choices(classes)
+    together, suffix, *_ = prediction(setup, choices, places=1)
+    [(place, gradient)] = together.gradients.items()
+    image = torch.tensor([0, 0, 3, 6])
+    change = 3.0 * torch.randn(4, gradient.shape[2])
+    there, ratios = together.at(place, image, change), []
+    for number, count in enumerate(choices):
+        alone, *_ = prediction(setup, [count], places=1)
+        assert alone.gradients[place].shape[1] == count.total
+        for ours, theirs in (
+            (together.scores[suffix.job], alone.scores[suffix.job]),
+            (there, alone.at(place, image, change)),
+        ):
+            for name in ("lowest", "size", "norm"):
+                own, [other] = getattr(ours[number], name), (getattr(one, name) for one in theirs)
+                torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+        ratios.append(there[number].lowest / there[number].size)
+    assert all((one - ratios[0]).abs().max() > 1e-3 for one in ratios[1:])
 
 
 @pytest.mark.parametrize("group", [["act:0"], ["act:0", "late:1"]])

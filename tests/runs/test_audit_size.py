@@ -16,7 +16,7 @@ from pyablate.engine.replay import Replay
 from pyablate.engine.suffix import Suffix
 from pyablate.interventions import parse
 from pyablate.results.record import Audit
-from pyablate.runs.audit import FIRST, LATER, LEAST, MOST, SHARE, _behind, usual_pairs
+from pyablate.runs.audit import FIRST, LATER, LEAST, MOST, SHARE, usual_pairs
 from pyablate.runs.setup import Setup, SetupOptions, prepare
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
@@ -41,7 +41,7 @@ def test_a_long_run_audits_a_share_and_a_short_one_thirty_pairs():
 
 def test_arithmetic_is_counted_behind_the_first_map_that_mixes_units():
     setup = ready(40)
-    assert [_behind(Suffix.of(setup.graph, job)) for job in setup.jobs] == [2 * 8 * 4, 0]
+    assert [Suffix.of(setup.graph, job).mixed_work for job in setup.jobs] == [2 * 8 * 4, 0]
     assert usual_pairs(setup) == LEAST
 
 

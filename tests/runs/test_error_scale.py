@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyablate.engine.score import FLOOR, Scale, Score
+from pyablate.engine.score import FLOOR, DirectionCount, Scale, Score
 from pyablate.runs.screening_sample import Sample
 from pyablate.runs.thresholds import _scale, _stage
 
@@ -21,6 +21,7 @@ def drawn(pairs: int, size_power: float, norm_power: float) -> Sample:
     low = score.lowest < score.lowest.quantile(0.1)
     return Sample(
         SimpleNamespace(),
+        DirectionCount(9, 0),
         [],
         wanted=pairs,
         pairs=pairs,

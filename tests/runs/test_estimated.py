@@ -203,10 +203,10 @@ def test_a_time(case, monkeypatch):
     kept: list[Any] = []
     samples = sampling_design.samples
 
-    def timed(*arguments: Any) -> Any:
-        found = samples(*arguments)
+    def timed(*arguments: Any, **options: Any) -> Any:
+        found = samples(*arguments, **options)
         found.batch_seconds[:] = [(0.016, 16)] * 3  # 0.3 s for the images
-        for sample in found.scored.values():
+        for [sample] in found.scored.values():
             sample.seconds[:] = [1e-3 * len(some) for some in sample.actual]
         kept.append(found)
         return found
@@ -214,7 +214,7 @@ def test_a_time(case, monkeypatch):
     monkeypatch.setattr(sampling_design, "samples", timed)
     found = [ablate(case, budget=f"{seconds}s").estimate for seconds in (0.8, 1.3)]
     for one, seconds in zip(found, (0.5, 1.0), strict=True):
-        [sample] = kept.pop(0).scored.values()
+        [[sample]] = kept.pop(0).scored.values()
         drawn = one.expected - sum(map(len, sample.actual))
         assert drawn == pytest.approx(1000 * seconds, rel=0.1)
     with pytest.raises(ValueError, match=r"budget: 0\.1 s are not enough for the images alone"):

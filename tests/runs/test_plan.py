@@ -8,7 +8,7 @@ from support.screened import layers_case
 from torch import nn
 
 import pyablate as pa
-from pyablate.engine.score import Scale
+from pyablate.engine.score import DirectionCount, Scale
 from pyablate.results.screening import LayerScreening, Sampled, Screening
 from pyablate.runs import ScreenedPlan, screened_plan, thresholds
 from pyablate.runs.thresholds import JobThresholds, Stage
@@ -154,7 +154,7 @@ def test_the_cost_of_stages_follows_the_pairs_that_get_there():
     by_stage = {"": 400, "deep": 200}
     layer = LayerScreening(1000, 200, 260, Sampled(400, 40), Sampled(200, 20), by_stage)
     result = SimpleNamespace(screening=Screening(1e-5, 0.1, 0.1, 9, 0, {"a": layer}))
-    plan = ScreenedPlan(1.0, 0.5, 1.0, (2.0, 2.0), known)
+    plan = ScreenedPlan(1.0, 0.5, 1.0, (2.0, 2.0), DirectionCount(9, 0), known)
     found = screened_plan.stages_table(plan, result)
     assert found["actual_open"].tolist() == pytest.approx([0.5, 0.25, 260 / 800])
     assert found["actual_cost"].tolist() == pytest.approx([0.0, 0.5 * 0.3, 260 / 800])
