@@ -5,25 +5,26 @@
     python -m paper --measure-only --families alexnet alexnet_bn
 
 Measurements are kept in build/paper, one folder for each network; a run that was broken off goes on
-where it stopped.
+where it stopped. Networks are measured side by side, each on one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 
 from paper import document
-from paper.measure import FULL, QUICK, STAGES, Measured
+from paper.measure import FULL, QUICK, Measured, side_by_side
 from paper.networks import FAMILIES, known
 
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    """Run what is missing, then write."""
+    """Measure what is missing, then write."""
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "paper.md")
     parser.add_argument("--images", type=Path, help="folder of the pictures; default: beside it")
@@ -32,19 +33,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="at most so many of a family")
     parser.add_argument("--quick", action="store_true", help="a few images, to see that it runs")
     parser.add_argument("--measure-only", action="store_true", help="fill the cache, write nothing")
+    parser.add_argument(
+        "--processes", type=int, default=min(os.cpu_count() or 1, 4), help="networks at a time"
+    )
     options = parser.parse_args()
     logging.getLogger("pyablate").setLevel(logging.ERROR)
     begin = time.monotonic()
     networks = [each for each in known(tuple(options.families)) if each.seed < options.seeds]
-    studied = []
-    for number, network in enumerate(networks, 1):
-        measured = Measured(network, QUICK if options.quick else FULL, options.cache)
-        print(f"[{number}/{len(networks)}] {network.name}", flush=True)
-        for stage in STAGES:
-            start = time.monotonic()
-            getattr(measured, stage)
-            print(f"    {stage}: {time.monotonic() - start:.1f} s", flush=True)
-        studied.append(measured)
+    extent = QUICK if options.quick else FULL
+    studied = [Measured(network, extent, options.cache) for network in networks]
+    for number, lines in enumerate(side_by_side(studied, options.processes), 1):
+        print(f"[{number}/{len(networks)}] {lines}", flush=True)
     if not options.measure_only:
         pictures = options.images or options.output.parent / "images"
         document.write(studied, options.output, pictures)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 import pyablate as pa
@@ -268,3 +273,24 @@ def areas(curves: pd.DataFrame) -> pd.Series:
 
     of_each = {key: area(curve) for key, curve in curves.groupby(["order", "repeat"], sort=False)}
     return pd.Series(of_each).groupby(level=0, sort=False).mean()
+
+
+def side_by_side(studied: Sequence[Measured], processes: int) -> Iterator[str]:
+    """Measure what is missing of all networks; give what took how long of each, in order."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), _alone) as pool:
+        yield from pool.map(_measure, studied)
+
+
+def _alone() -> None:
+    """Compute on one thread, beside other processes."""
+    torch.set_num_threads(1)
+    logging.getLogger("pyablate").setLevel(logging.ERROR)
+
+
+def _measure(measured: Measured) -> str:
+    lines = [measured.network.name]
+    for stage in STAGES:
+        start = time.monotonic()
+        getattr(measured, stage)
+        lines.append(f"    {stage}: {time.monotonic() - start:.1f} s")
+    return "\n".join(lines)
