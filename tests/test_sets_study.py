@@ -230,9 +230,8 @@ def test_logits_add_up_in_front_of_the_last_layer(study, monkeypatch):
     monkeypatch.setattr(study, "LAYER", "classifier.3")
     images, labels = study.halves(study.Setting(40))[0]
     model = pa.demo.network(study.NETWORK)
-    found = pa.pairs(
-        model, (images, labels), study.LAYER, units=range(6), measures=["loss"], progress=False
-    )
+    options = {"measures": ["loss"], "precision": "fp32", "progress": False}
+    found = pa.pairs(model, (images, labels), study.LAYER, units=range(6), **options)
     expected = study.beyond(found.result.loss_change, 6)
     assert np.abs(expected).max() > 1e-6
     np.testing.assert_allclose(study.added(images, labels, 6), expected, atol=1e-6)

@@ -42,7 +42,8 @@ def apply_activation(z: Tensor, activation: Activation) -> Tensor:
         case "elu":
             return functional.elu(z, a)
         case "gelu":
-            return functional.gelu(z)
+            # In float64: with AVX-512 PyTorch 2.13 makes NaN of infinity in float32.
+            return functional.gelu(z.double()).to(z.dtype)
         case "gelu_tanh":
             return functional.gelu(z, approximate="tanh")
         case "silu":

@@ -91,7 +91,7 @@ def test_the_result_is_that_of_the_predictions_as_labels(
 def test_the_oracle_agrees(model: torch.nn.Module, images: Tensor, intervention: str) -> None:
     options: dict[str, Any] = {"intervention": intervention, "measures": ["loss"]}
     options["layers"] = LAYERS
-    found = pa.ablate(model, images, progress=False, **options)
+    found = pa.ablate(model, images, progress=False, precision="fp32", **options)
     slow = pa.reference.ablate(model, images, progress=False, **options)
     assert not slow.labelled
     assert np.array_equal(found.labels, slow.labels)
