@@ -284,9 +284,8 @@ the accuracy drop of the same part.
 
 {verdicts}
 
-*Better* and *worse*: the interval leaves 0 out. `pa.rank` warns where most accuracy drops cannot be
-told from 0 and ranks by the loss change if the run recorded it (`measures=["loss"]`), and takes
-`shrunken_drop`; whether these help is what the lines above tell
+*Better* and *worse*: the interval leaves 0 out. Where most accuracy drops cannot be told from 0,
+`pa.rank` says so and ranks by `shrunken_drop`; whether that helps is what the lines above tell
 ([an order](../guides/compression.md#an-order-parank)).
 
 """

@@ -67,8 +67,8 @@ def rank(
         preferred class, such as ``"accuracy_drop"`` (the default), ``"shrunken_drop"``,
         ``"max_class_drop"`` or ``"split_half_drop"``; of a table any of its attributes, needless if
         there is only one. Where most accuracy drops cannot be told from 0 (McNemar's test at 5 %),
-        the default is ``"loss_change"`` if the run recorded it, and ranking by accuracy drops warns
-        in the log.
+        the default is ``"shrunken_drop"``, but of an estimated run, and ranking by accuracy drops
+        warns in the log.
     layers : str or sequence of str, optional
         Rank only these (names or globs) and what hangs together with them.
     scope : {"global", "layer"}
@@ -337,14 +337,11 @@ def _column_of(result: AblationResult, column: str | None) -> str:
         f"the accuracy drops of {unresolved} of {len(p)} units cannot be told from 0 on "
         f"{len(result.labels)} images (McNemar, p > {UNRESOLVED:g})"
     )
-    if column is None and "loss" in result.measures:
-        logger.info("rank: %s; ranked by loss_change", told)
-        return "loss_change"
-    logger.warning(
-        'rank: %s: their order is mostly chance; record the loss (measures=["loss"]) and rank by '
-        "loss_change, or take more images",
-        told,
-    )
+    if column is None and result.estimate is None:
+        logger.info("rank: %s; ranked by shrunken_drop", told)
+        return "shrunken_drop"
+    advice = "rank by shrunken_drop, or take more images"
+    logger.warning("rank: %s: their order is mostly chance; %s", told, advice)
     return "accuracy_drop"
 
 

@@ -274,15 +274,16 @@ def test_drops_that_are_mostly_chance_are_told(caplog):
     options = {"layers": "features.1"}
     coarse = of_features(harmless, 0.05)
     with caplog.at_level("INFO", "pyablate"):
-        assert pa.rank(model, SAMPLE, coarse, **options).name == "accuracy_drop"
+        recorded = replace(coarse, measures={"loss": Measure(np.arange(48.0).reshape(24, 2))})
+        for result in (coarse, recorded):
+            ranking = pa.rank(model, SAMPLE, result, **options)
+            assert ranking.name == "shrunken_drop"
+            assert ranking.scores.tolist() == sorted(shrunken_drop(coarse).tolist())
         said = caplog.text
         assert "rank: the accuracy drops of 24 of 24 units cannot be told from 0 on 200" in said
-        caplog.clear()
-        recorded = replace(coarse, measures={"loss": Measure(np.arange(48.0).reshape(24, 2))})
-        ranking = pa.rank(model, SAMPLE, recorded, **options)
-        assert ranking.name == "loss_change"
-        assert [one.label for one in ranking.order] == labels("features.1", 24)
         assert {record.levelname for record in caplog.records} == {"INFO"}
+        by_loss = pa.rank(model, SAMPLE, recorded, column="loss_change", **options)
+        assert [one.label for one in by_loss.order] == labels("features.1", 24)
         caplog.clear()
         # What is asked for is done, and the other columns are nobody's business.
         assert pa.rank(model, SAMPLE, recorded, column="accuracy_drop", **options).name == (
@@ -290,8 +291,6 @@ def test_drops_that_are_mostly_chance_are_told(caplog):
         )
         assert {record.levelname for record in caplog.records} == {"WARNING"}
         caplog.clear()
-        shrunken = pa.rank(model, SAMPLE, coarse, column="shrunken_drop", **options)
-        assert shrunken.scores.tolist() == sorted(shrunken_drop(coarse).tolist())
         resolved = replace(of_features(harmful, 0.0), measures=recorded.measures)
         assert pa.rank(model, SAMPLE, resolved, **options).name == "accuracy_drop"
         assert not caplog.records
