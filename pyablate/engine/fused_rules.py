@@ -105,9 +105,9 @@ def _onto(
 ) -> Scaled:
     """Add a delta that is on its channel to the dense one of a node, in place where it may."""
     dense = _waiting(pairs.raw(source), source)
-    if channel.axis != 1 or channel.inner > 1:
-        dense = lazy_delta.by_pair(dense)  # its maps are not those that positions are counted on
     assert dense is not None
+    if channel.axis != 1 or channel.inner > 1:
+        dense = dense.by_pair()  # its maps are not those that positions are counted on
     values = dense.values if dense.fresh else dense.values.clone()
     scale, factor = dense.scale, channel.values.new_full((1,), sign)
     if scale is not None:
@@ -154,8 +154,9 @@ def activation(pairs: Pairs, node: fx.Node) -> Delta:
         return difference(pairs, node)
 
     def run() -> Tensor | QuantizedDelta:
-        rows = not isinstance(delta, WaitingConvolution)
-        quantized = new_quantized(pairs, node, _layout(delta), by_position=rows)
+        quantized = new_quantized(
+            pairs, node, _layout(delta), by_position=not isinstance(delta, WaitingConvolution)
+        )
         return lazy_delta.activate(delta, pairs.base(source), pairs.image, named, quantized)
 
     reader = only_reader(node)
@@ -218,9 +219,9 @@ def max_pool(pairs: Pairs, node: fx.Node) -> Delta:
         delta, origin, activation = raw.source, raw.node, raw.activation
     elif isinstance(raw, Activated):
         delta = Scaled(dense(pairs, source))
-    delta = lazy_delta.by_pair(delta)
     if delta is None or delta.values.ndim != 4 or not pairs.plain(origin):
         return difference(pairs, node)
+    delta = delta.by_pair()
     kernel, stride, padding, dilation = settings(node, 1, [], [], 0, 1)[:4]
     quantized = new_quantized(pairs, node, _layout(delta))
     result = ops.delta_max_pool(

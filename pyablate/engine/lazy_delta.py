@@ -45,6 +45,12 @@ class Scaled:
         factor = spread(self.scale, self.values.ndim).to(self.values.dtype)
         return self.values.mul_(factor) if self.fresh else self.values * factor
 
+    def by_pair(self) -> Scaled:
+        """Multiply factors of positions out: not every operation knows them."""
+        if self.scale is None or self.scale.ndim == 1:
+            return self
+        return Scaled(self.spell(), fresh=self.fresh)
+
 
 @dataclass(frozen=True, eq=False)
 class Sum:
@@ -163,8 +169,8 @@ def activate(
 
 def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activation) -> Tensor:
     """Do what is pending, the activation and global average pooling, in one pass: ``[P, C]``."""
-    first, second = (by_pair(part) for part in _parts(source))
-    assert first is not None
+    first, second = _parts(source)
+    first, second = first.by_pair(), None if second is None else second.by_pair()
     return ops.delta_mean(
         base,
         first.values,
@@ -174,13 +180,6 @@ def mean(source: Scaled | Sum, base: Tensor, image: Tensor, activation: Activati
         addend=None if second is None else second.values,
         addend_scale=None if second is None else second.scale,
     )
-
-
-def by_pair(part: Scaled | None) -> Scaled | None:
-    """Multiply factors of positions out: not every operation knows them."""
-    if part is None or part.scale is None or part.scale.ndim == 1:
-        return part
-    return Scaled(part.spell(), fresh=part.fresh)
 
 
 def _parts(source: Scaled | Sum) -> tuple[Scaled, Scaled | None]:
