@@ -102,8 +102,8 @@ pictures: build
 	$(BIN)/python examples/gallery.py --output docs/images/gallery
 	$(BIN)/python tools/architecture.py docs/images/architecture.png
 
-# Goes on where it was broken off: measurements are kept in build/paper.
-# 22 minutes of two idle cores; measurements are kept in build/paper.
+# Some 20 minutes of two idle cores. Goes on where it was broken off: measurements are kept in
+# build/paper.
 paper: build
 	$(BIN)/python -m paper $(ARGS)
 
