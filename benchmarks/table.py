@@ -231,7 +231,7 @@ def screening(cases: Cases) -> str:
             _seconds(median(case["rivals"]["exact"]["seconds"])),
             _seconds(median(case["seconds"])),
             _ratio(case["rivals"]["exact"]),
-            _ratio(case["rivals"]["cached"]),
+            _ratio(case["rivals"]["cached"]) if "cached" in case["rivals"] else "",
             f"{case['computed']:.1%}",
             f"{case['missed']:,} of {case['flips']:,}",
             f"{case['certificate']:.2g}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -115,9 +116,7 @@ class BlockSweep:
     def __post_init__(self) -> None:
         setup = self.setup
         self.suffixes = {job: Suffix.of(setup.graph, job) for job in setup.jobs if setup.graph}
-        self.cascades = {
-            job: PrecisionCascade([*setup.low, setup.data.dtype]) for job in setup.jobs
-        }
+        self.cascades = {job: self._cascade(job) for job in setup.jobs}
         self.keep = needed(self.suffixes.values())
         self.recorder = cuda_graph.recorder(setup.data.device)
         self.auditor = Auditor(setup, self.audited, self.on_mismatch)
@@ -125,6 +124,12 @@ class BlockSweep:
             care = Care.FLOAT64 if isinstance(setup.exact, Exact) else Care.REPLAY
             for cascade in self.cascades.values():
                 cascade.care = care
+
+    def _cascade(self, job: Job) -> PrecisionCascade:
+        """Begin with all precisions; unless one is asked for, few pairs take full precision only."""
+        setup = self.setup
+        pairs = len(job.members) * len(setup.data) if setup.precision == "auto" else sys.maxsize
+        return PrecisionCascade([*setup.low, setup.data.dtype], pairs)
 
     def block(
         self,

@@ -82,6 +82,8 @@ class Setup:
     replay: Replay
     abrupt: bool
     """Whether the network jumps anywhere, or rises as steeply as if it did."""
+    precision: str
+    """As the caller asked for."""
     low: tuple[torch.dtype, ...]
     batch_size: int
     memory: int
@@ -213,6 +215,7 @@ def prepare(
         exact=decided,
         replay=replay,
         abrupt=abrupt,
+        precision=precision,
         low=_low_precisions(precision, data.dtype, data.device),
         batch_size=size,
         memory=memory,
