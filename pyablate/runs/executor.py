@@ -126,7 +126,7 @@ class BlockSweep:
                 cascade.care = care
 
     def _cascade(self, job: Job) -> PrecisionCascade:
-        """Begin with all precisions; unless one is asked for, few pairs take full precision only."""
+        """Begin with all precisions; few pairs take only the last, unless one is asked for."""
         setup = self.setup
         pairs = len(job.members) * len(setup.data) if setup.precision == "auto" else sys.maxsize
         return PrecisionCascade([*setup.low, setup.data.dtype], pairs)

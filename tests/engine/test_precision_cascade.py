@@ -82,6 +82,32 @@ def test_a_tier_is_not_left_out_on_the_word_of_a_few(factor, kept):
     assert (torch.bfloat16 in cascade.tiers) == kept
 
 
+@pytest.mark.parametrize(("whole", "measured"), [(255, 0), (256, 64), (2048, 256)])
+def test_of_few_pairs_few_are_measured(whole, measured):
+    """Of a tier of no use: nothing in a small run, and a second look in none but a large one."""
+    row, image = pairs(whole)
+
+    def change(row, image, dtype):
+        return Changed(true_logits(row) * (1 if dtype == torch.float32 else 0.5))
+
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32], whole)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 512)
+    assert torch.equal(found.long(), (Clean.logits[image] + true_logits(row)).argmax(1))
+    assert cascade.measured == measured
+    assert cascade.tiers == [torch.float32]
+    assert cascade.classified == {torch.float32: whole}
+
+
+@pytest.mark.parametrize(
+    ("count", "precision", "low"), [(3, "auto", False), (3, "bf16", True), (16, "auto", True)]
+)
+def test_low_precision_where_pairs_are_many_or_it_is_asked_for(monkeypatch, count, precision, low):
+    monkeypatch.setattr(setup, "_low_precisions", lambda *_: (torch.bfloat16,))
+    model, images, labels = pa.demo.load("vgg_bn", limit=count)
+    found = pa.ablate(model, (images, labels), "features.9", precision=precision, progress=False)
+    assert ("bfloat16" in found.effort.pairs_by_precision) == low
+
+
 def test_where_few_pairs_fit_as_many_are_measured():
     """Of large maps a slice has a few pairs: these alone would cost a tier its place."""
     row, image = pairs(3000)
