@@ -56,7 +56,7 @@ def test_layer(benchmark: Any, settings: Settings, network: str, layer: str) -> 
 
 @pytest.mark.parametrize(("network", "count"), WHOLE.items(), ids=str)
 def test_network(benchmark: Any, settings: Settings, network: str, count: int) -> None:
-    images = pa.demo.images(min(count, settings.images))[0].to(settings.device)
+    images = pa.demo.images(count)[0].to(settings.device)
     job = Job(pa.demo.network(network).to(settings.device), images, "*")
     longer = replace(settings, seconds=10 * LONGER * settings.seconds)
     name = f"screened {network}, all layers"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyablate.network import near_tie
+from pyablate.runtime.chunking import NUMBERS
 
 MARGIN = 3e-5
 """Share of the spread of an image's logits that float32 rounding may reach, with much to spare."""
@@ -82,11 +83,17 @@ def outlying(images: Tensor, count: int) -> Tensor:
     if len(images) <= count:
         return torch.arange(len(images))
     flat = images.flatten(1)
+    parts = flat.split(max(1, NUMBERS // max(1, flat.shape[1])))
+    unusual = torch.cat([_oddity(part) for part in parts], dim=1).argmax(dim=1)
+    draw = torch.Generator().manual_seed(len(images))
+    others = torch.randperm(len(images), generator=draw)[:count]
+    chosen = dict.fromkeys(unusual.tolist()[:count] + others.tolist())
+    return torch.tensor(sorted(list(chosen)[:count]))
+
+
+def _oddity(flat: Tensor) -> Tensor:
+    """How unusual images ``[N, numbers]`` are in offset, contrast and size, ``[3, N]``."""
     mean = flat.mean(dim=1, keepdim=True)
     contrast = torch.linalg.vector_norm(flat - mean, dim=1)  # ten times as fast as Tensor.std
     offset = mean.squeeze(1).abs() / contrast.clamp(min=torch.finfo(flat.dtype).tiny)
-    unusual = [offset.argmax(), contrast.argmin(), flat.abs().amax(dim=1).argmax()]
-    draw = torch.Generator().manual_seed(len(images))
-    others = torch.randperm(len(images), generator=draw)[:count]
-    chosen = dict.fromkeys(torch.stack(unusual).tolist()[:count] + others.tolist())
-    return torch.tensor(sorted(list(chosen)[:count]))
+    return torch.stack([offset, -contrast, flat.abs().amax(dim=1)])
