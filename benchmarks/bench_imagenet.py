@@ -46,6 +46,9 @@ COMPILED = {"blocks.8", "layer2.1.act1", "blocks.6.mlp.act"}
 UNITS, IMAGES = (32, 64, 128, 1280), (16, 32, 48, 48)
 """Of each of these layers, at most: as many more as they are later and cost less."""
 
+IMAGES_ON_GPU = 64
+"""With all units of a layer: what keeps a GPU busy."""
+
 UNITS_OF_ALL = {
     "EfficientNet-Lite2": Hooks.units_timed * 501,
     "resnet50": Hooks.units_timed * 167,
@@ -72,17 +75,24 @@ class Subject:
 @functools.lru_cache(maxsize=1)
 def subject(network: str, device: str) -> Subject:
     """Make a network and its images; only the last one is kept."""
+    size = LITE_SIZES[int(network[-1])] if network.startswith("EfficientNet") else 224
     try:
-        if network.startswith("EfficientNet-Lite"):
-            number = int(network[-1])
-            model: nn.Module = efficientnet_lite(number)
-            images = photograph_crops(max(IMAGES), LITE_SIZES[number])
-        else:
-            images = photograph_crops(max(IMAGES))
-            model = random_classifier(network, images)
+        images = photograph_crops(IMAGES_ON_GPU if on_gpu(device) else max(IMAGES), size)
+        model = classifier(network, images)
     except ImportError as error:
         pytest.skip(f"{error}; make bench installs it")
     return Subject(model.to(device), images.to(device))
+
+
+def classifier(network: str, images: Tensor) -> nn.Module:
+    """Make a network by its name; one of timm is drawn for these images."""
+    if network.startswith("EfficientNet-Lite"):
+        return efficientnet_lite(int(network[-1]))
+    return random_classifier(network, images)
+
+
+def on_gpu(device: str) -> bool:
+    return device.startswith("cuda")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,8 @@ def test_layer(
 ) -> None:
     found = subject(network, settings.device)
     (site,) = pa.select(pa.sites(found.model, found.images[:1]), layer)
+    if on_gpu(settings.device):
+        most, images = site.channels, IMAGES_ON_GPU
     units = spread(site.channels, most)
     labels = [site.label(unit) for unit in units]
     job = found.job(labels, images)

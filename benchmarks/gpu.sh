@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One short visit to a GPU machine, which may have neither network nor git nor an index: build, test,
-# check, measure, the most valuable first, each phase with a limit of its own.
+# check, measure, the most valuable first, each phase with a limit of its own. What is no measurement
+# (ops exact sanitizer) runs side by side.
 #
-#   bash benchmarks/gpu.sh                  all phases: build ops exact speed bench sanitizer ncu
+#   bash benchmarks/gpu.sh                  all phases: build ops exact sanitizer speed bench ncu
 #   bash benchmarks/gpu.sh build speed      only these; a second call on one machine builds nothing
 #   bash benchmarks/gpu.sh --dry-run        print the phases and their commands, run none
 #
@@ -27,7 +28,7 @@ sources() {
     cat CMakeLists.txt csrc/*/*.{cpp,h,cu,cuh} csrc/include/pyablate/*.h 2>/dev/null | sha256sum | cut -c1-16
 }
 
-every=(build ops exact speed bench sanitizer ncu)
+every=(build ops exact sanitizer speed bench ncu)
 dry=false
 phases=()
 for argument in "$@"; do
@@ -55,7 +56,8 @@ device="${DEVICE:-cuda}"
 small=()
 [[ "${SMALL:-0}" == 1 ]] && small=(--small)
 log=/dev/null
-failed=()
+failures="$(mktemp)" # a file, since phases that run side by side are processes of their own
+trap 'rm -f "$failures"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
@@ -76,7 +78,7 @@ step() {
     (($(left) - 3 < limit)) && limit=$(($(left) - 3))
     if ((limit < 5)); then
         say "$name: no time left for: $*"
-        failed+=("$name (no time)")
+        echo "$name (no time)" >>"$failures"
         return 1
     fi
     printf '\n== %s\n' "$*" >>"$out/$name.txt"
@@ -84,7 +86,7 @@ step() {
     tail -n 12 "$out/$name.txt" | cut -c1-200
     ((status == 124 || status == 137)) && echo "== cut off after $limit s" >>"$out/$name.txt"
     say "$name: status $status, $((SECONDS - start)) s of $limit"
-    ((status)) && failed+=("$name: ${*:0:4}")
+    ((status)) && echo "$name: ${*:1:4}" >>"$failures"
     return "$status"
 }
 
@@ -137,13 +139,13 @@ build() {
 # The operations against the reference, the waits of the host, slices recorded as CUDA graphs,
 # convolutions with ReLU in one pass.
 ops() {
-    step 90 ops "${pytest[@]}" -m cuda --maxfail=60 tests/ops/test_ops_*.py \
+    step 120 ops "${pytest[@]}" -m cuda -n 6 --maxfail=60 tests/ops/test_ops_*.py \
         tests/engine/test_waits.py tests/engine/test_fused_convolution.py
 }
 
 # Whole runs against the float64 hook loop.
 exact() {
-    step 100 exact "$python" benchmarks/gpu_checks.py exact --device "$device" --out "$out" "${small[@]}"
+    step 120 exact "$python" benchmarks/gpu_checks.py exact --device "$device" --out "$out" "${small[@]}"
 }
 
 # Ceilings, our kernels, a network, sizes of slices.
@@ -153,19 +155,21 @@ speed() {
 
 # A few cases of the suite, with its rivals.
 bench() {
-    step 90 bench "${pytest[@]}" -s --device "$device" --rounds 1 --seconds 0.3 --results "$out" \
-        benchmarks/bench_ops.py benchmarks/bench_layers.py \
-        -k 'test_op or (vgg_bn and features.9) or (resnet and stage2.1.relu1)'
+    local cases="resnet50 or Lite0 or convnext or deit"
+    cases+=" or (vgg_bn and features.9) or (resnet and stage2.1.relu1)"
+    step 150 bench "${pytest[@]}" -s --device "$device" --rounds 1 --seconds 0.3 --no-compile --results "$out" \
+        benchmarks/bench_imagenet.py benchmarks/bench_layers.py -k "not test_network and ($cases)"
 }
 
 # PyTorch's caching allocator hides accesses beyond a tensor's end from memcheck.
 sanitizer() {
     local tool
     for tool in memcheck racecheck; do
-        step 75 sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        step 120 "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "${pytest[@]}" -x -m cuda -p no:xdist tests/ops/test_ops_edges.py tests/ops/test_ops_classify.py
+            "${pytest[@]}" -x -m cuda -p no:xdist tests/ops/test_ops_edges.py tests/ops/test_ops_classify.py &
     done
+    wait
 }
 
 # Where the heaviest kernels lose; the clocks stay as they are.
@@ -181,10 +185,22 @@ if ! $dry; then
     out="$(cd "$out" && pwd)"
     log="$out/run.log"
 fi
+asked() { [[ " ${phases[*]} " == *" $1 "* ]]; }
+
 say "phases: ${phases[*]}; $deadline s in all"
-for phase in "${phases[@]}"; do
-    "$phase" && continue
-    [[ "$phase" == build ]] && { failed+=(build); say "no build, no results"; break; }
-done
-say "done; failed: ${#failed[@]}"
-((${#failed[@]} == 0)) || { printf '  %s\n' "${failed[@]}" | tee -a "$log"; exit 1; }
+if asked build && ! build; then
+    echo build >>"$failures"
+    say "no build, no results"
+else
+    for phase in ops exact sanitizer; do
+        if asked "$phase"; then
+            if $dry; then "$phase"; else "$phase" & fi
+        fi
+    done
+    wait
+    for phase in speed bench ncu; do
+        asked "$phase" && "$phase"
+    done
+fi
+say "done; failed: $(wc -l <"$failures")"
+[[ ! -s "$failures" ]] || { sed 's/^/  /' "$failures" | tee -a "$log"; exit 1; }

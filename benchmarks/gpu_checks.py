@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_imagenet import LAYERS, classifier
 from measure import stopwatch
+from subjects import photograph_crops
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import pyablate as pa
 from pyablate import ops
@@ -159,11 +162,16 @@ def speed(visit: Visit) -> None:
     def network() -> None:
         swept(visit, "default")
 
+    def large_networks() -> None:
+        for name in ("alexnet",) if visit.small else LARGE:
+            profiled(visit, name)
+
     def slices() -> None:
         sizes_of_slices(visit)
 
-    large = () if visit.small else (network,)
-    visit.each(2 if visit.small else 20, ceilings, own_kernels, one_pass, *large, slices)
+    several = () if visit.small else (network,)
+    need = 2 if visit.small else 20
+    visit.each(need, ceilings, one_pass, large_networks, own_kernels, *several, slices)
 
 
 def rates(visit: Visit) -> None:
@@ -255,6 +263,48 @@ def swept(visit: Visit, how: str) -> None:
         audit=[result.audit.pairs, result.audit.mismatches],
         peak_bytes=memory,
     )
+
+
+LARGE = ("resnet50", "deit_tiny_patch16_224", "EfficientNet-Lite0")
+"""Networks of 224 x 224 pixels whose time is told kernel by kernel, as long as there is time."""
+
+
+def profiled(visit: Visit, name: str) -> None:
+    """Ablate three layers of a network and tell which kernels took the time, and how much in all."""
+    if visit.left < 25:
+        visit.note("left out", part=f"profile of {name}", seconds_left=round(visit.left))
+        return
+    if visit.small:
+        model, (images, _), layers = pa.demo.network(name), pa.demo.images(4), ["features.9"]
+    else:
+        images = photograph_crops(64)
+        model = classifier(name, images)
+        layers = list(LAYERS[name][:3])
+    model, images = model.to(visit.device), images.to(visit.device)
+    data = images, torch.zeros(len(images), dtype=torch.int64)
+    kinds = [ProfilerActivity.CUDA if visit.device == "cuda" else ProfilerActivity.CPU]
+    for layer in layers:
+        pa.ablate(model, data, layer, audit=0, progress=False)  # compiles and measures
+        with profile(activities=kinds) as seen:
+            begin = time.perf_counter()
+            result = pa.ablate(model, data, layer, audit=0, progress=False)
+            seconds = time.perf_counter() - begin
+        rows = [(e.self_device_time_total, e.count, e.key) for e in seen.key_averages()]
+        rows = sorted((row for row in rows if row[0] > 0), reverse=True)
+        visit.note(
+            "profile",
+            network=name,
+            layer=layer,
+            images=len(images),
+            units=len(result.units),
+            call_seconds=round(seconds, 3),
+            layer_seconds=result.effort.layer_seconds,
+            other_seconds=dict(result.effort.other_seconds),
+            busy_seconds=sum(row[0] for row in rows) / 1e6,
+            decided=result.effort.pairs_by_precision,
+            doubt=result.effort.error_bounds,
+            kernels=[[round(t / 1e3, 2), count, key[:120]] for t, count, key in rows[:30]],
+        )
 
 
 def sizes_of_slices(visit: Visit) -> None:
