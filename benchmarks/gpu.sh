@@ -23,10 +23,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-# What an extension was built from.
-sources() {
+# What an extension was built from; in one order, whatever the machine's language.
+sources() (
+    export LC_ALL=C
     cat CMakeLists.txt csrc/*/*.{cpp,h,cu,cuh} csrc/include/pyablate/*.h 2>/dev/null | sha256sum | cut -c1-16
-}
+)
 
 every=(build ops exact sanitizer speed bench ncu)
 dry=false
@@ -139,8 +140,8 @@ build() {
 # The operations against the reference, the waits of the host, slices recorded as CUDA graphs,
 # convolutions with ReLU in one pass.
 ops() {
-    step 120 ops "${pytest[@]}" -m cuda -n 6 --maxfail=60 tests/ops/test_ops_*.py \
-        tests/engine/test_waits.py tests/engine/test_fused_convolution.py
+    step 120 ops "${pytest[@]}" -p no:benchmark -m cuda -n 6 --maxfail=60 tests/ops/test_ops_*.py \
+        tests/engine/test_waits.py tests/engine/test_pointwise.py
 }
 
 # Whole runs against the float64 hook loop.
@@ -157,7 +158,7 @@ speed() {
 bench() {
     local cases="resnet50 or Lite0 or convnext or deit"
     cases+=" or (vgg_bn and features.9) or (resnet and stage2.1.relu1)"
-    step 150 bench "${pytest[@]}" -s --device "$device" --rounds 1 --seconds 0.3 --no-compile --results "$out" \
+    step 150 bench "${pytest[@]}" -s --device "$device" --rounds 3 --seconds 0.3 --no-compile --results "$out" \
         benchmarks/bench_imagenet.py benchmarks/bench_layers.py -k "not test_network and ($cases)"
 }
 

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyablate as pa
 from pyablate import ops
-from pyablate.engine import cuda_graph, fused_convolution, microbenchmarks
+from pyablate.engine import cuda_graph, microbenchmarks, pointwise
 from pyablate.reference import compare
 from pyablate.runs import setup
 from pyablate.runtime.determinism import undisturbed
@@ -234,11 +234,11 @@ def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
 def gains_of_one_pass(visit: Visit) -> None:
     """Tell how much faster convolutions are in one pass with ReLU, where that is offered."""
     device = torch.device(visit.device)
-    offered = fused_convolution.offered(device)
-    for size in fused_convolution.MEASURED if offered else ():
-        times = fused_convolution.gain(visit.device, size)
+    offered = pointwise.offered(device)
+    for size in pointwise.MEASURED if offered else ():
+        times = pointwise.gain(visit.device, size)
         visit.note("convolution in one pass", size=size, times=times)
-    chosen = sorted(fused_convolution.worthwhile(device))
+    chosen = sorted(pointwise.worthwhile(device))
     visit.note("chosen for one pass", offered=offered, sizes=chosen)
 
 

@@ -108,7 +108,7 @@ def _python(*words: str) -> subprocess.CompletedProcess[str]:
 def _modules() -> list[str]:
     found = pkgutil.walk_packages([str(_PACKAGE)], "pyablate.")
     # __main__ runs the shell; the compiled module and Triton may be missing.
-    left = ("__main__", "_core", "fused_convolution_kernel")
+    left = ("__main__", "_core", "pointwise_kernel")
     return [module.name for module in found if not module.name.endswith(left)]
 
 

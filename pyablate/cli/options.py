@@ -90,7 +90,7 @@ Precision = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="In what pairs are computed first: auto, int8 (8-bit integers), bf16, fp32 or fp64; "
+        help="In what pairs are computed first: auto, int8 (8-bit integers), bf16, fp16 (GPUs), fp32 or fp64; "
         "doubtful ones again more exactly, so the predictions are the same.",
     ),
 ]

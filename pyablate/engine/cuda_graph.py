@@ -92,7 +92,8 @@ class Repeated:
     def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
         """Logit changes; as of :data:`pyablate.engine.logit_change.Change`."""
         held = self._recorded.get(dtype)
-        if held is not None and len(row) <= len(held.row):
+        # Less than half of what was recorded is done sooner by itself.
+        if held is not None and len(held.row) < 2 * len(row) <= 2 * len(held.row):
             return held.of(row, image)
         size = len(row), dtype
         self._seen[size] = self._seen.get(size, 0) + 1

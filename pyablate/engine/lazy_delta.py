@@ -72,7 +72,7 @@ class WaitingConvolution:
     ----------
     run : callable
         :func:`pyablate.ops.unit_delta`, or ``convolve`` of :mod:`pyablate.engine.winograd` or
-        :mod:`pyablate.engine.fused_convolution`, but for activation, base and quantized values.
+        :mod:`pyablate.engine.pointwise`, but for activation, base and quantized values.
     adds : bool
         Whether it takes an ``addend`` too, a dense delta of the same shape.
     """

@@ -24,7 +24,7 @@ from pyablate.runtime.host_to_device import sent
 def logit_change(sweep: Sweep, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
     """Logit changes of some pairs, with the dense part in ``dtype``; None if there are none."""
     pairs = len(row)
-    more = usual(pairs, up=True) - pairs
+    more = usual(pairs, row.device, up=True) - pairs
     if more:
         row, image = (torch.cat([of, of[-1:].expand(more)]) for of in (row, image))
     change = _PairSlice(sweep, row, image, dtype).change()
@@ -109,7 +109,7 @@ class _PairSlice:
 
     def only(self, pairs: Tensor, place: fx.Node) -> _PairSlice:
         """Go on with some of the pairs, behind a place that all their changes pass."""
-        more = usual(len(pairs), up=True) - len(pairs)
+        more = usual(len(pairs), pairs.device, up=True) - len(pairs)
         chosen = torch.cat([pairs, pairs[-1:].expand(more)])
         dtype = torch.int8 if self.eight_bit else self.dtype
         part = _PairSlice(self.sweep, self.column[chosen], self.image_long[chosen], dtype)

@@ -79,10 +79,14 @@ WATCHED = 4
 SAFETY = 4.0
 """A tier's bound is so many times the largest error seen on :data:`SAMPLE` pairs."""
 
-FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02, torch.float32: 5e-4}
+FLOOR = {torch.int8: 0.05, torch.bfloat16: 0.02, torch.float16: 0.0025, torch.float32: 5e-4}
 """Least bounds, as shares of the spread, however small the errors seen. In 8 bits it stays at that:
 what goes beyond is attributed to the steps. In float32 a tile of Winograd's convolution shares the
 rounding error of its largest number, which later layers may make nothing of."""
+
+UNDERFLOW = {torch.float16: 2.0**-12}
+"""What is added to a tier's bound, in logits, for numbers below its least normal one, whose error is
+no share of them: 2^-25 of each at most in float16, which a network may enlarge 8,000 times."""
 
 Advance = Callable[[int], None]
 """Told how many more pairs are done, for those who show progress."""
@@ -315,7 +319,7 @@ class PrecisionCascade:
 
     def _trusted(self, changed: Changed, image: Tensor, clean: Clean, tier: torch.dtype) -> Tensor:
         short, relative = image.to(torch.int32), self.error_bound(tier)
-        logits, tolerance = clean.logits, clean.tolerance
+        logits, tolerance = clean.logits, tolerance_of(tier, clean)
         if changed.steps is not None:
             slack = self.gain * self._widening * self._coarseness(changed.steps)
             logits, tolerance = logits[image], tolerance[image] + slack.nan_to_num(torch.inf)
@@ -379,7 +383,7 @@ class PrecisionCascade:
                 useless.append(tier)
                 continue
             assert rough is not None
-            self._learn(tier, rough, exact.logits, live.clean.tolerance[image])
+            self._learn(tier, rough, exact.logits, tolerance_of(tier, live.clean)[image])
             open_ = float((self._trusted(rough, image, live.clean, tier) < 0).float().mean())
             self.left_open[tier] = open_
             if self.error_bound(tier) >= 1.0 or open_ > USELESS:
@@ -423,6 +427,11 @@ class PrecisionCascade:
         beyond = error - known / SAFETY * size
         worst = largest_share(beyond.clamp(min=0.0), self._coarseness(rough.steps))
         self.gain = max(self.gain, SAFETY * worst)
+
+
+def tolerance_of(tier: torch.dtype, clean: Clean) -> Tensor:
+    """Return the part of a tier's bound that is no share of the change, in logits, ``[N]``."""
+    return clean.tolerance + UNDERFLOW.get(tier, 0.0)
 
 
 def sample(row: Tensor, size: int, preferred: Tensor | None = None) -> Tensor:

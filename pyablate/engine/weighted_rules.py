@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from pyablate import ops
-from pyablate.engine import fused_convolution, int8_conv, winograd
+from pyablate.engine import int8_conv, pointwise, winograd
 from pyablate.engine.channel_delta import ChannelDelta
-from pyablate.engine.fused_convolution import Geometry
 from pyablate.engine.lazy_delta import Scaled, WaitingConvolution
 from pyablate.engine.rule_context import (
     Delta,
@@ -35,6 +34,10 @@ from pyablate.network.graph import (
 from pyablate.ops import Quantized
 
 aten = torch.ops.aten
+
+Setting = int | list[int]
+Geometry = tuple[Setting, Setting, Setting]
+"""Stride, padding and dilation of a convolution as an operator was given them."""
 
 LEAST_CHANNELS = 16
 """Input channels below which an 8-bit convolution is no faster than one in bfloat16."""
@@ -64,10 +67,12 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
         return _quantized_convolution(pairs, node, weight, (stride, padding, dilation))
     convolve, lowered = function(node), _weight(pairs, node, weight)
     change = dense(pairs, source).to(lowered.dtype)
-    if plain and fused_convolution.fits(pairs, node, weight, stride):
-        fused, geometry = fused_convolution.convolve, (stride, padding, dilation)
-        run = functools.partial(fused, change, lowered, pairs.image, geometry)
-        return WaitingConvolution(run, True)
+    if plain and _pointwise(pairs.graph, node):
+        if pointwise.fits(pairs, node, weight):
+            run = functools.partial(pointwise.convolve, change, lowered, pairs.image)
+            return WaitingConvolution(run, True)
+        if change.is_cuda:
+            return pointwise.product(change, lowered)
     if winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)
         run = functools.partial(winograd.convolve, change, weight, filters, pairs.image, padding)
@@ -126,6 +131,7 @@ def _read_by_position(graph: Graph, node: fx.Node) -> bool:
     return bool(readers) and all(_pointwise(graph, reader) for reader in readers)
 
 
+@remembered
 def _pointwise(graph: Graph, node: fx.Node) -> bool:
     weight = graph.constant(node, 1)
     stride, padding = settings(node, 3, [1], [0])[:2]

@@ -103,7 +103,7 @@ class Effort:
     layer_seconds : dict
         Wall time of each layer's ablations, without capture, clean runs and audit.
     pairs_by_precision : dict
-        Number of pairs decided by each precision of the dense part ("int8", "bfloat16",
+        Number of pairs decided by each precision of the dense part ("int8", "bfloat16", "float16",
         "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
         are in none.
     error_bounds : dict

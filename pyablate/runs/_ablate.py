@@ -132,8 +132,9 @@ def ablate(
     strategy : {"auto", "replay"}
         ``"replay"`` runs the whole network for every pair; it is what "auto" falls back on, and
         what it takes for few pairs of a large network, whose capture would take longer.
-    precision : {"auto", "int8", "bf16", "fp32", "fp64"}
+    precision : {"auto", "int8", "bf16", "fp16", "fp32", "fp64"}
         What pairs are computed in first; "auto" takes what this device is measured to run fastest.
+        "int8" is for processors, "fp16" for GPUs.
         All give the same predictions: doubtful pairs are decided again in higher precision.
     measures : sequence of {"loss", "margin"}
         Also record how much each ablation changes the cross-entropy, and the lead of the largest

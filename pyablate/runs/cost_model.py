@@ -186,7 +186,7 @@ def layer_costs(setup: Setup) -> list[LayerCost]:
         replacements = setup.own.replacements(batch, suffix.job)
         with torch.no_grad():
             sweep = Sweep(suffix, clean, replacements)
-            pairs = suffix.pairs_in(setup.slice_bytes)(tier)
+            pairs = suffix.pairs_in(setup.slice_bytes, setup.data.device)(tier)
             costs.append(_cost(sweep, len(batch), tier, pairs))
     return costs
 

@@ -357,7 +357,7 @@ class BlockSweep:
         prediction changed. What lies between is launched without a look at what came out.
         """
         suffix, cascade = self.suffixes[job], self.cascades[job]
-        size = suffix.pairs_in(self.setup.slice_bytes)
+        size = suffix.pairs_in(self.setup.slice_bytes, self.setup.data.device)
         truth = functools.partial(self.setup.exact.logits, batch, job)
         sweep = Sweep(suffix, clean, self.setup.own.replacements(batch, job))
         if job.channelwise:

@@ -153,7 +153,7 @@ class Screen:
         """Carry open pairs to narrow places, and look again there."""
         stages = {self._nodes[stage.place]: (n, stage) for n, stage in enumerate(later, start=1)}
         dtype = self.setup.data.dtype
-        size = sweep.suffix.pairs_in(self.setup.slice_bytes)(dtype)
+        size = sweep.suffix.pairs_in(self.setup.slice_bytes, self.setup.data.device)(dtype)
         for pairs in (~choice.settled).nonzero().squeeze(1).split(size):
 
             def look(

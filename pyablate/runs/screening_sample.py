@@ -334,7 +334,7 @@ def _carried(
         for place in places
     }
     dtype = setup.data.dtype  # low ones are chosen by a stopwatch, and scores must not depend on it
-    size = sweep.suffix.pairs_in(setup.slice_bytes)(dtype)
+    size = sweep.suffix.pairs_in(setup.slice_bytes, setup.data.device)(dtype)
     for pairs in torch.arange(len(row)).split(size):
 
         def look(

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyablate._validation import check_choice, check_count
 from pyablate.data.dataset import Data
-from pyablate.engine import fused_convolution, int8_conv
+from pyablate.engine import int8_conv, pointwise
 from pyablate.engine.discontinuous import behind_images, jumps, observed_jump, steep
 from pyablate.engine.float64 import Exact, exact
 from pyablate.engine.job import Job
@@ -43,7 +43,7 @@ from pyablate.runtime.progress import stage
 logger = logging.getLogger("pyablate")
 
 STRATEGIES = ("auto", "replay")
-PRECISIONS = ("auto", "int8", "bf16", "fp32", "fp64")
+PRECISIONS = ("auto", "int8", "bf16", "fp16", "fp32", "fp64")
 
 SAME = 1e-3
 """Share of the largest logit by which a captured network may differ from the model: rounding."""
@@ -299,7 +299,10 @@ def check_options(model: Any, options: SetupOptions) -> None:
 def _low_precisions(
     precision: str, full: torch.dtype, device: torch.device
 ) -> tuple[torch.dtype, ...]:
-    """Cheaper arithmetic for the dense suffix, cheapest first."""
+    """Cheaper arithmetic for the dense suffix, cheapest first.
+
+    GPUs multiply float16 as fast as bfloat16, and it has three more bits; processors do not.
+    """
     if precision in ("fp32", "fp64") or full != torch.float32:
         return ()
     if precision == "int8" and (device.type != "cpu" or not int8_conv.available()):
@@ -307,19 +310,26 @@ def _low_precisions(
             'precision: expected a processor with 8-bit arithmetic (VNNI) for "int8", this device '
             f'({device}) has none that is exact; "auto" takes the best there is'
         )
-    asked = {"int8": torch.int8, "bf16": torch.bfloat16}.get(precision)
+    on_gpu = device.type == "cuda"
+    if precision == "fp16" and not on_gpu:
+        raise ValueError(
+            f'precision: expected a GPU for "fp16", not this device ({device}); "auto" takes the '
+            "best there is"
+        )
+    asked = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     found: list[torch.dtype] = []
     stage("measuring this machine")
     rate = convolution_rate(str(device), full, alone=True)
-    for dtype in (torch.bfloat16, torch.int8):
+    half = torch.float16 if on_gpu and precision != "bf16" else torch.bfloat16
+    for dtype in (half, torch.int8):
         own = convolution_rate(str(device), dtype, alone=True)
         worthwhile = own > WORTHWHILE * rate and precision != "bf16"
         if dtype == asked or worthwhile:
             found.insert(0, dtype)
             rate = own
-    if torch.bfloat16 in found:
+    if half in found:
         # Now: nothing can be timed while a slice is recorded.
-        fused_convolution.worthwhile(device)
+        pointwise.worthwhile(device)
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from pyablate.engine.care import Care
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 
-TIERS = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+TIERS = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """All precisions of the dense part, cheapest first."""
 
 

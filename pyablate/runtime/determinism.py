@@ -150,16 +150,27 @@ def _plain_arithmetic(gpus: list[int]) -> Iterator[None]:
         yield
 
 
+FIXED = (
+    ("cudnn", "benchmark", False),
+    ("cudnn", "deterministic", True),
+    ("cuda.matmul", "allow_fp16_reduced_precision_reduction", False),
+    ("cuda.matmul", "allow_bf16_reduced_precision_reduction", False),
+)
+"""cuDNN chooses by rules: by the clock, it would round differently from run to run. Products in half
+precision are added up in float32."""
+
+
 @contextmanager
 def _fixed_algorithms() -> Iterator[None]:
-    """Let cuDNN choose by rules: by the clock, it would round differently from run to run."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
+    owners = {name: attrgetter(name)(torch.backends) for name, _, _ in FIXED}
+    before = [(owners[name], setting, getattr(owners[name], setting)) for name, setting, _ in FIXED]
     try:
-        cudnn.benchmark, cudnn.deterministic = False, True
+        for name, setting, value in FIXED:
+            setattr(owners[name], setting, value)
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = before
+        for owner, setting, value in before:
+            setattr(owner, setting, value)
 
 
 def gpus(on: tuple[nn.Module | str | torch.device | None, ...]) -> list[int]:

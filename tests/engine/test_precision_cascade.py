@@ -1,5 +1,6 @@
 """The cascade of precisions: what it doubts, what it reports, and what it does without memory."""
 
+import functools
 import logging
 
 import numpy as np
@@ -160,12 +161,14 @@ def test_few_open_pairs_skip_the_tier_between(monkeypatch):
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 7, 8, 9, 10, 63, 64, 65, 334, 1000, 1337])
-def test_numbers_of_pairs_are_few(pairs):
-    down, up = usual(pairs), usual(pairs, up=True)
-    assert down <= pairs <= up <= 1.25 * pairs
-    assert usual(down) == usual(down, up=True) == down
-    assert usual(up) == up
-    assert up - down <= max(1, pairs // 4)
+@pytest.mark.parametrize(("device", "step"), [("cpu", 4), ("cuda", 1)])
+def test_numbers_of_pairs_are_few(pairs, device, step):
+    of = functools.partial(usual, device=torch.device(device))
+    down, up = of(pairs), of(pairs, up=True)
+    assert down <= pairs <= up <= (1 + 1 / step) * pairs
+    assert of(down) == of(down, up=True) == down
+    assert of(up) == up
+    assert up - down <= max(1, pairs // step)
 
 
 def test_a_change_that_is_not_a_number_hides_no_error():

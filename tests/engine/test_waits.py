@@ -251,6 +251,33 @@ def test_a_lack_of_memory_while_recording_is_no_reason_to_stop_recording():
     assert cascade.most == 2
 
 
+def test_few_pairs_are_not_done_as_a_whole_recording():
+    def change(row, image, dtype):
+        return logit_change.Changed((10 * row + image).unsqueeze(1).float())
+
+    class Records:
+        works, replays = True, 0
+
+        def record(self, run, few):
+            made = run()
+
+            def replay():
+                self.replays += 1
+                made.logits.copy_(run().logits)
+
+            return replay, made
+
+    recorder = Records()
+    repeated = cuda_graph.Repeated(change, recorder)
+    replays = []
+    for pairs in (8, 8, 8, 8, 5, 4, 1):
+        row = torch.arange(pairs)
+        found = repeated(row, row, torch.float32)
+        assert torch.equal(found.logits, change(row, row, None).logits)
+        replays.append(recorder.replays)
+    assert replays == [0, 0, 1, 2, 3, 3, 3]
+
+
 ALIVE: weakref.WeakSet = weakref.WeakSet()
 
 

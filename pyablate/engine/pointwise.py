@@ -1,9 +1,9 @@
-"""Convolutions of deltas with what follows in one pass: residual sum and ReLU's difference.
+"""1 x 1 convolutions of deltas on a GPU: matrix products, with what follows in one pass.
 
-Between two convolutions a delta crosses a GPU's memory four times: written, read and written by the
-activation, read again. Here the product's own epilogue does the activation. The kernel is in
-Triton, which comes with PyTorch on CUDA; where it is missing, or measured to be no faster than the
-two steps one after the other, they are what runs.
+Between two such convolutions a delta crosses the memory four times: written, read and written by
+the activation, read again. Where it pays, the product's own epilogue does residual sum and ReLU's
+difference. That kernel is in Triton, which comes with PyTorch on CUDA; where it is missing, or
+measured to be no faster than the two steps one after the other, they are what runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import logging
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,14 +25,9 @@ from pyablate.engine.rule_context import (
     only_reader,
     reader_behind_sum,
 )
-from pyablate.network.aten import two
 from pyablate.ops import Activation, Quantized
 
 logger = logging.getLogger("pyablate")
-
-Setting = int | list[int]
-Geometry = tuple[Setting, Setting, Setting]
-"""Stride, padding and dilation of a convolution as an operator was given them."""
 
 RELU = Activation("relu")
 
@@ -42,39 +36,17 @@ aten = torch.ops.aten
 POOLS = {aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
 """What may do the activation before it in its own pass."""
 
+Size = tuple[int, int, int]
+"""Input and output channels of a convolution, side of its maps."""
 
-class Size(NamedTuple):
-    """Of a convolution at which both ways are timed.
-
-    Attributes
-    ----------
-    inputs, outputs : int
-        Channels.
-    side : int
-        Of the maps that it reads.
-    kernel, stride : int
-        On both axes.
-    """
-
-    inputs: int
-    outputs: int
-    side: int
-    kernel: int = 1
-    stride: int = 1
-
-
-MEASURED = (
-    Size(64, 64, 56),
-    Size(256, 64, 56),
-    Size(64, 256, 56),
-    Size(512, 128, 28),
-    Size(256, 1024, 14),
-    Size(64, 64, 56, 3),
-    Size(128, 128, 28, 3),
-    Size(256, 256, 14, 3),
-    Size(512, 512, 7, 3),
-    Size(128, 128, 56, 3, 2),
+MEASURED: tuple[Size, ...] = (
+    (64, 64, 56),
+    (256, 64, 56),
+    (64, 256, 56),
+    (512, 128, 28),
+    (256, 1024, 14),
 )
+"""Sizes at which both ways are timed. On an H200 the first two pay (1.2 times as fast)."""
 
 GAIN = 1.05
 """How many times as fast it has to be for others of that size to be done like that."""
@@ -83,19 +55,26 @@ NUMBERS = 1 << 27
 """Numbers of a delta to measure with, about: what a slice on a GPU has."""
 
 
-def fits(pairs: Pairs, node: fx.Node, weight: Tensor, stride: Setting) -> bool:
-    """Whether only ReLU reads a convolution, perhaps after a sum, and doing both at once pays.
+def product(delta: Tensor, weight: Tensor) -> Tensor:
+    """Convolve ``[P, C, H, W]`` with ``[O, C, 1, 1]`` as a product of matrices.
+
+    It needs no preparation for a number of pairs that has not been met, as cuDNN does.
+    """
+    positions = delta.permute(0, 2, 3, 1)
+    return functional.linear(positions, weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def fits(pairs: Pairs, node: fx.Node, weight: Tensor) -> bool:
+    """Whether only ReLU reads a 1 x 1 convolution, perhaps after a sum, and one pass pays.
 
     Parameters
     ----------
     pairs : Pairs
         What is known of the slice.
     node : fx.Node
-        The convolution, without groups.
+        The convolution, without groups, stride and padding.
     weight : Tensor
-        ``[O, C, kh, kw]``.
-    stride : int or list of int
-        Of the convolution.
+        ``[O, C, 1, 1]``.
 
     Returns
     -------
@@ -103,11 +82,12 @@ def fits(pairs: Pairs, node: fx.Node, weight: Tensor, stride: Setting) -> bool:
         Never on a CPU.
     """
     device = pairs.image.device
-    if not offered(device) or pairs.dtype != torch.bfloat16:
+    if not offered(device) or pairs.dtype not in (torch.float16, torch.bfloat16):
         return False
     if activation_behind(pairs, node) != RELU or _pooled(node):
         return False
-    return nearest(weight, stride) in worthwhile(device)
+    outputs, inputs = weight.shape[:2]
+    return nearest(inputs, outputs) in worthwhile(device)
 
 
 def _pooled(node: fx.Node) -> bool:
@@ -121,77 +101,64 @@ def convolve(
     delta: Tensor,
     weight: Tensor,
     image: Tensor,
-    geometry: Geometry,
     *,
     activation: Activation | None = None,
     base: Tensor | None = None,
     addend: Tensor | None = None,
     quantized: Quantized | None = None,
 ) -> Tensor:
-    """Convolve a delta, add another to it, and take it through ReLU.
+    """Convolve a delta by ``[O, C, 1, 1]``, add another to it, and take it through ReLU.
 
     Parameters
     ----------
     delta : Tensor
         ``[P, C, H, W]``.
     weight : Tensor
-        ``[O, C, kh, kw]``, dtype of ``delta``.
+        ``[O, C, 1, 1]``, dtype of ``delta``.
     image : Tensor
         int32 ``[P]``, row of ``base`` for each pair.
-    geometry : tuple
-        Stride, padding and dilation.
     activation : Activation, optional
         ReLU. Without, only convolution and sum are done, by PyTorch.
     base : Tensor, optional
-        ``[N, O, Ho, Wo]``, clean input of the activation, bfloat16 or float32.
+        ``[N, O, H, W]``, clean input of the activation, in half precision or float32.
     addend : Tensor, optional
-        ``[P, O, Ho, Wo]``.
+        ``[P, O, H, W]``.
     quantized : Quantized, optional
         Not filled here: 8 bits are not for GPUs.
 
     Returns
     -------
     Tensor
-        ``[P, O, Ho, Wo]``.
+        ``[P, O, H, W]``.
     """
     assert quantized is None
     if activation is None or base is None:
-        result = functional.conv2d(delta, weight, None, *geometry)
+        result = product(delta, weight)
         return result if addend is None else result + addend
-    return one_pass(delta, weight, image, base, addend, geometry)
+    return one_pass(delta, weight, image, base, addend)
 
 
 def one_pass(
-    delta: Tensor,
-    weight: Tensor,
-    image: Tensor,
-    base: Tensor,
-    addend: Tensor | None = None,
-    geometry: Geometry = (1, 0, 1),
+    delta: Tensor, weight: Tensor, image: Tensor, base: Tensor, addend: Tensor | None = None
 ) -> Tensor:
     """Convolve, add and go through ReLU by the Triton kernel."""
-    from pyablate.engine.fused_convolution_kernel import launch
+    from pyablate.engine.pointwise_kernel import launch
 
     last = torch.channels_last
-    delta, weight, base = (t.contiguous(memory_format=last) for t in (delta, weight, base))
+    delta, base = (t.contiguous(memory_format=last) for t in (delta, base))
     if addend is not None:
         addend = addend.to(delta.dtype).contiguous(memory_format=last)
-    shape = (len(delta), *base.shape[1:])
+    shape = (len(delta), len(weight), *delta.shape[2:])
     out = torch.empty(shape, dtype=delta.dtype, device=delta.device, memory_format=last)
-    launch(delta, weight, image, base, addend, out, [two(value) for value in geometry])
+    launch(delta, weight.flatten(1).contiguous(), image, base, addend, out)
     return out
 
 
 def stepwise(
-    delta: Tensor,
-    weight: Tensor,
-    image: Tensor,
-    base: Tensor,
-    addend: Tensor | None = None,
-    geometry: Geometry = (1, 0, 1),
+    delta: Tensor, weight: Tensor, image: Tensor, base: Tensor, addend: Tensor | None = None
 ) -> Tensor:
-    """Do the same by a convolution and a pass."""
-    result = functional.conv2d(delta, weight, None, *geometry)
+    """Do the same by a product and a pass."""
+    result = product(delta, weight)
     addend = None if addend is None else addend.to(result.dtype)
     return ops.delta_activation(base, result, image, RELU, addend=addend, out=result)
 
@@ -206,22 +173,11 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None  # asked for at every convolution
 
 
-def nearest(weight: Tensor, stride: Setting) -> Size:
-    """Return the size of :data:`MEASURED` that stands for a convolution.
-
-    Kernels are compared first, then strides, then channels.
-    """
-    outputs, inputs, *kernel = weight.shape
-
-    def apart(one: float, other: float) -> float:
-        return abs(math.log(one / other))
-
-    def far(size: Size) -> tuple[float, float, float]:
-        channels = apart(size.inputs, inputs) + apart(size.outputs, outputs)
-        taps, steps = size.kernel**2, size.stride**2
-        return apart(taps, math.prod(kernel)), apart(steps, math.prod(two(stride))), channels
-
-    return min(MEASURED, key=far)
+def nearest(inputs: int, outputs: int) -> Size:
+    """Return the size of :data:`MEASURED` that stands for a convolution."""
+    return min(
+        MEASURED, key=lambda size: abs(math.log(size[0] / inputs)) + abs(math.log(size[1] / outputs))
+    )
 
 
 def worthwhile(device: torch.device) -> frozenset[Size]:
@@ -241,22 +197,21 @@ def _worthwhile(device: str) -> frozenset[Size]:
 
 def gain(device: str, size: Size) -> float:
     """How many times as fast one pass is as two steps."""
-    inputs, outputs, side, kernel, stride = size
-    geometry = (stride, kernel // 2, 1)
+    inputs, outputs, side = size
     pairs = max(1, NUMBERS // (max(inputs, outputs) * side**2))
 
     def ones(*shape: int) -> Tensor:
-        made = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        made = torch.ones(shape, dtype=torch.float16, device=device)
         return made.contiguous(memory_format=torch.channels_last)
 
-    delta, weight = ones(pairs, inputs, side, side), ones(outputs, inputs, kernel, kernel)
-    base = functional.conv2d(delta[:4], weight, None, *geometry).float()
+    delta, weight = ones(pairs, inputs, side, side), ones(outputs, inputs, 1, 1)
+    base = ones(4, outputs, side, side).float()
     image = torch.arange(pairs, dtype=torch.int32, device=device) % len(base)
-    given = (delta, weight, image, base, None, geometry)
+    given = (delta, weight, image, base)
     try:
         alone = microbenchmarks.best(functools.partial(stepwise, *given), device)
         fused = microbenchmarks.best(functools.partial(one_pass, *given), device)
     except Exception as error:  # whatever Triton raises where it cannot compile
-        logger.info("convolutions are done in two steps: %s", error)
+        logger.info("1 x 1 convolutions are done in two steps: %s", error)
         return 0.0
     return alone / fused
