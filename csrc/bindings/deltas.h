@@ -21,11 +21,20 @@ inline Activation activation_of(const Function& function) {
     return {static_cast<ActivationKind>(kind), a, b};
 }
 
+inline void check_delta_dtype(const TensorView& delta, const Place& place) {
+    const DType is = delta.dtype;
+    check(is == DType::float32 || is == DType::float64 || is == DType::bfloat16 ||
+              (is == DType::float16 && place.cuda),
+          "delta: expected float32, float64, bfloat16 or, on a GPU alone, float16, got ",
+          name_of(is));
+}
+
 inline void check_base_dtype(const TensorView& base, DType delta) {
-    check(base.dtype == computing(delta) ||
-              (base.dtype == DType::bfloat16 && computing(delta) == DType::float32),
-          "base: expected ", name_of(computing(delta)), " or bfloat16 beside float32, got ",
-          name_of(base.dtype));
+    const DType low = delta == DType::float16 ? DType::float16 : DType::bfloat16;
+    check(
+        base.dtype == computing(delta) || (base.dtype == low && computing(delta) == DType::float32),
+        "base: expected ", name_of(computing(delta)), " or ", name_of(low), " beside float32, got ",
+        name_of(base.dtype));
 }
 
 // The clean output of a convolution, [N, O, Ho, Wo] channels_last, null where it is left out.

@@ -16,7 +16,7 @@ struct Torch {
     PyObject* tensor;     // torch.Tensor
     PyObject* parameter;  // torch.nn.Parameter
     PyObject* strided;    // torch.strided
-    PyObject *float32, *float64, *bfloat16, *int32, *int64, *uint8;
+    PyObject *float32, *float64, *bfloat16, *float16, *int32, *int64, *uint8;
     const dlpack::ExchangeApi* table;  // null where PyTorch has none that is known here
 
     Torch() {
@@ -28,6 +28,7 @@ struct Torch {
         float32 = keep(torch.attr("float32"));
         float64 = keep(torch.attr("float64"));
         bfloat16 = keep(torch.attr("bfloat16"));
+        float16 = keep(torch.attr("float16"));
         int32 = keep(torch.attr("int32"));
         int64 = keep(torch.attr("int64"));
         uint8 = keep(torch.attr("uint8"));
@@ -62,6 +63,7 @@ DType dtype_of(std::uint8_t code, int bits) {
     if (code == dlpack::float_code && bits == 32) return DType::float32;
     if (code == dlpack::float_code && bits == 64) return DType::float64;
     if (code == dlpack::bfloat_code && bits == 16) return DType::bfloat16;
+    if (code == dlpack::float_code && bits == 16) return DType::float16;
     if (code == dlpack::int_code && bits == 32) return DType::int32;
     if (code == dlpack::int_code && bits == 64) return DType::int64;
     if (code == dlpack::uint_code && bits == 8) return DType::uint8;
@@ -102,6 +104,7 @@ TensorView from_attributes(py::handle object) {
     view.dtype = dtype == t.float32    ? DType::float32
                  : dtype == t.float64  ? DType::float64
                  : dtype == t.bfloat16 ? DType::bfloat16
+                 : dtype == t.float16  ? DType::float16
                  : dtype == t.int32    ? DType::int32
                  : dtype == t.int64    ? DType::int64
                  : dtype == t.uint8    ? DType::uint8

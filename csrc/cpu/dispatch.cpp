@@ -12,6 +12,8 @@ const char* name_of(DType dtype) {
             return "float64";
         case DType::bfloat16:
             return "bfloat16";
+        case DType::float16:
+            return "float16";
         case DType::int32:
             return "int32";
         case DType::int64:

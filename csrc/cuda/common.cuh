@@ -12,6 +12,8 @@
 #include <type_traits>
 
 #include "pyablate/bfloat16.h"
+#include "pyablate/dispatch.h"
+#include "pyablate/float16.h"
 #include "pyablate/launch.h"
 #include "pyablate/math.h"
 
@@ -55,13 +57,30 @@ __device__ inline double widen(double x) {
 __device__ inline float widen(BFloat16 x) {
     return to_float(x);
 }
+__device__ inline float widen(Float16 x) {
+    return to_float(x);
+}
 
 template <class D>
 __device__ inline D narrow(Compute<D> x) {
     if constexpr (std::is_same_v<D, BFloat16>) {
         return to_bfloat16(x);
+    } else if constexpr (std::is_same_v<D, Float16>) {
+        return to_float16(x);
     } else {
         return x;
+    }
+}
+
+// As dispatch_change, for float16 too, which processors do not take.
+template <class F>
+void dispatch_gpu_change(const char* op, DType delta, DType base, F&& f) {
+    if (delta == DType::float16 && base == DType::float32) {
+        f(Type<Float16>{}, Type<float>{});
+    } else if (delta == DType::float16 && base == DType::float16) {
+        f(Type<Float16>{}, Type<Float16>{});
+    } else {
+        dispatch_change(op, delta, base, f);
     }
 }
 

@@ -1,7 +1,6 @@
 #include "pyablate/delta_activation.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -56,7 +55,7 @@ __global__ void delta_activation_kernel(const DeltaActivationParams p) {
 void delta_activation(const DeltaActivationParams& p, int device, void* stream) {
     if (p.pairs * p.width == 0) return;
     const DeviceGuard guard(device, "delta_activation");
-    dispatch_change("delta_activation", p.dtype, p.base_dtype, [&](auto delta, auto base) {
+    dispatch_gpu_change("delta_activation", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const bool packs = aligned(p.base, p.delta, p.addend, p.out) && p.width % wide<D> == 0;

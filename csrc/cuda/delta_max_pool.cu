@@ -1,7 +1,6 @@
 #include "pyablate/delta_max_pool.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -104,7 +103,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
 void delta_max_pool(const DeltaMaxPoolParams& p, int device, void* stream) {
     if (p.pairs * p.channels * p.out_h * p.out_w == 0) return;
     const DeviceGuard guard(device, "delta_max_pool");
-    dispatch_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
+    dispatch_gpu_change("delta_max_pool", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const bool packs =

@@ -1,7 +1,6 @@
 #include "pyablate/delta_mean.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -134,7 +133,7 @@ void delta_mean(const DeltaMeanParams& p, int device, void* stream) {
     if (p.pairs * p.channels == 0) return;
     const DeviceGuard guard(device, "delta_mean");
     const auto on = static_cast<cudaStream_t>(stream);
-    dispatch_change("delta_mean", p.dtype, p.base_dtype, [&](auto delta, auto base) {
+    dispatch_gpu_change("delta_mean", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const std::int64_t along = p.channels_last ? p.channels : p.positions;

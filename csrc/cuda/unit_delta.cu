@@ -1,7 +1,6 @@
 #include "pyablate/unit_delta.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -98,7 +97,7 @@ void unit_delta(const UnitDeltaParams& p, int device, void* stream) {
     const DeviceGuard guard(device, "unit_delta");
     Activation function = p.activation;
     if (p.base == nullptr) function.kind = ActivationKind::identity;
-    dispatch_change("unit_delta", p.dtype, p.base_dtype, [&](auto delta, auto base) {
+    dispatch_gpu_change("unit_delta", p.dtype, p.base_dtype, [&](auto delta, auto base) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const bool packs = aligned(p.weight, p.base, p.out) && p.outputs % wide<D> == 0;

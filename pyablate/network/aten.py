@@ -42,7 +42,7 @@ ELEMENTWISE = _overloads(
     "silu.default softplus.default sqrt.default tanh.default threshold.default"
 )
 
-FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16})
+FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 """Dtypes that the native operations take; a network may have others inside."""
 
 STRUCTURE = _overloads(

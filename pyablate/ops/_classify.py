@@ -26,7 +26,8 @@ def head_flips(
     Parameters
     ----------
     logits : Tensor
-        [N, K], of the clean run, float32 or float64; bfloat16 is raised to float32.
+        [N, K], of the clean run, float32 or float64; bfloat16 and float16 are raised to
+        float32.
     delta : Tensor
         [N, U], change of each unit's pooled activation.
     weight : Tensor
@@ -106,7 +107,8 @@ def classify(
     Parameters
     ----------
     logits : Tensor
-        [N, K], of the clean run, float32 or float64; bfloat16 is raised to float32.
+        [N, K], of the clean run, float32 or float64; bfloat16 and float16 are raised to
+        float32.
     delta : Tensor
         [P, K], change of the logits.
     image : Tensor

@@ -7,6 +7,14 @@ from torch import Tensor
 
 from pyablate.ops._checks import check_shape, check_tensor
 
+BASES = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.float16),
+}
+"""Dtypes of ``base`` that backends read, by that of deltas, which are accumulated in the first."""
+
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
     """Return the layout of a tensor that :func:`dense` has made."""
@@ -46,9 +54,9 @@ def output(
 
 
 def base_rows(base: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Return ``base`` in ``layout``, in ``dtype`` unless it is bfloat16."""
-    if base.dtype != torch.bfloat16 or dtype == torch.float64:
-        base = base.to(dtype)
+    """Return ``base`` in ``layout``, in a dtype that goes with deltas of ``dtype``."""
+    if base.dtype not in BASES[dtype]:
+        base = base.to(BASES[dtype][0])
     return base.contiguous(memory_format=layout)
 
 

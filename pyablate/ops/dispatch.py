@@ -14,7 +14,7 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.quantized import Quantized
 
 REAL = (torch.float32, torch.float64)
-FLOATS = (*REAL, torch.bfloat16)
+FLOATS = (*REAL, torch.bfloat16, torch.float16)
 
 
 def backend(tensor: Tensor) -> Any:
@@ -23,6 +23,25 @@ def backend(tensor: Tensor) -> Any:
     if core is None or tensor.device.type == "cpu":
         return core
     return core if tensor.device.type == "cuda" and core.has_cuda else None
+
+
+def on_processor(tensor: Tensor) -> bool:
+    """Whether the processor's kernels would do the work."""
+    return tensor.device.type == "cpu"
+
+
+def delta_backend(delta: Tensor, quantized: Quantized | None = None) -> Any:
+    """Return the backend of an operation on a delta, None where it is left to the reference.
+
+    That does what no kernel is for: float16 on a processor, where it would gain nothing over
+    float32, and quantized values on a GPU or of float64.
+    """
+    if on_processor(delta):
+        left = delta.dtype == torch.float16
+        left |= quantized is not None and delta.dtype == torch.float64
+    else:
+        left = quantized is not None
+    return None if left else backend(delta)
 
 
 def context(tensor: Tensor) -> dict[str, int]:
@@ -63,11 +82,6 @@ def ready_scales(
             check_shape(name, scale, shape)
         ready.append(None if scale is None else scale.detach().contiguous())
     return ready
-
-
-def cannot_encode(like: Tensor, quantized: Quantized | None) -> bool:
-    """Whether quantized values are wanted that the compiled backends do not write."""
-    return quantized is not None and (like.device.type != "cpu" or like.dtype == torch.float64)
 
 
 def written(result: Tensor, quantized: Quantized | None) -> Tensor | None:

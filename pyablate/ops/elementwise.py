@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyablate.ops import dispatch
 from pyablate.ops import reference as reference
 from pyablate.ops._checks import check_shape, check_tensor, two
 from pyablate.ops._layout import base_rows, dense, layout_of, output, same_layout
@@ -15,9 +14,9 @@ from pyablate.ops.activations import Activation
 from pyablate.ops.dispatch import (
     FLOATS,
     activation_arguments,
-    backend,
     check_change,
     context,
+    delta_backend,
     quantized_arguments,
     ready_scales,
     written,
@@ -42,10 +41,12 @@ def delta_activation(
     Parameters
     ----------
     base : Tensor
-        ``[N, *S]``, input of the function in the clean run: bfloat16 or the dtype in which
-        ``delta`` is accumulated (float64 for float64, else float32).
+        ``[N, *S]``, input of the function in the clean run: the dtype in which ``delta`` is
+        accumulated (float64 for float64, else float32) or that of ``delta`` or, beside float32,
+        bfloat16; what is none of these is converted first.
     delta : Tensor
-        ``[P, *S]``, float32, float64 or bfloat16.
+        ``[P, *S]``, float32, float64, bfloat16 or float16, which is for GPUs: on a processor
+        PyTorch does it, not a kernel.
     image : Tensor
         int32 [P], row of ``base`` for each pair.
     activation : Activation
@@ -92,12 +93,12 @@ def delta_activation(
     scales = ready_scales(delta, scale=scale, addend_scale=addend_scale)
     change = dense(delta.detach())
     layout = layout_of(change)
-    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    base = base_rows(base.detach(), delta.dtype, layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = backend(change)
+    core = delta_backend(change, quantized)
     result = out if out is not None and same_layout(out, change) else torch.empty_like(change)
-    if core is None or dispatch.cannot_encode(change, quantized):
+    if core is None:
         reference.delta_activation(
             base,
             change,
@@ -184,7 +185,7 @@ def encode(delta: Tensor, *, by_position: bool = False) -> Quantized:
     Parameters
     ----------
     delta : Tensor
-        ``[P, *S]``, float32, float64 or bfloat16.
+        ``[P, *S]``, float32, float64, bfloat16 or float16.
     by_position : bool
         Whether each position of maps ``[P, C, H, W]`` has a factor of its own.
 
@@ -235,10 +236,11 @@ def delta_mean(
     Parameters
     ----------
     base : Tensor
-        [N, C, H, W], input of the function in the clean run: bfloat16 or the dtype in which
-        ``delta`` is accumulated (float64 for float64, else float32).
+        [N, C, H, W], input of the function in the clean run: the dtype in which ``delta`` is
+        accumulated (float64 for float64, else float32) or that of ``delta`` or, beside float32,
+        bfloat16; what is none of these is converted first.
     delta : Tensor
-        [P, C, H, W], float32, float64 or bfloat16.
+        [P, C, H, W], float32, float64, bfloat16 or float16.
     image : Tensor
         int32 [P], row of ``base`` for each pair.
     activation : Activation
@@ -274,10 +276,10 @@ def delta_mean(
     dtype = reference.compute_dtype(delta.dtype)
     change = dense(delta.detach())
     layout = layout_of(change)
-    base = base_rows(base.detach(), dtype, layout)
+    base = base_rows(base.detach(), delta.dtype, layout)
     if addend is not None:
         addend = addend.detach().contiguous(memory_format=layout)
-    core = backend(change)
+    core = delta_backend(change)
     if core is None:
         return reference.delta_mean(base, change, image, activation, addend=addend, scales=scales)
     out = torch.empty(delta.shape[:2], dtype=dtype, device=delta.device)
@@ -316,10 +318,9 @@ def delta_max_pool(
     Parameters
     ----------
     base : Tensor
-        [N, C, H, W], input in the clean run: bfloat16 or the dtype in which ``delta`` is
-        accumulated.
+        [N, C, H, W], input in the clean run, of a dtype as for :func:`delta_activation`.
     delta : Tensor
-        [P, C, H, W], float32, float64 or bfloat16.
+        [P, C, H, W], float32, float64, bfloat16 or float16.
     image : Tensor
         int32 [P], row of ``base`` for each pair.
     kernel, stride, padding, dilation : int or pair of int
@@ -372,14 +373,14 @@ def delta_max_pool(
     scales = ready_scales(delta, scale=scale)
     change = dense(delta.detach())
     layout = layout_of(change)
-    base = base_rows(base.detach(), reference.compute_dtype(delta.dtype), layout)
+    base = base_rows(base.detach(), delta.dtype, layout)
     result = output(out, (*delta.shape[:2], *size), delta, layout)
     if result.numel() == 0:
         if quantized is not None:
             quantized.fill(result)
         return result
-    core = backend(change)
-    if core is None or dispatch.cannot_encode(change, quantized):
+    core = delta_backend(change, quantized)
+    if core is None:
         reference.delta_max_pool(
             base,
             change,

@@ -129,8 +129,8 @@ def map_moments(x: Tensor, into: MapMoments, *, axis: int = 1) -> None:
     Parameters
     ----------
     x : Tensor
-        Activations ``[N, ...]``, at least one image, float32, float64 or bfloat16, with units
-        along ``axis`` and at least one position.
+        Activations ``[N, ...]``, at least one image, float32, float64, bfloat16 or float16,
+        with units along ``axis`` and at least one position.
     into : MapMoments
         Tables of these N images, on the device of ``x``, made for its dtype. ``pooled`` and
         ``active`` are written; ``least`` and ``positive`` go on from what they are.

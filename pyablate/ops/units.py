@@ -8,7 +8,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pyablate.ops import dispatch
 from pyablate.ops import reference as reference
 from pyablate.ops._checks import check_pairs, check_shape, check_tensor, two
 from pyablate.ops._layout import base_rows, dense, empty_rows, output
@@ -18,6 +17,7 @@ from pyablate.ops.dispatch import (
     activation_arguments,
     backend,
     context,
+    delta_backend,
     quantized_arguments,
     written,
 )
@@ -119,11 +119,12 @@ def unit_delta(
     Parameters
     ----------
     delta : Tensor
-        [N, U, H, W], change of each unit's map on each image; float32, float64 or bfloat16, any
-        strides.
+        [N, U, H, W], change of each unit's map on each image; float32, float64, bfloat16 or
+        float16, any strides.
     weight : Tensor
         [I, kh, kw, O], the filters by input channel, output channel last
-        (``conv.weight.permute(1, 2, 3, 0)``). bfloat16 maps are accumulated in float32.
+        (``conv.weight.permute(1, 2, 3, 0)``). bfloat16 and float16 maps are accumulated in
+        float32.
     channel : Tensor
         int32 [U], input channel of the convolution that each column of ``delta`` stands for.
     image, column : Tensor
@@ -133,8 +134,8 @@ def unit_delta(
     activation : Activation, optional
         Applied in the same pass: the result is then act(base + out) - act(base).
     base : Tensor, optional
-        [N', O, Ho, Wo], output of the convolution (with bias) in the clean run: bfloat16 or the
-        dtype in which ``delta`` is accumulated. Needed with ``activation``.
+        [N', O, Ho, Wo], output of the convolution (with bias) in the clean run, of a dtype
+        as for :func:`delta_activation`. Needed with ``activation``.
     base_image : Tensor, optional
         int32 [P], rows of ``base``; ``image`` if not given.
     out : Tensor, optional
@@ -188,14 +189,14 @@ def unit_delta(
         rows = image if base_image is None else base_image
         check_pairs(delta, base_image=(rows, 0, base.shape[0]))
         check_shape("base_image", rows, (pairs,))
-        base = base_rows(base.detach(), dtype, torch.channels_last)
+        base = base_rows(base.detach(), delta.dtype, torch.channels_last)
     elif base is not None:
         raise ValueError("base: expected None because no activation is given, got a tensor")
     delta = delta.detach()
     weight = weight.detach().to(dtype).contiguous()
     result = output(out, (pairs, outputs, *size), delta, torch.channels_last)
-    core = backend(delta)
-    if core is None or dispatch.cannot_encode(delta, quantized):
+    core = delta_backend(delta, quantized)
+    if core is None:
         reference.unit_delta(
             delta,
             weight,

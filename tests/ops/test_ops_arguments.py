@@ -100,7 +100,7 @@ REFUSED = [
     (flips, {"tolerance": torch.zeros(2)}, ValueError, "tolerance: expected shape (3,)"),
     (flips, {"logits": torch.zeros(3, 0), "weight": torch.zeros(0, 2)}, ValueError, "classes"),
     (unit, {"delta": ROWS}, ValueError, "delta: expected 4 dimensions"),
-    (unit, {"delta": MAPS.half()}, TypeError, "delta: expected dtype"),
+    (unit, {"delta": MAPS.int()}, TypeError, "delta: expected dtype"),
     (unit, {"weight": torch.zeros(6, 7)}, ValueError, "weight: expected 4 dimensions"),
     (unit, {"channel": index([5, 6])}, ValueError, "channel: expected indices from 0 to 5"),
     (unit, {"channel": index([5])}, ValueError, "channel: expected shape (2,)"),

@@ -146,7 +146,9 @@ def in_range(values):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 def test_rows_out_of_range_are_nan(cuda, dtype):
     torch.manual_seed(1)
     base, delta = torch.randn(2, 3, 4, 5), torch.randn(5, 3, 4, 5).to(dtype)

@@ -141,6 +141,18 @@ def test_extreme_values_saturate_and_nan_stays(backend, activation):
     assert bad.isnan().all()
 
 
+@pytest.mark.cuda
+def test_float16_is_read_and_rounded_as_pytorch_does():
+    """All its numbers, subnormal and infinite ones among them, and factors that lead beyond."""
+    scale = torch.tensor([1.0, 1 / 3, 1e-4, 3e3])
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).repeat(4, 1)
+    expected = (every.float() * scale.unsqueeze(1)).half()
+    arguments = every[:1], every, index([0] * 4), Activation("identity")
+    with using_backend("cuda") as device:
+        result = on_device(ops.delta_activation, device, *arguments, scale=scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def pool_truth(base, delta, image, activation, out_size, **window):
     activation = activation or Activation("identity")
     rows = base[image.long()].double()

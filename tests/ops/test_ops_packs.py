@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from support.ops_cases import DTYPES, index, on_reference, random_index, random_maps, using_backend
+from support.ops_cases import (
+    DTYPES,
+    ROUGH,
+    index,
+    on_reference,
+    random_index,
+    random_maps,
+    using_backend,
+)
 
 from pyablate import ops
 from pyablate.ops import Activation
@@ -34,7 +42,7 @@ def results(op, *arguments, shift=(), **options):
 def check(op, *arguments, shift, exact=False, **options):
     """Compare aligned and shifted memory with the reference."""
     expected = on_reference(op, *arguments, **options)
-    rough = 0.02 if expected.dtype == torch.bfloat16 else 1e-5
+    rough = 2 * ROUGH.get(expected.dtype, 5e-6)
     for moved in ((), *[(where,) for where in shift]):
         found = results(op, *arguments, shift=moved, **options)
         assert found.dtype == expected.dtype

@@ -47,14 +47,19 @@ ACTIVATIONS = [
     Activation("tanh"),
 ]
 
-# (delta, base): the combinations that the backends know
+# (delta, base): the combinations that the backends know; float16 on a processor is the reference's.
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.float64, torch.float64),
     (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
 ]
+
+# How far results in low precision may be from the truth, by its last digit.
+ROUGH = {torch.bfloat16: 1e-2, torch.float16: 1.25e-3}
 
 # Families of operations and what their results may differ by: the largest error against the same
 # formula in float64 is at most `factor` times that of plain PyTorch in the same dtype, plus `floor`
@@ -83,7 +88,7 @@ def using_backend(name: str) -> Iterator[torch.device]:
     if name == "cuda":
         if CUDA_ON_CPU is not None:
             with pytest.MonkeyPatch.context() as patch:  # ops sees tensors of the CPU
-                patch.setattr(dispatch, "cannot_encode", lambda _, quantized: quantized is not None)
+                patch.setattr(dispatch, "on_processor", lambda _: False)
                 yield torch.device("cpu")
             return
         if not CORE.has_cuda:

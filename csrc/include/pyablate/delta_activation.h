@@ -27,7 +27,7 @@ struct DeltaActivationParams {
     std::int64_t images, pairs, width;
     Activation activation;
     DType dtype;       // of delta, addend and out; computed in float32, or in float64 if it is that
-    DType base_dtype;  // the computing dtype, or bfloat16 beside float32
+    DType base_dtype;  // the computing dtype, or bfloat16; float16 beside itself
 };
 
 namespace cpu {

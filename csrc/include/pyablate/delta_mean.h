@@ -25,7 +25,7 @@ struct DeltaMeanParams {
     bool channels_last;
     Activation activation;
     DType dtype;       // of delta and addend; computed in float32, or in float64 if it is that
-    DType base_dtype;  // the computing dtype, or bfloat16 beside float32
+    DType base_dtype;  // the computing dtype, or bfloat16; float16 beside itself
 };
 
 namespace cpu {

@@ -30,6 +30,7 @@ void dispatch_real(const char* op, DType dtype, F&& f) {
 }
 
 // f(Type<delta>, Type<base>): the delta's type, and the base's, which may be bfloat16 beside float.
+// Deltas of float16 are for GPUs: see cuda/common.cuh.
 template <class F>
 void dispatch_change(const char* op, DType delta, DType base, F&& f) {
     if (delta == DType::float64 && base == DType::float64) {

@@ -5,11 +5,13 @@
 
 namespace pyablate {
 
-enum class DType : std::uint8_t { float32, float64, bfloat16, int32, int64, uint8, other };
+enum class DType : std::uint8_t { float32, float64, bfloat16, float16, int32, int64, uint8, other };
 
 // Bytes of a number of these dtypes, and the dtype that their sums are kept in.
 constexpr std::int64_t item_size(DType dtype) {
-    return dtype == DType::float64 ? 8 : dtype == DType::bfloat16 ? 2 : 4;
+    return dtype == DType::float64                               ? 8
+           : dtype == DType::bfloat16 || dtype == DType::float16 ? 2
+                                                                 : 4;
 }
 constexpr DType computing(DType dtype) {
     return dtype == DType::float64 ? DType::float64 : DType::float32;

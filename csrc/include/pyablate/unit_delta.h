@@ -34,7 +34,7 @@ struct UnitDeltaParams {
     std::int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
     Activation activation;
     DType dtype;       // of delta and out; weight is float32, or float64 if this is that
-    DType base_dtype;  // the dtype of weight, or bfloat16 beside float32
+    DType base_dtype;  // the dtype of weight, or bfloat16; float16 beside itself
 };
 
 namespace cpu {
