@@ -270,7 +270,7 @@ LARGE = ("resnet50", "deit_tiny_patch16_224", "EfficientNet-Lite0")
 
 
 def profiled(visit: Visit, name: str) -> None:
-    """Ablate three layers of a network and tell which kernels took the time, and how much in all."""
+    """Ablate three layers of a network and tell which kernels took the time."""
     if visit.left < 25:
         visit.note("left out", part=f"profile of {name}", seconds_left=round(visit.left))
         return

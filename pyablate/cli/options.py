@@ -90,8 +90,8 @@ Precision = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="In what pairs are computed first: auto, int8 (8-bit integers), bf16, fp16 (GPUs), fp32 or fp64; "
-        "doubtful ones again more exactly, so the predictions are the same.",
+        help="In what pairs are computed first: auto, int8 (8-bit integers), bf16, fp16 (GPUs), "
+        "fp32 or fp64; doubtful ones again more exactly, so the predictions are the same.",
     ),
 ]
 Guarantee = Annotated[

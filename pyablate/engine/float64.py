@@ -116,7 +116,8 @@ class Exact:
 
     def _ablate(self, sweep: Sweep, row: Tensor, image: Tensor, logits: Tensor) -> None:
         """Change the clean logits ``[P, K]`` of some pairs to those without their units."""
-        job, size = sweep.suffix.job, sweep.suffix.pairs_in(DOUBLE_SLICE, sweep.clean.logits.device)(torch.float64)
+        job, device = sweep.suffix.job, sweep.clean.logits.device
+        size = sweep.suffix.pairs_in(DOUBLE_SLICE, device)(torch.float64)
         parts = zip(*(whole.split(size) for whole in (row, image, logits)), strict=True)
         if job in self.recomputed:
             for rows, images, part in parts:

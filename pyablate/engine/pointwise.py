@@ -175,9 +175,11 @@ def _installed() -> bool:
 
 def nearest(inputs: int, outputs: int) -> Size:
     """Return the size of :data:`MEASURED` that stands for a convolution."""
-    return min(
-        MEASURED, key=lambda size: abs(math.log(size[0] / inputs)) + abs(math.log(size[1] / outputs))
-    )
+
+    def far(size: Size) -> float:
+        return abs(math.log(size[0] / inputs)) + abs(math.log(size[1] / outputs))
+
+    return min(MEASURED, key=far)
 
 
 def worthwhile(device: torch.device) -> frozenset[Size]:

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 SIZES = "rows positions images".split()
 """Arguments that change from slice to slice or layer to layer, and are not worth a compilation."""
 

@@ -85,8 +85,8 @@ what goes beyond is attributed to the steps. In float32 a tile of Winograd's con
 rounding error of its largest number, which later layers may make nothing of."""
 
 UNDERFLOW = {torch.float16: 2.0**-12}
-"""What is added to a tier's bound, in logits, for numbers below its least normal one, whose error is
-no share of them: 2^-25 of each at most in float16, which a network may enlarge 8,000 times."""
+"""What is added to a tier's bound, in logits: of numbers below its least normal one the error is no
+share. In float16 it is 2^-25 at most, which a network may enlarge 8,000 times."""
 
 Advance = Callable[[int], None]
 """Told how many more pairs are done, for those who show progress."""

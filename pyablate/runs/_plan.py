@@ -226,6 +226,8 @@ class Plan:
             f"{found.prediction_seconds:,.1f} s of it predictions along {found.directions}, "
             f"{found.measuring_seconds:,.1f} s measuring thresholds"
         )
+        if least >= self.seconds:
+            parts += ': take guarantee="exact", which is predicted to be no slower'
         if found.stages is not None:
             return f"screened: {least:,.1f} s, {parts}"
         return (

@@ -156,8 +156,8 @@ FIXED = (
     ("cuda.matmul", "allow_fp16_reduced_precision_reduction", False),
     ("cuda.matmul", "allow_bf16_reduced_precision_reduction", False),
 )
-"""cuDNN chooses by rules: by the clock, it would round differently from run to run. Products in half
-precision are added up in float32."""
+"""cuDNN chooses by rules: by the clock, it would round differently from run to run. Products in
+half precision are added up in float32."""
 
 
 @contextmanager

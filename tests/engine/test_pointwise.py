@@ -126,7 +126,7 @@ class Bottlenecks(nn.Module):
 
 
 def take_for_a_gpu(monkeypatch, one_pass):
-    """Let this function stand for the kernel, fast at all sizes; return whether it was given sums."""
+    """Let this function stand for the kernel, fast at all sizes; return if it was given sums."""
     done = set()
 
     def noted(delta, weight, image, base, addend=None):

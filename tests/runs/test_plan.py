@@ -1,5 +1,6 @@
 """What a plan says, beside the run that was planned."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,14 @@ def test_a_plan_has_the_ends_of_a_screened_run(planned):
     assert none < half < every == pytest.approx(plan.seconds + found.drawing_seconds)
     with pytest.raises(ValueError, match="share: expected a number from 0 to 1"):
         plan.seconds_at(2.0)
+
+
+@pytest.mark.parametrize("cost", [0.0, 1e6])
+def test_a_plan_says_where_screening_does_not_pay(planned, cost):
+    plan, _ = planned
+    screened = replace(plan.screened, prediction_seconds=cost, measuring_seconds=0.0)
+    said = replace(plan, screened=screened).explain()
+    assert ('take guarantee="exact"' in said) == (cost > 0)
 
 
 def test_what_was_measured_stays_open_is_what_stays_open(monkeypatch):
