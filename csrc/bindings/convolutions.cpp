@@ -7,10 +7,14 @@ namespace pyablate {
 namespace {
 
 void depthwise(const TensorView& x, const TensorView& filters, const TensorView& out,
-               const Two& stride, const Two& padding, const Two& dilation, int threads) {
+               const Two& stride, const Two& padding, const Two& dilation, int threads,
+               std::uintptr_t stream) {
     const Place place = place_of({{"x", x}, {"filters", filters}, {"out", out}});
-    check(!place.cuda, "x: expected a CPU tensor");
-    check_dtype({"x", x}, DType::float64);
+    if (place.cuda) {
+        check_float("x", x, place);
+    } else {
+        check_dtype({"x", x}, DType::float64);
+    }
     check(x.dims == 4 && filters.dims == 3 && out.dims == 4,
           "x, filters, out: expected four, three and four dimensions");
     const std::int64_t images = x.shape[0], channels = x.shape[1];
@@ -23,14 +27,15 @@ void depthwise(const TensorView& x, const TensorView& filters, const TensorView&
         result[i] = room / stride[i] + 1;
     }
     check_shape({"out", out}, {images, channels, result[0], result[1]});
-    check_dtype({"out", out}, DType::float64);
+    check_dtype({"out", out}, x.dtype);
     check_dense({"x", x}, true);
     check_dense({"out", out}, true);
     const DepthwiseParams params{
-        .x = static_cast<const double*>(x.data),
+        .dtype = x.dtype,
+        .x = x.data,
         .filters =
-            read<double>({"filters", filters}, DType::float64, {kernel[0], kernel[1], channels}),
-        .out = static_cast<double*>(out.data),
+            read<void>({"filters", filters}, computing(x.dtype), {kernel[0], kernel[1], channels}),
+        .out = out.data,
         .images = images,
         .height = size[0],
         .width = size[1],
@@ -47,15 +52,14 @@ void depthwise(const TensorView& x, const TensorView& filters, const TensorView&
         .dilation_w = dilation[1],
     };
     if (out.elements() == 0) return;
-    const py::gil_scoped_release released;
-    cpu::depthwise(params, threads);
+    run(place, params, threads, stream, cpu::depthwise, cuda::depthwise);
 }
 
 }  // namespace
 
 void define_convolutions(py::module_& m) {
     m.def("depthwise", &depthwise, "x"_a, "filters"_a, "out"_a, py::kw_only(), "stride"_a,
-          "padding"_a, "dilation"_a, "threads"_a);
+          "padding"_a, "dilation"_a, "threads"_a, "stream"_a);
 }
 
 }  // namespace pyablate

@@ -26,7 +26,7 @@ void delta_activation(const TensorView& base, const TensorView& delta, const Ten
                                   {"codes", codes.first},
                                   {"code_scale", codes.second}});
     const TensorView& result = sized(out, codes);
-    check_delta_dtype(delta, place);
+    check_float("delta", delta, place);
     check(delta.dims >= 1 && base.dims == delta.dims, "base: expected the dimensions of delta");
     const std::int64_t pairs = delta.shape[0], images = base.shape[0];
     const std::int64_t width = row_elements(delta);
@@ -87,7 +87,7 @@ void delta_mean(const TensorView& base, const TensorView& delta, const TensorVie
                                   {"addend", addend},
                                   {"addend_scale", addend_scale},
                                   {"out", out}});
-    check_delta_dtype(delta, place);
+    check_float("delta", delta, place);
     const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
     check(height * width > 0, "delta: expected maps with at least one position");
     check_dtype({"addend", addend}, delta.dtype);
@@ -127,7 +127,7 @@ void delta_max_pool(const TensorView& base, const TensorView& delta, const Tenso
                                   {"codes", codes.first},
                                   {"code_scale", codes.second}});
     const TensorView& result = sized(out, codes);
-    check_delta_dtype(delta, place);
+    check_float("delta", delta, place);
     const auto [pairs, images, channels, height, width] = maps_of(base, delta, channels_last);
     check(result.dims == 4, "out: expected 4 dimensions, got ", result.dims);
     check_shape({"out", result}, {pairs, channels, result.shape[2], result.shape[3]});

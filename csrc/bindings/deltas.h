@@ -21,11 +21,11 @@ inline Activation activation_of(const Function& function) {
     return {static_cast<ActivationKind>(kind), a, b};
 }
 
-inline void check_delta_dtype(const TensorView& delta, const Place& place) {
-    const DType is = delta.dtype;
+inline void check_float(const char* name, const TensorView& tensor, const Place& place) {
+    const DType is = tensor.dtype;
     check(is == DType::float32 || is == DType::float64 || is == DType::bfloat16 ||
               (is == DType::float16 && place.cuda),
-          "delta: expected float32, float64, bfloat16 or, on a GPU alone, float16, got ",
+          name, ": expected float32, float64, bfloat16 or, on a GPU alone, float16, got ",
           name_of(is));
 }
 

@@ -63,7 +63,7 @@ void unit_delta(const TensorView& delta, const TensorView& weight, const TensorV
                                   {"codes", codes.first},
                                   {"code_scale", codes.second}});
     const TensorView& result = sized(out, codes);
-    check_delta_dtype(delta, place);
+    check_float("delta", delta, place);
     check(delta.dims == 4 && weight.dims == 4 && result.dims == 4,
           "delta, weight, out: expected four dimensions");
     const std::int64_t images = delta.shape[0], units = delta.shape[1];

@@ -71,7 +71,8 @@ struct Row {
     void sum(std::int64_t x, int columns) const {
         Taps taps;
         bool more = false;
-        double* to = p.out + ((image * p.out_h + y) * p.out_w + x) * p.channels;
+        double* to =
+            static_cast<double*>(p.out) + ((image * p.out_h + y) * p.out_w + x) * p.channels;
         const auto flush = [&] {
             const std::int64_t step = p.stride_w * p.channels;
             columns == 1 ? sum_taps<1>(taps, step, p.channels, more, to)
@@ -82,12 +83,14 @@ struct Row {
         for (std::int64_t i = 0; i < p.kernel_h; ++i) {
             const std::int64_t from = y * p.stride_h + i * p.dilation_h - p.padding_h;
             if (from < 0 || from >= p.height) continue;
-            const double* row = p.x + (image * p.height + from) * p.width * p.channels;
+            const double* row =
+                static_cast<const double*>(p.x) + (image * p.height + from) * p.width * p.channels;
             for (std::int64_t j = 0; j < p.kernel_w; ++j) {
                 if (!inside(x, j)) continue;
                 if (taps.count == most_taps) flush();
-                taps.list[taps.count++] = {row + input_column(x, j) * p.channels,
-                                           p.filters + (i * p.kernel_w + j) * p.channels};
+                taps.list[taps.count++] = {
+                    row + input_column(x, j) * p.channels,
+                    static_cast<const double*>(p.filters) + (i * p.kernel_w + j) * p.channels};
             }
         }
         if (taps.count > 0 || !more) flush();

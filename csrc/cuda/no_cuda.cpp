@@ -9,6 +9,7 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/depthwise.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/masked_copies.h"
@@ -56,6 +57,9 @@ void delta_mean(const DeltaMeanParams&, int, void*) {
 }
 void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
     missing("delta_max_pool");
+}
+void depthwise(const DepthwiseParams&, int, void*) {
+    missing("depthwise");
 }
 void unit_delta(const UnitDeltaParams&, int, void*) {
     missing("unit_delta");

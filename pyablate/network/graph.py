@@ -367,8 +367,9 @@ def _grouped(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve in groups; PyTorch has no fast way for float64 where each channel is one."""
-    slow = x.dtype == weight.dtype == torch.float64 and x.device.type == "cpu" and x.ndim == 4
+    """Convolve in groups; where each channel is one, PyTorch is slow in float64 and on a GPU."""
+    slow = x.dtype == weight.dtype and x.ndim == 4
+    slow = slow and (x.dtype == torch.float64 if x.device.type == "cpu" else x.is_cuda)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not slow or wanted or type(x) is not Tensor or not len(weight) == groups == x.shape[1]:
         return cast(Tensor, aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups))

@@ -179,21 +179,22 @@ def depthwise(
 ) -> Tensor:
     """Convolve each channel by its own filter.
 
-    In float64, in which libraries convolve channel after channel; in others they are fast.
+    On a processor in float64, in which libraries convolve channel after channel. On a GPU in any
+    precision, since cuDNN prepares itself for each number of images that it has not met.
 
     Parameters
     ----------
     x : Tensor
-        float64 ``[N, C, H, W]``.
+        ``[N, C, H, W]``: float64; on a GPU float32, bfloat16 and float16, too.
     weight : Tensor
-        float64 ``[C, 1, kh, kw]``.
+        ``[C, 1, kh, kw]``, dtype of ``x``.
     stride, padding, dilation : int or pair of int
         Of the convolution, (height, width).
 
     Returns
     -------
     Tensor
-        float64 ``[N, C, Ho, Wo]`` channels_last; no bias.
+        ``[N, C, Ho, Wo]`` channels_last, dtype of ``x``, added up in float32 at least; no bias.
 
     Raises
     ------
@@ -206,8 +207,9 @@ def depthwise(
     >>> pa.ops.depthwise(x, weight, stride=2, padding=2).shape
     torch.Size([2, 4, 4, 4])
     """
-    check_tensor("x", x, dims=4, dtypes=(torch.float64,))
-    check_tensor("weight", weight, dims=4, dtypes=(torch.float64,), like=x)
+    known = (torch.float64,) if on_processor(x) else FLOATS
+    check_tensor("x", x, dims=4, dtypes=known)
+    check_tensor("weight", weight, dims=4, dtypes=(x.dtype,), like=x)
     (images, channels, *maps), kernel = x.shape, (weight.shape[2], weight.shape[3])
     check_shape("weight", weight, (channels, 1, *kernel))
     geometry = {
@@ -222,9 +224,10 @@ def depthwise(
         )
     x, weight = x.detach().contiguous(memory_format=torch.channels_last), weight.detach()
     out = output(None, (images, channels, *size), x, torch.channels_last)
-    core = backend(x) if x.device.type == "cpu" else None
+    core = backend(x)
     if core is None:
         return reference.depthwise(x, weight, out=out, **geometry)
     filters = weight.squeeze(1).permute(1, 2, 0).contiguous()  # channels fill the vectors
-    core.depthwise(x, filters, out, threads=context(x)["threads"], **geometry)
+    filters = filters.to(torch.promote_types(x.dtype, torch.float32))
+    core.depthwise(x, filters, out, **context(x), **geometry)
     return out
