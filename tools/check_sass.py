@@ -104,8 +104,8 @@ class Kernel:
                 found.append("chooses a function in a loop")
             if any("CALL" in line for line in loop) and not self.double:
                 found.append("calls in a loop")
-        # All functions but ReLU in one kernel: four numbers of bfloat16 at a time.
-        least = 8 if self.name.endswith("false>") else 16
+        # All functions but a few in one kernel: four numbers of bfloat16 or float16 at a time.
+        least = 8 if self.name.endswith("AnyActivation>") else 16
         if self.packed and max(self.widest("LDG"), self.widest("STG")) < least:
             found.append(f"no {least}-byte access")
         return sorted(set(found))

@@ -152,8 +152,8 @@ __device__ inline std::int64_t all_planes() {
 
 constexpr int access = 16;  // bytes that one access moves at most
 
-// How many numbers of a type that is. Kernels for functions other than ReLU, which take more registers,
-// keep to `some`.
+// How many numbers of a type that is. Kernels for any function, which take more registers, keep to
+// `some`.
 template <class T>
 constexpr int wide = access / static_cast<int>(sizeof(T));
 template <class T>
@@ -207,27 +207,36 @@ void dispatch_width(bool possible, F&& f) {
 
 // --- elementwise functions -----------------------------------------------------------------------
 
-// f(std::integral_constant<ActivationKind, kind>), to be called outside of loops. ReLU, which most
-// networks have, has kernels of its own, which need fewer registers than all functions together.
-template <bool RELU, class F>
+// What a kernel is for: any function, or one that many networks have, which then needs fewer
+// registers than all of them together.
+struct AnyActivation {};
+template <ActivationKind K>
+using OneActivation = std::integral_constant<ActivationKind, K>;
+
+// f(OneActivation<kind>{}), to be called outside of loops
+template <class A, class F>
 __device__ inline void with_activation(ActivationKind kind, F&& f) {
-    if constexpr (RELU) {
-        f(std::integral_constant<ActivationKind, ActivationKind::relu>{});
-    } else {
+    if constexpr (std::is_same_v<A, AnyActivation>) {
         dispatch_activation(kind, f);
+    } else {
+        f(A{});
     }
 }
 
-// f(std::integral_constant<int, N>, std::bool_constant<RELU>): the numbers that a thread takes at a
-// time. Where it is one, memory is not what a kernel waits for, and ReLU has no other kernel.
-template <int N, int RELU_N, class F>
+// f(std::integral_constant<int, n>, A{}): the numbers that a thread takes at a time, and the kernel,
+// which is one of its own for the functions OWN. Where that is one number, memory is not what a
+// kernel waits for, and one kernel does.
+template <int N, int OWN_N, ActivationKind... OWN, class F>
 void dispatch_width(bool possible, const Activation& activation, F&& f) {
+    const auto own = [&](auto kind) {
+        const bool found = activation.kind == kind();
+        if (found) f(std::integral_constant<int, OWN_N>{}, kind);
+        return found;
+    };
     if (!possible) {
-        f(std::integral_constant<int, 1>{}, std::false_type{});
-    } else if (activation.kind == ActivationKind::relu) {
-        f(std::integral_constant<int, RELU_N>{}, std::true_type{});
-    } else {
-        f(std::integral_constant<int, N>{}, std::false_type{});
+        f(std::integral_constant<int, 1>{}, AnyActivation{});
+    } else if (!(... || own(OneActivation<OWN>{}))) {
+        f(std::integral_constant<int, N>{}, AnyActivation{});
     }
 }
 

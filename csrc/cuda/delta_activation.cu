@@ -57,10 +57,10 @@ __device__ inline void carry(const DeltaActivationParams& p) {
     }
 }
 
-template <class D, class B, int N, bool RELU>
+template <class D, class B, int N, class A>
 __global__ void delta_activation_kernel(const DeltaActivationParams p) {
-    with_activation<RELU>(p.activation.kind,
-                          [&](auto kind) { carry<decltype(kind)::value, D, B, N>(p); });
+    with_activation<A>(p.activation.kind,
+                       [&](auto kind) { carry<decltype(kind)::value, D, B, N>(p); });
 }
 
 }  // namespace
@@ -72,11 +72,13 @@ void delta_activation(const DeltaActivationParams& p, int device, void* stream) 
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const bool packs = aligned(p.base, p.delta, p.addend, p.out) && p.width % wide<D> == 0;
-        dispatch_width<some<D>, wide<D>>(packs, p.activation, [&](auto n, auto relu) {
-            const Tiles on = tiles(p.width / n(), divide_up(p.pairs, together));
-            delta_activation_kernel<D, B, n(), relu()>
-                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
-        });
+        using K = ActivationKind;
+        dispatch_width<some<D>, wide<D>, K::relu, K::hardtanh>(
+            packs, p.activation, [&](auto n, auto kernel) {
+                const Tiles on = tiles(p.width / n(), divide_up(p.pairs, together));
+                delta_activation_kernel<D, B, n(), decltype(kernel)>
+                    <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
+            });
     });
     PYABLATE_CHECK_LAUNCH("delta_activation");
 }

@@ -9,7 +9,7 @@ namespace {
 // A thread goes along a row of a pair's output. Channels last: it takes N channels, all positions of
 // the row; its neighbours take the next channels. Otherwise one position of the row, all channels;
 // its neighbours take the next positions.
-template <class D, class B, int N, bool RELU>
+template <class D, class B, int N, class A>
 __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
     using T = Compute<D>;
     // from one channel, column and row of a map to the next
@@ -81,7 +81,7 @@ __global__ void delta_max_pool_kernel(const DeltaMaxPoolParams p) {
                         });
                     }
                     D results[N];
-                    with_activation<RELU>(p.activation.kind, [&](auto kind) {
+                    with_activation<A>(p.activation.kind, [&](auto kind) {
                         for (int k = 0; k < N; ++k) {
                             const bool spoiled = !valid || difference[k] != difference[k];
                             const T d = (empty >> k & 1u) != 0 ? T(0) : difference[k];
@@ -108,12 +108,13 @@ void delta_max_pool(const DeltaMaxPoolParams& p, int device, void* stream) {
         using B = typename decltype(base)::type;
         const bool packs =
             p.channels_last && aligned(p.base, p.delta, p.out) && p.channels % wide<D> == 0;
-        dispatch_width<wide<D>, wide<D>>(packs, p.activation, [&](auto n, auto relu) {
-            const std::int64_t columns = p.channels_last ? p.channels / n() : p.out_w;
-            const Tiles on = tiles(columns, p.out_h, p.pairs);
-            delta_max_pool_kernel<D, B, n(), relu()>
-                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
-        });
+        dispatch_width<wide<D>, wide<D>, ActivationKind::relu>(
+            packs, p.activation, [&](auto n, auto kernel) {
+                const std::int64_t columns = p.channels_last ? p.channels / n() : p.out_w;
+                const Tiles on = tiles(columns, p.out_h, p.pairs);
+                delta_max_pool_kernel<D, B, n(), decltype(kernel)>
+                    <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
+            });
     });
     PYABLATE_CHECK_LAUNCH("delta_max_pool");
 }

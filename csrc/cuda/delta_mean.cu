@@ -112,19 +112,18 @@ __device__ inline void average_rows(const DeltaMeanParams& p, Compute<D> share) 
     }
 }
 
-template <class D, class B, int N, bool RELU>
+template <class D, class B, int N, class A>
 __global__ void delta_mean_columns(const DeltaMeanParams p, Compute<D> share) {
     __shared__ Compute<D> part[block_threads * N];
-    with_activation<RELU>(p.activation.kind, [&](auto kind) {
+    with_activation<A>(p.activation.kind, [&](auto kind) {
         average_columns<decltype(kind)::value, D, B, N>(p, share, part);
     });
 }
 
-template <class D, class B, int N, bool RELU>
+template <class D, class B, int N, class A>
 __global__ void delta_mean_rows(const DeltaMeanParams p, Compute<D> share) {
-    with_activation<RELU>(p.activation.kind, [&](auto kind) {
-        average_rows<decltype(kind)::value, D, B, N>(p, share);
-    });
+    with_activation<A>(p.activation.kind,
+                       [&](auto kind) { average_rows<decltype(kind)::value, D, B, N>(p, share); });
 }
 
 }  // namespace
@@ -142,16 +141,20 @@ void delta_mean(const DeltaMeanParams& p, int device, void* stream) {
         using T = Compute<D>;
         const auto share = static_cast<T>(1) / static_cast<T>(p.positions);
         if (p.channels_last) {
-            dispatch_width<some<D>, wide<D>>(packs, p.activation, [&](auto n, auto relu) {
-                const Tiles over = tiles(p.channels / n(), p.positions);
-                const dim3 grid(over.grid.x, cut_grid(p.pairs));
-                delta_mean_columns<D, B, n(), relu()><<<grid, over.block, 0, on>>>(p, share);
-            });
+            dispatch_width<some<D>, wide<D>, ActivationKind::relu>(
+                packs, p.activation, [&](auto n, auto kernel) {
+                    const Tiles over = tiles(p.channels / n(), p.positions);
+                    const dim3 grid(over.grid.x, cut_grid(p.pairs));
+                    delta_mean_columns<D, B, n(), decltype(kernel)>
+                        <<<grid, over.block, 0, on>>>(p, share);
+                });
         } else {  // an odd layout: of functions other than ReLU there is one kernel for all
-            dispatch_width<1, wide<D>>(packs, p.activation, [&](auto n, auto relu) {
-                const Tiles over = tiles(warp_threads, p.channels, p.pairs);
-                delta_mean_rows<D, B, n(), relu()><<<over.grid, over.block, 0, on>>>(p, share);
-            });
+            dispatch_width<1, wide<D>, ActivationKind::relu>(
+                packs, p.activation, [&](auto n, auto kernel) {
+                    const Tiles over = tiles(warp_threads, p.channels, p.pairs);
+                    delta_mean_rows<D, B, n(), decltype(kernel)>
+                        <<<over.grid, over.block, 0, on>>>(p, share);
+                });
         }
     });
     PYABLATE_CHECK_LAUNCH("delta_mean");

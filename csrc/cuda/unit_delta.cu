@@ -11,7 +11,7 @@ constexpr int positions = 4;  // neighbouring output positions that share a load
 // A thread takes N output channels of a row of a pair's output, `positions` of the row at a time; its
 // neighbours take the next channels and see the same of the map. A tap that sees only zeros is
 // skipped.
-template <class D, class B, int N, bool RELU>
+template <class D, class B, int N, class A>
 __global__ void unit_delta_kernel(const UnitDeltaParams p) {
     using T = Compute<D>;
     const std::int64_t map_size = p.out_h * p.out_w * p.outputs;
@@ -82,7 +82,7 @@ __global__ void unit_delta_kernel(const UnitDeltaParams p) {
                             store(out + at, results);
                         }
                     };
-                    with_activation<RELU>(
+                    with_activation<A>(
                         base == nullptr ? ActivationKind::identity : p.activation.kind, finish);
                 }
             }
@@ -101,11 +101,12 @@ void unit_delta(const UnitDeltaParams& p, int device, void* stream) {
         using D = typename decltype(delta)::type;
         using B = typename decltype(base)::type;
         const bool packs = aligned(p.weight, p.base, p.out) && p.outputs % wide<D> == 0;
-        dispatch_width<wide<D>, wide<D>>(packs, function, [&](auto n, auto relu) {
-            const Tiles on = tiles(p.outputs / n(), p.out_h, p.pairs);
-            unit_delta_kernel<D, B, n(), relu()>
-                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
-        });
+        dispatch_width<wide<D>, wide<D>, ActivationKind::relu>(
+            packs, function, [&](auto n, auto kernel) {
+                const Tiles on = tiles(p.outputs / n(), p.out_h, p.pairs);
+                unit_delta_kernel<D, B, n(), decltype(kernel)>
+                    <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
+            });
     });
     PYABLATE_CHECK_LAUNCH("unit_delta");
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyablate.ops import dispatch
 from pyablate.ops import reference as reference
 from pyablate.ops._checks import check_pairs, check_shape, check_tensor, two
 from pyablate.ops._layout import base_rows, output
@@ -207,7 +208,7 @@ def depthwise(
     >>> pa.ops.depthwise(x, weight, stride=2, padding=2).shape
     torch.Size([2, 4, 4, 4])
     """
-    known = (torch.float64,) if on_processor(x) else FLOATS
+    known = (torch.float64,) if dispatch.on_processor(x) else FLOATS
     check_tensor("x", x, dims=4, dtypes=known)
     check_tensor("weight", weight, dims=4, dtypes=(x.dtype,), like=x)
     (images, channels, *maps), kernel = x.shape, (weight.shape[2], weight.shape[3])

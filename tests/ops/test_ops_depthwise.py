@@ -1,10 +1,10 @@
-"""depthwise: every instruction set against PyTorch's convolution in float64."""
+"""depthwise: every instruction set, and a GPU's kernels, against PyTorch's convolution."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ops_cases import on_reference, random_maps, using_backend
+from support.ops_cases import assert_near, on_device, on_reference, random_maps, using_backend
 from torch.nn import functional
 
 from pyablate import ops
@@ -27,22 +27,31 @@ def check(result, x, weight, **geometry):
     assert torch.allclose(result, expected, rtol=0, atol=1e-13 * scale)
 
 
+ON_A_GPU = [
+    ((9, 6), 32, (3, 3), {"stride": 2, "padding": 1}),
+    ((7, 9), 16, (5, 5), {"padding": 2}),
+    ((11, 14), 24, (5, 5), {"stride": 2, "padding": 2}),
+    ((8, 10), 8, (7, 7), {"padding": 3}),
+    ((8, 10), 16, (5, 3), {"stride": (1, 2), "padding": (0, 1)}),
+]
+"""Filters with kernels of their own."""
+
+GEOMETRIES = [
+    ((8, 8), 16, (3, 3), {"padding": 1}),
+    ((9, 14), 19, (3, 3), {"padding": 1}),  # channels that fill no vector
+    ((9, 9), 33, (5, 5), {"padding": 2, "stride": 2}),
+    ((12, 11), 5, (5, 5), {"padding": 4, "dilation": 2}),
+    ((10, 10), 8, (7, 3), {"padding": (0, 3)}),
+    ((12, 13), 6, (11, 11), {"padding": 5}),  # more taps than are summed in one go
+    ((6, 7), 24, (3, 3), {"stride": (1, 3)}),
+    ((1, 1), 9, (3, 3), {"padding": 1}),
+    ((2, 3), 12, (1, 1), {"padding": 9}),  # positions that see nothing but padding
+    ((5, 9), 7, (1, 1), {}),
+]
+
+
 @pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize(
-    ("size", "channels", "kernel", "geometry"),
-    [
-        ((8, 8), 16, (3, 3), {"padding": 1}),
-        ((9, 14), 19, (3, 3), {"padding": 1}),  # channels that fill no vector
-        ((9, 9), 33, (5, 5), {"padding": 2, "stride": 2}),
-        ((12, 11), 5, (5, 5), {"padding": 4, "dilation": 2}),
-        ((10, 10), 8, (7, 3), {"padding": (0, 3)}),
-        ((12, 13), 6, (11, 11), {"padding": 5}),  # more taps than are summed in one go
-        ((6, 7), 24, (3, 3), {"stride": (1, 3)}),
-        ((1, 1), 9, (3, 3), {"padding": 1}),
-        ((2, 3), 12, (1, 1), {"padding": 9}),  # positions that see nothing but padding
-        ((5, 9), 7, (1, 1), {}),
-    ],
-)
+@pytest.mark.parametrize(("size", "channels", "kernel", "geometry"), GEOMETRIES)
 def test_is_the_convolution(backend, size, channels, kernel, geometry):
     x, weight = problem(size, channels, kernel)
     with using_backend(backend):
@@ -50,6 +59,33 @@ def test_is_the_convolution(backend, size, channels, kernel, geometry):
         last = x.contiguous(memory_format=LAST)
         check(ops.depthwise(last, weight, **geometry), x, weight, **geometry)
     check(on_reference(ops.depthwise, x, weight, **geometry), x, weight, **geometry)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize(("size", "channels", "kernel", "geometry"), [*GEOMETRIES, *ON_A_GPU])
+def test_is_the_convolution_on_a_gpu(dtype, size, channels, kernel, geometry):
+    x, weight = (made.to(dtype) for made in problem(size, channels, kernel))
+    truth, plain = (
+        functional.conv2d(x.to(as_), weight.to(as_), groups=channels, **geometry)
+        for as_ in (torch.float64, torch.promote_types(dtype, torch.float32))
+    )
+    with using_backend("cuda") as device:
+        for given in (x, x.contiguous(memory_format=LAST)):
+            result = on_device(ops.depthwise, device, given, weight, **geometry)
+            assert_near(result, plain.to(dtype), truth, "reduction")
+            assert result.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.cuda
+def test_no_position_of_a_gpu_depends_on_what_it_does_not_see():
+    x, weight = (made.half() for made in problem((10, 13), 40, (3, 3), images=23))
+    x[4, 7, 3, 3] = float("nan")
+    with using_backend("cuda") as device:
+        lost = on_device(ops.depthwise, device, x, weight, padding=1).isnan().nonzero().tolist()
+    assert lost == [[4, 7, y, x] for y in (2, 3, 4) for x in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

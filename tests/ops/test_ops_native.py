@@ -171,28 +171,38 @@ def test_the_module_checks_for_itself(changes, message):
         call_core(**{"logits": torch.zeros(2, 3), **changes})
 
 
+def change_on_core(kind, dtype=torch.float32):
+    CORE.delta_activation(
+        *(torch.zeros(2, 3), torch.zeros(2, 3, dtype=dtype), index([0, 1])),
+        **dict.fromkeys(("scale", "addend", "addend_scale")),
+        out=torch.zeros(2, 3, dtype=dtype),
+        codes=(None, None),
+        activation=(kind, 0.0, 0.0),
+        threads=1,
+        stream=0,
+    )
+
+
 @needs_core
 def test_the_module_knows_the_functions_of_ops_and_no_others():
-    x = torch.zeros(2, 3)
-    nothing = dict.fromkeys(("scale", "addend", "addend_scale"))
     known = len(get_args(ActivationName))
-
-    def call(kind):
-        CORE.delta_activation(
-            *(x, x, index([0, 1])),
-            **nothing,
-            out=torch.zeros(2, 3),
-            codes=(None, None),
-            activation=(kind, 0.0, 0.0),
-            threads=1,
-            stream=0,
-        )
-
     for kind in range(known):
-        call(kind)
+        change_on_core(kind)
     for kind in (-1, known):
         with pytest.raises(ValueError, match=f"no function has the number {kind}"):
-            call(kind)
+            change_on_core(kind)
+
+
+@needs_core
+@pytest.mark.parametrize("use_table", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.uint8], ids=str)
+def test_the_module_refuses_deltas_that_a_processor_has_no_kernel_for(dtype, use_table):
+    try:
+        CORE.tensor_access(use_table)
+        with pytest.raises(ValueError, match=f"on a GPU alone, float16, got {str(dtype)[6:]}"):
+            change_on_core(1, dtype)
+    finally:
+        CORE.tensor_access(True)
 
 
 def every_operation():

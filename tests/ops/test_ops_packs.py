@@ -17,6 +17,7 @@ from pyablate.ops import Activation
 
 pytestmark = pytest.mark.cuda
 
+ACTIVATIONS = [Activation("relu"), Activation("hardtanh", -0.5, 0.7), Activation("silu")]
 NAMES = [f"{str(d)[6:]}-{str(b)[6:]}" for d, b in DTYPES]
 
 
@@ -53,14 +54,14 @@ def check(op, *arguments, shift, exact=False, **options):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)
-@pytest.mark.parametrize("name", ["relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
 @pytest.mark.parametrize("width", [16, 20, 2056])
-def test_activation(dtypes, name, width):
+def test_activation(dtypes, activation, width):
     torch.manual_seed(0)
     delta, addend = (torch.randn(3, width).to(dtypes[0]) for _ in range(2))
     base = torch.randn(2, width).to(dtypes[1])
     options = {"addend": addend, "scale": torch.rand(3), "addend_scale": torch.rand(3)}
-    arguments = base, delta, index([1, 0, 1]), Activation(name)
+    arguments = base, delta, index([1, 0, 1]), activation
     check(ops.delta_activation, *arguments, shift=(0, 1, "addend"), **options)
 
 
