@@ -25,7 +25,7 @@ from pyablate.engine import cuda_graph, logit_change, precision_cascade
 from pyablate.engine.float64 import Exact
 from pyablate.engine.job import Members
 from pyablate.interventions import Intervention
-from pyablate.ops import Activation, _classify, elementwise, units
+from pyablate.ops import Activation, _classify, dispatch, elementwise, units
 from pyablate.runs import setup as prepare
 from pyablate.runs.executor import BlockSweep
 from pyablate.runtime.host_to_device import sent
@@ -437,8 +437,9 @@ class NoKernels:
 
 def test_native_operations_do_not_wait(monkeypatch):
     """The functions round the kernels, which the tests above take for one launch."""
-    for module in (elementwise, _classify, units):
+    for module in (dispatch, _classify, units):
         monkeypatch.setattr(module, "backend", lambda _: NoKernels())
+    for module in (elementwise, _classify, units):
         monkeypatch.setattr(module, "context", lambda _: {"threads": 1, "stream": 0})
     maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
     pair = there(torch.zeros(5, dtype=torch.int32))
