@@ -1,0 +1,91 @@
+"""float16, the low precision of GPUs, on a processor: the rules, what is too large or too small."""
+
+import pytest
+import torch
+from support import networks
+from support.oracle import check
+from torch import nn
+
+import pyablate as pa
+from pyablate.engine import precision_cascade
+from pyablate.runs import setup
+
+pytestmark = pytest.mark.usefixtures("exports_kept")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Let float16 be tried first; what processors have no kernels for is left to the reference."""
+    monkeypatch.setattr(setup, "_low_precisions", lambda *_: (torch.float16,))
+    monkeypatch.setattr(precision_cascade, "WORTHWHILE", 0)
+
+
+def decided(result):
+    return result.effort.pairs_by_precision.get("float16", 0)
+
+
+@pytest.mark.parametrize("name", [n for n, made in networks.ARCHITECTURES.items() if made.exports])
+def test_every_architecture(name):
+    model, images, labels = networks.network(name)
+    layers = list(networks.ARCHITECTURES[name].layers)
+    result = check(model, (images, labels), layers, ties=0.05)
+    assert "float64" not in result.effort.pairs_by_precision or decided(result) > 0
+
+
+@pytest.mark.parametrize("name", ["vgg_bn", "resnet", "vit", "convnext"])
+def test_it_decides_nearly_all_pairs_of_trained_networks(name):
+    model, images, labels = networks.demo(name, 24)
+    layer = pa.select(pa.sites(model, images[:2]))[-2].name
+    result = check(model, (images, labels), layer)
+    pairs = result.effort.pairs_by_precision
+    assert decided(result) > 0.98 * sum(pairs.values())
+
+
+def scaled(factor):
+    """Make a network whose changes are this large inside, and as usual at its end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)),
+    )
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.mul_(factor)
+        for layer in (model[2], model[4]):
+            layer.bias.mul_(factor)
+        model[7].weight.div_(factor)
+    images = torch.randn(40, 1, 9, 9)
+    return model.eval(), images, model(images).argmax(1)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-4, 1.0, 1e3, 1e6])
+def test_numbers_beyond_its_range_are_left_to_others(factor):
+    model, images, labels = scaled(factor)
+    result = check(model, (images, labels), ["1", "3"])
+    pairs = result.effort.pairs_by_precision
+    assert (decided(result) > 0.9 * sum(pairs.values())) == (factor in (1e-4, 1.0, 1e3))
+    if factor in (1e-6, 1e6):
+        assert decided(result) == 0
+
+
+class Spread(nn.Module):
+    """Changes of one unit are a million times as large as those of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, images, _ = scaled(1.0)
+        with torch.no_grad():
+            self.net[0].weight[3] *= 1e6
+            self.net[2].weight[:, 3] *= 1e-6
+            self.net[0].weight[5] *= 1e-6
+            self.net[2].weight[:, 5] *= 1e6
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_one_unit_beyond_the_range_spoils_no_other():
+    model = Spread().eval()
+    torch.manual_seed(1)
+    images = torch.randn(60, 1, 9, 9)
+    check(model, (images, model(images).argmax(1)), ["net.1", "net.3"])
