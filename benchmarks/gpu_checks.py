@@ -311,7 +311,7 @@ def sizes_of_slices(visit: Visit) -> None:
     """Do the same with other sizes of slices, and without CUDA graphs."""
     before = setup.DEVICE_SLICE, cuda_graph.FIRST
     try:
-        for mib in () if visit.small else (64, 128, 512):
+        for mib in () if visit.small else (64, 256, 1024):
             setup.DEVICE_SLICE = mib << 20
             swept(visit, f"slices of {mib} MiB")
         setup.DEVICE_SLICE, cuda_graph.FIRST = before[0], 1 << 30

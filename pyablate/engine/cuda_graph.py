@@ -2,8 +2,8 @@
 
 Where maps are small or a network is deep, the host takes longer to launch the operations of a slice
 than the device to do them. All full slices of a block do the same on other pairs; so one of them is
-recorded, reading its pairs from memory that stays, and the others are one launch each. Written and
-tested without a GPU; docs/development/cuda.md says what has not been seen yet.
+recorded, reading its pairs from memory that stays, and the others are one launch each;
+docs/development/cuda.md says what that gains.
 """
 
 from __future__ import annotations
