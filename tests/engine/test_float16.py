@@ -73,7 +73,7 @@ class Spread(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net, images, _ = scaled(1.0)
+        self.net = scaled(1.0)[0]
         with torch.no_grad():
             self.net[0].weight[3] *= 1e6
             self.net[2].weight[:, 3] *= 1e-6
