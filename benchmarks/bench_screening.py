@@ -35,7 +35,7 @@ LONGER = 10
 OTHERWISE = 1e-5
 """Share of the pairs, at most, that both compute and decide otherwise: near ties."""
 
-WHOLE = {"alexnet": 2000, "vgg_bn": 500, "resnet": 300, "vit": 500, "convnext": 300}
+WHOLE = {"alexnet": 2000, "vgg_bn": 500, "resnet": 300, "vit": 300, "convnext": 200}
 """Networks of which all layers are ablated, and on how many images."""
 
 CONVOLUTIONS = [(name, layer) for name, layer in layers() if not layer.startswith("classifier")]

@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        default=1.0,
+        default=0.8,
         help="about how long pyablate may take in one round; fewer images are run where it is more",
     )
     group.addoption("--device", default="cpu", help="cpu or cuda")
