@@ -121,6 +121,25 @@ def delta_activation(device: str) -> Case:
     )
 
 
+def ends_of_a_difference(device: str) -> Case:
+    """Do what stands before and behind a function that has no rule of its own."""
+    base, delta = random(device, 16, 197, 192), random(device, 128, 197, 192)
+    image = torch.arange(128, dtype=torch.int32, device=device) % 16
+    long = image.long()
+
+    def plain() -> Tensor:
+        after = base.index_select(0, long) + delta
+        rows = base.index_select(0, long)
+        return torch.where(after == rows, torch.zeros_like(after), after - rows)
+
+    return Case(
+        "128 pairs x 197 x 192: added to the intact rows and taken off again",
+        lambda: ops.subtracted(ops.perturbed(base, delta, image), base, image),
+        plain,
+        exact=True,
+    )
+
+
 def delta_max_pool(device: str) -> Case:
     base, delta = random(device, 64, 64, 14, 14), random(device, 1024, 64, 14, 14)
     image = torch.arange(1024, dtype=torch.int32, device=device) % 64
@@ -214,6 +233,7 @@ CASES = (
     delta_winograd,
     depthwise,
     delta_activation,
+    ends_of_a_difference,
     delta_max_pool,
     head_flips,
     classify,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'tensor_access', 'unit_delta', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'perturbed', 'subtracted', 'tensor_access', 'unit_delta', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
@@ -42,6 +42,10 @@ def head_flips(logits: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, 
 def map_moments(x: torch.Tensor, pooled: torch.Tensor, active: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...
 def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, *, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+    ...
+def perturbed(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def subtracted(after: torch.Tensor, base: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
     ...
 def tensor_access(use_table: bool) -> str:
     """

@@ -9,6 +9,7 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/difference.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/masked_copies.h"
@@ -56,6 +57,12 @@ void delta_mean(const DeltaMeanParams&, int, void*) {
 }
 void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
     missing("delta_max_pool");
+}
+void perturbed(const DifferenceParams&, int, void*) {
+    missing("perturbed");
+}
+void subtracted(const DifferenceParams&, int, void*) {
+    missing("subtracted");
 }
 void unit_delta(const UnitDeltaParams&, int, void*) {
     missing("unit_delta");

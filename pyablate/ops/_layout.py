@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,9 +50,45 @@ def output(
 
 def base_rows(base: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     """Return ``base`` in ``layout``, in ``dtype`` unless it is bfloat16."""
-    if base.dtype != torch.bfloat16 or dtype == torch.float64:
-        base = base.to(dtype)
-    return base.contiguous(memory_format=layout)
+    return read_as(base, dtype).contiguous(memory_format=layout)
+
+
+def read_as(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``base`` in ``dtype``, or as it is where that is bfloat16 and ``dtype`` float32."""
+    half = base.dtype == torch.bfloat16 and dtype != torch.float64
+    return base if half else base.to(dtype)
+
+
+def by_runs(
+    run: Callable[[Tensor, Tensor, Tensor], None], rows: Tensor, base: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return what ``run(rows, base, out)`` writes, as ``[., R, M]``: runs of M neighbours.
+
+    Views whose elements lie apart, such as the heads of an attention, are read where they are, if
+    both ``rows [P, *S]`` and ``base [N, *S]`` are such; the result has no gaps.
+    """
+    order = [0, *sorted(range(1, rows.ndim), key=rows.stride().__getitem__, reverse=True)]
+    start = max(_start_of_runs(x.permute(order)) for x in (rows, base))
+    if start > (2 if rows.ndim > 2 else 1) and rows.numel():
+        rows = dense(rows)
+        return by_runs(run, rows, base.contiguous(memory_format=layout_of(rows)), dtype)
+    shape = [rows.shape[axis] for axis in order]
+    out = rows.new_empty(shape, dtype=dtype)
+    if rows.numel():
+        size = [math.prod(shape[1:start]), math.prod(shape[start:])]
+        views = (x.view(-1, *size) for x in (rows.permute(order), base.permute(order), out))
+        run(*views)
+    return out.permute(sorted(range(rows.ndim), key=order.__getitem__))
+
+
+def _start_of_runs(x: Tensor) -> int:
+    """First axis, but for that of the rows, from which on the elements lie one after the other."""
+    step = 1
+    for axis in range(x.ndim - 1, 0, -1):
+        if x.shape[axis] != 1 and x.stride(axis) != step:
+            return axis + 1
+        step *= x.shape[axis]
+    return 1
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

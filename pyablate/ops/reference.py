@@ -209,6 +209,18 @@ def delta_activation(
     return out
 
 
+def perturbed(base: Tensor, delta: Tensor, image: Tensor) -> Tensor:
+    """Return base[image] + delta."""
+    dtype = compute_dtype(delta.dtype)
+    return base[image.long()].to(dtype) + delta.to(dtype)
+
+
+def subtracted(after: Tensor, base: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return after - base[image], and 0 where they are equal."""
+    rows = base[image.long()].to(after.dtype)
+    return torch.where(after == rows, torch.zeros_like(after), after - rows).to(dtype)
+
+
 def delta_mean(
     base: Tensor,
     delta: Tensor,

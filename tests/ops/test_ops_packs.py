@@ -5,7 +5,7 @@ import torch
 from support.ops_cases import DTYPES, index, on_reference, random_index, random_maps, using_backend
 
 from pyablate import ops
-from pyablate.ops import Activation
+from pyablate.ops import Activation, reference
 
 pytestmark = pytest.mark.cuda
 
@@ -54,6 +54,20 @@ def test_activation(dtypes, name, width):
     options = {"addend": addend, "scale": torch.rand(3), "addend_scale": torch.rand(3)}
     arguments = base, delta, index([1, 0, 1]), Activation(name)
     check(ops.delta_activation, *arguments, shift=(0, 1, "addend"), **options)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("width", [16, 20, 2056])
+@pytest.mark.parametrize("gap", [0, 8, 3])
+def test_ends_of_a_difference(dtypes, width, gap):
+    """Runs that lie apart, by a multiple of 16 bytes or not."""
+    torch.manual_seed(4)
+    wide = reference.compute_dtype(dtypes[0])
+    base, change, after = (torch.randn(n, 4, width + gap)[..., :width] for n in (2, 3, 3))
+    base, image = base.to(dtypes[1]), index([1, 0, 1])
+    check(ops.perturbed, base, change.to(dtypes[0]), image, shift=(0, 1), exact=True)
+    options = {"dtype": dtypes[0]}
+    check(ops.subtracted, after.to(wide), base, image, shift=(0, 1), exact=True, **options)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)

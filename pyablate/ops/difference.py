@@ -1,0 +1,104 @@
+"""The two ends of ``f(base + delta) - f(base)`` where the function between them is PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyablate.ops import reference
+from pyablate.ops._checks import check_tensor
+from pyablate.ops._layout import by_runs, read_as
+from pyablate.ops.dispatch import FLOATS, REAL, backend, check_change, context
+
+
+def perturbed(base: Tensor, delta: Tensor, image: Tensor) -> Tensor:
+    """Add deltas to the clean rows of their images.
+
+    Parameters
+    ----------
+    base : Tensor
+        ``[N, *S]`` of the clean run: bfloat16 or the dtype in which ``delta`` is accumulated
+        (float64 for float64, else float32).
+    delta : Tensor
+        ``[P, *S]``, float32, float64 or bfloat16.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+
+    Returns
+    -------
+    Tensor
+        ``base[image] + delta``, ``[P, *S]`` in the dtype of accumulation. It has no gaps in
+        memory, and its axes lie there in the order of those of ``delta``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> base, delta = torch.tensor([[1.0, -1.0]]), torch.tensor([[-3.0, 2.0]])
+    >>> pa.ops.perturbed(base, delta, torch.zeros(1, dtype=torch.int32)).tolist()
+    [[-2.0, 1.0]]
+    """
+    check_change(base, delta, image)
+    base, delta, dtype = base.detach(), delta.detach(), reference.compute_dtype(delta.dtype)
+    core = backend(delta)
+    if core is None:
+        return reference.perturbed(base, delta, image)
+
+    def run(change: Tensor, clean: Tensor, out: Tensor) -> None:
+        core.perturbed(clean, change, image.contiguous(), out=out, **context(delta))
+
+    return by_runs(run, delta, read_as(base, dtype), dtype)
+
+
+def subtracted(
+    after: Tensor, base: Tensor, image: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Take the clean rows of their images off results: the deltas of these.
+
+    Parameters
+    ----------
+    after : Tensor
+        ``[P, *S]``, float32 or float64.
+    base : Tensor
+        ``[N, *S]`` of the clean run: the dtype of ``after``, or bfloat16 beside float32.
+    image : Tensor
+        int32 [P], row of ``base`` for each pair.
+    dtype : torch.dtype, optional
+        Of the result: that of ``after``, or bfloat16 beside float32; that of ``after`` if not
+        given.
+
+    Returns
+    -------
+    Tensor
+        ``after - base[image]``, and 0 where both are equal, also where they are infinite:
+        ``[P, *S]``. It has no gaps in memory, and its axes lie there in the order of those of
+        ``after``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype, device or index does not fit; the message names the argument.
+
+    Examples
+    --------
+    >>> base, after = torch.tensor([[1.0, -torch.inf]]), torch.tensor([[-2.0, -torch.inf]])
+    >>> pa.ops.subtracted(after, base, torch.zeros(1, dtype=torch.int32)).tolist()
+    [[-3.0, 0.0]]
+    """
+    check_tensor("after", after, dtypes=REAL)
+    dtype = after.dtype if dtype is None else dtype
+    if dtype not in FLOATS or after.dtype != reference.compute_dtype(dtype):
+        raise TypeError(f"dtype: expected {after.dtype}, or bfloat16 beside float32, got {dtype}")
+    check_change(base, after, image, name="after")
+    base, after = base.detach(), after.detach()
+    core = backend(after)
+    if core is None:
+        return reference.subtracted(after, base, image, dtype)
+
+    def run(result: Tensor, clean: Tensor, out: Tensor) -> None:
+        core.subtracted(result, clean, image.contiguous(), out=out, **context(after))
+
+    return by_runs(run, after, read_as(base, after.dtype), dtype)
