@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'perturbed', 'subtracted', 'tensor_access', 'unit_delta', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_product', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'perturbed', 'subtracted', 'tensor_access', 'unit_delta', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
@@ -28,6 +28,8 @@ def delta_activation(base: torch.Tensor, delta: torch.Tensor, image: torch.Tenso
 def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, out: torch.Tensor | None, codes: tuple[torch.Tensor | None, torch.Tensor | None], channels_last: bool, kernel: collections.abc.Sequence[int], stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
 def delta_mean(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, out: torch.Tensor, channels_last: bool, activation: tuple[int, float, float], threads: int, stream: int) -> None:
+    ...
+def delta_product(base: torch.Tensor, delta: torch.Tensor, other_base: torch.Tensor, other: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
     ...
 def delta_winograd(delta: torch.Tensor, filters: torch.Tensor, *, base: torch.Tensor | None, image: torch.Tensor | None, addend: torch.Tensor | None, out: torch.Tensor, padding: collections.abc.Sequence[int], activation: tuple[int, float, float], threads: int) -> None:
     ...

@@ -4,6 +4,7 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_product.h"
 #include "pyablate/delta_winograd.h"
 #include "pyablate/difference.h"
 #include "pyablate/launch.h"
@@ -213,10 +214,11 @@ void delta_winograd(const TensorView& delta, const TensorView& filters, const Ma
     cpu::delta_winograd(params, threads);
 }
 
-// Runs [., R, M] of neighbours, like those of out.
-RunStrides runs_of(const Argument& a, std::int64_t rows, const TensorView& out) {
+// Runs [., R, M] of neighbours, like those of out; with `spread` each of one number for all.
+RunStrides runs_of(const Argument& a, std::int64_t rows, const TensorView& out,
+                   bool spread = false) {
     check_shape(a, {rows, out.shape[1], out.shape[2]});
-    check(out.shape[2] < 2 || a.view->strides[2] == 1, a.name,
+    check(out.shape[2] < 2 || a.view->strides[2] == (spread ? 0 : 1), a.name,
           ": expected neighbours along the last axis");
     return {a.view->strides[0], a.view->strides[1]};
 }
@@ -263,6 +265,44 @@ void subtracted(const TensorView& after, const TensorView& base, const TensorVie
     run(place, params, threads, stream, cpu::subtracted, cuda::subtracted);
 }
 
+void delta_product(const TensorView& base, const TensorView& delta, const TensorView& other_base,
+                   const TensorView& other, const TensorView& image, const TensorView& out,
+                   int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"other_base", other_base},
+                                  {"other", other},
+                                  {"image", image},
+                                  {"out", out}});
+    check(out.dims == 3 && base.dims == 3 && other_base.dims == 3 && other.dims == 3,
+          "base, other_base, other, out: expected three dimensions");
+    const bool spread = out.shape[2] > 1 && other.strides[2] == 0;
+    const std::int64_t pairs = out.shape[0], images = base.shape[0];
+    check_base_dtype(base, delta.dtype);
+    check_dtype({"other_base", other_base}, base.dtype);
+    check_dtype({"other", other}, delta.dtype);
+    check_dtype({"out", out}, delta.dtype);
+    check_dense({"out", out});
+    const DeltaProductParams params{
+        .first = {base.data, delta.data, runs_of({"base", base}, images, out),
+                  runs_of({"delta", delta}, pairs, out)},
+        .second = {other_base.data, other.data,
+                   runs_of({"other_base", other_base}, images, out, spread),
+                   runs_of({"other", other}, pairs, out, spread)},
+        .spread = spread,
+        .image = read_index({"image", image}, pairs, 0, images),
+        .out = out.data,
+        .images = images,
+        .pairs = pairs,
+        .runs = out.shape[1],
+        .width = out.shape[2],
+        .dtype = delta.dtype,
+        .base_dtype = base.dtype,
+    };
+    if (out.elements() == 0) return;
+    run(place, params, threads, stream, cpu::delta_product, cuda::delta_product);
+}
+
 }  // namespace
 
 void define_deltas(py::module_& m) {
@@ -277,6 +317,8 @@ void define_deltas(py::module_& m) {
           "dilation"_a, "activation"_a, "threads"_a, "stream"_a);
     m.def("delta_winograd", &delta_winograd, "delta"_a, "filters"_a, py::kw_only(), "base"_a,
           "image"_a, "addend"_a, "out"_a, "padding"_a, "activation"_a, "threads"_a);
+    m.def("delta_product", &delta_product, "base"_a, "delta"_a, "other_base"_a, "other"_a,
+          "image"_a, py::kw_only(), "out"_a, "threads"_a, "stream"_a);
     m.def("perturbed", &perturbed, "base"_a, "delta"_a, "image"_a, py::kw_only(), "out"_a,
           "threads"_a, "stream"_a);
     m.def("subtracted", &subtracted, "after"_a, "base"_a, "image"_a, py::kw_only(), "out"_a,

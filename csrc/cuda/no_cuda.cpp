@@ -9,6 +9,7 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_product.h"
 #include "pyablate/difference.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
@@ -57,6 +58,9 @@ void delta_mean(const DeltaMeanParams&, int, void*) {
 }
 void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
     missing("delta_max_pool");
+}
+void delta_product(const DeltaProductParams&, int, void*) {
+    missing("delta_product");
 }
 void perturbed(const DifferenceParams&, int, void*) {
     missing("perturbed");

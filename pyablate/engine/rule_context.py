@@ -72,7 +72,7 @@ Rule = Callable[[Pairs, fx.Node], Delta]
 def difference(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """f(base + d) - f(base): right for every operator, at the price of a clean value."""
     after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
-    if isinstance(after, Tensor) and _in_one_pass(pairs, node, after):
+    if isinstance(after, Tensor) and in_one_pass(pairs, node, after):
         rounded = compute_dtype(pairs.dtype) == after.dtype and _rounded_next(pairs.graph, node)
         dtype = pairs.dtype if rounded else after.dtype
         return ops.subtracted(after, pairs.base(node), pairs.image, dtype=dtype)
@@ -98,14 +98,14 @@ def _perturbed(pairs: Pairs, node: fx.Node) -> Value:
 
 def perturbed(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
     """Add the change of a node to its intact tensor."""
-    if _in_one_pass(pairs, node, delta):
+    if in_one_pass(pairs, node, delta):
         return ops.perturbed(pairs.base(node), delta, pairs.image)
     return tensor(pairs.rows(node)) + delta
 
 
-def _in_one_pass(pairs: Pairs, node: fx.Node, rows: Tensor) -> bool:
+def in_one_pass(pairs: Pairs, node: fx.Node, rows: DenseDelta) -> bool:
     """Whether rows ``[P, ...]`` can meet the intact tensor of a node where that lies."""
-    if not pairs.plain(node):
+    if not isinstance(rows, Tensor) or not pairs.plain(node):
         return False
     base = pairs.base(node)
     known = rows.dtype in FLOATS and compute_dtype(rows.dtype) == base.dtype

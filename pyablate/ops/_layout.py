@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,35 +60,68 @@ def read_as(base: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_runs(
-    run: Callable[[Tensor, Tensor, Tensor], None], rows: Tensor, base: Tensor, dtype: torch.dtype
+    run: Callable[..., None],
+    dtype: torch.dtype,
+    rows: Tensor,
+    base: Tensor,
+    *factors: Tensor,
 ) -> Tensor:
-    """Return what ``run(rows, base, out)`` writes, as ``[., R, M]``: runs of M neighbours.
+    """Return what ``run(rows, base, *factors, out)`` writes, of tensors ``[., R, M]``: runs of M.
 
-    Views whose elements lie apart, such as the heads of an attention, are read where they are, if
-    both ``rows [P, *S]`` and ``base [N, *S]`` are such; the result has no gaps.
+    The numbers of a run are neighbours, those of the factors, which may have been expanded,
+    neighbours or one for all. Views whose elements lie apart, such as the heads of an attention,
+    are read where they are if all tensors, of one shape but for their rows, are such views. The
+    result has no gaps.
     """
     order = [0, *sorted(range(1, rows.ndim), key=rows.stride().__getitem__, reverse=True)]
-    start = max(_start_of_runs(x.permute(order)) for x in (rows, base))
-    if start > (2 if rows.ndim > 2 else 1) and rows.numel():
-        rows = dense(rows)
-        return by_runs(run, rows, base.contiguous(memory_format=layout_of(rows)), dtype)
     shape = [rows.shape[axis] for axis in order]
     out = rows.new_empty(shape, dtype=dtype)
-    if rows.numel():
-        size = [math.prod(shape[1:start]), math.prod(shape[start:])]
-        views = (x.view(-1, *size) for x in (rows.permute(order), base.permute(order), out))
-        run(*views)
+    if out.numel():
+        views = _alike((rows, base, *factors), order)
+        if views is None:
+            rows = dense(rows)
+            layout = layout_of(rows)
+            others = (x.contiguous(memory_format=layout) for x in (base, *factors))
+            return by_runs(run, dtype, rows, *others)
+        run(*views, out.view(views[0].shape))
     return out.permute(sorted(range(rows.ndim), key=order.__getitem__))
 
 
-def _start_of_runs(x: Tensor) -> int:
-    """First axis, but for that of the rows, from which on the elements lie one after the other."""
-    step = 1
-    for axis in range(x.ndim - 1, 0, -1):
-        if x.shape[axis] != 1 and x.stride(axis) != step:
-            return axis + 1
-        step *= x.shape[axis]
-    return 1
+def _alike(tensors: Sequence[Tensor], order: list[int]) -> list[Tensor] | None:
+    """View tensors as runs that are as long as they can be; None where they need copies."""
+    for start in range(1, max(2, len(order))):
+        views = [_as_runs(x.permute(order), start) for x in tensors]
+        found = [view for view in views if view is not None]
+        if len(found) < len(views):
+            continue
+        steps = [view.stride(2) for view in found]
+        if steps[:2] == [1, 1] and steps[2:] in ([], [0, 0], [1, 1]):
+            return found
+    return None
+
+
+def _as_runs(x: Tensor, start: int) -> Tensor | None:
+    """View a tensor ``[., R, M]``, the axes from ``start`` on as one; None if that needs a copy."""
+    outer = _step(x.shape[1:start], x.stride()[1:start])
+    inner = _step(x.shape[start:], x.stride()[start:])
+    if outer is None or inner is None:
+        return None
+    size = len(x), math.prod(x.shape[1:start]), math.prod(x.shape[start:])
+    return x.as_strided(size, (x.stride(0), outer, inner))
+
+
+def _step(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Stride of several axes seen as one; None if that needs a copy."""
+    step, following = 1, None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if following is None:
+            step = stride
+        elif stride != following:
+            return None
+        following = stride * size
+    return step
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

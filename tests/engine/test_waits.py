@@ -422,6 +422,7 @@ def test_native_operations_do_not_wait(monkeypatch):
     with on_device(monkeypatch) as notes:
         elementwise.delta_activation(maps, maps, pair, relu, scale=numbers, addend=maps)
         elementwise.delta_mean(maps, maps, pair, relu, addend=maps)
+        difference.delta_product(maps, maps, maps, maps, pair)
         difference.perturbed(maps, maps.to(torch.bfloat16), pair)
         difference.subtracted(maps, maps, pair, dtype=torch.bfloat16)
         elementwise.delta_max_pool(maps, maps, pair, activation=relu, **pooled)

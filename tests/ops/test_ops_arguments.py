@@ -57,6 +57,17 @@ def subtract(**changes):
     return ops.subtracted(**{**case, **changes})
 
 
+def multiply(**changes):
+    case = {
+        "base": MAPS,
+        "delta": torch.zeros(2, 2, 4, 4),
+        "other_base": torch.zeros(3, 2, 1, 1),
+        "other": torch.zeros(2, 2, 1, 1),
+        "image": index([0, 2]),
+    }
+    return ops.delta_product(**{**case, **changes})
+
+
 def pool(**changes):
     case = {
         "base": MAPS,
@@ -84,7 +95,7 @@ def count(**changes):
     return ops.confusion_counts(**{**case, **changes})
 
 
-ACCEPTED = [masked, flips, unit, change, perturb, subtract, pool, decide, count]
+ACCEPTED = [masked, flips, unit, change, perturb, subtract, multiply, pool, decide, count]
 REFUSED = [
     (masked, {"x": [1.0]}, TypeError, "x: expected a torch.Tensor, got list"),
     (masked, {"x": torch.zeros(3, 2).to_sparse()}, TypeError, "x: expected a strided tensor"),
@@ -138,6 +149,16 @@ REFUSED = [
     (change, {"addend": torch.zeros(2, 4)}, ValueError, "addend: expected shape (2, 5)"),
     (change, {"out": torch.zeros(2, 4)}, ValueError, "out: expected shape (2, 5)"),
     (change, {"image": index([0, 3])}, ValueError, "image: expected indices from 0 to 2"),
+    (multiply, {"other": torch.zeros(2, 2, 1, 2)}, ValueError, "other_base: expected shape"),
+    (multiply, {"other": torch.zeros(2, 2, 1, 1).double()}, TypeError, "other: expected dtype"),
+    (multiply, {"other_base": torch.zeros(3, 2, 1, 1).bfloat16()}, TypeError, "other_base: exp"),
+    (multiply, {"other_base": torch.zeros(4, 2, 1, 1)}, ValueError, "other_base: expected 3 rows"),
+    (
+        multiply,
+        {"other_base": torch.zeros(3, 3, 1, 1), "other": torch.zeros(2, 3, 1, 1)},
+        ValueError,
+        "other: expected sizes of (2, 2, 4, 4) or 1, got (2, 3, 1, 1)",
+    ),
     (perturb, {"delta": torch.zeros(2, 5).half()}, TypeError, "delta: expected dtype"),
     (perturb, {"delta": torch.zeros(3, 5)}, ValueError, "delta: expected shape (2, 5)"),
     (subtract, {"after": torch.zeros(2, 5).bfloat16()}, TypeError, "after: expected dtype"),

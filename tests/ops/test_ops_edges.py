@@ -84,6 +84,17 @@ def subtracted_runs(size):
     return ops.subtracted, (after, base, index([1, 0, 1])), {}
 
 
+def delta_product(size):
+    factors = torch.randn(2, 3, size), torch.randn(3, 3, size)
+    return ops.delta_product, (*factors, *factors, index([1, 0, 1])), {}
+
+
+def delta_product_of_maps(size):
+    factors = torch.randn(2, 3, 1, size), torch.randn(3, 3, 1, size)
+    gates = torch.randn(2, 3, 1, 1), torch.randn(3, 3, 1, 1)
+    return ops.delta_product, (*factors, *gates, index([1, 0, 1])), {}
+
+
 def delta_mean_positions(size):
     base, delta = torch.randn(2, 3, 1, size + 1), torch.randn(3, 3, 1, size + 1)
     arguments = base, delta, index([1, 0, 1]), Activation("relu")
@@ -117,6 +128,8 @@ CASES = [
     perturbed,
     subtracted,
     subtracted_runs,
+    delta_product,
+    delta_product_of_maps,
     delta_mean_positions,
     delta_mean_channels,
     unit_delta,
@@ -186,6 +199,9 @@ def test_differences_out_of_range_are_nan(cuda, dtype):
     expected = on_reference(ops.subtracted, after, base, in_range(BAD), dtype=dtype)
     result = on_device(ops.subtracted, cuda, after, base, BAD, dtype=dtype)
     check_rows(result.float(), expected.float())
+    factors = (base, after.to(dtype)) * 2
+    expected = on_reference(ops.delta_product, *factors, in_range(BAD))
+    check_rows(on_device(ops.delta_product, cuda, *factors, BAD).float(), expected.float())
 
 
 @pytest.mark.cuda
