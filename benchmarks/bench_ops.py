@@ -121,6 +121,44 @@ def delta_activation(device: str) -> Case:
     )
 
 
+def ends_of_a_difference(device: str) -> Case:
+    """Do what stands before and behind a function that has no rule of its own."""
+    base, delta = random(device, 16, 197, 192), random(device, 128, 197, 192)
+    image = torch.arange(128, dtype=torch.int32, device=device) % 16
+    long = image.long()
+
+    def plain() -> Tensor:
+        after = base.index_select(0, long) + delta
+        rows = base.index_select(0, long)
+        return torch.where(after == rows, torch.zeros_like(after), after - rows)
+
+    return Case(
+        "128 pairs x 197 x 192: added to the intact rows and taken off again",
+        lambda: ops.subtracted(ops.perturbed(base, delta, image), base, image),
+        plain,
+        exact=True,
+    )
+
+
+def delta_product(device: str) -> Case:
+    """Multiply maps by the gates of squeeze and excite, where both change."""
+    base, delta = random(device, 16, 96, 14, 14), random(device, 256, 96, 14, 14)
+    gate, other = random(device, 16, 96, 1, 1), random(device, 256, 96, 1, 1)
+    image = torch.arange(256, dtype=torch.int32, device=device) % 16
+    long, before = image.long(), base * gate
+
+    def plain() -> Tensor:
+        after = (base[long] + delta) * (gate[long] + other)
+        return after - before[long]
+
+    return Case(
+        "256 pairs x 96 x 14 x 14 by 96 gates",
+        lambda: ops.delta_product(base, delta, gate, other, image),
+        plain,
+        exact=False,
+    )
+
+
 def delta_max_pool(device: str) -> Case:
     base, delta = random(device, 64, 64, 14, 14), random(device, 1024, 64, 14, 14)
     image = torch.arange(1024, dtype=torch.int32, device=device) % 64
@@ -214,6 +252,8 @@ CASES = (
     delta_winograd,
     depthwise,
     delta_activation,
+    ends_of_a_difference,
+    delta_product,
     delta_max_pool,
     head_flips,
     classify,

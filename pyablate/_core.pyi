@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'tensor_access', 'unit_delta', 'use_isa']
+__all__: list[str] = ['build_info', 'class_moments', 'class_ranks', 'class_ranks_scratch', 'classify', 'confusion_counts', 'delta_activation', 'delta_max_pool', 'delta_mean', 'delta_product', 'delta_winograd', 'depthwise', 'grid_size', 'has_cuda', 'head_flips', 'map_moments', 'masked_copies', 'perturbed', 'subtracted', 'tensor_access', 'unit_delta', 'use_isa']
 def build_info() -> dict[str, typing.Any]:
     """
     What was built and which CPU kernels are in use.
@@ -29,6 +29,8 @@ def delta_max_pool(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor,
     ...
 def delta_mean(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, scale: torch.Tensor | None, addend: torch.Tensor | None, addend_scale: torch.Tensor | None, out: torch.Tensor, channels_last: bool, activation: tuple[int, float, float], threads: int, stream: int) -> None:
     ...
+def delta_product(base: torch.Tensor, delta: torch.Tensor, other_base: torch.Tensor, other: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
 def delta_winograd(delta: torch.Tensor, filters: torch.Tensor, *, base: torch.Tensor | None, image: torch.Tensor | None, addend: torch.Tensor | None, out: torch.Tensor, padding: collections.abc.Sequence[int], activation: tuple[int, float, float], threads: int) -> None:
     ...
 def depthwise(x: torch.Tensor, filters: torch.Tensor, out: torch.Tensor, *, stride: collections.abc.Sequence[int], padding: collections.abc.Sequence[int], dilation: collections.abc.Sequence[int], threads: int, stream: int) -> None:
@@ -42,6 +44,10 @@ def head_flips(logits: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, 
 def map_moments(x: torch.Tensor, pooled: torch.Tensor, active: torch.Tensor, least: torch.Tensor, positive: torch.Tensor, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
     ...
 def masked_copies(x: torch.Tensor, image: torch.Tensor, unit: torch.Tensor, value: torch.Tensor, out: torch.Tensor, *, outer: int, units: int, inner: int, threads: int, stream: int) -> None:
+    ...
+def perturbed(base: torch.Tensor, delta: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
+    ...
+def subtracted(after: torch.Tensor, base: torch.Tensor, image: torch.Tensor, *, out: torch.Tensor, threads: int, stream: int) -> None:
     ...
 def tensor_access(use_table: bool) -> str:
     """

@@ -4,7 +4,9 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_product.h"
 #include "pyablate/delta_winograd.h"
+#include "pyablate/difference.h"
 #include "pyablate/launch.h"
 
 namespace pyablate {
@@ -215,6 +217,98 @@ void delta_winograd(const TensorView& delta, const TensorView& filters, const Ma
     cpu::delta_winograd(params, threads);
 }
 
+// Runs [., R, M] of neighbours, like those of out; with `spread` each of one number for all.
+RunStrides runs_of(const Argument& a, std::int64_t rows, const TensorView& out,
+                   bool spread = false) {
+    check_shape(a, {rows, out.shape[1], out.shape[2]});
+    check(out.shape[2] < 2 || a.view->strides[2] == (spread ? 0 : 1), a.name,
+          ": expected neighbours along the last axis");
+    return {a.view->strides[0], a.view->strides[1]};
+}
+
+// `given` is the delta, or what f gives after it; `delta` is the delta's dtype.
+DifferenceParams difference_of(const TensorView& base, const Argument& given,
+                               const TensorView& image, const TensorView& out, DType delta) {
+    check(base.dims == 3 && out.dims == 3, "base, out: expected three dimensions");
+    check_base_dtype(base, delta);
+    check_dense({"out", out});
+    return {
+        .base = base.data,
+        .given = given.view->data,
+        .image = read_index({"image", image}, out.shape[0], 0, base.shape[0]),
+        .out = out.data,
+        .base_strides = runs_of({"base", base}, base.shape[0], out),
+        .strides = runs_of(given, out.shape[0], out),
+        .images = base.shape[0],
+        .pairs = out.shape[0],
+        .runs = out.shape[1],
+        .width = out.shape[2],
+        .dtype = delta,
+        .base_dtype = base.dtype,
+    };
+}
+
+void perturbed(const TensorView& base, const TensorView& delta, const TensorView& image,
+               const TensorView& out, int threads, std::uintptr_t stream) {
+    const Place place =
+        place_of({{"delta", delta}, {"base", base}, {"image", image}, {"out", out}});
+    check_float("delta", delta, place);
+    check_dtype({"out", out}, computing(delta.dtype));
+    const auto params = difference_of(base, {"delta", delta}, image, out, delta.dtype);
+    if (out.elements() == 0) return;
+    run(place, params, threads, stream, cpu::perturbed, cuda::perturbed);
+}
+
+void subtracted(const TensorView& after, const TensorView& base, const TensorView& image,
+                const TensorView& out, int threads, std::uintptr_t stream) {
+    const Place place =
+        place_of({{"after", after}, {"base", base}, {"image", image}, {"out", out}});
+    check_float("out", out, place);
+    check_dtype({"after", after}, computing(out.dtype));
+    const auto params = difference_of(base, {"after", after}, image, out, out.dtype);
+    if (out.elements() == 0) return;
+    run(place, params, threads, stream, cpu::subtracted, cuda::subtracted);
+}
+
+void delta_product(const TensorView& base, const TensorView& delta, const TensorView& other_base,
+                   const TensorView& other, const TensorView& image, const TensorView& out,
+                   int threads, std::uintptr_t stream) {
+    const Place place = place_of({{"delta", delta},
+                                  {"base", base},
+                                  {"other_base", other_base},
+                                  {"other", other},
+                                  {"image", image},
+                                  {"out", out}});
+    check(out.dims == 3 && base.dims == 3 && other_base.dims == 3 && other.dims == 3,
+          "base, other_base, other, out: expected three dimensions");
+    check_float("delta", delta, place);
+    const bool spread = out.shape[2] > 1 && other.strides[2] == 0;
+    const std::int64_t pairs = out.shape[0], images = base.shape[0];
+    check_base_dtype(base, delta.dtype);
+    check_dtype({"other_base", other_base}, base.dtype);
+    check_dtype({"other", other}, delta.dtype);
+    check_dtype({"out", out}, delta.dtype);
+    check_dense({"out", out});
+    const DeltaProductParams params{
+        .first = {base.data, delta.data, runs_of({"base", base}, images, out),
+                  runs_of({"delta", delta}, pairs, out)},
+        .second = {other_base.data, other.data,
+                   runs_of({"other_base", other_base}, images, out, spread),
+                   runs_of({"other", other}, pairs, out, spread)},
+        .spread = spread,
+        .image = read_index({"image", image}, pairs, 0, images),
+        .out = out.data,
+        .images = images,
+        .pairs = pairs,
+        .runs = out.shape[1],
+        .width = out.shape[2],
+        .dtype = delta.dtype,
+        .base_dtype = base.dtype,
+    };
+    if (out.elements() == 0) return;
+    run(place, params, threads, stream, cpu::delta_product, cuda::delta_product);
+}
+
 }  // namespace
 
 void define_deltas(py::module_& m) {
@@ -229,6 +323,12 @@ void define_deltas(py::module_& m) {
           "dilation"_a, "activation"_a, "threads"_a, "stream"_a);
     m.def("delta_winograd", &delta_winograd, "delta"_a, "filters"_a, py::kw_only(), "base"_a,
           "image"_a, "addend"_a, "out"_a, "padding"_a, "activation"_a, "threads"_a);
+    m.def("delta_product", &delta_product, "base"_a, "delta"_a, "other_base"_a, "other"_a,
+          "image"_a, py::kw_only(), "out"_a, "threads"_a, "stream"_a);
+    m.def("perturbed", &perturbed, "base"_a, "delta"_a, "image"_a, py::kw_only(), "out"_a,
+          "threads"_a, "stream"_a);
+    m.def("subtracted", &subtracted, "after"_a, "base"_a, "image"_a, py::kw_only(), "out"_a,
+          "threads"_a, "stream"_a);
 }
 
 }  // namespace pyablate

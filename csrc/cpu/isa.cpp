@@ -15,6 +15,9 @@ namespace {
      isa::delta_max_pool,         \
      isa::delta_winograd,         \
      isa::depthwise,              \
+     isa::delta_product,          \
+     isa::perturbed,              \
+     isa::subtracted,             \
      isa::head_flips,             \
      isa::classify,               \
      isa::map_moments}

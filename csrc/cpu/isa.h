@@ -11,8 +11,10 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_product.h"
 #include "pyablate/delta_winograd.h"
 #include "pyablate/depthwise.h"
+#include "pyablate/difference.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/unit_delta.h"
@@ -66,6 +68,9 @@ constexpr std::int64_t unit_delta_run = 28;
     void delta_winograd(const DeltaWinogradParams& p, const cpu::WinogradScratch& sizes,         \
                         float* scratch, std::int64_t begin, std::int64_t end);                   \
     void depthwise(const DepthwiseParams& p, std::int64_t begin, std::int64_t end);              \
+    void delta_product(const DeltaProductParams& p, std::int64_t begin, std::int64_t end);       \
+    void perturbed(const DifferenceParams& p, std::int64_t begin, std::int64_t end);             \
+    void subtracted(const DifferenceParams& p, std::int64_t begin, std::int64_t end);            \
     void head_flips(const HeadFlipsParams& p, std::int64_t begin, std::int64_t end);             \
     void classify(const ClassifyParams& p, std::int64_t begin, std::int64_t end);                \
     void map_moments(const MapMomentsParams& p, std::int64_t begin, std::int64_t end);
@@ -91,6 +96,9 @@ struct Kernels {
     decltype(&baseline::delta_max_pool) delta_max_pool;
     decltype(&baseline::delta_winograd) delta_winograd;
     decltype(&baseline::depthwise) depthwise;
+    decltype(&baseline::delta_product) delta_product;
+    decltype(&baseline::perturbed) perturbed;
+    decltype(&baseline::subtracted) subtracted;
     decltype(&baseline::head_flips) head_flips;
     decltype(&baseline::classify) classify;
     decltype(&baseline::map_moments) map_moments;

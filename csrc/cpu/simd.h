@@ -52,6 +52,7 @@ struct Vec {
     friend PYABLATE_INLINE Vec operator/(Vec a, Vec b) { return Vec(Native(a.lanes / b.lanes)); }
     friend PYABLATE_INLINE Mask<T, N> operator>(Vec a, Vec b) { return {a.lanes > b.lanes}; }
     friend PYABLATE_INLINE Mask<T, N> operator<(Vec a, Vec b) { return {a.lanes < b.lanes}; }
+    friend PYABLATE_INLINE Mask<T, N> operator==(Vec a, Vec b) { return {a.lanes == b.lanes}; }
     friend PYABLATE_INLINE Vec where(Mask<T, N> condition, Vec a, Vec b) {
         return Vec(Native(condition.lanes ? a.lanes : b.lanes));
     }

@@ -9,7 +9,9 @@
 #include "pyablate/delta_activation.h"
 #include "pyablate/delta_max_pool.h"
 #include "pyablate/delta_mean.h"
+#include "pyablate/delta_product.h"
 #include "pyablate/depthwise.h"
+#include "pyablate/difference.h"
 #include "pyablate/head_flips.h"
 #include "pyablate/map_moments.h"
 #include "pyablate/masked_copies.h"
@@ -60,6 +62,15 @@ void delta_max_pool(const DeltaMaxPoolParams&, int, void*) {
 }
 void depthwise(const DepthwiseParams&, int, void*) {
     missing("depthwise");
+}
+void delta_product(const DeltaProductParams&, int, void*) {
+    missing("delta_product");
+}
+void perturbed(const DifferenceParams&, int, void*) {
+    missing("perturbed");
+}
+void subtracted(const DifferenceParams&, int, void*) {
+    missing("subtracted");
 }
 void unit_delta(const UnitDeltaParams&, int, void*) {
     missing("unit_delta");

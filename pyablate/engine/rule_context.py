@@ -9,11 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
+from pyablate import ops
 from pyablate.engine.channel_delta import ChannelDelta
 from pyablate.engine.lazy_delta import Pending
-from pyablate.network.aten import DIVISIONS, SAME, SUMS, named_activation
+from pyablate.network.aten import DIVISIONS, FLOATS, SAME, SUMS, VIEWS, named_activation
 from pyablate.network.graph import Graph, Value, operands, remembered, tensor
 from pyablate.ops import Activation, Quantized
+from pyablate.ops.reference import compute_dtype
+
+aten = torch.ops.aten
 
 KEPT, KEPT_IN_DOUBLE = 1e-2, 1e-6
 """Shares of a change that have to be left of base + delta where relative errors count."""
@@ -68,6 +72,10 @@ Rule = Callable[[Pairs, fx.Node], Delta]
 def difference(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """f(base + d) - f(base): right for every operator, at the price of a clean value."""
     after = pairs.graph.evaluate(node, lambda n: _perturbed(pairs, n), len(pairs.image))
+    if isinstance(after, Tensor) and in_one_pass(pairs, node, after):
+        rounded = compute_dtype(pairs.dtype) == after.dtype and _rounded_next(pairs.graph, node)
+        dtype = pairs.dtype if rounded else after.dtype
+        return ops.subtracted(after, pairs.base(node), pairs.image, dtype=dtype)
     before = pairs.rows(node)
     if isinstance(after, (list, tuple)):
         return [_subtract(a, b) for a, b in zip(after, before, strict=True)]
@@ -81,11 +89,41 @@ def _perturbed(pairs: Pairs, node: fx.Node) -> Value:
     if isinstance(delta, Recomputed):
         return delta.value
     if isinstance(delta, Tensor):
-        return tensor(pairs.rows(node)) + delta
+        return perturbed(pairs, node, delta)
     return [
         row if d is None else d.value if isinstance(d, Recomputed) else row + d
         for d, row in zip(delta, pairs.rows(node), strict=True)
     ]
+
+
+def perturbed(pairs: Pairs, node: fx.Node, delta: Tensor) -> Tensor:
+    """Add the change of a node to its intact tensor."""
+    if in_one_pass(pairs, node, delta):
+        return ops.perturbed(pairs.base(node), delta, pairs.image)
+    return tensor(pairs.rows(node)) + delta
+
+
+def in_one_pass(pairs: Pairs, node: fx.Node, rows: DenseDelta) -> bool:
+    """Whether rows ``[P, ...]`` can meet the intact tensor of a node where that lies."""
+    if not isinstance(rows, Tensor) or not pairs.plain(node):
+        return False
+    base = pairs.base(node)
+    known = rows.dtype in FLOATS and compute_dtype(rows.dtype) == base.dtype
+    return known and rows.shape == (len(pairs.image), *base.shape[1:])
+
+
+@remembered
+def _rounded_next(graph: Graph, node: fx.Node) -> bool:
+    """Whether only linear layers read a node, which round to the dtype of dense arithmetic."""
+
+    def rounds(reader: fx.Node) -> bool:
+        if reader.target in VIEWS:
+            return _rounded_next(graph, reader)
+        moving = [source for source in reader.all_input_nodes if source not in graph.constants]
+        layer = reader.target is aten.linear.default and graph.constant(reader, 1) is not None
+        return layer and len(moving) == 1
+
+    return all(rounds(reader) for reader in readers_of(node))
 
 
 def _subtract(after: Tensor | None, before: Tensor) -> Tensor | Recomputed | None:
@@ -112,7 +150,7 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
     delta = pairs.delta(source) if isinstance(source, fx.Node) else None
     if not isinstance(delta, Tensor) or not isinstance(source, fx.Node):
         return
-    left = (tensor(pairs.rows(source)) + delta).abs()
+    left = perturbed(pairs, source, delta).abs()
     share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
     lost = left < share * delta.abs()
     if pairs.plain(source):

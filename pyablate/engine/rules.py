@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from pyablate import ops
 from pyablate.engine.channel_delta import has_unbounded_slope
 from pyablate.engine.fused_rules import activation, add, average, max_pool
 from pyablate.engine.rule_context import (
@@ -27,6 +28,7 @@ from pyablate.engine.rule_context import (
     dense,
     difference,
     full_shape,
+    in_one_pass,
     linear,
     note_cancellation,
 )
@@ -107,6 +109,9 @@ def _getitem(pairs: Pairs, node: fx.Node) -> Delta:
 def _bilinear(pairs: Pairs, node: fx.Node) -> DenseDelta:
     """Multiply: linear while one factor stands still."""
     changed = changing(pairs, node)
+    if len(changed) > 1 and node.target is aten.mul.Tensor:
+        product = _product(pairs, *changed)
+        return difference(pairs, node) if product is None else product
     if len(changed) > 1 or node.kwargs:
         return difference(pairs, node)
     if node.target in DIVISIONS and changed[0] is not node.args[0]:
@@ -116,6 +121,26 @@ def _bilinear(pairs: Pairs, node: fx.Node) -> DenseDelta:
         return dense(pairs, source) if source is changed[0] else pairs.rows(source)
 
     return full_shape(pairs, node, pairs.graph.evaluate(node, value, len(pairs.image)))
+
+
+def _product(pairs: Pairs, first: fx.Node, second: fx.Node) -> Tensor | None:
+    """Multiply where both factors change; None where one is not the whole of the product's shape.
+
+    The gates of squeeze and excite are one number for each map.
+    """
+    deltas = [pairs.delta(source) for source in (first, second)]
+    if not all(in_one_pass(pairs, n, d) for n, d in zip((first, second), deltas, strict=True)):
+        return None
+    one, other = map(tensor, deltas)
+    if other.numel() > one.numel():
+        first, second, one, other = second, first, other, one
+    if one.ndim != other.ndim or torch.broadcast_shapes(one.shape, other.shape) != one.shape:
+        return None
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    base, gate = pairs.base(first), pairs.base(second)
+    if base.dtype != gate.dtype:
+        return None
+    return ops.delta_product(base, one.to(dtype), gate, other.to(dtype), pairs.image)
 
 
 def _cat(pairs: Pairs, node: fx.Node) -> DenseDelta:

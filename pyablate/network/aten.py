@@ -55,6 +55,12 @@ STRUCTURE = _overloads(
     "upsample_bilinear2d.vec movedim.int avg_pool3d.default adaptive_avg_pool3d.default"
 )
 
+VIEWS = _overloads(
+    "view.default _unsafe_view.default reshape.default flatten.using_ints unflatten.int "
+    "permute.default transpose.int unsqueeze.default"
+)
+"""Of :data:`STRUCTURE` what leaves each number as it is, once."""
+
 ACTIVATIONS: dict[Any, Any] = {
     aten.relu.default: "relu",
     aten.gelu.default: "gelu",

@@ -13,6 +13,7 @@ would stop the stream, such a row comes back as NaN (-1 where the result is an i
 from pyablate.ops._classify import classify, confusion_counts, head_flips
 from pyablate.ops.activations import Activation
 from pyablate.ops.convolution import delta_winograd, depthwise, winograd_filters
+from pyablate.ops.difference import delta_product, perturbed, subtracted
 from pyablate.ops.elementwise import delta_activation, delta_max_pool, delta_mean, encode
 from pyablate.ops.quantized import Quantized
 from pyablate.ops.units import masked_copies, unit_delta
@@ -25,11 +26,14 @@ __all__ = [
     "delta_activation",
     "delta_max_pool",
     "delta_mean",
+    "delta_product",
     "delta_winograd",
     "depthwise",
     "encode",
     "head_flips",
     "masked_copies",
+    "perturbed",
+    "subtracted",
     "unit_delta",
     "winograd_filters",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,9 +58,77 @@ def output(
 
 def base_rows(base: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     """Return ``base`` in ``layout``, in a dtype that goes with deltas of ``dtype``."""
-    if base.dtype not in BASES[dtype]:
-        base = base.to(BASES[dtype][0])
-    return base.contiguous(memory_format=layout)
+    return read_as(base, dtype).contiguous(memory_format=layout)
+
+
+def read_as(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``base`` in a dtype that goes with deltas of ``dtype``: as it is if that does."""
+    return base if base.dtype in BASES[dtype] else base.to(BASES[dtype][0])
+
+
+def by_runs(
+    run: Callable[..., None],
+    dtype: torch.dtype,
+    rows: Tensor,
+    base: Tensor,
+    *factors: Tensor,
+) -> Tensor:
+    """Return what ``run(rows, base, *factors, out)`` writes, of tensors ``[., R, M]``: runs of M.
+
+    The numbers of a run are neighbours, those of the factors, which may have been expanded,
+    neighbours or one for all. Views whose elements lie apart, such as the heads of an attention,
+    are read where they are if all tensors, of one shape but for their rows, are such views. The
+    result has no gaps.
+    """
+    order = [0, *sorted(range(1, rows.ndim), key=rows.stride().__getitem__, reverse=True)]
+    shape = [rows.shape[axis] for axis in order]
+    out = rows.new_empty(shape, dtype=dtype)
+    if out.numel():
+        views = _alike((rows, base, *factors), order)
+        if views is None:
+            rows = dense(rows)
+            layout = layout_of(rows)
+            others = (x.contiguous(memory_format=layout) for x in (base, *factors))
+            return by_runs(run, dtype, rows, *others)
+        run(*views, out.view(views[0].shape))
+    return out.permute(sorted(range(rows.ndim), key=order.__getitem__))
+
+
+def _alike(tensors: Sequence[Tensor], order: list[int]) -> list[Tensor] | None:
+    """View tensors as runs that are as long as they can be; None where they need copies."""
+    for start in range(1, max(2, len(order))):
+        views = [_as_runs(x.permute(order), start) for x in tensors]
+        found = [view for view in views if view is not None]
+        if len(found) < len(views):
+            continue
+        steps = [view.stride(2) for view in found]
+        if steps[:2] == [1, 1] and steps[2:] in ([], [0, 0], [1, 1]):
+            return found
+    return None
+
+
+def _as_runs(x: Tensor, start: int) -> Tensor | None:
+    """View a tensor ``[., R, M]``, the axes from ``start`` on as one; None if that needs a copy."""
+    outer = _step(x.shape[1:start], x.stride()[1:start])
+    inner = _step(x.shape[start:], x.stride()[start:])
+    if outer is None or inner is None:
+        return None
+    size = len(x), math.prod(x.shape[1:start]), math.prod(x.shape[start:])
+    return x.as_strided(size, (x.stride(0), outer, inner))
+
+
+def _step(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Stride of several axes seen as one; None if that needs a copy."""
+    step, following = 1, None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if following is None:
+            step = stride
+        elif stride != following:
+            return None
+        following = stride * size
+    return step
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

@@ -58,15 +58,23 @@ def activation_arguments(activation: Activation | None) -> tuple[int, float, flo
     return activation.code, activation.a, activation.b
 
 
-def check_change(base: Tensor, delta: Tensor, image: Tensor, *, dims: int | None = None) -> None:
+def check_change(
+    base: Tensor,
+    delta: Tensor,
+    image: Tensor,
+    *,
+    dims: int | None = None,
+    name: str = "delta",
+    base_name: str = "base",
+) -> None:
     """Check a delta ``[P, *S]``, its base ``[N, *S]`` and the row of each pair, int32 ``[P]``."""
-    check_tensor("delta", delta, dims=dims, dtypes=FLOATS)
+    check_tensor(name, delta, dims=dims, dtypes=FLOATS)
     if delta.dim() < 1:
-        raise ValueError("delta: expected at least one dimension, got none")
-    check_tensor("base", base, dims=dims, dtypes=FLOATS, like=delta)
-    check_shape("base", base, (base.shape[0] if base.dim() else 0, *delta.shape[1:]))
+        raise ValueError(f"{name}: expected at least one dimension, got none")
+    check_tensor(base_name, base, dims=dims, dtypes=FLOATS, like=delta)
+    check_shape(base_name, base, (base.shape[0] if base.dim() else 0, *delta.shape[1:]))
     pairs = check_pairs(delta, image=(image, 0, base.shape[0]))
-    check_shape("delta", delta, (pairs, *base.shape[1:]))
+    check_shape(name, delta, (pairs, *base.shape[1:]))
 
 
 def ready_scales(

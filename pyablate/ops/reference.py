@@ -209,6 +209,31 @@ def delta_activation(
     return out
 
 
+def perturbed(base: Tensor, delta: Tensor, image: Tensor) -> Tensor:
+    """Return base[image] + delta."""
+    dtype = compute_dtype(delta.dtype)
+    return base[image.long()].to(dtype) + delta.to(dtype)
+
+
+def subtracted(after: Tensor, base: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return after - base[image], and 0 where they are equal."""
+    rows = base[image.long()].to(after.dtype)
+    return torch.where(after == rows, torch.zeros_like(after), after - rows).to(dtype)
+
+
+def delta_product(
+    base: Tensor, delta: Tensor, other_base: Tensor, other: Tensor, image: Tensor
+) -> Tensor:
+    """Return da (b + db) + a db, and the difference itself where that is not finite."""
+    dtype, rows = compute_dtype(delta.dtype), image.long()
+    first, second = delta.to(dtype), other.to(dtype)
+    a, b = base[rows].to(dtype), other_base[rows].to(dtype)
+    change = first * (b + second) + a * second
+    before, after = a * b, (a + first) * (b + second)
+    otherwise = torch.where(after == before, torch.zeros_like(after), after - before)
+    return torch.where(change.isfinite(), change, otherwise).to(delta.dtype)
+
+
 def delta_mean(
     base: Tensor,
     delta: Tensor,

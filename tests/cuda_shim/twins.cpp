@@ -59,6 +59,15 @@ void delta_winograd(const DeltaWinogradParams&, int) {
 void depthwise(const DepthwiseParams&, int) {
     std::abort();
 }
+void delta_product(const DeltaProductParams&, int) {
+    std::abort();
+}
+void perturbed(const DifferenceParams&, int) {
+    std::abort();
+}
+void subtracted(const DifferenceParams&, int) {
+    std::abort();
+}
 void unit_delta(const UnitDeltaParams&, int) {
     std::abort();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support import networks
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyablate as pa
+from pyablate.engine import rule_context, rules
 
 EXPORTS_COMPLEX = torch.__version__ >= "2.7"
 
@@ -276,3 +278,54 @@ def test_what_the_network_puts_out(name):
             return OUTPUTS[name](self.inner(x))
 
     check(Outer().eval(), (images, labels), ["inner.body.2", "inner.body.4"], ties=0.02)
+
+
+def one_pass_and_several(monkeypatch, run):
+    """Return results with intact rows read where they lie, and with rows gathered beforehand."""
+    one = run()
+    calls = []
+    monkeypatch.setattr(rule_context, "in_one_pass", lambda *_: calls.append(1))
+    several = run()
+    assert calls
+    return one, several
+
+
+@pytest.mark.parametrize("name", ["group norm", "logsumexp", "median"])
+def test_the_general_rule_in_one_pass(monkeypatch, name):
+    """Maps keep their layout, so that sums are taken in another order."""
+    images, labels = networks.network("residual", 12)[1:]
+    model = networks.made(networks.Between(OPERATORS[name], nn.GELU()), images)
+
+    def run():
+        options = {"measures": ["loss"], "precision": "fp32", "audit": 0, "progress": False}
+        return pa.ablate(model, (images, labels), ["relu"], **options)
+
+    one, several = one_pass_and_several(monkeypatch, run)
+    assert (one.predictions() == several.predictions()).all()
+    np.testing.assert_allclose(one.loss_change, several.loss_change, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_transformer_in_one_pass_changes_no_bit(monkeypatch, precision):
+    model, images, labels = pa.demo.load("vit", limit=8)
+
+    def run():
+        options = {"precision": precision, "audit": 0, "progress": False}
+        return pa.ablate(model, (images, labels), ["blocks.1.mlp.1"], **options)
+
+    one, several = one_pass_and_several(monkeypatch, run)
+    assert (one.predictions() == several.predictions()).all()
+    assert one.effort.error_bounds == several.effort.error_bounds
+    assert one.effort.pairs_by_precision == several.effort.pairs_by_precision
+
+
+def test_a_product_of_changes_is_no_difference(monkeypatch):
+    """Gates of squeeze and excite, and x * sigmoid(x)."""
+    images, labels = networks.network("residual", 12)[1:]
+    monkeypatch.setattr(rules, "difference", lambda *_: pytest.fail("a difference"))
+
+    def gated(y: Tensor) -> Tensor:
+        return y * torch.sigmoid(y.mean((2, 3), keepdim=True)) * torch.sigmoid(y)
+
+    model = networks.made(networks.Between(gated), images)
+    check(model, (images, labels), ["relu"])

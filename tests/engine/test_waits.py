@@ -25,7 +25,7 @@ from pyablate.engine import cuda_graph, logit_change, precision_cascade
 from pyablate.engine.float64 import Exact
 from pyablate.engine.job import Members
 from pyablate.interventions import Intervention
-from pyablate.ops import Activation, _classify, dispatch, elementwise, units
+from pyablate.ops import Activation, _classify, difference, dispatch, elementwise, units
 from pyablate.runs import setup as prepare
 from pyablate.runs.executor import BlockSweep
 from pyablate.runtime.host_to_device import sent
@@ -439,7 +439,7 @@ def test_native_operations_do_not_wait(monkeypatch):
     """The functions round the kernels, which the tests above take for one launch."""
     for module in (dispatch, _classify, units):
         monkeypatch.setattr(module, "backend", lambda _: NoKernels())
-    for module in (elementwise, _classify, units):
+    for module in (elementwise, difference, _classify, units):
         monkeypatch.setattr(module, "context", lambda _: {"threads": 1, "stream": 0})
     maps, numbers = there(torch.zeros(5, 4, 6, 6)), there(torch.zeros(5))
     pair = there(torch.zeros(5, dtype=torch.int32))
@@ -450,6 +450,9 @@ def test_native_operations_do_not_wait(monkeypatch):
     with on_device(monkeypatch) as notes:
         elementwise.delta_activation(maps, maps, pair, relu, scale=numbers, addend=maps)
         elementwise.delta_mean(maps, maps, pair, relu, addend=maps)
+        difference.delta_product(maps, maps, maps, maps, pair)
+        difference.perturbed(maps, maps.to(torch.bfloat16), pair)
+        difference.subtracted(maps, maps, pair, dtype=torch.bfloat16)
         elementwise.delta_max_pool(maps, maps, pair, activation=relu, **pooled)
         elementwise.delta_max_pool(maps, maps, pair, activation=Activation("gelu"), **pooled)
         _classify.classify(logits, logits, pair, numbers, relative=0.1)

@@ -47,6 +47,27 @@ def change(**changes):
     return ops.delta_activation(**{**case, **changes})
 
 
+def perturb(**changes):
+    case = {"base": ROWS, "delta": torch.zeros(2, 5), "image": index([0, 2])}
+    return ops.perturbed(**{**case, **changes})
+
+
+def subtract(**changes):
+    case = {"after": torch.zeros(2, 5), "base": ROWS, "image": index([0, 2])}
+    return ops.subtracted(**{**case, **changes})
+
+
+def multiply(**changes):
+    case = {
+        "base": MAPS,
+        "delta": torch.zeros(2, 2, 4, 4),
+        "other_base": torch.zeros(3, 2, 1, 1),
+        "other": torch.zeros(2, 2, 1, 1),
+        "image": index([0, 2]),
+    }
+    return ops.delta_product(**{**case, **changes})
+
+
 def pool(**changes):
     case = {
         "base": MAPS,
@@ -74,7 +95,7 @@ def count(**changes):
     return ops.confusion_counts(**{**case, **changes})
 
 
-ACCEPTED = [masked, flips, unit, change, pool, decide, count]
+ACCEPTED = [masked, flips, unit, change, perturb, subtract, multiply, pool, decide, count]
 REFUSED = [
     (masked, {"x": [1.0]}, TypeError, "x: expected a torch.Tensor, got list"),
     (masked, {"x": torch.zeros(3, 2).to_sparse()}, TypeError, "x: expected a strided tensor"),
@@ -128,6 +149,28 @@ REFUSED = [
     (change, {"addend": torch.zeros(2, 4)}, ValueError, "addend: expected shape (2, 5)"),
     (change, {"out": torch.zeros(2, 4)}, ValueError, "out: expected shape (2, 5)"),
     (change, {"image": index([0, 3])}, ValueError, "image: expected indices from 0 to 2"),
+    (multiply, {"other": torch.zeros(2, 2, 1, 2)}, ValueError, "other_base: expected shape"),
+    (multiply, {"other": torch.zeros(2, 2, 1, 1).double()}, TypeError, "other: expected dtype"),
+    (multiply, {"other_base": torch.zeros(3, 2, 1, 1).bfloat16()}, TypeError, "other_base: exp"),
+    (multiply, {"other_base": torch.zeros(4, 2, 1, 1)}, ValueError, "other_base: expected 3 rows"),
+    (
+        multiply,
+        {"other_base": torch.zeros(3, 3, 1, 1), "other": torch.zeros(2, 3, 1, 1)},
+        ValueError,
+        "other: expected sizes of (2, 2, 4, 4) or 1, got (2, 3, 1, 1)",
+    ),
+    (perturb, {"delta": torch.zeros(2, 5).int()}, TypeError, "delta: expected dtype"),
+    (perturb, {"delta": torch.zeros(3, 5)}, ValueError, "delta: expected shape (2, 5)"),
+    (subtract, {"after": torch.zeros(2, 5).bfloat16()}, TypeError, "after: expected dtype"),
+    (subtract, {"after": torch.zeros(2, 4)}, ValueError, "base: expected shape (3, 4)"),
+    (subtract, {"after": torch.tensor(0.0)}, ValueError, "after: expected at least one"),
+    (subtract, {"image": index([0, 3])}, ValueError, "image: expected indices from 0 to 2"),
+    (
+        subtract,
+        {"dtype": torch.float64},
+        TypeError,
+        "dtype: expected torch.float32, or half precision beside float32, got torch.float64",
+    ),
     (pool, {"base": ROWS}, ValueError, "base: expected 4 dimensions"),
     (pool, {"base": torch.zeros(3, 2, 4, 5)}, ValueError, "base: expected shape (3, 2, 4, 4)"),
     (pool, {"out_size": (3, 2)}, ValueError, "out_size: the last window must start inside"),
@@ -172,6 +215,9 @@ def test_empty_inputs_give_empty_results(run):
     assert run(masked, image=none, unit=none).shape == (0, 2, 4, 4)
     assert run(unit, image=none, column=none).shape == (0, 7, 4, 4)
     assert run(change, delta=torch.zeros(0, 5), image=none).shape == (0, 5)
+    assert run(perturb, delta=torch.zeros(0, 5), image=none).shape == (0, 5)
+    assert run(subtract, after=torch.zeros(0, 5), image=none).shape == (0, 5)
+    assert run(subtract, after=torch.zeros(2, 0), base=torch.zeros(3, 0)).shape == (2, 0)
     assert run(pool, delta=torch.zeros(0, 2, 4, 4), image=none).shape == (0, 2, 2, 2)
     assert run(pool, out_size=(0, 2)).shape == (2, 2, 0, 2)
     assert run(decide, delta=torch.zeros(0, 5), image=none).shape == (0,)
@@ -190,4 +236,6 @@ def test_no_gradients_are_recorded():
     for run in (lambda call, **c: call(**c), on_reference):
         assert not run(unit, weight=weight, delta=MAPS.clone().requires_grad_()).requires_grad
         assert not run(change, base=base).requires_grad
+        assert not run(perturb, base=base).requires_grad
+        assert not run(subtract, base=base).requires_grad
         assert not run(masked, x=MAPS.clone().requires_grad_()).requires_grad

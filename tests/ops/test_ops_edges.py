@@ -70,6 +70,31 @@ def delta_activation(size):
     return ops.delta_activation, arguments, {"addend": addend, **scales}
 
 
+def perturbed(size):
+    return ops.perturbed, (torch.randn(2, size), torch.randn(3, size), index([1, 0, 1])), {}
+
+
+def subtracted(size):
+    after, base = (torch.randn(n, 4, size + 1)[..., :size] for n in (3, 2))
+    return ops.subtracted, (after, base, index([1, 0, 1])), {}
+
+
+def subtracted_runs(size):
+    after, base = (torch.randn(n, size, 3)[..., :2] for n in (3, 2))
+    return ops.subtracted, (after, base, index([1, 0, 1])), {}
+
+
+def delta_product(size):
+    factors = torch.randn(2, 3, size), torch.randn(3, 3, size)
+    return ops.delta_product, (*factors, *factors, index([1, 0, 1])), {}
+
+
+def delta_product_of_maps(size):
+    factors = torch.randn(2, 3, 1, size), torch.randn(3, 3, 1, size)
+    gates = torch.randn(2, 3, 1, 1), torch.randn(3, 3, 1, 1)
+    return ops.delta_product, (*factors, *gates, index([1, 0, 1])), {}
+
+
 def delta_mean_positions(size):
     base, delta = torch.randn(2, 3, 1, size + 1), torch.randn(3, 3, 1, size + 1)
     arguments = base, delta, index([1, 0, 1]), Activation("relu")
@@ -100,6 +125,11 @@ CASES = [
     delta_max_pool,
     delta_max_pool_rows,
     delta_activation,
+    perturbed,
+    subtracted,
+    subtracted_runs,
+    delta_product,
+    delta_product_of_maps,
     delta_mean_positions,
     delta_mean_channels,
     unit_delta,
@@ -155,11 +185,25 @@ def test_rows_out_of_range_are_nan(cuda, dtype):
     base = base.double() if dtype == torch.float64 else base
     for op, options in [
         (ops.delta_activation, {"activation": Activation("gelu")}),
+        (ops.perturbed, {}),
         (ops.delta_mean, {"activation": Activation("relu")}),
         (ops.delta_max_pool, {"kernel": 2, "stride": 2, "out_size": (2, 2)}),
     ]:
         expected = on_reference(op, base, delta, in_range(BAD), **options)
         check_rows(on_device(op, cuda, base, delta, BAD, **options).float(), expected.float())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_differences_out_of_range_are_nan(cuda, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    base, after = torch.randn(2, 3, 5, dtype=wide), torch.randn(5, 3, 5, dtype=wide)
+    expected = on_reference(ops.subtracted, after, base, in_range(BAD), dtype=dtype)
+    result = on_device(ops.subtracted, cuda, after, base, BAD, dtype=dtype)
+    check_rows(result.float(), expected.float())
+    factors = (base, after.to(dtype)) * 2
+    expected = on_reference(ops.delta_product, *factors, in_range(BAD))
+    check_rows(on_device(ops.delta_product, cuda, *factors, BAD).float(), expected.float())
 
 
 @pytest.mark.cuda

@@ -222,6 +222,9 @@ def every_operation():
     return [
         first,
         ops.delta_activation(base, first, image, Activation("gelu")),
+        ops.perturbed(base, first, image),
+        ops.delta_product(base, first, base, first, image),
+        ops.subtracted(first, base, image, dtype=torch.bfloat16),
         ops.delta_max_pool(base, first, image, kernel=2, stride=2, out_size=(5, 5)),
         ops.delta_max_pool(base, first.contiguous(), image, kernel=2, stride=2, out_size=(5, 5)),
         ops.classify(logits, delta, image, tolerance, relative=0.01),

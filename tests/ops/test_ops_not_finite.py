@@ -28,6 +28,7 @@ from pyablate import ops
 from pyablate.ops import Activation
 from pyablate.ops.moments import MapMoments, class_moments, class_ranks, map_moments
 from pyablate.ops.quantized import Quantized
+from pyablate.ops.reference import compute_dtype
 
 NAN, INF = float("nan"), float("inf")
 VALUES = [NAN, INF, -INF, -100.0, -3.0, -1.0, 0.0, 0.5, 1.0, 6.0, 7.0, 100.0]
@@ -101,6 +102,25 @@ def test_activations(backend, dtypes, activation):
             backend, ops.delta_activation, base[:, :size], delta[:, :size], index([0]), activation
         )
         assert torch.equal(part.nan_to_num(77.0), result[:, :size].nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_ends_of_a_difference(backend, dtypes):
+    """What was infinite and still is has not changed; all else is as PyTorch has it."""
+    base, other = every_pair()
+    base, wide = base.to(dtypes[1]), compute_dtype(dtypes[0])
+    for size in (1, 5, len(VALUES) ** 2):
+        clean, given = base[:, :size], other[:, :size]
+        joined = run(backend, ops.perturbed, clean, given.to(dtypes[0]), index([0]))
+        assert joined.dtype == wide
+        assert_same(joined, clean.to(wide) + given.to(dtypes[0]).to(wide), 0)
+        for after in (given.to(wide), joined):
+            change = run(backend, ops.subtracted, after, clean, index([0]), dtype=dtypes[0])
+            same = after == clean
+            assert (change[same] == 0).all()
+            assert change.dtype == dtypes[0]
+            assert_same(change[~same], (after - clean.to(wide))[~same].to(dtypes[0]), 0)
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -13,7 +13,7 @@ from support.ops_cases import (
 )
 
 from pyablate import ops
-from pyablate.ops import Activation
+from pyablate.ops import Activation, reference
 
 pytestmark = pytest.mark.cuda
 
@@ -23,7 +23,8 @@ NAMES = [f"{str(d)[6:]}-{str(b)[6:]}" for d, b in DTYPES]
 
 def shifted(tensor):
     """Copy a tensor to memory that starts one element behind an address of 16 bytes."""
-    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.empty(reach + 2, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
 
 
@@ -63,6 +64,35 @@ def test_activation(dtypes, activation, width):
     options = {"addend": addend, "scale": torch.rand(3), "addend_scale": torch.rand(3)}
     arguments = base, delta, index([1, 0, 1]), activation
     check(ops.delta_activation, *arguments, shift=(0, 1, "addend"), **options)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("width", [16, 20, 2056])
+@pytest.mark.parametrize("gap", [0, 8, 3])
+def test_ends_of_a_difference(dtypes, width, gap):
+    """Runs that lie apart, by a multiple of 16 bytes or not."""
+    torch.manual_seed(4)
+    wide = reference.compute_dtype(dtypes[0])
+    base, change, after = (torch.randn(n, 4, width + gap)[..., :width] for n in (2, 3, 3))
+    base, image = base.to(dtypes[1]), index([1, 0, 1])
+    check(ops.perturbed, base, change.to(dtypes[0]), image, shift=(0, 1), exact=True)
+    options = {"dtype": dtypes[0]}
+    check(ops.subtracted, after.to(wide), base, image, shift=(0, 1), exact=True, **options)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(24, 4, 4), (16, 1, 1), (520, 1, 3)])
+@pytest.mark.parametrize("gates", [False, True])
+def test_product(dtypes, layout, shape, gates):
+    torch.manual_seed(5)
+    sizes = shape, (shape[0], 1, 1) if gates else shape
+    tensors = [
+        torch.randn(n, *size).to(dtype).contiguous(memory_format=layout)
+        for size in sizes
+        for n, dtype in ((2, dtypes[1]), (3, dtypes[0]))
+    ]
+    check(ops.delta_product, *tensors, index([1, 0, 1]), shift=(0, 1, 2, 3), exact=True)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=NAMES)
