@@ -118,7 +118,8 @@ def delta_product(
         the factors, both bfloat16 or both the dtype in which the deltas are accumulated (float64
         for float64, else float32).
     delta, other : Tensor
-        ``[P, *S]`` and ``[P, *T]``, their deltas, both of one dtype: float32, float64, bfloat16 or float16.
+        ``[P, *S]`` and ``[P, *T]``, their deltas, both of one dtype: float32, float64, bfloat16 or
+        float16.
     image : Tensor
         int32 [P], row of the bases for each pair.
 
