@@ -25,59 +25,60 @@ __device__ inline void add_products(const D (&values)[N], const T (&weights)[N],
     for (int k = 0; k < N; ++k) sum[k] = fma(T(widen(values[k])), weights[k], sum[k]);
 }
 
-// A thread takes N channels of `positions` neighbours of an output row; its neighbours take the next
-// channels. With K, filters have K columns, S apart in the input from position to position, and each
-// input is read once for all of them; K = 0 is any other filter.
+// A thread takes N channels of an output row, `positions` of the row at a time; its neighbours take the
+// next channels. With K, filters have K columns, S apart in the input from position to position, and
+// each input is read once for all of them; K = 0 is any other filter.
 template <class D, int N, int K, int S>
 __global__ void depthwise_kernel(const DepthwiseParams p) {
     using T = Compute<D>;
-    const std::int64_t groups = (p.out_w + positions - 1) / positions;
-    for (std::int64_t plane = first_plane(); plane < p.images * p.out_h; plane += all_planes()) {
-        const std::int64_t image = plane / p.out_h, y = plane - image * p.out_h;
+    for (std::int64_t image = first_plane(); image < p.images; image += all_planes()) {
         const std::int64_t map = image * p.height * p.width * p.channels;
-        for (std::int64_t group = first_row(); group < groups; group += all_rows()) {
-            const std::int64_t x = group * positions;
-            const Line line{x * p.stride_w - p.padding_w, p.width, p.channels};
+        for (std::int64_t y = first_row(); y < p.out_h; y += all_rows()) {
+            const std::int64_t start = (image * p.out_h + y) * p.out_w * p.channels;
             for (std::int64_t c = N * first_thread(); c < p.channels; c += N * all_threads()) {
-                const D* from = static_cast<const D*>(p.x) + map + c;
+                const D* from = static_cast<const D*>(p.x) + map + c;     // [H, W, C]
                 const T* filters = static_cast<const T*>(p.filters) + c;  // [kh, kw, C]
-                T sum[positions][N] = {};
+                D* to = static_cast<D*>(p.out) + start + c;               // [Wo, C]
 #pragma unroll 1
-                for (std::int64_t i = 0; i < p.kernel_h; ++i) {
-                    const std::int64_t v = y * p.stride_h - p.padding_h + i * p.dilation_h;
-                    if (!in_range(v, p.height)) continue;
-                    const D* row = from + v * p.width * p.channels;
-                    const T* taps = filters + i * p.kernel_w * p.channels;
-                    T weights[N];
-                    if constexpr (K > 0) {
-                        D seen[(positions - 1) * S + K][N];
-                        for (int u = 0; u < (positions - 1) * S + K; ++u) {
-                            line.read(row, u, seen[u]);
-                        }
-                        for (int j = 0; j < K; ++j) {
-                            load(taps + j * p.channels, weights);
-                            for (int q = 0; q < positions; ++q) {
-                                add_products(seen[q * S + j], weights, sum[q]);
+                for (std::int64_t x = 0; x < p.out_w; x += positions) {
+                    const Line line{x * p.stride_w - p.padding_w, p.width, p.channels};
+                    T sum[positions][N] = {};
+#pragma unroll 1
+                    for (std::int64_t i = 0; i < p.kernel_h; ++i) {
+                        const std::int64_t v = y * p.stride_h - p.padding_h + i * p.dilation_h;
+                        if (!in_range(v, p.height)) continue;
+                        const D* row = from + v * p.width * p.channels;
+                        const T* taps = filters + i * p.kernel_w * p.channels;
+                        T weights[N];
+                        if constexpr (K > 0) {
+                            D seen[(positions - 1) * S + K][N];
+                            for (int u = 0; u < (positions - 1) * S + K; ++u) {
+                                line.read(row, u, seen[u]);
                             }
-                        }
-                    } else {
+                            for (int j = 0; j < K; ++j) {
+                                load(taps + j * p.channels, weights);
+                                for (int q = 0; q < positions; ++q) {
+                                    add_products(seen[q * S + j], weights, sum[q]);
+                                }
+                            }
+                        } else {
 #pragma unroll 1
-                        for (std::int64_t j = 0; j < p.kernel_w; ++j) {
-                            load(taps + j * p.channels, weights);
-                            for (int q = 0; q < positions; ++q) {
-                                D value[N];
-                                line.read(row, q * p.stride_w + j * p.dilation_w, value);
-                                add_products(value, weights, sum[q]);
+                            for (std::int64_t j = 0; j < p.kernel_w; ++j) {
+                                load(taps + j * p.channels, weights);
+                                for (int q = 0; q < positions; ++q) {
+                                    D value[N];
+                                    line.read(row, q * p.stride_w + j * p.dilation_w, value);
+                                    add_products(value, weights, sum[q]);
+                                }
                             }
                         }
                     }
-                }
-                D* to = static_cast<D*>(p.out) + ((plane * p.out_w) + x) * p.channels + c;
-                for (int q = 0; q < positions; ++q) {
-                    if (x + q >= p.out_w) continue;
-                    D results[N];
-                    for (int k = 0; k < N; ++k) results[k] = narrow<D>(sum[q][k]);
-                    store(to + q * p.channels, results);
+                    for (int q = 0; q < positions; ++q) {
+                        if (x + q >= p.out_w) continue;
+                        D results[N];
+                        for (int k = 0; k < N; ++k) results[k] = narrow<D>(sum[q][k]);
+                        store(to + (x + q) * p.channels, results);
+                    }
                 }
             }
         }
@@ -86,7 +87,7 @@ __global__ void depthwise_kernel(const DepthwiseParams p) {
 
 template <class D, int N, int K, int S>
 void launch(const DepthwiseParams& p, void* stream) {
-    const Tiles on = tiles(p.channels / N, divide_up(p.out_w, positions), p.images * p.out_h);
+    const Tiles on = tiles(p.channels / N, p.out_h, p.images);
     depthwise_kernel<D, N, K, S><<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
 }
 
