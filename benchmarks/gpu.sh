@@ -59,6 +59,7 @@ small=()
 log=/dev/null
 failures="$(mktemp)" # a file, since phases that run side by side are processes of their own
 trap 'rm -f "$failures"' EXIT
+export PYABLATE_CACHE="" # rates that are measured beside other work are not for later phases
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
@@ -168,7 +169,8 @@ sanitizer() {
     for tool in memcheck racecheck; do
         step 120 "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "${pytest[@]}" -x -m cuda -p no:xdist tests/ops/test_ops_edges.py tests/ops/test_ops_classify.py &
+            "${pytest[@]}" -x -m cuda -p no:xdist tests/ops/test_ops_edges.py tests/ops/test_ops_classify.py \
+            tests/ops/test_ops_depthwise.py tests/ops/test_ops_difference.py &
     done
     wait
 }

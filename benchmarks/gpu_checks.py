@@ -184,7 +184,7 @@ def rates(visit: Visit) -> None:
     copy = torch.empty_like(held)
     visit.note("copy", tb_s=2 * held.numel() / visit.seconds(lambda: copy.copy_(held)) / 1e12)
     with undisturbed(visit.device):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             rate = microbenchmarks.convolution_rate(visit.device, dtype, alone=True)
             visit.note("convolution", dtype=dtype, tflops=rate / 1e12)
         visit.note(
@@ -198,14 +198,15 @@ def kernels(visit: Visit) -> None:
     """Time our kernels at the sizes of a ResNet-50's slices."""
     shapes = ((256, 56, 160), (64, 56, 160), (512, 28, 320), (1024, 14, 640), (2048, 7, 1280))
     for channels, side, pairs in ((8, 7, 16),) if visit.small else shapes:
-        passes(visit, pairs, channels, side)
+        for dtype in (torch.float16, torch.bfloat16):
+            passes(visit, pairs, channels, side, dtype)
 
 
-def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
+def passes(visit: Visit, pairs: int, channels: int, side: int, dtype: torch.dtype) -> None:
     """Time what goes over maps once; bytes are those that have to cross the memory."""
     relu = ops.Activation("relu")
     base = visit.random(4, channels, side, side, dtype=torch.float32)
-    delta, other = (visit.random(pairs, channels, side, side) for _ in range(2))
+    delta, other = (visit.random(pairs, channels, side, side, dtype=dtype) for _ in range(2))
     image = torch.arange(pairs, device=visit.device, dtype=torch.int32) * 4 // pairs
 
     size = (side, side)
@@ -214,7 +215,8 @@ def passes(visit: Visit, pairs: int, channels: int, side: int) -> None:
         return bytes_ * delta.numel() / visit.seconds(work) / 1e9
 
     visit.note(
-        "passes bf16, GB/s",
+        "passes, GB/s",
+        dtype=dtype,
         shape=[pairs, channels, side, side],
         relu=rate(4, lambda: ops.delta_activation(base, delta, image, relu, out=delta)),
         add_relu=rate(

@@ -92,9 +92,10 @@ class Repeated:
     def __call__(self, row: Tensor, image: Tensor, dtype: torch.dtype) -> Changed | None:
         """Logit changes; as of :data:`pyablate.engine.logit_change.Change`."""
         held = self._recorded.get(dtype)
-        # Less than half of what was recorded is done sooner by itself.
-        if held is not None and len(held.row) < 2 * len(row) <= 2 * len(held.row):
-            return held.of(row, image)
+        if held is not None and len(row) <= len(held.row):
+            # Half of what was recorded, or less, is done sooner by itself.
+            few = 2 * len(row) <= len(held.row)
+            return self.change(row, image, dtype) if few else held.of(row, image)
         size = len(row), dtype
         self._seen[size] = self._seen.get(size, 0) + 1
         if self.recorder.works and self._seen[size] > FIRST:

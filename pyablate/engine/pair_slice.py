@@ -88,6 +88,8 @@ class _PairSlice:
 
     def change(self) -> Changed | None:
         """Logit changes; None if the pairs cannot change them."""
+        if self.dtype == torch.float16 and self.sweep.faint is not None:
+            self.lost.append(self.sweep.faint[self.image_long, self.column])
         self.run(self.sweep.steps)
         change = self.delta(self.graph.logits)
         if change is None:

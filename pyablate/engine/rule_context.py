@@ -144,7 +144,8 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
     """Give up pairs that all but cancel in front of a function without a bounded slope.
 
     Of base + delta, the less is left the less is known: where 1 has become 1e-9, float32 knows no
-    digit of that, and a division or a logarithm makes as much of it as of any other number.
+    digit of that, and a division or a logarithm makes as much of it as of any other number. The
+    same for what has left the range of float16: divided by it, anything is 0.
     """
     source = node.args[1] if node.target in DIVISIONS else node.args[0]
     delta = pairs.delta(source) if isinstance(source, fx.Node) else None
@@ -152,7 +153,7 @@ def note_cancellation(pairs: Pairs, node: fx.Node) -> None:
         return
     left = perturbed(pairs, source, delta).abs()
     share = KEPT_IN_DOUBLE if left.dtype == torch.float64 else KEPT
-    lost = left < share * delta.abs()
+    lost = (left < share * delta.abs()) | ~delta.isfinite()
     if pairs.plain(source):
         pairs.lost.append(lost.flatten(1).any(dim=1) if lost.ndim > 1 else lost)
     else:

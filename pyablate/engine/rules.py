@@ -137,6 +137,8 @@ def _product(pairs: Pairs, first: fx.Node, second: fx.Node) -> Tensor | None:
     if one.ndim != other.ndim or torch.broadcast_shapes(one.shape, other.shape) != one.shape:
         return None
     dtype = torch.promote_types(one.dtype, other.dtype)
+    if dtype == torch.float16:  # whose range squares leave
+        dtype = torch.float32
     base, gate = pairs.base(first), pairs.base(second)
     if base.dtype != gate.dtype:
         return None

@@ -107,8 +107,8 @@ def usual(pairs: int, device: torch.device, *, up: bool = False) -> int:
     """Round a number of pairs to one of few: three leading bits, the others 0; on a GPU one bit.
 
     oneDNN and cuDNN prepare each convolution anew for every number of pairs that they have not met,
-    oneDNN for half a millisecond or more, cuDNN for tens of milliseconds. What is left over of a
-    batch is filled up with a pair's copies.
+    oneDNN for half a millisecond or more. What is left over of a batch is filled up with a pair's
+    copies.
     """
     step = 1 << max(0, pairs.bit_length() - (1 if device.type == "cuda" else 3))
     return -(-pairs // step) * step if up else pairs // step * step

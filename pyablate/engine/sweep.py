@@ -29,6 +29,10 @@ from pyablate.network.sites import Site
 
 aten = torch.ops.aten
 
+FAINT = 2.0**-10
+"""Largest change of a unit's maps below which float16 is not for them: below 2^-14 its numbers lose
+digits, and an error that is large beside one unit's change may be in none of the measured pairs."""
+
 Step = tuple[fx.Node, list[fx.Node], list[fx.Node]]
 """A node, what it reads, and what is then of no more use."""
 
@@ -191,6 +195,20 @@ class Sweep:
         belongs = self.suffix.job.on(alive.device).columns.mask
         return alive.float() @ belongs.t().float() > 0
 
+    @cached_property
+    def faint(self) -> Tensor | None:
+        """Bool ``[N, row]``: whether float16 has few digits for all that changes; None: unknown."""
+        deltas = [self.value(node) for node in self._read] if self.suffix.job.channelwise else []
+        sizes = [_largest(delta.values) for delta in deltas if delta is not None]
+        if not sizes:
+            return None
+        size = torch.stack(sizes).amax(dim=0)
+        small, large = ((size > 0) & (size < FAINT)), size >= FAINT
+        if self.suffix.job.single:
+            return small
+        belongs = self.suffix.job.on(size.device).columns.mask.t().float()
+        return (small.float() @ belongs > 0) & (large.float() @ belongs == 0)
+
     @property
     def _read(self) -> list[fx.Node]:
         """Changed tensors that the rest of the network reads, or that are its logits."""
@@ -285,6 +303,12 @@ class Sweep:
         if (node, dtype) not in self._lowered:
             self._lowered[node, dtype] = delta.with_values(delta.values.to(dtype))
         return self._lowered[node, dtype]
+
+
+def _largest(maps: Tensor) -> Tensor:
+    """Largest magnitude in each map ``[N, U, *rest]``, ``[N, U]``."""
+    sizes = maps.abs()
+    return sizes.amax(dim=tuple(range(2, maps.ndim))) if maps.ndim > 2 else sizes
 
 
 def _any_position(maps: Tensor) -> Tensor:

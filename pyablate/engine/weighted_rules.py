@@ -71,7 +71,7 @@ def convolution(pairs: Pairs, node: fx.Node) -> Delta:
         if pointwise.fits(pairs, node, weight):
             run = functools.partial(pointwise.convolve, change, lowered, pairs.image)
             return WaitingConvolution(run, True)
-        if change.is_cuda:
+        if pointwise.by_products(change.device):
             return pointwise.product(change, lowered)
     if winograd.fits(pairs, node, weight):
         filters = winograd.filters(pairs, node, weight)

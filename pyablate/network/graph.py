@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from pyablate import ops
 from pyablate.network.layout import BatchLayout
+from pyablate.ops.dispatch import backend
 from pyablate.runtime.chunking import portions
 
 aten = torch.ops.aten
@@ -369,7 +370,7 @@ def _grouped(
 ) -> Tensor:
     """Convolve in groups; where each channel is one, PyTorch is slow in float64 and on a GPU."""
     slow = x.dtype == weight.dtype and x.ndim == 4
-    slow = slow and (x.dtype == torch.float64 if x.device.type == "cpu" else x.is_cuda)
+    slow = slow and (x.dtype == torch.float64 if x.device.type == "cpu" else backend(x) is not None)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not slow or wanted or type(x) is not Tensor or not len(weight) == groups == x.shape[1]:
         return cast(Tensor, aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups))

@@ -50,7 +50,7 @@ def perturbed(base: Tensor, delta: Tensor, image: Tensor) -> Tensor:
     def run(change: Tensor, clean: Tensor, out: Tensor) -> None:
         core.perturbed(clean, change, image.contiguous(), out=out, **context(delta))
 
-    return by_runs(run, dtype, delta, read_as(base, dtype))
+    return by_runs(run, dtype, delta, read_as(base, delta.dtype))
 
 
 def subtracted(
@@ -103,7 +103,7 @@ def subtracted(
     def run(result: Tensor, clean: Tensor, out: Tensor) -> None:
         core.subtracted(result, clean, image.contiguous(), out=out, **context(after))
 
-    return by_runs(run, dtype, after, read_as(base, after.dtype))
+    return by_runs(run, dtype, after, read_as(base, dtype))
 
 
 def delta_product(
@@ -152,7 +152,7 @@ def delta_product(
         raise ValueError(
             f"other: expected sizes of {tuple(delta.shape)} or 1, got {tuple(other.shape)}"
         )
-    dtype, core = reference.compute_dtype(delta.dtype), delta_backend(delta)
+    core = delta_backend(delta)
     base, delta, other_base, other = (x.detach() for x in (base, delta, other_base, other))
     if core is None:
         return reference.delta_product(base, delta, other_base, other, image)
@@ -162,5 +162,5 @@ def delta_product(
             clean, change, beside, more, image.contiguous(), out=out, **context(delta)
         )
 
-    factors = other.expand_as(delta), read_as(other_base, dtype).expand_as(base)
-    return by_runs(run, delta.dtype, delta, read_as(base, dtype), *factors)
+    factors = other.expand_as(delta), read_as(other_base, delta.dtype).expand_as(base)
+    return by_runs(run, delta.dtype, delta, read_as(base, delta.dtype), *factors)

@@ -227,7 +227,7 @@ class Plan:
             f"{found.measuring_seconds:,.1f} s measuring thresholds"
         )
         if least >= self.seconds:
-            parts += ': take guarantee="exact", which is predicted to be no slower'
+            return f"screened: {least:,.1f} s at least, {parts}: an exact run is no slower"
         if found.stages is not None:
             return f"screened: {least:,.1f} s, {parts}"
         return (

@@ -125,4 +125,6 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _possible(tier: torch.dtype) -> bool:
+    if tier == torch.float16:
+        return torch.cuda.is_available()
     return tier != torch.int8 or int8_conv.available()

@@ -153,6 +153,7 @@ def _plain_arithmetic(gpus: list[int]) -> Iterator[None]:
 FIXED = (
     ("cudnn", "benchmark", False),
     ("cudnn", "deterministic", True),
+    ("cuda.matmul", "allow_fp16_accumulation", False),
     ("cuda.matmul", "allow_fp16_reduced_precision_reduction", False),
     ("cuda.matmul", "allow_bf16_reduced_precision_reduction", False),
 )
@@ -162,15 +163,22 @@ half precision are added up in float32."""
 
 @contextmanager
 def _fixed_algorithms() -> Iterator[None]:
-    owners = {name: attrgetter(name)(torch.backends) for name, _, _ in FIXED}
-    before = [(owners[name], setting, getattr(owners[name], setting)) for name, setting, _ in FIXED]
+    fixed = [(attrgetter(name)(torch.backends), *rest) for name, *rest in FIXED]
+    fixed = [each for each in fixed if hasattr(*each[:2])]  # older versions lack some
+    before = [(owner, setting, _as_set(owner, setting)) for owner, setting, _ in fixed]
     try:
-        for name, setting, value in FIXED:
-            setattr(owners[name], setting, value)
+        for owner, setting, value in fixed:
+            setattr(owner, setting, value)
         yield
     finally:
         for owner, setting, value in before:
             setattr(owner, setting, value)
+
+
+def _as_set(owner: Any, setting: str) -> Any:
+    """Return a setting as it would be set: some are read in two parts (torch 2.13)."""
+    value, second = getattr(owner, setting), getattr(owner, f"{setting}_split_k", None)
+    return value if second is None else (value, second)
 
 
 def gpus(on: tuple[nn.Module | str | torch.device | None, ...]) -> list[int]:

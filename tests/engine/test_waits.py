@@ -270,12 +270,12 @@ def test_few_pairs_are_not_done_as_a_whole_recording():
     recorder = Records()
     repeated = cuda_graph.Repeated(change, recorder)
     replays = []
-    for pairs in (8, 8, 8, 8, 5, 4, 1):
+    for pairs in (8, 8, 8, 8, 5, 4, 1, 4, 4, 8):
         row = torch.arange(pairs)
         found = repeated(row, row, torch.float32)
         assert torch.equal(found.logits, change(row, row, None).logits)
         replays.append(recorder.replays)
-    assert replays == [0, 0, 1, 2, 3, 3, 3]
+    assert replays == [0, 0, 1, 2, 3, 3, 3, 3, 3, 4]
 
 
 ALIVE: weakref.WeakSet = weakref.WeakSet()

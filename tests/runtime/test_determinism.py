@@ -175,3 +175,19 @@ def test_the_older_flag_of_products_can_be_read_inside() -> None:
         assert torch.backends.cuda.matmul.allow_tf32 is True
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_products_in_half_precision_are_added_up_in_float32():
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for value in (True, False):
+            for name in names:
+                setattr(matmul, name, value)
+            with determinism.undisturbed():
+                assert not any(getattr(matmul, name) for name in names)
+            assert [getattr(matmul, name) for name in names] == [value, value]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

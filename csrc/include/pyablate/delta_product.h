@@ -26,7 +26,7 @@ struct DeltaProductParams {
     void* out;                  // [P, R, M]
     std::int64_t images, pairs, runs, width;
     DType dtype;       // of deltas and out; computed in float32, or in float64 if it is that
-    DType base_dtype;  // the computing dtype, or bfloat16 beside float32
+    DType base_dtype;  // the computing dtype, or half precision beside float32
 };
 
 namespace cpu {

@@ -27,7 +27,7 @@ struct DifferenceParams {
     RunStrides base_strides, strides;
     std::int64_t images, pairs, runs, width;
     DType dtype;       // of the delta; computed in float32, or in float64 if it is that
-    DType base_dtype;  // the computing dtype, or bfloat16 beside float32
+    DType base_dtype;  // the computing dtype, or half precision beside float32
 };
 
 namespace cpu {
