@@ -124,6 +124,16 @@ def picture(page: Page) -> str:
     return str(page.evaluate("document.querySelector('.heat canvas').toDataURL()"))
 
 
+def wait_for_card(page: Page, title: str) -> None:
+    """Wait until the card is of this; a function to wait for would be evaluated as a string there.
+
+    The page allows no such thing, and only a slow machine asks for it twice.
+    """
+    from playwright.sync_api import expect
+
+    expect(page.locator("#card-title")).to_have_text(title)
+
+
 def title_of_card(page: Page) -> str:
     page.wait_for_selector("#card[open]")
     return page.locator("#card-title").inner_text()
@@ -192,11 +202,9 @@ def test_card_of_a_unit_by_mouse(report, result, open_page):
     assert page.locator("#card img").first.evaluate("image => image.naturalWidth") == 8
     page.locator("#card .next").click()
     second = int(np.argsort(-result.max_class_drop, kind="stable")[1])
-    page.wait_for_function("t => document.querySelector('#card-title').textContent === t",
-                           arg=result.units["label"][second])  # fmt: skip
+    wait_for_card(page, result.units["label"][second])
     page.go_back()
-    page.wait_for_function("t => document.querySelector('#card-title').textContent === t",
-                           arg=result.units["label"][worst])  # fmt: skip
+    wait_for_card(page, result.units["label"][worst])
     page.get_by_role("button", name="Close").click()
     assert not page.locator("#card").is_visible()
 
@@ -375,9 +383,7 @@ def test_names_stay_text(open_page, tmp_path):
     assert {" ".join(name.split()) for name in names} == {" ".join(n.split()) for n in AWKWARD}
     for row in range(2):
         page.evaluate("hash => location.hash = hash", f"#class/{row}")
-        page.wait_for_function(
-            "t => document.querySelector('#card-title')?.textContent === t", arg=AWKWARD[row]
-        )
+        wait_for_card(page, AWKWARD[row])
     page.keyboard.press("Escape")
     page.locator("#unit-table tbody a").first.click()
     page.wait_for_selector("#card[open]")
@@ -549,9 +555,9 @@ def test_classes_without_images_are_folded_away(sparse, open_page):
     page.keyboard.press("c")
     assert title_of_card(page) == "class 1"
     page.locator("#card .next").click()
-    page.wait_for_function("document.querySelector('#card-title').textContent === 'class 2'")
+    wait_for_card(page, "class 2")
     page.locator("#card .next").click()
-    page.wait_for_function("document.querySelector('#card-title').textContent === 'class 4'")
+    wait_for_card(page, "class 4")
 
 
 def test_many_classes_share_the_height_and_grow_until_they_can_be_read(sparse, open_page):
