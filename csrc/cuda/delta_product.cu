@@ -1,7 +1,6 @@
 #include "pyablate/delta_product.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -69,9 +68,9 @@ __global__ void delta_product_kernel(const DeltaProductParams p) {
 
 // Whether N numbers at a time lie at multiples of N in every run.
 bool packs(const DeltaProductParams& p, std::int64_t n) {
-    const auto fit = [n](const RunStrides& s) { return s.outer % n == 0 && s.run % n == 0; };
-    const auto whole = [&](const Factor& f) {
-        return aligned(f.base, f.delta) && fit(f.base_strides) && fit(f.strides);
+    const auto whole = [n](const Factor& f) {
+        return aligned(f.base, f.delta) && f.base_strides.multiples_of(n) &&
+               f.strides.multiples_of(n);
     };
     return p.width % n == 0 && aligned(p.out) && whole(p.first) && (p.spread || whole(p.second));
 }

@@ -116,18 +116,9 @@ void launch_for_layout(const DepthwiseParams& p, void* stream) {
 
 void depthwise(const DepthwiseParams& p, int device, void* stream) {
     const DeviceGuard guard(device, "depthwise");
-    switch (p.dtype) {
-        case DType::float16:
-            launch_for_layout<Float16>(p, stream);
-            break;
-        case DType::bfloat16:
-            launch_for_layout<BFloat16>(p, stream);
-            break;
-        default:
-            dispatch_real("depthwise", p.dtype, [&](auto type) {
-                launch_for_layout<typename decltype(type)::type>(p, stream);
-            });
-    }
+    dispatch_gpu_change("depthwise", p.dtype, p.dtype, [&](auto type, auto) {
+        launch_for_layout<typename decltype(type)::type>(p, stream);
+    });
     PYABLATE_CHECK_LAUNCH("depthwise");
 }
 

@@ -1,7 +1,6 @@
 #include "pyablate/difference.h"
 
 #include "common.cuh"
-#include "pyablate/dispatch.h"
 
 namespace pyablate::cuda {
 
@@ -40,54 +39,48 @@ __device__ inline void each(const DifferenceParams& p, F&& f) {
     }
 }
 
-template <class D, class B, int N>
-__global__ void perturbed_kernel(const DifferenceParams p) {
+template <class D, class B, int N, bool BEHIND>
+__global__ void difference_kernel(const DifferenceParams p) {
     using T = Compute<D>;
-    each<B, D, T, N>(p, [](T clean, T change) { return clean + change; });
-}
-
-template <class D, class B, int N>
-__global__ void subtracted_kernel(const DifferenceParams p) {
-    using T = Compute<D>;
-    each<B, T, D, N>(
-        p, [](T clean, T after) { return after == clean ? T(0) : static_cast<T>(after - clean); });
+    if constexpr (BEHIND) {
+        each<B, T, D, N>(p, [](T clean, T after) {
+            return after == clean ? T(0) : static_cast<T>(after - clean);
+        });
+    } else {
+        each<B, D, T, N>(p, [](T clean, T change) { return clean + change; });
+    }
 }
 
 // Whether N numbers at a time lie at multiples of N in every run.
 bool packs(const DifferenceParams& p, std::int64_t n) {
-    const auto fit = [n](const RunStrides& s) { return s.outer % n == 0 && s.run % n == 0; };
-    return aligned(p.base, p.given, p.out) && p.width % n == 0 && fit(p.base_strides) &&
-           fit(p.strides);
+    return aligned(p.base, p.given, p.out) && p.width % n == 0 && p.base_strides.multiples_of(n) &&
+           p.strides.multiples_of(n);
+}
+
+// Behind f its change is taken, before it the change added to what it reads.
+template <bool BEHIND>
+void launch(const char* op, const DifferenceParams& p, int device, void* stream) {
+    const DeviceGuard guard(device, op);
+    dispatch_gpu_change(op, p.dtype, p.base_dtype, [&](auto delta, auto base) {
+        using D = typename decltype(delta)::type;
+        using B = typename decltype(base)::type;
+        dispatch_width<wide<D>>(packs(p, wide<D>), [&](auto n) {
+            const Tiles on = tiles(p.width / n(), p.runs, p.pairs);
+            difference_kernel<D, B, n(), BEHIND>
+                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
+        });
+    });
+    PYABLATE_CHECK_LAUNCH(op);
 }
 
 }  // namespace
 
 void perturbed(const DifferenceParams& p, int device, void* stream) {
-    const DeviceGuard guard(device, "perturbed");
-    dispatch_gpu_change("perturbed", p.dtype, p.base_dtype, [&](auto delta, auto base) {
-        using D = typename decltype(delta)::type;
-        using B = typename decltype(base)::type;
-        dispatch_width<wide<D>>(packs(p, wide<D>), [&](auto n) {
-            const Tiles on = tiles(p.width / n(), p.runs, p.pairs);
-            perturbed_kernel<D, B, n()>
-                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
-        });
-    });
-    PYABLATE_CHECK_LAUNCH("perturbed");
+    launch<false>("perturbed", p, device, stream);
 }
 
 void subtracted(const DifferenceParams& p, int device, void* stream) {
-    const DeviceGuard guard(device, "subtracted");
-    dispatch_gpu_change("subtracted", p.dtype, p.base_dtype, [&](auto delta, auto base) {
-        using D = typename decltype(delta)::type;
-        using B = typename decltype(base)::type;
-        dispatch_width<wide<D>>(packs(p, wide<D>), [&](auto n) {
-            const Tiles on = tiles(p.width / n(), p.runs, p.pairs);
-            subtracted_kernel<D, B, n()>
-                <<<on.grid, on.block, 0, static_cast<cudaStream_t>(stream)>>>(p);
-        });
-    });
-    PYABLATE_CHECK_LAUNCH("subtracted");
+    launch<true>("subtracted", p, device, stream);
 }
 
 }  // namespace pyablate::cuda

@@ -190,10 +190,14 @@ class Sweep:
         maps = [delta.values for delta in deltas if delta is not None]
         maps += [self._difference(node).values for node in later]
         alive = torch.stack([_any_position(values) for values in maps]).any(dim=0)
+        return self._rows_with(alive)
+
+    def _rows_with(self, units: Tensor) -> Tensor:
+        """Bool ``[N, row]``: whether any unit of a row is among these, bool ``[N, U]``."""
         if self.suffix.job.single:
-            return alive
-        belongs = self.suffix.job.on(alive.device).columns.mask
-        return alive.float() @ belongs.t().float() > 0
+            return units
+        belongs = self.suffix.job.on(units.device).columns.mask
+        return units.float() @ belongs.t().float() > 0
 
     @cached_property
     def faint(self) -> Tensor | None:
@@ -203,11 +207,7 @@ class Sweep:
         if not sizes:
             return None
         size = torch.stack(sizes).amax(dim=0)
-        small, large = ((size > 0) & (size < FAINT)), size >= FAINT
-        if self.suffix.job.single:
-            return small
-        belongs = self.suffix.job.on(size.device).columns.mask.t().float()
-        return (small.float() @ belongs > 0) & (large.float() @ belongs == 0)
+        return self._rows_with((size > 0) & (size < FAINT)) & ~self._rows_with(size >= FAINT)
 
     @property
     def _read(self) -> list[fx.Node]:

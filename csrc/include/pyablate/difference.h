@@ -17,6 +17,8 @@ namespace pyablate {
 // Elements from one pair or image to the next, and from one run to the next.
 struct RunStrides {
     std::int64_t outer, run;
+
+    bool multiples_of(std::int64_t n) const { return outer % n == 0 && run % n == 0; }
 };
 
 struct DifferenceParams {
