@@ -71,6 +71,12 @@ class Batch:
         there = sent(image, self.device)
         return Batch(self.index[image], self.images[there], self.labels[there])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Batch]) -> Batch:
+        """Join the images of some batches, in order."""
+        index, images, labels = zip(*((p.index, p.images, p.labels) for p in parts), strict=True)
+        return cls(torch.cat(index), torch.cat(images), torch.cat(labels))
+
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most ``size`` images, in order."""
         if len(self) <= size:
@@ -229,10 +235,13 @@ class Data:
         A source that cannot be read by index is read up to its end.
         """
         wanted = torch.as_tensor(list(index))
+        held: list[Batch] = []  # each of a few images, which by themselves would be slow
         for batch in self._around(wanted, size):
             here = torch.isin(batch.index, wanted).nonzero().squeeze(1)
-            if len(here):
-                yield from batch.take(here).split(size)
+            *full, rest = Batch.joined([*held, batch.take(here)]).split(size)
+            yield from full
+            held = [rest]
+        yield from (rest for rest in held if len(rest))
 
     def _around(self, wanted: Tensor, size: int) -> Iterator[Batch]:
         """Hand out batches among which these images are."""

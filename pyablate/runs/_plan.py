@@ -157,7 +157,7 @@ class Plan:
             lines.append(f"actual: {spent:,.1f} s in the layers, {result.seconds:,.1f} s in all")
             took = result.effort.other_seconds.items()
             lines += [f"  {what}: {seconds:,.1f} s" for what, seconds in took]
-        if result is not None and result.screening is not None:
+        if result is not None and result.screening is not None and result.screening.layers:
             count = DirectionCount(result.screening.competitors, result.screening.random)
             lines.append(f"  predictions: along {count}")
         return "\n".join(lines)
@@ -221,6 +221,8 @@ class Plan:
         if found is None:
             return "screened: as exact, nothing here can be screened"
         beside = self.clean_seconds + sum(self.other_seconds.values())
+        if not found.layers:
+            return "screened: as exact, since gradients and thresholds would take as long"
         least, most = (beside + seconds for seconds in found.seconds)
         parts = (
             f"{found.prediction_seconds:,.1f} s of it predictions along {found.directions}, "

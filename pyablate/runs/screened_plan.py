@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pyablate.engine import clean_run
+from pyablate.engine.job import Job
+from pyablate.engine.microbenchmarks import undisturbed_clock
 from pyablate.engine.rounding import Rounding
 from pyablate.engine.score import DirectionCount
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.result import AblationResult
 from pyablate.results.screening import LayerScreening
 from pyablate.runs.sampling_design import nearest
+from pyablate.runs.screening_costs import behind
 from pyablate.runs.screening_sample import IMAGES, chosen_places, pairs_wanted, predictor
 from pyablate.runs.setup import Setup
-from pyablate.runs.thresholds import JobThresholds, far_chance, measure
+from pyablate.runs.thresholds import JobThresholds, far_chance, measure, promising
 from pyablate.runtime import out_of_memory
 
 _FEW, _MORE = 2, 16
@@ -49,6 +52,8 @@ class ScreenedPlan:
     directions : DirectionCount
         Over the classes, along which changes are predicted: those that a run would choose where
         open shares were measured, else as many as it may take.
+    layers : tuple of str
+        Those that a run would screen, as far as is known; the others it computes as a whole.
     stages : pandas.DataFrame or None
         Where they were, one row per layer and stage: ``layer``; ``stage``, "unit", a node of the
         graph, or "computed"; ``open``, the share of the live pairs that it leaves open, and of the
@@ -67,6 +72,7 @@ class ScreenedPlan:
     measuring_seconds: float
     layer_seconds: tuple[float, float]
     directions: DirectionCount
+    layers: tuple[str, ...]
     stages: pd.DataFrame | None = None
 
     @property
@@ -97,30 +103,60 @@ def plan_screened(
     able = (table["strategy"] == "delta").to_numpy()
     if setup.graph is None or setup.abrupt or not able.any():
         return None
-    each = _prediction_seconds(setup, able)
+    every = {
+        job: Suffix.of(setup.graph, job) for job, one in zip(setup.jobs, able, strict=True) if one
+    }
+    each = _prediction_seconds(setup, every)
     if each is None:
         return None
     seconds = table["seconds"].to_numpy()
     most = DirectionCount.most(setup.classes)
     along_one = each * images / most.total
     drawing = along_one * nearest(setup.classes).total
+
+    def part(jobs: Collection[Job]) -> float:
+        return behind(every[job] for job in jobs) / max(1.0, behind(every.values()))
+
     if risk is not None:
         begin = time.perf_counter()
-        known = measure(setup, risk, seed=0)
+        known = measure(setup, risk, seed=0, images=images)
         spent = time.perf_counter() - begin
         stages, whole = _measured(table, known.jobs)
-        predicting = along_one * known.directions.total
-        return ScreenedPlan(predicting, drawing, spent, (whole, whole), known.directions, stages)
+        screened = [job for job, one in zip(setup.jobs, known.jobs, strict=True) if one]
+        return ScreenedPlan(
+            along_one * known.directions.total * part(screened),
+            drawing,
+            spent,
+            (whole, whole),
+            known.directions,
+            _names(screened),
+            stages,
+        )
+    shares = zip(setup.jobs, table["live"], strict=True)
+    chosen = promising(setup, {job: share for job, share in shares if job in every}, images)
+    able = np.array([job in chosen for job in setup.jobs])
     live = (table["pairs"] * table["live"]).to_numpy()
     wanted = [
         min(pairs_wanted(units, images), most)
         for units, most in zip(table["units"], live, strict=True)
     ]
     share = np.where(able, wanted / np.maximum(live, 1), 0.0)
+    each *= part(chosen)
     spent = each * min(IMAGES, images) + slower * float(share @ seconds)
     least = np.where(able, far_chance(float(live[able].sum())), 1.0)
     ends = float(least @ seconds), float(seconds.sum())
-    return ScreenedPlan(each * images, drawing, spent, ends, most)
+    return ScreenedPlan(
+        each * images,
+        drawing,
+        spent,
+        ends,
+        most,
+        _names(job for job in setup.jobs if job in chosen),
+    )
+
+
+def _names(jobs: Iterable[Job]) -> tuple[str, ...]:
+    return tuple(job.name for job in jobs)
 
 
 def _measured(
@@ -185,28 +221,26 @@ def _actual(
     return [*rows, (name, COMPUTED, layer.computed / live)]
 
 
-def _prediction_seconds(setup: Setup, able: NDArray[np.bool_]) -> float | None:
+def _prediction_seconds(setup: Setup, suffixes: Mapping[Job, Suffix]) -> float | None:
     """Seconds of the gradients of an image: measured. None where the network has none."""
     assert setup.graph is not None
-    suffixes = {
-        job: Suffix.of(setup.graph, job) for job, one in zip(setup.jobs, able, strict=True) if one
-    }
     choices = [DirectionCount.most(setup.classes)]
     guess = predictor(setup, suffixes, chosen_places(setup, suffixes), choices)
     keep = needed(suffixes.values())
-    taken = 0.0
-    for size in (_FEW, _FEW, _MORE):  # twice, as the first pass prepares much
+    clock = undisturbed_clock(str(setup.data.device))
+    taken = math.inf
+    for number, size in enumerate((_FEW, _FEW, _MORE, _MORE)):  # the first pass prepares much
         batch = setup.data.first(size)
         clean = clean_run.run_graph(setup.graph, keep, setup.exact, batch, rounding=Rounding())
-        begin = time.perf_counter()
+        begin = clock()
         try:
             guess.predict(batch, clean)
         except RuntimeError as error:
             if out_of_memory.is_shortage(error):
                 raise
             return None
-        spent, before = time.perf_counter() - begin, taken
-        taken = spent / len(batch)
-        if spent > (_SHORT if before else 10 * _SHORT):
+        spent = clock() - begin
+        taken = min(taken, spent / len(batch))
+        if spent > (_SHORT if number else 10 * _SHORT):
             break
     return taken

@@ -110,22 +110,19 @@ class Screen:
     def _predictor(self) -> Predictor:
         graph = self.setup.graph
         assert graph is not None
-        able = {job for job, one in self._of.items() if one.settles_any}
-        suffixes = {job: Suffix.of(graph, job) for job in able}
+        suffixes = {job: Suffix.of(graph, job) for job in self._of}
         places = list(self._nodes.values())
         return predictor(self.setup, suffixes, places, [self.thresholds.directions])
 
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
-        if clean.irregular or not any(one.settles_any for one in self._of.values()):
+        if clean.irregular or not self._of:
             return clean
         return replace(clean, predicted_change=self._predictor.predict(batch, clean))
 
     def choose(self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor) -> Choice | None:
         """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed."""
         job, predicted = sweep.suffix.job, sweep.clean.predicted_change
-        if job in self._of and not self._of[job].settles_any:
-            return Choice.none(len(row))
         if predicted is None or job not in self._of:
             return None
         first, *later = self._of[job].stages

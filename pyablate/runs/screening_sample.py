@@ -8,9 +8,10 @@ pairs are drawn among those with the lowest scores.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,6 +32,7 @@ from pyablate.engine.score import DirectionCount, Prediction, Scale, Score, join
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
+from pyablate.runs.screening_costs import faster
 from pyablate.runs.setup import Setup
 from pyablate.runtime import out_of_memory
 from pyablate.runtime.chunking import GRADIENTS
@@ -89,6 +91,8 @@ class Sample:
         Leads that they keep in fact.
     wanted : float
         Pairs that are to be computed, about.
+    faster : float
+        How many times as fast a run computes pairs as they are computed here, in full precision.
     seconds : list of float
         What each batch of these took.
     """
@@ -97,6 +101,7 @@ class Sample:
     directions: DirectionCount
     places: list[fx.Node]
     wanted: float
+    faster: float = 1.0
     pairs: int = 0
     live: list[Score] = field(default_factory=list)
     lowest: list[Tensor] = field(default_factory=list)
@@ -175,6 +180,8 @@ class Samples:
         Of the jobs whose pairs gradients tell of: the same pairs, by each choice of directions.
     closed : set
         Jobs with a closed form, or without effect on the logits: there is nothing to be saved.
+    passed_over : set
+        Jobs that were left out by ``worthwhile``.
     unscored : str
         Why there are no others, if so.
     batch_seconds : list of (float, int)
@@ -183,6 +190,7 @@ class Samples:
 
     scored: dict[Job, list[Sample]] = field(default_factory=dict)
     closed: set[Job] = field(default_factory=set)
+    passed_over: set[Job] = field(default_factory=set)
     unscored: str = ""
     batch_seconds: list[tuple[float, int]] = field(default_factory=list)
 
@@ -194,6 +202,7 @@ def samples(
     choices: Sequence[DirectionCount],
     *,
     in_depth: bool = True,
+    worthwhile: Callable[[Mapping[Job, float]], Collection[Job]] = lambda live: live,
 ) -> Samples:
     """Predict and compute random pairs of the jobs that can be screened.
 
@@ -207,6 +216,8 @@ def samples(
         Of directions, all of them parts of the first, whose scores tell which are low.
     in_depth : bool
         Changes are carried to narrow places of the network as well.
+    worthwhile : callable
+        Chooses among the jobs by the share of their pairs that the ablations change.
     """
     graph = setup.graph
     if graph is None or setup.abrupt:
@@ -215,14 +226,25 @@ def samples(
     suffixes = {job: Suffix.of(graph, job) for job in setup.jobs}
     told = Samples(closed={j for j, one in suffixes.items() if graph.logits not in one.nodes})
     suffixes = {job: one for job, one in suffixes.items() if job not in told.closed}
+    batches = _batches(setup, seed, needed(suffixes.values()))
+    first = next(batches, None)
+    if first is None:
+        return told
+    live = live_shares(setup, suffixes, *first)
+    told.closed |= suffixes.keys() - live.keys()
+    suffixes = {job: suffixes[job] for job in worthwhile(live)}
+    told.passed_over |= live.keys() - suffixes.keys()
+    if not suffixes:
+        return told
     places = chosen_places(setup, suffixes) if in_depth else []
     found = told.scored
     for job, suffix in suffixes.items():
         passed = [place for place in places if place in passed_by_all(suffix)]
-        found[job] = [Sample(suffix, count, passed, wanted(job)) for count in choices]
+        speed = faster(setup, suffix)
+        found[job] = [Sample(suffix, count, passed, wanted(job), speed) for count in choices]
     guess = predictor(setup, suffixes, places, choices)
     begin = time.perf_counter()
-    for batch, clean in _batches(setup, seed, needed(suffixes.values())):
+    for batch, clean in itertools.chain([first], batches):
         try:
             predicted = guess.predict(batch, clean)
         except RuntimeError as error:
@@ -231,18 +253,36 @@ def samples(
             reason = str(error).splitlines()[0]
             return replace(told, scored={}, unscored=f"the network has no gradient ({reason})")
         told.batch_seconds.append((time.perf_counter() - begin, len(batch)))
-        for job in list(found):
-            sweep = Sweep(suffixes[job], clean, setup.own.replacements(batch, job))
+        for job, some in found.items():
             with torch.no_grad():
-                if job.channelwise:
-                    sweep.advance()
-                if sweep.head is not None:  # one comparison per pair: nothing to be saved
-                    del found[job]
-                    told.closed.add(job)
-                    continue
-                _sample(setup, sweep, batch, predicted, seed, found[job])
+                sweep = _swept(setup, suffixes[job], batch, clean)
+                _sample(setup, sweep, batch, predicted, seed, some)
         begin = time.perf_counter()
     return told
+
+
+def live_shares(
+    setup: Setup, suffixes: Mapping[Job, Suffix], batch: Batch, clean: Clean
+) -> dict[Job, float]:
+    """Share of a batch's pairs that each job changes, of jobs without a closed form.
+
+    With one there is nothing to be saved: it is one comparison per pair.
+    """
+    found = {}
+    for job, suffix in suffixes.items():
+        with torch.no_grad():
+            sweep = _swept(setup, suffix, batch, clean)
+            if sweep.head is None:
+                found[job] = len(sweep.live_pairs()[0]) / (len(job.rows) * len(batch))
+    return found
+
+
+def _swept(setup: Setup, suffix: Suffix, batch: Batch, clean: Clean) -> Sweep:
+    """Begin a job on a batch, as far as its changes stay on their channels."""
+    sweep = Sweep(suffix, clean, setup.own.replacements(batch, suffix.job))
+    if suffix.job.channelwise:
+        sweep.advance()
+    return sweep
 
 
 def chosen_places(setup: Setup, suffixes: Mapping[Job, Suffix]) -> list[fx.Node]:

@@ -10,6 +10,8 @@ logits: which places pay follows from the shares of pairs that stay open and the
 So does the number of directions along which changes are predicted. The pairs are scored along all
 that there may be, and by parts of these from the same gradients: fewer directions are fewer
 backward passes for each image, and more open pairs.
+
+Layers that gain nothing by all that are computed: :mod:`pyablate.runs.screening_costs`.
 """
 
 from __future__ import annotations
@@ -28,8 +30,15 @@ from pyablate.analysis.tail import Tail, safe_above
 from pyablate.engine.job import Job
 from pyablate.engine.narrow_places import shares
 from pyablate.engine.score import DirectionCount, Scale
-from pyablate.engine.suffix import multiply_adds
-from pyablate.runs.screening_sample import Floats, Sample, pairs_wanted, samples
+from pyablate.engine.suffix import Suffix, multiply_adds
+from pyablate.runs.screening_costs import DEARER, GAIN, LAYER, Work, faster, worthwhile
+from pyablate.runs.screening_sample import (
+    IMAGES,
+    Floats,
+    Sample,
+    pairs_wanted,
+    samples,
+)
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")
@@ -53,14 +62,11 @@ ENOUGH = 3000
 POWERS = [(size / 2, norm / 2) for norm in range(5) for size in range(3) if size or norm]
 """Powers of size and norm of a change with which its error may grow, up to the second order."""
 
+OPEN = 0.05
+"""Share of the pairs that stays open in layers that gain by being screened, about."""
+
 STAGES = 2
 """Narrow places at which the pairs of one layer are scored again, at most."""
-
-BACKWARD = 1.3
-"""Operations of open pairs that are done in the time of one of a backward pass, about.
-
-Written down, so that all processes and shards choose alike. On one core with AVX2 it is 0.6 in vit,
-1.1 in EfficientNet-Lite0 and convnext, 1.3 in alexnet, 2.4 in vgg_bn and 2.7 in resnet."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class Stage:
     scale : Scale
         Unit of scores.
     cost : float
-        Of a pair that gets here from the stage before, in passes through the suffix.
+        Of a pair that gets here from the stage before, in passes through the suffix as an exact run
+        makes them.
     open : float
         Share of the live pairs that are open behind it, as the measured ones suggest.
     """
@@ -120,11 +127,6 @@ class JobThresholds:
     stages: tuple[Stage, ...]
     measured: int
     settled: float
-
-    @property
-    def settles_any(self) -> bool:
-        """Whether any score settles a pair."""
-        return any(math.isfinite(stage.threshold) for stage in self.stages)
 
     @property
     def passes(self) -> float:
@@ -172,13 +174,21 @@ class Thresholds:
         return cls(**{**known, "directions": DirectionCount(**known["directions"]), "jobs": jobs})
 
 
-def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
-    """Measure the thresholds of all jobs; see the module."""
-    images, choices = len(setup.data), DirectionCount.choices(setup.classes)
-    known = samples(setup, seed, lambda job: pairs_wanted(len(job.rows), images), choices)
+def measure(setup: Setup, risk: float, seed: int, images: int | None = None) -> Thresholds:
+    """Measure the thresholds of all jobs, for as many images as the data have; see the module."""
+    images, choices = images or len(setup.data), DirectionCount.choices(setup.classes)
+    known = samples(
+        setup,
+        seed,
+        lambda job: pairs_wanted(len(job.rows), images),
+        choices,
+        worthwhile=lambda live: promising(setup, live, images),
+    )
+    directions, found = _cheapest(known.scored, choices, images, risk)
     if known.unscored:
         logger.warning("nothing is screened, everything is computed: %s", known.unscored)
-    directions, found = _cheapest(known.scored, choices, images, risk)
+    elif not found and (known.passed_over or known.scored):
+        logger.info("nothing is screened: to compute all pairs is reckoned to take no longer")
     jobs = tuple(map(found.get, setup.jobs))
     for job, one in zip(setup.jobs, jobs, strict=True):
         stages = (
@@ -192,6 +202,26 @@ def measure(setup: Setup, risk: float, seed: int) -> Thresholds:
         logger.info(told, len(found), len(jobs), directions)
     far = _far_chance(found, images)
     return Thresholds(risk, seed, max(NEAR_SHARE, far), far, directions, jobs)
+
+
+def promising(setup: Setup, live: Mapping[Job, float], images: int) -> frozenset[Job]:
+    """Choose the jobs that may be worth measuring, if few pairs are open along few directions.
+
+    ``live`` is the share of each job's pairs that the ablations change.
+    """
+    choices = DirectionCount.choices(setup.classes)
+    pairs = {job: images * len(job.rows) * share for job, share in live.items()}
+    computed, works = DEARER * (OPEN + far_chance(sum(pairs.values()))), {}
+    looked_at = min(IMAGES, images)
+    for job, share in live.items():
+        assert setup.graph is not None
+        suffix = Suffix.of(setup.graph, job)
+        exact = pairs[job] * suffix.mixed_work / faster(setup, suffix)
+        measured = min(pairs_wanted(len(job.rows), images), looked_at * len(job.rows) * share)
+        before = measured * suffix.mixed_work + LAYER
+        works[job] = Work(suffix, exact, before + computed * exact)
+    passes = images * choices[-1].total + looked_at * choices[0].total
+    return worthwhile(works, passes, GAIN)[0]
 
 
 def far_chance(settled: float) -> float:
@@ -212,34 +242,30 @@ def _cheapest(
     """Choose the directions with which a run takes least arithmetic, and the thresholds with these.
 
     The most directions of several that take as much, to three digits: the last bits of open shares
-    depend on the machine.
+    depend on the machine. Jobs that do not gain by it have no thresholds.
     """
     found, cost = {}, {}
     for number, count in enumerate(choices):
         jobs = {job: _best(some[number], risk) for job, some in scored.items()}
-        found[count] = jobs
-        cost[count] = float(f"{_operations(count, jobs, scored, images):.3g}")
-        logger.debug("predicted along %s: %g operations for each image", count, cost[count])
+        chosen, operations = worthwhile(_works(jobs, scored, images), images * count.total)
+        found[count] = {job: one for job, one in jobs.items() if job in chosen}
+        cost[count] = float(f"{operations:.3g}")
+        logger.debug("predicted along %s: %g operations", count, cost[count])
     cheapest = min(cost, key=cost.__getitem__)
     return cheapest, found[cheapest]
 
 
-def _operations(
-    count: DirectionCount,
-    jobs: Mapping[Job, JobThresholds],
-    scored: Mapping[Job, Sequence[Sample]],
-    images: int,
-) -> float:
-    """Operations for each image: of backward passes, and of pairs that are open or sampled."""
-    far = _far_chance(jobs, images)
-    pairs, behind = 0.0, dict[fx.Node, float]()
+def _works(
+    jobs: Mapping[Job, JobThresholds], scored: Mapping[Job, Sequence[Sample]], images: int
+) -> dict[Job, Work]:
+    """Tell what the pairs of jobs take, in an exact run and with these thresholds."""
+    far, found = _far_chance(jobs, images), {}
     for job, known in jobs.items():
         sample = scored[job][0]
-        each = sample.live_share * known.passes + known.settled * far
-        pairs += len(job.rows) * each * sample.suffix.mixed_work
-        if known.settles_any:  # or it needs no gradient
-            behind |= {n: multiply_adds(sample.suffix.graph, n) for n in sample.suffix.nodes}
-    return BACKWARD * count.total * sum(behind.values()) + pairs
+        each = images * len(job.rows) * sample.suffix.mixed_work / sample.faster
+        screened = sample.live_share * known.passes + known.settled * far
+        found[job] = Work(sample.suffix, each * sample.live_share, DEARER * each * screened)
+    return found
 
 
 def _best(sample: Sample, risk: float) -> JobThresholds:
@@ -270,7 +296,7 @@ def _with(
     for place, stage in stages.items():
         cost = 0.0
         if place is not None:
-            cost = done[place] - before + _look(sample, place)
+            cost = sample.faster * (done[place] - before + _look(sample, place))
             before = done[place]
         open_ = open_ & ~(sample.scores(place, stage.scale) > stage.threshold)
         left = float(weight @ open_)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from PIL import Image
+from support.screened import screen_anyway
 from support.shelled import TINY_NETWORK, invoke_apart
 from support.simulated import simulate
 from support.stores import contents
@@ -237,7 +238,8 @@ def test_run_for_machines(here: Path) -> None:
     assert "options.seed (0, now 5)" in record["message"]
 
 
-def test_a_screened_run_says_so(here: Path) -> None:
+def test_a_screened_run_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen_anyway(monkeypatch)
     code, out, err = invoke_apart(*_RUN, "--guarantee", "screened", "--risk", "0.001")
     assert code == 0, err
     found = pa.load("run.zarr").screening
@@ -381,7 +383,10 @@ def test_a_plan_is_for_all_of_the_data_unless_told_otherwise(here: Path) -> None
         assert "have no image among those read" not in err  # of all that are there none lacks
 
 
-def test_plan_measures_a_screened_run_on_the_data(here: Path) -> None:
+def test_plan_measures_a_screened_run_on_the_data(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen_anyway(monkeypatch)
     code, out, err = invoke_apart("plan", *_RUN[1:], "--measure", "--risk", "0.1")
     assert code == 0, err
     assert "what the stages of screening leave open" in out
@@ -494,7 +499,10 @@ def test_demo_prints_and_writes_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_compares_a_screened_run_with_an_exact_one(tmp_path: Path) -> None:
+def test_demo_compares_a_screened_run_with_an_exact_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen_anyway(monkeypatch)
     options = ("alexnet", "--limit", "48", "--output", str(tmp_path), "--guarantee", "screened")
     code, out, err = invoke_apart("demo", *options)
     assert code == 0, err

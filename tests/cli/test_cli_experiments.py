@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from support.screened import screen_anyway
 from support.shelled import invoke
 
 import pyablate as pa
@@ -76,7 +77,8 @@ def test_pairs() -> None:
     )
 
 
-def test_a_screened_experiment_prints_its_certificate() -> None:
+def test_a_screened_experiment_prints_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen_anyway(monkeypatch)
     command = ("pairs", "demo:alexnet", *DATA, "--layer", "features.9", "--units", "0,3,5")
     code, out = invoke(*command, "--guarantee", "screened", "--risk", "0.01")
     assert code == 0, out

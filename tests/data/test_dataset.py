@@ -279,3 +279,22 @@ def test_a_data_set_of_hugging_face(kind: str | None) -> None:
     rows = datasets.Dataset.from_dict(columns).with_format(kind)
     options: dict[str, Any] = {"layers": "body.2", "audit": 0, "progress": False}
     assert same(pa.ablate(model, rows, **options), pa.ablate(model, (images, labels), **options))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader", "generator"])
+def test_scattered_images_come_in_full_batches(kind):
+    images, labels = torch.arange(300.0).reshape(300, 1), torch.arange(300) % 7
+    pairs = list(zip(images.split(32), labels.split(32), strict=True))
+    sources = {
+        "tensors": (images, labels),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=32),
+        "generator": pairs,
+    }
+    data = Data(sources[kind], dtype=torch.float32, device=torch.device("cpu"))
+    wanted = [3, 4, 40, 41, 120, 200, 201, 202, 250, 298, 299]
+    found = list(data.chosen(wanted, 4))
+    assert [len(batch) for batch in found] == [4, 4, 3]
+    assert torch.cat([batch.index for batch in found]).tolist() == wanted
+    assert torch.cat([batch.images for batch in found]).flatten().tolist() == wanted
+    assert torch.cat([batch.labels for batch in found]).tolist() == [one % 7 for one in wanted]
+    assert list(data.chosen([], 4)) == []

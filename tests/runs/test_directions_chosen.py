@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import Killed, stopping
+from support.screened import screen_anyway
 from support.stores import contents
 from torch import Tensor, nn
 
@@ -50,13 +51,14 @@ def case() -> Any:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample less than a small run would, so that something is settled."""
+    screen_anyway(monkeypatch)
     monkeypatch.setattr(thresholds, "ENOUGH", 300)
     monkeypatch.setattr(screening_sample, "LEAST", 1400)
 
 
 def dear(monkeypatch: pytest.MonkeyPatch, backward: float) -> None:
     """Let an operation of a backward pass cost as much as so many of open pairs."""
-    monkeypatch.setattr(thresholds, "BACKWARD", backward)
+    screen_anyway(monkeypatch, backward)
 
 
 def ablate(case: Any, **options: Any) -> pa.AblationResult:

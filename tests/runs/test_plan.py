@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from support import networks
-from support.screened import layers_case
+from support.screened import layers_case, screen_anyway
 from torch import nn
 
 import pyablate as pa
@@ -19,7 +19,9 @@ from pyablate.runs.thresholds import JobThresholds, Stage
 def planned():
     model, images, labels = pa.demo.load("alexnet", limit=128)
     layers = ["features.4", "classifier.3"]
-    plan = pa.plan(model, (images, labels), layers)
+    with pytest.MonkeyPatch.context() as patch:
+        screen_anyway(patch)
+        plan = pa.plan(model, (images, labels), layers)
     # Twice, since the first run also prepares filters and fetches memory.
     runs = [pa.ablate(model, (images, labels), layers, audit=0, progress=False) for _ in range(2)]
     return plan, runs[1]
@@ -120,6 +122,7 @@ def test_a_plan_says_where_screening_does_not_pay(planned, cost):
 
 
 def test_what_was_measured_stays_open_is_what_stays_open(monkeypatch):
+    screen_anyway(monkeypatch)
     monkeypatch.setattr(thresholds, "ENOUGH", 300)
     model, images, labels = pa.demo.load("alexnet", limit=64)
     layers, risk = ["features.9", "classifier.3"], 0.01
@@ -147,7 +150,8 @@ def test_what_was_measured_stays_open_is_what_stays_open(monkeypatch):
     assert "actual_open" not in plan.explain()
 
 
-def test_the_stages_of_a_run_are_shown_where_none_were_planned():
+def test_the_stages_of_a_run_are_shown_where_none_were_planned(monkeypatch):
+    screen_anyway(monkeypatch)
     model, data = layers_case(100)
     plan = pa.plan(model, data, "act")
     result = pa.ablate(model, data, "act", guarantee="screened", audit=0, progress=False)
@@ -164,7 +168,7 @@ def test_the_cost_of_stages_follows_the_pairs_that_get_there():
     by_stage = {"": 400, "deep": 200}
     layer = LayerScreening(1000, 200, 260, Sampled(400, 40), Sampled(200, 20), by_stage)
     result = SimpleNamespace(screening=Screening(1e-5, 0.1, 0.1, 9, 0, {"a": layer}))
-    plan = ScreenedPlan(1.0, 0.5, 1.0, (2.0, 2.0), DirectionCount(9, 0), known)
+    plan = ScreenedPlan(1.0, 0.5, 1.0, (2.0, 2.0), DirectionCount(9, 0), ("a",), known)
     found = screened_plan.stages_table(plan, result)
     assert found["actual_open"].tolist() == pytest.approx([0.5, 0.25, 260 / 800])
     assert found["actual_cost"].tolist() == pytest.approx([0.0, 0.5 * 0.3, 260 / 800])

@@ -1,7 +1,8 @@
-"""Screened runs on small cases, which settle little or nothing by themselves."""
+"""Screened runs on small cases, which are computed as a whole by themselves, as that is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyablate.runs import thresholds
+from pyablate.engine.job import Job
+from pyablate.runs import screened_plan, thresholds
+from pyablate.runs.screening_costs import Work, behind
+
+
+def screen_anyway(monkeypatch: pytest.MonkeyPatch, backward: float = 0.0) -> None:
+    """Screen all layers that can be, whatever it saves; an operation of gradients costs so much."""
+
+    def all_of_them(works: Mapping[Job, Work], passes: float) -> tuple[frozenset[Job], float]:
+        gradients = backward * passes * behind(work.suffix for work in works.values())
+        return frozenset(works), gradients + sum(work.screened for work in works.values())
+
+    monkeypatch.setattr(thresholds, "worthwhile", all_of_them)
+    for module in (thresholds, screened_plan):
+        monkeypatch.setattr(module, "promising", lambda _setup, live, _images: frozenset(live))
 
 
 def careless_thresholds(
     monkeypatch: pytest.MonkeyPatch, factor: float, chance: float = 0.3
 ) -> None:
     """Let thresholds be a factor of what was measured, 1 at most, and sample with this chance."""
+    screen_anyway(monkeypatch)
     measure = thresholds.measure
 
     def lowered(*arguments: Any) -> thresholds.Thresholds:
