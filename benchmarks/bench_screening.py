@@ -29,8 +29,9 @@ from pyablate.interventions import parse
 from pyablate.runs.screening_sample import chosen_places, predictor
 from pyablate.runs.setup import SetupOptions, prepare
 
-LONGER = 10
-"""Thresholds are measured on some thousand pairs, which short runs do not earn back."""
+LONGER, LONGEST = 6, 100
+"""Thresholds are measured on some thousand pairs, which short runs do not earn back: how many times
+longer single layers and whole networks may take."""
 
 OTHERWISE = 1e-5
 """Share of the pairs, at most, that both compute and decide otherwise: near ties."""
@@ -58,7 +59,7 @@ def test_layer(benchmark: Any, settings: Settings, network: str, layer: str) -> 
 def test_network(benchmark: Any, settings: Settings, network: str, count: int) -> None:
     images = pa.demo.images(count)[0].to(settings.device)
     job = Job(pa.demo.network(network).to(settings.device), images, "*")
-    longer = replace(settings, seconds=10 * LONGER * settings.seconds)
+    longer = replace(settings, seconds=LONGEST * settings.seconds)
     name = f"screened {network}, all layers"
     measure(benchmark, name, job, longer, lambda _images: (), kind="whole networks")
 
@@ -152,7 +153,8 @@ def measure(
         "units": len(result.units),
         "strategy": sorted(set(result.strategy.values())),
         "seconds": seconds,
-        "computed": known.computed / max(1, known.pairs - known.total.silent),
+        "screened": len(known.layers),
+        "computed": known.computed / (known.pairs - known.total.silent) if known.layers else 1.0,
         "sampled": known.sampled,
         "certificate": known.upper_bound,
         **compared(found["exact"], result),
