@@ -144,9 +144,9 @@ def ablate(
     guarantee : {"exact", "screened", "estimated"}
         "screened" computes the pairs whose prediction could change, and a random sample of the
         others, which keep the intact network's; ``result.screening`` bounds how many of these are
-        wrong. Layers that would gain nothing by that are computed as a whole. "estimated" computes a
-        random sample of all pairs, as large as ``budget`` lets it be:
-        accuracies, drops, ``lost`` and ``gained`` are unbiased estimates, with 95 % intervals
+        wrong. Layers that would gain nothing by that are computed as a whole. "estimated" computes
+        a random sample of all pairs, as large as ``budget`` lets it be: accuracies, drops, ``lost``
+        and ``gained`` are unbiased estimates, with 95 % intervals
         (:meth:`AblationResult.half_width`). See the guide on guarantees.
     risk : float
         Of a screened run: share of wrong predictions to aim at, as far as its measurements tell.
