@@ -24,7 +24,9 @@ import torch
 from bench_screening import compared
 
 import pyablate as pa
-from pyablate.runs import screening_costs, thresholds
+from pyablate.engine.job import Job
+from pyablate.runs import thresholds
+from pyablate.runs.screening_costs import Work
 
 INTERVENTIONS = ("zero", "mean", "class_mean", "constant:0.5", "resample", "direction")
 
@@ -37,7 +39,7 @@ def main() -> None:
     add("--intervention", nargs="+", default=list(INTERVENTIONS))
     add("--output", type=Path, default=Path(".benchmarks/screened_exactness.jsonl"))
     options = parser.parse_args()
-    screening_costs.BACKWARD = 0.0
+    thresholds.worthwhile = whatever_it_saves
     thresholds.promising = lambda _setup, live, _images: frozenset(live)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.touch()
@@ -53,6 +55,13 @@ def main() -> None:
     chosen = [found[case] for case in cases]
     total = {name: sum(one[name] for one in chosen) for name in ("pairs", "flips", "missed")}
     print(f"{total['missed']} of {total['flips']:,} flips missed, {total['pairs']:,} pairs")
+
+
+def whatever_it_saves(
+    works: dict[Job, Work], passes: float, gain: float = 0.0
+) -> tuple[frozenset[Job], float]:
+    """Screen all layers that can be, along the directions with which fewest pairs are open."""
+    return frozenset(works), sum(work.screened for work in works.values())
 
 
 def checked(network: str, intervention: str, images: int) -> dict[str, Any]:

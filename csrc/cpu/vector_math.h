@@ -132,8 +132,8 @@ PYABLATE_INLINE Vec<T, N> erf(Vec<T, N> x) {
         // for a q of degree 7. With u = -a q(a), (1 + u)^2 - 1 = u^2 + 2 u keeps the digits near 0,
         // and errors of u fade as erf nears 1. q is a least squares fit at 1200 Chebyshev nodes, in
         // float64, reweighted until the relative error of erf was even, the last digits searched:
-        // 0.12 units of 2^-24, 0.9 near 0 (where 2 / sqrt(pi) is rounded). All in all erf is off by
-        // 1.9 units at most, 2.2 without multiply_add's instruction.
+        // 0.12 units of 2^-24, 0.9 near 0 (where 2 / sqrt(pi) is rounded). All in all the absolute
+        // error of erf is 1.9 units at most, 2.2 without multiply_add's instruction.
         const Bits<N> bits = bits_of(x), magnitude = Bits<N>{} + 0x7fffffff;
         const V size = from_bits<N>(bits & magnitude);
         const V a = where(size > V(4.0), V(4.0), size);  // a NaN stays

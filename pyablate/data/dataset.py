@@ -238,10 +238,14 @@ class Data:
         held: list[Batch] = []  # each of a few images, which by themselves would be slow
         for batch in self._around(wanted, size):
             here = torch.isin(batch.index, wanted).nonzero().squeeze(1)
-            *full, rest = Batch.joined([*held, batch.take(here)]).split(size)
-            yield from full
-            held = [rest]
-        yield from (rest for rest in held if len(rest))
+            if len(here):
+                held.append(batch.take(here))
+            if sum(map(len, held)) >= size:
+                *full, rest = Batch.joined(held).split(size)
+                yield from full
+                held = [rest]
+        if held:
+            yield Batch.joined(held)
 
     def _around(self, wanted: Tensor, size: int) -> Iterator[Batch]:
         """Hand out batches among which these images are."""

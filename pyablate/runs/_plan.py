@@ -222,9 +222,12 @@ class Plan:
             return "screened: as exact, nothing here can be screened"
         beside = self.clean_seconds + sum(self.other_seconds.values())
         if not found.layers:
-            return "screened: as exact, since gradients and thresholds would take as long"
+            measured = found.measuring_seconds
+            more = f", and {measured:,.1f} s to find that out" if measured else ""
+            return f"screened: as exact{more}, since gradients and thresholds would take as long"
         least, most = (beside + seconds for seconds in found.seconds)
         parts = (
+            f"{len(found.layers)} of {len(self.table)} layers, "
             f"{found.prediction_seconds:,.1f} s of it predictions along {found.directions}, "
             f"{found.measuring_seconds:,.1f} s measuring thresholds"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from pyablate.engine import int8_conv
 from pyablate.engine.job import Job
 from pyablate.engine.suffix import Suffix, multiply_adds
 from pyablate.engine.weighted_rules import takes_quantized
@@ -24,18 +25,20 @@ BACKWARD = 1.3
 On one core with AVX2 it is 0.6 in vit, 1.1 in EfficientNet-Lite0 and convnext, 1.3 in alexnet, 2.4
 in vgg_bn and 2.7 in resnet."""
 
-EIGHT_BITS, HALF = 2.0, 10.0
-"""How many times as fast pairs are computed where convolutions are in 8 bits, and on a GPU in half
-precision, as in full precision; about, doubtful pairs included."""
+EIGHT_BITS, HALF_ON_GPU = 2.0, 10.0
+"""How many times as fast as in full precision pairs are computed with convolutions in 8 bits, and
+on a GPU in half precision; about, doubtful pairs included. bfloat16 on a processor counts for
+nothing: transformers were as fast in float32 (AVX-512 with VNNI and BF16)."""
 
 DEARER = 1.5
 """Time of an open pair to that of another, about: it is close to a change and has few beside it."""
 
-LAYER = 1e10
-"""Operations that are done in the time that the thresholds of a layer take beside its pairs."""
+LAYER = {"cpu": 1e10, "cuda": 1e13}
+"""Operations that are done in the time that the thresholds of a layer take beside its pairs: a
+tenth of a second, on a GPU half of one (reckoned, not measured)."""
 
 GAIN = 0.5
-"""Share of the work of the layers which is to be saved at least, or they are not even measured."""
+"""Share of a layer's work which is to be saved at least, or it is not even measured."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ class Work:
 
 
 def faster(setup: Setup, suffix: Suffix) -> float:
-    """How many times as fast pairs are computed as in full precision, about."""
-    if not setup.low or setup.data.device.type == "cuda":
-        return HALF if setup.low else 1.0
+    """How many times as fast pairs are computed as in full precision, about.
+
+    By what is asked for and what the device can do: which precision pays is told by a clock.
+    """
+    if setup.precision in ("fp32", "fp64") or setup.data.dtype != torch.float32:
+        return 1.0
+    if setup.data.device.type == "cuda":
+        return HALF_ON_GPU
+    coded = setup.precision in ("auto", "int8") and int8_conv.available()
     work = {node: multiply_adds(suffix.graph, node) for node in suffix.nodes}
-    coded = setup.low[0] == torch.int8
     eight = sum(work[n] for n in work if coded and takes_quantized(suffix.graph, n))
     whole = sum(work.values())
     return whole / (whole - eight * (1.0 - 1.0 / EIGHT_BITS)) if whole else 1.0
@@ -77,7 +85,7 @@ def behind(suffixes: Iterable[Suffix], seen: Collection[fx.Node] = ()) -> float:
 def worthwhile(
     works: Mapping[Job, Work], passes: float, gain: float = 0.0
 ) -> tuple[frozenset[Job], float]:
-    """Choose the jobs to screen: all that gain by it from some depth on, where gradients begin.
+    """Choose the jobs to screen: those that gain by it, from some depth on, where gradients begin.
 
     Parameters
     ----------
@@ -86,18 +94,19 @@ def worthwhile(
     passes : float
         Backward passes through what lies behind those chosen.
     gain : float
-        Share of the work of those chosen which is to be saved at least.
+        Share of the work of each that is chosen, and of all of them together, which is to be saved
+        at least.
 
     Returns
     -------
     jobs : frozenset of Job
-        Those with which most is saved beyond that share.
+        Those with which most is saved beyond that.
     operations : float
         Of all jobs, these screened and the others computed.
     """
     exact = sum(work.exact for work in works.values())
-    able = [job for job, work in works.items() if work.screened < work.exact]
-    able.sort(key=lambda job: works[job].suffix.work)
+    able = [job for job, work in works.items() if work.screened < (1 - gain) * work.exact]
+    able.sort(key=lambda job: (works[job].suffix.work, job.rows.start))
     chosen, operations = 0, exact
     most = saved = margin = 0.0
     seen = set[fx.Node]()

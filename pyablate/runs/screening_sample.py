@@ -181,7 +181,7 @@ class Samples:
     closed : set
         Jobs with a closed form, or without effect on the logits: there is nothing to be saved.
     passed_over : set
-        Jobs that were left out by ``worthwhile``.
+        Jobs that were left out by ``choose``.
     unscored : str
         Why there are no others, if so.
     batch_seconds : list of (float, int)
@@ -202,7 +202,7 @@ def samples(
     choices: Sequence[DirectionCount],
     *,
     in_depth: bool = True,
-    worthwhile: Callable[[Mapping[Job, float]], Collection[Job]] = lambda live: live,
+    choose: Callable[[Mapping[Job, float]], Collection[Job]] = lambda live: live,
 ) -> Samples:
     """Predict and compute random pairs of the jobs that can be screened.
 
@@ -216,7 +216,7 @@ def samples(
         Of directions, all of them parts of the first, whose scores tell which are low.
     in_depth : bool
         Changes are carried to narrow places of the network as well.
-    worthwhile : callable
+    choose : callable
         Chooses among the jobs by the share of their pairs that the ablations change.
     """
     graph = setup.graph
@@ -226,13 +226,16 @@ def samples(
     suffixes = {job: Suffix.of(graph, job) for job in setup.jobs}
     told = Samples(closed={j for j, one in suffixes.items() if graph.logits not in one.nodes})
     suffixes = {job: one for job, one in suffixes.items() if job not in told.closed}
+    begin = time.perf_counter()
     batches = _batches(setup, seed, needed(suffixes.values()))
     first = next(batches, None)
+    spent = time.perf_counter() - begin
     if first is None:
-        return told
+        return replace(told, unscored="no image was found of which all numbers inside are finite")
     live = live_shares(setup, suffixes, *first)
     told.closed |= suffixes.keys() - live.keys()
-    suffixes = {job: suffixes[job] for job in worthwhile(live)}
+    chosen = choose(live)
+    suffixes = {job: one for job, one in suffixes.items() if job in chosen}
     told.passed_over |= live.keys() - suffixes.keys()
     if not suffixes:
         return told
@@ -243,7 +246,7 @@ def samples(
         speed = faster(setup, suffix)
         found[job] = [Sample(suffix, count, passed, wanted(job), speed) for count in choices]
     guess = predictor(setup, suffixes, places, choices)
-    begin = time.perf_counter()
+    begin = time.perf_counter() - spent
     for batch, clean in itertools.chain([first], batches):
         try:
             predicted = guess.predict(batch, clean)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,7 @@ from pyablate.engine.narrow_places import shares
 from pyablate.engine.score import DirectionCount, Scale
 from pyablate.engine.suffix import Suffix, multiply_adds
 from pyablate.runs.screening_costs import DEARER, GAIN, LAYER, Work, faster, worthwhile
-from pyablate.runs.screening_sample import (
-    IMAGES,
-    Floats,
-    Sample,
-    pairs_wanted,
-    samples,
-)
+from pyablate.runs.screening_sample import IMAGES, Floats, Sample, pairs_wanted, samples
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")
@@ -182,7 +177,7 @@ def measure(setup: Setup, risk: float, seed: int, images: int | None = None) -> 
         seed,
         lambda job: pairs_wanted(len(job.rows), images),
         choices,
-        worthwhile=lambda live: promising(setup, live, images),
+        choose=lambda live: promising(setup, live, images),
     )
     directions, found = _cheapest(known.scored, choices, images, risk)
     if known.unscored:
@@ -209,19 +204,43 @@ def promising(setup: Setup, live: Mapping[Job, float], images: int) -> frozenset
 
     ``live`` is the share of each job's pairs that the ablations change.
     """
-    choices = DirectionCount.choices(setup.classes)
-    pairs = {job: images * len(job.rows) * share for job, share in live.items()}
-    computed, works = DEARER * (OPEN + far_chance(sum(pairs.values()))), {}
-    looked_at = min(IMAGES, images)
-    for job, share in live.items():
-        assert setup.graph is not None
-        suffix = Suffix.of(setup.graph, job)
-        exact = pairs[job] * suffix.mixed_work / faster(setup, suffix)
-        measured = min(pairs_wanted(len(job.rows), images), looked_at * len(job.rows) * share)
-        before = measured * suffix.mixed_work + LAYER
-        works[job] = Work(suffix, exact, before + computed * exact)
+    choices, looked_at = DirectionCount.choices(setup.classes), min(IMAGES, images)
+    layer = LAYER[setup.data.device.type]
+
+    def works(jobs: Collection[Job]) -> dict[Job, Work]:
+        pairs = {job: images * len(job.rows) * live[job] for job in jobs}
+        computed, found = DEARER * (OPEN + far_chance(sum(pairs.values()))), {}
+        for job in jobs:
+            assert setup.graph is not None
+            suffix = Suffix.of(setup.graph, job)
+            exact = pairs[job] * suffix.mixed_work / faster(setup, suffix)
+            known = min(pairs_wanted(len(job.rows), images), looked_at / images * pairs[job])
+            before = known * suffix.mixed_work + layer
+            found[job] = Work(suffix, exact, before + computed * exact)
+        return found
+
     passes = images * choices[-1].total + looked_at * choices[0].total
-    return worthwhile(works, passes, GAIN)[0]
+    return _chosen(works, live, passes, GAIN)[0]
+
+
+def _chosen(
+    works: Callable[[Collection[Job]], dict[Job, Work]],
+    jobs: Collection[Job],
+    passes: float,
+    gain: float = 0.0,
+) -> tuple[frozenset[Job], float]:
+    """Choose the jobs to screen, as :func:`worthwhile`, until nothing changes.
+
+    The fewer there are, the larger is the share of their pairs that is sampled.
+    """
+    others = 0.0
+    while True:
+        reckoned = works(jobs)
+        chosen, operations = worthwhile(reckoned, passes, gain)
+        if len(chosen) == len(reckoned):
+            return chosen, operations + others
+        others += sum(work.exact for job, work in reckoned.items() if job not in chosen)
+        jobs = [job for job in reckoned if job in chosen]
 
 
 def far_chance(settled: float) -> float:
@@ -247,7 +266,8 @@ def _cheapest(
     found, cost = {}, {}
     for number, count in enumerate(choices):
         jobs = {job: _best(some[number], risk) for job, some in scored.items()}
-        chosen, operations = worthwhile(_works(jobs, scored, images), images * count.total)
+        reckon = partial(_works, jobs, scored, images)
+        chosen, operations = _chosen(reckon, jobs, images * count.total)
         found[count] = {job: one for job, one in jobs.items() if job in chosen}
         cost[count] = float(f"{operations:.3g}")
         logger.debug("predicted along %s: %g operations", count, cost[count])
@@ -256,11 +276,15 @@ def _cheapest(
 
 
 def _works(
-    jobs: Mapping[Job, JobThresholds], scored: Mapping[Job, Sequence[Sample]], images: int
+    thresholds: Mapping[Job, JobThresholds],
+    scored: Mapping[Job, Sequence[Sample]],
+    images: int,
+    jobs: Collection[Job],
 ) -> dict[Job, Work]:
-    """Tell what the pairs of jobs take, in an exact run and with these thresholds."""
-    far, found = _far_chance(jobs, images), {}
-    for job, known in jobs.items():
+    """Tell what the pairs of these jobs take, in an exact run and with these thresholds."""
+    far, found = _far_chance({job: thresholds[job] for job in jobs}, images), {}
+    for job in jobs:
+        known = thresholds[job]
         sample = scored[job][0]
         each = images * len(job.rows) * sample.suffix.mixed_work / sample.faster
         screened = sample.live_share * known.passes + known.settled * far

@@ -253,7 +253,7 @@ def test_threads_change_no_bit():
 
 
 @needs_core
-def test_elementwise_results_and_decisions_are_the_same_on_every_processor():
+def test_relu_hardswish_and_decisions_are_the_same_on_every_processor():
     results = {}
     before = CORE.build_info()["cpu_isa"]
     for name in ("baseline", "avx2", "avx512"):

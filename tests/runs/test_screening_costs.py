@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.runs import Killed, stopping
+from support.screened import screen_anyway
 
 import pyablate as pa
 from pyablate import demo
+from pyablate.engine import int8_conv
 from pyablate.engine.job import Job
 from pyablate.engine.suffix import Suffix
 from pyablate.interventions import parse
-from pyablate.runs import screening_costs
+from pyablate.runs import screening_costs, thresholds
 from pyablate.runs.screening_costs import Work, behind, faster, worthwhile
 from pyablate.runs.setup import Setup, SetupOptions, prepare
 from pyablate.runs.thresholds import promising
@@ -44,7 +47,7 @@ def works(suffixes: dict[Job, Suffix], saved: list[float]) -> dict[Job, Work]:
 
 
 def test_a_layer_is_screened_where_it_saves_more_than_the_gradients_that_it_needs(suffixes):
-    early, middle, _ = suffixes
+    early, middle, late = suffixes
     each = screening_costs.BACKWARD * behind([suffixes[early]])
     cheap, dear = 0.1e12 / each, 10e12 / each
     saving = works(suffixes, [0.6, 0.6, 0.6])
@@ -54,6 +57,8 @@ def test_a_layer_is_screened_where_it_saves_more_than_the_gradients_that_it_need
     )
     assert worthwhile(saving, dear) == (frozenset(), 3e12)
     assert worthwhile(saving, cheap, gain=0.7) == (frozenset(), 3e12)
+    mixed = works(suffixes, [0.9, 0.1, 0.9])
+    assert worthwhile(mixed, 0.0, gain=0.5)[0] == {early, late}
     chosen, operations = worthwhile(works(suffixes, [-0.1, 0.6, 0.0]), cheap)
     assert chosen == {middle}
     assert operations == pytest.approx(
@@ -80,27 +85,93 @@ def test_what_was_seen_is_not_counted_twice(suffixes):
 
 
 @pytest.mark.parametrize(
-    ("low", "device", "least", "most"),
+    ("precision", "dtype", "device", "least", "most"),
     [
-        ((), "cpu", 1.0, 1.0),
-        ((torch.bfloat16,), "cpu", 1.0, 1.0),
-        ((torch.int8, torch.bfloat16), "cpu", 1.5, screening_costs.EIGHT_BITS),
-        ((torch.float16,), "cuda", screening_costs.HALF, screening_costs.HALF),
+        ("fp32", torch.float32, "cpu", 1.0, 1.0),
+        ("auto", torch.float64, "cpu", 1.0, 1.0),
+        ("bf16", torch.float32, "cpu", 1.0, 1.0),
+        ("auto", torch.float32, "cpu", 1.5, screening_costs.EIGHT_BITS),
+        ("fp16", torch.float32, "cuda", screening_costs.HALF_ON_GPU, screening_costs.HALF_ON_GPU),
+        ("fp32", torch.float32, "cuda", 1.0, 1.0),
     ],
 )
-def test_how_fast_pairs_are_follows_the_precision(setup, suffixes, low, device, least, most):
-    own = SimpleNamespace(low=low, data=SimpleNamespace(device=torch.device(device)))
+def test_how_fast_pairs_are_follows_the_precision(
+    suffixes, monkeypatch, precision, dtype, device, least, most
+):
+    monkeypatch.setattr(int8_conv, "available", lambda: True)
+    data = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    own = SimpleNamespace(precision=precision, data=data)
     for suffix in suffixes.values():
         assert least <= faster(own, suffix) <= most
+    monkeypatch.setattr(int8_conv, "available", lambda: False)
+    if device == "cpu":
+        assert {faster(own, suffix) for suffix in suffixes.values()} == {1.0}
 
 
-def test_more_images_make_screening_pay(setup):
+def test_more_images_and_dearer_pairs_make_screening_pay(setup, monkeypatch):
     live = dict.fromkeys(setup.jobs, 1.0)
     assert promising(setup, live, 20) == frozenset()
     assert promising(setup, live, 100_000) == frozenset(setup.jobs)
     assert promising(setup, dict.fromkeys(setup.jobs, 0.0), 100_000) == frozenset()
-    in_full = replace(setup, low=())
-    assert promising(in_full, live, 2_000) >= promising(setup, live, 2_000)
+    monkeypatch.setattr(int8_conv, "available", lambda: True)
+    counts = [20 * 2**n for n in range(13)]
+    in_full = replace(setup, precision="fp32")
+    gain = {count: len(promising(setup, live, count)) for count in counts}
+    more = {count: len(promising(in_full, live, count)) for count in counts}
+    assert all(more[count] >= gain[count] for count in counts)
+    assert more != gain
+
+
+def test_fewer_layers_are_chosen_until_the_larger_sample_pays_for_them(suffixes):
+    """Each takes the more the fewer there are: the last one would not gain by itself."""
+    costs = dict(zip(suffixes, (2.0, 0.8, 0.5), strict=True))
+    asked = []
+
+    def works(jobs):
+        asked.append(len(jobs))
+        return {job: Work(suffixes[job], 1.0, costs[job] + (len(jobs) < 3)) for job in jobs}
+
+    chosen, operations = thresholds._chosen(works, frozenset(suffixes), 0.0)
+    assert (chosen, operations) == (frozenset(), 3.0)
+    assert asked == [3, 2, 0]
+
+
+def test_a_part_of_the_layers_is_screened_alike_however_it_is_cut(tmp_path, monkeypatch):
+    """Batches, shards, and a run that goes on."""
+    screen_anyway(monkeypatch)
+    every = thresholds.worthwhile
+
+    def late_ones(works, passes, gain):
+        late = {job: work for job, work in works.items() if job.name == "features.13"}
+        return frozenset(late), every(late, passes, gain)[1]
+
+    monkeypatch.setattr(thresholds, "worthwhile", late_ones)
+    monkeypatch.setattr(thresholds, "ENOUGH", 300)
+    model, data = demo.network("vgg_bn"), demo.images(80)
+    layers = ["features.6:0", "features.6:9", "features.13"]
+
+    def ablate(**options):
+        plain = {"audit": 0, "progress": False, "guarantee": "screened", **options}
+        return pa.ablate(model, data, layers, **plain)
+
+    whole = ablate()
+    assert list(whole.screening.layers) == ["features.13"]
+    assert whole.screening.settled > 0
+    exact = pa.ablate(model, data, layers[:2], audit=0, progress=False)
+    assert (whole.predictions()[:2] == exact.predictions()).all()
+    cut = ablate(batch_size=17)
+    assert cut.screening == whole.screening
+    for number in (1, 2):
+        ablate(shard=(number, 2), output=tmp_path / f"{number}.zarr")
+    merged = pa.merge([tmp_path / "1.zarr", tmp_path / "2.zarr"])
+    assert merged.screening == whole.screening
+    with pytest.raises(Killed):
+        ablate(output=tmp_path / "killed.zarr", batch_size=20, progress=stopping(2))
+    monkeypatch.setattr("pyablate.runs._ablate.measure", None)  # it is read, not chosen again
+    resumed = ablate(output=tmp_path / "killed.zarr", batch_size=20)
+    for other in (cut, merged, resumed):
+        assert (other.predictions() == whole.predictions()).all()
+    assert resumed.screening == whole.screening
 
 
 def test_a_small_run_computes_all_pairs_and_says_so(caplog):
@@ -126,7 +197,9 @@ def test_a_plan_says_which_layers_a_run_screens(measure):
     assert few.screened.seconds[0] == pytest.approx(
         few.table["seconds"].sum() + few.screened.measuring_seconds
     )
-    assert "screened: as exact, since gradients and thresholds would take as long" in few.explain()
+    told = few.explain()
+    assert ("s to find that out" in told) == measure
+    assert "since gradients and thresholds would take as long" in told
     assert few.seconds_at(0.02) > 0
     if not measure:
         many = pa.plan(model, data, LAYERS, images=1_000_000)

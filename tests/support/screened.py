@@ -18,7 +18,9 @@ from pyablate.runs.screening_costs import Work, behind
 def screen_anyway(monkeypatch: pytest.MonkeyPatch, backward: float = 0.0) -> None:
     """Screen all layers that can be, whatever it saves; an operation of gradients costs so much."""
 
-    def all_of_them(works: Mapping[Job, Work], passes: float) -> tuple[frozenset[Job], float]:
+    def all_of_them(
+        works: Mapping[Job, Work], passes: float, _gain: float
+    ) -> tuple[frozenset[Job], float]:
         gradients = backward * passes * behind(work.suffix for work in works.values())
         return frozenset(works), gradients + sum(work.screened for work in works.values())
 
