@@ -88,7 +88,7 @@ def verdicts(found: Found) -> list[str]:
     """Return the sentences that the page begins with, one for each question."""
     predictions = found.screened.units.shape[0] * found.images
     total = found.screened.screening
-    share = total.computed / total.pairs if total is not None else 1.0
+    share = total.computed / total.pairs if total is not None and total.pairs else 1.0
     lines = [
         f"- Screened and exact: **{found.other_predictions:,} of {predictions:,}** predictions "
         f"differ, and the synergy of {found.other_pairs:,} of {len(found.signs):,} pairs; "

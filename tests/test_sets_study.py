@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.screened import screen_anyway
 
 import pyablate as pa
 from pyablate.analysis.statistics import mcnemar
@@ -177,6 +178,7 @@ def test_the_figure_with_itself_is_not_tested(page):
 
 @pytest.mark.slow
 def test_a_small_study_writes_the_page(study, tmp_path, monkeypatch):
+    screen_anyway(monkeypatch)
     units, images, shuffles = 8, 60, 19
     setting = study.Setting(images, units, shuffles)
     results, screened = study.measured(setting, tmp_path)

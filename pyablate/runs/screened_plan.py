@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pyablate.engine import clean_run
 from pyablate.engine.job import Job
@@ -62,9 +63,10 @@ class ScreenedPlan:
 
     Examples
     --------
-    >>> planned = pa.plan(model, data, "features.13", measure=True).screened
-    >>> planned.stages["stage"].iloc[[0, -1]].tolist()
-    ['unit', 'computed']
+    >>> pa.plan(model, data, "features.6").screened.layers  # on these few images
+    ()
+    >>> pa.plan(model, data, "features.6", images=100_000).screened.layers
+    ('features.6',)
     """
 
     prediction_seconds: float
@@ -103,60 +105,48 @@ def plan_screened(
     able = (table["strategy"] == "delta").to_numpy()
     if setup.graph is None or setup.abrupt or not able.any():
         return None
-    every = {
-        job: Suffix.of(setup.graph, job) for job, one in zip(setup.jobs, able, strict=True) if one
-    }
-    each = _prediction_seconds(setup, every)
+    jobs = [job for job, one in zip(setup.jobs, able, strict=True) if one]
+    suffixes = {job: Suffix.of(setup.graph, job) for job in jobs}
+    each = _prediction_seconds(setup, suffixes)
     if each is None:
         return None
-    seconds = table["seconds"].to_numpy()
     most = DirectionCount.most(setup.classes)
-    along_one = each * images / most.total
-    drawing = along_one * nearest(setup.classes).total
-
-    def part(jobs: Collection[Job]) -> float:
-        return behind(every[job] for job in jobs) / max(1.0, behind(every.values()))
-
-    if risk is not None:
+    drawing = each * images * nearest(setup.classes).total / most.total
+    if risk is None:
+        known = None
+        live = dict(zip(jobs, table["live"][able], strict=True))
+        chosen = promising(setup, live, images)
+    else:
         begin = time.perf_counter()
         known = measure(setup, risk, seed=0, images=images)
         spent = time.perf_counter() - begin
+        chosen = frozenset(j for j, one in zip(setup.jobs, known.jobs, strict=True) if one)
+    each *= behind(suffixes[job] for job in chosen) / max(1.0, behind(suffixes.values()))
+    if known is None:
+        screened = np.array([job in chosen for job in setup.jobs])
+        spent, ends = _unmeasured(table, screened, images, each, slower)
+        stages, directions = None, most
+    else:
         stages, whole = _measured(table, known.jobs)
-        screened = [job for job, one in zip(setup.jobs, known.jobs, strict=True) if one]
-        return ScreenedPlan(
-            along_one * known.directions.total * part(screened),
-            drawing,
-            spent,
-            (whole, whole),
-            known.directions,
-            _names(screened),
-            stages,
-        )
-    shares = zip(setup.jobs, table["live"], strict=True)
-    chosen = promising(setup, {job: share for job, share in shares if job in every}, images)
-    able = np.array([job in chosen for job in setup.jobs])
-    live = (table["pairs"] * table["live"]).to_numpy()
-    wanted = [
-        min(pairs_wanted(units, images), most)
-        for units, most in zip(table["units"], live, strict=True)
-    ]
-    share = np.where(able, wanted / np.maximum(live, 1), 0.0)
-    each *= part(chosen)
-    spent = each * min(IMAGES, images) + slower * float(share @ seconds)
-    least = np.where(able, far_chance(float(live[able].sum())), 1.0)
-    ends = float(least @ seconds), float(seconds.sum())
-    return ScreenedPlan(
-        each * images,
-        drawing,
-        spent,
-        ends,
-        most,
-        _names(job for job in setup.jobs if job in chosen),
-    )
+        ends, directions = (whole, whole), known.directions
+    predicting = each * images * directions.total / most.total
+    names = tuple(job.name for job in jobs if job in chosen)
+    return ScreenedPlan(predicting, drawing, spent, ends, directions, names, stages)
 
 
-def _names(jobs: Iterable[Job]) -> tuple[str, ...]:
-    return tuple(job.name for job in jobs)
+def _unmeasured(
+    table: pd.DataFrame, screened: NDArray[np.bool_], images: int, each: float, slower: float
+) -> tuple[float, tuple[float, float]]:
+    """Seconds of measuring thresholds, and of the layers at both ends.
+
+    ``each`` are those of the gradients of an image.
+    """
+    seconds, live = table["seconds"].to_numpy(), (table["pairs"] * table["live"]).to_numpy()
+    wanted = [pairs_wanted(units, images) for units in table["units"]]
+    share = np.where(screened, np.minimum(wanted, live) / np.maximum(live, 1), 0.0)
+    measuring = each * min(IMAGES, images) + slower * float(share @ seconds)
+    least = np.where(screened, far_chance(float(live[screened].sum())), 1.0)
+    return measuring, (float(least @ seconds), float(seconds.sum()))
 
 
 def _measured(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pyablate as pa
 from pyablate import demo
 from pyablate.engine.score import Score
-from pyablate.runs import _ablate, screening_sample, thresholds
+from pyablate.runs import _ablate, screening_costs, screening_sample, thresholds
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.screening import Screen
 
@@ -95,6 +95,7 @@ def test_groups_are_screened_too(case):
 
 def test_pairs_that_stay_open_are_looked_at_again_in_depth(monkeypatch):
     monkeypatch.setattr(screening_sample, "LEAST", 1400)  # of 1,920: or tails are too wide
+    monkeypatch.setattr(screening_costs, "EIGHT_BITS", 1.0)  # or depth pays less with them
     case = demo.network("vgg_bn"), demo.images(60)
     exact = ablate(case, "features.2", guarantee="exact")
     screened = ablate(case, "features.2", risk=1e-3)
