@@ -29,7 +29,7 @@ from pyablate.interventions import parse
 from pyablate.runs.screening_sample import chosen_places, predictor
 from pyablate.runs.setup import SetupOptions, prepare
 
-LONGER, LONGEST = 6, 100
+LONGER, LONGEST = 4, 100
 """Thresholds are measured on some thousand pairs, which short runs do not earn back: how many times
 longer single layers and whole networks may take."""
 

@@ -42,8 +42,9 @@ from pyablate.runtime.determinism import undisturbed
 _BUDGET = 0.02
 """Share of the pairs of the estimated run that is planned beside an exact one."""
 
-_MORE, _SHORT = (32, 256), 0.2
-"""Images on which the clean run is timed besides: the larger number if it takes so many seconds."""
+_MORE, _SHORT, _LONG = (32, 256), 0.2, 1.0
+"""Images on which the clean run is timed besides: the larger number if it takes less than so many
+seconds on a few, and none from so many on, where a batch by itself costs nothing to speak of."""
 
 
 _SLICES = 8
@@ -370,9 +371,12 @@ def _clean_seconds(setup: Setup, images: int, peaks: Peaks) -> float:
 
     def measured(size: int) -> tuple[int, float]:
         batch = setup.data.first(min(size, setup.batch_size))
-        return len(batch), min(seconds(batch) for _ in range(3))
+        best = min(seconds(batch) for _ in range(2))  # the first prepares much
+        return len(batch), best if best > _LONG else min(best, seconds(batch))
 
     few, short = measured(SAMPLE)
+    if short > _LONG:
+        return images * short / few
     more, long = measured(_MORE[short * _MORE[1] / few <= _SHORT])
     if more == few or long <= short:
         return images * long / more
