@@ -183,6 +183,11 @@ class Sweep:
         image, row = alive.nonzero(as_tuple=True)
         return row, image
 
+    def live_share(self) -> float:
+        """Share of all pairs that are among these."""
+        pairs = len(self.clean.logits) * len(self.suffix.job.members)
+        return len(self.live_pairs()[0]) / pairs
+
     def _alive(self) -> Tensor:
         """Bool ``[N, row]``: whether anything that the rest of the network reads has changed."""
         deltas = [self.value(node) for node in self._read]

@@ -203,8 +203,8 @@ def _cost(sweep: Sweep, images: int, tier: torch.dtype, pairs: int) -> LayerCost
             # Read a delta, write a prediction; the O(1) test leaves few classes to scan.
             return LayerCost(job, "closed form", 1.0, {"passes": 16.0}, image_byte)
     nodes = sweep.deferred if job.channelwise else sweep.suffix.nodes
-    live = len(sweep.live_pairs()[0]) / (len(job.rows) * images)
     calls = sum(node.target not in SAME for node in nodes)
+    live = sweep.live_share()
     return LayerCost(job, "delta", live, _work(sweep, nodes, tier), image_byte, calls, pairs)
 
 

@@ -180,8 +180,6 @@ class Samples:
         Of the jobs whose pairs gradients tell of: the same pairs, by each choice of directions.
     closed : set
         Jobs with a closed form, or without effect on the logits: there is nothing to be saved.
-    passed_over : set
-        Jobs that were left out by ``choose``.
     unscored : str
         Why there are no others, if so.
     batch_seconds : list of (float, int)
@@ -190,7 +188,6 @@ class Samples:
 
     scored: dict[Job, list[Sample]] = field(default_factory=dict)
     closed: set[Job] = field(default_factory=set)
-    passed_over: set[Job] = field(default_factory=set)
     unscored: str = ""
     batch_seconds: list[tuple[float, int]] = field(default_factory=list)
 
@@ -232,11 +229,10 @@ def samples(
     spent = time.perf_counter() - begin
     if first is None:
         return replace(told, unscored="no image was found of which all numbers inside are finite")
-    live = live_shares(setup, suffixes, *first)
+    live = _live_shares(setup, suffixes, *first)
     told.closed |= suffixes.keys() - live.keys()
     chosen = choose(live)
     suffixes = {job: one for job, one in suffixes.items() if job in chosen}
-    told.passed_over |= live.keys() - suffixes.keys()
     if not suffixes:
         return told
     places = chosen_places(setup, suffixes) if in_depth else []
@@ -264,7 +260,7 @@ def samples(
     return told
 
 
-def live_shares(
+def _live_shares(
     setup: Setup, suffixes: Mapping[Job, Suffix], batch: Batch, clean: Clean
 ) -> dict[Job, float]:
     """Share of a batch's pairs that each job changes, of jobs without a closed form.
@@ -276,7 +272,7 @@ def live_shares(
         with torch.no_grad():
             sweep = _swept(setup, suffix, batch, clean)
             if sweep.head is None:
-                found[job] = len(sweep.live_pairs()[0]) / (len(job.rows) * len(batch))
+                found[job] = sweep.live_share()
     return found
 
 

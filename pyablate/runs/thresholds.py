@@ -182,7 +182,7 @@ def measure(setup: Setup, risk: float, seed: int, images: int | None = None) -> 
     directions, found = _cheapest(known.scored, choices, images, risk)
     if known.unscored:
         logger.warning("nothing is screened, everything is computed: %s", known.unscored)
-    elif not found and (known.passed_over or known.scored):
+    elif not found and len(known.closed) < len(setup.jobs):
         logger.info("nothing is screened: to compute all pairs is reckoned to take no longer")
     jobs = tuple(map(found.get, setup.jobs))
     for job, one in zip(setup.jobs, jobs, strict=True):
@@ -204,19 +204,20 @@ def promising(setup: Setup, live: Mapping[Job, float], images: int) -> frozenset
 
     ``live`` is the share of each job's pairs that the ablations change.
     """
+    assert setup.graph is not None
     choices, looked_at = DirectionCount.choices(setup.classes), min(IMAGES, images)
     layer = LAYER[setup.data.device.type]
+    suffixes = {job: Suffix.of(setup.graph, job) for job in live}
+    speed = {job: faster(setup, suffix) for job, suffix in suffixes.items()}
 
     def works(jobs: Collection[Job]) -> dict[Job, Work]:
         pairs = {job: images * len(job.rows) * live[job] for job in jobs}
         computed, found = DEARER * (OPEN + far_chance(sum(pairs.values()))), {}
         for job in jobs:
-            assert setup.graph is not None
-            suffix = Suffix.of(setup.graph, job)
-            exact = pairs[job] * suffix.mixed_work / faster(setup, suffix)
+            each = suffixes[job].mixed_work
+            exact = pairs[job] * each / speed[job]
             known = min(pairs_wanted(len(job.rows), images), looked_at / images * pairs[job])
-            before = known * suffix.mixed_work + layer
-            found[job] = Work(suffix, exact, before + computed * exact)
+            found[job] = Work(suffixes[job], exact, known * each + layer + computed * exact)
         return found
 
     passes = images * choices[-1].total + looked_at * choices[0].total
