@@ -44,11 +44,12 @@ from pyablate.runtime.host_to_device import sent
 
 logger = logging.getLogger("pyablate")
 
-FEW = 8
-"""Pairs of each batch on which full precision itself is measured."""
+FEW, LEAST_FEW = 8, 2
+"""Pairs of each batch on which full precision itself is measured, and the same of small jobs: one
+takes as long as ten others."""
 
 SAFETY_OF_FEW = 8.0
-"""Full precision's bound is so many times the largest error seen on those."""
+"""Full precision's bound is so many times the largest error seen on :data:`FEW` pairs."""
 
 SAMPLE = 256
 """Pairs on which a job's low-precision error is measured, at most."""
@@ -57,9 +58,16 @@ LEAST_SAMPLE = 64
 """The same, at least; fewer pairs than that left open go to full precision at once."""
 
 WORTHWHILE = 4 * LEAST_SAMPLE
-"""Pairs of a job from which on low precision pays: a measured pair takes twice as long as in full
-precision alone, the others half as long. 256 pairs of an early layer of ResNet-50, all of which
-were measured as 8 bits were too coarse, took twice as long as in full precision alone."""
+"""Pairs of a job from which on low precision pays: a measured pair takes up to twice as long as in
+full precision alone, the others half as long. So many are to be left open by a tier for the next
+low one to be tried."""
+
+FIRST_LOOK = 4
+"""One of so many of the pairs measured first tells whether a tier is hopeless."""
+
+HOPELESS = 0.75
+"""Share of these that it leaves open then: of sixteen a tier that leaves half open, and so is just
+of use, leaves twelve open in one case of 26."""
 
 SECOND_LOOK = 8 * SAMPLE
 """Pairs of a job from which on tiers that seem of no use are judged by :data:`SAMPLE` pairs."""
@@ -111,6 +119,10 @@ class _Live:
         Pairs to work on at a time, by precision.
     advance : callable
         Told how many more are done.
+    record : callable or None
+        Told logit changes.
+    prediction : Tensor
+        int32 ``[P]``, on the CPU: what has been decided, -1 while a pair is open.
     """
 
     change: Change
@@ -119,6 +131,13 @@ class _Live:
     clean: Clean
     size: Callable[[torch.dtype], int]
     advance: Advance
+    record: Record | None
+    prediction: Tensor
+
+    @property
+    def open(self) -> Tensor:
+        """int64: the pairs that are open."""
+        return (self.prediction < 0).nonzero().squeeze(1)
 
     @cached_property
     def watched(self) -> Tensor:
@@ -236,19 +255,17 @@ class PrecisionCascade:
             int32 ``[P]``, on the CPU; -1 where full precision leaves it open and nothing follows.
             One wait for the device per tier that had anything to do.
         """
-        live = _Live(change, row, image, clean, size, advance)
-        self._calibrate(live)
+        prediction = torch.full((len(row),), -1, dtype=torch.int32)
+        live = _Live(change, row, image, clean, size, advance, record, prediction)
         if truth is not None and self.full != torch.float64:
             self._measure_full(live, truth)
-        prediction = torch.full((len(row),), -1, dtype=torch.int32)
+        self._calibrate(live)
         for tier in self.tiers if self.measured >= LEAST_SAMPLE else [self.full]:
-            open_ = (prediction < 0).nonzero().squeeze(1)
+            open_ = live.open
             if tier not in (self.tiers[0], self.full) and len(open_) < LEAST_SAMPLE:
                 continue
             if len(open_):
-                found = self._decide(live, open_, tier, record)
-                prediction[open_] = found.cpu()
-                self.count(tier, int((prediction[open_] >= 0).sum()))
+                self._note(live, open_, self._decide(live, open_, tier).cpu(), tier)
         return (
             prediction if truth is None else self.classify_in_float64(row, image, prediction, truth)
         )
@@ -269,17 +286,23 @@ class PrecisionCascade:
         if pairs:
             self.classified[tier] = self.classified.get(tier, 0) + pairs
 
-    def _decide(
-        self, live: _Live, open_: Tensor, tier: torch.dtype, record: Record | None
-    ) -> Tensor:
+    def _note(self, live: _Live, chosen: Tensor, found: Tensor, tier: torch.dtype) -> int:
+        """Write down what a tier has found of some pairs, on the CPU; how many it has decided."""
+        open_ = live.prediction[chosen] < 0
+        live.prediction[chosen] = found
+        decided = int((open_ & (live.prediction[chosen] >= 0)).sum())
+        self.count(tier, decided)
+        return decided
+
+    def _decide(self, live: _Live, open_: Tensor, tier: torch.dtype) -> Tensor:
         """Classes that a tier gives to some of the pairs, -1 where it is not precise enough."""
         row, image = live.sent(open_)
         found = live.clean.prediction[image]
         for some, changed in self._slices(live, row, image, tier, live.size(tier)):
             if changed is not None:
                 found[some] = self._trusted(changed, image[some], live.clean, tier)
-                if record is not None:
-                    record(row[some], image[some], changed.logits)
+                if live.record is not None:
+                    live.record(row[some], image[some], changed.logits)
             decided = 1.0 - self.left_open.get(tier, 0.0)
             live.advance(round((some.stop - some.start) * decided))
         return found
@@ -365,30 +388,71 @@ class PrecisionCascade:
         return *(self.error_bounds.get(tier, 0.0) for tier in self.tiers[:-1]), self.gain
 
     def _measure(self, live: _Live, size: int) -> list[torch.dtype]:
-        """Measure the low tiers' errors on some of the pairs; return the tiers of no use."""
-        row, image = live.sent(sample(live.row, size, live.watched))
-        at_a_time = live.size(self.full)
-        exact = self._changes(live, row, image, self.full, at_a_time)
+        """Measure the low tiers' errors on some of the pairs; return the tiers of no use.
+
+        These pairs are computed in full precision, by which they are decided.
+        """
+        chosen = sample(live.row, size, live.watched)
+        look = 0
+        if not self.measured and size >= LEAST_SAMPLE:
+            first = torch.arange(size) % FIRST_LOOK == 0
+            chosen, look = torch.cat([chosen[first], chosen[~first]]), int(first.sum())
+        row, image = live.sent(chosen)
+        exact = self._changes(live, row, image, self.full, live.size(self.full))
         if exact is None:
             return []
         self.measured = min(SAMPLE, self.measured + size)
-        useless = []
+        if live.record is not None:
+            live.record(row, image, exact.logits)
+        found = self._trusted(exact, image, live.clean, self.full).cpu()
+        live.advance(self._note(live, chosen, found, self.full))
+        useless, left = [], 1.0
         for tier in self.tiers[:-1]:
+            if look and left * self.pairs < WORTHWHILE:
+                self.tiers.remove(tier)
+                continue
+            open_ = self._measure_tier(live, row, image, exact, tier, look)
+            self.left_open[tier] = open_
+            if open_ > USELESS or self.error_bound(tier) >= 1.0:
+                useless.append(tier)
+            else:
+                left = (open_ * size + 1) / (size + 1)  # none of a few is not none of many
+        return useless
+
+    def _measure_tier(
+        self,
+        live: _Live,
+        row: Tensor,
+        image: Tensor,
+        exact: Changed,
+        tier: torch.dtype,
+        look: int,
+    ) -> float:
+        """Bound a low tier's errors by those on some pairs; the share of these it leaves open.
+
+        The first few, if there is a first ``look``, tell whether the others are worth it.
+        """
+        tolerance = tolerance_of(tier, live.clean)[image]
+        known: list[Changed] = []
+        open_ = 1.0
+        for part in (slice(0, look), slice(look, None)) if look else (slice(None),):
             try:
-                rough = self._changes(live, row, image, tier, at_a_time)
+                rough = self._changes(live, row[part], image[part], tier, live.size(self.full))
             except RuntimeError as error:
                 if out_of_memory.is_shortage(error):
                     raise
                 logger.debug("%s is left out: %s", tier, str(error).splitlines()[0])
-                useless.append(tier)
-                continue
+                self.error_bounds[tier] = math.inf
+                break
             assert rough is not None
-            self._learn(tier, rough, exact.logits, tolerance_of(tier, live.clean)[image])
-            open_ = float((self._trusted(rough, image, live.clean, tier) < 0).float().mean())
-            self.left_open[tier] = open_
-            if self.error_bound(tier) >= 1.0 or open_ > USELESS:
-                useless.append(tier)
-        return useless
+            known.append(rough)
+            some, count = joined(known), sum(len(one.logits) for one in known)
+            self._learn(tier, some, exact.logits[:count], tolerance[:count])
+            trusted = self._trusted(some, image[:count], live.clean, tier)
+            open_ = float((trusted < 0).float().mean())
+            if part.stop and open_ > HOPELESS:
+                break
+        return open_
 
     def _measure_full(self, live: _Live, truth: Truth) -> None:
         """Measure full precision itself: it may be far from its best where large numbers cancel."""
@@ -397,12 +461,13 @@ class PrecisionCascade:
             if self.full in self.error_bounds or not len(live.row):
                 return
             there = torch.arange(len(live.row))
-        chosen = there[sample(live.row[there], min(len(there), FEW))]
+        few = min(len(there), FEW, max(LEAST_FEW, self.pairs // SHARE))
+        chosen = there[sample(live.row[there], few)]
         clean = live.clean
         exact = truth(live.row[chosen], live.image[chosen])
         row, image = live.sent(chosen)
         exact = sent(exact, clean.logits.device)
-        rough = self._changes(live, row, image, self.full, FEW)
+        rough = self._changes(live, row, image, self.full, few)
         worst = 0.0
         if rough is not None:
             delta = rough.logits.double()
@@ -410,7 +475,8 @@ class PrecisionCascade:
             found = torch.where(near_tie.competing(exact), found, exact)
             error, _ = errors(replace(rough, logits=found), exact, clean.tolerance[image])
             worst = largest_share(error, spread(delta))
-        self.error_bounds[self.full] = max(self.error_bound(self.full), SAFETY_OF_FEW * worst)
+        bound = SAFETY_OF_FEW * math.sqrt(FEW / few) * worst  # see `error_bound`
+        self.error_bounds[self.full] = max(self.error_bound(self.full), bound)
 
     def _learn(self, tier: torch.dtype, rough: Changed, exact: Tensor, tolerance: Tensor) -> None:
         """Bound a tier's errors by the largest of these, and no less than before."""

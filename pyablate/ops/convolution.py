@@ -57,11 +57,11 @@ def winograd_filters(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape[:2]
     check_shape("weight", weight, (outputs, inputs, 3, 3))
     points = torch.tensor(_TO_PRODUCTS, dtype=torch.float64)
-    exact = weight.detach().cpu().double()
-    products: Tensor = torch.einsum("ri,ocij,sj->rsco", points, exact, points)
-    rows = functional.pad(products.reshape(36, inputs, outputs), (0, -outputs % PANEL))
-    panels: Tensor = rows.unflatten(2, (-1, PANEL)).transpose(1, 2)
-    return panels.float().contiguous()
+    whole = functional.pad(weight.detach().cpu(), (0, 0, 0, 0, 0, 0, 0, -outputs % PANEL))
+    # Laid out before they are transformed, while there are nine planes of them and not 36.
+    panels = whole.unflatten(0, (-1, PANEL)).permute(3, 4, 0, 2, 1)
+    products: Tensor = torch.kron(points, points) @ panels.double().reshape(9, -1)
+    return products.float().view(36, *panels.shape[2:])
 
 
 def delta_winograd(

@@ -109,6 +109,90 @@ def test_low_precision_where_pairs_are_many_or_it_is_asked_for(monkeypatch, coun
     assert ("bfloat16" in found.effort.pairs_by_precision) == low
 
 
+def test_measured_pairs_are_not_computed_again():
+    row, image = pairs(3000)
+    asked = {torch.bfloat16: [], torch.float32: []}
+
+    def change(row, image, dtype):
+        asked[dtype].append(row)
+        return true_change(row, image, dtype)
+
+    told = []
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32], 3000)
+    cascade.classify(change, row, image, Clean(), lambda _: 128, advance=told.append)
+    found = torch.cat(asked[torch.float32])
+    assert len(found) == len(found.unique()) == cascade.classified[torch.float32]
+    first = torch.cat(asked[torch.bfloat16][:2])
+    assert len(first) == len(first.unique()) == 64
+    later = torch.cat(asked[torch.bfloat16][2:])
+    assert len(later) == 3000 - 64
+    assert not torch.isin(first, later).any()
+    assert sum(told) == pytest.approx(3000, rel=0.05)
+
+
+def test_a_hopeless_tier_is_left_after_a_first_look():
+    row, image = pairs(1000)
+    asked = []
+
+    def change(row, image, dtype):
+        if dtype == torch.bfloat16:
+            asked.append(len(row))
+            return Changed(-3 * true_logits(row))
+        return true_change(row, image, dtype)
+
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32], 1000)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 128)
+    assert asked == [16]
+    assert cascade.tiers == [torch.float32]
+    assert torch.equal(found.long(), (Clean.logits[image] + true_logits(row)).argmax(1))
+
+
+@pytest.mark.parametrize(("whole", "tried"), [(1000, False), (200_000, True)])
+def test_a_second_low_tier_is_tried_where_the_first_leaves_enough(whole, tried):
+    """An error of half a per cent leaves next to none of a thousand pairs open."""
+    row, image = pairs(1000)
+    asked = set()
+
+    def change(row, image, dtype):
+        asked.add(dtype)
+        factor = 1.005 if dtype == torch.int8 else 1.0
+        return Changed(factor * true_logits(row))
+
+    tiers = [torch.int8, torch.bfloat16, torch.float32]
+    cascade = PrecisionCascade(list(tiers), whole)
+    found = cascade.classify(change, row, image, Clean(), lambda _: 128)
+    assert (torch.bfloat16 in asked) == tried
+    assert cascade.tiers == (tiers if tried else [torch.int8, torch.float32])
+    assert torch.equal(found.long(), (Clean.logits[image] + true_logits(row)).argmax(1))
+
+
+def test_full_precision_is_measured_on_fewer_pairs_of_small_jobs():
+    """What these say is doubted more, by the root of how many are missing."""
+    row, image = pairs(600)
+
+    def truth(row, image):
+        return (Clean.logits[image] + true_logits(row)).double()
+
+    def change(row, image, dtype):
+        return Changed(true_logits(row) * (1 + 1e-3))
+
+    bounds = []
+    for whole in (256, 600, 100_000):
+        asked = []
+        cascade = PrecisionCascade([torch.float32], whole)
+        cascade.classify(
+            change,
+            row,
+            image,
+            Clean(),
+            lambda _: 1000,
+            truth=lambda row, image, asked=asked: (asked.append(len(row)), truth(row, image))[1],
+        )
+        bounds.append(cascade.error_bounds[torch.float32])
+        assert asked[0] == {256: 2, 600: 4}.get(whole, 8)
+    assert bounds == pytest.approx([1.6e-2, 8e-3 * 2**0.5, 8e-3], rel=0.01)
+
+
 def test_where_few_pairs_fit_as_many_are_measured():
     """Of large maps a slice has a few pairs: these alone would cost a tier its place."""
     row, image = pairs(3000)
@@ -196,13 +280,15 @@ def test_few_pairs_are_decided_in_full_precision_until_enough_are_measured():
     def change(row, image, dtype):
         return Changed(torch.stack([torch.zeros(len(row)), 0.3 * torch.sin(row.float())], dim=1))
 
-    for start in range(0, 100, 10):
+    for start in range(0, 100, 10):  # each of these is measured
         row = torch.arange(start, start + 10)
         cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
-        if start < 50:
-            assert torch.bfloat16 not in cascade.classified
     assert cascade.measured == 100
-    assert cascade.classified[torch.bfloat16] > 0
+    assert cascade.classified == {torch.float32: 100}
+    row = torch.arange(300)
+    cascade.classify(change, row, row % 3, Clean(), lambda _: 1000)
+    assert cascade.measured == 164
+    assert cascade.classified[torch.bfloat16] > 100
 
 
 def test_a_useless_tier_is_left_out():
