@@ -33,7 +33,7 @@ LAYERS = {
 }
 """Early, middle and late ones, and one that is decided in closed form."""
 
-FIRST = 8
+FIRST = 4
 
 AUDIT = 16
 """Pairs: a float64 pass of such a network is slow. One round, since its capture is slow too."""

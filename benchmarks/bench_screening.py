@@ -17,8 +17,8 @@ import torch
 from bench_growth import grow, shipped
 from bench_layers import layers
 from measure import Job, Settings, fitting, in_turn, must_agree, ratio, say, write
-from rivals import Cached, Rival
-from subjects import cut
+from rivals import Agreement, Cached, Rival
+from subjects import SHIPPED, cut
 
 import pyablate as pa
 from pyablate.engine import clean_run
@@ -29,9 +29,12 @@ from pyablate.interventions import parse
 from pyablate.runs.screening_sample import chosen_places, predictor
 from pyablate.runs.setup import SetupOptions, prepare
 
-LONGER, LONGEST = 4, 100
+MORE, LONGER, LONGEST = 5, 25, 100
 """Thresholds are measured on some thousand pairs, which short runs do not earn back: how many times
-longer single layers and whole networks may take."""
+more images there may be, and how many times longer conv layers and whole networks may take."""
+
+FIRST = 512
+"""Images that tell how long a run of conv layers takes: of fewer the start is most."""
 
 OTHERWISE = 1e-5
 """Share of the pairs, at most, that both compute and decide otherwise: near ties."""
@@ -39,20 +42,57 @@ OTHERWISE = 1e-5
 WHOLE = {"alexnet": 2000, "vgg_bn": 500, "resnet": 300, "vit": 300, "convnext": 200}
 """Networks of which all layers are ablated, and on how many images."""
 
-CONVOLUTIONS = [(name, layer) for name, layer in layers() if not layer.startswith("classifier")]
+CONVOLUTIONS = {
+    network: [layer for of, layer in layers() if of == network and "classifier" not in layer]
+    for network in SHIPPED
+}
 
 
-@pytest.mark.parametrize(("network", "layer"), CONVOLUTIONS, ids=lambda text: text)
-def test_layer(benchmark: Any, settings: Settings, network: str, layer: str) -> None:
-    model = pa.demo.network(network).to(settings.device)
-    images = pa.demo.images(settings.images)[0].to(settings.device)
+@dataclass(eq=False)
+class CachedLayers:
+    """`cached` for one layer after the other."""
 
-    def rivals(count: int) -> list[Cached]:
-        return [Cached(cut(model, layer), images[:count], layer, compiling=False)]
+    parts: Sequence[Cached]
+    name: str = "cached"
 
-    job = Job(model, images, layer)
-    longer = replace(settings, seconds=LONGER * settings.seconds)
-    measure(benchmark, f"screened {network} {layer}", job, longer, rivals, kind="conv layers")
+    @property
+    def note(self) -> str:
+        """Layers."""
+        return f"{len(self.parts)} layers, eager"
+
+    @property
+    def units_timed(self) -> int:
+        """Of all layers."""
+        return sum(part.units_timed for part in self.parts)
+
+    def seconds(self) -> float:
+        """Do the job once."""
+        return sum(part.seconds() for part in self.parts)
+
+    def check(self, result: pa.AblationResult) -> Agreement:
+        """Compare the units of all layers."""
+        found = [part.check(result) for part in self.parts]
+        names = ("pairs", "near_ties", "mismatches")
+        return Agreement(*(sum(getattr(one, name) for one in found) for name in names))
+
+
+@pytest.mark.parametrize("network", CONVOLUTIONS)
+def test_convolutions(benchmark: Any, settings: Settings, network: str) -> None:
+    """All conv layers in one call, which shares gradients among them."""
+    model, chosen = pa.demo.network(network).to(settings.device), CONVOLUTIONS[network]
+    more = replace(
+        settings, images=MORE * settings.images, seconds=LONGER * settings.seconds, rounds=1
+    )
+    images = pa.demo.images(more.images)[0].to(settings.device)
+
+    def rivals(count: int) -> list[CachedLayers]:
+        parts = [
+            Cached(cut(model, layer), images[:count], layer, compiling=False) for layer in chosen
+        ]
+        return [CachedLayers(parts)]
+
+    job = Job(model, images, chosen, first=FIRST)
+    measure(benchmark, f"screened {network}, conv layers", job, more, rivals, kind="conv layers")
 
 
 @pytest.mark.parametrize(("network", "count"), WHOLE.items(), ids=str)
@@ -157,6 +197,7 @@ def measure(
         "computed": known.computed / (known.pairs - known.total.silent) if known.layers else 1.0,
         "sampled": known.sampled,
         "certificate": known.upper_bound,
+        "layer_seconds": {kind: one.effort.layer_seconds for kind, one in found.items()},
         **compared(found["exact"], result),
         "rivals": against,
     }

@@ -27,9 +27,11 @@ from pyablate.runs.thresholds import JobThresholds, far_chance, measure, promisi
 from pyablate.runtime import out_of_memory
 
 _FEW, _MORE = 2, 16
-"""Images on which predictions are timed; the second where the first take less than this."""
+"""Images on which predictions are timed; the second where the first take less than the time below,
+as those of a large network tell at once."""
 
-_SHORT = 0.5
+_SHORT = 0.1
+"""Seconds. The first pass, which prepares much, may take ten times as long."""
 
 UNIT, COMPUTED = "unit", "computed"
 """Names of the first stage and the last, which have no place of their own."""
