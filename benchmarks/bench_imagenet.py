@@ -34,6 +34,7 @@ LAYERS = {
 """Early, middle and late ones, and one that is decided in closed form."""
 
 FIRST = 4
+"""Images of the run that tells how many there is time for."""
 
 AUDIT = 16
 """Pairs: a float64 pass of such a network is slow. One round, since its capture is slow too."""

@@ -80,9 +80,7 @@ class CachedLayers:
 def test_convolutions(benchmark: Any, settings: Settings, network: str) -> None:
     """All conv layers in one call, which shares gradients among them."""
     model, chosen = pa.demo.network(network).to(settings.device), CONVOLUTIONS[network]
-    more = replace(
-        settings, images=MORE * settings.images, seconds=LONGER * settings.seconds, rounds=1
-    )
+    more = replace(settings, images=MORE * settings.images, seconds=LONGER * settings.seconds)
     images = pa.demo.images(more.images)[0].to(settings.device)
 
     def rivals(count: int) -> list[CachedLayers]:

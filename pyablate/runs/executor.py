@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -127,9 +126,12 @@ class BlockSweep:
 
     def _cascade(self, job: Job) -> PrecisionCascade:
         """Begin with all precisions; few pairs take only the last, unless one is asked for."""
-        setup = self.setup
-        pairs = len(job.members) * len(setup.data) if setup.precision == "auto" else sys.maxsize
-        return PrecisionCascade([*setup.low, setup.data.dtype], pairs)
+        setup, chosen = self.setup, self.drawing or self.screen
+        tiers = [*setup.low, setup.data.dtype]
+        if setup.precision != "auto":
+            return PrecisionCascade(tiers)
+        share = 1.0 if chosen is None else chosen.share(job)
+        return PrecisionCascade(tiers, round(share * len(job.members) * len(setup.data)))
 
     def block(
         self,

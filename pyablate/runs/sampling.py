@@ -100,6 +100,10 @@ class Drawing:
         suffixes = {job: Suffix.of(graph, job) for job in scored}
         return predictor(self.setup, suffixes, [], [nearest(self.setup.classes)], rivals=True)
 
+    def share(self, job: Job) -> float:
+        """Share of a job's pairs that is computed, about."""
+        return self._of[job].drawn if job in self._of else 1.0
+
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
         if clean.irregular or self._predictor is None:

@@ -106,12 +106,21 @@ class JobDesign:
     above, below : tuple of float
         Scores from which on pairs are of the next level: of those from 0 on, and of those below 0,
         without their sign. None where there are no scores.
+    drawn : float
+        Share of the job's pairs that is drawn, about; 1 where nobody wrote it down.
     """
 
     top: float
     scale: Scale = field(default_factory=lambda: Scale(0.0, 0.0))
     above: tuple[float, ...] = ()
     below: tuple[float, ...] = ()
+    drawn: float = 1.0
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> JobDesign:
+        """Undo :func:`dataclasses.asdict`."""
+        scale, above, below = Scale(**known["scale"]), tuple(known["above"]), tuple(known["below"])
+        return cls(**{**known, "scale": scale, "above": above, "below": below})
 
     @property
     def scored(self) -> bool:
@@ -161,13 +170,7 @@ class Design:
     @classmethod
     def of(cls, known: Mapping[str, Any]) -> Design:
         """Undo :meth:`to_json`."""
-        jobs = tuple(
-            one
-            and JobDesign(
-                one["top"], Scale(**one["scale"]), *map(tuple, (one["above"], one["below"]))
-            )
-            for one in known["jobs"]
-        )
+        jobs = tuple(one and JobDesign.of(one) for one in known["jobs"])
         return cls(**{**known, "jobs": jobs})
 
 
@@ -205,7 +208,9 @@ def design(setup: Setup, budget: Budget, seed: int, *, images: int, processes: i
     factor, share, expected = plan(pairs)
     deepest = _deepest(share)
     designs = {
-        job: curves[job].design(factor, deepest) if job in curves else JobDesign(_dyadic(share))
+        job: curves[job].design(factor, deepest)
+        if job in curves
+        else JobDesign(_dyadic(share), drawn=share)
         for job in open_
     }
     for job in setup.jobs:
@@ -280,7 +285,8 @@ class _Curve:
             level = self.levels(chance, factor, deepest)
             first = np.searchsorted(level, np.arange(1, deepest + 1))
             limits.append(tuple(_short(s) for s in np.append(score, np.inf)[first].tolist()))
-        return JobDesign(1.0, self.scale, *limits)
+        above, below = limits
+        return JobDesign(1.0, self.scale, above, below, self.drawn(factor, deepest))
 
 
 def _before(setup: Setup, budget: Budget, job: Job) -> float:

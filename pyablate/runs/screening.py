@@ -114,6 +114,13 @@ class Screen:
         places = list(self._nodes.values())
         return predictor(self.setup, suffixes, places, [self.thresholds.directions])
 
+    def share(self, job: Job) -> float:
+        """Share of a job's pairs that is computed, about, silent ones included."""
+        if job not in self._of:
+            return 1.0
+        settled = self._of[job].settled
+        return 1.0 - settled * (1.0 - self.thresholds.far_chance)
+
     def predict(self, batch: Batch, clean: Clean) -> Clean:
         """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
         if clean.irregular or not self._of:

@@ -23,15 +23,17 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Numbers of pairs that were measured, and so decided in full precision."""
-    sizes, real = [], PrecisionCascade._measure
+    """Numbers of pairs that were decided in full precision since they were measured."""
+    numbers, real = [], PrecisionCascade._measure
 
     def measure(self, live, size):
-        sizes.append(size)
-        return real(self, live, size)
+        before = self.classified.get(self.full, 0)
+        found = real(self, live, size)
+        numbers.append(self.classified.get(self.full, 0) - before)
+        return found
 
     monkeypatch.setattr(PrecisionCascade, "_measure", measure)
-    return sizes
+    return numbers
 
 
 def decided(result):

@@ -130,6 +130,21 @@ def test_measured_pairs_are_not_computed_again():
     assert sum(told) == pytest.approx(3000, rel=0.05)
 
 
+@pytest.mark.parametrize("count", [65, 100, 300, 447, 2501])
+def test_every_pair_is_counted_once(count):
+    row, image = pairs(count)
+    assert len(sample(row, 64, image == 0).unique()) == 64
+    factor = 0.79  # too coarse by 64 pairs, so that large jobs take a second look at 256
+
+    def change(row, image, dtype):
+        return Changed(true_logits(row) * (1 if dtype == torch.float32 else factor))
+
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32])
+    found = cascade.classify(change, row, image, Clean(), lambda _: 128)
+    assert sum(cascade.classified.values()) == count
+    assert torch.equal(found.long(), (Clean.logits[image] + true_logits(row)).argmax(1))
+
+
 def test_a_hopeless_tier_is_left_after_a_first_look():
     row, image = pairs(1000)
     asked = []

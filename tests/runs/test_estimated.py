@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.runs import Killed, stopping
+from support.runs import Killed, stopping, told_cascades
 from support.stores import contents
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ import pyablate as pa
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import sampling_design
 from pyablate.runs.run_folder import StoreMismatch
-from pyablate.runs.sampling_design import Budget
+from pyablate.runs.sampling_design import Budget, JobDesign
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
 
@@ -48,6 +49,9 @@ def made(*, stepped: bool = False) -> Case:
         model.head.weight.mul_(3.0)
         labels = model(images + 0.3 * torch.randn(images.shape, generator=draw)).argmax(dim=1)
     return model, (images, labels)
+
+
+cascades = pytest.fixture(told_cascades)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,14 @@ def test_against_exact_results_with_many_seeds(stepped):
     if not stepped:  # scores are worth more than chance
         flips = np.diff(exact.flips.start).mean()
         assert np.mean(squares) < 0.4 * flips * (1 - share) / share / IMAGES**2
+
+
+def test_precisions_are_chosen_for_the_pairs_that_are_drawn(case, cascades):
+    found = ablate(case)
+    assert cascades == [pytest.approx(found.estimate.drawn.sum(), rel=0.2)]
+    before = asdict(JobDesign(1.0, above=(1.0,), below=(2.0,)))
+    del before["drawn"]  # as in stores of older versions
+    assert JobDesign.of(before) == JobDesign(1.0, above=(1.0,), below=(2.0,))
 
 
 def test_batches_memory_and_threads_change_nothing(case):

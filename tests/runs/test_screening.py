@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import Killed, stopping
+from support.runs import Killed, stopping, told_cascades
 from support.screened import careless_thresholds, layers_case, screen_anyway
 from support.stores import contents
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ pytestmark = pytest.mark.usefixtures("exports_kept")
 
 LAYERS = ["features.6", "features.13"]
 LATE = LAYERS[1:]
+
+
+cascades = pytest.fixture(told_cascades)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,14 @@ def test_no_flip_is_missed_and_most_pairs_are_settled(case, intervention):
     assert found.settled > (0.01 if intervention == "constant:0.5" else 0.3) * found.pairs
     assert found.sampled > 10
     assert found.wrong == 0
+
+
+def test_precisions_are_chosen_for_the_pairs_that_stay_open(case, cascades):
+    found = ablate(case, LAYERS).screening
+    for told, layer in zip(cascades, found.layers.values(), strict=True):
+        # Which are silent is not known beforehand.
+        assert 0.7 * layer.computed < told < 1.3 * (layer.computed + layer.silent)
+        assert told < 0.7 * layer.pairs
 
 
 def test_constants_of_the_units_own_are_screened_too(case):

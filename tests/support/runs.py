@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate.engine.precision_cascade import PrecisionCascade
+from pyablate.runs import executor
 
 IMAGES, BATCH = 60, 2
 SOME = 23
@@ -31,6 +34,18 @@ def network() -> tuple[nn.Module, Tensor, Tensor]:
     model.known_as = "small"
     images = torch.randn(IMAGES, 6, generator=draw)
     return model.eval(), images, torch.randint(4, (IMAGES,), generator=draw)
+
+
+def told_cascades(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of pairs that the cascades of precisions of a run are told of."""
+    numbers = []
+
+    def noted(tiers: Any, pairs: int) -> PrecisionCascade:
+        numbers.append(pairs)
+        return PrecisionCascade(tiers, pairs)
+
+    monkeypatch.setattr(executor, "PrecisionCascade", noted)
+    return numbers
 
 
 def stopping(at: int | None) -> Callable[[int, int, str], None]:
