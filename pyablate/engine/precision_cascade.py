@@ -70,13 +70,14 @@ HOPELESS = 0.75
 of use, leaves more than twelve open in one case of 94."""
 
 SECOND_LOOK = 8 * SAMPLE
-"""Pairs of a job from which on tiers that seem of no use are judged by :data:`SAMPLE` pairs."""
+"""Pairs of a job from which on tiers that seem of no use are judged by :data:`SAMPLE` pairs; below
+that no more than :data:`LEAST_SAMPLE` are measured at once."""
 
 SHARE = 128
 """Of so many pairs one is measured: in full precision it costs several times the others."""
 
 AGAIN = 512
-"""The same once :data:`SAMPLE` pairs have been: images of another kind may follow."""
+"""The same once enough pairs have been: images of another kind may follow."""
 
 LEAST_AGAIN = 16
 """Pairs of every batch that are measured at least."""
@@ -368,7 +369,8 @@ class PrecisionCascade:
         if len(self.tiers) == 1 or not pairs:
             return
         known = self.measured >= SAMPLE
-        least, share = (LEAST_AGAIN, AGAIN) if known else (LEAST_SAMPLE, SHARE)
+        small = self.measured >= LEAST_SAMPLE and self.pairs < SECOND_LOOK
+        least, share = (LEAST_AGAIN, AGAIN) if known or small else (LEAST_SAMPLE, SHARE)
         size = min(pairs, SAMPLE, max(least, pairs // share))
         before = self._bounds
         useless = self._measure(live, size)

@@ -145,6 +145,17 @@ def test_every_pair_is_counted_once(count):
     assert torch.equal(found.long(), (Clean.logits[image] + true_logits(row)).argmax(1))
 
 
+@pytest.mark.parametrize(("whole", "measured"), [(1000, 64 + 3 * 16), (2048, 4 * 64)])
+def test_later_batches_of_small_jobs_are_measured_on_few_pairs(whole, measured):
+    row, image = pairs(1000)
+    cascade = PrecisionCascade([torch.bfloat16, torch.float32], whole)
+    for start in range(0, 1000, 250):
+        some = slice(start, start + 250)
+        cascade.classify(true_change, row[some], image[some], Clean(), lambda _: 128)
+    assert cascade.measured == measured
+    assert cascade.tiers == [torch.bfloat16, torch.float32]
+
+
 def test_a_hopeless_tier_is_left_after_a_first_look():
     row, image = pairs(1000)
     asked = []
