@@ -109,7 +109,7 @@ echo '{"what": "second"}' >>"$OUT/results.jsonl"
 """)
     slow.chmod(0o755)
     out = tmp_path / "out"
-    done = visit(out, "exact", "speed", PYTHON=slow, DEADLINE="8")
+    done = visit(out, "exact", "speed", PYTHON=slow, DEADLINE="20")
     assert done.returncode == 1
     assert [each["what"] for each in findings(out)] == ["first"]
     assert "cut off after" in (out / "exact.txt").read_text()

@@ -4,14 +4,15 @@ import pytest
 import torch
 from support import networks
 from support.oracle import check
+from support.runs import measured_pairs
 from torch import nn
 
 import pyablate as pa
 from pyablate.engine import pointwise, precision_cascade
-from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import setup
 
 pytestmark = pytest.mark.usefixtures("exports_kept")
+measured = pytest.fixture(measured_pairs)
 
 
 @pytest.fixture(autouse=True)
@@ -19,21 +20,6 @@ def as_on_a_gpu(monkeypatch):
     """Let float16 be tried first; what processors have no kernels for is left to the reference."""
     monkeypatch.setattr(setup, "_low_precisions", lambda *_: (torch.float16,))
     monkeypatch.setattr(precision_cascade, "WORTHWHILE", 0)
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """Numbers of pairs that were decided in full precision since they were measured."""
-    numbers, real = [], PrecisionCascade._measure
-
-    def measure(self, live, size):
-        before = self.classified.get(self.full, 0)
-        found = real(self, live, size)
-        numbers.append(self.classified.get(self.full, 0) - before)
-        return found
-
-    monkeypatch.setattr(PrecisionCascade, "_measure", measure)
-    return numbers
 
 
 def decided(result):

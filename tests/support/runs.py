@@ -48,6 +48,20 @@ def told_cascades(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
+def measured_pairs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of pairs that were decided in full precision since low ones were measured on them."""
+    numbers, real = [], PrecisionCascade._measure
+
+    def measure(self: PrecisionCascade, live: Any, size: int) -> list[torch.dtype]:
+        before = self.classified.get(self.full, 0)
+        found = real(self, live, size)
+        numbers.append(self.classified.get(self.full, 0) - before)
+        return found
+
+    monkeypatch.setattr(PrecisionCascade, "_measure", measure)
+    return numbers
+
+
 def stopping(at: int | None) -> Callable[[int, int, str], None]:
     """A report that ends the process, in a manner of speaking, at its ``at``-th call."""
     calls = iter(range(10**9))
