@@ -57,12 +57,12 @@ class CachedLayers:
 
     @property
     def note(self) -> str:
-        """Layers."""
+        """How many layers, and how they are run."""
         return f"{len(self.parts)} layers, eager"
 
     @property
     def units_timed(self) -> int:
-        """Of all layers."""
+        """Units of all layers that are timed."""
         return sum(part.units_timed for part in self.parts)
 
     def seconds(self) -> float:
