@@ -103,6 +103,14 @@ class Estimate:
         counts = {name: np.zeros_like(getattr(self, name)) for name in ARRAYS if name != "top"}
         return replace(self, **counts)
 
+    def updated(self, again: Estimate, rows: NDArray[np.bool_]) -> Estimate:
+        """Take what was drawn of some rows, bool ``[unit]``, from another run of these images."""
+        arrays = {
+            name: np.where(rows if mine.ndim == 1 else rows[:, None], again.arrays[name], mine)
+            for name, mine in self.arrays.items()
+        }
+        return Estimate.of(self.to_json(), arrays)
+
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays by name."""

@@ -222,6 +222,14 @@ class Flips:
             first += length
         return cls(start, image, prediction, weight)
 
+    def updated(self, again: Flips, rows: NDArray[np.bool_]) -> Flips:
+        """Take the entries of some rows, bool ``[unit]``, from another record of these images."""
+        pieces: list[tuple[ArrayLike, ...]] = []
+        for part, which in ((self, ~rows[self.row]), (again, rows[again.row])):
+            known = (part.row, part.image, part.prediction, part.weight)
+            pieces.append(tuple(one[which] for one in known if one is not None))
+        return Flips.gather(len(rows), pieces, weighted=self.weight is not None)
+
     @cached_property
     def row(self) -> Ints:
         """int64 [flip]: the row of each entry."""

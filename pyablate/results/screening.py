@@ -172,6 +172,10 @@ class Screening:
             layers=layers,
         )
 
+    def updated(self, again: Screening) -> Screening:
+        """Take the layers that were screened once more, on the same images."""
+        return replace(self, layers={**self.layers, **again.layers})
+
     @property
     def total(self) -> LayerScreening:
         """All layers together; the threshold is the largest."""

@@ -150,7 +150,7 @@ def _check_images(found: Sequence[tuple[Path, AblationResult]], whole: Block) ->
 def _block(part: AblationResult) -> Block:
     metadata = BlockMetadata(
         hash=int(part.provenance["data"]["hash"], 16),
-        audit=part.audit,
+        audits={"": part.audit},
         strategy=part.strategy,
         measures=part.measures,
         screening=part.screening,

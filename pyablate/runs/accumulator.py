@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,13 +37,15 @@ class BlockAccumulator:
         What is recorded besides predictions.
     hashed : int
         Hash of the images.
+    jobs : sequence of Job
+        Those that are done.
     care : dict
         With which each job was done on the first part of the block, and how often its threshold
         had been raised.
-    differed : set of (row, image)
-        Audited pairs that were wrong when they were first computed.
-    mended : int
-        Such pairs of an earlier process.
+    differed : dict
+        Layers of audited pairs (row, image) that were wrong when they were first computed.
+    audits : dict
+        Per layer; mended pairs in it are those of an earlier process.
     screening : Screening or None
         What was settled by prediction, in a screened run.
     estimate : Estimate or None
@@ -54,13 +57,13 @@ class BlockAccumulator:
     setup: Setup
     measures: tuple[str, ...]
     hashed: int
-    differed: set[tuple[int, int]] = field(default_factory=set)
-    mended: int = 0
+    jobs: Sequence[Job]
+    differed: dict[tuple[int, int], str] = field(default_factory=dict)
+    audits: dict[str, Audit] = field(default_factory=dict)
     skipped: int = 0  # jobs that an earlier process has done
     flips: list[FlipChunk] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     baseline: list[np.ndarray] = field(default_factory=list)
-    audit: Audit = field(default_factory=lambda: Audit(0, 0))
     strategy: dict[str, str] = field(default_factory=dict)
     care: dict[Job, tuple[Care, int]] = field(default_factory=dict)
     screening: Screening | None = None
@@ -75,9 +78,9 @@ class BlockAccumulator:
 
     def go_on_from(self, partial: PartialBlock) -> None:
         """Take over what an earlier process has found."""
-        self.skipped, self.mended = partial.jobs, partial.metadata.audit.mended
-        self.flips = list(partial.chunks)
-        self.audit, self.strategy = partial.metadata.audit, dict(partial.metadata.strategy)
+        self.skipped, self.flips = partial.jobs, list(partial.chunks)
+        self.audits = dict(partial.metadata.audits)
+        self.strategy = dict(partial.metadata.strategy)
         self.screening, self.estimate = partial.metadata.screening, partial.metadata.estimate
         for number, known in enumerate(partial.metadata.measures.values()):
             self.sums[number] = torch.from_numpy(known.change)
@@ -91,8 +94,9 @@ class BlockAccumulator:
             self.setup,
             self.measures,
             self.hashed,
+            self.jobs,
             self.differed,
-            self.mended,
+            {name: Audit(0, 0, audit.mended) for name, audit in self.audits.items()},
             screening=nothing,
             estimate=undrawn,
         )
@@ -119,8 +123,10 @@ class BlockAccumulator:
             for name in ("live", "drawn", "spread"):
                 getattr(self.estimate, name)[rows] += getattr(drawn, name)
         self.flips += flips if drawn is None else drawn.flips
-        self.audit += Audit(audited.pairs, len(audited.wrong))
-        self.differed.difference_update((pair.row, pair.image) for pair in audited.wrong)
+        audit = Audit(audited.pairs, len(audited.wrong))
+        self.audits[job.name] = self.audits.get(job.name, Audit(0, 0)) + audit
+        for pair in audited.wrong:
+            self.differed.pop((pair.row, pair.image), None)
         if care or job.name not in self.strategy:  # two jobs may have one name
             self.strategy[job.name] = care.describe(strategy)
         if measured is not None:
@@ -131,9 +137,10 @@ class BlockAccumulator:
     def metadata(self, state: list[Any]) -> BlockMetadata:
         """Return all but the predictions; ``state`` is that of the calibration."""
         measures = zip(self.measures, self.sums, self.accuracy, strict=True)
+        mended = Counter(self.differed.values())
         return BlockMetadata(
             hash=self.hashed,
-            audit=replace(self.audit, mended=self.mended + len(self.differed)),
+            audits={name: audit + Audit(0, 0, mended[name]) for name, audit in self.audits.items()},
             strategy=dict(self.strategy),
             state=state,
             measures={name: Measure(sums.numpy(), accuracy) for name, sums, accuracy in measures},

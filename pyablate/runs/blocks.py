@@ -41,8 +41,8 @@ class BlockMetadata:
     ----------
     hash : int
         Of the images and labels; see :func:`pyablate.runs.fingerprint.hash_images`.
-    audit : Audit
-        Of the pairs recomputed here.
+    audits : dict
+        Of the pairs recomputed here, per layer; of merged parts all together, without a name.
     strategy : dict
         Per layer, how it was computed.
     state : list
@@ -56,7 +56,7 @@ class BlockMetadata:
     """
 
     hash: int
-    audit: Audit
+    audits: dict[str, Audit] = field(default_factory=dict)
     strategy: dict[str, str] = field(default_factory=dict)
     state: list[Any] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
@@ -64,15 +64,45 @@ class BlockMetadata:
     estimate: Estimate | None = None
 
     @property
+    def audit(self) -> Audit:
+        """Of all layers."""
+        return sum(self.audits.values(), Audit(0, 0))
+
+    @property
     def small(self) -> BlockMetadata:
         """The same without what is as large as the result."""
         return replace(self, measures={}, estimate=None)
+
+    def updated(self, again: BlockMetadata, rows: NDArray[np.bool_]) -> BlockMetadata:
+        """As :meth:`Block.updated`."""
+        mended = {name: Audit(0, 0, one.mended) for name, one in self.audits.items()}
+        audits = {name: one + mended.get(name, Audit(0, 0)) for name, one in again.audits.items()}
+        return replace(
+            self,
+            audits={**self.audits, **audits},
+            strategy={**self.strategy, **again.strategy},
+            state=again.state,
+            measures=again.measures,  # where there are any, all rows are computed again
+            screening=(
+                self.screening.updated(again.screening)
+                if self.screening and again.screening
+                else None
+            ),
+            estimate=(
+                self.estimate.updated(again.estimate, rows)
+                if self.estimate and again.estimate
+                else None
+            ),
+        )
 
     def __add__(self, other: BlockMetadata) -> BlockMetadata:
         """BlockMetadata about the images of both."""
         return BlockMetadata(
             hash=(self.hash + other.hash) % MODULUS,
-            audit=self.audit + other.audit,
+            audits={
+                name: self.audits.get(name, Audit(0, 0)) + other.audits.get(name, Audit(0, 0))
+                for name in {**self.audits, **other.audits}
+            },
             strategy=self.strategy,
             state=other.state,
             measures={
@@ -114,6 +144,14 @@ class Block:
     flips: Flips
     metadata: BlockMetadata
 
+    def updated(self, again: Block, rows: NDArray[np.bool_]) -> Block:
+        """Take the rows, bool ``[unit]``, of layers that were computed again with more care."""
+        return replace(
+            self,
+            flips=self.flips.updated(again.flips, rows),
+            metadata=self.metadata.updated(again.metadata, rows),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class PartialBlock:
@@ -145,7 +183,7 @@ class Joining:
         if self._held:  # sums are as large as the result: one is enough
             metadata = self._held[0].metadata + block.metadata
             self._held[0] = replace(self._held[0], metadata=metadata)
-            block = replace(block, metadata=BlockMetadata(0, Audit(0, 0)))
+            block = replace(block, metadata=BlockMetadata(0))
         self._held.append(block)
         if len(self._held) > _TOGETHER:
             self._held = [self.block()]
@@ -238,7 +276,7 @@ def _write(
         {
             "run": run,
             "hash": f"{metadata.hash:064x}",
-            "audit": asdict(metadata.audit),
+            "audits": {name: asdict(audit) for name, audit in metadata.audits.items()},
             "strategy": metadata.strategy,
             "state": metadata.state,
             "measures": {name: asdict(one.accuracy) for name, one in metadata.measures.items()},
@@ -309,7 +347,7 @@ def _read(
             }
             metadata = BlockMetadata(
                 hash=int(known["hash"], 16),
-                audit=Audit(**known["audit"]),
+                audits={name: Audit(**audit) for name, audit in known["audits"].items()},
                 strategy=dict(known["strategy"]),
                 state=list(known["state"]),
                 measures=measures,

@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,10 +139,11 @@ class BlockSweep:
         hashed: int,
         partial: PartialBlock | None = None,
         *,
-        keep: Callable[[PartialBlock], None],
+        jobs: Sequence[Job] | None = None,
+        keep: Callable[[PartialBlock], None] | None = None,
         advance: Callable[[int, Job], None],
     ) -> Block:
-        """Do all jobs on some images.
+        """Do jobs on some images.
 
         Parameters
         ----------
@@ -152,12 +153,14 @@ class BlockSweep:
             Their hash, for the record.
         partial : PartialBlock, optional
             What an earlier process found on them.
-        keep : callable
-            Takes what the first jobs have found, after each of them.
+        jobs : sequence of Job, optional
+            Some of the run's; all by default.
+        keep : callable, optional
+            Takes what the first of all jobs have found, after each of them.
         advance : callable
             Takes the number of pairs just done, and the job at work.
         """
-        found = BlockAccumulator(self.setup, self.measures, hashed)
+        found = BlockAccumulator(self.setup, self.measures, hashed, jobs or self.setup.jobs)
         if self.screen is not None:
             found.screening = self.screen.nothing()
         if self.drawing is not None:
@@ -166,7 +169,7 @@ class BlockSweep:
             found.go_on_from(partial)
         self._sweep(images, found, keep, advance)
         while any(
-            care < self.cascades[job].care or raised < self._raised(job)
+            care < self.cascades[job].care or raised < self.raised(job)
             for job, (care, raised) in found.care.items()
         ):
             # A part of the block needed more care than those before it.
@@ -178,33 +181,36 @@ class BlockSweep:
         self,
         images: Batch,
         found: BlockAccumulator,
-        keep: Callable[[PartialBlock], None],
+        keep: Callable[[PartialBlock], None] | None,
         advance: Callable[[int, Job], None],
     ) -> None:
         parts = images.split(self.setup.batch_size)
-        for batch, clean in (run for part in parts for run in self._clean(part)):
+        for batch, clean in (run for part in parts for run in self._clean(part, found.jobs)):
             found.labels.append(batch.labels.cpu().numpy())
             found.baseline.append(clean.predicted.numpy())
-            for number, job in enumerate(self.setup.jobs):
+            for number, job in enumerate(found.jobs):
                 steps = _Steps(job, len(job.rows) * len(batch), advance)
                 if number >= found.skipped:
                     self.advance = steps
                     self._job(job, batch, clean, found)
-                    if len(batch) == len(images):
+                    if keep is not None and len(batch) == len(images):
                         keep(found.partial(number + 1, self._state))
                 steps.finish()
             del clean  # before the next batch has its own
 
     @property
     def _state(self) -> list[Any]:
-        return [pack_cascade(cascade, self._raised(job)) for job, cascade in self.cascades.items()]
+        return [pack_cascade(cascade, self.raised(job)) for job, cascade in self.cascades.items()]
 
-    def _raised(self, job: Job) -> int:
+    def raised(self, job: Job) -> int:
         """How often the threshold of a job has been raised."""
         return 0 if self.screen is None else self.screen.raised[job]
 
-    def _clean(self, batch: Batch) -> Iterator[tuple[Batch, Clean]]:
-        """Run the intact network, on halves of the batch where memory does not suffice."""
+    def _clean(self, batch: Batch, jobs: Sequence[Job]) -> Iterator[tuple[Batch, Clean]]:
+        """Run the intact network, on halves of the batch where memory does not suffice.
+
+        What gradients say is asked of some jobs.
+        """
         setup, start = self.setup, time.perf_counter()
         try:
             if setup.graph is None:
@@ -227,7 +233,7 @@ class BlockSweep:
                 )
             self.rounding = clean.rounding
             if self.screen is not None:
-                clean = self.screen.predict(batch, clean)
+                clean = self.screen.predict(batch, clean, jobs)
             if self.drawing is not None:
                 clean = self.drawing.predict(batch, clean)
         except out_of_memory.ERRORS as error:
@@ -240,7 +246,7 @@ class BlockSweep:
             yield batch, clean
             return
         for half in _halves(batch):
-            yield from self._clean(half)
+            yield from self._clean(half, jobs)
 
     def _job(self, job: Job, batch: Batch, clean: Clean, found: BlockAccumulator) -> None:
         """Do a job on a batch, again with more care where the audit finds it wrong."""
@@ -255,7 +261,7 @@ class BlockSweep:
         flips = self._flips(job, batch, clean, None if measured is None else measured.record)
         if flips is None:
             for half in _halves(batch):
-                for part, known in self._clean(half):
+                for part, known in self._clean(half, [job]):
                     self._job(job, part, known, found)
             return
         spent = time.perf_counter() - start
@@ -267,7 +273,7 @@ class BlockSweep:
         if audited.wrong:
             self.auditor.check_intact(batch, clean, audited)
             if self._more_careful(job, audited):
-                found.differed.update((pair.row, pair.image) for pair in audited.wrong)
+                found.differed |= {(pair.row, pair.image): job.name for pair in audited.wrong}
                 self._job(job, batch, clean, found)
                 return
         cascade = self.cascades[job]
@@ -279,7 +285,7 @@ class BlockSweep:
             audited,
             care=cascade.care,
             strategy=strategy,
-            raised=self._raised(job),
+            raised=self.raised(job),
             screened=None if self.screen is None else self.screen.found.pop(job, None),
             drawn=None if self.drawing is None else self.drawing.noted(job, flips),
         )

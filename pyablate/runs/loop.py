@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pyablate.data.dataset import Batch, Data
 from pyablate.engine.care import Care
@@ -19,7 +21,6 @@ from pyablate.engine.job import Job
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.engine.replacements import Key, Statistics
 from pyablate.result import AblationResult
-from pyablate.results.record import Audit
 from pyablate.runs.blocks import Block, BlockMetadata, Joining, PartialBlock
 from pyablate.runs.executor import BlockSweep
 from pyablate.runs.fingerprint import Identity, differences, hash_images
@@ -48,6 +49,7 @@ class InMemory:
 
     layout: Layout
     joined: Joining = field(default_factory=Joining)
+    updates: list[tuple[Joining, NDArray[np.bool_]]] = field(default_factory=list)
 
     def done(self) -> list[int]:
         """Nothing is there when the run begins."""
@@ -57,11 +59,9 @@ class InMemory:
         """Give nothing: blocks are joined at once."""
         return None
 
-    def again(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Let all blocks go if any: what is joined cannot be taken apart."""
-        if not numbers:
-            return []
-        self.joined = Joining()
+    def again(self, numbers: Sequence[int], rows: NDArray[np.bool_]) -> Sequence[int]:
+        """Let rows of all blocks be computed again: what is joined cannot be taken apart."""
+        self.updates.append((Joining(), rows))
         return range(len(self.layout))
 
     def partial(self, number: int) -> PartialBlock | None:
@@ -72,6 +72,10 @@ class InMemory:
         """Keep a block."""
         self.joined.add(block)
 
+    def update(self, number: int, block: Block, rows: NDArray[np.bool_]) -> None:
+        """Keep a block, of which these rows count."""
+        self.updates[-1][0].add(block)
+
     def write_partial(self, number: int, partial: PartialBlock) -> None:
         """Let it go."""
 
@@ -81,7 +85,10 @@ class InMemory:
 
     def collect(self) -> Block:
         """Give all blocks together."""
-        return self.joined.block()
+        block = self.joined.block()
+        for update, rows in self.updates:
+            block = block.updated(update.block(), rows)
+        return block
 
 
 Held = InMemory | RunStore
@@ -283,11 +290,8 @@ class RunLoop:
         """Compute some blocks and keep them."""
         held = self.held
         for number, images in read_blocks(self.sweep.setup.data, held.layout, numbers):
-            partial, before = held.partial(number), self.made.get(number)
-            hashed = hash_images(images, self.dtype) if self.hashing else 0
-            for known in (partial.metadata if partial else None, before):
-                if known is not None and known.hash != hashed:
-                    raise _other_images(held.layout.block(number))
+            partial = held.partial(number)
+            hashed = self._hash(number, images, partial.metadata if partial else None)
             if partial is not None:
                 restore_cascades(self.cascades, partial.metadata.state, any_tier=self.any_tier)
                 self._raise(raised_of(partial.metadata.state))
@@ -300,13 +304,30 @@ class RunLoop:
                 keep=functools.partial(held.write_partial, number),
                 advance=self._advance,
             )
-            if before is not None:
-                block = replace(block, metadata=_with_mended(block.metadata, before))
             held.write(number, block)
             self.made[number] = block.metadata.small  # as large as the result
 
+    def _hash(self, number: int, images: Batch, known: BlockMetadata | None) -> int:
+        """Return the hash of a block's images, if any, after comparing it with what is known."""
+        hashed = hash_images(images, self.dtype) if self.hashing else 0
+        if known is not None and known.hash != hashed:
+            raise _other_images(self.held.layout.block(number))
+        return hashed
+
+    def _redo(self, numbers: Sequence[int], jobs: Sequence[Job]) -> None:
+        """Compute some jobs of finished blocks again, and keep the others as they are."""
+        rows = np.zeros(self.rows, dtype=bool)
+        for job in jobs:
+            rows[job.rows.start : job.rows.stop] = True
+        numbers = self.held.again(numbers, rows)
+        for number, images in read_blocks(self.sweep.setup.data, self.held.layout, numbers):
+            hashed = self._hash(number, images, self.made[number])
+            block = self.sweep.block(images, hashed, jobs=jobs, advance=self._advance)
+            self.held.update(number, block, rows)
+            self.made[number] = block.metadata.small
+
     def _even_out(self) -> None:
-        """Compute blocks again that were done with less care than later ones turned out to need.
+        """Compute again what was done with less care than later blocks turned out to need.
 
         Until the processes agree on the care of each job, and all blocks have been done with it.
         """
@@ -321,23 +342,37 @@ class RunLoop:
             for cascade, level in zip(self.cascades, care, strict=False):
                 cascade.care = Care(level)
             self._raise(care[len(self.cascades) :])
-            behind = [
-                number for number, metadata in self.made.items() if self._behind(metadata.state)
-            ]
+            found = {number: self._behind(known.state) for number, known in self.made.items()}
+            behind = sorted(number for number, jobs in found.items() if jobs)
             if behind:
+                jobs = self._together(set().union(*found.values()))
                 logger.warning(
-                    "%d finished blocks are computed again, with the care that others needed",
+                    "%d finished blocks are computed again, with the care that others needed: %s",
                     len(behind),
+                    ", ".join(dict.fromkeys(job.name for job in jobs)),
                 )
-            self._do(self.held.again(sorted(behind)))
+                self._redo(behind, jobs)
 
-    def _behind(self, state: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether any of the jobs was done with less care than is taken now."""
-        done = zip(self.cascades, care_of(state), strict=False)
-        lower = zip(self._raised, raised_of(state), strict=False)
-        return any(care < cascade.care for cascade, care in done) or any(
-            before < now for now, before in lower
-        )
+    def _behind(self, state: Sequence[Mapping[str, Any]]) -> set[Job]:
+        """Tell which jobs were done with less care than is taken now.
+
+        Where all pairs of a job are computed, its thresholds are of no account.
+        """
+        known = zip(self.sweep.cascades.items(), care_of(state), raised_of(state), strict=False)
+        return {
+            job
+            for (job, cascade), care, raised in known
+            if care < cascade.care or (care < Care.FLOAT64 and raised < self.sweep.raised(job))
+        }
+
+    def _together(self, behind: Collection[Job]) -> list[Job]:
+        """Add the jobs that cannot be computed again without these.
+
+        What is recorded of a layer is of all its jobs, and the error of a measure of all layers.
+        """
+        layers = {job.name for job in behind}
+        jobs = self.sweep.setup.jobs
+        return [job for job in jobs if job.name in layers or self.sweep.measures]
 
     @property
     def _raised(self) -> list[int]:
@@ -394,12 +429,6 @@ class RunLoop:
         total = self.rows * len(self.held.layout.images)
         elsewhere = self.before + self.others
         self.report(min(total, elsewhere + self.mine), total, layer, elsewhere + self.worked)
-
-
-def _with_mended(metadata: BlockMetadata, before: BlockMetadata) -> BlockMetadata:
-    """Add what was mended when the block was computed before."""
-    audit = metadata.audit + Audit(0, 0, before.audit.mended)
-    return replace(metadata, audit=audit)
 
 
 def _other_images(where: range) -> StoreMismatch:

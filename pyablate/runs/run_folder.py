@@ -154,9 +154,13 @@ class RunStore:
         self._file(number, "begun").unlink(missing_ok=True)
         self._written = time.monotonic()
 
-    def again(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Tell which blocks to compute again where these have to be: no others."""
+    def again(self, numbers: Sequence[int], rows: NDArray[np.bool_]) -> Sequence[int]:
+        """Tell which blocks to compute again where rows of these have to be: no others."""
         return numbers
+
+    def update(self, number: int, block: Block, rows: NDArray[np.bool_]) -> None:
+        """Write a finished block once more, with some rows as they are in another."""
+        self.write(number, self._there(number).updated(block, rows))
 
     def partial(self, number: int) -> PartialBlock | None:
         """Read what is known of an unfinished block."""
@@ -193,11 +197,15 @@ class RunStore:
         """
         joined = Joining()
         for number in range(len(self.layout)):
-            block = self.read(number)
-            if block is None:
-                raise RuntimeError(f"{self.path}: block {number} has disappeared")
-            joined.add(block)
+            joined.add(self._there(number))
         return joined.block()
+
+    def _there(self, number: int) -> Block:
+        """Read a block that was there."""
+        block = self.read(number)
+        if block is None:
+            raise RuntimeError(f"{self.path}: block {number} has disappeared")
+        return block
 
     def _file(self, number: int, kind: str = "") -> Path:
         return self.blocks / ".".join([f"{number:09d}", *([kind] if kind else []), "npz"])

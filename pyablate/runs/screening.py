@@ -13,7 +13,7 @@ with lower ones is done again: pairs between the two are computed then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -90,6 +90,7 @@ class Screen:
     thresholds: Thresholds
     raised: dict[Job, int] = field(init=False)
     found: dict[Job, LayerScreening] = field(default_factory=dict)
+    _predictors: dict[frozenset[Job], Predictor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.raised = dict.fromkeys(self.setup.jobs, 0)
@@ -106,13 +107,17 @@ class Screen:
         names = {stage.place for one in self._of.values() for stage in one.stages if stage.place}
         return {node.name: node for node in self.setup.graph.graph.nodes if node.name in names}
 
-    @cached_property
-    def _predictor(self) -> Predictor:
-        graph = self.setup.graph
-        assert graph is not None
-        suffixes = {job: Suffix.of(graph, job) for job in self._of}
-        places = list(self._nodes.values())
-        return predictor(self.setup, suffixes, places, [self.thresholds.directions])
+    def _predictor(self, jobs: frozenset[Job]) -> Predictor:
+        """Make what predicts some of the jobs: fewer of them may need fewer layers' gradients."""
+        if jobs not in self._predictors:
+            graph = self.setup.graph
+            assert graph is not None
+            suffixes = {job: Suffix.of(graph, job) for job in self._of if job in jobs}
+            names = {stage.place for job in suffixes for stage in self._of[job].stages}
+            places = [node for name, node in self._nodes.items() if name in names]
+            directions = [self.thresholds.directions]
+            self._predictors[jobs] = predictor(self.setup, suffixes, places, directions)
+        return self._predictors[jobs]
 
     def share(self, job: Job) -> float:
         """Share of a job's pairs that is computed, about, silent ones included."""
@@ -121,11 +126,12 @@ class Screen:
         settled = self._of[job].settled
         return 1.0 - settled * (1.0 - self.thresholds.far_chance)
 
-    def predict(self, batch: Batch, clean: Clean) -> Clean:
-        """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
-        if clean.irregular or not self._of:
+    def predict(self, batch: Batch, clean: Clean, jobs: Iterable[Job]) -> Clean:
+        """Add what gradients say of some jobs on a batch; nothing where it is not finite."""
+        screened = frozenset(job for job in jobs if job in self._of)
+        if clean.irregular or not screened:
             return clean
-        return replace(clean, predicted_change=self._predictor.predict(batch, clean))
+        return replace(clean, predicted_change=self._predictor(screened).predict(batch, clean))
 
     def choose(self, sweep: Sweep, batch: Batch, row: Tensor, image: Tensor) -> Choice | None:
         """Look which live pairs ``[P]`` of a job are settled; None if all are to be computed."""

@@ -435,7 +435,7 @@ def test_joining_is_the_same_in_any_grouping(monkeypatch):
     for _ in range(7):
         pieces = [(draw.integers(6, size=9), draw.permutation(20)[:9], draw.integers(3, size=9))]
         labels = draw.integers(3, size=20)
-        metadata = blocks.BlockMetadata(int(draw.integers(1 << 60)), pa.Audit(2, 1))
+        metadata = blocks.BlockMetadata(int(draw.integers(1 << 60)), {"layer": pa.Audit(2, 1)})
         parts.append(blocks.Block(labels, labels, pa.Flips.gather(6, pieces), metadata))
     expected = pa.Flips.gather(
         6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate import demo
+from pyablate.data.dataset import Batch
+from pyablate.engine.job import Job
 from pyablate.engine.score import Score
 from pyablate.runs import _ablate, screening_costs, screening_sample, thresholds
+from pyablate.runs.executor import BlockSweep
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.screening import Screen
 
@@ -133,11 +137,12 @@ def test_a_wrong_pair_is_corrected_raises_the_threshold_and_is_counted(case, car
     assert found.wrong <= found.sampled
 
 
-def test_batches_memory_and_threads_change_nothing(case, careless):
+def test_batches_memory_and_threads_change_nothing(case, careless, tmp_path):
     careless(1e-3)  # so that thresholds are raised on the way
     plain = ablate(case, LAYERS, memory=1 << 30)
     assert plain.screening.wrong > 0
-    for options in ({"batch_size": 7}, {"batch_size": 33, "memory": 1 << 24}):
+    kept: dict[str, Any] = {"batch_size": 7, "output": tmp_path / "run.zarr"}
+    for options in ({"batch_size": 7}, {"batch_size": 33, "memory": 1 << 24}, kept):
         other = ablate(case, LAYERS, **options)
         assert flips(other) == flips(plain)
         assert other.screening == plain.screening
@@ -147,6 +152,29 @@ def test_batches_memory_and_threads_change_nothing(case, careless):
         assert flips(ablate(case, LAYERS)) == flips(plain)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_only_layers_whose_thresholds_were_raised_are_computed_again(
+    case, careless, tmp_path, monkeypatch, caplog, kept
+):
+    careless(1e-3)
+    done: Counter[tuple[str, int]] = Counter()
+    plain = BlockSweep._job
+
+    def job(self: BlockSweep, job: Job, batch: Batch, *rest: Any) -> None:
+        done[job.name, int(batch.index[0])] += 1
+        plain(self, job, batch, *rest)
+
+    monkeypatch.setattr(BlockSweep, "_job", job)
+    options: dict[str, Any] = {"output": tmp_path / "run.zarr"} if kept else {}
+    found = ablate(case, LAYERS, batch_size=20, **options)
+    raised = {name for name, layer in found.screening.layers.items() if layer.raised}
+    assert raised == {"features.6"}
+    assert {name for (name, _), times in done.items() if times > 1} == raised
+    assert done["features.6", 0] == 2
+    assert set(done) == {(name, image) for name in LAYERS for image in (0, 20, 40, 60)}
+    assert "with the care that others needed: features.6" in caplog.text
 
 
 def test_the_audit_changes_nothing_of_the_sample_and_computes_its_pairs(case, careless):
@@ -188,13 +216,13 @@ def test_merging_tells_where_only_some_shards_raised_a_threshold(case, tmp_path,
 
 def test_a_killed_run_goes_on_with_the_same_thresholds(case, tmp_path, monkeypatch, careless):
     careless(1e-3)
-    ablate(case, output=tmp_path / "whole.zarr", batch_size=20)
+    ablate(case, LAYERS, output=tmp_path / "whole.zarr", batch_size=20)
     place = tmp_path / "killed.zarr"
     with pytest.raises(Killed):
-        ablate(case, output=place, batch_size=20, progress=stopping(4))
+        ablate(case, LAYERS, output=place, batch_size=20, progress=stopping(4))
     assert (place / "blocks").exists()
     monkeypatch.setattr("pyablate.runs._ablate.measure", None)  # they are read, not measured again
-    ablate(case, output=place, batch_size=20)
+    ablate(case, LAYERS, output=place, batch_size=20)
     assert contents(place) == contents(tmp_path / "whole.zarr")
 
 
