@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ from support.stores import contents
 from torch import Tensor, nn
 
 import pyablate as pa
+from pyablate.data.dataset import Batch
+from pyablate.engine.care import Mismatch
+from pyablate.engine.job import Job
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import sampling_design
+from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.sampling_design import Budget, JobDesign
 
@@ -145,6 +149,34 @@ def test_the_audit_finds_what_is_wrong(case, exact, monkeypatch):
     found = ablate(case, audit=300)
     assert found.audit.mended > 0
     assert np.allclose(found.accuracy_drop, exact.accuracy_drop[:UNITS])  # all, more carefully
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_layer_found_wrong_late_is_computed_again_and_the_others_are_kept(
+    case, exact, monkeypatch, tmp_path, kept
+):
+    plain = ablate(case, ["act", "last"])
+    check, told = Auditor.check, []
+
+    def find(self: Auditor, job: Job, batch: Batch, *rest: Any) -> Audited:
+        found = check(self, job, batch, *rest)
+        if told or job.name != "act" or int(batch.index[-1]) != IMAGES - 1:
+            return found
+        told.append(job)
+        return replace(found, wrong=[Mismatch(0, IMAGES - 1, 0, 1)])
+
+    monkeypatch.setattr(Auditor, "check", find)
+    options: dict[str, Any] = {"batch_size": 100, "audit": 60, "precision": "fp32"}
+    if kept:
+        options["output"] = tmp_path / "run.zarr"
+    found = ablate(case, ["act", "last"], **options)
+    assert found.strategy == {"act": "delta (float64)", "last": "closed form"}
+    assert found.audit == pa.Audit(60, 0, 1)
+    assert np.array_equal(found.estimate.drawn[UNITS:], plain.estimate.drawn[UNITS:])
+    assert found.estimate.drawn[:UNITS].sum() == 0 < plain.estimate.drawn[:UNITS].sum()
+    assert (found.flips.weight == 1.0).all()
+    for name in ("start", "image", "prediction"):  # all pairs of one are computed, and of the other
+        assert np.array_equal(getattr(found.flips, name), getattr(exact.flips, name))
 
 
 def test_a_whole_budget(case, exact):
