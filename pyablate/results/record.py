@@ -224,11 +224,23 @@ class Flips:
 
     def updated(self, again: Flips, rows: NDArray[np.bool_]) -> Flips:
         """Take the entries of some rows, bool ``[unit]``, from another record of these images."""
-        pieces: list[tuple[ArrayLike, ...]] = []
-        for part, which in ((self, ~rows[self.row]), (again, rows[again.row])):
-            known = (part.row, part.image, part.prediction, part.weight)
-            pieces.append(tuple(one[which] for one in known if one is not None))
-        return Flips.gather(len(rows), pieces, weighted=self.weight is not None)
+        count = np.where(rows, np.diff(again.start), np.diff(self.start))
+        new, kept, taken = np.repeat(rows, count), ~rows[self.row], rows[again.row]
+
+        def merged(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+            found = np.empty(len(new), mine.dtype)
+            found[~new], found[new] = mine[kept], other[taken]
+            return found
+
+        weight = None
+        if self.weight is not None and again.weight is not None:
+            weight = merged(self.weight, again.weight)
+        return Flips(
+            np.concatenate([[0], np.cumsum(count, dtype=np.int64)]),
+            merged(self.image, again.image),
+            merged(self.prediction, again.prediction),
+            weight,
+        )
 
     @cached_property
     def row(self) -> Ints:

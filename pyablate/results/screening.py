@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -172,9 +172,11 @@ class Screening:
             layers=layers,
         )
 
-    def updated(self, again: Screening) -> Screening:
-        """Take the layers that were screened once more, on the same images."""
-        return replace(self, layers={**self.layers, **again.layers})
+    def updated(self, again: Screening, layers: Collection[str]) -> Screening:
+        """Take these layers as they were done once more on the same images, screened or not."""
+        found = {**self.layers, **again.layers}
+        left = {n: one for n, one in found.items() if n in again.layers or n not in layers}
+        return replace(self, layers=left)
 
     @property
     def total(self) -> LayerScreening:

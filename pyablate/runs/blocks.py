@@ -42,7 +42,8 @@ class BlockMetadata:
     hash : int
         Of the images and labels; see :func:`pyablate.runs.fingerprint.hash_images`.
     audits : dict
-        Of the pairs recomputed here, per layer; of merged parts all together, without a name.
+        Of the pairs recomputed here, per layer; of merged parts, and where an older version wrote
+        them down, all together without a name.
     strategy : dict
         Per layer, how it was computed.
     state : list
@@ -75,16 +76,20 @@ class BlockMetadata:
 
     def updated(self, again: BlockMetadata, rows: NDArray[np.bool_]) -> BlockMetadata:
         """As :meth:`Block.updated`."""
-        mended = {name: Audit(0, 0, one.mended) for name, one in self.audits.items()}
-        audits = {name: one + mended.get(name, Audit(0, 0)) for name, one in again.audits.items()}
+        audits = dict(self.audits)
+        for name, one in again.audits.items():
+            before = audits.get(name, Audit(0, 0))
+            # In a block of an older version the same pairs are counted, for all layers together.
+            pairs = 0 if "" in audits and name not in audits else one.pairs
+            audits[name] = Audit(pairs, one.mismatches, before.mended + one.mended)
         return replace(
             self,
-            audits={**self.audits, **audits},
+            audits=audits,
             strategy={**self.strategy, **again.strategy},
             state=again.state,
             measures=again.measures,  # where there are any, all rows are computed again
             screening=(
-                self.screening.updated(again.screening)
+                self.screening.updated(again.screening, again.audits)
                 if self.screening and again.screening
                 else None
             ),
@@ -341,13 +346,14 @@ def _read(
             known = json.loads(packed["known"].tobytes())
             if known["run"] != run:
                 return None
+            audits = known["audits"] if "audits" in known else {"": known["audit"]}
             measures = {
                 name: Measure(packed[f"sum.{name}"], Accuracy(**accuracy))
                 for name, accuracy in known["measures"].items()
             }
             metadata = BlockMetadata(
                 hash=int(known["hash"], 16),
-                audits={name: Audit(**audit) for name, audit in known["audits"].items()},
+                audits={name: Audit(**audit) for name, audit in audits.items()},
                 strategy=dict(known["strategy"]),
                 state=list(known["state"]),
                 measures=measures,

@@ -168,11 +168,7 @@ class BlockSweep:
         if partial is not None:
             found.go_on_from(partial)
         self._sweep(images, found, keep, advance)
-        while any(
-            care < self.cascades[job].care or raised < self.raised(job)
-            for job, (care, raised) in found.care.items()
-        ):
-            # A part of the block needed more care than those before it.
+        while self._behind(found):
             found = found.start_over()
             self._sweep(images, found, keep, advance)
         return found.block(images, self._state)
@@ -193,10 +189,17 @@ class BlockSweep:
                 if number >= found.skipped:
                     self.advance = steps
                     self._job(job, batch, clean, found)
-                    if keep is not None and len(batch) == len(images):
+                    if keep is not None and len(batch) == len(images) and not self._behind(found):
                         keep(found.partial(number + 1, self._state))
                 steps.finish()
             del clean  # before the next batch has its own
+
+    def _behind(self, found: BlockAccumulator) -> bool:
+        """Whether a part of the block needed more care than those before it."""
+        return any(
+            care < self.cascades[job].care or raised < self.raised(job)
+            for job, (care, raised) in found.care.items()
+        )
 
     @property
     def _state(self) -> list[Any]:
@@ -232,10 +235,11 @@ class BlockSweep:
                     trusted=not setup.abrupt,
                 )
             self.rounding = clean.rounding
-            if self.screen is not None:
-                clean = self.screen.predict(batch, clean, jobs)
-            if self.drawing is not None:
-                clean = self.drawing.predict(batch, clean)
+            chosen = self.drawing or self.screen
+            # With more care all pairs are computed, whatever gradients say.
+            some = [job for job in jobs if self.cascades[job].care < Care.FLOAT64]
+            if chosen is not None and some and not clean.irregular:
+                clean = chosen.predict(batch, clean, some)
         except out_of_memory.ERRORS as error:
             if len(batch) == 1 or not out_of_memory.is_shortage(error):
                 raise

@@ -235,7 +235,8 @@ class RunLoop:
     report : callable
         Where progress goes.
     made : dict
-        What is known of the finished blocks that are this process's own.
+        What is known of the finished blocks that are this process's own, when they were last at
+        work: the hash of their images, and the state of all jobs.
     before, mine, others : int
         Pairs done before, by this process, and by the others when they were last looked at.
     worked : float
@@ -345,13 +346,13 @@ class RunLoop:
             found = {number: self._behind(known.state) for number, known in self.made.items()}
             behind = sorted(number for number, jobs in found.items() if jobs)
             if behind:
-                jobs = self._together(set().union(*found.values()))
+                careless = set().union(*found.values())
                 logger.warning(
                     "%d finished blocks are computed again, with the care that others needed: %s",
                     len(behind),
-                    ", ".join(dict.fromkeys(job.name for job in jobs)),
+                    ", ".join(dict.fromkeys(j.name for j in self.sweep.cascades if j in careless)),
                 )
-                self._redo(behind, jobs)
+                self._redo(behind, self._together(careless))
 
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> set[Job]:
         """Tell which jobs were done with less care than is taken now.

@@ -7,7 +7,7 @@ something else; see :mod:`pyablate.results.estimate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -104,9 +104,10 @@ class Drawing:
         """Share of a job's pairs that is computed, about."""
         return self._of[job].drawn if job in self._of else 1.0
 
-    def predict(self, batch: Batch, clean: Clean) -> Clean:
-        """Add what gradients say of the pairs of a batch; nothing where it is not finite."""
-        if clean.irregular or self._predictor is None:
+    def predict(self, batch: Batch, clean: Clean, jobs: Iterable[Job]) -> Clean:
+        """Add what gradients say on a batch on which everything is finite, if any job is scored."""
+        scored = any(job in self._of and self._of[job].scored for job in jobs)
+        if self._predictor is None or not scored:
             return clean
         return replace(clean, predicted_change=self._predictor.predict(batch, clean))
 

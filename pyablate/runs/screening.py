@@ -127,9 +127,9 @@ class Screen:
         return 1.0 - settled * (1.0 - self.thresholds.far_chance)
 
     def predict(self, batch: Batch, clean: Clean, jobs: Iterable[Job]) -> Clean:
-        """Add what gradients say of some jobs on a batch; nothing where it is not finite."""
+        """Add what gradients say of some jobs on a batch on which everything is finite."""
         screened = frozenset(job for job in jobs if job in self._of)
-        if clean.irregular or not screened:
+        if not screened:
             return clean
         return replace(clean, predicted_change=self._predictor(screened).predict(batch, clean))
 

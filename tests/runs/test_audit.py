@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import networks
-from support.faults import audited, break_relu, unmeasured
+from support.faults import audited, break_relu, counted, suspected, unmeasured
 from support.runs import Killed, network, stopping
 from support.shelled import TESTS, program
 from support.stores import contents
@@ -97,6 +97,33 @@ def test_a_fault_seen_late_is_mended_everywhere(
     assert len(result.labels) == IMAGES
     if place is not None:
         assert pa.load(place).audit == result.audit
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_only_the_layer_found_wrong_is_computed_again(case, monkeypatch, tmp_path, times, kept):
+    sound = ablate(case, audit=0)
+    suspected(monkeypatch, IMAGES - 1, {"1": times})
+    done = counted(monkeypatch)
+    options: dict[str, Any] = {"output": tmp_path / "run.zarr"} if kept else {}
+    result = ablate(case, audit=20, **options)
+    strategy = {1: "delta (float64)", 2: "replay (float64)"}[times]
+    assert result.strategy == {"1": strategy, "3": "closed form"}
+    assert result.audit == Audit(20, 0, 1)
+    assert {name for (name, _), count in done.items() if count > 1} == {"1"}
+    for name in ("start", "image", "prediction"):
+        np.testing.assert_array_equal(getattr(result.flips, name), getattr(sound.flips, name))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_stays_wrong_in_one_layer_is_counted_once_if_another_is_computed_again(
+    case, monkeypatch, tmp_path, kept
+):
+    suspected(monkeypatch, IMAGES - 1, {"1": 10**9, "3": 1})
+    options: dict[str, Any] = {"output": tmp_path / "run.zarr"} if kept else {}
+    result = ablate(case, audit=20, on_mismatch="warn", **options)
+    assert result.strategy == {"1": "replay (float64)", "3": "delta (float64)"}
+    assert result.audit == Audit(20, 1, 1)
 
 
 def test_the_faults_are_seen_by_nobody_without_an_audit(case, monkeypatch):

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import xarray as xr
 import zarr
 from support import runs
+from support.faults import suspected
 from support.runs import Killed
 from support.simulated import small
 from support.stores import OLD, as_of_then, contents, unseal
@@ -232,6 +234,17 @@ def test_an_older_run_goes_on(old, caplog):
     np.testing.assert_array_equal(found.predictions(), before.predictions())
     assert found.provenance == before.provenance
     assert found.audit == before.audit
+
+
+def test_blocks_of_an_older_run_are_computed_again_where_a_layer_was_found_wrong(
+    old, monkeypatch, caplog
+):
+    before = pa.load(OLD / "finished.zarr")
+    suspected(monkeypatch, len(before.labels) - 1, {"1": 1})
+    found = run(old / "unfinished.zarr")
+    assert "finished blocks are computed again, with the care that others needed: 1" in caplog.text
+    np.testing.assert_array_equal(found.predictions(), before.predictions())
+    assert found.audit == replace(before.audit, mended=1)
 
 
 def test_an_older_result_is_replaced(old):

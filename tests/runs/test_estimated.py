@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.faults import suspected
 from support.runs import Killed, stopping, told_cascades
 from support.stores import contents
 from torch import Tensor, nn
 
 import pyablate as pa
-from pyablate.data.dataset import Batch
-from pyablate.engine.care import Mismatch
-from pyablate.engine.job import Job
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import sampling_design
-from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.sampling_design import Budget, JobDesign
 
@@ -156,16 +153,7 @@ def test_a_layer_found_wrong_late_is_computed_again_and_the_others_are_kept(
     case, exact, monkeypatch, tmp_path, kept
 ):
     plain = ablate(case, ["act", "last"])
-    check, told = Auditor.check, []
-
-    def find(self: Auditor, job: Job, batch: Batch, *rest: Any) -> Audited:
-        found = check(self, job, batch, *rest)
-        if told or job.name != "act" or int(batch.index[-1]) != IMAGES - 1:
-            return found
-        told.append(job)
-        return replace(found, wrong=[Mismatch(0, IMAGES - 1, 0, 1)])
-
-    monkeypatch.setattr(Auditor, "check", find)
+    suspected(monkeypatch, IMAGES - 1, {"act": 1})
     options: dict[str, Any] = {"batch_size": 100, "audit": 60, "precision": "fp32"}
     if kept:
         options["output"] = tmp_path / "run.zarr"

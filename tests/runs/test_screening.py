@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.faults import counted, suspected
 from support.runs import Killed, stopping, told_cascades
 from support.screened import careless_thresholds, layers_case, screen_anyway
 from support.stores import contents
@@ -17,11 +17,8 @@ from torch import Tensor, nn
 
 import pyablate as pa
 from pyablate import demo
-from pyablate.data.dataset import Batch
-from pyablate.engine.job import Job
 from pyablate.engine.score import Score
 from pyablate.runs import _ablate, screening_costs, screening_sample, thresholds
-from pyablate.runs.executor import BlockSweep
 from pyablate.runs.run_folder import StoreMismatch
 from pyablate.runs.screening import Screen
 
@@ -159,14 +156,7 @@ def test_only_layers_whose_thresholds_were_raised_are_computed_again(
     case, careless, tmp_path, monkeypatch, caplog, kept
 ):
     careless(1e-3)
-    done: Counter[tuple[str, int]] = Counter()
-    plain = BlockSweep._job
-
-    def job(self: BlockSweep, job: Job, batch: Batch, *rest: Any) -> None:
-        done[job.name, int(batch.index[0])] += 1
-        plain(self, job, batch, *rest)
-
-    monkeypatch.setattr(BlockSweep, "_job", job)
+    done = counted(monkeypatch)
     options: dict[str, Any] = {"output": tmp_path / "run.zarr"} if kept else {}
     found = ablate(case, LAYERS, batch_size=20, **options)
     raised = {name for name, layer in found.screening.layers.items() if layer.raised}
@@ -175,6 +165,33 @@ def test_only_layers_whose_thresholds_were_raised_are_computed_again(
     assert done["features.6", 0] == 2
     assert set(done) == {(name, image) for name in LAYERS for image in (0, 20, 40, 60)}
     assert "with the care that others needed: features.6" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_layer_found_wrong_late_is_computed_as_a_whole_and_not_screened(
+    case, tmp_path, monkeypatch, kept
+):
+    """Its single units, not a group of some, which are recorded under the same name."""
+    asked: dict[str, Any] = {"groups": [["features.6:1", "features.6:2"]], "precision": "fp32"}
+    exact = ablate(case, LAYERS, guarantee="exact", **asked)
+    asked |= {"batch_size": 20, "audit": 40}
+    plain = ablate(case, LAYERS, **asked)
+    suspected(monkeypatch, 79, {"features.6": 1})
+    done = counted(monkeypatch)
+    options: dict[str, Any] = {"output": tmp_path / "run.zarr"} if kept else {}
+    found = ablate(case, LAYERS, **asked, **options)
+    assert found.strategy == {"features.6": "delta (float64)", "features.13": "delta"}
+    before, after = plain.screening.layers, found.screening.layers
+    assert (before["features.6"].pairs, after["features.6"].pairs) == (65 * 80, 80)
+    assert after["features.13"] == before["features.13"]
+    assert found.audit == pa.Audit(40, 0, 1)
+    assert {name for (name, _), times in done.items() if times != 1} == {"features.6"}
+    rows = (found.units["layer"] == "features.6").to_numpy()
+    assert rows.sum() == 64 + 1
+    known = flips(exact)
+    assert {pair: new for pair, new in flips(found).items() if rows[pair[0]]} == {
+        pair: new for pair, new in known.items() if rows[pair[0]]
+    }
 
 
 def test_the_audit_changes_nothing_of_the_sample_and_computes_its_pairs(case, careless):
@@ -218,10 +235,15 @@ def test_a_killed_run_goes_on_with_the_same_thresholds(case, tmp_path, monkeypat
     careless(1e-3)
     ablate(case, LAYERS, output=tmp_path / "whole.zarr", batch_size=20)
     place = tmp_path / "killed.zarr"
-    with pytest.raises(Killed):
-        ablate(case, LAYERS, output=place, batch_size=20, progress=stopping(4))
-    assert (place / "blocks").exists()
-    monkeypatch.setattr("pyablate.runs._ablate.measure", None)  # they are read, not measured again
+    blocks: list[int] = []  # that were there when it was killed
+    while not blocks or blocks[-1] < 4:  # then a layer of some of them is computed again
+        progress = stopping(6)
+        with pytest.raises(Killed):
+            ablate(case, LAYERS, output=place, batch_size=20, progress=progress)
+        blocks.append(len(list((place / "blocks").glob("?????????.npz"))))
+        # They are read, not measured again.
+        monkeypatch.setattr("pyablate.runs._ablate.measure", None)
+    assert blocks == [1, 2, 3, 4]
     ablate(case, LAYERS, output=place, batch_size=20)
     assert contents(place) == contents(tmp_path / "whole.zarr")
 

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import fx
 
+from pyablate.data.dataset import Batch
 from pyablate.engine import rules
+from pyablate.engine.care import Mismatch
+from pyablate.engine.job import Job
 from pyablate.engine.precision_cascade import PrecisionCascade
 from pyablate.runs import _ablate
+from pyablate.runs.audit import Audited, Auditor
+from pyablate.runs.executor import BlockSweep
 from support.ranked import ablate, together
 from support.runs import IMAGES
 from support.stores import contents
@@ -50,6 +58,32 @@ def audited(first: int) -> Callable[..., np.ndarray]:
         return np.array([[row, image] for row in rows for image in images])
 
     return choose
+
+
+def suspected(monkeypatch: pytest.MonkeyPatch, last: int, times: Mapping[str, int]) -> None:
+    """Let the audit find a pair of layers wrong so many times, on the last image."""
+    check, left = Auditor.check, Counter(times)
+
+    def find(self: Auditor, job: Job, batch: Batch, *rest: Any) -> Audited:
+        found = check(self, job, batch, *rest)
+        if int(batch.index[-1]) != last or not left[job.name]:
+            return found
+        left[job.name] -= 1
+        return replace(found, wrong=[Mismatch(job.rows.start, last, 0, 1)])
+
+    monkeypatch.setattr(Auditor, "check", find)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    """Count how often each layer is done on the batch that begins with each image."""
+    plain, done = BlockSweep._job, Counter[tuple[str, int]]()
+
+    def job(self: BlockSweep, job: Job, batch: Batch, *rest: Any) -> None:
+        done[job.name, int(batch.index[0])] += 1
+        plain(self, job, batch, *rest)
+
+    monkeypatch.setattr(BlockSweep, "_job", job)
+    return done
 
 
 def main() -> None:
