@@ -173,7 +173,7 @@ def merge(
     ] = False,
     csv: Csv = None,
 ) -> None:
-    """Join the results of all shards into that of one run, bit for bit.
+    """Join the results of all shards into that of one run.
 
     Refuses shards that are missing, that overlap, or that differ in model, data or options; and
     an output that exists, unless --fresh is given and it is none of the parts.

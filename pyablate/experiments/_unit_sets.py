@@ -65,7 +65,9 @@ def unit_sets(
     pandas.DataFrame
         One row per class and size: ``class``, ``size``, ``units`` (tuple of labels, the most
         important first), and balanced accuracies of the class (0.5 is chance): ``baseline`` of the
-        network, ``removed`` without the units, ``kept`` without all others of the layers.
+        network, ``removed`` without the units, ``kept`` without all others of the layers. Its
+        ``attrs`` tell ``intervention``, ``audit``, ``guarantee`` and, of a screened run,
+        ``screening``: what both of its ablations settled, and how much that can have missed.
 
     Raises
     ------
@@ -110,7 +112,15 @@ def unit_sets(
         }
         for target, size, best, removed, kept in lines
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs = {
+        "intervention": result.intervention,
+        "audit": str(single.audit + result.audit),
+        "guarantee": result.guarantee,
+    }
+    if single.screening is not None and result.screening is not None:
+        table.attrs["screening"] = str(single.screening + result.screening)
+    return table
 
 
 def _sizes(given: Sequence[int] | None, units: int) -> list[int]:

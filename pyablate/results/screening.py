@@ -72,7 +72,7 @@ class LayerScreening:
     silent : int
         Those that the ablation does not change at all: known without a prediction.
     computed : int
-        Those decided exactly: open ones, and the sample.
+        Those decided exactly: open ones, the sample, and audited ones.
     near, far : Sampled
         Pairs settled at first, with scores up to twice the threshold and beyond. Those opened
         again when the threshold was raised stay counted: what the sample says is about all.
@@ -226,7 +226,11 @@ class Screening:
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer: pairs, how they were decided, and the bounds."""
+        """One row per layer: pairs, how they were decided, and the bounds.
+
+        ``settled_later`` are those of the settled pairs that a narrow place settled, not the unit;
+        ``raised`` is how often the sample made the threshold larger.
+        """
         rows = [
             {
                 "layer": name,

@@ -323,7 +323,8 @@ class BlockSweep:
         cascade.care = self._next(job)
         how = cascade.care.describe(cascade.strategy)
         logger.warning("%s; the layer is computed again by: %s", found, how)
-        if (self.screen or self.drawing) is not None and cascade.care >= Care.FLOAT64:
+        partly = self.screen is not None or (self.drawing and not self.drawing.samples(job))
+        if partly and cascade.care >= Care.FLOAT64:
             logger.warning("all pairs of the layer are computed from here on, whatever was asked")
         return True
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import networks
+from support.screened import screen_anyway
 from torch import Tensor, nn
 
 import pyablate as pa
@@ -56,6 +57,20 @@ def test_sets_against_a_loop():
             assert row.removed == pytest.approx(removed)
             assert row.kept == pytest.approx(kept)
     assert next(rows, None) is None
+
+
+def test_tables_tell_what_they_rest_on(monkeypatch):
+    screen_anyway(monkeypatch)
+    model, images, labels = networks.network("residual", 60)
+    options = {"sizes": [2], "progress": False, "audit": 10}
+    exact = pa.unit_sets(model, (images, labels), LAYER, **options)
+    assert (exact.attrs["guarantee"], exact.attrs["intervention"]) == ("exact", "zero")
+    assert exact.attrs["audit"].startswith("20 pairs recomputed by replay, 0 mismatches")
+    assert "screening" not in exact.attrs
+    screened = pa.unit_sets(model, (images, labels), LAYER, **options, guarantee="screened")
+    assert screened.attrs["guarantee"] == "screened"
+    sets = 2 * len({frozenset(units) for units in screened["units"]})  # removed, and all but these
+    assert screened.attrs["screening"].startswith(f"{30 * (8 + sets):,} pairs: ")
 
 
 def test_default_sizes_are_those_that_fit():
