@@ -55,8 +55,8 @@ from .network.sites import select as select
 from .network.sites import sites as sites
 from .result import AblationResult as AblationResult
 from .result import load as load
-from .results.record import Audit as Audit
-from .results.record import Flips as Flips
+from .results.audit import Audit as Audit
+from .results.flips import Flips as Flips
 from .runs._ablate import ablate as ablate
 from .runs._merge import merge as merge
 from .runs._plan import Plan as Plan

@@ -14,8 +14,12 @@ import pandas as pd
 
 from pyablate.analysis import statistics
 from pyablate.results import store
+from pyablate.results.arrays import Floats
+from pyablate.results.audit import Audit
+from pyablate.results.effort import Effort
+from pyablate.results.flips import Flips
 from pyablate.results.notebook import page
-from pyablate.results.record import Audit, Effort, Flips, Floats, Record
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 
 METHODS = ("pearson", "spearman", "kendall")
 Weights = NDArray[np.float32]

@@ -21,7 +21,8 @@ from scipy import stats
 
 from pyablate.analysis.bootstrap import Variable, Weights, coefficients, resample
 from pyablate.analysis.statistics import changes, net_by_cell, random_half
-from pyablate.results.record import Floats, Ints, Record
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.record import Record
 
 FIGURES = ("within_unit", "within_class", "precision")
 FEWEST = 3

@@ -12,7 +12,8 @@ from scipy.spatial import distance
 
 from pyablate._validation import check_choice, check_count, nearest
 from pyablate.analysis.statistics import layer_rows
-from pyablate.results.record import Floats, Ints, Record, coordinates
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.record import Record, coordinates
 from pyablate.runtime.chunking import DISTANCE_ROWS
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from pyablate.analysis.unit_table import (
     cell_columns,
     preferred_classes,
 )
-from pyablate.results.record import Floats, Record
+from pyablate.results.arrays import Floats
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr

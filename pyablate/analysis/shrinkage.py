@@ -12,7 +12,8 @@ import numpy as np
 from scipy import optimize, special
 
 from pyablate.analysis.statistics import layer_rows
-from pyablate.results.record import Counts, Floats, Record
+from pyablate.results.arrays import Counts, Floats
+from pyablate.results.record import Record
 
 # Of the logarithms of both parameters. Beyond e^9 the chances of all units are as good as equal.
 _BOUNDS = (-4.0, 9.0)

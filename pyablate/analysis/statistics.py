@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from pyablate._validation import check_count, check_level, check_seed
+from pyablate.results.arrays import Counts, Floats, Ints
 from pyablate.results.estimate import WIDTH
-from pyablate.results.record import Counts, Floats, Ints, Record, coordinates
+from pyablate.results.record import Record, coordinates
 from pyablate.runtime.chunking import NUMBERS
 
 if TYPE_CHECKING:

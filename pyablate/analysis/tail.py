@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from pyablate.results.arrays import Floats
 
 SHARE = 0.05
 """Share of the sample that counts as its tail, of :data:`LEAST` errors at least."""

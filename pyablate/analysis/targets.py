@@ -11,7 +11,8 @@ from scipy import stats
 from pyablate._validation import nearest
 from pyablate.analysis.shrinkage import shrunken_drop
 from pyablate.analysis.statistics import split_half_drop
-from pyablate.results.record import Floats, Ints, Record
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.record import Record
 
 PREFERRED = "preferred_class_drop"
 TARGETS = ("accuracy_drop", "split_half_drop", PREFERRED, "gini", "entropy")

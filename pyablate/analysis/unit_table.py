@@ -12,7 +12,8 @@ import pandas as pd
 from pyablate._validation import nearest
 from pyablate.io import checksums
 from pyablate.io.zarr_check import check_folder
-from pyablate.results.record import Floats, Ints, Record
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -29,7 +29,7 @@ from pyablate.network.sites import (
     select,
     sites,
 )
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 from pyablate.runtime.determinism import undisturbed
 
 if TYPE_CHECKING:

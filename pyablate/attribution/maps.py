@@ -15,7 +15,7 @@ from pyablate.attribution.propagation import Propagation, Relevance, contrasted
 from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import check_logits, forward, two_images
 from pyablate.network.sites import Site, check_model, evaluation
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 
 METHODS = ("grad_cam", "integrated_gradients", "lrp")
 """By Captum."""

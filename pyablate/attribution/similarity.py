@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pyablate._validation import optional
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 
 _MISSING = "SSIM needs scikit-image; install it with: pip install 'pyablate[attributions]'"
 _WINDOW = 7

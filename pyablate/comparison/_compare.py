@@ -23,8 +23,9 @@ from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
 from pyablate.network.model_checks import class_names_of
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Floats, Ints
 from pyablate.results.notebook import page
-from pyablate.results.record import Floats, Ints, word
+from pyablate.results.record import word
 from pyablate.runtime.determinism import undisturbed
 
 logger = logging.getLogger("pyablate")

@@ -21,7 +21,7 @@ from pyablate.network.classifier import giving_logits
 from pyablate.network.forward import check_logits, device_of, forward, own_dtype
 from pyablate.network.model_checks import fit_inputs
 from pyablate.network.sites import check_model, copied
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 from pyablate.runtime.allocator import keep_freed_blocks
 from pyablate.runtime.out_of_memory import is_shortage
 

@@ -29,7 +29,7 @@ from pyablate.comparison.evaluation import Evaluation, evaluate, prepared_pair
 from pyablate.data.dataset import Data
 from pyablate.network.forward import device_of
 from pyablate.network.sites import Site
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
 
 logger = logging.getLogger("pyablate")

@@ -18,7 +18,7 @@ from pyablate.analysis.targets import unit_targets
 from pyablate.analysis.unit_table import attribute_columns, table_frame
 from pyablate.compression.coupling import Coupled, Coupling
 from pyablate.result import AblationResult
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 from pyablate.results.screening import Screening
 
 if TYPE_CHECKING:

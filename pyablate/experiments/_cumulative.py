@@ -25,8 +25,8 @@ from pyablate.interventions import Intervention
 from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Floats, Ints
 from pyablate.results.notebook import page
-from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from pyablate.interventions import Intervention
 from pyablate.network.capture_memory import same_network
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Floats
 from pyablate.results.notebook import page
-from pyablate.results.record import Floats
 from pyablate.runs._ablate import ablate
 
 logger = logging.getLogger("pyablate")

@@ -17,8 +17,8 @@ from pyablate.experiments.units import opened
 from pyablate.interventions import Intervention
 from pyablate.network.sites import select
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Ints
 from pyablate.results.notebook import page
-from pyablate.results.record import Ints
 from pyablate.runs._ablate import ablate
 from pyablate.runtime.chunking import NUMBERS
 

@@ -16,7 +16,7 @@ from torch import nn
 from pyablate._validation import check_count
 from pyablate.experiments.units import opened
 from pyablate.network.sites import check_channels, select
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
 from pyablate.unit_attributes.observe import observe
 

@@ -19,7 +19,7 @@ from pyablate.experiments.units import one_layer, opened
 from pyablate.network.forward import forward
 from pyablate.network.model_checks import Ready
 from pyablate.network.sites import Site, hooked, select
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 from pyablate.runtime.determinism import undisturbed
 
 BATCH = 64

@@ -18,8 +18,9 @@ from pyablate.experiments.units import class_number, opened
 from pyablate.interventions import Intervention, parse
 from pyablate.network.capture_memory import same_network
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.audit import Audit
 from pyablate.results.notebook import page
-from pyablate.results.record import Audit, Floats, Ints
 from pyablate.results.screening import Screening
 from pyablate.runs._ablate import ablate
 from pyablate.runs.job_list import plan_jobs

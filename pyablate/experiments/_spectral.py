@@ -19,7 +19,7 @@ from pyablate.experiments.units import class_number, one_layer, opened
 from pyablate.network.forward import forward
 from pyablate.network.model_checks import Ready
 from pyablate.network.sites import Site, hooked, select
-from pyablate.results.record import Floats
+from pyablate.results.arrays import Floats
 from pyablate.runtime.determinism import undisturbed
 
 if TYPE_CHECKING:

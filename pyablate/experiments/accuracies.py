@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyablate.result import AblationResult
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 
 
 def class_accuracy(result: AblationResult) -> Floats:

@@ -22,8 +22,8 @@ from pyablate.interventions import Intervention
 from pyablate.network.capture_memory import same_network
 from pyablate.network.classifier import classifier
 from pyablate.result import AblationResult
+from pyablate.results.arrays import Floats, Ints
 from pyablate.results.notebook import page
-from pyablate.results.record import Floats, Ints
 from pyablate.runs._ablate import ablate
 
 FIGURES = ("gini", "split_half_drop", "max_class_drop", "accuracy_drop")

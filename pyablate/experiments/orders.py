@@ -12,7 +12,7 @@ import pandas as pd
 from pyablate._validation import nearest
 from pyablate.experiments.units import best_first
 from pyablate.result import AblationResult
-from pyablate.results.record import Ints
+from pyablate.results.arrays import Ints
 
 DROP, CLASS, RANDOM = "drop", "class", "random"
 BY_NAME = (DROP, CLASS, RANDOM)

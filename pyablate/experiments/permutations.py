@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pyablate._validation import check_choice, check_count, check_level
-from pyablate.results.record import Floats, Ints
+from pyablate.results.arrays import Floats, Ints
 
 Bools = NDArray[np.bool_]
 Lost = Callable[[Ints, Ints, Ints], Floats]

@@ -14,7 +14,7 @@ from pyablate._validation import nearest
 from pyablate.network.model_checks import Ready, open_up
 from pyablate.network.sites import Site, check_model
 from pyablate.result import AblationResult
-from pyablate.results.record import Ints
+from pyablate.results.arrays import Ints
 from pyablate.runtime.determinism import undisturbed
 
 

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-    from pyablate.results.record import Floats, Ints, Record, Rows
+    from pyablate.results.arrays import Floats, Ints
+    from pyablate.results.record import Record, Rows
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from pyablate.network.near_tie import check, near_tie
 from pyablate.network.sites import Site, check_model, sites
 from pyablate.reference.rows import Row, rows_of
 from pyablate.result import AblationResult
+from pyablate.results.flips import Flips
 from pyablate.results.measures import MEASURES, Measure
-from pyablate.results.record import Flips
 from pyablate.runtime.determinism import uncompiled
 from pyablate.runtime.locks import export_lock
 from pyablate.runtime.progress import Report, reporting

@@ -17,7 +17,8 @@ from pyablate.report.numbers import contents
 from pyablate.report.page import page
 from pyablate.report.patterns import pattern_rows
 from pyablate.report.relations import relations
-from pyablate.results.record import Ints, Record
+from pyablate.results.arrays import Ints
+from pyablate.results.record import Record
 
 logger = logging.getLogger("pyablate")
 

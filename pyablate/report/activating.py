@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pyablate.network.forward import forward
 from pyablate.network.model_checks import open_up
 from pyablate.network.sites import Site, hooked
-from pyablate.results.record import Ints, Record
+from pyablate.results.arrays import Ints
+from pyablate.results.record import Record
 from pyablate.runtime.determinism import undisturbed
 
 _BATCH = 128

@@ -14,7 +14,8 @@ from PIL import Image
 from pyablate.analysis.statistics import row_blocks
 from pyablate.report.numbers import certain, joined, leading
 from pyablate.report.packed import packed
-from pyablate.results.record import Ints, Record
+from pyablate.results.arrays import Ints
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr

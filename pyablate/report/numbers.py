@@ -21,7 +21,9 @@ from pyablate.analysis.statistics import (
     significance,
 )
 from pyablate.report.packed import packed
-from pyablate.results.record import Flips, Floats, Ints, Record
+from pyablate.results.arrays import Floats, Ints
+from pyablate.results.flips import Flips
+from pyablate.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr

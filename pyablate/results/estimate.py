@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from pyablate.results.arrays import Floats, Ints
 
 WIDTH = 1.959963984540054
 """Half-width of a 95 % interval in standard deviations."""

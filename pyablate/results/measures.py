@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from pyablate.results.arrays import Floats
 
 MEASURES = ("loss", "margin")
 """``loss``: cross-entropy in nats. ``margin``: the largest logit minus the second largest."""

@@ -8,20 +8,21 @@ Nothing here needs torch, a model or the extension.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from pyablate._validation import check_choice
+from pyablate.results.arrays import Counts, Floats, Ints
+from pyablate.results.audit import Audit
+from pyablate.results.effort import Effort
 from pyablate.results.estimate import Estimate
+from pyablate.results.flips import Flips
 from pyablate.results.measures import Measure
 from pyablate.results.screening import Screening
 
@@ -31,221 +32,11 @@ if TYPE_CHECKING:
 _ESTIMATED = ("accuracy", "accuracy_drop", "class_accuracy_drop", "lost", "gained")
 """Figures that an estimated run has intervals of."""
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Counts = NDArray[Any]
-"""int64; float64 where they are estimated, see :mod:`pyablate.results.estimate`."""
 Rows = Any
 """A label, a number, a slice, a mask, or a sequence of labels or numbers."""
 
 MOST_DENSE = 10_000
 """Classes up to which a confusion matrix is a whole array unless asked for otherwise."""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """How a run checked itself: random pairs recomputed by plain forward passes of the model.
-
-    Attributes
-    ----------
-    pairs : int
-        (unit, image) pairs recomputed, in float32, and in float64 where float32 does not settle
-        them or differs.
-    mismatches : int
-        Pairs whose recomputed prediction differed, near ties apart.
-    mended : int
-        Pairs that differed at first: their layers were computed again more carefully, which
-        ``strategy`` tells, and they agreed.
-
-    Examples
-    --------
-    >>> result.audit.pairs, result.audit.mismatches
-    (30, 0)
-    """
-
-    pairs: int
-    mismatches: int
-    mended: int = 0
-
-    def __add__(self, other: Audit) -> Audit:
-        """Audit of the pairs of both."""
-        return Audit(
-            self.pairs + other.pairs,
-            self.mismatches + other.mismatches,
-            self.mended + other.mended,
-        )
-
-    @property
-    def upper_bound(self) -> float:
-        """Largest share of wrong pairs in the run that the audit leaves plausible at 95 %.
-
-        One-sided Clopper-Pearson bound; 1 if nothing was audited.
-        """
-        if self.mismatches >= self.pairs:
-            return 1.0
-        return float(stats.beta.ppf(0.95, self.mismatches + 1, self.pairs - self.mismatches))
-
-    def __str__(self) -> str:
-        """One line for people."""
-        mended = f"; {self.mended:,} differed at first and were mended" if self.mended else ""
-        return (
-            f"{self.pairs:,} pairs recomputed by replay, {self.mismatches} mismatches "
-            f"(95 % upper bound {self.upper_bound:.2%} of all pairs){mended}"
-        )
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a run took, and how exact its cheap arithmetic was.
-
-    Attributes
-    ----------
-    layer_seconds : dict
-        Wall time of each layer's ablations, without capture, clean runs and audit.
-    pairs_by_precision : dict
-        Number of pairs decided by each precision of the dense part ("int8", "bfloat16", "float16",
-        "float32", "float64"), cheapest first; pairs that the closed form decided and silent units
-        are in none.
-    error_bounds : dict
-        Per layer and precision, the share of a logit change's spread within which its answer was
-        not trusted: several times the largest error measured on pairs of this run. In 8 bits some
-        multiple of a pair's rounding steps is added to that.
-    other_seconds : dict
-        Wall time of what stands beside the layers: "preparation" (checks, capture), "clean runs"
-        and "audit".
-
-    Examples
-    --------
-    >>> list(result.effort.layer_seconds)
-    ['features.16']
-    """
-
-    layer_seconds: dict[str, float] = field(default_factory=dict)
-    pairs_by_precision: dict[str, int] = field(default_factory=dict)
-    error_bounds: dict[str, dict[str, float]] = field(default_factory=dict)
-    other_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def settled(self) -> dict[str, int]:
-        """Former name of ``pairs_by_precision``; deprecated."""
-        _warn_renamed("settled", "pairs_by_precision")
-        return self.pairs_by_precision
-
-    @property
-    def doubt(self) -> dict[str, dict[str, float]]:
-        """Former name of ``error_bounds``; deprecated."""
-        _warn_renamed("doubt", "error_bounds")
-        return self.error_bounds
-
-
-def _warn_renamed(old: str, new: str) -> None:
-    message = f"Effort.{old} is now Effort.{new}; the old name will go"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Changed predictions, one run of entries per ablated unit.
-
-    Attributes
-    ----------
-    start : int64 [unit + 1]
-        Entries of row ``u`` are ``start[u]:start[u + 1]``.
-    image : int32 [flip]
-        Image index, ascending within a row.
-    prediction : int32 [flip]
-        The new class; -1 where there is none, since the logits became NaN or infinite.
-    weight : float64 [flip] or None
-        Of an estimated run: what each adds to counts of flips. Those that were predicted have 1; of
-        a pair that was computed and found to be another there are entries that correct this, with
-        weights above 1 or below 0. None where all flips are known.
-
-    Examples
-    --------
-    >>> flips = result.flips
-    >>> flips.start.shape, int(flips.start[-1]) == len(flips.image) == len(flips.prediction)
-    ((129,), True)
-    """
-
-    start: NDArray[np.int64]
-    image: NDArray[np.int32]
-    prediction: NDArray[np.int32]
-    weight: Floats | None = None
-
-    @classmethod
-    def gather(
-        cls, units: int, pieces: Sequence[tuple[ArrayLike, ...]], *, weighted: bool = False
-    ) -> Flips:
-        """Sort pieces (row, image, new class) in any order into one record.
-
-        With ``weighted`` each has the weights besides.
-        """
-        pieces = pieces or [([],) * (3 + weighted)]
-        row, image, new = (
-            np.concatenate([np.asarray(piece[i], dtype=np.int64) for piece in pieces])
-            for i in range(3)
-        )
-        order = np.lexsort((image, row))
-        start = np.zeros(units + 1, dtype=np.int64)
-        np.cumsum(np.bincount(row, minlength=units), out=start[1:])
-        weight = None
-        if weighted:
-            weight = np.concatenate([np.asarray(piece[3], np.float64) for piece in pieces])[order]
-        return cls(start, image[order].astype(np.int32), new[order].astype(np.int32), weight)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Flips], images: Sequence[int]) -> Flips:
-        """Put records of consecutive images together.
-
-        Parameters
-        ----------
-        parts : sequence of Flips
-            All of the same rows; images numbered within each part.
-        images : sequence of int
-            Number of images of each part.
-        """
-        counts = [np.diff(part.start) for part in parts]
-        start = np.concatenate([[0], np.cumsum(np.sum(counts, axis=0), dtype=np.int64)])
-        image = np.empty(start[-1], np.int32)
-        prediction = np.empty(start[-1], np.int32)
-        weighted = any(part.weight is not None for part in parts)
-        weight = np.empty(start[-1]) if weighted else None
-        cursor, first = start[:-1].copy(), 0
-        for part, count, length in zip(parts, counts, images, strict=True):
-            where = np.repeat(cursor - part.start[:-1], count) + np.arange(len(part.image))
-            image[where] = part.image + first
-            prediction[where] = part.prediction
-            if weight is not None:
-                assert part.weight is not None
-                weight[where] = part.weight
-            cursor += count
-            first += length
-        return cls(start, image, prediction, weight)
-
-    def updated(self, again: Flips, rows: NDArray[np.bool_]) -> Flips:
-        """Take the entries of some rows, bool ``[unit]``, from another record of these images."""
-        count = np.where(rows, np.diff(again.start), np.diff(self.start))
-        new, kept, taken = np.repeat(rows, count), ~rows[self.row], rows[again.row]
-
-        def merged(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-            found = np.empty(len(new), mine.dtype)
-            found[~new], found[new] = mine[kept], other[taken]
-            return found
-
-        weight = None
-        if self.weight is not None and again.weight is not None:
-            weight = merged(self.weight, again.weight)
-        return Flips(
-            np.concatenate([[0], np.cumsum(count, dtype=np.int64)]),
-            merged(self.image, again.image),
-            merged(self.prediction, again.prediction),
-            weight,
-        )
-
-    @cached_property
-    def row(self) -> Ints:
-        """int64 [flip]: the row of each entry."""
-        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
 
 
 def word(labelled: bool) -> str:

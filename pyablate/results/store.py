@@ -19,10 +19,12 @@ from pyablate.io import checksums
 from pyablate.io.atomic import replace_folder, scratch_beside
 from pyablate.io.own_files import ARRAYS, check_replaceable
 from pyablate.io.zarr_check import check_folder, check_opened
+from pyablate.results.audit import Audit
 from pyablate.results.estimate import ARRAYS as ESTIMATED
 from pyablate.results.estimate import Estimate
+from pyablate.results.flips import Flips
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.record import Audit, Flips, Record
+from pyablate.results.record import Record
 from pyablate.results.screening import Screening
 
 logger = logging.getLogger("pyablate")

@@ -15,9 +15,10 @@ from pyablate.data.dataset import Batch
 from pyablate.engine.care import Care
 from pyablate.engine.job import Job
 from pyablate.engine.loss_margin import Measured
+from pyablate.results.audit import Audit
 from pyablate.results.estimate import Estimate
+from pyablate.results.flips import Flips
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.record import Audit, Flips
 from pyablate.results.screening import LayerScreening, Screening
 from pyablate.runs.audit import Audited
 from pyablate.runs.blocks import Block, BlockMetadata, FlipChunk, PartialBlock

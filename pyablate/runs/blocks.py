@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyablate.io.atomic import replace_file
+from pyablate.results.arrays import Ints
+from pyablate.results.audit import Audit
 from pyablate.results.estimate import ARRAYS as ESTIMATED
 from pyablate.results.estimate import Estimate
+from pyablate.results.flips import Flips
 from pyablate.results.measures import Accuracy, Measure
-from pyablate.results.record import Audit, Flips, Ints
 from pyablate.results.screening import Screening
 from pyablate.runtime.distributed import MODULUS
 

@@ -33,7 +33,7 @@ from pyablate.engine.rounding import Rounding
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.network import near_tie
-from pyablate.results.record import Effort
+from pyablate.results.effort import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Block, FlipChunk, PartialBlock

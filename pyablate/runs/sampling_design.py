@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pyablate.analysis.tail import Tail
 from pyablate.engine.job import Job
 from pyablate.engine.score import DirectionCount, Scale
+from pyablate.results.arrays import Floats
 from pyablate.runs.screening_sample import LOW, MOST, Sample, Samples, samples
 from pyablate.runs.setup import Setup
 
@@ -42,8 +43,6 @@ FLOOR = 0.1
 
 STEP = 1.02
 """Of factors and budgets that are tried."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

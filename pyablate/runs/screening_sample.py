@@ -32,6 +32,7 @@ from pyablate.engine.score import DirectionCount, Prediction, Scale, Score, join
 from pyablate.engine.suffix import Suffix, needed
 from pyablate.engine.sweep import Sweep
 from pyablate.interventions import uniform
+from pyablate.results.arrays import Floats
 from pyablate.runs.screening_costs import faster
 from pyablate.runs.setup import Setup
 from pyablate.runtime import out_of_memory
@@ -47,8 +48,6 @@ LEAST, MOST = 1024, 4096
 
 LOW = 0.1
 """Share of a layer's pairs whose scores are called low."""
-
-Floats = NDArray[np.float64]
 
 
 def predictor(

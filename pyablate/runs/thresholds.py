@@ -32,8 +32,9 @@ from pyablate.engine.job import Job
 from pyablate.engine.narrow_places import shares
 from pyablate.engine.score import DirectionCount, Scale
 from pyablate.engine.suffix import Suffix, multiply_adds
+from pyablate.results.arrays import Floats
 from pyablate.runs.screening_costs import DEARER, GAIN, LAYER, Work, faster, worthwhile
-from pyablate.runs.screening_sample import IMAGES, Floats, Sample, pairs_wanted, samples
+from pyablate.runs.screening_sample import IMAGES, Sample, pairs_wanted, samples
 from pyablate.runs.setup import Setup
 
 logger = logging.getLogger("pyablate")

@@ -14,7 +14,8 @@ from pyablate.cli import summary, tables
 from pyablate.network.sites import Site
 from pyablate.reference.timing import HookLoopTiming
 from pyablate.result import AblationResult
-from pyablate.results.record import Audit, Flips
+from pyablate.results.audit import Audit
+from pyablate.results.flips import Flips
 
 
 @pytest.fixture

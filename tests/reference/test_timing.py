@@ -13,7 +13,7 @@ from pyablate import reference
 from pyablate.network.sites import Site, select, sites
 from pyablate.reference.timing import hook_loop_seconds
 from pyablate.result import AblationResult
-from pyablate.results.record import Flips
+from pyablate.results.flips import Flips
 
 
 def _network() -> nn.Module:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import json
 import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import xarray as xr
-from PIL import Image
 from scipy import stats
 from support import networks
 from support.report_pages import (
@@ -27,24 +22,16 @@ from support.report_pages import (
     data_of,
     decoded,
     elements,
-    structured,
+    shaded,
 )
 from support.shelled import invoke
 from torch import nn
 
 import pyablate as pa
-from pyablate.report.activating import most_activating
-from pyablate.report.curves import curve_charts, sets_by_class
-from pyablate.report.examples import FLIPPED
 from pyablate.report.numbers import MOST_MOVES
 from pyablate.report.packed import packed
 from pyablate.result import AblationResult
-from pyablate.results.record import Flips
-
-
-@pytest.fixture(scope="module")
-def result() -> AblationResult:
-    return structured(24, 5, 60, 3, AWKWARD)
+from pyablate.results.flips import Flips
 
 
 @pytest.fixture(scope="module")
@@ -212,170 +199,6 @@ def test_a_class_without_images_and_a_unit_without_flips():
     assert sorted(data["classes"]["position"].tolist()) == [0, 3, 3]
 
 
-# --- images -------------------------------------------------------------------------------------
-
-
-def _shaded(result: AblationResult) -> torch.Tensor:
-    """Images 100 x 60 whose grey tells their number."""
-    shade = torch.arange(len(result.labels)) / (len(result.labels) - 1)
-    return shade[:, None, None, None].expand(-1, 1, 100, 60) * 4 - 2  # as normalised ones may be
-
-
-def test_images_that_flip_and_their_pictures(result, tmp_path):
-    images = _shaded(result)
-    result.report(tmp_path / "r.html", data=(images, torch.from_numpy(result.labels)))
-    found = data_of((tmp_path / "r.html").read_text())["examples"]
-    for row in range(len(result.units)):
-        run = slice(found["start"][row], found["start"][row + 1])
-        numbers = found["image"][run].astype(int)
-        after = result.predictions(row)[0]
-        assert len(numbers) == min(FLIPPED, (after != result.baseline).sum())
-        np.testing.assert_array_equal(found["after"][run], after[numbers])
-        assert (after[numbers] != result.baseline[numbers]).all()
-        label = result.labels[numbers]
-        worst = (result.baseline[numbers] == label) & (label == result.max_class[row])
-        assert (np.diff(worst.astype(int)) <= 0).all()  # those stand first
-    shown = found["shown"]
-    np.testing.assert_array_equal(found["label"], result.labels[shown])
-    assert set(found["pictures"]) == {str(number) for number in shown}
-    for number, uri in found["pictures"].items():
-        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L")
-        assert picture.size == (48, 80)
-        low, high = images[shown.min()].min(), images[shown.max()].max()
-        expected = 255 * float((images[int(number), 0, 0, 0] - low) / (high - low))
-        assert np.asarray(picture).mean() == pytest.approx(expected, abs=4)
-
-
-def test_pictures_stay_within_their_budget(result, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyablate.report.examples.BUDGET", 600)
-    data = (_shaded(result), torch.from_numpy(result.labels))
-    result.report(tmp_path / "r.html", data=data)
-    found = data_of((tmp_path / "r.html").read_text())["examples"]
-    assert 0 < sum(map(len, found["pictures"].values())) <= 600
-    first = result.max_class_drop.argmax()
-    run = slice(found["start"][first], found["start"][first + 1])
-    assert set(found["pictures"]) <= {str(number) for number in found["image"][run]}
-
-
-def test_pictures_give_way_in_a_large_report(result, tmp_path, monkeypatch, caplog):
-    data = (_shaded(result), torch.from_numpy(result.labels))
-    place = tmp_path / "r.html"
-
-    def written() -> dict[str, Any]:
-        result.report(place, data=data)
-        return data_of(place.read_text())
-
-    whole = written()
-    pictures = list(whole["examples"]["pictures"])
-    most = place.stat().st_size - 100
-    monkeypatch.setattr("pyablate.report._write.MOST", most)
-    some = written()
-    assert place.stat().st_size <= most
-    # The last one is of the least harmful unit.
-    assert list(some["examples"]["pictures"]) == pictures[: len(some["examples"]["pictures"])]
-    assert len(some["examples"]["pictures"]) in (len(pictures) - 1, len(pictures) - 2)
-    assert "MB" not in caplog.text
-    monkeypatch.setattr("pyablate.report._write.MOST", 1000)
-    none = written()
-    assert none["examples"]["pictures"] == {}
-    assert none["units"]["label"] == whole["units"]["label"]
-    assert "a few layers at a time" in caplog.text
-
-
-class _Twice(nn.Module):
-    """A ReLU that is called twice, on maps of two sizes, and a layer of features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3)
-        self.relu = nn.ReLU()
-        self.again = nn.Conv2d(6, 6, 1)
-        self.hidden = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-        self.out = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.relu(self.conv(x))
-        x = self.relu(self.again(x))
-        return self.out(self.hidden(x.mean(dim=(2, 3))))
-
-
-def test_most_activating_images_equal_a_plain_search():
-    torch.manual_seed(0)
-    model = _Twice()
-    images = torch.randn(129, 1, 6, 6)  # a batch and a single image
-    images[119:] = images[:10]  # equal activations: the first image stands
-    labels = torch.arange(129) % 3
-    result = pa.ablate(model, (images, labels), ["relu", "hidden.1"], audit=0)
-    found = most_activating(model, (images, labels), result, count=7)
-    sums: dict[str, torch.Tensor] = {}
-    for name in ("relu", "hidden.1"):
-
-        def hook(_m: Any, _i: Any, output: torch.Tensor, name: str = name) -> None:
-            pooled = output.flatten(2).mean(2) if output.ndim > 2 else output
-            sums[name] = sums.get(name, 0) + pooled
-
-        model.get_submodule(name).register_forward_hook(hook)
-    with torch.no_grad():
-        model.eval()(images)
-    for row, (layer, unit) in enumerate(result.units[["layer", "unit"]].itertuples(index=False)):
-        values = sums[layer][:, unit].double().numpy()
-        # The batches differ, so equal up to rounding: compare values, and the order of repeats.
-        np.testing.assert_allclose(values[found[row]], np.sort(values)[::-1][:7], atol=1e-6)
-        assert len(set(found[row])) == 7
-
-
-def test_most_activating_images_of_units_along_an_axis_of_ones_own():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).eval()
-    data = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
-    result = pa.ablate(model, data, "1", axis={"1": 2}, audit=0, progress=False)
-    found = most_activating(model, data, result, count=2)
-    with torch.no_grad():
-        rows = model[:2](data[0]).mean(dim=(1, 3))  # of the six rows, not of the six channels
-    assert (found == rows.argsort(dim=0, descending=True)[:2].t().numpy()).all()
-
-
-def test_relevant_images_stand_in_the_order_of_the_units(result, tmp_path):
-    labels = result.units["label"].tolist()
-    images = np.arange(3 * len(labels[1:])).reshape(-1, 3) % len(result.labels)
-    found = xr.Dataset(
-        {"relevant_image": (("unit", "rank"), images[::-1])}, coords={"unit": labels[:0:-1]}
-    )
-    path = tmp_path / "r.html"
-    result.report(path, relevant=found)
-    shown = data_of(path.read_text())["examples"]
-    assert shown["relevant"].tolist() == [[-1, -1, -1], *images.tolist()]
-    assert set(images.ravel()) <= set(shown["shown"].tolist())
-    assert shown["heat"] == {}
-    heat = np.zeros((*images.shape, 48, 60), dtype=np.float32)
-    heat[0, 1, :, :20], heat[0, 1, :, 40:] = 4, -4
-    result.report(
-        path, relevant=found.assign(relevant_map=(("unit", "rank", "y", "x"), heat[::-1]))
-    )
-    drawn = data_of(path.read_text())["examples"]["heat"]
-    assert len(drawn) == images.size
-    raw = base64.b64decode(drawn[f"{labels[1]}/1"].split(",")[1])
-    pixels = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
-    red, white, blue = (pixels[:, column].mean(0).tolist() for column in (8, 30, 52))
-    assert [red, white, blue] == [
-        pytest.approx(colour, abs=25) for colour in ([255, 0, 0], [255] * 3, [0, 0, 255])
-    ]
-    others = found.assign_coords(unit=[f"x:{unit}" for unit in range(len(images))])
-    for wrong in (others, found + 10**6):
-        with pytest.raises(ValueError, match="relevant: expected units and images"):
-            result.report(path, relevant=wrong)
-    with pytest.raises(TypeError, match="relevant: expected what relmax returns"):
-        result.report(path, relevant=xr.Dataset())
-
-
-def test_groups_have_no_most_activating_images():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    data = torch.randn(10, 1, 6, 6), torch.arange(10) % 3
-    result = pa.ablate(model, data, groups=[["1:0", "1:2"]], audit=0)
-    assert (most_activating(model, data, result, count=3) == -1).all()
-
-
 # --- the page -----------------------------------------------------------------------------------
 
 
@@ -449,110 +272,11 @@ def test_a_failure_leaves_the_older_report(result, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- curves and minimal sets ----------------------------------------------------------------------
-
-
-def test_curves_of_every_kind(tmp_path):
-    prune = pd.DataFrame(
-        {
-            "ranking": ["l1", "l1", "random (layer)", "random (layer)"],
-            "seed": [-1, -1, 0, 0],
-            "fraction": [0.5, 0.0, 0.0, 0.5],
-            "accuracy": [0.4, 0.9, 0.9, np.nan],
-            "worst_class": ["a", "b", "c", "d"],
-            "flops": [5, 10, 10, 5],
-        }
-    )
-    prune.to_csv(tmp_path / "prune.csv", index=False)
-    order = pd.DataFrame(
-        {
-            "order": ["class"] * 4,
-            "repeat": 0,
-            "target": ["cat", "cat", "dog", "dog"],
-            "removed": [0, 8] * 2,
-            "kept": [8, 0] * 2,
-            "accuracy": [0.9, 0.1] * 2,
-        }
-    )
-    layer = pd.DataFrame({"layer": ["a", "b"], "fraction": 0.1, "accuracy": [0.8, 0.7]})
-    charts = curve_charts([tmp_path / "prune.csv", order, layer])
-    assert [chart["title"] for chart in charts] == ["prune.csv", "Curves 2", "Curves 3"]
-    accuracy, flops = charts[0]["measures"]
-    assert accuracy == {"name": "accuracy", "label": "accuracy (%)", "scale": 100, "chance": None}
-    assert (flops["label"], flops["scale"]) == ("FLOPs of one image", 1)
-    guessed = curve_charts(prune.assign(chance=0.1))[0]["measures"]
-    assert [each["chance"] for each in guessed] == [0.1, None]
-    l1, random = charts[0]["series"]
-    assert (l1["x"], l1["values"]["accuracy"]) == ([0.0, 0.5], [0.9, 0.4])
-    assert random["random"]
-    assert random["values"]["accuracy"] == [0.9, None]
-    assert [series["name"] for series in charts[1]["series"]] == ["class: cat", "class: dog"]
-    assert [series["name"] for series in charts[2]["series"]] == ["a", "b"]
-    assert curve_charts({"mine": layer})[0]["title"] == "mine"
-    json.dumps(charts, allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("files", "titles"),
-    [
-        (["a/c.csv", "b/c.csv"], ["a/c.csv", "b/c.csv"]),
-        (["a/c.csv", "b/d.csv"], ["c.csv", "d.csv"]),
-        (["x/a/c.csv", "y/a/c.csv", "d.csv"], ["x/a/c.csv", "y/a/c.csv", "d.csv"]),
-        (["a/c.csv", "a/c.csv"], ["c.csv (1)", "c.csv (2)"]),
-    ],
-)
-def test_titles_tell_files_apart(files, titles, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in files:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("layer,fraction,accuracy\na,0,0.9\n")
-    assert [chart["title"] for chart in curve_charts(files)] == titles
-
-
-def test_minimal_sets_from_a_table_and_back_from_csv(result, tmp_path):
-    table = pd.DataFrame(
-        {
-            "class": [AWKWARD[1], AWKWARD[0]],
-            "reached": [True, False],
-            "units": [("block0.relu:0", "block1.relu:3"), ("block0.relu:1",)],
-            "accuracy": [0.1, np.nan],
-        }
-    )
-    sets = sets_by_class(table, result)
-    table.to_csv(tmp_path / "sets.csv", index=False)
-    assert sets_by_class(tmp_path / "sets.csv", result) == sets
-    assert sets[1] is not None
-    assert sets[1]["units"] == ["block0.relu:0", "block1.relu:3"]
-    assert (sets[1]["reached"], sets[1]["accuracy"]) == (True, 0.1)
-    assert sets[0] is not None
-    assert (sets[0]["reached"], sets[0]["accuracy"]) == (False, None)
-    assert sets[2:] == [None, None, None]
-    plain = table.assign(units=["block0.relu:0; block1.relu:3", "block0.relu:1"])
-    assert sets_by_class(plain, result) == sets
-    table.assign(units=["block0.relu:0", ""]).to_csv(tmp_path / "empty.csv", index=False)
-    without = sets_by_class(tmp_path / "empty.csv", result)[0]
-    assert without is not None
-    assert without["units"] == []
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (pd.DataFrame({"class": ["x"], "units": ["a:0"]}), "'x' is no class"),
-        (pd.DataFrame({"units": ["a:0"]}), "expected a column 'class'"),
-        (pd.DataFrame({"class": [AWKWARD[0]], "units": ["(__import__('os'),"]}), "cannot read"),
-    ],
-)
-def test_bad_minimal_sets(result, table, message):
-    with pytest.raises(ValueError, match=message):
-        sets_by_class(table, result)
-
-
 # --- bad input, the command, and docs/guides/report.md -------------------------------------------
 
 
 def test_data_of_another_run_are_refused(result, tmp_path):
-    images, labels = _shaded(result), torch.from_numpy(result.labels)
+    images, labels = shaded(result), torch.from_numpy(result.labels)
     path = tmp_path / "r.html"
     with pytest.raises(ValueError, match="labels differ"):
         result.report(path, data=(images, labels.flip(0)))
@@ -570,7 +294,7 @@ def test_data_of_another_run_are_refused(result, tmp_path):
 
 def test_another_model_is_refused(result, tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(6000, 8), nn.ReLU(), nn.Linear(8, 5))
-    data = _shaded(result), torch.from_numpy(result.labels)
+    data = shaded(result), torch.from_numpy(result.labels)
     with pytest.raises(ValueError, match=r"units of 'block0\.relu', the model does not"):
         result.report(tmp_path / "r.html", model=model, data=data)
 

@@ -13,7 +13,7 @@ from pyablate.analysis.statistics import mcnemar
 from pyablate.plots import ResultPlots
 from pyablate.result import AblationResult
 from pyablate.results.estimate import WIDTH, Estimate
-from pyablate.results.record import Flips
+from pyablate.results.flips import Flips
 
 UNITS, IMAGES, CLASSES, LEVELS = 48, 400, 5, 8
 

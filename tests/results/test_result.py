@@ -20,7 +20,10 @@ import pyablate as pa
 from pyablate.io import atomic
 from pyablate.result import AblationResult
 from pyablate.results import store
-from pyablate.results.record import Audit, Effort, Flips, Record
+from pyablate.results.audit import Audit
+from pyablate.results.effort import Effort
+from pyablate.results.flips import Flips
+from pyablate.results.record import Record
 
 
 def made_of(

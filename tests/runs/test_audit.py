@@ -23,7 +23,7 @@ from pyablate.engine import clean_run
 from pyablate.engine.care import Care
 from pyablate.engine.precision_cascade import FLOOR, PrecisionCascade
 from pyablate.engine.replay import Replay
-from pyablate.results.record import Audit
+from pyablate.results.audit import Audit
 from pyablate.runs import run_folder
 from pyablate.runs.state import care_of
 

@@ -15,7 +15,7 @@ import pyablate as pa
 from pyablate.engine.replay import Replay
 from pyablate.engine.suffix import Suffix
 from pyablate.interventions import parse
-from pyablate.results.record import Audit
+from pyablate.results.audit import Audit
 from pyablate.runs.audit import FIRST, LATER, LEAST, MOST, SHARE, usual_pairs
 from pyablate.runs.setup import Setup, SetupOptions, prepare
 

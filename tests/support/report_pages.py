@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
 from pyablate.result import AblationResult
-from pyablate.results.record import Audit
+from pyablate.results.audit import Audit
 from support.simulated import simulate
 
 AWKWARD = (
@@ -119,3 +120,9 @@ def decoded(node: Any) -> Any:
         kind = _TYPES.get(node["type"], "<f4")
         return np.frombuffer(raw, kind).reshape(node["shape"])
     return {name: decoded(value) for name, value in node.items()}
+
+
+def shaded(result: AblationResult) -> torch.Tensor:
+    """Images 100 x 60 whose grey tells their number."""
+    shade = torch.arange(len(result.labels)) / (len(result.labels) - 1)
+    return shade[:, None, None, None].expand(-1, 1, 100, 60) * 4 - 2  # as normalised ones may be

@@ -35,6 +35,9 @@ def make():
 """
 """A module with a network that a command can make."""
 
+DATA = ("small_network:make", "--data", "images.npz")
+"""Network and data of the directory in which commands are tested."""
+
 
 def write_photos(folder: Path, *, each: int, side: int) -> None:
     """Fill a folder with colour noise of three classes."""
@@ -56,6 +59,11 @@ def invoke_apart(*arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
     found = CliRunner().invoke(app, list(arguments))
     return found.exit_code, found.stdout, found.stderr
+
+
+def error_lines(err: str) -> list[str]:
+    """Lines of standard error, without the one that says that the extension is missing."""
+    return [line for line in err.splitlines() if "native module" not in line]
 
 
 def program(*arguments: object, **options: Any) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pyablate.result import AblationResult
-from pyablate.results.record import Flips
+from pyablate.results.flips import Flips
 
 
 def from_predictions(
