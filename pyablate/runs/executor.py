@@ -37,6 +37,7 @@ from pyablate.results.effort import Effort
 from pyablate.runs.accumulator import BlockAccumulator
 from pyablate.runs.audit import Audited, Auditor
 from pyablate.runs.blocks import Block, FlipChunk, PartialBlock
+from pyablate.runs.job_steps import Steps
 from pyablate.runs.sampling import Drawing
 from pyablate.runs.screening import Screen
 from pyablate.runs.setup import Setup
@@ -49,9 +50,6 @@ logger = logging.getLogger("pyablate")
 
 MEASURED = 32
 """Units of a job at most on which replay in less than float64 is measured, batch by batch."""
-
-SECONDS = 0.5
-"""Time between two words of progress inside a job."""
 
 Decide = Callable[[Tensor, Tensor], Tensor]
 """``decide(row, image)``: the class of each pair, int32 ``[P]``."""
@@ -185,7 +183,7 @@ class BlockSweep:
             found.labels.append(batch.labels.cpu().numpy())
             found.baseline.append(clean.predicted.numpy())
             for number, job in enumerate(found.jobs):
-                steps = _Steps(job, len(job.rows) * len(batch), advance)
+                steps = Steps(job, len(job.rows) * len(batch), advance)
                 if number >= found.skipped:
                     self.advance = steps
                     self._job(job, batch, clean, found)
@@ -533,39 +531,6 @@ class BlockSweep:
             for job, cascade in self.cascades.items()
         }
         return Effort(self.layer_seconds, decided, bounds, dict(self.other_seconds))
-
-
-@dataclass(eq=False)
-class _Steps:
-    """Progress of one job on one batch: no more than all its pairs, whatever is done twice.
-
-    Told twice a second at most, so that many small slices cost nothing.
-    """
-
-    job: Job
-    left: int
-    tell: Callable[[int, Job], None]
-    done: int = 0  # and not told yet
-    told: float = field(init=False, default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.tell(0, self.job)
-
-    def __call__(self, pairs: int) -> None:
-        self.done = min(self.left, self.done + pairs)
-        if time.monotonic() - self.told > SECONDS:
-            self._tell()
-
-    def finish(self) -> None:
-        """Tell the rest, if any."""
-        self.done = self.left
-        if self.left:
-            self._tell()
-
-    def _tell(self) -> None:
-        done, self.done = self.done, 0
-        self.left, self.told = self.left - done, time.monotonic()
-        self.tell(done, self.job)
 
 
 def _changed(

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import pyablate as pa
-from pyablate.runs import executor
+from pyablate.runs import job_steps
 from pyablate.runtime.progress import JsonLines
 
 
 @pytest.fixture
 def network(monkeypatch) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    monkeypatch.setattr(executor, "SECONDS", -1.0)  # tell every slice
+    monkeypatch.setattr(job_steps, "SECONDS", -1.0)  # tell every slice
     torch.manual_seed(0)
     convolution = nn.Conv2d(8, 8, 3, padding=1)
     tail = nn.Conv2d(8, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
@@ -50,7 +50,7 @@ def test_progress_follows_slices_of_pairs(network, options):
 
 def test_no_more_than_all_pairs_are_counted_whatever_is_done_twice():
     told: list[int] = []
-    steps = executor._Steps(None, 10, lambda pairs, job: told.append(pairs))  # type: ignore[arg-type]
+    steps = job_steps.Steps(None, 10, lambda pairs, job: told.append(pairs))  # type: ignore[arg-type]
     steps.told -= 1.0
     steps(8)
     steps(8)  # again with more care
