@@ -194,16 +194,21 @@ class BlockSweep:
 
     def _behind(self, found: BlockAccumulator) -> bool:
         """Whether a part of the block needed more care than those before it."""
-        return any(
-            care < self.cascades[job].care or raised < self.raised(job)
-            for job, (care, raised) in found.care.items()
-        )
+        return any(self.behind(job, *known) for job, known in found.care.items())
+
+    def behind(self, job: Job, care: Care, raised: int) -> bool:
+        """Whether a job that was done with this care, and thresholds, is done with more now.
+
+        Where all pairs are computed, thresholds are of no account.
+        """
+        by_threshold = care < Care.FLOAT64 and raised < self._raised(job)
+        return by_threshold or care < self.cascades[job].care
 
     @property
     def _state(self) -> list[Any]:
-        return [pack_cascade(cascade, self.raised(job)) for job, cascade in self.cascades.items()]
+        return [pack_cascade(cascade, self._raised(job)) for job, cascade in self.cascades.items()]
 
-    def raised(self, job: Job) -> int:
+    def _raised(self, job: Job) -> int:
         """How often the threshold of a job has been raised."""
         return 0 if self.screen is None else self.screen.raised[job]
 
@@ -287,7 +292,7 @@ class BlockSweep:
             audited,
             care=cascade.care,
             strategy=strategy,
-            raised=self.raised(job),
+            raised=self._raised(job),
             screened=None if self.screen is None else self.screen.found.pop(job, None),
             drawn=None if self.drawing is None else self.drawing.noted(job, flips),
         )

@@ -355,16 +355,9 @@ class RunLoop:
                 self._redo(behind, self._together(careless))
 
     def _behind(self, state: Sequence[Mapping[str, Any]]) -> set[Job]:
-        """Tell which jobs were done with less care than is taken now.
-
-        Where all pairs of a job are computed, its thresholds are of no account.
-        """
-        known = zip(self.sweep.cascades.items(), care_of(state), raised_of(state), strict=False)
-        return {
-            job
-            for (job, cascade), care, raised in known
-            if care < cascade.care or (care < Care.FLOAT64 and raised < self.sweep.raised(job))
-        }
+        """Tell which jobs were done with less care than is taken now."""
+        known = zip(self.sweep.cascades, care_of(state), raised_of(state), strict=False)
+        return {job for job, care, raised in known if self.sweep.behind(job, care, raised)}
 
     def _together(self, behind: Collection[Job]) -> list[Job]:
         """Add the jobs that cannot be computed again without these.
